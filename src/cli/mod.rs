@@ -1,0 +1,1 @@
+//! Our verbs' arguments, and the pass-through of everybody else's.

@@ -1,0 +1,1 @@
+//! CRIU as a peer: RPC frames, the interposer, image files.

@@ -1,0 +1,1 @@
+//! Root file system and volumes: what both hosts see.

@@ -1,0 +1,1 @@
+//! Memory of the container: which pages, reading, staging.

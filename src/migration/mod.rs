@@ -1,0 +1,1 @@
+//! The hand-over from host to host.

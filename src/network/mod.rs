@@ -1,0 +1,1 @@
+//! The container's address: capture, fence, re-create, announce, replay.

@@ -1,0 +1,1 @@
+//! The underlying runtime and the bundle, as types.

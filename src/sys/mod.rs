@@ -1,0 +1,1 @@
+//! System calls as types; every unsafe line of the crate.

@@ -1,0 +1,1 @@
+//! The wire between two hosts: ssh, unix socket.
