@@ -1,1 +1,10 @@
-//! System calls as types; every unsafe line of the crate.
+//! System calls as types, and every `unsafe` line of the crate.
+//!
+//! Functions take `AsFd`, return `OwnedFd`, and name their manual page. Nothing here knows what a
+//! migration is.
+
+pub mod memory;
+pub mod process;
+pub mod scm;
+pub mod socket;
+pub mod tmpfs;

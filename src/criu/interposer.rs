@@ -1,0 +1,260 @@
+//! Ferry between the runtime and CRIU: [`Interposer`] waits for the shim, a [`Session`] is one run
+//! of criu, and whoever holds the session decides about each message.
+//!
+//! The messages of one job (Documentation: criu.org/RPC, images/rpc.proto):
+//!
+//! ```text
+//!   runc                 ferry                    criu
+//!    │ ── Criu_req(DUMP) ─▶ edits ── send_request ─▶ │
+//!    │                      ◀── Criu_resp(NOTIFY) ── │   next() = Notify
+//!    │ ◀─── consult ───     │                        │
+//!    │ ── Criu_req(NOTIFY)▶ │ ──── answer ─────────▶ │   held for as long as the hand-over needs
+//!    │ ◀─── relay_reply ─── ◀── Criu_resp(DUMP) ──── │   next() = Reply
+//! ```
+//!
+//! CRIU opens `images_dir_fd` and `work_dir_fd` as `/proc/<peer>/fd/N`, the peer being the creator
+//! of the socket pair, which is now this process: callers must put numbers of ours there.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use protobuf::Message;
+use rust_criu::rust_criu_protobuf::rpc::{Criu_notify, Criu_req, Criu_req_type, Criu_resp};
+
+use super::shim;
+use crate::sys::scm;
+
+/// Where the shim calls.
+#[derive(Debug)]
+pub struct Interposer {
+    bin: PathBuf,
+    socket: PathBuf,
+    real: PathBuf,
+    listener: UnixListener,
+}
+
+impl Interposer {
+    /// Makes the directory that will stand first in the runtime's PATH, and the socket, below
+    /// `directory`, which must be absolute, private to us, and exist.
+    ///
+    /// # Errors
+    /// When they cannot be made.
+    pub fn new(directory: &Path, real: &Path) -> Result<Interposer> {
+        let bin = directory.join("bin");
+        std::fs::create_dir(&bin).with_context(|| format!("cannot make {}", bin.display()))?;
+        let own = std::fs::read_link("/proc/self/exe")?;
+        std::os::unix::fs::symlink(&own, bin.join("criu"))?;
+        let socket = directory.join("criu.sock");
+        let listener = UnixListener::bind(&socket)
+            .with_context(|| format!("cannot listen on {}", socket.display()))?;
+        Ok(Interposer { bin, socket, real: real.to_owned(), listener })
+    }
+
+    /// Makes the runtime that `command` starts find the shim.
+    pub fn configure(&self, command: &mut Command) {
+        let mut path = self.bin.clone().into_os_string();
+        path.push(":");
+        path.push(
+            std::env::var_os("PATH")
+                .filter(|p| !p.is_empty())
+                .unwrap_or_else(|| crate::oci::DEFAULT_PATH.into()),
+        );
+        command.env("PATH", path);
+        command.env(shim::ENV_SOCKET, &self.socket);
+        command.env(shim::ENV_REAL, &self.real);
+    }
+
+    /// Waits for the run of criu that does the job, serving on the way those that only ask for
+    /// its version or features. `runtime` becomes readable when the runtime has ended (a pidfd).
+    ///
+    /// # Errors
+    /// When the runtime ends without having started a job, or the time is over.
+    pub fn next_job(&self, runtime: BorrowedFd, deadline: Instant) -> Result<(Session, Criu_req)> {
+        loop {
+            if !wait_readable(&[self.listener.as_fd(), runtime], Some(deadline))?.contains(&0) {
+                bail!("the runtime ended before it called CRIU");
+            }
+            let (hub, _) = self.listener.accept()?;
+            let (_, mut fds) =
+                scm::receive(&hub)?.ok_or_else(|| anyhow!("the criu shim went away"))?;
+            let theirs = fds.pop().ok_or_else(|| anyhow!("the criu shim sent no socket"))?;
+            let (ours, for_criu) = scm::seqpacket_pair()?;
+            scm::send(&hub, b"c", &[for_criu.as_raw_fd()])?;
+            drop(for_criu);
+            let session = Session { runtime: theirs, criu: ours };
+            let Some((bytes, _)) = session.receive_from_runtime(Some(deadline))? else { continue };
+            let request = Criu_req::parse_from_bytes(&bytes).context("the runtime's request")?;
+            match request.type_() {
+                Criu_req_type::DUMP | Criu_req_type::RESTORE | Criu_req_type::PRE_DUMP => {
+                    return Ok((session, request));
+                }
+                _ => session.pass_on(&bytes, deadline)?,
+            }
+        }
+    }
+}
+
+/// A question of CRIU's that waits for an answer.
+#[derive(Debug)]
+pub struct Notify {
+    /// `pre-dump`, `network-lock`, `post-dump`, `post-restore` …
+    pub script: String,
+    /// The restored init, where the notification names it.
+    pub pid: Option<i32>,
+    bytes: Vec<u8>,
+    fds: Vec<OwnedFd>,
+}
+
+/// What comes next from CRIU.
+#[derive(Debug)]
+pub enum Event {
+    /// CRIU asks and waits.
+    Notify(Notify),
+    /// The job's result.
+    Reply(Box<Criu_resp>),
+    /// CRIU has closed: it died, or is done.
+    Hangup,
+}
+
+/// One run of criu, held between the runtime and it.
+#[derive(Debug)]
+pub struct Session {
+    runtime: OwnedFd,
+    criu: OwnedFd,
+}
+
+impl Session {
+    /// Sends the (edited) job to CRIU.
+    ///
+    /// # Errors
+    /// When CRIU is gone.
+    pub fn send_request(&self, request: &Criu_req) -> Result<()> {
+        Ok(scm::send(&self.criu, &request.write_to_bytes()?, &[])?)
+    }
+
+    /// Waits for the next message of CRIU.
+    ///
+    /// # Errors
+    /// When the time is over, or the message cannot be read.
+    pub fn next(&self, deadline: Option<Instant>) -> Result<Event> {
+        wait_readable(&[self.criu.as_fd()], deadline)?;
+        let Some((bytes, fds)) = scm::receive(&self.criu)? else { return Ok(Event::Hangup) };
+        let response = Criu_resp::parse_from_bytes(&bytes).context("CRIU's message")?;
+        if response.type_() != Criu_req_type::NOTIFY {
+            return Ok(Event::Reply(Box::new(response)));
+        }
+        let notify: &Criu_notify =
+            response.notify.as_ref().ok_or_else(|| anyhow!("a notification without a name"))?;
+        let (script, pid) = (notify.script().to_owned(), notify.pid);
+        Ok(Event::Notify(Notify { script, pid, bytes, fds }))
+    }
+
+    /// Asks the runtime; says whether it agrees. CRIU goes on waiting.
+    ///
+    /// # Errors
+    /// When the runtime is gone.
+    pub fn consult(&self, notify: &Notify, deadline: Option<Instant>) -> Result<bool> {
+        let raw: Vec<_> = notify.fds.iter().map(|f| f.as_raw_fd()).collect();
+        scm::send(&self.runtime, &notify.bytes, &raw)?;
+        let (bytes, _) = self
+            .receive_from_runtime(deadline)?
+            .ok_or_else(|| anyhow!("the runtime went away at {}", notify.script))?;
+        Ok(Criu_req::parse_from_bytes(&bytes)?.notify_success())
+    }
+
+    /// Answers CRIU, which goes on or gives up.
+    ///
+    /// # Errors
+    /// When CRIU is gone.
+    pub fn answer(&self, agreed: bool) -> Result<()> {
+        let mut request = Criu_req::new();
+        request.set_type(Criu_req_type::NOTIFY);
+        request.set_notify_success(agreed);
+        Ok(scm::send(&self.criu, &request.write_to_bytes()?, &[])?)
+    }
+
+    /// Asks the runtime and passes its answer on.
+    ///
+    /// # Errors
+    /// When either is gone.
+    pub fn forward(&self, notify: &Notify, deadline: Option<Instant>) -> Result<()> {
+        let agreed = self.consult(notify, deadline)?;
+        self.answer(agreed)
+    }
+
+    /// Hands the job's result to the runtime.
+    ///
+    /// # Errors
+    /// When the runtime is gone.
+    pub fn relay_reply(&self, response: &Criu_resp) -> Result<()> {
+        Ok(scm::send(&self.runtime, &response.write_to_bytes()?, &[])?)
+    }
+
+    fn receive_from_runtime(
+        &self,
+        deadline: Option<Instant>,
+    ) -> Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
+        wait_readable(&[self.runtime.as_fd()], deadline)?;
+        Ok(scm::receive(&self.runtime)?)
+    }
+
+    /// Carries everything both ways until criu is done: for version and feature questions.
+    fn pass_on(&self, first: &[u8], deadline: Instant) -> Result<()> {
+        scm::send(&self.criu, first, &[])?;
+        loop {
+            let both = [self.criu.as_fd(), self.runtime.as_fd()];
+            let ready = wait_readable(&both, Some(deadline))?;
+            if ready.contains(&0) {
+                match scm::receive(&self.criu)? {
+                    None => return Ok(()),
+                    Some((bytes, _)) => scm::send(&self.runtime, &bytes, &[])?,
+                }
+            } else if ready.contains(&1) {
+                match scm::receive(&self.runtime)? {
+                    // criu ends when its socket closes, which happens when we return.
+                    None => return Ok(()),
+                    Some((bytes, _)) => scm::send(&self.criu, &bytes, &[])?,
+                }
+            }
+        }
+    }
+}
+
+/// Waits until at least one of the descriptors is readable or closed; their indices.
+///
+/// # Errors
+/// `TimedOut` when the time is over.
+pub fn wait_readable(fds: &[BorrowedFd], deadline: Option<Instant>) -> Result<Vec<usize>> {
+    loop {
+        let mut set: Vec<PollFd> = fds.iter().map(|f| PollFd::new(*f, PollFlags::POLLIN)).collect();
+        let timeout = match deadline {
+            None => PollTimeout::NONE,
+            Some(at) => {
+                let left = at.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(io::Error::from(io::ErrorKind::TimedOut).into());
+                }
+                PollTimeout::try_from(left.min(Duration::from_secs(3600)).as_millis() as i32 + 1)
+                    .unwrap_or(PollTimeout::MAX)
+            }
+        };
+        match poll(&mut set, timeout) {
+            Ok(0) | Err(nix::errno::Errno::EINTR) => continue,
+            Ok(_) => {
+                return Ok(set
+                    .iter()
+                    .enumerate()
+                    .filter(|(_, p)| p.revents().is_some_and(|r| !r.is_empty()))
+                    .map(|(i, _)| i)
+                    .collect());
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+}

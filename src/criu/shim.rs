@@ -1,0 +1,57 @@
+//! What runc finds under the name `criu`: hands its socket over and becomes the real criu.
+//!
+//! Runs as the process that runc has forked, with runc's environment and descriptors. Forking here
+//! and staying as the parent would break runc in three ways (cgroup of the child, exit status,
+//! `CLONE_PARENT` of the restored init), so nothing is left of the shim when criu runs.
+
+use std::ffi::OsString;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result, anyhow};
+
+use crate::sys::{process, scm};
+
+/// Path of the interposer's socket.
+pub const ENV_SOCKET: &str = "FERRY_CRIU_SOCKET";
+/// Path of the real criu.
+pub const ENV_REAL: &str = "FERRY_CRIU_REAL";
+
+/// Entry point when Ferry was started under the name `criu`. Returns only when it fails.
+pub fn main() -> ExitCode {
+    let error = match run() {
+        Ok(never) => match never {},
+        Err(e) => e,
+    };
+    eprintln!("ferry (standing in for criu): {error:#}");
+    ExitCode::FAILURE
+}
+
+fn run() -> Result<std::convert::Infallible> {
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let real = std::env::var_os(ENV_REAL).ok_or_else(|| anyhow!("{ENV_REAL} is not set"))?;
+    if arguments.first().is_some_and(|a| a == "swrk") {
+        let fd: RawFd = arguments
+            .get(1)
+            .and_then(|a| a.to_str())
+            .and_then(|a| a.parse().ok())
+            .ok_or_else(|| anyhow!("swrk wants the number of a descriptor"))?;
+        let path =
+            std::env::var_os(ENV_SOCKET).ok_or_else(|| anyhow!("{ENV_SOCKET} is not set"))?;
+        let hub = UnixStream::connect(&path)
+            .with_context(|| format!("cannot reach ferry at {}", path.to_string_lossy()))?;
+        let theirs = process::adopt_fd(fd).context("the descriptor named by the runtime")?;
+        scm::send(&hub, &std::process::id().to_le_bytes(), &[theirs.as_raw_fd()])?;
+        let (_, mut fds) =
+            scm::receive(&hub)?.ok_or_else(|| anyhow!("ferry closed the connection"))?;
+        let ours = fds.pop().ok_or_else(|| anyhow!("ferry sent no socket"))?;
+        process::dup_onto(&ours, fd)?;
+        // The number now belongs to criu, over exec.
+        std::mem::forget(theirs);
+    }
+    let error =
+        Command::new(&real).args(arguments).env_remove(ENV_SOCKET).env_remove(ENV_REAL).exec();
+    Err(anyhow!(error).context(format!("cannot run {}", real.to_string_lossy())))
+}

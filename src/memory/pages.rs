@@ -1,0 +1,225 @@
+//! Which pages a task has: its private anonymous mappings, and what of them is populated.
+//!
+//! The choice is CRIU's (criu/mem.c, criu/include/vma.h): pages present or swapped that are
+//! neither the zero page nor the file's own. Guard pages look swapped and cannot be read, so they
+//! are left out (since Linux 6.13). Reading a page that is not listed would populate it in the
+//! task.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use anyhow::{Context, Result, bail};
+
+use crate::sys::memory::{PAGE, PageRegion, Wanted, category, pagemap_scan, read_process};
+
+/// A process of the container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Task {
+    /// As this host numbers it.
+    pub pid: i32,
+    /// As the container numbers it: the name of its image files.
+    pub vpid: i32,
+}
+
+/// The container's processes that have memory, out of host's numbers; those that have just ended
+/// are left out.
+///
+/// # Errors
+/// When `/proc` cannot be read.
+pub fn tasks(pids: &[i32]) -> Result<Vec<Task>> {
+    let mut found = Vec::with_capacity(pids.len());
+    for &pid in pids {
+        let status = match fs::read_to_string(format!("/proc/{pid}/status")) {
+            Ok(s) => s,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => continue,
+            Err(e) => return Err(e.into()),
+        };
+        let field = |name: &str| {
+            status.lines().find_map(|l| l.strip_prefix(name)).map(str::trim).unwrap_or_default()
+        };
+        if field("State:").starts_with('Z') || field("State:").starts_with('X') {
+            continue;
+        }
+        let vpid = field("NSpid:").split_whitespace().last().and_then(|p| p.parse().ok());
+        found
+            .push(Task { pid, vpid: vpid.with_context(|| format!("process {pid} has no NSpid"))? });
+    }
+    Ok(found)
+}
+
+/// The addresses of a task's private anonymous mappings.
+fn anonymous_mappings(pid: i32) -> Result<Vec<(u64, u64)>> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    let mut found = Vec::new();
+    for line in maps.lines() {
+        // address perms offset dev inode [name]: proc_pid_maps(5)
+        let mut parts = line.split_ascii_whitespace();
+        let (Some(address), Some(perms), Some(_), Some(_), Some(inode)) =
+            (parts.next(), parts.next(), parts.next(), parts.next(), parts.next())
+        else {
+            bail!("cannot read a line of /proc/{pid}/maps");
+        };
+        let name = parts.next().unwrap_or_default();
+        let special = matches!(name, "[vvar]" | "[vvar_vclock]" | "[vdso]" | "[vsyscall]");
+        if inode != "0" || !perms.ends_with('p') || special {
+            continue;
+        }
+        let (start, end) = address.split_once('-').unwrap_or_default();
+        found.push((u64::from_str_radix(start, 16)?, u64::from_str_radix(end, 16)?));
+    }
+    Ok(found)
+}
+
+/// Finds populated pages with as few system calls as the kernel allows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Finder {
+    /// `PAGEMAP_SCAN` that knows guard pages (Linux 6.13 and newer).
+    ScanWithGuards,
+    /// `PAGEMAP_SCAN` (Linux 6.7).
+    Scan,
+    /// `/proc/PID/pagemap`, entry by entry.
+    Pagemap,
+}
+
+impl Finder {
+    fn probe() -> Finder {
+        let Ok(own) = File::open("/proc/self/pagemap") else { return Finder::Pagemap };
+        let at = (&raw const own) as u64 & !(PAGE as u64 - 1);
+        let mut found = Vec::new();
+        for (finder, guard) in [(Finder::ScanWithGuards, category::GUARD), (Finder::Scan, 0)] {
+            if pagemap_scan(&own, at, at + PAGE as u64, wanted(guard), &mut found).is_ok() {
+                return finder;
+            }
+        }
+        Finder::Pagemap
+    }
+}
+
+fn wanted(guard: u64) -> Wanted {
+    let out = category::PFNZERO | category::FILE | guard;
+    Wanted { inverted: out, mask: out, any_of: category::PRESENT | category::SWAPPED }
+}
+
+/// The populated private anonymous pages of a task, in ascending order.
+///
+/// # Errors
+/// `NotFound` where the task has ended.
+pub fn populated(pid: i32) -> Result<Vec<PageRegion>> {
+    static FINDER: std::sync::OnceLock<Finder> = std::sync::OnceLock::new();
+    let finder = *FINDER.get_or_init(Finder::probe);
+    let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
+    let mut found = Vec::new();
+    for (start, end) in anonymous_mappings(pid)? {
+        match finder {
+            Finder::ScanWithGuards => {
+                pagemap_scan(&pagemap, start, end, wanted(category::GUARD), &mut found)?;
+            }
+            Finder::Scan => pagemap_scan(&pagemap, start, end, wanted(0), &mut found)?,
+            Finder::Pagemap => read_pagemap(&pagemap, start, end, &mut found)?,
+        }
+    }
+    Ok(found)
+}
+
+/// The slow way: 8 bytes a page. Documentation/admin-guide/mm/pagemap.rst: bit 63 present,
+/// 62 swapped, 61 file or shared. The zero page cannot be told here; it costs a read, no more.
+fn read_pagemap(pagemap: &File, start: u64, end: u64, found: &mut Vec<PageRegion>) -> Result<()> {
+    let mut buffer = [0u8; 8 * 512];
+    let mut at = start;
+    while at < end {
+        let pages = (((end - at) / PAGE as u64) as usize).min(512);
+        pagemap.read_exact_at(&mut buffer[..pages * 8], at / PAGE as u64 * 8)?;
+        for (i, raw) in buffer[..pages * 8].chunks_exact(8).enumerate() {
+            let entry = u64::from_ne_bytes(raw.try_into().expect("chunks of eight"));
+            if entry >> 62 == 0 || entry >> 61 & 1 == 1 {
+                continue;
+            }
+            let page = at + (i * PAGE) as u64;
+            match found.last_mut() {
+                Some(last) if last.end == page => last.end += PAGE as u64,
+                _ => found.push(PageRegion { start: page, end: page + PAGE as u64, categories: 0 }),
+            }
+        }
+        at += (pages * PAGE) as u64;
+    }
+    Ok(())
+}
+
+/// Reads a task's memory: fast where the mapping is readable, through `/proc/PID/mem` where it is
+/// not (`PROT_NONE` pages hold data too).
+#[derive(Debug)]
+pub struct Reader {
+    pid: i32,
+    mem: File,
+}
+
+impl Reader {
+    /// # Errors
+    /// When the task has ended.
+    pub fn open(pid: i32) -> Result<Reader> {
+        Ok(Reader { pid, mem: File::open(format!("/proc/{pid}/mem"))? })
+    }
+
+    /// Reads the pages of `runs` (address, pages) in order into `into`. Calls `missing` with the
+    /// index of every page that could not be read (unmapped since it was listed): its bytes mean
+    /// nothing.
+    ///
+    /// # Errors
+    /// When the task has ended.
+    pub fn read(
+        &self,
+        runs: &[(u64, usize)],
+        into: &mut [u8],
+        mut missing: impl FnMut(usize),
+    ) -> Result<()> {
+        let places: Vec<(u64, usize)> = runs.iter().map(|&(a, n)| (a, n * PAGE)).collect();
+        let total: usize = places.iter().map(|p| p.1).sum();
+        let mut done = match read_process(self.pid, &places, &mut into[..total]) {
+            Ok(n) => n / PAGE,
+            Err(e) if e.raw_os_error() == Some(libc::EFAULT) => 0,
+            Err(e) => return Err(e.into()),
+        };
+        // What is left goes page by page: a hole of one page must not lose its neighbours.
+        let pages = runs.iter().flat_map(|&(a, n)| (0..n as u64).map(move |i| a + i * PAGE as u64));
+        for at in pages.skip(done) {
+            let page = &mut into[done * PAGE..][..PAGE];
+            match self.mem.read_exact_at(page, at) {
+                Ok(()) => {}
+                Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Err(e.into()),
+                Err(_) => missing(done),
+            }
+            done += 1;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_we_wrote_is_listed_and_read_back() {
+        let data: Vec<u8> = (0..64 * PAGE).map(|i| (i / PAGE) as u8 ^ i as u8).collect();
+        let pid = std::process::id() as i32;
+        let start = (data.as_ptr() as u64).next_multiple_of(PAGE as u64);
+        let found = populated(pid).unwrap();
+        assert!(found.iter().any(|r| r.start <= start && start < r.end));
+        let mut got = vec![0; 16 * PAGE];
+        let runs = [(start, 8), (start + 32 * PAGE as u64, 8)];
+        Reader::open(pid).unwrap().read(&runs, &mut got, |_| panic!("all is there")).unwrap();
+        let skew = start as usize - data.as_ptr() as usize;
+        assert_eq!(got[..8 * PAGE], data[skew..][..8 * PAGE]);
+        assert_eq!(got[8 * PAGE..], data[skew + 32 * PAGE..][..8 * PAGE]);
+    }
+
+    #[test]
+    fn own_task_has_its_number() {
+        let pid = std::process::id() as i32;
+        let list = tasks(&[pid]).unwrap();
+        assert_eq!(list[0].pid, pid);
+        assert!(list[0].vpid > 0);
+    }
+}

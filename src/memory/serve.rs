@@ -1,0 +1,500 @@
+//! Staged pages put into restored tasks: the daemon at the other end of CRIU's
+//! `lazy-pages.socket`.
+//!
+//! CRIU restores with `lazy_pages`: it makes the mappings, registers them with a userfaultfd and
+//! sends us that descriptor for each task (an i32 pid as the container sees it, then one byte with
+//! the descriptor; a negative pid is a zombie without one; at the end the u32 `0x52535446`). We
+//! install pages from the background in big batches and, ahead of them, those that a task waits
+//! for. When everything is in, the descriptors are closed, and the memory is the task's own.
+//!
+//! Closing a descriptor while pages are missing would let the task read zeros, so the destination
+//! ends a container whose pages cannot all be installed rather than letting it run on.
+//! Sources: userfaultfd(2), Documentation/admin-guide/mm/userfaultfd.rst, criu/uffd.c.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::staging::{Slot, Staging};
+use crate::criu::images::{PE_LAZY, PagemapEntry};
+use crate::sys::memory::{PAGE, UffdEvent, uffd_copy, uffd_read, uffd_wake, uffd_zero};
+use crate::sys::scm;
+
+/// Name of the socket in CRIU's work directory.
+pub const SOCKET: &str = "lazy-pages.socket";
+const FINISHED: i32 = 0x5253_5446;
+/// Pages installed at a time in the background: long enough for UFFDIO_COPY's full speed, short
+/// enough that a fault does not wait for long behind it (0.4 ms).
+const BATCH: u32 = 256;
+
+/// What the daemon has done when it ends.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize, serde::Deserialize)]
+pub struct Served {
+    /// Pages installed.
+    pub pages: u64,
+    /// Faults that a task waited for.
+    pub faults: u64,
+    /// The longest that serving one of them took, in µs.
+    pub worst_fault_us: u64,
+}
+
+/// A run of neighbouring pages that are still to be installed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Run {
+    pages: u32,
+    slot: Slot,
+}
+
+impl Run {
+    fn end(&self, start: u64) -> u64 {
+        start + u64::from(self.pages) * PAGE as u64
+    }
+    /// The part of the run from its n-th page.
+    fn from(&self, n: u32) -> Run {
+        let slot = match self.slot {
+            Slot::At(s) => Slot::At(s + n),
+            Slot::Zero => Slot::Zero,
+        };
+        Run { pages: self.pages - n, slot }
+    }
+}
+
+/// What is still missing in a task, by address.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Pending(BTreeMap<u64, Run>);
+
+impl Pending {
+    /// Everything that CRIU left to us, from where it is staged.
+    fn new(vpid: i32, entries: &[PagemapEntry], staging: &Staging) -> Result<Pending> {
+        let mut all = Pending::default();
+        let mut last: Option<(u64, Run)> = None;
+        for entry in entries.iter().filter(|e| e.flags & PE_LAZY != 0) {
+            for i in 0..entry.pages {
+                let at = entry.vaddr + i * PAGE as u64;
+                let slot = staging
+                    .find(vpid, at)
+                    .ok_or_else(|| anyhow!("page {at:#x} of task {vpid} did not arrive"))?;
+                if let Some((start, run)) = &mut last {
+                    let follows = match (run.slot, slot) {
+                        (Slot::At(a), Slot::At(b)) => b == a + run.pages,
+                        (Slot::Zero, Slot::Zero) => true,
+                        _ => false,
+                    };
+                    if follows && run.end(*start) == at && run.pages < u32::MAX {
+                        run.pages += 1;
+                        continue;
+                    }
+                    all.0.insert(*start, *run);
+                }
+                last = Some((at, Run { pages: 1, slot }));
+            }
+        }
+        if let Some((start, run)) = last {
+            all.0.insert(start, run);
+        }
+        Ok(all)
+    }
+
+    /// Takes out what lies in `[start, end)`.
+    fn take(&mut self, start: u64, end: u64) -> Vec<(u64, Run)> {
+        let mut taken = Vec::new();
+        let first = self.0.range(..=start).next_back().map_or(start, |(s, _)| *s);
+        let keys: Vec<u64> = self.0.range(first..end).map(|(s, _)| *s).collect();
+        for key in keys {
+            let run = self.0[&key];
+            if run.end(key) <= start {
+                continue;
+            }
+            self.0.remove(&key);
+            let before = (start.saturating_sub(key) / PAGE as u64) as u32;
+            let (from, mut run) = (key + u64::from(before) * PAGE as u64, {
+                if before > 0 {
+                    self.0.insert(key, Run { pages: before, slot: run.slot });
+                }
+                run.from(before)
+            });
+            if run.end(from) > end {
+                let keep = ((end - from) / PAGE as u64) as u32;
+                self.0.insert(end, run.from(keep));
+                run.pages = keep;
+            }
+            taken.push((from, run));
+        }
+        taken
+    }
+
+    fn put_back(&mut self, list: impl IntoIterator<Item = (u64, Run)>) {
+        self.0.extend(list);
+    }
+}
+
+#[derive(Debug)]
+struct Target {
+    uffd: OwnedFd,
+    pending: Pending,
+    /// Where the background is; it goes up and starts again at the bottom.
+    cursor: u64,
+    /// The restore has not finished: a mapping that is not there may only not be registered yet.
+    early: bool,
+    gone: bool,
+}
+
+/// The listening end, made before the restore starts.
+#[derive(Debug)]
+pub struct Server {
+    listener: UnixListener,
+}
+
+/// A daemon at work.
+#[derive(Debug)]
+pub struct Serving {
+    thread: JoinHandle<Result<Served>>,
+    done: mpsc::Receiver<()>,
+}
+
+impl Serving {
+    /// Waits until every page is in; `None` when that takes longer than `timeout`.
+    ///
+    /// # Errors
+    /// When pages could not be installed.
+    pub fn join(self, timeout: Duration) -> Result<std::result::Result<Served, Serving>> {
+        match self.done.recv_timeout(timeout) {
+            Err(mpsc::RecvTimeoutError::Timeout) => Ok(Err(self)),
+            _ => match self.thread.join() {
+                Ok(result) => result.map(Ok),
+                Err(_) => bail!("the page daemon panicked"),
+            },
+        }
+    }
+}
+
+impl Server {
+    /// Listens in CRIU's work directory.
+    ///
+    /// # Errors
+    /// When the socket cannot be made.
+    pub fn listen(work: &Path) -> Result<Server> {
+        let path = work.join(SOCKET);
+        let listener = UnixListener::bind(&path)
+            .with_context(|| format!("cannot listen on {}", path.display()))?;
+        Ok(Server { listener })
+    }
+
+    /// Starts serving. Every page in `pagemaps` must be staged.
+    ///
+    /// # Errors
+    /// When one is missing: the restore must not go on then.
+    pub fn start(
+        self,
+        staging: Staging,
+        pagemaps: &HashMap<i32, Vec<PagemapEntry>>,
+    ) -> Result<Serving> {
+        let mut pending = HashMap::new();
+        for (&vpid, entries) in pagemaps {
+            pending.insert(vpid, Pending::new(vpid, entries, &staging)?);
+        }
+        let (tell, done) = mpsc::channel();
+        let thread = std::thread::Builder::new().name("pages".into()).spawn(move || {
+            let daemon = Daemon {
+                staging,
+                pending,
+                targets: Vec::new(),
+                served: Served::default(),
+                finished: false,
+                stalled: false,
+                shared: false,
+            };
+            let result = daemon.run(&self.listener);
+            // Nobody may be listening any more.
+            let _ = tell.send(());
+            result
+        })?;
+        Ok(Serving { thread, done })
+    }
+}
+
+struct Daemon {
+    staging: Staging,
+    pending: HashMap<i32, Pending>,
+    targets: Vec<Target>,
+    served: Served,
+    finished: bool,
+    /// The background ran into a mapping that is not registered yet.
+    stalled: bool,
+    /// After a fork two tasks may want the same slot.
+    shared: bool,
+}
+
+impl Daemon {
+    fn run(mut self, listener: &UnixListener) -> Result<Served> {
+        let (mut criu, _) = listener.accept()?;
+        loop {
+            let idle = self.targets.iter().all(|t| t.pending.0.is_empty());
+            if self.finished && idle {
+                return Ok(self.served);
+            }
+            let timeout = if idle {
+                PollTimeout::NONE
+            } else if self.stalled {
+                PollTimeout::from(1u8)
+            } else {
+                PollTimeout::ZERO
+            };
+            let targets = self.targets.len();
+            let ready = {
+                let mut set: Vec<PollFd> = self
+                    .targets
+                    .iter()
+                    .map(|t| PollFd::new(t.uffd.as_fd(), PollFlags::POLLIN))
+                    .collect();
+                if !self.finished {
+                    set.push(PollFd::new(criu.as_fd(), PollFlags::POLLIN));
+                }
+                match poll(&mut set, timeout) {
+                    Ok(_) => {}
+                    Err(Errno::EINTR) => continue,
+                    Err(e) => return Err(e.into()),
+                }
+                set.iter()
+                    .map(|p| p.revents().is_some_and(|r| !r.is_empty()))
+                    .collect::<Vec<bool>>()
+            };
+            for (index, _) in ready.iter().enumerate().filter(|(_, r)| **r) {
+                // CRIU's socket stands last, behind the targets that were there when we polled.
+                if index == targets {
+                    self.hello(&mut criu)?;
+                } else {
+                    self.events(index)?;
+                }
+            }
+            self.stalled = false;
+            self.background()?;
+            self.targets.retain(|t| !t.gone);
+        }
+    }
+
+    /// A message of CRIU's: a task's descriptor, or the end of the restore.
+    fn hello(&mut self, criu: &mut UnixStream) -> Result<()> {
+        let mut number = [0; 4];
+        criu.read_exact(&mut number).context("CRIU closed the lazy-pages socket")?;
+        let vpid = i32::from_le_bytes(number);
+        if vpid == FINISHED {
+            self.finished = true;
+            for target in &mut self.targets {
+                target.early = false;
+            }
+            return Ok(());
+        }
+        if vpid < 0 {
+            return Ok(());
+        }
+        let (_, mut fds) =
+            scm::receive(&*criu)?.ok_or_else(|| anyhow!("CRIU closed the lazy-pages socket"))?;
+        let uffd = fds.pop().ok_or_else(|| anyhow!("CRIU sent no userfaultfd"))?;
+        let pending = self.pending.remove(&vpid).unwrap_or_default();
+        self.targets.push(Target { uffd, pending, cursor: 0, early: true, gone: false });
+        Ok(())
+    }
+
+    /// Everything that a task's descriptor has to say.
+    fn events(&mut self, index: usize) -> Result<()> {
+        loop {
+            let event = match uffd_read(&self.targets[index].uffd) {
+                Ok(Some(event)) => event,
+                Ok(None) => return Ok(()),
+                Err(e) if e.raw_os_error() == Some(libc::ESRCH) => {
+                    self.targets[index].gone = true;
+                    return Ok(());
+                }
+                Err(e) => return Err(e).context("reading a userfaultfd"),
+            };
+            let target = &mut self.targets[index];
+            match event {
+                UffdEvent::Fault(at) => {
+                    let page = at & !(PAGE as u64 - 1);
+                    let began = Instant::now();
+                    let wanted = target.pending.take(page, page + PAGE as u64);
+                    if wanted.is_empty() {
+                        // Never had contents, or came in since the task stumbled.
+                        match uffd_zero(&target.uffd, page, PAGE).1 {
+                            Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {
+                                let _ = uffd_wake(&target.uffd, page, PAGE as u64);
+                            }
+                            Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => {
+                                let _ = uffd_wake(&target.uffd, page, PAGE as u64);
+                            }
+                            _ => {}
+                        }
+                    }
+                    for (start, run) in wanted {
+                        self.install(index, start, run)?;
+                    }
+                    self.served.faults += 1;
+                    let took = began.elapsed().as_micros() as u64;
+                    self.served.worst_fault_us = self.served.worst_fault_us.max(took);
+                }
+                UffdEvent::Fork(uffd) => {
+                    self.shared = true;
+                    let pending = target.pending.clone();
+                    self.targets.push(Target {
+                        uffd,
+                        pending,
+                        cursor: 0,
+                        early: !self.finished,
+                        gone: false,
+                    });
+                }
+                UffdEvent::Remap(from, to, length) => {
+                    let moved = target.pending.take(from, from + length);
+                    target.pending.put_back(moved.into_iter().map(|(s, r)| (s - from + to, r)));
+                }
+                UffdEvent::Remove(start, end) | UffdEvent::Unmap(start, end) => {
+                    target.pending.take(start, end);
+                }
+            }
+        }
+    }
+
+    /// One batch for each task that has something left.
+    fn background(&mut self) -> Result<()> {
+        for index in 0..self.targets.len() {
+            let target = &mut self.targets[index];
+            let next = target
+                .pending
+                .0
+                .range(target.cursor..)
+                .next()
+                .or_else(|| target.pending.0.iter().next())
+                .map(|(s, r)| (*s, *r));
+            let Some((start, run)) = next else { continue };
+            let pages = run.pages.min(BATCH);
+            let end = start + u64::from(pages) * PAGE as u64;
+            target.cursor = end;
+            for (start, run) in target.pending.take(start, end) {
+                self.install(index, start, run)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Installs a run that has been taken out of the pending ones; puts back what has to wait.
+    fn install(&mut self, index: usize, mut start: u64, mut run: Run) -> Result<()> {
+        while run.pages > 0 {
+            let target = &mut self.targets[index];
+            let length = run.pages as usize * PAGE;
+            let (done, result) = match run.slot {
+                Slot::At(slot) => {
+                    uffd_copy(&target.uffd, start, self.staging.bytes(slot, run.pages as usize))
+                }
+                Slot::Zero => uffd_zero(&target.uffd, start, length),
+            };
+            let mut pages = (done / PAGE) as u32;
+            if pages > 0 {
+                self.served.pages += u64::from(pages);
+                if let (Slot::At(slot), false) = (run.slot, self.shared) {
+                    self.staging.release(slot, pages as usize);
+                }
+            }
+            if let Err(e) = result {
+                match e.raw_os_error() {
+                    // The first page not installed is there already: go on behind it.
+                    Some(libc::EEXIST) => {
+                        let _ = uffd_wake(&target.uffd, start + done as u64, PAGE as u64);
+                        pages += 1;
+                    }
+                    // Not registered yet, or an event has to be read first.
+                    Some(libc::ENOENT) if target.early => {
+                        let rest = run.from(pages);
+                        target.pending.put_back([(start + u64::from(pages) * PAGE as u64, rest)]);
+                        target.cursor = 0;
+                        self.stalled = true;
+                        return Ok(());
+                    }
+                    Some(libc::EAGAIN) => {
+                        let (start, run) =
+                            (start + u64::from(pages) * PAGE as u64, run.from(pages));
+                        if run.pages > 0 {
+                            target.pending.put_back([(start, run)]);
+                        }
+                        return Ok(());
+                    }
+                    // Unmapped since: an event that says so may be on its way. Page by page, so
+                    // that what is still mapped gets its own.
+                    Some(libc::ENOENT) if run.pages - pages > 1 => {
+                        let rest = run.from(pages);
+                        let at = start + u64::from(pages) * PAGE as u64;
+                        for n in 0..rest.pages {
+                            let one = Run { pages: 1, slot: rest.from(n).slot };
+                            self.install(index, at + u64::from(n) * PAGE as u64, one)?;
+                        }
+                        return Ok(());
+                    }
+                    Some(libc::ENOENT) => pages += 1,
+                    Some(libc::ESRCH | libc::ENOSPC) => {
+                        target.gone = true;
+                        target.pending = Pending::default();
+                        return Ok(());
+                    }
+                    _ => return Err(e).context("putting a page into the restored task"),
+                }
+            }
+            continue_after(&mut start, &mut run, pages);
+        }
+        Ok(())
+    }
+}
+
+fn continue_after(start: &mut u64, run: &mut Run, pages: u32) {
+    *start += u64::from(pages) * PAGE as u64;
+    *run = run.from(pages.min(run.pages));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn staged() -> (Staging, Vec<PagemapEntry>) {
+        let mut staging = Staging::new(16).unwrap();
+        staging.put(5, 0x10000, &[1; 4 * PAGE]).unwrap();
+        staging.put_zeros(5, 0x14000, 2).unwrap();
+        staging.put(5, 0x16000, &[2; PAGE]).unwrap();
+        let lazy = |vaddr, pages| PagemapEntry { vaddr, pages, flags: PE_LAZY };
+        let present = PagemapEntry { vaddr: 0x30000, pages: 1, flags: 4 };
+        (staging, vec![lazy(0x10000, 7), present])
+    }
+
+    #[test]
+    fn neighbours_become_runs_and_missing_pages_are_found_out() {
+        let (staging, entries) = staged();
+        let pending = Pending::new(5, &entries, &staging).unwrap();
+        let runs: Vec<_> = pending.0.iter().map(|(s, r)| (*s, r.pages)).collect();
+        assert_eq!(runs, [(0x10000, 4), (0x14000, 2), (0x16000, 1)]);
+        let missing = [PagemapEntry { vaddr: 0x17000, pages: 1, flags: PE_LAZY }];
+        assert!(Pending::new(5, &missing, &staging).is_err());
+        assert!(Pending::new(6, &entries, &staging).is_err());
+    }
+
+    #[test]
+    fn taking_from_the_middle_leaves_both_ends() {
+        let (staging, entries) = staged();
+        let mut pending = Pending::new(5, &entries, &staging).unwrap();
+        let taken = pending.take(0x11000, 0x15000);
+        let shape: Vec<_> = taken.iter().map(|(s, r)| (*s, r.pages, r.slot)).collect();
+        assert_eq!(shape, [(0x11000, 3, Slot::At(1)), (0x14000, 1, Slot::Zero)]);
+        let left: Vec<_> = pending.0.iter().map(|(s, r)| (*s, r.pages)).collect();
+        assert_eq!(left, [(0x10000, 1), (0x15000, 1), (0x16000, 1)]);
+        assert!(pending.take(0x40000, 0x50000).is_empty());
+        pending.put_back(taken);
+        let whole: u32 = pending.0.values().map(|r| r.pages).sum();
+        assert_eq!(whole, 7);
+    }
+}

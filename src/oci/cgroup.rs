@@ -1,0 +1,218 @@
+//! The container's control group: its processes, freezing and thawing them, ending them.
+//! Source: Documentation/admin-guide/cgroup-v2.rst (`cgroup.freeze`, `cgroup.events`,
+//! `cgroup.kill`) and cgroup-v1/freezer-subsystem.rst.
+
+use std::fs;
+use std::io::{Read, Seek};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::{Deserialize, Serialize};
+
+/// A control group that can be frozen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", tag = "version", content = "path")]
+pub enum Cgroup {
+    /// In the unified hierarchy.
+    V2(PathBuf),
+    /// In a freezer hierarchy of version 1.
+    V1(PathBuf),
+}
+
+impl Cgroup {
+    /// The control group of a process, by which its container can be frozen.
+    ///
+    /// # Errors
+    /// When there is no freezer, or the group is the root, which holds more than the container.
+    pub fn of_process(pid: i32) -> Result<Cgroup> {
+        let text = fs::read_to_string(format!("/proc/{pid}/cgroup"))
+            .with_context(|| format!("process {pid} is gone"))?;
+        let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+        let find = |wanted: &dyn Fn(&str, &str) -> bool| -> Option<(PathBuf, PathBuf)> {
+            mounts.lines().find_map(|line| {
+                let (left, right) = line.split_once(" - ")?;
+                let mut right = right.split(' ');
+                let (kind, options) = (right.next()?, right.nth(1)?);
+                let mut left = left.split(' ').skip(3);
+                let (root, point) = (left.next()?, left.next()?);
+                wanted(kind, options).then(|| (root.into(), point.into()))
+            })
+        };
+        let place = |(root, point): (PathBuf, PathBuf), path: &str| -> Option<PathBuf> {
+            let inside = Path::new(path).strip_prefix(&root).ok()?;
+            (!inside.as_os_str().is_empty()).then(|| point.join(inside))
+        };
+        for line in text.lines() {
+            let mut parts = line.splitn(3, ':');
+            let (Some(id), Some(controllers), Some(path)) =
+                (parts.next(), parts.next(), parts.next())
+            else {
+                continue;
+            };
+            if id == "0" && controllers.is_empty() {
+                let found = find(&|kind, _| kind == "cgroup2").and_then(|m| place(m, path));
+                if let Some(dir) = found.filter(|d| d.join("cgroup.freeze").exists()) {
+                    return Ok(Cgroup::V2(dir));
+                }
+            } else if controllers.split(',').any(|c| c == "freezer") {
+                let found = find(&|kind, options| {
+                    kind == "cgroup" && options.split(',').any(|o| o == "freezer")
+                });
+                if let Some(dir) = found.and_then(|m| place(m, path)) {
+                    return Ok(Cgroup::V1(dir));
+                }
+            }
+        }
+        bail!("process {pid} has no control group of its own that could be frozen")
+    }
+
+    fn path(&self) -> &Path {
+        match self {
+            Cgroup::V2(p) | Cgroup::V1(p) => p,
+        }
+    }
+
+    /// The processes in it and below it, as this host numbers them.
+    ///
+    /// # Errors
+    /// When the group is gone.
+    pub fn processes(&self) -> Result<Vec<i32>> {
+        let mut found = Vec::new();
+        let mut left = vec![self.path().to_owned()];
+        while let Some(dir) = left.pop() {
+            let list = fs::read_to_string(dir.join("cgroup.procs"))
+                .with_context(|| format!("cannot list {}", dir.display()))?;
+            found.extend(list.lines().filter_map(|l| l.parse::<i32>().ok()));
+            for entry in fs::read_dir(&dir)?.flatten() {
+                if entry.file_type().is_ok_and(|t| t.is_dir()) {
+                    left.push(entry.path());
+                }
+            }
+        }
+        found.sort_unstable();
+        found.dedup();
+        Ok(found)
+    }
+
+    /// Whether it was told to freeze.
+    ///
+    /// # Errors
+    /// When the group is gone.
+    pub fn is_frozen(&self) -> Result<bool> {
+        Ok(match self {
+            Cgroup::V2(p) => fs::read_to_string(p.join("cgroup.freeze"))?.trim() == "1",
+            Cgroup::V1(p) => fs::read_to_string(p.join("freezer.state"))?.trim() != "THAWED",
+        })
+    }
+
+    /// Stops every task and waits until all have stopped.
+    ///
+    /// # Errors
+    /// When they have not within `timeout` (a task in an uninterruptible sleep); it is thawed
+    /// again then.
+    pub fn freeze(&self, timeout: Duration) -> Result<()> {
+        self.tell_freeze()?;
+        let done = self.wait_frozen(Instant::now() + timeout);
+        if done.is_err() {
+            self.thaw()?;
+        }
+        done
+    }
+
+    /// Tells the kernel to stop every task, without waiting.
+    ///
+    /// # Errors
+    /// When the group is gone.
+    pub fn tell_freeze(&self) -> Result<()> {
+        match self {
+            Cgroup::V2(p) => fs::write(p.join("cgroup.freeze"), "1"),
+            Cgroup::V1(p) => fs::write(p.join("freezer.state"), "FROZEN"),
+        }
+        .with_context(|| format!("cannot freeze {}", self.path().display()))
+    }
+
+    fn wait_frozen(&self, deadline: Instant) -> Result<()> {
+        match self {
+            Cgroup::V2(p) => {
+                // The kernel wakes a poll on cgroup.events when the value changes.
+                let mut events = fs::File::open(p.join("cgroup.events"))?;
+                loop {
+                    let mut text = String::new();
+                    events.rewind()?;
+                    events.read_to_string(&mut text)?;
+                    if text.lines().any(|l| l == "frozen 1") {
+                        return Ok(());
+                    }
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        bail!("{} does not freeze: a task cannot be stopped", p.display());
+                    }
+                    let timeout = PollTimeout::try_from(left.as_millis() as i32 + 1)?;
+                    let mut set = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+                    poll(&mut set, timeout)?;
+                }
+            }
+            Cgroup::V1(p) => {
+                // Version 1 has no notification; writing again moves stragglers on.
+                while fs::read_to_string(p.join("freezer.state"))?.trim() != "FROZEN" {
+                    if Instant::now() > deadline {
+                        bail!("{} does not freeze: a task cannot be stopped", p.display());
+                    }
+                    self.tell_freeze()?;
+                    std::thread::yield_now();
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Lets the tasks run.
+    ///
+    /// # Errors
+    /// When the group is gone.
+    pub fn thaw(&self) -> Result<()> {
+        match self {
+            Cgroup::V2(p) => fs::write(p.join("cgroup.freeze"), "0"),
+            Cgroup::V1(p) => fs::write(p.join("freezer.state"), "THAWED"),
+        }
+        .with_context(|| format!("cannot thaw {}", self.path().display()))
+    }
+
+    /// Ends every task, frozen ones too, and waits until all are gone. Version 1 kills only
+    /// thawed tasks, so they are thawed with the signal already pending: none of them returns to
+    /// user mode.
+    ///
+    /// # Errors
+    /// When they are not gone within `timeout`.
+    pub fn kill(&self, timeout: Duration) -> Result<()> {
+        let deadline = Instant::now() + timeout;
+        let kill = self.path().join("cgroup.kill");
+        if kill.exists() {
+            fs::write(&kill, "1")?;
+        } else {
+            for pid in self.processes()? {
+                // A process that is gone already is what we want.
+                let _ = crate::sys::process::pidfd_open(pid)
+                    .and_then(|fd| crate::sys::process::pidfd_kill(fd, libc::SIGKILL));
+            }
+            self.thaw()?;
+        }
+        let watched: Vec<_> = self
+            .processes()?
+            .into_iter()
+            .filter_map(|pid| crate::sys::process::pidfd_open(pid).ok())
+            .collect();
+        for fd in &watched {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = PollTimeout::try_from(left.as_millis() as i32 + 1)?;
+            let mut set = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut set, timeout)? == 0 {
+                return Err(anyhow!("a task of {} does not end", self.path().display()));
+            }
+        }
+        Ok(())
+    }
+}

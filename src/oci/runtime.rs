@@ -1,0 +1,121 @@
+//! The underlying runtime (runc): asking it for a container's state, having it checkpoint, restore
+//! and delete.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::Deserialize;
+
+/// Where runc keeps its state when it is not told otherwise (for root).
+pub const DEFAULT_ROOT: &str = "/run/runc";
+
+/// The runtime's own answer to `state`. Read leniently: oci-spec's type refuses `"paused"`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct State {
+    /// Container ID.
+    pub id: String,
+    /// `created`, `running`, `paused`, `stopped`.
+    pub status: String,
+    /// Host's number of the init process; 0 when stopped.
+    #[serde(default)]
+    pub pid: i32,
+    /// The bundle's directory.
+    pub bundle: PathBuf,
+}
+
+/// The runtime with the global flags that every call gets.
+#[derive(Clone, Debug)]
+pub struct Runtime {
+    program: PathBuf,
+    root: Option<PathBuf>,
+    systemd_cgroup: bool,
+}
+
+impl Runtime {
+    /// `program` is an absolute path; `root` as runc's `--root`.
+    pub fn new(program: PathBuf, root: Option<PathBuf>, systemd_cgroup: bool) -> Runtime {
+        Runtime { program, root, systemd_cgroup }
+    }
+
+    /// The program's path.
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// Where the runtime keeps its state.
+    pub fn root(&self) -> &Path {
+        self.root.as_deref().unwrap_or(Path::new(DEFAULT_ROOT))
+    }
+
+    /// A command with the global flags in place.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        if std::env::var_os("PATH").is_none_or(|p| p.is_empty()) {
+            command.env("PATH", super::DEFAULT_PATH);
+        }
+        if let Some(root) = &self.root {
+            command.arg("--root").arg(root);
+        }
+        if self.systemd_cgroup {
+            command.arg("--systemd-cgroup");
+        }
+        command
+    }
+
+    fn run(&self, arguments: &[OsString]) -> Result<Output> {
+        let mut command = self.command();
+        command.args(arguments).stdin(Stdio::null());
+        command.output().with_context(|| format!("cannot run {}", self.program.display()))
+    }
+
+    /// The state of a container, `None` when there is no such container.
+    ///
+    /// # Errors
+    /// When the runtime cannot be run or answers something else than a state.
+    pub fn state(&self, id: &str) -> Result<Option<State>> {
+        let output = self.run(&["state".into(), id.into()])?;
+        if !output.status.success() {
+            let text = String::from_utf8_lossy(&output.stderr);
+            if text.contains("does not exist") {
+                return Ok(None);
+            }
+            bail!("{} state {id}: {}", self.program.display(), first_error(&text));
+        }
+        Ok(Some(serde_json::from_slice(&output.stdout).context("the runtime's state answer")?))
+    }
+
+    /// The first lines of `--version`.
+    ///
+    /// # Errors
+    /// When the runtime cannot be run.
+    pub fn version(&self) -> Result<String> {
+        let output = self.run(&["--version".into()])?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        text.lines().next().map(str::to_owned).ok_or_else(|| anyhow!("no answer to --version"))
+    }
+
+    /// Removes the container and what is left of it.
+    ///
+    /// # Errors
+    /// When the runtime fails.
+    pub fn delete_force(&self, id: &str) -> Result<()> {
+        let output = self.run(&["delete".into(), "--force".into(), id.into()])?;
+        if output.status.success() {
+            return Ok(());
+        }
+        bail!("{}", first_error(&String::from_utf8_lossy(&output.stderr)))
+    }
+}
+
+/// The message of runc's last error, out of its log format.
+pub fn first_error(stderr: &str) -> String {
+    let errors: Vec<&str> = stderr.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
+    errors
+        .iter()
+        .rev()
+        .find(|l| l.contains("level=error") || l.starts_with("runc") || l.contains("\"error\""))
+        .or(errors.last())
+        .map_or_else(|| "no message".to_owned(), |l| (*l).to_owned())
+}

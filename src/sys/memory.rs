@@ -1,0 +1,371 @@
+//! Memory of other processes: `PAGEMAP_SCAN` (ioctl, Documentation/admin-guide/mm/pagemap.rst),
+//! process_vm_readv(2), userfaultfd(2); and shared arenas of our own: memfd_create(2), mmap(2).
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
+
+/// Bytes of a page. Ferry refuses hosts whose pages have another size.
+pub const PAGE: usize = 4096;
+
+/// `struct page_region` of linux/fs.h.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PageRegion {
+    /// First byte.
+    pub start: u64,
+    /// One past the last byte.
+    pub end: u64,
+    /// Categories that the pages have.
+    pub categories: u64,
+}
+
+#[repr(C)]
+struct PmScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+const _: () = assert!(size_of::<PmScanArg>() == 96);
+const _: () = assert!(size_of::<PageRegion>() == 24);
+
+/// `PAGE_IS_*` of linux/fs.h.
+pub mod category {
+    /// The page is mapped from a file or shmem.
+    pub const FILE: u64 = 1 << 2;
+    /// In memory.
+    pub const PRESENT: u64 = 1 << 3;
+    /// In swap.
+    pub const SWAPPED: u64 = 1 << 4;
+    /// The shared zero page.
+    pub const PFNZERO: u64 = 1 << 5;
+    /// A lightweight guard (`MADV_GUARD_INSTALL`): looks swapped, cannot be read.
+    pub const GUARD: u64 = 1 << 8;
+}
+
+/// What a scan looks for: a page matches when `(categories ^ inverted) & mask == mask` and
+/// `categories & any_of != 0`.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted {
+    /// See above.
+    pub inverted: u64,
+    /// See above.
+    pub mask: u64,
+    /// See above.
+    pub any_of: u64,
+}
+
+/// Appends the regions of `[start, end)` whose pages match to `found`. `pagemap` is an open
+/// `/proc/PID/pagemap`. Linux 6.7.
+///
+/// # Errors
+/// `EINVAL` where the kernel does not know a category, `ENOTTY` where it has no such ioctl.
+pub fn pagemap_scan(
+    pagemap: &File,
+    start: u64,
+    end: u64,
+    wanted: Wanted,
+    found: &mut Vec<PageRegion>,
+) -> io::Result<()> {
+    let mut vec = [PageRegion::default(); 512];
+    let mut at = start;
+    while at < end {
+        let mut arg = PmScanArg {
+            size: size_of::<PmScanArg>() as u64,
+            flags: 0,
+            start: at,
+            end,
+            walk_end: 0,
+            vec: vec.as_mut_ptr() as u64,
+            vec_len: vec.len() as u64,
+            max_pages: 0,
+            category_inverted: wanted.inverted,
+            category_mask: wanted.mask,
+            category_anyof_mask: wanted.any_of,
+            // Nothing that differs between neighbours is asked for, so that they come as one.
+            return_mask: category::PRESENT & wanted.any_of,
+        };
+        // SAFETY: `arg` has the size that it states and `vec` room for `vec_len` regions; both
+        // outlive the call.
+        let n = unsafe { ioctl::pagemap_scan(pagemap.as_raw_fd(), &mut arg) }?;
+        for region in &vec[..n as usize] {
+            match found.last_mut() {
+                Some(last) if last.end == region.start => last.end = region.end,
+                _ => found.push(*region),
+            }
+        }
+        if arg.walk_end <= at {
+            return Err(io::Error::other("PAGEMAP_SCAN made no progress"));
+        }
+        at = arg.walk_end;
+    }
+    Ok(())
+}
+
+/// Reads another process's memory at several places into one buffer, in order, and says how many
+/// bytes came. process_vm_readv(2): a fault ends the transfer early.
+pub fn read_process(pid: i32, places: &[(u64, usize)], into: &mut [u8]) -> io::Result<usize> {
+    debug_assert!(places.len() <= libc::UIO_MAXIOV as usize);
+    let total: usize = places.iter().map(|p| p.1).sum();
+    assert!(total <= into.len(), "buffer smaller than what is read");
+    let remote: Vec<libc::iovec> = places
+        .iter()
+        .map(|&(at, len)| libc::iovec { iov_base: at as *mut libc::c_void, iov_len: len })
+        .collect();
+    let local = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: total };
+    // SAFETY: the local vector covers memory that we hold exclusively, checked above; remote
+    // addresses are the other process's and only read.
+    let n = unsafe {
+        libc::process_vm_readv(
+            pid,
+            &raw const local,
+            1,
+            remote.as_ptr(),
+            remote.len() as libc::c_ulong,
+            0,
+        )
+    };
+    if n < 0 { Err(io::Error::last_os_error()) } else { Ok(n as usize) }
+}
+
+/// Memory that grows as pages come in, without ever moving: an anonymous file of a fixed largest
+/// size, mapped once; what has been handed over is given back to the system with
+/// [`Arena::release`]. memfd_create(2), fallocate(2).
+#[derive(Debug)]
+pub struct Arena {
+    file: File,
+    base: NonNull<u8>,
+    capacity: usize,
+}
+
+// SAFETY: the mapping belongs to the arena, and every access goes through &self/&mut self.
+unsafe impl Send for Arena {}
+// SAFETY: see above; shared access only reads.
+unsafe impl Sync for Arena {}
+
+impl Arena {
+    /// An arena of at most `capacity` bytes; takes up memory only where it is written.
+    pub fn new(capacity: usize) -> io::Result<Arena> {
+        let capacity = capacity.max(PAGE).next_multiple_of(PAGE);
+        let name = c"ferry-staging";
+        // SAFETY: the name is a C string; a non-negative result is ours alone.
+        let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: see above.
+        let file = unsafe { File::from_raw_fd(fd) };
+        file.set_len(capacity as u64)?;
+        // SAFETY: a new mapping at a place of the kernel's choice.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                capacity,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at zero"))?;
+        Ok(Arena { file, base, capacity })
+    }
+
+    /// Bytes that the arena can hold.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// The bytes at an offset.
+    ///
+    /// # Panics
+    /// When the range does not lie in the arena.
+    pub fn bytes(&self, offset: usize, len: usize) -> &[u8] {
+        assert!(offset.checked_add(len).is_some_and(|end| end <= self.capacity));
+        // SAFETY: the range lies in the mapping, which lives as long as self; writers need &mut.
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr().add(offset), len) }
+    }
+
+    /// The same, to write.
+    pub fn bytes_mut(&mut self, offset: usize, len: usize) -> &mut [u8] {
+        assert!(offset.checked_add(len).is_some_and(|end| end <= self.capacity));
+        // SAFETY: the range lies in the mapping and self is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr().add(offset), len) }
+    }
+
+    /// Gives the memory behind a range back to the system; it reads as zeros afterwards.
+    pub fn release(&self, offset: usize, len: usize) -> io::Result<()> {
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: no pointers.
+        let r = unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset as i64, len as i64) };
+        if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours and no reference into it outlives self.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.capacity) };
+    }
+}
+
+/// One message of a userfaultfd. userfaultfd(2), `struct uffd_msg`.
+#[derive(Debug)]
+pub enum UffdEvent {
+    /// A task waits for the page at this address.
+    Fault(u64),
+    /// The task forked; the child's memory is behind the new descriptor.
+    Fork(OwnedFd),
+    /// Memory moved: from, to, length.
+    Remap(u64, u64, u64),
+    /// Contents dropped (madvise): start, end.
+    Remove(u64, u64),
+    /// Unmapped: start, end.
+    Unmap(u64, u64),
+}
+
+#[repr(C)]
+struct UffdMsg {
+    event: u8,
+    reserved1: u8,
+    reserved2: u16,
+    reserved3: u32,
+    arg: [u64; 3],
+}
+const _: () = assert!(size_of::<UffdMsg>() == 32);
+
+#[repr(C)]
+struct UffdioCopy {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    copy: i64,
+}
+
+#[repr(C)]
+struct UffdioZeropage {
+    start: u64,
+    len: u64,
+    mode: u64,
+    zeropage: i64,
+}
+
+#[repr(C)]
+struct UffdioRange {
+    start: u64,
+    len: u64,
+}
+
+#[allow(missing_docs)]
+mod ioctl {
+    use super::{PmScanArg, UffdioCopy, UffdioRange, UffdioZeropage};
+    nix::ioctl_readwrite!(pagemap_scan, b'f', 16, PmScanArg);
+    nix::ioctl_readwrite!(uffdio_copy, 0xAA, 0x03, UffdioCopy);
+    nix::ioctl_readwrite!(uffdio_zeropage, 0xAA, 0x04, UffdioZeropage);
+    nix::ioctl_read!(uffdio_unregister, 0xAA, 0x01, UffdioRange);
+    nix::ioctl_read!(uffdio_wake, 0xAA, 0x02, UffdioRange);
+}
+
+/// Reads one message; `None` when there is none now. The descriptor must be non-blocking.
+pub fn uffd_read(uffd: impl AsFd) -> io::Result<Option<UffdEvent>> {
+    let mut message = UffdMsg { event: 0, reserved1: 0, reserved2: 0, reserved3: 0, arg: [0; 3] };
+    // SAFETY: the buffer is a live struct of the size passed; any bit pattern is valid in it.
+    let n = unsafe {
+        libc::read(uffd.as_fd().as_raw_fd(), (&raw mut message).cast(), size_of::<UffdMsg>())
+    };
+    if n < 0 {
+        let e = io::Error::last_os_error();
+        return match e.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(None),
+            _ => Err(e),
+        };
+    }
+    if n as usize != size_of::<UffdMsg>() {
+        return Err(io::Error::other("short userfaultfd message"));
+    }
+    let [a, b, c] = message.arg;
+    Ok(Some(match message.event {
+        0x12 => UffdEvent::Fault(b),
+        // SAFETY: the kernel put the child's descriptor into our table for this message.
+        0x13 => UffdEvent::Fork(unsafe { OwnedFd::from_raw_fd(a as u32 as i32) }),
+        0x14 => UffdEvent::Remap(a, b, c),
+        0x15 => UffdEvent::Remove(a, b),
+        0x16 => UffdEvent::Unmap(a, b),
+        other => return Err(io::Error::other(format!("userfaultfd event {other:#x}"))),
+    }))
+}
+
+/// Installs pages at `to` from our memory and wakes who waits for them; says how many bytes went
+/// in before the error, if one came. `UFFDIO_COPY`.
+pub fn uffd_copy(uffd: impl AsFd, to: u64, from: &[u8]) -> (usize, io::Result<()>) {
+    let mut arg =
+        UffdioCopy { dst: to, src: from.as_ptr() as u64, len: from.len() as u64, mode: 0, copy: 0 };
+    // SAFETY: the kernel reads `len` bytes at `src`, a live slice, and writes into the memory of
+    // the process that the descriptor stands for.
+    let r = unsafe { ioctl::uffdio_copy(uffd.as_fd().as_raw_fd(), &mut arg) };
+    let done = if arg.copy > 0 { arg.copy as usize } else { 0 };
+    (done, r.map(|_| ()).map_err(Into::into))
+}
+
+/// Installs zero pages. `UFFDIO_ZEROPAGE`.
+pub fn uffd_zero(uffd: impl AsFd, start: u64, len: usize) -> (usize, io::Result<()>) {
+    let mut arg = UffdioZeropage { start, len: len as u64, mode: 0, zeropage: 0 };
+    // SAFETY: the struct is live; the kernel writes only into the other process's memory.
+    let r = unsafe { ioctl::uffdio_zeropage(uffd.as_fd().as_raw_fd(), &mut arg) };
+    let done = if arg.zeropage > 0 { arg.zeropage as usize } else { 0 };
+    (done, r.map(|_| ()).map_err(Into::into))
+}
+
+/// Wakes tasks that wait for pages of a range which somebody else installed. `UFFDIO_WAKE`.
+pub fn uffd_wake(uffd: impl AsFd, start: u64, len: u64) -> io::Result<()> {
+    let mut arg = UffdioRange { start, len };
+    // SAFETY: the struct is live.
+    unsafe { ioctl::uffdio_wake(uffd.as_fd().as_raw_fd(), &mut arg) }?;
+    Ok(())
+}
+
+/// Stops watching a range. `UFFDIO_UNREGISTER`.
+pub fn uffd_unregister(uffd: impl AsFd, start: u64, len: u64) -> io::Result<()> {
+    let mut arg = UffdioRange { start, len };
+    // SAFETY: the struct is live.
+    unsafe { ioctl::uffdio_unregister(uffd.as_fd().as_raw_fd(), &mut arg) }?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_arena_keeps_and_gives_back() {
+        let mut arena = Arena::new(1 << 20).unwrap();
+        arena.bytes_mut(4096, 4).copy_from_slice(b"abcd");
+        assert_eq!(arena.bytes(4096, 4), b"abcd");
+        arena.release(4096, 4096).unwrap();
+        assert_eq!(arena.bytes(4096, 4), [0; 4]);
+    }
+
+    #[test]
+    fn own_memory_reads_as_written() {
+        let data: Vec<u8> = (0..9000u32).map(|i| i as u8).collect();
+        let mut got = vec![0; 9000];
+        let at = data.as_ptr() as u64;
+        let n = read_process(std::process::id() as i32, &[(at, 5000), (at + 5000, 4000)], &mut got);
+        assert_eq!(n.unwrap(), 9000);
+        assert_eq!(got, data);
+    }
+}

@@ -1,0 +1,86 @@
+//! Processes seen from outside: pidfd_open(2), pidfd_getfd(2), process_vm_readv(2), prctl(2).
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+/// A descriptor that stands for a process and becomes readable when it ends. pidfd_open(2).
+pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: no pointers; a non-negative result is a new descriptor that is ours alone.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: see above.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// A duplicate of another process's descriptor. pidfd_getfd(2).
+pub fn pidfd_getfd(pidfd: impl AsFd, fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: no pointers; a non-negative result is a new descriptor that is ours alone.
+    let got = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_fd().as_raw_fd(), fd, 0) };
+    if got < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: see above.
+    Ok(unsafe { OwnedFd::from_raw_fd(got as RawFd) })
+}
+
+/// Sends a signal to the process behind a pidfd: never to a stranger who got its number since.
+/// pidfd_send_signal(2).
+pub fn pidfd_kill(pidfd: impl AsFd, signal: i32) -> io::Result<()> {
+    // SAFETY: the siginfo pointer may be null.
+    let r = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_fd().as_raw_fd(),
+            signal,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Makes the command's process leader of a new session, so that a signal for our terminal's
+/// foreground group does not reach it: the hand-over decides what becomes of runc, not Ctrl-C.
+/// setsid(2).
+pub fn in_new_session(command: &mut Command) {
+    // SAFETY: setsid is async-signal-safe and touches no memory.
+    unsafe {
+        command.pre_exec(|| {
+            libc::setsid();
+            Ok(())
+        });
+    }
+}
+
+/// Makes this process reap orphans among its descendants: the restored container's init becomes
+/// runc's sibling and must not be lost to pid 1 while runc still waits. prctl(2).
+pub fn set_child_subreaper() -> io::Result<()> {
+    // SAFETY: no pointers.
+    let r = unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Makes `target` the same open file as `fd`, kept over exec. dup2(2).
+pub fn dup_onto(fd: impl AsFd, target: RawFd) -> io::Result<()> {
+    // SAFETY: plain numbers; the shim that calls this owns the target number.
+    let r = unsafe { libc::dup2(fd.as_fd().as_raw_fd(), target) };
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Takes ownership of a descriptor that a parent process left for us under a known number.
+///
+/// # Errors
+/// `EBADF` when there is none.
+pub fn adopt_fd(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: fcntl with F_GETFD touches no memory.
+    if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the number is open and, by the caller's contract, nobody else in this process
+    // owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}

@@ -1,0 +1,46 @@
+//! Socket options that std has no name for: tcp(7).
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+/// `TCP_REPAIR_OFF_NO_WP`: leave repair mode without sending a window probe. linux/tcp.h.
+const TCP_REPAIR_OFF_NO_WP: libc::c_int = -1;
+const TCP_REPAIR: libc::c_int = 19;
+
+/// Takes a TCP socket out of repair mode where it was left there; says whether it was.
+///
+/// A CRIU that is killed in the middle of a dump leaves its victims' sockets so: they neither send
+/// nor receive.
+pub fn leave_repair(socket: impl AsFd) -> io::Result<bool> {
+    let fd = socket.as_fd().as_raw_fd();
+    let mut value: libc::c_int = 0;
+    let mut length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: both pointers are to live variables of the stated size.
+    let r = unsafe {
+        libc::getsockopt(
+            fd,
+            libc::IPPROTO_TCP,
+            TCP_REPAIR,
+            (&raw mut value).cast(),
+            &raw mut length,
+        )
+    };
+    if r < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if value == 0 {
+        return Ok(false);
+    }
+    let off = TCP_REPAIR_OFF_NO_WP;
+    // SAFETY: the pointer is to a live variable of the stated size.
+    let r = unsafe {
+        libc::setsockopt(
+            fd,
+            libc::IPPROTO_TCP,
+            TCP_REPAIR,
+            (&raw const off).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(true) }
+}
