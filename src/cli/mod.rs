@@ -1,1 +1,65 @@
 //! Our verbs' arguments, and the pass-through of everybody else's.
+//!
+//! [`scan`] reads just enough of the command line to know whose verb it is. The runtime's
+//! go through [`passthrough`]; ours are parsed by [`args`] and go on from [`run`].
+
+pub mod args;
+pub mod destination;
+pub mod passthrough;
+pub mod runtime;
+pub mod scan;
+pub mod units;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use anyhow::anyhow;
+use clap::Parser;
+
+use crate::report::exit::{Exit, Failed};
+use crate::report::log::ErrorLog;
+use args::{Cli, Globals, Verb};
+
+/// Runs a verb of ours: `line` as [`scan`] prepared it, and what it took out of it.
+pub fn run(line: Vec<OsString>, ferry_runtime: Option<OsString>, log: &ErrorLog) -> ExitCode {
+    let Cli { mut globals, verb } = match Cli::try_parse_from(line) {
+        Ok(cli) => cli,
+        Err(told) => return not_parsed(&told, log),
+    };
+    globals.ferry_runtime = globals.ferry_runtime.or(ferry_runtime);
+    match dispatch(&globals, verb) {
+        Ok(()) => Exit::Done.into(),
+        Err(Failed { exit, error }) => {
+            globals.error_log().error(&error);
+            exit.into()
+        }
+    }
+}
+
+/// Where each verb goes.
+fn dispatch(_globals: &Globals, verb: Verb) -> Result<(), Failed> {
+    match verb {
+        Verb::Migrate(_args) => Err(not_built_yet("migrate")),
+        Verb::Receive(_args) => Err(not_built_yet("receive")),
+        Verb::Check(_args) => Err(not_built_yet("check")),
+        Verb::Migrations(_args) => Err(not_built_yet("migrations")),
+        Verb::Resolve(_args) => Err(not_built_yet("resolve")),
+        Verb::Guard { args: _args } => Err(not_built_yet("__guard")),
+    }
+}
+
+fn not_built_yet(verb: &str) -> Failed {
+    Failed::refused(anyhow!("`ferry {verb}` is not built yet"))
+}
+
+/// Help that was asked for, or a command line that is wrong; clap has the text of both.
+fn not_parsed(told: &clap::Error, log: &ErrorLog) -> ExitCode {
+    let _ = told.print();
+    if !told.use_stderr() {
+        return Exit::Done.into();
+    }
+    let text = told.to_string();
+    let message = text.split("\n\n").next().unwrap_or_default();
+    log.log_only(&anyhow!("{}", message.trim_start_matches("error: ").to_owned()));
+    Exit::Usage.into()
+}

@@ -1,1 +1,3 @@
 //! The hand-over from host to host.
+
+pub mod away;

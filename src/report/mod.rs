@@ -1,1 +1,4 @@
 //! What the user is told: progress, timeline, JSON.
+
+pub mod exit;
+pub mod log;

@@ -1,0 +1,323 @@
+//! The arguments of our own verbs, as clap reads them and as the rest of ferry gets them.
+//!
+//! The runtime's global flags mean the same here, before or after the verb.
+
+use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+use super::destination::{Destination, Listen};
+use super::units;
+use crate::migration::away;
+use crate::report::log::{ErrorLog, Format};
+
+/// A command line with a verb of ours.
+#[derive(Debug, Parser)]
+#[command(
+    name = "ferry",
+    version,
+    about = "Carries a running container to another host; in all else it is runc",
+    disable_help_subcommand = true
+)]
+pub struct Cli {
+    /// What goes for all verbs.
+    #[command(flatten)]
+    pub globals: Globals,
+    /// The verb with its own arguments.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// The runtime's global flags.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Global options (as runc's)")]
+pub struct Globals {
+    /// Where the runtime keeps its containers' state [default: the runtime's own]
+    #[arg(long, global = true, value_name = "DIR")]
+    pub root: Option<PathBuf>,
+    /// Also write errors to this file
+    #[arg(long, global = true, value_name = "FILE")]
+    pub log: Option<PathBuf>,
+    /// The form of that file
+    #[arg(long, global = true, value_name = "FORMAT", default_value = "text")]
+    pub log_format: Format,
+    /// The container's cgroup is systemd's
+    #[arg(long, global = true)]
+    pub systemd_cgroup: bool,
+    /// Say on stderr what is being done
+    #[arg(long, global = true)]
+    pub debug: bool,
+    /// The container runtime: a path, or a name in PATH [default: runc]
+    #[arg(long, global = true, value_name = "RUNTIME")]
+    pub ferry_runtime: Option<OsString>,
+}
+
+impl Globals {
+    /// Where errors go besides stderr.
+    pub fn error_log(&self) -> ErrorLog {
+        ErrorLog { file: self.log.clone(), format: self.log_format }
+    }
+}
+
+/// Our verbs.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Move a running container to another host
+    Migrate(MigrateArgs),
+    /// Take a container in; `ferry migrate` starts this on the other host
+    Receive(ReceiveArgs),
+    /// Tell what would stop a migration, before it starts
+    Check(CheckArgs),
+    /// List what is being migrated or was migrated, to and from this host
+    Migrations(MigrationsArgs),
+    /// Settle who owns a container after a crash in the middle of a migration
+    Resolve(ResolveArgs),
+    /// For ferry itself
+    #[command(name = "__guard", hide = true)]
+    Guard {
+        /// As whoever starts it agrees with itself.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
+    },
+}
+
+/// How the other host is reached; as in rsync.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
+pub struct RemoteArgs {
+    /// What to run in the place of ssh; a command with arguments
+    #[arg(long, value_name = "COMMAND")]
+    pub rsh: Option<String>,
+    /// Where ferry is on the other host [default: ferry, in its PATH]
+    #[arg(long, value_name = "PATH")]
+    pub remote_ferry: Option<OsString>,
+}
+
+const MIGRATE_EXAMPLES: &str = "\
+Examples:
+  ferry migrate web host2
+        move the container web to host2, over ssh
+  ferry check web host2
+        only tell whether that would work
+  ferry migrate --bundle /srv/web web root@host2
+        its bundle is at another place there
+  ferry migrate --rsh 'ssh -i /etc/ferry/key' --timeout 30s web host2
+        log in with a key of your own, and give up after half a minute
+  ferry migrate --network macvlan=eth1 web host2
+        its address goes on host2's eth1
+
+The container runs on here until the other host has all of it. Whatever fails before that
+leaves it running here; once it runs there it cannot start here again, until
+`ferry resolve CONTAINER --keep`.
+
+Exit codes: 0 it runs there; 1 failed, it runs on here; 2 wrong usage; 3 refused, nothing
+was touched; 4 in doubt, see `ferry resolve`.";
+
+/// `ferry migrate`.
+#[derive(Debug, Clone, PartialEq, Eq, Args)]
+#[command(after_help = MIGRATE_EXAMPLES)]
+pub struct MigrateArgs {
+    /// The container's ID
+    #[arg(value_parser = container_id)]
+    pub container: String,
+    /// Where it goes: [user@]host, ssh://[user@]host[:port] or unix:/path
+    pub destination: Destination,
+    /// How the other host is reached.
+    #[command(flatten)]
+    pub remote: RemoteArgs,
+    /// The bundle's directory on the other host [default: the same path as here]
+    #[arg(long, value_name = "DIR")]
+    pub bundle: Option<PathBuf>,
+    /// How its network is made there: auto (as it is here), keep (the bundle's namespace is
+    /// there already), none, bridge=BRIDGE or macvlan=INTERFACE
+    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = network)]
+    pub network: Network,
+    /// A socket on the other host that receives the container's terminal
+    #[arg(long, value_name = "PATH")]
+    pub console_socket: Option<PathBuf>,
+    /// Give up if it is not handed over by then: 500ms, 30s, 5m
+    #[arg(long, value_name = "DURATION", value_parser = units::duration)]
+    pub timeout: Option<Duration>,
+    /// Do everything that leaves the container alone, and stop there
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Print one JSON event a line, the report last
+    #[arg(long)]
+    pub json: bool,
+    /// Write the report, as JSON, to this file
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+    /// Afterwards refuse to start a container of this ID here (this is the default)
+    #[arg(long, overrides_with = "no_mark")]
+    pub leave_mark: bool,
+    /// Afterwards let the ID be used again here: whoever restarts it makes a second copy
+    #[arg(long, overrides_with = "leave_mark")]
+    pub no_mark: bool,
+}
+
+const RECEIVE_EXAMPLES: &str = "\
+Examples:
+  ferry receive --stdio
+        what `ferry migrate` runs over ssh on this host
+  ferry receive --listen unix:/run/ferry.sock
+        for a tunnel of your own, or for trying it out on one host";
+
+/// `ferry receive`.
+#[derive(Debug, Clone, PartialEq, Eq, Args)]
+#[command(after_help = RECEIVE_EXAMPLES)]
+#[group(id = "from", required = true, multiple = false, args = ["stdio", "listen"])]
+pub struct ReceiveArgs {
+    /// Talk to the source over standard input and output
+    #[arg(long)]
+    pub stdio: bool,
+    /// Wait for the source here: unix:/path
+    #[arg(long, value_name = "WHERE")]
+    pub listen: Option<Listen>,
+    /// A socket on this host that receives the container's terminal
+    #[arg(long, value_name = "PATH")]
+    pub console_socket: Option<PathBuf>,
+    /// Print one JSON event a line, to stderr with --stdio
+    #[arg(long)]
+    pub json: bool,
+}
+
+const CHECK_EXAMPLES: &str = "\
+Examples:
+  ferry check
+        is this host fit to send and receive containers?
+  ferry check web
+        can web be moved at all?
+  ferry check web host2
+        can web be moved to host2?
+
+Exit codes: 0 nothing stands in the way; 3 something does.";
+
+/// `ferry check`.
+#[derive(Debug, Clone, PartialEq, Eq, Args)]
+#[command(after_help = CHECK_EXAMPLES)]
+pub struct CheckArgs {
+    /// The container's ID
+    #[arg(value_parser = container_id)]
+    pub container: Option<String>,
+    /// Where it would go, as in `ferry migrate`
+    pub destination: Option<Destination>,
+    /// How the other host is reached.
+    #[command(flatten)]
+    pub remote: RemoteArgs,
+    /// The bundle's directory on the other host [default: the same path as here]
+    #[arg(long, value_name = "DIR")]
+    pub bundle: Option<PathBuf>,
+    /// How its network would be made there, as in `ferry migrate`
+    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = network)]
+    pub network: Network,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+const MIGRATIONS_EXAMPLES: &str = "\
+Examples:
+  ferry migrations
+        all of them, the latest last
+  ferry migrations --json web
+        those of the container web, for a script";
+
+/// `ferry migrations`.
+#[derive(Debug, Clone, PartialEq, Eq, Args)]
+#[command(after_help = MIGRATIONS_EXAMPLES)]
+pub struct MigrationsArgs {
+    /// Only those of this container, or the one migration of this ID
+    #[arg(value_parser = container_id)]
+    pub id: Option<String>,
+    /// Print JSON, one migration a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+const RESOLVE_EXAMPLES: &str = "\
+Examples:
+  ferry resolve web
+        ask the other host, and do what follows from its answer
+  ferry resolve web --keep
+        the other host is gone for good: this one owns web (again); what is frozen here runs
+        on, and the mark that keeps it from being started is lifted
+  ferry resolve web --discard
+        the other host owns web: what is left of it here goes away
+
+--keep and --discard are your word that the other host does not run it. If it does, there
+will be two copies.";
+
+/// `ferry resolve`.
+#[derive(Debug, Clone, PartialEq, Eq, Args)]
+#[command(after_help = RESOLVE_EXAMPLES)]
+pub struct ResolveArgs {
+    /// The container's ID, or the migration's
+    #[arg(value_parser = container_id)]
+    pub id: String,
+    /// This host owns the container
+    #[arg(long, conflicts_with = "discard")]
+    pub keep: bool,
+    /// The other host owns the container
+    #[arg(long)]
+    pub discard: bool,
+    /// How the other host is reached.
+    #[command(flatten)]
+    pub remote: RemoteArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// How a container's network is made on the destination.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Network {
+    /// As it is on the source.
+    Auto,
+    /// The namespace that the bundle names is there already.
+    Keep,
+    /// Nothing is made.
+    None,
+    /// A veth on this bridge.
+    Bridge(String),
+    /// A macvlan over this interface.
+    Macvlan(String),
+}
+
+fn network(text: &str) -> Result<Network, String> {
+    let interface = |name: &str| match name {
+        "" => Err("the interface is missing".to_owned()),
+        // The kernel's limits.
+        name if name.len() > 15 || name.contains(|c: char| c == '/' || c.is_whitespace()) => {
+            Err(format!("{name:?} is no interface"))
+        }
+        name => Ok(name.to_owned()),
+    };
+    match text.split_once('=') {
+        None if text == "auto" => Ok(Network::Auto),
+        None if text == "keep" => Ok(Network::Keep),
+        None if text == "none" => Ok(Network::None),
+        Some(("bridge", name)) => interface(name).map(Network::Bridge),
+        Some(("macvlan", name)) => interface(name).map(Network::Macvlan),
+        _ => Err("use auto, keep, none, bridge=BRIDGE or macvlan=INTERFACE".into()),
+    }
+}
+
+fn container_id(text: &str) -> Result<String, String> {
+    if away::valid_id(OsStr::new(text)) {
+        Ok(text.to_owned())
+    } else {
+        Err("an ID is made of letters, digits, and _ + . -".into())
+    }
+}
+
+impl MigrateArgs {
+    /// Whether the source must refuse to start the container afterwards.
+    pub fn mark(&self) -> bool {
+        !self.no_mark
+    }
+}
+
+#[cfg(test)]
+#[path = "args_tests.rs"]
+mod tests;

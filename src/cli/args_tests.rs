@@ -1,0 +1,77 @@
+//! Our verbs' command lines.
+
+use super::*;
+use clap::CommandFactory;
+
+fn parse(line: &str) -> Result<Cli, clap::Error> {
+    Cli::try_parse_from(std::iter::once("ferry").chain(line.split_whitespace()))
+}
+
+fn migrate(line: &str) -> MigrateArgs {
+    match parse(line).unwrap().verb {
+        Verb::Migrate(args) => args,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn definition_is_sound() {
+    Cli::command().debug_assert();
+    let known: Vec<_> = Cli::command().get_subcommands().map(|v| v.get_name().to_owned()).collect();
+    assert_eq!(known, crate::cli::scan::OURS);
+}
+
+#[test]
+fn migrate_with_everything() {
+    let args = migrate(
+        "migrate --rsh myssh --remote-ferry /opt/ferry --bundle /b --network bridge=br0 \
+         --console-socket /c --timeout 30s --dry-run --json --report /r --no-mark web a@host2",
+    );
+    assert_eq!(args.container, "web");
+    assert_eq!(args.destination.to_string(), "a@host2");
+    assert_eq!(args.remote.rsh.as_deref(), Some("myssh"));
+    assert_eq!(args.remote.remote_ferry.as_deref(), Some(OsStr::new("/opt/ferry")));
+    assert_eq!(args.network, Network::Bridge("br0".into()));
+    assert_eq!(args.timeout, Some(Duration::from_secs(30)));
+    assert!(args.dry_run && args.json && !args.mark());
+    let plain = migrate("migrate web host2");
+    assert_eq!((plain.network.clone(), plain.mark(), plain.timeout), (Network::Auto, true, None));
+    assert!(migrate("migrate --no-mark --leave-mark web host2").mark());
+}
+
+#[test]
+fn globals_before_or_after_the_verb() {
+    for line in [
+        "--root /r --log /l --log-format json --systemd-cgroup --debug migrate web h",
+        "migrate web h --root /r --log /l --log-format json --systemd-cgroup --debug",
+        "--root=/r migrate --log=/l web --log-format=json h --systemd-cgroup --debug",
+    ] {
+        let globals = parse(line).unwrap().globals;
+        assert_eq!(globals.root.as_deref(), Some("/r".as_ref()), "{line}");
+        assert_eq!(globals.log.as_deref(), Some("/l".as_ref()), "{line}");
+        assert_eq!(globals.log_format, Format::Json, "{line}");
+        assert!(globals.systemd_cgroup && globals.debug, "{line}");
+    }
+}
+
+#[test]
+fn what_is_not_built_is_not_accepted() {
+    for line in [
+        "migrate --postcopy auto web h",
+        "migrate --compress zstd web h",
+        "migrate --streams 2 web h",
+        "migrate --rootfs copy web h",
+        "migrate --network hook=x web h",
+        "migrate web tls://h:1",
+        "receive --listen tls://0.0.0.0:1",
+        "receive",
+        "receive --stdio --listen unix:/x",
+        "migrate web",
+        "migrate a/b h",
+        "migrate web h --timeout 5",
+        "resolve web --keep --discard",
+    ] {
+        let error = parse(line).map(|_| line).unwrap_err();
+        assert_eq!(error.exit_code(), 2, "{line}");
+    }
+}

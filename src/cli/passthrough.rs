@@ -1,0 +1,127 @@
+//! Everybody else's verbs: exec'ed to the underlying runtime.
+//!
+//! The runtime must not be able to tell that we were there: argv, environment, descriptors,
+//! signals and working directory are what the caller gave us, and the process is the same,
+//! so that its parent sees its exit code and can signal it. Nothing is set up before the
+//! exec: no threads, no logging.
+//!
+//! Two things are not a plain exec. The general help and the version get some lines of ours
+//! at the end. And a verb that would start a container that was migrated away is refused.
+
+use std::convert::Infallible;
+use std::ffi::{CString, OsString};
+use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, anyhow};
+use clap::CommandFactory;
+
+use super::args::Cli;
+use super::runtime::{Config, Runtime, Unusable};
+use super::scan::{Command, Scan};
+use crate::migration::away::AwayMark;
+use crate::sys::inherit;
+
+/// Does what the runtime would do. Returns only if there is nothing to exec.
+pub fn run(scan: Scan) -> ExitCode {
+    if scan.command == Command::NoRuntimeGiven {
+        return fail(&scan, 2, &anyhow!("--ferry-runtime needs a value: the runtime to start"));
+    }
+    let runtime = match Runtime::find(scan.ferry_runtime.as_deref()) {
+        Ok(runtime) => runtime,
+        Err(Unusable { exit, error }) => return fail(&scan, exit, &error),
+    };
+    let done = match &scan.command {
+        Command::Guarded(ids) => {
+            if let Err(error) = refuse_if_away(&scan, &runtime, ids) {
+                return fail(&scan, 1, &error);
+            }
+            exec(&runtime, &scan.argv).map(|never| match never {})
+        }
+        Command::Version => spawn_and_add(&runtime, &scan.argv, &version()),
+        Command::Help => spawn_and_add(&runtime, &scan.argv, &help()),
+        _ => exec(&runtime, &scan.argv).map(|never| match never {}),
+    };
+    done.unwrap_or_else(|error| fail(&scan, 126, &error))
+}
+
+fn fail(scan: &Scan, exit: u8, error: &anyhow::Error) -> ExitCode {
+    scan.log.error_as_runc(error);
+    ExitCode::from(exit)
+}
+
+fn exec(runtime: &Runtime, argv: &[OsString]) -> Result<Infallible> {
+    // An argument came in as a C string, so it cannot hold a NUL.
+    let c_string = |text: &OsString| CString::new(text.as_bytes());
+    let path = CString::new(runtime.path.as_os_str().as_bytes())?;
+    let words: Vec<CString> =
+        std::iter::once(&runtime.name).chain(argv).map(c_string).collect::<Result<_, _>>()?;
+    inherit::restore();
+    nix::unistd::execv(&path, &words)
+        .with_context(|| format!("cannot start the container runtime {}", runtime.path.display()))
+}
+
+/// The runtime's own words, and when it was content, ours behind them.
+fn spawn_and_add(runtime: &Runtime, argv: &[OsString], text: &str) -> Result<ExitCode> {
+    let status = std::process::Command::new(&runtime.path)
+        .arg0(&runtime.name)
+        .args(argv)
+        .status()
+        .with_context(|| {
+            format!("cannot start the container runtime {}", runtime.path.display())
+        })?;
+    if status.success() {
+        // A reader that has seen enough is no error.
+        let _ = std::io::stdout().write_all(text.as_bytes());
+    }
+    let code = status.code().or(status.signal().map(|signal| 128 + signal)).unwrap_or(1);
+    Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
+}
+
+/// Callers read `runc version`, `commit:` and `spec:` in lines of their own. Docker takes the
+/// last line that has the word "version" in it, so ours has not.
+fn version() -> String {
+    format!("ferry: {}\n", env!("CARGO_PKG_VERSION"))
+}
+
+fn help() -> String {
+    let mut text = String::from("\nFERRY COMMANDS (added by ferry, see `ferry COMMAND --help`):\n");
+    for verb in Cli::command().get_subcommands().filter(|verb| !verb.is_hide_set()) {
+        let about = verb.get_about().map(ToString::to_string).unwrap_or_default();
+        text.push_str(&format!("   {:<12}{about}\n", verb.get_name()));
+    }
+    text.push_str(
+        "\nFERRY GLOBAL OPTIONS:\n   --ferry-runtime value  the runtime to start instead of runc\n",
+    );
+    text
+}
+
+/// An engine's restart policy must not make a second copy of what runs elsewhere.
+fn refuse_if_away(scan: &Scan, runtime: &Runtime, ids: &[OsString]) -> Result<()> {
+    if ids.is_empty() {
+        return Ok(());
+    }
+    let state = Config::load()?.state_dir();
+    let root = scan.root.clone().unwrap_or_else(|| runtime.default_root());
+    for id in ids {
+        if let Some(mark) = AwayMark::find(&state, &root, id)? {
+            let options = match &scan.root {
+                Some(root) => format!("--root {} ", root.display()),
+                None => String::new(),
+            };
+            return Err(anyhow!(
+                "container {id} was migrated to {to} on {at} (migration {migration}); starting \
+                 it here would make a second copy\n\
+                 hint: it runs there; if it must start afresh here because {to} is gone for \
+                 good, say so first: `ferry {options}resolve {id} --keep`",
+                id = mark.id,
+                to = mark.destination,
+                at = mark.migrated_at,
+                migration = mark.migration_id,
+            ));
+        }
+    }
+    Ok(())
+}
