@@ -1,0 +1,343 @@
+//! What the two hosts say to each other, in order, and who owns the container meanwhile.
+//!
+//! ```text
+//! source                                     destination                 who owns it
+//!   ── Hello ─────────────────────────────▶
+//!   ◀───────────────────────────── Hello ──
+//!   ── Plan ──────────────────────────────▶  checks
+//!   ◀─────────────────── Accept | Refuse ──                              source, running
+//!   ── Prepare ───────────────────────────▶  namespace behind a fence, runtime held at RESTORE
+//!   ══ pages, round by round ═════════════▶  staged
+//!   ◀────────────────────────── Prepared ──                              source, running
+//!   (freeze)                                                             source, frozen
+//!   ══ pages, packets ════════════════════▶
+//!   ══ image files ═══════════════════════▶
+//!   ── Dumped ────────────────────────────▶  restore begins
+//!   ── MemoryDone ────────────────────────▶  pages are installed
+//!   ◀───────────────────────────── Ready ──  restored, no instruction run; source, frozen
+//!   [journal: committed]                                                 destination
+//!   ── Commit ────────────────────────────▶  opens the fence, announces, runs
+//!   ◀─────────────────────────── Running ──                              destination, running
+//!   ══ packets that still came here ══════▶
+//!   ── Finished ──────────────────────────▶
+//! ```
+//!
+//! Before `Commit` either side may say `Abort`/`Failed`, or just vanish: the source then runs on.
+//! A destination that has said `Ready` discards nothing by itself: only the source's word, brought
+//! over this link or a later one (`Settle`), or the operator's, decides.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::network::image::NetworkImage;
+use crate::network::problem::Problem;
+use crate::transport::frame;
+
+/// Version of this protocol: both sides must speak the same one.
+pub const PROTOCOL: u32 = 1;
+
+/// Most image files of one checkpoint.
+pub const MAX_FILES: usize = 100_000;
+/// Most tasks of one container.
+pub const MAX_TASKS: usize = 100_000;
+/// Most probes and bind mounts of one plan.
+pub const MAX_PROBES: usize = 4096;
+
+/// A control message. Each says who owns the container once it has arrived.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Message {
+    /// Both ways, first of all. The source owns the container.
+    Hello(Hello),
+    /// To the destination: everything that the checks need. The source owns the container.
+    Plan(Box<Plan>),
+    /// To the source: nothing stands in the way; warnings. The source owns the container.
+    Accept {
+        /// Worth telling, no obstacle.
+        warnings: Vec<Problem>,
+    },
+    /// To the source: it cannot be; nothing was touched. The source owns the container.
+    Refuse {
+        /// All that stands in the way.
+        problems: Vec<Problem>,
+    },
+    /// To the destination: make everything ready. The source owns the container.
+    Prepare,
+    /// To the source: it is. The source owns the container.
+    Prepared,
+    /// To the destination: all image files are over; restore. The source owns the container,
+    /// frozen.
+    Dumped {
+        /// The container's tasks, as it numbers them.
+        tasks: Vec<i32>,
+    },
+    /// To the destination: no page will come any more. The source owns the container, frozen.
+    MemoryDone,
+    /// To the source: restored, and held before its first instruction. The source owns the
+    /// container, frozen; the destination keeps its copy until it is told.
+    Ready,
+    /// To the destination: it is yours. The destination owns the container.
+    Commit,
+    /// To the source: it runs. The destination owns the container.
+    Running(Box<Arrival>),
+    /// To the destination: what was frozen is gone, no packet will come any more.
+    Finished,
+    /// To the destination: give up, the container runs on here. The source owns the container.
+    Abort {
+        /// Why.
+        why: String,
+    },
+    /// To the source: it cannot be done here; everything is undone. The source owns the container.
+    Failed {
+        /// In which phase.
+        phase: String,
+        /// Why, in full.
+        why: String,
+    },
+    /// To the destination, over a later link, instead of a plan: the source's word about an
+    /// earlier migration, or only a question.
+    Settle {
+        /// The migration's ID.
+        migration: String,
+        /// The verdict; without one the state is only asked for.
+        verdict: Option<Verdict>,
+    },
+    /// To the source: how that migration stands now.
+    Settled {
+        /// See [`Standing`].
+        standing: Standing,
+    },
+}
+
+/// The source's decision.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// The destination owns the container.
+    Commit,
+    /// The source owns the container.
+    Abort,
+}
+
+/// How a migration stands on the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Standing {
+    /// The container runs here.
+    Running,
+    /// Restored and held: waits for the verdict.
+    Waiting,
+    /// There is no copy here, and there will be none of this migration.
+    Gone,
+}
+
+/// Who is there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// See [`PROTOCOL`].
+    pub protocol: u32,
+    /// Version of Ferry.
+    pub ferry: String,
+    /// The same for two processes exactly when they are on the same host.
+    pub host: String,
+}
+
+/// What the container is and needs.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Plan {
+    /// ID of this migration: 16 hexadecimal digits.
+    pub migration: String,
+    /// Only the checks are wanted.
+    pub check_only: bool,
+    /// The container's ID.
+    pub container: String,
+    /// The bundle's directory on the destination.
+    pub bundle: PathBuf,
+    /// The source's config.json.
+    pub config: Value,
+    /// The runtime's `--root`, where the user gave one.
+    pub root: Option<PathBuf>,
+    /// The runtime's `--systemd-cgroup`.
+    pub systemd_cgroup: bool,
+    /// What the standard streams are: the targets of `/proc/PID/fd/{0,1,2}`.
+    pub streams: Vec<Stream>,
+    /// A socket on the destination that takes the terminal.
+    pub console_socket: Option<PathBuf>,
+    /// Bytes of memory that will come at most.
+    pub memory_bytes: u64,
+    /// Bytes that the container has in memory now.
+    pub resident_bytes: u64,
+    /// The source's CPU, to compare.
+    pub cpu: Vec<String>,
+    /// The source's machine (`uname -m`) and kernel release.
+    pub machine: String,
+    /// Kernel release of the source.
+    pub kernel: String,
+    /// CRIU's version on the source, as 40201 for 4.2.1.
+    pub criu: u32,
+    /// What must be the same on both hosts, and how that is proved.
+    pub probes: Vec<Probe>,
+    /// The network as captured; none where the container has none of its own.
+    pub network: Option<NetworkImage>,
+    /// The namespace's path.
+    pub network_path: Option<PathBuf>,
+    /// `--network`, as on the command line.
+    pub placement: String,
+}
+
+/// A standard stream of the container.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stream {
+    /// As `/proc/PID/fd/N` shows it: `pipe:[123]`, `/dev/null`, `/dev/pts/0`, `/var/log/web.log`.
+    pub target: String,
+    /// CRIU's key for a regular file that lies outside the container: `file[MNT:INO]`.
+    pub external: Option<String>,
+    /// Bytes of that file when it was looked at.
+    pub size: u64,
+}
+
+/// One path, and the proof that both hosts see the same behind it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Probe {
+    /// What it is: `root file system`, `bind mount /srv/www`.
+    pub what: String,
+    /// Its place in the configuration, for the destination to find its own path.
+    pub place: Place,
+    /// The proof.
+    pub proof: Proof,
+}
+
+/// Where a path stands in the configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Place {
+    /// `root.path`.
+    Rootfs,
+    /// The bind mount with this destination.
+    Mount(PathBuf),
+}
+
+/// How it is proved that two hosts see the same.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Proof {
+    /// A file with this name in the directory has these contents: it was made a moment ago.
+    File {
+        /// A plain name.
+        name: String,
+        /// Random.
+        contents: String,
+    },
+    /// The inode has this number, size and change time: for what cannot be written to. A copy
+    /// can have the same contents, but never the same change time to the nanosecond.
+    Inode {
+        /// Inode number.
+        number: u64,
+        /// Bytes.
+        size: u64,
+        /// Seconds.
+        ctime: i64,
+        /// And nanoseconds.
+        ctime_nsec: i64,
+    },
+    /// A read-only regular file has these contents (blake-like hash): that is enough.
+    Contents {
+        /// Bytes.
+        size: u64,
+        /// xxh3-128, hexadecimal.
+        hash: String,
+    },
+}
+
+/// What the destination tells when the container runs.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Arrival {
+    /// Host's number of the init process.
+    pub pid: i32,
+    /// Milliseconds since its own `Dumped`: when the restore was held, the commit came, the
+    /// container ran.
+    pub marks: Vec<(String, f64)>,
+    /// Packets replayed so far.
+    pub packets: u64,
+}
+
+/// Sends a control message and whatever was buffered before it.
+///
+/// # Errors
+/// When the link is gone.
+pub fn send(out: &mut (impl Write + ?Sized), message: &Message) -> Result<()> {
+    let json = serde_json::to_vec(message)?;
+    if json.len() > frame::MAX_CONTROL {
+        bail!("a message of {} bytes is more than the protocol allows", json.len());
+    }
+    let mut out = out;
+    frame::write_control(&mut out, &json).context("sending to the other host")?;
+    out.flush().context("sending to the other host")?;
+    Ok(())
+}
+
+/// Reads a control message out of its frame.
+///
+/// # Errors
+/// When it is none that this version knows.
+pub fn parse(json: &[u8]) -> Result<Message> {
+    serde_json::from_slice(json).context("a message that this version of Ferry does not know")
+}
+
+impl Plan {
+    /// Refuses what no honest source sends, before anything is done with it.
+    ///
+    /// # Errors
+    /// Says what is wrong.
+    pub fn validate(&self) -> Result<()> {
+        let hex = |s: &str| s.len() == 16 && s.bytes().all(|b| b.is_ascii_hexdigit());
+        if !hex(&self.migration) {
+            bail!("{:?} is no migration's ID", self.migration);
+        }
+        if !super::away::valid_id(self.container.as_ref()) {
+            bail!("{:?} is no container's ID", self.container);
+        }
+        if !self.bundle.is_absolute() {
+            bail!("the bundle's path must be absolute");
+        }
+        if self.streams.len() > 3 || self.probes.len() > MAX_PROBES {
+            bail!("a plan with too many entries");
+        }
+        for path in self.network_path.iter().chain(&self.console_socket).chain(&self.root) {
+            let plain = path.components().all(|c| !matches!(c, std::path::Component::ParentDir));
+            if !path.is_absolute() || !plain {
+                bail!("{} is no absolute path without ..", path.display());
+            }
+        }
+        for probe in &self.probes {
+            if let Proof::File { name, contents } = &probe.proof {
+                let plain = name.starts_with(PROBE_PREFIX) && !name.contains('/');
+                if !plain || name.len() > 64 || contents.len() > 64 {
+                    bail!("{name:?} is no probe's name");
+                }
+            }
+        }
+        if let Some(network) = &self.network {
+            network.validate()?;
+        }
+        Ok(())
+    }
+}
+
+/// How the names of probe files begin.
+pub const PROBE_PREFIX: &str = ".ferry-probe-";
+
+impl Standing {
+    /// For people.
+    pub fn describe(self) -> &'static str {
+        match self {
+            Standing::Running => "runs there",
+            Standing::Waiting => "is restored there and waits for the verdict",
+            Standing::Gone => "is not there",
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! The private directory of a migration: sockets, image files, logs. In memory, mode 0700, gone
+//! afterwards.
+
+use std::fs;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::sys::tmpfs;
+
+/// Where they all are.
+pub const BASE: &str = "/run/ferry";
+
+/// See the module. Removed on drop unless [`WorkDir::keep`] was called.
+#[derive(Debug)]
+pub struct WorkDir {
+    path: PathBuf,
+    kept: bool,
+}
+
+impl WorkDir {
+    /// Makes `BASE/NAME`, on a tmpfs of its own where `/run` is not one.
+    ///
+    /// # Errors
+    /// When it is there already or cannot be made.
+    pub fn create(name: &str) -> Result<WorkDir> {
+        let path = Path::new(BASE).join(name);
+        let what = || format!("cannot make {}", path.display());
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(BASE).with_context(what)?;
+        fs::DirBuilder::new().mode(0o700).create(&path).with_context(what)?;
+        let dir = WorkDir { path: path.clone(), kept: false };
+        if !tmpfs::is_tmpfs(&path)? {
+            tmpfs::mount_tmpfs(&path, 16 << 30).with_context(what)?;
+        }
+        // mkdir's mode is cut by the umask, never widened; a strange umask must not lock us out.
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o700))?;
+        for sub in ["images", "work"] {
+            fs::create_dir(dir.path.join(sub)).with_context(what)?;
+        }
+        Ok(dir)
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// For CRIU's images.
+    pub fn images(&self) -> PathBuf {
+        self.path.join("images")
+    }
+
+    /// For CRIU's log and sockets.
+    pub fn work(&self) -> PathBuf {
+        self.path.join("work")
+    }
+
+    /// Leaves it to somebody else to remove.
+    pub fn keep(mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for WorkDir {
+    fn drop(&mut self) {
+        if !self.kept {
+            remove(&self.path);
+        }
+    }
+}
+
+/// Removes a migration's directory, mounted or not; nothing is there when it has gone already.
+pub fn remove(path: &Path) {
+    // Only a directory of ours, whatever a journal says.
+    if path.parent() != Some(Path::new(BASE)) {
+        return;
+    }
+    // EINVAL where it is no mount point of its own.
+    let _ = tmpfs::unmount(path);
+    let _ = fs::remove_dir_all(path);
+}
+
+/// The lines of CRIU's log that tell of errors, or its last ones.
+pub fn criu_errors(log: &Path) -> String {
+    let Ok(bytes) = fs::read(log) else { return String::new() };
+    let text = String::from_utf8_lossy(&bytes);
+    let mut lines: Vec<&str> = text.lines().filter(|l| l.contains("Error")).collect();
+    if lines.is_empty() {
+        lines = text.lines().collect();
+    }
+    let from = lines.len().saturating_sub(6);
+    lines[from..].join("\n")
+}
