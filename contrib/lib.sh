@@ -90,21 +90,16 @@ cgroup_make() {
     esac
 }
 
-# cgroup_kill DIRECTORY: ends everything in a group and the groups below it.
-cgroup_kill() {
-    local pid
-    if [ -e "$1/cgroup.kill" ]; then
-        echo 1 >"$1/cgroup.kill"
-    else
-        while read -r pid; do kill -KILL "$pid" 2>/dev/null || true; done < <(cgroup_pids "$1")
-    fi
-}
-
 cgroup_pids() { find "$1" -name cgroup.procs -exec cat {} + 2>/dev/null; }
 
-# cgroup_remove DIRECTORY: with all groups below; false while a dying process still holds one.
-cgroup_remove() {
+# cgroup_end DIRECTORY: ends everything in a group and the groups below it, and removes them.
+# False while a dying process still holds one: to be asked again.
+cgroup_end() {
+    local pid
     [ -d "$1" ] || return 0
+    if ! { echo 1 >"$1/cgroup.kill"; } 2>/dev/null; then # v1 has no such file
+        while read -r pid; do kill -KILL "$pid" 2>/dev/null || true; done < <(cgroup_pids "$1")
+    fi
     find "$1" -depth -type d -exec rmdir {} + 2>/dev/null || true
     [ ! -d "$1" ]
 }
