@@ -124,7 +124,8 @@ c["process"]["terminal"] = False
 # Counts in its own memory: what goes on counting was restored, what begins at 1 was not.
 # No shell: one that is frozen in the vfork of a `sleep` waits in state D, and CRIU cannot dump it.
 c["process"]["args"] = ["/usr/bin/perl", "-e",
-    "while (1) { $i++; open F, '>/mnt/count'; print F $i; close F; select undef, undef, undef, 0.02 }"]
+    "while (1) { $i++; open F, '>/mnt/next'; print F $i; close F;"
+    "rename '/mnt/next', '/mnt/count'; select undef, undef, undef, 0.02 }"]
 c["linux"].pop("resources", None)
 c["mounts"].append({"destination": "/mnt", "type": "bind", "source": "/srv/local/box/data", "options": ["bind", "rw"]})
 json.dump(c, open("config.json", "w"))
