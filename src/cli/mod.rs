@@ -9,6 +9,7 @@ pub mod passthrough;
 pub mod runtime;
 pub mod scan;
 pub mod units;
+mod verbs;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -37,19 +38,15 @@ pub fn run(line: Vec<OsString>, ferry_runtime: Option<OsString>, log: &ErrorLog)
 }
 
 /// Where each verb goes.
-fn dispatch(_globals: &Globals, verb: Verb) -> Result<(), Failed> {
+fn dispatch(globals: &Globals, verb: Verb) -> Result<(), Failed> {
     match verb {
-        Verb::Migrate(_args) => Err(not_built_yet("migrate")),
-        Verb::Receive(_args) => Err(not_built_yet("receive")),
-        Verb::Check(_args) => Err(not_built_yet("check")),
-        Verb::Migrations(_args) => Err(not_built_yet("migrations")),
-        Verb::Resolve(_args) => Err(not_built_yet("resolve")),
-        Verb::Guard { args: _args } => Err(not_built_yet("__guard")),
+        Verb::Migrate(args) => verbs::migrate(globals, &args),
+        Verb::Receive(args) => verbs::receive(globals, &args),
+        Verb::Check(args) => verbs::check(globals, &args),
+        Verb::Migrations(args) => verbs::migrations(&args),
+        Verb::Resolve(args) => verbs::resolve(globals, &args),
+        Verb::Guard { args } => verbs::guard(&args),
     }
-}
-
-fn not_built_yet(verb: &str) -> Failed {
-    Failed::refused(anyhow!("`ferry {verb}` is not built yet"))
 }
 
 /// Help that was asked for, or a command line that is wrong; clap has the text of both.

@@ -81,13 +81,15 @@ impl Interposer {
                 bail!("the runtime ended before it called CRIU");
             }
             let (hub, _) = self.listener.accept()?;
-            let (_, mut fds) =
+            let (pid, mut fds) =
                 scm::receive(&hub)?.ok_or_else(|| anyhow!("the criu shim went away"))?;
+            let criu_pid =
+                pid.first_chunk::<4>().map_or(0, |bytes| u32::from_le_bytes(*bytes) as i32);
             let theirs = fds.pop().ok_or_else(|| anyhow!("the criu shim sent no socket"))?;
             let (ours, for_criu) = scm::seqpacket_pair()?;
             scm::send(&hub, b"c", &[for_criu.as_raw_fd()])?;
             drop(for_criu);
-            let session = Session { runtime: theirs, criu: ours };
+            let session = Session { runtime: theirs, criu: ours, criu_pid };
             let Some((bytes, _)) = session.receive_from_runtime(Some(deadline))? else { continue };
             let request = Criu_req::parse_from_bytes(&bytes).context("the runtime's request")?;
             match request.type_() {
@@ -127,6 +129,8 @@ pub enum Event {
 pub struct Session {
     runtime: OwnedFd,
     criu: OwnedFd,
+    /// The process that is criu.
+    pub criu_pid: i32,
 }
 
 impl Session {

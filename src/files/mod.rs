@@ -1,1 +1,6 @@
 //! Root file system and volumes: what both hosts see.
+//!
+//! [`probe`] proves that a path on the destination is the same file system as on the source, never
+//! judging by the path. Copying what is not shared is not built yet.
+
+pub mod probe;

@@ -33,6 +33,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::files::probe::Proof;
 use crate::network::image::NetworkImage;
 use crate::network::problem::Problem;
 use crate::transport::frame;
@@ -198,6 +199,8 @@ pub struct Stream {
     pub external: Option<String>,
     /// Bytes of that file when it was looked at.
     pub size: u64,
+    /// Of its directory, for the destination to find out whether the file is shared.
+    pub proof: Option<Proof>,
 }
 
 /// One path, and the proof that both hosts see the same behind it.
@@ -219,38 +222,6 @@ pub enum Place {
     Rootfs,
     /// The bind mount with this destination.
     Mount(PathBuf),
-}
-
-/// How it is proved that two hosts see the same.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Proof {
-    /// A file with this name in the directory has these contents: it was made a moment ago.
-    File {
-        /// A plain name.
-        name: String,
-        /// Random.
-        contents: String,
-    },
-    /// The inode has this number, size and change time: for what cannot be written to. A copy
-    /// can have the same contents, but never the same change time to the nanosecond.
-    Inode {
-        /// Inode number.
-        number: u64,
-        /// Bytes.
-        size: u64,
-        /// Seconds.
-        ctime: i64,
-        /// And nanoseconds.
-        ctime_nsec: i64,
-    },
-    /// A read-only regular file has these contents (blake-like hash): that is enough.
-    Contents {
-        /// Bytes.
-        size: u64,
-        /// xxh3-128, hexadecimal.
-        hash: String,
-    },
 }
 
 /// What the destination tells when the container runs.
@@ -313,23 +284,12 @@ impl Plan {
                 bail!("{} is no absolute path without ..", path.display());
             }
         }
-        for probe in &self.probes {
-            if let Proof::File { name, contents } = &probe.proof {
-                let plain = name.starts_with(PROBE_PREFIX) && !name.contains('/');
-                if !plain || name.len() > 64 || contents.len() > 64 {
-                    bail!("{name:?} is no probe's name");
-                }
-            }
-        }
         if let Some(network) = &self.network {
             network.validate()?;
         }
         Ok(())
     }
 }
-
-/// How the names of probe files begin.
-pub const PROBE_PREFIX: &str = ".ferry-probe-";
 
 impl Standing {
     /// For people.

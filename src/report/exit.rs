@@ -18,6 +18,19 @@ pub enum Exit {
     InDoubt = 4,
 }
 
+impl Exit {
+    /// How a report calls it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Exit::Done => "done",
+            Exit::RunsOnHere => "runs_on_here",
+            Exit::Usage => "usage",
+            Exit::Refused => "refused",
+            Exit::InDoubt => "in_doubt",
+        }
+    }
+}
+
 impl From<Exit> for ExitCode {
     fn from(exit: Exit) -> Self {
         ExitCode::from(exit as u8)

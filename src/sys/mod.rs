@@ -5,7 +5,11 @@
 
 pub mod inherit;
 pub mod memory;
+pub mod netlink;
+pub mod netns;
+pub mod packet;
 pub mod process;
 pub mod scm;
 pub mod socket;
 pub mod tmpfs;
+pub mod tun;

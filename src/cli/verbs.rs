@@ -1,0 +1,413 @@
+//! Our verbs, from their arguments to the migration and back to an exit code.
+
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, anyhow};
+use serde_json::json;
+
+use super::args::{
+    CheckArgs, Globals, MigrateArgs, MigrationsArgs, Network, ReceiveArgs, RemoteArgs, ResolveArgs,
+};
+use super::destination::{Destination, Listen};
+use super::runtime::{Config, Runtime as Found};
+use crate::migration::away::AwayMark;
+use crate::migration::inspect::{self, Wishes};
+use crate::migration::journal::{Journal, Role, State, is_alive};
+use crate::migration::protocol::{Standing, Verdict};
+use crate::migration::source::{self, Options};
+use crate::migration::{destination, host, recover, settle};
+use crate::network::problem::Problem;
+use crate::oci::runtime::Runtime;
+use crate::report::exit::Failed;
+use crate::report::progress::Reporter;
+use crate::transport::connect::{self, Destination as Reach, split_command};
+
+fn runtime(globals: &Globals) -> Result<Runtime, Failed> {
+    let found = Found::find(globals.ferry_runtime.as_deref()).map_err(|u| Failed::refused(u.error))?;
+    Ok(Runtime::new(found.path, globals.root.clone(), globals.systemd_cgroup))
+}
+
+fn state_dir() -> Result<std::path::PathBuf, Failed> {
+    Ok(Config::load().map_err(Failed::refused)?.state_dir())
+}
+
+fn reach(destination: &Destination, remote: &RemoteArgs) -> Result<Reach, Failed> {
+    Ok(match destination {
+        Destination::Unix(path) => Reach::Unix(path.clone()),
+        Destination::Ssh { user, host, port } => Reach::Shell {
+            host: user.as_ref().map_or_else(|| host.clone(), |u| format!("{u}@{host}")),
+            port: *port,
+            rsh: split_command(remote.rsh.as_deref().unwrap_or("ssh")).map_err(Failed::usage)?,
+            remote_ferry: match &remote.remote_ferry {
+                None => "ferry".into(),
+                Some(path) => path
+                    .to_str()
+                    .ok_or_else(|| Failed::usage(anyhow!("--remote-ferry must be UTF-8")))?
+                    .to_owned(),
+            },
+        },
+    })
+}
+
+fn placement(network: &Network) -> String {
+    match network {
+        Network::Auto => "auto".into(),
+        Network::Keep => "keep".into(),
+        Network::None => "none".into(),
+        Network::Bridge(name) => format!("bridge={name}"),
+        Network::Macvlan(name) => format!("macvlan={name}"),
+    }
+}
+
+/// The bundle's place over there must not depend on where we stand.
+fn absolute(path: Option<&Path>) -> Result<Option<std::path::PathBuf>, Failed> {
+    path.map(std::path::absolute).transpose().map_err(|e| Failed::usage(e.into()))
+}
+
+/// `ferry migrate`.
+pub fn migrate(globals: &Globals, args: &MigrateArgs) -> Result<(), Failed> {
+    let runtime = runtime(globals)?;
+    let options = Options {
+        wishes: Wishes {
+            container: args.container.clone(),
+            bundle: absolute(args.bundle.as_deref())?,
+            placement: placement(&args.network),
+            console_socket: absolute(args.console_socket.as_deref())?,
+            root: globals.root.clone(),
+            systemd_cgroup: globals.systemd_cgroup,
+            check_only: args.dry_run,
+        },
+        destination: reach(&args.destination, &args.remote)?,
+        timeout: args.timeout,
+        leave_mark: args.mark(),
+    };
+    let mut reporter = Reporter::new(args.json);
+    let result = if args.dry_run {
+        source::check(&runtime, &options, &mut reporter)
+    } else {
+        source::migrate(&runtime, &state_dir()?, &options, &mut reporter)
+    };
+    let word = match &result {
+        Ok(()) if args.dry_run => "checked",
+        Ok(()) => "migrated",
+        Err(failed) => failed.exit.word(),
+    };
+    reporter.report.error = result.as_ref().err().map(|f| format!("{:#}", f.error));
+    let written = reporter.finish(word, args.report.as_deref());
+    result?;
+    // It runs there: a report that cannot be written does not change that, but must be known.
+    if let Err(e) = written {
+        reporter.warning(&format!("{e:#}"));
+    }
+    Ok(())
+}
+
+/// `ferry receive`.
+pub fn receive(globals: &Globals, args: &ReceiveArgs) -> Result<(), Failed> {
+    match &args.listen {
+        None => {
+            let runtime = runtime(globals)?;
+            let link = connect::stdio().map_err(Failed::refused)?;
+            Ok(destination::receive(link, &runtime, &state_dir()?)?)
+        }
+        Some(Listen::Unix(path)) => listen(globals, path).map_err(Failed::from),
+    }
+}
+
+/// Every connection gets a process of its own, as inetd does it: one that dies takes no other
+/// migration along.
+fn listen(globals: &Globals, path: &Path) -> Result<()> {
+    let what = || format!("cannot listen on unix:{}", path.display());
+    if std::os::unix::net::UnixStream::connect(path).is_err() {
+        // A socket that nobody listens on is left over from a process that has died.
+        match std::fs::symlink_metadata(path) {
+            Ok(meta) if std::os::unix::fs::FileTypeExt::is_socket(&meta.file_type()) => {
+                std::fs::remove_file(path).with_context(what)?;
+            }
+            _ => {}
+        }
+    }
+    let listener = UnixListener::bind(path).with_context(what)?;
+    std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+    for socket in listener.incoming() {
+        let socket = socket?;
+        let (input, output) = (OwnedFd::from(socket.try_clone()?), OwnedFd::from(socket));
+        let mut command = Command::new("/proc/self/exe");
+        if let Some(runtime) = &globals.ferry_runtime {
+            command.arg("--ferry-runtime").arg(runtime);
+        }
+        command.args(["receive", "--stdio"]).stdin(input).stdout(output);
+        let mut child = command.spawn().context("cannot start a receiver")?;
+        std::thread::spawn(move || child.wait());
+    }
+    Ok(())
+}
+
+/// `ferry check`.
+pub fn check(globals: &Globals, args: &CheckArgs) -> Result<(), Failed> {
+    let mut problems = host::problems();
+    let result = match (&args.container, problems.iter().any(|p| p.fatal)) {
+        (None, _) | (_, true) => Ok(()),
+        (Some(container), false) => {
+            let runtime = runtime(globals)?;
+            let wishes = Wishes {
+                container: container.clone(),
+                bundle: absolute(args.bundle.as_deref())?,
+                placement: placement(&args.network),
+                console_socket: None,
+                root: globals.root.clone(),
+                systemd_cgroup: globals.systemd_cgroup,
+                check_only: true,
+            };
+            match &args.destination {
+                None => {
+                    if let Err(list) = inspect::inspect(&runtime, &wishes) {
+                        problems.extend(list);
+                    }
+                    Ok(())
+                }
+                Some(destination) => {
+                    let options = Options {
+                        wishes,
+                        destination: reach(destination, &args.remote)?,
+                        timeout: None,
+                        leave_mark: false,
+                    };
+                    let mut reporter = Reporter::quiet();
+                    let result = source::check(&runtime, &options, &mut reporter);
+                    problems.append(&mut reporter.warnings);
+                    result
+                }
+            }
+        }
+    };
+    tell_check(&problems, result, args.json)
+}
+
+fn tell_check(
+    problems: &[Problem],
+    result: Result<(), Failed>,
+    as_json: bool,
+) -> Result<(), Failed> {
+    let fatal: Vec<Problem> = problems.iter().filter(|p| p.fatal).cloned().collect();
+    let warnings: Vec<&Problem> = problems.iter().filter(|p| !p.fatal).collect();
+    let result = if fatal.is_empty() { result } else { Err(source::refusal(&fatal)) };
+    if as_json {
+        let mut all: Vec<_> = problems.iter().map(|p| json!(p)).collect();
+        if let (Err(failed), true) = (&result, fatal.is_empty()) {
+            all.push(json!({"what": format!("{:#}", failed.error), "fatal": true}));
+        }
+        say(&json!({"ok": result.is_ok(), "problems": all}).to_string());
+    } else {
+        for warning in warnings {
+            eprintln!("warning: {warning}");
+        }
+        if result.is_ok() {
+            say("nothing stands in the way");
+        }
+    }
+    result
+}
+
+/// A line on standard output; a reader that went away is no error.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+/// `ferry migrations`.
+pub fn migrations(args: &MigrationsArgs) -> Result<(), Failed> {
+    for journal in Journal::all(&state_dir()?)? {
+        let record = &journal.record;
+        if args.id.as_ref().is_some_and(|id| *id != record.container && *id != record.migration) {
+            continue;
+        }
+        let under_way = is_alive(record.worker) && !journal.state().is_over();
+        let in_words = standing_here(&journal, under_way);
+        if args.json {
+            say(&json!({
+                "migration": record.migration,
+                "container": record.container,
+                "role": record.role,
+                "peer": record.peer,
+                "state": journal.state(),
+                "under_way": under_way,
+                "begun": record.begun,
+                "states": journal.states(),
+            })
+            .to_string());
+        } else {
+            let way = match record.role {
+                Role::Source => "to",
+                Role::Destination => "from",
+            };
+            say(&format!(
+                "{}  {:<20} {way} {:<24} {in_words}",
+                record.migration, record.container, record.peer
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn standing_here(journal: &Journal, under_way: bool) -> &'static str {
+    match (journal.record.role, journal.state(), under_way) {
+        (_, State::Aborted, _) => "given up: it stayed where it was",
+        (Role::Source, State::Finished, _) => "done: it runs there",
+        (Role::Destination, State::Finished, _) => "done: it runs here",
+        (_, _, true) => "under way",
+        (Role::Source, State::Committed, _) => "in doubt: handed over, no answer (ferry resolve)",
+        (Role::Destination, State::Ready | State::Committed, _) => "in doubt (ferry resolve)",
+        _ => "broken off (ferry resolve)",
+    }
+}
+
+/// `ferry resolve`.
+pub fn resolve(globals: &Globals, args: &ResolveArgs) -> Result<(), Failed> {
+    let state_dir = state_dir()?;
+    let mut open: Vec<Journal> = Journal::all(&state_dir)?
+        .into_iter()
+        .filter(|j| !j.state().is_over())
+        .filter(|j| j.record.container == args.id || j.record.migration == args.id)
+        .collect();
+    let mut journal = match (open.len(), open.pop()) {
+        (0, _) | (_, None) => return resolve_mark(globals, args, &state_dir),
+        (1, Some(journal)) => journal,
+        (n, _) => {
+            let list: Vec<String> = Journal::all(&state_dir)?
+                .iter()
+                .filter(|j| !j.state().is_over() && j.record.container == args.id)
+                .map(|j| j.record.migration.clone())
+                .collect();
+            return Err(Failed::refused(anyhow!(
+                "{n} migrations of {} are open\nhint: name one of them: {}",
+                args.id,
+                list.join(", ")
+            )));
+        }
+    };
+    let verdict = match (args.keep, args.discard) {
+        (true, _) => Some(true),
+        (_, true) => Some(false),
+        _ => None,
+    };
+    let said = match journal.record.role {
+        Role::Source => resolve_source(&mut journal, verdict, &args.remote)?,
+        Role::Destination => resolve_destination(&state_dir, &journal, verdict)?,
+    };
+    if args.json {
+        say(&json!({"migration": journal.record.migration, "outcome": said}).to_string());
+    } else {
+        say(said);
+    }
+    Ok(())
+}
+
+fn resolve_source(
+    journal: &mut Journal,
+    keep: Option<bool>,
+    remote: &RemoteArgs,
+) -> Result<&'static str, Failed> {
+    if is_alive(journal.record.worker) {
+        return Err(Failed::refused(anyhow!(
+            "migration {} is under way\nhint: wait for it, or end process {}",
+            journal.record.migration,
+            journal.record.worker.0
+        )));
+    }
+    if let Some(Reach::Shell { rsh, remote_ferry, .. }) = &mut journal.record.destination {
+        if let Some(command) = &remote.rsh {
+            *rsh = split_command(command).map_err(Failed::usage)?;
+        }
+        if let Some(path) = remote.remote_ferry.as_ref().and_then(|p| p.to_str()) {
+            *remote_ferry = path.to_owned();
+        }
+    }
+    match (journal.state(), keep) {
+        // Not committed: it was never anybody else's.
+        (State::Begun | State::Ready, None | Some(true)) => {
+            // The destination may hold a copy that waits; if it cannot be told now it can ask us.
+            let _ = settle::ask(&journal.record, Some(Verdict::Abort));
+            recover::source_runs_on(journal)?;
+            Ok("it runs on here")
+        }
+        (_, Some(true)) => {
+            recover::source_runs_on(journal)?;
+            Ok("it runs on here, by your word that the other host does not run it")
+        }
+        (_, Some(false)) => {
+            recover::source_lets_go(journal, || ())?;
+            Ok("what was left of it here is gone, by your word that the other host runs it")
+        }
+        (_, None) => match settle::ask(&journal.record, Some(Verdict::Commit)) {
+            Ok(Standing::Running) => {
+                recover::source_lets_go(journal, || ())?;
+                Ok("it runs on the other host; what was left here is gone")
+            }
+            Ok(Standing::Waiting) => Err(Failed::in_doubt(anyhow!(
+                "the other host is about to run it\nhint: ask again"
+            ))),
+            Ok(Standing::Gone) => Err(Failed::in_doubt(anyhow!(
+                "it was handed over, but there is no copy on {peer}: it was lost there\n\
+                 hint: the frozen copy here is whole: `ferry resolve {id} --keep` lets it run on",
+                peer = journal.record.peer,
+                id = journal.record.container,
+            ))),
+            Err(e) => Err(Failed::in_doubt(e.context(format!(
+                "{} cannot be asked\nhint: try again when it can be reached; if it is gone for \
+                 good: `ferry resolve {} --keep`",
+                journal.record.peer, journal.record.container
+            )))),
+        },
+    }
+}
+
+fn resolve_destination(
+    state_dir: &Path,
+    journal: &Journal,
+    keep: Option<bool>,
+) -> Result<&'static str, Failed> {
+    let verdict = keep.map(|k| if k { Verdict::Commit } else { Verdict::Abort });
+    match settle::answer(state_dir, &journal.record.migration, verdict)? {
+        Standing::Running => Ok("it runs here"),
+        Standing::Gone => Ok("there is no copy of it here"),
+        Standing::Waiting if keep == Some(true) => Ok("it starts to run here"),
+        Standing::Waiting => Err(Failed::in_doubt(anyhow!(
+            "it is held here and waits for the source's word\n\
+             hint: `ferry resolve {id}` on the source; if that host is gone for good: `ferry \
+             resolve {id} --keep` here",
+            id = journal.record.container
+        ))),
+    }
+}
+
+/// Nothing is open: what can be settled is the mark that keeps the ID from being started here.
+fn resolve_mark(globals: &Globals, args: &ResolveArgs, state_dir: &Path) -> Result<(), Failed> {
+    let runtime = runtime(globals)?;
+    let mark = AwayMark::find(state_dir, runtime.root(), args.id.as_ref())?;
+    match (mark, args.keep) {
+        (Some(_), true) => {
+            AwayMark::remove(state_dir, runtime.root(), args.id.as_ref())?;
+            say("the mark is lifted: it can be started here again");
+            Ok(())
+        }
+        (Some(mark), false) => {
+            say(&format!("it was migrated to {} on {}", mark.destination, mark.migrated_at));
+            Ok(())
+        }
+        (None, _) => Err(Failed::refused(anyhow!(
+            "no migration of {} is open here, and it is not marked as migrated away\n\
+             hint: see `ferry migrations`",
+            args.id
+        ))),
+    }
+}
+
+/// `ferry __guard JOURNAL`.
+pub fn guard(args: &[std::ffi::OsString]) -> Result<(), Failed> {
+    let path = args.first().ok_or_else(|| Failed::usage(anyhow!("no journal named")))?;
+    Ok(recover::guard(Path::new(path))?)
+}

@@ -1,0 +1,708 @@
+//! The destination's role: [`receive`] takes one migration in over a link.
+//!
+//! ```text
+//!            Plan              Prepare            Dumped, MemoryDone       Commit
+//!  ─────────▶ Asked ──────────▶ Preparing ───────▶ Restoring ────────────▶ Ready ─────────▶ Running
+//!               │ Refuse          │ any error        │ any error             │ Abort
+//!               ▼                 ▼                  ▼                       ▼
+//!            nothing made      all undone         all undone              all undone
+//! ```
+//!
+//! Until `Ready` a lost link means that the source runs on: everything is undone. From `Ready` on
+//! the source may have committed without our knowing: the copy is held, runs no instruction, and
+//! waits for the verdict over the link, over a later one (`Settle`), or from the operator.
+
+use std::collections::HashMap;
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+
+use super::journal::{self, Journal, Record, Role, State};
+use super::protocol::{Arrival, MAX_FILES, MAX_TASKS, Message, Plan, Standing, Stream, Verdict};
+use super::restore::{Go, RestoreEvent, RestoreJob, RestorePlan, StreamPlan};
+use super::settle::{self, Call};
+use super::talk::{self, Heard, Speaker};
+use super::workdir::WorkDir;
+use super::{checks, host, keeper, recover};
+use crate::criu::images;
+use crate::criu::interposer::Interposer;
+use crate::files::probe;
+use crate::memory::serve::{Served, Server, Serving};
+use crate::memory::staging::Staging;
+use crate::network::{self, fence, Announcer, Frame as Packet, Placement, Recreated, Replay};
+use crate::oci::runtime::Runtime;
+use crate::sys::memory::PAGE;
+use crate::transport::connect::Link;
+use crate::transport::frame::Frame;
+
+/// How long a source may be silent before it is given up, while it still owns the container.
+const SILENCE: Duration = Duration::from_secs(300);
+/// How long the restore may take.
+const RESTORE_LIMIT: Duration = Duration::from_secs(120);
+/// Most bytes of image files: they hold no memory but what CRIU insists on.
+const MAX_IMAGES: u64 = 64 << 30;
+/// Packets kept until the container can take them.
+const MAX_PACKETS: usize = 200_000;
+
+#[derive(Debug)]
+enum Input {
+    Heard(Heard),
+    Restore(RestoreEvent),
+    Call(Call),
+}
+
+/// Takes one migration, or one question, in over a link.
+///
+/// # Errors
+/// When the container is not taken in; the source has been told, if it could be.
+pub fn receive(link: Link, runtime: &Runtime, state_dir: &Path) -> Result<()> {
+    let (speaker, reader, mut closer) = talk::split(link);
+    let (tell, queue) = channel();
+    let staging: Arc<Mutex<Option<Staging>>> = Arc::default();
+    let (heard, stage) = (tell.clone(), staging.clone());
+    talk::listen(reader, move |h| {
+        // Pages go straight where they belong: the queue must not hold a container's memory.
+        let h = match h {
+            Heard::Frame(Frame::Pages(vpid, at, bytes)) => {
+                match staged(&stage, |s| s.put(vpid, at, &bytes)) {
+                    Ok(()) => return true,
+                    Err(e) => Heard::Gone(Some(format!("{e:#}"))),
+                }
+            }
+            Heard::Frame(Frame::Zeros(vpid, at, pages)) => {
+                match staged(&stage, |s| s.put_zeros(vpid, at, pages)) {
+                    Ok(()) => return true,
+                    Err(e) => Heard::Gone(Some(format!("{e:#}"))),
+                }
+            }
+            other => other,
+        };
+        let last = matches!(h, Heard::Gone(_));
+        heard.send(Input::Heard(h)).is_ok() && !last
+    })?;
+    let mut inputs = Inputs { queue };
+    let result = converse(&speaker, &mut inputs, &tell, &staging, runtime, state_dir);
+    closer.close();
+    result
+}
+
+fn staged(
+    staging: &Mutex<Option<Staging>>,
+    f: impl FnOnce(&mut Staging) -> Result<()>,
+) -> Result<()> {
+    let mut guard = staging.lock().unwrap_or_else(PoisonError::into_inner);
+    f(guard.as_mut().ok_or_else(|| anyhow!("memory comes before it was asked for"))?)
+}
+
+struct Inputs {
+    queue: Receiver<Input>,
+}
+
+impl Inputs {
+    /// The next thing that happens; the source's giving up is an error.
+    fn next(&mut self, limit: Duration) -> Result<Input> {
+        match self.queue.recv_timeout(limit) {
+            Ok(Input::Heard(Heard::Gone(why))) => {
+                bail!("the link to the source broke: {}", why.unwrap_or("it was closed".into()))
+            }
+            Ok(Input::Heard(Heard::Message(Message::Abort { why }))) => {
+                bail!("the source gave up: {why}")
+            }
+            Ok(Input::Restore(RestoreEvent::Ended(Err(e)))) => Err(e),
+            Ok(input) => Ok(input),
+            Err(RecvTimeoutError::Timeout) => bail!("the source is silent"),
+            Err(RecvTimeoutError::Disconnected) => bail!("nobody is left to do it"),
+        }
+    }
+}
+
+fn converse(
+    speaker: &Speaker,
+    inputs: &mut Inputs,
+    tell: &Sender<Input>,
+    staging: &Arc<Mutex<Option<Staging>>>,
+    runtime: &Runtime,
+    state_dir: &Path,
+) -> Result<()> {
+    speaker.say(&talk::hello())?;
+    let plan = loop {
+        match inputs.next(SILENCE)? {
+            Input::Heard(Heard::Message(Message::Hello(theirs))) => talk::check_hello(&theirs)?,
+            Input::Heard(Heard::Message(Message::Plan(plan))) => break plan,
+            Input::Heard(Heard::Message(Message::Settle { migration, verdict })) => {
+                let said = match settle::answer(state_dir, &migration, verdict) {
+                    Ok(standing) => Message::Settled { standing },
+                    Err(e) => Message::Failed { phase: "settling".into(), why: format!("{e:#}") },
+                };
+                return speaker.say(&said);
+            }
+            _ => bail!("the source begins with something else than a plan"),
+        }
+    };
+    plan.validate()?;
+    let runtime = Runtime::new(runtime.program().to_owned(), plan.root.clone(), plan.systemd_cgroup);
+    let (fatal, warnings): (Vec<_>, Vec<_>) =
+        checks::problems(&plan, &runtime).into_iter().partition(|p| p.fatal);
+    if !fatal.is_empty() {
+        return speaker.say(&Message::Refuse { problems: fatal });
+    }
+    speaker.say(&Message::Accept { warnings })?;
+    if plan.check_only {
+        return Ok(());
+    }
+    match inputs.next(SILENCE) {
+        Ok(Input::Heard(Heard::Message(Message::Prepare))) => {}
+        Ok(_) => bail!("the source does not follow the protocol"),
+        // It changed its mind: nothing was made.
+        Err(_) => return Ok(()),
+    }
+    let guest = match Guest::new(*plan, runtime, state_dir) {
+        Ok(guest) => guest,
+        Err(e) => {
+            let why = format!("{e:#}");
+            let _ = speaker.say(&Message::Failed { phase: "preparing".into(), why });
+            return Err(e);
+        }
+    };
+    guest.take_in(speaker, inputs, tell, staging)
+}
+
+/// A container on its way in, and all that was made for it.
+struct Guest {
+    plan: Plan,
+    runtime: Runtime,
+    journal: Journal,
+    work: WorkDir,
+    state_dir: PathBuf,
+    network: Option<Net>,
+    restore: Option<RestoreJob>,
+    server: Option<Server>,
+    serving: Option<Serving>,
+    streams: Vec<StreamFile>,
+    images: HashMap<String, File>,
+    image_bytes: u64,
+    packets: Vec<Packet>,
+    replayed: u64,
+    phase: &'static str,
+    began: Instant,
+    marks: Vec<(String, f64)>,
+}
+
+struct Net {
+    made: Recreated,
+    replay: Replay,
+    announcer: Announcer,
+}
+
+impl Guest {
+    fn new(plan: Plan, runtime: Runtime, state_dir: &Path) -> Result<Guest> {
+        let work = WorkDir::create(&plan.migration)?;
+        let record = Record {
+            migration: plan.migration.clone(),
+            container: plan.container.clone(),
+            role: Role::Destination,
+            peer: "the source".into(),
+            destination: None,
+            runtime: runtime.program().to_owned(),
+            root: plan.root.clone(),
+            systemd_cgroup: plan.systemd_cgroup,
+            cgroup: None,
+            init: None,
+            network_path: plan.network_path.clone(),
+            network_ours: plan.network.is_some() && plan.placement != "keep",
+            leave_mark: false,
+            work: work.path().to_owned(),
+            worker: journal::this_process(),
+            begun: journal::unix_time(),
+        };
+        let journal = Journal::create(state_dir, record)?;
+        Ok(Guest {
+            plan,
+            runtime,
+            journal,
+            work,
+            state_dir: state_dir.to_owned(),
+            network: None,
+            restore: None,
+            server: None,
+            serving: None,
+            streams: Vec::new(),
+            images: HashMap::new(),
+            image_bytes: 0,
+            packets: Vec::new(),
+            replayed: 0,
+            phase: "preparing",
+            began: Instant::now(),
+            marks: Vec::new(),
+        })
+    }
+
+    fn mark(&mut self, name: &str) {
+        let ms = self.began.elapsed().as_secs_f64() * 1000.0;
+        self.marks.push((name.into(), (ms * 1000.0).round() / 1000.0));
+    }
+
+    /// From `Prepare` to the end.
+    fn take_in(
+        mut self,
+        speaker: &Speaker,
+        inputs: &mut Inputs,
+        tell: &Sender<Input>,
+        staging: &Arc<Mutex<Option<Staging>>>,
+    ) -> Result<()> {
+        let ready = self.until_ready(speaker, inputs, tell, staging);
+        let verdict = match ready {
+            Ok(()) => self.await_verdict(speaker, inputs),
+            Err(e) => {
+                let failed = Message::Failed { phase: self.phase.into(), why: format!("{e:#}") };
+                // Undone first: a second try must find the place free. The source does not wait
+                // for us, it runs on when it hears, or when the link is cut.
+                let undone = self.undo();
+                let _ = speaker.say(&failed);
+                return undone.and(Err(e));
+            }
+        };
+        match verdict {
+            Verdict::Abort => self.undo(),
+            Verdict::Commit => self.run(speaker, inputs),
+        }
+    }
+
+    fn until_ready(
+        &mut self,
+        speaker: &Speaker,
+        inputs: &mut Inputs,
+        tell: &Sender<Input>,
+        staging: &Arc<Mutex<Option<Staging>>>,
+    ) -> Result<()> {
+        let pages = usize::try_from(self.plan.memory_bytes)? / PAGE;
+        let fresh = Staging::new(pages)?;
+        *staging.lock().unwrap_or_else(PoisonError::into_inner) = Some(fresh);
+        self.make_network()?;
+        self.start_restore(tell)?;
+        let (mut dumped, mut memory_done, mut restored) = (None, false, false);
+        while !restored {
+            match inputs.next(SILENCE)? {
+                Input::Restore(RestoreEvent::AtRequest) => speaker.say(&Message::Prepared)?,
+                Input::Heard(Heard::Frame(Frame::File(name, at, bytes))) => {
+                    self.file(&name, at, &bytes)?;
+                }
+                Input::Heard(Heard::Frame(Frame::Packet(bytes))) => self.packet(&bytes)?,
+                Input::Heard(Heard::Message(Message::Dumped { tasks })) => {
+                    if tasks.len() > MAX_TASKS {
+                        bail!("a container of {} tasks", tasks.len());
+                    }
+                    self.begin_restore()?;
+                    dumped = Some(tasks);
+                }
+                Input::Heard(Heard::Message(Message::MemoryDone)) => memory_done = true,
+                Input::Restore(RestoreEvent::Restored(pid)) => {
+                    self.journal.record.init = journal::start_time(pid).map(|t| (pid, t));
+                    self.mark("restored");
+                    restored = true;
+                }
+                _ => {}
+            }
+            if memory_done
+                && let (Some(tasks), Some(server)) =
+                    (dumped.as_ref(), self.server.take_if(|_| dumped.is_some()))
+            {
+                self.serve(tasks, server, staging)?;
+            }
+        }
+        while self.serving.is_none() {
+            // CRIU was quicker than the last pages.
+            match inputs.next(RESTORE_LIMIT)? {
+                Input::Heard(Heard::Message(Message::MemoryDone)) => {
+                    if let (Some(tasks), Some(server)) = (&dumped, self.server.take()) {
+                        self.serve(tasks, server, staging)?;
+                    }
+                }
+                Input::Heard(Heard::Frame(Frame::Packet(bytes))) => self.packet(&bytes)?,
+                _ => {}
+            }
+        }
+        let call = tell.clone();
+        settle::take_calls(self.work.path(), move |c| call.send(Input::Call(c)).is_ok())?;
+        self.phase = "waiting for the verdict";
+        // Not synced: a crash of this host loses the copy with the note about it.
+        self.journal.note(State::Ready)?;
+        speaker.say(&Message::Ready)
+    }
+
+    fn make_network(&mut self) -> Result<()> {
+        let (Some(image), Some(path)) = (&self.plan.network, &self.plan.network_path) else {
+            return Ok(());
+        };
+        self.phase = "making the network";
+        let placement: Placement = self.plan.placement.parse().map_err(|e| anyhow!("{e}"))?;
+        let made = network::recreate(image, &placement, path)?;
+        let replay = Replay::prepare(made.namespace(), image)?;
+        let announcer = Announcer::prepare(made.namespace(), image)?;
+        self.network = Some(Net { made, replay, announcer });
+        Ok(())
+    }
+
+    fn start_restore(&mut self, tell: &Sender<Input>) -> Result<()> {
+        self.phase = "preparing the restore";
+        let (criu, _) = host::criu()?;
+        let targets: Vec<&str> = self.plan.streams.iter().map(|s| s.target.as_str()).collect();
+        fs::write(self.work.images().join("descriptors.json"), serde_json::to_vec(&targets)?)?;
+        self.streams = open_streams(&self.plan)?;
+        let streams = self
+            .streams
+            .iter()
+            .zip(&self.plan.streams)
+            .map(|(s, p)| Ok(StreamPlan { file: s.file.try_clone()?, external: p.external.clone() }))
+            .collect::<Result<_>>()?;
+        self.server = Some(Server::listen(&self.work.work())?);
+        let plan = RestorePlan {
+            runtime: self.runtime.clone(),
+            container: self.plan.container.clone(),
+            bundle: self.plan.bundle.clone(),
+            images: self.work.images(),
+            work: self.work.work(),
+            streams,
+            console_socket: self.plan.console_socket.clone(),
+            interposer: Interposer::new(self.work.path(), &criu)?,
+        };
+        let tell = tell.clone();
+        self.restore = Some(RestoreJob::start(plan, move |event| {
+            // The hand-over may have ended already.
+            let _ = tell.send(Input::Restore(event));
+        })?);
+        Ok(())
+    }
+
+    /// A piece of an image file, or of a log.
+    fn file(&mut self, name: &str, at: u64, bytes: &[u8]) -> Result<()> {
+        if let Some(number) = name.strip_prefix("stream-") {
+            let stream = number.parse::<usize>().ok().and_then(|i| self.streams.get_mut(i));
+            let stream = stream.ok_or_else(|| anyhow!("a log for no stream"))?;
+            return stream.write(at, bytes);
+        }
+        let plain = name.len() < 128
+            && !name.starts_with('.')
+            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+        if !plain {
+            bail!("{name:?} is no image file's name");
+        }
+        self.image_bytes += bytes.len() as u64;
+        if self.images.len() >= MAX_FILES || self.image_bytes > MAX_IMAGES {
+            bail!("more image files than any checkpoint has");
+        }
+        if !self.images.contains_key(name) {
+            let open = OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .custom_flags(libc::O_NOFOLLOW)
+                .open(self.work.images().join(name));
+            self.images.insert(name.to_owned(), open.with_context(|| format!("image {name}"))?);
+        }
+        Ok(self.images[name].write_all_at(bytes, at)?)
+    }
+
+    fn packet(&mut self, bytes: &[u8]) -> Result<()> {
+        if self.packets.len() < MAX_PACKETS {
+            self.packets.push(keeper::decode(bytes)?);
+        }
+        Ok(())
+    }
+
+    fn begin_restore(&mut self) -> Result<()> {
+        self.phase = "restoring";
+        self.began = Instant::now();
+        self.images.clear();
+        for stream in &mut self.streams {
+            stream.settle()?;
+        }
+        self.tell_restore(Go::Restore)
+    }
+
+    fn tell_restore(&self, go: Go) -> Result<()> {
+        let job = self.restore.as_ref().ok_or_else(|| anyhow!("no restore under way"))?;
+        job.go.send(go).map_err(|_| anyhow!("the restore has ended"))
+    }
+
+    /// All pages are here: into the tasks with them.
+    fn serve(
+        &mut self,
+        tasks: &[i32],
+        server: Server,
+        staging: &Arc<Mutex<Option<Staging>>>,
+    ) -> Result<()> {
+        let mut pagemaps = HashMap::new();
+        for &vpid in tasks {
+            let path = self.work.images().join(format!("pagemap-{vpid}.img"));
+            match fs::read(&path) {
+                Ok(bytes) => {
+                    let (_, entries) = images::parse_pagemap(&bytes)
+                        .with_context(|| format!("pagemap of task {vpid}"))?;
+                    pagemaps.insert(vpid, entries);
+                }
+                // A task that ended in the freeze's last moment: CRIU knows it as a zombie.
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        let staging = staging.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let staging = staging.ok_or_else(|| anyhow!("memory has been taken already"))?;
+        self.serving = Some(server.start(staging, &pagemaps)?);
+        self.mark("last page is here");
+        Ok(())
+    }
+
+    /// Restored and held: the source decides, however long it takes.
+    fn await_verdict(&mut self, speaker: &Speaker, inputs: &mut Inputs) -> Verdict {
+        loop {
+            let input = match inputs.queue.recv_timeout(SILENCE) {
+                Ok(input) => input,
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => return Verdict::Abort,
+            };
+            match input {
+                Input::Heard(Heard::Message(Message::Commit)) => return Verdict::Commit,
+                Input::Heard(Heard::Message(Message::Abort { .. })) => return Verdict::Abort,
+                Input::Heard(Heard::Frame(Frame::Packet(bytes))) => {
+                    // A damaged one is the sender's timer's business.
+                    let _ = self.packet(&bytes);
+                }
+                Input::Call((Some(verdict), reply)) => {
+                    let standing = match verdict {
+                        Verdict::Commit => Standing::Running,
+                        Verdict::Abort => Standing::Gone,
+                    };
+                    // Told before it is so: from here on it can only come true or, with this
+                    // process, be undone. The source asks again before it lets go of anything.
+                    let _ = reply.send(if verdict == Verdict::Commit {
+                        Standing::Waiting
+                    } else {
+                        standing
+                    });
+                    return verdict;
+                }
+                Input::Call((None, reply)) => {
+                    let _ = reply.send(Standing::Waiting);
+                }
+                // The copy has died while it was held; there is nothing to run any more.
+                Input::Restore(RestoreEvent::Ended(_)) => {
+                    let why = "the restored copy was killed while it waited".to_owned();
+                    let phase = self.phase.to_owned();
+                    let _ = speaker.say(&Message::Failed { phase, why });
+                    return Verdict::Abort;
+                }
+                // The link is gone: a later one, or the operator, brings the verdict.
+                Input::Heard(_) | Input::Restore(_) => {}
+            }
+        }
+    }
+
+    /// It is ours: opens the fence, lets it run, tells everybody. No way back.
+    fn run(mut self, speaker: &Speaker, inputs: &mut Inputs) -> Result<()> {
+        self.mark("commit");
+        let _ = self.journal.note(State::Committed);
+        if let Some(net) = &mut self.network {
+            // The announcement first: when the sockets wake up, their packets find the way back.
+            if let Err(e) = net.made.open_fence() {
+                // Too late to give up: a container that cannot be reached can still be mended.
+                tracing::error!("the fence does not open: {e}");
+                let _ = fence::remove(net.made.namespace());
+            }
+            let _ = net.announcer.announce();
+        }
+        self.mark("fence open");
+        self.tell_restore(Go::Verdict(true))?;
+        let mut link = true;
+        let (mut running, mut ended) = (false, false);
+        let mut finished = false;
+        while !(running && ended && (finished || !link)) {
+            match inputs.queue.recv_timeout(RESTORE_LIMIT) {
+                Ok(Input::Restore(RestoreEvent::AtResume)) => {
+                    self.mark("sockets alive");
+                    self.replay();
+                    let _ = self.tell_restore(Go::Resume);
+                }
+                Ok(Input::Restore(RestoreEvent::Running)) => {
+                    running = true;
+                    self.mark("running");
+                    self.replay();
+                    if let Some(net) = &self.network {
+                        let _ = net.announcer.announce();
+                    }
+                    let arrival = Arrival {
+                        pid: self.journal.record.init.map_or(0, |i| i.0),
+                        marks: self.marks.clone(),
+                        packets: self.replayed,
+                    };
+                    link &= speaker.say(&Message::Running(Box::new(arrival))).is_ok();
+                }
+                Ok(Input::Restore(RestoreEvent::Ended(result))) => {
+                    ended = true;
+                    if let Err(e) = result {
+                        if !running {
+                            return Err(e.context("the container was lost after the commit"));
+                        }
+                    }
+                }
+                Ok(Input::Heard(Heard::Frame(Frame::Packet(bytes)))) => {
+                    let _ = self.packet(&bytes);
+                    if running {
+                        self.replay();
+                    }
+                }
+                Ok(Input::Heard(Heard::Message(Message::Finished))) => finished = true,
+                Ok(Input::Heard(Heard::Gone(_))) => link = false,
+                Ok(Input::Call((_, reply))) => {
+                    let now = if running { Standing::Running } else { Standing::Waiting };
+                    let _ = reply.send(now);
+                }
+                Ok(_) => {}
+                Err(_) => link = false,
+            }
+        }
+        self.settle_in()
+    }
+
+    fn replay(&mut self) {
+        let Some(net) = &self.network else { return };
+        for packet in self.packets.drain(..) {
+            // Only a help: the sender's timer brings again what does not get through.
+            if net.replay.inject(&packet).is_ok() {
+                self.replayed += 1;
+            }
+        }
+    }
+
+    /// The container runs: waits for its last pages, and leaves.
+    fn settle_in(mut self) -> Result<()> {
+        if let Some(job) = self.restore.take() {
+            job.join();
+        }
+        let mut serving = self.serving.take();
+        let mut served = Served::default();
+        while let Some(s) = serving.take() {
+            match s.join(Duration::from_secs(60))? {
+                Ok(done) => served = done,
+                Err(again) => serving = Some(again),
+            }
+        }
+        tracing::debug!(?served, "pages installed");
+        for stream in &mut self.streams {
+            stream.kept = true;
+        }
+        if let Some(net) = self.network.take() {
+            drop(net.replay);
+            net.made.keep();
+        }
+        let cleared = checks::clear_mark(&self.plan, &self.runtime, &self.state_dir);
+        self.journal.write(State::Finished)?;
+        cleared.map(|_| ())
+    }
+
+    /// Nothing of it stays here.
+    fn undo(mut self) -> Result<()> {
+        if let Some(job) = self.restore.take() {
+            job.join();
+        }
+        drop(self.serving.take());
+        drop(self.network.take());
+        self.streams.clear();
+        recover::destination_discards(&mut self.journal)
+    }
+}
+
+/// A standard stream on this host.
+struct StreamFile {
+    file: File,
+    /// A log that comes with the container: its final place, and the place that it has until then.
+    place: Option<(PathBuf, PathBuf)>,
+    kept: bool,
+}
+
+impl StreamFile {
+    fn write(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
+        if self.place.is_none() {
+            // Both hosts see the same file: it has all that.
+            return Ok(());
+        }
+        if at + bytes.len() as u64 > super::inspect::MAX_STREAM * 2 {
+            bail!("a log longer than was announced");
+        }
+        Ok(self.file.write_all_at(bytes, at)?)
+    }
+
+    /// All of it is here: to its place, keeping what was there.
+    fn settle(&mut self) -> Result<()> {
+        let Some((place, temporary)) = &self.place else { return Ok(()) };
+        if place.exists() {
+            let mut old = place.clone().into_os_string();
+            old.push(".before");
+            fs::rename(place, old)?;
+        }
+        fs::rename(temporary, place)?;
+        Ok(())
+    }
+}
+
+impl Drop for StreamFile {
+    fn drop(&mut self) {
+        if let (Some((place, temporary)), false) = (&self.place, self.kept) {
+            let _ = fs::remove_file(temporary);
+            let _ = fs::remove_file(place);
+        }
+    }
+}
+
+/// Where the output of containers that wrote to a pipe goes on this host.
+const LOGS: &str = "/var/log/ferry";
+
+/// Opens what the container will have as its standard streams.
+fn open_streams(plan: &Plan) -> Result<Vec<StreamFile>> {
+    let open = |i: usize, stream: &Stream| -> Result<StreamFile> {
+        let plain = |file| StreamFile { file, place: None, kept: true };
+        if stream.external.is_some() {
+            let place = PathBuf::from(&stream.target);
+            if !place.is_absolute() {
+                bail!("{} is no log's place", stream.target);
+            }
+            if shared_log(&place, stream)? {
+                let file = OpenOptions::new().read(true).append(true).open(&place)?;
+                return Ok(plain(file));
+            }
+            let temporary = place.with_extension(format!("ferry-{}-{i}", plan.migration));
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .mode(0o640)
+                .open(&temporary)
+                .with_context(|| format!("cannot make the log {}", temporary.display()))?;
+            return Ok(StreamFile { file, place: Some((place, temporary)), kept: false });
+        }
+        if stream.target.starts_with("pipe:") && i > 0 {
+            fs::create_dir_all(LOGS)?;
+            let path = Path::new(LOGS).join(format!("{}.log", plan.container));
+            let file = OpenOptions::new().create(true).append(true).mode(0o640).open(&path);
+            return Ok(plain(file.with_context(|| format!("cannot open {}", path.display()))?));
+        }
+        Ok(plain(OpenOptions::new().read(true).write(true).open("/dev/null")?))
+    };
+    let mut list = Vec::new();
+    for (i, stream) in plan.streams.iter().enumerate() {
+        list.push(open(i, stream)?);
+    }
+    Ok(list)
+}
+
+/// Whether a log is the same file on both hosts.
+fn shared_log(place: &Path, stream: &Stream) -> Result<bool> {
+    let Some(proof) = &stream.proof else { return Ok(false) };
+    Ok(place.exists() && place.parent().is_some_and(|dir| probe::verify(dir, proof).is_ok()))
+}

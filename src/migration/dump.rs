@@ -1,0 +1,286 @@
+//! The source's `runc checkpoint`, step by step under our control, on a thread of its own.
+//!
+//! CRIU is asked for a lazy dump that leaves the container running, of a control group that we have
+//! frozen ourselves. So nothing that becomes of runc or CRIU can decide who owns the container: when
+//! they end, in whatever way, its tasks stand frozen behind our fence, and the hand-over says
+//! whether they are thawed or killed.
+//!
+//! ```text
+//! pre-dump      held until the destination is ready  → freeze the control group
+//! network-lock  close the fence                      (tasks are seized; CRIU has thawed the group)
+//! post-dump     freeze the group again; held until the verdict
+//! status-ready  send CRIU's page server, which nobody needs, home
+//! ```
+
+use std::fs::{self, File};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::mpsc::{Receiver, Sender};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use protobuf::MessageField;
+use rust_criu::rust_criu_protobuf::rpc::{
+    Criu_network_lock_method, Criu_page_server_info, Criu_req,
+};
+
+use super::workdir::criu_errors;
+use crate::criu::interposer::{Event, Interposer, Session};
+use crate::network::fence::{Armed, Side};
+use crate::network::frames::Capture;
+use crate::oci::cgroup::Cgroup;
+use crate::oci::runtime::Runtime;
+use crate::sys::process;
+
+/// How long a container may take to stop before it is left alone.
+const FREEZE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often freezing is tried when a task is caught in a vfork.
+const FREEZE_TRIES: u32 = 20;
+/// How long CRIU may take for anything that does not wait for us.
+const STEP_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What the dump tells the hand-over.
+#[derive(Debug)]
+pub enum DumpEvent {
+    /// Everything is ready for the freeze: say [`Go`].
+    AtFreeze,
+    /// The tasks stand still and the fence is closed.
+    Frozen {
+        /// When the freeze began.
+        since: Instant,
+        /// Sees what the fence stops.
+        capture: Option<Capture>,
+        /// Opens the fence again.
+        fence: Option<Armed>,
+    },
+    /// All images are written: say the verdict.
+    Dumped,
+    /// It is over. An error before `Dumped` means that there is nothing to restore from.
+    Ended(Result<()>),
+}
+
+/// What the hand-over tells the dump. A dropped sender means the same as `Verdict(false)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Go {
+    /// Freeze.
+    Freeze,
+    /// The container belongs to the destination, or (`false`) stays.
+    Verdict(bool),
+}
+
+/// What a dump needs.
+pub struct DumpPlan {
+    /// The runtime.
+    pub runtime: Runtime,
+    /// Container ID.
+    pub container: String,
+    /// Its control group.
+    pub cgroup: Cgroup,
+    /// Where the images go.
+    pub images: PathBuf,
+    /// Where CRIU's log goes.
+    pub work: PathBuf,
+    /// Standard streams that are regular files outside the container: CRIU's keys.
+    pub external: Vec<String>,
+    /// The fence, ready to close, and the capture, ready to start.
+    pub network: Option<(Armed, Capture)>,
+    /// The interposer.
+    pub interposer: Interposer,
+}
+
+/// A dump under way.
+#[derive(Debug)]
+pub struct DumpJob {
+    /// To say [`Go`].
+    pub go: Sender<Go>,
+    thread: JoinHandle<()>,
+}
+
+impl DumpJob {
+    /// Starts it; events go to `tell`.
+    ///
+    /// # Errors
+    /// When there can be no thread.
+    pub fn start(
+        plan: DumpPlan,
+        tell: impl Fn(DumpEvent) + Send + 'static,
+    ) -> Result<DumpJob> {
+        let (go, orders) = std::sync::mpsc::channel();
+        let thread = std::thread::Builder::new().name("dump".into()).spawn(move || {
+            let result = run(plan, &tell, &orders);
+            tell(DumpEvent::Ended(result));
+        })?;
+        Ok(DumpJob { go, thread })
+    }
+
+    /// Waits for the end of the thread, after `Ended` has come or will come.
+    pub fn join(self) {
+        drop(self.go);
+        let _ = self.thread.join();
+    }
+}
+
+fn run(mut plan: DumpPlan, tell: &dyn Fn(DumpEvent), orders: &Receiver<Go>) -> Result<()> {
+    let log = plan.work.join("runc.log");
+    let mut command = plan.runtime.command();
+    command.arg("--log").arg(&log).arg("checkpoint");
+    command.arg("--image-path").arg(&plan.images).arg("--work-path").arg(&plan.work);
+    command.args(["--leave-running", "--tcp-established", "--file-locks", "--ext-unix-sk"]);
+    command.arg(&plan.container);
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    command.stderr(File::create(plan.work.join("runc.stderr"))?);
+    plan.interposer.configure(&mut command);
+    process::in_new_session(&mut command);
+    let mut child = command
+        .spawn()
+        .with_context(|| format!("cannot run {}", plan.runtime.program().display()))?;
+    let pidfd = process::pidfd_open(child.id() as i32)?;
+    let deadline = Instant::now() + STEP_TIMEOUT;
+    let outcome = plan
+        .interposer
+        .next_job(pidfd.as_fd(), deadline)
+        .map_err(|e| e.context(runtime_log(&plan)))
+        .and_then(|(session, request)| job(&mut plan, &session, request, tell, orders));
+    // The runtime ends by itself: the session is closed, and it has its answer or an end of file.
+    let _ = child.wait();
+    outcome
+}
+
+fn runtime_log(plan: &DumpPlan) -> String {
+    let text = ["runc.log", "runc.stderr"]
+        .map(|n| fs::read_to_string(plan.work.join(n)).unwrap_or_default())
+        .concat();
+    format!("the runtime's checkpoint: {}", crate::oci::runtime::first_error(&text))
+}
+
+fn job(
+    plan: &mut DumpPlan,
+    session: &Session,
+    mut request: Criu_req,
+    tell: &dyn Fn(DumpEvent),
+    orders: &Receiver<Go>,
+) -> Result<()> {
+    // Open as long as CRIU may look them up in our descriptor table.
+    let images = File::open(&plan.images)?;
+    let work = File::open(&plan.work)?;
+    let port = edit(&mut request, plan, images.as_raw_fd(), work.as_raw_fd())?;
+    fs::write(plan.work.join("criu.pid"), session.criu_pid.to_string())?;
+    session.send_request(&request)?;
+    let mut frozen = false;
+    let mut since = Instant::now();
+    let result = loop {
+        let event = session.next(Some(Instant::now() + STEP_TIMEOUT));
+        match event.context("CRIU's dump")? {
+            Event::Notify(notify) => match notify.script.as_str() {
+                "pre-dump" => {
+                    tell(DumpEvent::AtFreeze);
+                    if !matches!(orders.recv(), Ok(Go::Freeze)) {
+                        session.answer(false)?;
+                        continue;
+                    }
+                    since = Instant::now();
+                    let done = freeze(&plan.cgroup);
+                    session.answer(done.is_ok())?;
+                    done?;
+                    frozen = true;
+                }
+                "network-lock" => {
+                    let (fence, capture) = match plan.network.take() {
+                        None => (None, None),
+                        Some((mut fence, capture)) => {
+                            capture.start()?;
+                            if let Err(problem) = fence.close(Side::Both) {
+                                session.answer(false)?;
+                                return Err(problem.into());
+                            }
+                            (Some(fence), Some(capture))
+                        }
+                    };
+                    tell(DumpEvent::Frozen { since, capture, fence });
+                    session.answer(true)?;
+                }
+                "post-dump" => {
+                    // CRIU has thawed the group once every task was seized. From here on they stand
+                    // still even if CRIU is killed.
+                    plan.cgroup.tell_freeze()?;
+                    tell(DumpEvent::Dumped);
+                    let agreed = matches!(orders.recv(), Ok(Go::Verdict(true)));
+                    session.answer(agreed)?;
+                }
+                "status-ready" => {
+                    // A lazy dump ends by serving pages to one client; an end of file is enough
+                    // for it, and with leave_running its result decides nothing.
+                    drop(TcpStream::connect((Ipv4Addr::LOCALHOST, port)));
+                    session.answer(true)?;
+                }
+                _ => session.answer(true)?,
+            },
+            Event::Reply(response) => {
+                let success = response.success();
+                let why = response.cr_errmsg().to_owned();
+                // The runtime may be gone already; its opinion is of no use.
+                let _ = session.relay_reply(&response);
+                break if success { Ok(()) } else { Err(anyhow!("{why}")) };
+            }
+            Event::Hangup => break Err(anyhow!("CRIU ended in the middle of the dump")),
+        }
+    };
+    let _ = frozen;
+    result.with_context(|| {
+        format!("CRIU cannot dump the container:\n{}", criu_errors(&plan.work.join("dump.log")))
+    })
+}
+
+/// Makes runc's request ours; returns the port of the page server that nobody needs.
+fn edit(request: &mut Criu_req, plan: &DumpPlan, images: i32, work: i32) -> Result<u16> {
+    // Free a moment ago is free enough: nothing depends on this server.
+    let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+    let opts = request.opts.as_mut().ok_or_else(|| anyhow!("a dump without options"))?;
+    opts.set_images_dir_fd(images);
+    opts.set_work_dir_fd(work);
+    // A configuration file would override what is set here.
+    opts.clear_config_file();
+    opts.set_notify_scripts(true);
+    opts.set_leave_running(true);
+    opts.set_lazy_pages(true);
+    opts.set_tcp_established(true);
+    opts.set_file_locks(true);
+    opts.set_ext_unix_sk(true);
+    opts.set_log_level(2);
+    opts.network_lock = Some(Criu_network_lock_method::SKIP.into());
+    if let Cgroup::V2(path) | Cgroup::V1(path) = &plan.cgroup {
+        let path = path.to_str().ok_or_else(|| anyhow!("a control group that is not UTF-8"))?;
+        opts.set_freeze_cgroup(path.to_owned());
+    }
+    let mut server = Criu_page_server_info::new();
+    server.set_port(i32::from(port));
+    opts.ps = MessageField::some(server);
+    opts.external.extend(plan.external.iter().cloned());
+    Ok(port)
+}
+
+/// Freezes the control group so that CRIU can seize every task.
+///
+/// A task whose child has not yet come out of a vfork(2) sleeps uninterruptibly, counts as frozen,
+/// and cannot be seized: it is given a moment and tried again.
+fn freeze(cgroup: &Cgroup) -> Result<()> {
+    for attempt in 1.. {
+        cgroup.freeze(FREEZE_TIMEOUT)?;
+        let stuck = cgroup.processes()?.into_iter().find(|pid| {
+            matches!(cgroup, Cgroup::V2(_))
+                && fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|s| {
+                    s.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('D'))
+                })
+        });
+        let Some(pid) = stuck else { return Ok(()) };
+        cgroup.thaw()?;
+        if attempt == FREEZE_TRIES {
+            bail!("process {pid} sleeps uninterruptibly and cannot be checkpointed");
+        }
+        std::thread::yield_now();
+    }
+    Ok(())
+}

@@ -1,0 +1,276 @@
+//! What the source can know of a container before anything is touched: the plan, and every
+//! obstacle that shows here.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use super::host;
+use super::protocol::{Place, Plan, Probe, Stream};
+use crate::files::probe;
+use crate::memory::pages;
+use crate::network::problem::Problem;
+use crate::network::{self, NetworkImage};
+use crate::oci::bundle::Bundle;
+use crate::oci::cgroup::Cgroup;
+use crate::oci::runtime::{Runtime, State};
+use crate::sys::netns::NetNs;
+
+/// Longest log that travels along with a container that writes to a regular file.
+pub const MAX_STREAM: u64 = 1 << 30;
+
+/// A container that could go, looked at from all sides.
+pub struct Subject {
+    /// What the runtime says.
+    pub state: State,
+    /// Its bundle.
+    pub bundle: Bundle,
+    /// Its control group.
+    pub cgroup: Cgroup,
+    /// Its network, where it has one of its own.
+    pub network: Option<(NetNs, PathBuf, NetworkImage)>,
+    /// For the destination.
+    pub plan: Plan,
+    /// Keeps the probe files until the destination has looked.
+    pub probes: Vec<probe::Probe>,
+}
+
+/// What the user asked for, as far as the plan depends on it.
+#[derive(Clone, Debug)]
+pub struct Wishes {
+    /// Container ID.
+    pub container: String,
+    /// The bundle's place on the destination.
+    pub bundle: Option<PathBuf>,
+    /// `--network`.
+    pub placement: String,
+    /// `--console-socket`.
+    pub console_socket: Option<PathBuf>,
+    /// The runtime's global flags, as the user gave them.
+    pub root: Option<PathBuf>,
+    /// See `root`.
+    pub systemd_cgroup: bool,
+    /// Only checks.
+    pub check_only: bool,
+}
+
+/// Looks at a container.
+///
+/// # Errors
+/// Every obstacle found; nothing was touched.
+pub fn inspect(runtime: &Runtime, wishes: &Wishes) -> Result<Subject, Vec<Problem>> {
+    let one = |problem: Problem| vec![problem];
+    let mut problems: Vec<Problem> = host::problems().into_iter().filter(|p| p.fatal).collect();
+    if !problems.is_empty() {
+        return Err(problems);
+    }
+    let id = &wishes.container;
+    let state = runtime
+        .state(id)
+        .map_err(|e| one(Problem::new(format!("cannot ask for the state of {id}"), format!("{e:#}"))))?;
+    let Some(state) = state else {
+        return Err(one(Problem::new(
+            format!("there is no container {id} here"),
+            format!("{} knows none in {}", runtime.program().display(), runtime.root().display()),
+        )
+        .hint("see `runc list`; an engine keeps its containers below another --root")));
+    };
+    match state.status.as_str() {
+        "running" => {}
+        "paused" => problems.push(
+            Problem::new(format!("{id} is paused"), "CRIU cannot seize paused tasks")
+                .hint(format!("`runc resume {id}` first")),
+        ),
+        other => problems.push(
+            Problem::new(format!("{id} is {other}"), "only a running container can be carried")
+                .hint("start it, or create it on the other host: there is no state to keep"),
+        ),
+    }
+    if !problems.is_empty() {
+        return Err(problems);
+    }
+    look(runtime, wishes, state).map_err(|e| match e.downcast::<Problem>() {
+        Ok(problem) => one(problem),
+        Err(e) => one(Problem::new(format!("cannot look at {id}"), format!("{e:#}"))),
+    })
+}
+
+fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
+    let bundle = Bundle::load(&state.bundle).map_err(|e| {
+        Problem::new("the container's bundle is missing", format!("{e:#}"))
+            .hint("restore needs config.json where it was when the container was created")
+    })?;
+    let cgroup = Cgroup::of_process(state.pid).map_err(|e| {
+        Problem::new("the container cannot be frozen", format!("{e:#}"))
+            .hint("give it a control group of its own (cgroupsPath in config.json)")
+    })?;
+    let mut probes = Vec::new();
+    let streams = streams(state.pid, &bundle, wishes, &mut probes)?;
+    let network = network(&bundle, state.pid)?;
+    let destination = wishes.bundle.clone().unwrap_or_else(|| state.bundle.clone());
+    let mut listed = Vec::new();
+    let mut add = |what: String, place: Place, path: &Path, read_only: bool| -> Result<()> {
+        let probe = probe::make(path, read_only)?;
+        listed.push(Probe { what, place, proof: probe.proof.clone() });
+        probes.push(probe);
+        Ok(())
+    };
+    add("root file system".into(), Place::Rootfs, &bundle.rootfs()?, bundle.rootfs_read_only())?;
+    for mount in bundle.bind_mounts() {
+        let what = format!("bind mount {}", mount.destination.display());
+        add(what, Place::Mount(mount.destination.clone()), &mount.source, mount.read_only)?;
+    }
+    let resident = resident_bytes(&cgroup)?;
+    let plan = Plan {
+        migration: probe::random_name()?,
+        check_only: wishes.check_only,
+        container: wishes.container.clone(),
+        bundle: destination,
+        config: bundle.config.clone(),
+        root: wishes.root.clone(),
+        systemd_cgroup: wishes.systemd_cgroup,
+        streams,
+        console_socket: wishes.console_socket.clone(),
+        // What the tasks may still come to use while they are being copied.
+        memory_bytes: resident * 2 + (256 << 20),
+        resident_bytes: resident,
+        cpu: host::cpu_flags(),
+        machine: host::machine(),
+        kernel: host::kernel(),
+        criu: host::criu().map_or(0, |c| c.1),
+        probes: listed,
+        network: network.as_ref().map(|n| n.2.clone()),
+        network_path: network.as_ref().map(|n| n.1.clone()),
+        placement: wishes.placement.clone(),
+    };
+    let _ = runtime;
+    Ok(Subject { state, bundle, cgroup, network, plan, probes })
+}
+
+/// Private anonymous memory of all tasks, in bytes.
+fn resident_bytes(cgroup: &Cgroup) -> Result<u64> {
+    let tasks = pages::tasks(&cgroup.processes()?)?;
+    let mut total = 0;
+    for task in tasks {
+        total += pages::populated(task.pid)
+            .map(|list| list.iter().map(|r| r.end - r.start).sum())
+            .unwrap_or(0);
+    }
+    Ok(total)
+}
+
+/// What the container's standard streams are, and whether they can go along. Logs outside the
+/// container get a probe in their directory.
+fn streams(
+    pid: i32,
+    bundle: &Bundle,
+    wishes: &Wishes,
+    probes: &mut Vec<probe::Probe>,
+) -> Result<Vec<Stream>> {
+    let mut list = Vec::new();
+    for number in 0..3 {
+        let link = format!("/proc/{pid}/fd/{number}");
+        let Ok(target) = fs::read_link(&link) else {
+            // A closed stream stays closed.
+            list.push(Stream { target: String::new(), external: None, size: 0, proof: None });
+            continue;
+        };
+        let target = target.to_string_lossy().into_owned();
+        let meta = fs::metadata(&link)?;
+        let mut stream = Stream { target: target.clone(), external: None, size: 0, proof: None };
+        if meta.is_file() && !reaches(pid, &target, &meta) {
+            let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}"))?;
+            let mount: u64 = info
+                .lines()
+                .find_map(|l| l.strip_prefix("mnt_id:"))
+                .and_then(|v| v.trim().parse().ok())
+                .context("no mnt_id in fdinfo")?;
+            if target.ends_with(" (deleted)") {
+                return Err(Problem::new(
+                    "a standard stream is a file that has been deleted",
+                    format!("{target} has no name any more, so it cannot be found over there"),
+                )
+                .hint("start the container with its output on a pipe, or on a file that stays")
+                .into());
+            }
+            if meta.size() > MAX_STREAM {
+                return Err(Problem::new(
+                    format!("the log {target} is too long to go along"),
+                    format!("{} bytes; at most {MAX_STREAM} are carried", meta.size()),
+                )
+                .hint("rotate it by copy and truncate")
+                .into());
+            }
+            if let Some(dir) = Path::new(&target).parent() {
+                let probe = probe::make(dir, false)?;
+                stream.proof = Some(probe.proof.clone());
+                probes.push(probe);
+            }
+            stream.external = Some(format!("file[{mount:x}:{:x}]", meta.ino()));
+            stream.size = meta.size();
+        }
+        list.push(stream);
+    }
+    if bundle.terminal() && wishes.console_socket.is_none() && !wishes.check_only {
+        return Err(Problem::new(
+            "the container has a terminal, and nobody takes it on the other host",
+            "process.terminal is set in config.json",
+        )
+        .hint("name a socket over there with --console-socket PATH, as for `runc run`")
+        .into());
+    }
+    Ok(list)
+}
+
+/// Whether a path leads to the same file inside the container.
+fn reaches(pid: i32, target: &str, meta: &fs::Metadata) -> bool {
+    fs::metadata(format!("/proc/{pid}/root{target}"))
+        .is_ok_and(|m| (m.dev(), m.ino()) == (meta.dev(), meta.ino()))
+}
+
+type Network = Option<(NetNs, PathBuf, NetworkImage)>;
+
+/// The container's network, where it has one of its own that Ferry can carry.
+fn network(bundle: &Bundle, pid: i32) -> Result<Network> {
+    let hint = "give the container a named namespace: `ip netns add NAME`, and its path \
+                /run/netns/NAME in config.json's linux.namespaces";
+    match bundle.namespace("network") {
+        Some(Some(path)) => {
+            let namespace = NetNs::open(&path).map_err(|e| {
+                Problem::new(format!("cannot open the network namespace {}", path.display()), e)
+            })?;
+            let real = NetNs::of_pid(pid as u32)?;
+            if real.identity()? != namespace.identity()? {
+                return Err(Problem::new(
+                    format!("{} is not the container's network namespace", path.display()),
+                    "it was replaced since the container was started",
+                )
+                .into());
+            }
+            let image = network::capture(&namespace, &NetNs::current()?)?;
+            Ok(Some((namespace, path, image)))
+        }
+        Some(None) => {
+            let own = NetNs::of_pid(pid as u32)?;
+            let image = network::capture(&own, &NetNs::current()?)?;
+            if image.outward().next().is_some() {
+                return Err(Problem::new(
+                    "the container's network namespace has no name",
+                    "the runtime made it, and somebody put an interface into it",
+                )
+                .hint(hint)
+                .into());
+            }
+            // Only a loopback device: CRIU carries it.
+            Ok(None)
+        }
+        None => Err(Problem::new(
+            "the container uses the host's network",
+            "its address belongs to the host and cannot go along yet",
+        )
+        .hint(hint)
+        .into()),
+    }
+}

@@ -1,0 +1,132 @@
+//! Keeps the frames that the closed fence stops, and sends them along as they come; after a
+//! rollback gives them back to the container here.
+//!
+//! Without this every packet of the freeze would wait for its sender's retransmission timer: 200 ms
+//! and more, longer than the freeze itself.
+
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::thread::JoinHandle;
+
+use anyhow::{Result, bail};
+
+use super::talk::Speaker;
+use crate::criu::interposer::wait_readable;
+use crate::network::{Capture, Frame, NetworkImage, Replay};
+use crate::sys::netns::NetNs;
+
+/// Most bytes kept for a rollback. Beyond it the senders' timers have to do.
+const MOST: usize = 32 << 20;
+const HEAD: usize = 2 + 10;
+
+/// A frame as it goes over the link: link number, virtio header, contents.
+pub fn encode(frame: &Frame) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(HEAD + frame.bytes.len());
+    bytes.extend(frame.link.to_le_bytes());
+    bytes.extend(frame.vnet_hdr);
+    bytes.extend(&frame.bytes);
+    bytes
+}
+
+/// And back.
+///
+/// # Errors
+/// When it is none.
+pub fn decode(bytes: &[u8]) -> Result<Frame> {
+    let (Some(link), Some(header), Some(rest)) =
+        (bytes.first_chunk::<2>(), bytes.get(2..HEAD), bytes.get(HEAD..))
+    else {
+        bail!("a kept frame cut short");
+    };
+    let mut vnet_hdr = [0; 10];
+    vnet_hdr.copy_from_slice(header);
+    let frame = Frame { link: u16::from_le_bytes(*link), vnet_hdr, bytes: rest.to_vec() };
+    frame.validate()?;
+    Ok(frame)
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Keeper {
+    stop: UnixStream,
+    thread: JoinHandle<(Vec<Frame>, u64)>,
+}
+
+impl Keeper {
+    /// Starts to keep what `capture` sees and to send it along.
+    ///
+    /// # Errors
+    /// When there can be no thread.
+    pub fn start(capture: Capture, speaker: Speaker) -> Result<Keeper> {
+        let (stop, stopped) = UnixStream::pair()?;
+        let thread = std::thread::Builder::new()
+            .name("keep".into())
+            .spawn(move || keep(capture, &speaker, &stopped))?;
+        Ok(Keeper { stop, thread })
+    }
+
+    fn end(self) -> (Vec<Frame>, u64) {
+        // The thread may have ended by itself.
+        let _ = (&self.stop).write_all(b"s");
+        self.thread.join().unwrap_or_default()
+    }
+
+    /// Ends; how many frames there were.
+    pub fn stop(self) -> u64 {
+        self.end().1
+    }
+
+    /// Ends, and gives the frames to the container here, whose fence is open again.
+    pub fn give_back(self, network: Option<&(NetNs, PathBuf, NetworkImage)>) {
+        let (frames, _) = self.end();
+        let Some((namespace, _, image)) = network.filter(|_| !frames.is_empty()) else { return };
+        // Only a help: without it the senders' timers bring everything again.
+        if let Ok(replay) = Replay::prepare(namespace, image) {
+            for frame in &frames {
+                let _ = replay.inject(frame);
+            }
+        }
+    }
+}
+
+fn keep(mut capture: Capture, speaker: &Speaker, stopped: &UnixStream) -> (Vec<Frame>, u64) {
+    let (mut kept, mut size, mut count) = (Vec::new(), 0, 0);
+    let mut link_works = true;
+    loop {
+        let Ok(ready) = wait_readable(&[capture.as_fd(), stopped.as_fd()], None) else { break };
+        let mut fresh = Vec::new();
+        if capture.read(&mut fresh).is_err() {
+            break;
+        }
+        for frame in fresh {
+            count += 1;
+            // The dump notices a broken link; here it only means that nobody listens any more.
+            link_works = link_works && speaker.packet(&encode(&frame)).is_ok();
+            size += frame.bytes.len();
+            if size <= MOST {
+                kept.push(frame);
+            }
+        }
+        if ready.contains(&1) {
+            break;
+        }
+    }
+    (kept, count)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_survive_the_link() {
+        let frame = Frame { link: 3, vnet_hdr: [7; 10], bytes: vec![9; 100] };
+        assert_eq!(decode(&encode(&frame)).unwrap(), frame);
+        let bytes = encode(&frame);
+        for cut in 0..HEAD + 10 {
+            assert!(decode(&bytes[..cut]).is_err(), "cut at {cut}");
+        }
+    }
+}

@@ -1,0 +1,219 @@
+//! Undoing and finishing a migration by its journal alone: what the guard does when Ferry was
+//! killed, what `ferry resolve` does after a crash, and what the hand-over itself does at its end.
+//! Every step may have been done before.
+
+use std::fs;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::away::AwayMark;
+use super::journal::{Journal, Record, Role, State};
+use super::workdir;
+use crate::network::{self, fence};
+use crate::oci::cgroup::Cgroup;
+use crate::oci::runtime::Runtime;
+use crate::sys::netns::NetNs;
+use crate::sys::{process, socket};
+
+const CRIU_TIMEOUT: Duration = Duration::from_secs(20);
+const KILL_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// The runtime of a record.
+pub fn runtime(record: &Record) -> Runtime {
+    Runtime::new(record.runtime.clone(), record.root.clone(), record.systemd_cgroup)
+}
+
+/// Collects errors of steps that must not keep later steps from being tried.
+#[derive(Debug, Default)]
+pub struct Trouble(Vec<String>);
+
+impl Trouble {
+    /// Notes the error of a step.
+    pub fn note<T, E: std::fmt::Display>(&mut self, step: &str, result: Result<T, E>) -> Option<T> {
+        result.map_err(|e| self.0.push(format!("{step}: {e:#}"))).ok()
+    }
+
+    /// All of it, or nothing.
+    ///
+    /// # Errors
+    /// When any step failed.
+    pub fn into_result(self) -> Result<()> {
+        if self.0.is_empty() { Ok(()) } else { Err(anyhow::anyhow!(self.0.join("; "))) }
+    }
+}
+
+/// The source, before the commit: the container runs on as if nothing had happened.
+///
+/// # Errors
+/// Says which steps failed; the others were done.
+pub fn source_runs_on(journal: &mut Journal) -> Result<()> {
+    let mut trouble = Trouble::default();
+    let record = journal.record.clone();
+    wait_for_criu(&record.work);
+    if let Some(cgroup) = &record.cgroup {
+        if cgroup.is_frozen().unwrap_or(false) {
+            mend_sockets(cgroup);
+        }
+        lift_fence(&record, &mut trouble);
+        if cgroup.is_frozen().unwrap_or(false) {
+            trouble.note("thawing the container", cgroup.thaw());
+        }
+    }
+    workdir::remove(&record.work);
+    trouble.note("writing the journal", journal.write(State::Aborted));
+    trouble.into_result()
+}
+
+/// Takes the fence away, where there is a namespace to have one.
+fn lift_fence(record: &Record, trouble: &mut Trouble) {
+    if let Some(path) = &record.network_path
+        && let Ok(namespace) = NetNs::open(path)
+    {
+        trouble.note("lifting the fence", fence::remove(&namespace));
+    }
+}
+
+/// The source, when the destination runs: what is frozen here goes away, and the ID may not be
+/// started here.
+///
+/// # Errors
+/// Says which steps failed; the others were done.
+pub fn source_lets_go(journal: &mut Journal, before_network: impl FnOnce()) -> Result<()> {
+    let mut trouble = Trouble::default();
+    let record = journal.record.clone();
+    let runtime = runtime(&record);
+    if record.leave_mark {
+        // Before the tasks end: an engine restarts what it sees ending.
+        let mark = AwayMark {
+            id: record.container.clone(),
+            runtime_root: runtime.root().to_owned(),
+            destination: record.peer.clone(),
+            migrated_at: crate::report::log::rfc3339(std::time::SystemTime::now()),
+            migration_id: record.migration.clone(),
+        };
+        let state_dir = journal.path().parent().and_then(Path::parent).unwrap_or(Path::new("/"));
+        trouble.note("leaving the away-mark", mark.write(state_dir));
+    }
+    wait_for_criu(&record.work);
+    let same = record.init.is_none_or(super::journal::is_alive);
+    if let Some(cgroup) = record.cgroup.as_ref().filter(|_| same) {
+        trouble.note("ending the frozen tasks", cgroup.kill(KILL_TIMEOUT));
+    }
+    before_network();
+    if let Some(path) = &record.network_path
+        && let Ok(namespace) = NetNs::open(path)
+    {
+        // The fence is closed and goes with the namespace: no kernel answers for the container.
+        trouble.note("removing the network namespace", network::dismantle(&namespace, path));
+    }
+    let deleted = match runtime.state(&record.container) {
+        Ok(Some(state)) if state.status == "stopped" || !same => {
+            runtime.delete_force(&record.container)
+        }
+        Ok(Some(_)) if record.cgroup.is_none() => Ok(()),
+        Ok(Some(_)) => runtime.delete_force(&record.container),
+        Ok(None) => Ok(()),
+        Err(e) => Err(e),
+    };
+    trouble.note("deleting the container", deleted);
+    workdir::remove(&record.work);
+    trouble.note("writing the journal", journal.write(State::Finished));
+    trouble.into_result()
+}
+
+/// The destination, when there is no copy to keep: nothing is left here.
+///
+/// # Errors
+/// Says which steps failed; the others were done.
+pub fn destination_discards(journal: &mut Journal) -> Result<()> {
+    let mut trouble = Trouble::default();
+    let record = journal.record.clone();
+    let runtime = runtime(&record);
+    wait_for_criu(&record.work);
+    match runtime.state(&record.container) {
+        Ok(Some(_)) => {
+            trouble.note("deleting the container", runtime.delete_force(&record.container));
+        }
+        Ok(None) => {}
+        Err(e) => {
+            trouble.note("asking the runtime", Err::<(), _>(e));
+        }
+    }
+    if record.network_ours
+        && let Some(path) = &record.network_path
+        && let Ok(namespace) = NetNs::open(path)
+    {
+        trouble.note("removing the network namespace", network::dismantle(&namespace, path));
+    }
+    workdir::remove(&record.work);
+    trouble.note("writing the journal", journal.write(State::Aborted));
+    trouble.into_result()
+}
+
+/// Waits until a CRIU that lost its Ferry has finished: it rolls back by itself.
+fn wait_for_criu(work: &Path) {
+    let file = work.join("work").join("criu.pid");
+    let Some(pid) = fs::read_to_string(file).ok().and_then(|t| t.trim().parse().ok()) else {
+        return;
+    };
+    let Ok(pidfd) = process::pidfd_open(pid) else { return };
+    // The number may belong to somebody else by now.
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    if name.trim() != "criu" {
+        return;
+    }
+    let until = Instant::now() + CRIU_TIMEOUT;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left.as_millis() as i32).unwrap_or(PollTimeout::ZERO);
+        match poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], timeout) {
+            Err(nix::errno::Errno::EINTR) => {}
+            _ => return,
+        }
+    }
+}
+
+/// Takes sockets out of repair mode that a killed CRIU has left there. The tasks must be frozen.
+fn mend_sockets(cgroup: &Cgroup) {
+    for pid in cgroup.processes().unwrap_or_default() {
+        let Ok(pidfd) = process::pidfd_open(pid) else { continue };
+        let Ok(list) = fs::read_dir(format!("/proc/{pid}/fd")) else { continue };
+        for entry in list.flatten() {
+            let is_socket = fs::read_link(entry.path())
+                .is_ok_and(|t| t.to_string_lossy().starts_with("socket:"));
+            let number = entry.file_name().to_str().and_then(|n| n.parse().ok());
+            if let (true, Some(number)) = (is_socket, number)
+                && let Ok(fd) = process::pidfd_getfd(&pidfd, number)
+            {
+                // Not a TCP socket: it cannot be in repair mode.
+                let _ = socket::leave_repair(&fd);
+            }
+        }
+    }
+}
+
+/// The guard: a process that outlives a killed Ferry and brings the source back.
+///
+/// It reads its standard input until the end. `d`: done, nothing to do. An end without it means
+/// that Ferry died: then the journal says whether the container is still the source's.
+///
+/// # Errors
+/// When undoing failed.
+pub fn guard(journal: &Path) -> Result<()> {
+    use std::io::Read;
+    let mut byte = [0];
+    if matches!(std::io::stdin().read(&mut byte), Ok(1)) && byte == *b"d" {
+        return Ok(());
+    }
+    let mut journal = Journal::open(journal)?;
+    match (journal.record.role, journal.state()) {
+        (Role::Source, State::Begun) => source_runs_on(&mut journal),
+        // Committed: the destination owns it; `ferry resolve` finishes here.
+        _ => Ok(()),
+    }
+    .context("the guard of a migration")
+}

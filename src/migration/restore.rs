@@ -1,0 +1,239 @@
+//! The destination's `runc restore`, step by step under our control, on a thread of its own.
+//!
+//! It is started while the container still runs on the source, and held at the RESTORE request:
+//! runc's part and CRIU's start are over when the images come. Then:
+//!
+//! ```text
+//! RESTORE       held until the images are there
+//! post-restore  runc is asked first; held until the commit: the tasks exist, none has run
+//! pre-resume    sockets are alive: packets that the fence held back are replayed
+//! ```
+//!
+//! Before `post-restore` is answered CRIU can still give up and kills what it made, silently, as
+//! all sockets are in repair mode. After it nothing can stop it any more.
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::mpsc::{Receiver, Sender};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use rust_criu::rust_criu_protobuf::rpc::{Criu_network_lock_method, Criu_req, Inherit_fd};
+
+use super::workdir::criu_errors;
+use crate::criu::interposer::{Event, Interposer, Session};
+use crate::oci::runtime::Runtime;
+use crate::sys::process;
+
+const STEP_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// What the restore tells the hand-over.
+#[derive(Debug)]
+pub enum RestoreEvent {
+    /// Held at the RESTORE request.
+    AtRequest,
+    /// Restored, held before the first instruction. The init process.
+    Restored(i32),
+    /// The sockets are alive, the tasks are about to run.
+    AtResume,
+    /// The tasks run.
+    Running,
+    /// It is over; an error before `Restored` was answered means that nothing is left.
+    Ended(Result<()>),
+}
+
+/// What the hand-over tells the restore. A dropped sender means the same as `Verdict(false)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Go {
+    /// The images are there.
+    Restore,
+    /// Run, or (`false`) give up.
+    Verdict(bool),
+    /// What was to be done at `AtResume` is done.
+    Resume,
+}
+
+/// A standard stream of the restored container.
+#[derive(Debug)]
+pub struct StreamPlan {
+    /// What the runtime gets as its own stream of that number.
+    pub file: File,
+    /// CRIU's key, where the stream is a regular file outside the container.
+    pub external: Option<String>,
+}
+
+/// What a restore needs.
+pub struct RestorePlan {
+    /// The runtime.
+    pub runtime: Runtime,
+    /// Container ID.
+    pub container: String,
+    /// The bundle's directory.
+    pub bundle: PathBuf,
+    /// Where the images are.
+    pub images: PathBuf,
+    /// Where CRIU's log and sockets are.
+    pub work: PathBuf,
+    /// Standard input, output, error.
+    pub streams: Vec<StreamPlan>,
+    /// Takes the terminal.
+    pub console_socket: Option<PathBuf>,
+    /// The interposer.
+    pub interposer: Interposer,
+}
+
+/// A restore under way.
+#[derive(Debug)]
+pub struct RestoreJob {
+    /// To say [`Go`].
+    pub go: Sender<Go>,
+    thread: JoinHandle<()>,
+}
+
+impl RestoreJob {
+    /// Starts it; events go to `tell`.
+    ///
+    /// # Errors
+    /// When there can be no thread.
+    pub fn start(
+        plan: RestorePlan,
+        tell: impl Fn(RestoreEvent) + Send + 'static,
+    ) -> Result<RestoreJob> {
+        let (go, orders) = std::sync::mpsc::channel();
+        let thread = std::thread::Builder::new().name("restore".into()).spawn(move || {
+            let result = run(plan, &tell, &orders);
+            tell(RestoreEvent::Ended(result));
+        })?;
+        Ok(RestoreJob { go, thread })
+    }
+
+    /// Gives up where that is still possible, and waits for the end.
+    pub fn join(self) {
+        drop(self.go);
+        let _ = self.thread.join();
+    }
+}
+
+fn run(mut plan: RestorePlan, tell: &dyn Fn(RestoreEvent), orders: &Receiver<Go>) -> Result<()> {
+    let log = plan.work.join("runc.log");
+    let mut command = plan.runtime.command();
+    command.arg("--log").arg(&log).arg("restore").arg("--detach");
+    command.arg("--bundle").arg(&plan.bundle);
+    command.arg("--image-path").arg(&plan.images).arg("--work-path").arg(&plan.work);
+    command.arg("--pid-file").arg(plan.work.join("init.pid"));
+    command.args(["--tcp-established", "--file-locks", "--ext-unix-sk"]);
+    if let Some(socket) = &plan.console_socket {
+        command.arg("--console-socket").arg(socket);
+    }
+    command.arg(&plan.container);
+    let mut external = Vec::new();
+    for (i, stream) in std::mem::take(&mut plan.streams).into_iter().enumerate() {
+        external.extend(stream.external.map(|key| (key, i as i32)));
+        match i {
+            0 => command.stdin(stream.file),
+            1 => command.stdout(stream.file),
+            _ => command.stderr(stream.file),
+        };
+    }
+    plan.interposer.configure(&mut command);
+    process::in_new_session(&mut command);
+    let mut child = command
+        .spawn()
+        .with_context(|| format!("cannot run {}", plan.runtime.program().display()))?;
+    // The command holds the container's streams open; they must be the container's alone.
+    drop(command);
+    let pidfd = process::pidfd_open(child.id() as i32)?;
+    let deadline = Instant::now() + STEP_TIMEOUT;
+    let outcome = plan
+        .interposer
+        .next_job(pidfd.as_fd(), deadline)
+        .and_then(|(session, request)| job(&plan, &session, request, &external, tell, orders));
+    let status = child.wait()?;
+    outcome.map_err(|e| e.context(runtime_log(&plan)))?;
+    if !status.success() {
+        bail!("{} ({status})", runtime_log(&plan));
+    }
+    Ok(())
+}
+
+fn runtime_log(plan: &RestorePlan) -> String {
+    let text = fs::read_to_string(plan.work.join("runc.log")).unwrap_or_default();
+    format!("the runtime's restore: {}", crate::oci::runtime::first_error(&text))
+}
+
+fn job(
+    plan: &RestorePlan,
+    session: &Session,
+    mut request: Criu_req,
+    external: &[(String, i32)],
+    tell: &dyn Fn(RestoreEvent),
+    orders: &Receiver<Go>,
+) -> Result<()> {
+    let images = File::open(&plan.images)?;
+    let work = File::open(&plan.work)?;
+    let opts = request.opts.as_mut().ok_or_else(|| anyhow!("a restore without options"))?;
+    opts.set_images_dir_fd(images.as_raw_fd());
+    opts.set_work_dir_fd(work.as_raw_fd());
+    opts.clear_config_file();
+    opts.set_notify_scripts(true);
+    opts.set_lazy_pages(true);
+    opts.set_tcp_established(true);
+    opts.set_file_locks(true);
+    opts.set_ext_unix_sk(true);
+    opts.set_log_level(2);
+    opts.network_lock = Some(Criu_network_lock_method::SKIP.into());
+    for (key, fd) in external {
+        let mut inherit = Inherit_fd::new();
+        inherit.set_key(key.clone());
+        inherit.set_fd(*fd);
+        opts.inherit_fd.push(inherit);
+    }
+    tell(RestoreEvent::AtRequest);
+    if !matches!(orders.recv(), Ok(Go::Restore)) {
+        bail!("given up before the images came");
+    }
+    session.send_request(&request)?;
+    let mut init = 0;
+    let result = loop {
+        match session.next(Some(Instant::now() + STEP_TIMEOUT)).context("CRIU's restore")? {
+            Event::Notify(notify) => match notify.script.as_str() {
+                "post-restore" => {
+                    init = notify.pid.unwrap_or(init);
+                    // runc's own part costs 1-3 ms: before the commit, not after it.
+                    if !session.consult(&notify, Some(Instant::now() + STEP_TIMEOUT))? {
+                        session.answer(false)?;
+                        continue;
+                    }
+                    tell(RestoreEvent::Restored(init));
+                    let agreed = matches!(orders.recv(), Ok(Go::Verdict(true)));
+                    session.answer(agreed)?;
+                }
+                "pre-resume" => {
+                    tell(RestoreEvent::AtResume);
+                    // Whoever went away meanwhile: the container runs all the same.
+                    let _ = orders.recv_timeout(Duration::from_secs(1));
+                    session.answer(true)?;
+                }
+                "post-resume" => {
+                    tell(RestoreEvent::Running);
+                    session.answer(true)?;
+                }
+                "network-unlock" | "network-lock" => session.answer(true)?,
+                _ => session.forward(&notify, Some(Instant::now() + STEP_TIMEOUT))?,
+            },
+            Event::Reply(response) => {
+                let success = response.success();
+                let why = response.cr_errmsg().to_owned();
+                session.relay_reply(&response)?;
+                break if success { Ok(()) } else { Err(anyhow!("{why}")) };
+            }
+            Event::Hangup => break Err(anyhow!("CRIU ended in the middle of the restore")),
+        }
+    };
+    result.with_context(|| {
+        format!("CRIU cannot restore:\n{}", criu_errors(&plan.work.join("restore.log")))
+    })
+}

@@ -1,0 +1,140 @@
+//! Learning over a new link how an earlier migration stands, and bringing the source's word.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::mpsc::{Sender, channel};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+
+use super::journal::{Journal, Record, Role, State, is_alive};
+use super::protocol::{Message, Standing, Verdict};
+use super::recover;
+use super::talk::{self, Heard};
+
+/// Name of the socket on which a waiting destination takes the verdict.
+const SOCKET: &str = "control.sock";
+/// How long the other host may take to answer.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Asks the destination of a migration how it stands there, telling it the source's verdict if
+/// there is one.
+///
+/// # Errors
+/// When it cannot be reached or does not answer.
+pub fn ask(record: &Record, verdict: Option<Verdict>) -> Result<Standing> {
+    let destination =
+        record.destination.as_ref().ok_or_else(|| anyhow!("only the source can ask"))?;
+    let link = destination.connect()?;
+    let (speaker, reader, mut closer) = talk::split(link);
+    let (tell, heard) = channel();
+    talk::listen(reader, move |h| tell.send(h).is_ok())?;
+    let answer = (|| {
+        speaker.say(&talk::hello())?;
+        let settle = Message::Settle { migration: record.migration.clone(), verdict };
+        speaker.say(&settle)?;
+        loop {
+            match heard.recv_timeout(LIMIT) {
+                Ok(Heard::Message(Message::Hello(theirs))) => talk::check_hello(&theirs)?,
+                Ok(Heard::Message(Message::Settled { standing })) => return Ok(standing),
+                Ok(Heard::Message(Message::Failed { why, .. })) => bail!("{why}"),
+                Ok(Heard::Gone(why)) => bail!("{}", why.unwrap_or_else(|| "no answer".into())),
+                Ok(_) => {}
+                Err(_) => bail!("{destination} does not answer"),
+            }
+        }
+    })();
+    if let Err(e) = &answer
+        && e.to_string() == "no answer"
+    {
+        drop(speaker);
+        bail!("{}", destination.explain(&mut closer));
+    }
+    closer.close();
+    answer
+}
+
+/// On the destination: how a migration stands, after the verdict has been passed on to whoever
+/// waits for it.
+///
+/// # Errors
+/// When what is waiting does not answer.
+pub fn answer(state_dir: &Path, migration: &str, verdict: Option<Verdict>) -> Result<Standing> {
+    if migration.len() != 16 || !migration.bytes().all(|b| b.is_ascii_hexdigit()) {
+        bail!("{migration:?} is no migration's ID");
+    }
+    let Some(mut journal) = Journal::find(state_dir, migration)? else {
+        return Ok(Standing::Gone);
+    };
+    if journal.record.role != Role::Destination {
+        bail!("this host is the source of migration {migration}");
+    }
+    if is_alive(journal.record.worker) && !journal.state().is_over() {
+        return pass_on(&journal.record.work, verdict);
+    }
+    match journal.state() {
+        State::Finished => Ok(Standing::Running),
+        State::Aborted => Ok(Standing::Gone),
+        State::Committed if runs(&journal)? => {
+            journal.write(State::Finished)?;
+            Ok(Standing::Running)
+        }
+        // Whoever held it has died, and the held copy with it.
+        _ => {
+            recover::destination_discards(&mut journal)?;
+            Ok(Standing::Gone)
+        }
+    }
+}
+
+fn runs(journal: &Journal) -> Result<bool> {
+    let state = recover::runtime(&journal.record).state(&journal.record.container)?;
+    Ok(state.is_some_and(|s| s.status == "running"))
+}
+
+fn pass_on(work: &Path, verdict: Option<Verdict>) -> Result<Standing> {
+    let mut socket = UnixStream::connect(work.join(SOCKET))
+        .context("the process that holds the container here does not answer")?;
+    socket.set_read_timeout(Some(LIMIT))?;
+    let mut line = serde_json::to_vec(&verdict)?;
+    line.push(b'\n');
+    socket.write_all(&line)?;
+    let mut answer = String::new();
+    BufReader::new(socket).read_line(&mut answer)?;
+    serde_json::from_str(&answer).context("the process that holds the container here went away")
+}
+
+/// A verdict that came by the control socket, and where the answer goes.
+pub type Call = (Option<Verdict>, Sender<Standing>);
+
+/// On the destination, by the process that holds the container: takes verdicts.
+///
+/// # Errors
+/// When the socket cannot be made.
+pub fn take_calls(work: &Path, tell: impl Fn(Call) -> bool + Send + 'static) -> Result<()> {
+    let listener = UnixListener::bind(work.join(SOCKET))?;
+    std::thread::Builder::new().name("control".into()).spawn(move || {
+        for socket in listener.incoming().flatten() {
+            let mut line = String::new();
+            let mut reader = BufReader::new(&socket);
+            if socket.set_read_timeout(Some(Duration::from_secs(5))).is_err()
+                || reader.read_line(&mut line).is_err()
+            {
+                continue;
+            }
+            let Ok(verdict) = serde_json::from_str(&line) else { continue };
+            let (reply, answer) = channel();
+            if !tell((verdict, reply)) {
+                return;
+            }
+            if let Ok(standing) = answer.recv_timeout(LIMIT)
+                && let Ok(mut text) = serde_json::to_vec(&standing)
+            {
+                text.push(b'\n');
+                let _ = (&socket).write_all(&text);
+            }
+        }
+    })?;
+    Ok(())
+}

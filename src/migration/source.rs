@@ -1,0 +1,775 @@
+//! The source's role: [`migrate`] from the first look at the container to its end here.
+//!
+//! ```text
+//!            inspect        connect, plan       make ready, copy     freeze, dump, restore
+//!  ─────────▶ Looked ──────▶ Accepted ─────────▶ Begun ─────────────▶ Begun ──── commit ───▶ Committed
+//!              │ refused       │ refused           │ any error           │ any error            │
+//!              ▼               ▼                   ▼                     ▼                      ▼
+//!            exit 3          exit 3             runs on here (1)      runs on here (1)     done (0), or
+//!                                                                                          in doubt (4)
+//! ```
+//!
+//! [`Begun`] can only end in two ways: `runs_on`, which undoes everything, or `commit`, which
+//! consumes it. [`Committed`] has no way back: nothing in it can thaw the container or lift the
+//! fence, and its functions return no error that anybody could take for a reason to.
+
+use std::io::Read;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+
+use super::dump::{DumpEvent, DumpJob, DumpPlan, Go};
+use super::inspect::{Subject, Wishes, inspect};
+use super::journal::{self, Journal, Record, Role, State};
+use super::keeper::Keeper;
+use super::protocol::{Message, Standing, Verdict};
+use super::talk::{self, Heard, Speaker};
+use super::workdir::WorkDir;
+use super::{host, recover, settle};
+use crate::criu::interposer::Interposer;
+use crate::memory::pages;
+use crate::memory::rounds::{RoundStats, Rounds};
+use crate::network::problem::Problem;
+use crate::network::{Capture, fence};
+use crate::oci::cgroup::Cgroup;
+use crate::oci::runtime::Runtime;
+use crate::report::exit::Failed;
+use crate::report::progress::{Reporter, Round};
+use crate::sys::process;
+use crate::transport::connect::{Closer, Destination};
+use crate::transport::frame;
+
+/// From the freeze to the commit: a hand-over that takes longer is given up.
+const FREEZE_LIMIT: Duration = Duration::from_secs(30);
+/// Until the destination has made everything ready.
+const PREPARE_LIMIT: Duration = Duration::from_secs(120);
+/// Until the other Ferry has answered at all; ssh may ask for a key's passphrase.
+const ANSWER_LIMIT: Duration = Duration::from_secs(120);
+/// How long a lost destination is looked for after the commit.
+const SETTLE_LIMIT: Duration = Duration::from_secs(30);
+/// Rounds over the running container's memory, at most.
+const MAX_ROUNDS: usize = 6;
+/// What is left after a round is little enough to freeze: about 10 ms on a gigabit.
+const LITTLE: u64 = 256;
+
+/// What the user wants.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// What of it the plan needs.
+    pub wishes: Wishes,
+    /// Where to.
+    pub destination: Destination,
+    /// `--timeout`: gives up when the hand-over is not committed by then.
+    pub timeout: Option<Duration>,
+    /// Leave the away-mark afterwards.
+    pub leave_mark: bool,
+}
+
+/// Something that happened.
+#[derive(Debug)]
+enum Input {
+    Heard(Heard),
+    Dump(DumpEvent),
+    Memory(MemoryEvent),
+    Signal(i32),
+}
+
+#[derive(Debug)]
+enum MemoryEvent {
+    Round(Round),
+    /// Little enough is left: freeze.
+    Settled,
+    /// Everything is over there.
+    Done,
+    Failed(String),
+}
+
+/// The link, and everything that happens, in one queue.
+struct Inputs {
+    queue: Receiver<Input>,
+    tell: Sender<Input>,
+    deadline: Instant,
+    interrupted: bool,
+}
+
+impl Inputs {
+    /// The next thing that happens and that is no reason to give up.
+    fn next(&mut self) -> Result<Input> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        match self.queue.recv_timeout(left) {
+            Ok(Input::Signal(signal)) => {
+                self.interrupted = true;
+                bail!("interrupted by {}", signal_name(signal))
+            }
+            Ok(Input::Heard(Heard::Gone(why))) => {
+                bail!("the link to the destination broke: {}", why.unwrap_or("it was closed".into()))
+            }
+            Ok(Input::Heard(Heard::Message(Message::Failed { phase, why }))) => {
+                bail!("the destination failed while {phase}: {why}")
+            }
+            Ok(Input::Dump(DumpEvent::Ended(Err(e)))) => Err(e),
+            Ok(Input::Memory(MemoryEvent::Failed(e))) => bail!("sending memory: {e}"),
+            Ok(input) => Ok(input),
+            Err(RecvTimeoutError::Timeout) => bail!("the time for it is over"),
+            Err(RecvTimeoutError::Disconnected) => bail!("nobody is left to do it"),
+        }
+    }
+
+    fn until(&mut self, limit: Duration) {
+        self.deadline = Instant::now() + limit;
+    }
+}
+
+fn signal_name(signal: i32) -> &'static str {
+    nix::sys::signal::Signal::try_from(signal).map_or("a signal", |s| s.as_str())
+}
+
+/// Says what stands in the way, all of it.
+pub fn refusal(problems: &[Problem]) -> Failed {
+    let text: Vec<String> =
+        problems.iter().filter(|p| p.fatal).map(ToString::to_string).collect();
+    Failed::refused(anyhow!("{}", text.join("\n")))
+}
+
+/// A container that the destination would take.
+struct Accepted {
+    subject: Subject,
+    speaker: Speaker,
+    closer: Closer,
+    inputs: Inputs,
+}
+
+/// Looks at the container and asks the destination; nothing is touched.
+fn ask(
+    runtime: &Runtime,
+    options: &Options,
+    reporter: &mut Reporter,
+) -> Result<Accepted, Failed> {
+    reporter.phase("inspect", "looking at the container");
+    let mut subject = inspect(runtime, &options.wishes).map_err(|p| refusal(&p))?;
+    reporter.report.migration.clone_from(&subject.plan.migration);
+    reporter.phase("connect", &format!("asking {}", options.destination));
+    let link = options.destination.connect().map_err(Failed::refused)?;
+    let (speaker, reader, mut closer) = talk::split(link);
+    let (tell, queue) = channel();
+    let mut inputs =
+        Inputs { queue, tell, deadline: Instant::now() + ANSWER_LIMIT, interrupted: false };
+    let heard = inputs.tell.clone();
+    talk::listen(reader, move |h| heard.send(Input::Heard(h)).is_ok()).map_err(Failed::refused)?;
+    catch_signals(&inputs.tell).map_err(Failed::refused)?;
+    let greeted = greet(&speaker, &mut inputs);
+    if let Err(e) = greeted {
+        // A shell that could not get there says more than the end of its stream.
+        drop(speaker);
+        let why = if inputs.interrupted { String::new() } else { options.destination.explain(&mut closer) };
+        closer.close();
+        let text = if why.is_empty() || format!("{e:#}").contains("protocol") {
+            e
+        } else {
+            e.context(why)
+        };
+        return Err(Failed::refused(text));
+    }
+    let answer = (|| {
+        speaker.say(&Message::Plan(Box::new(subject.plan.clone())))?;
+        loop {
+            match inputs.next()? {
+                Input::Heard(Heard::Message(Message::Accept { warnings })) => {
+                    return Ok(Ok(warnings));
+                }
+                Input::Heard(Heard::Message(Message::Refuse { problems })) => {
+                    return Ok(Err(problems));
+                }
+                _ => {}
+            }
+        }
+    })();
+    subject.probes.clear();
+    match answer {
+        Ok(Ok(warnings)) => {
+            for warning in warnings {
+                reporter.problem(warning);
+            }
+            Ok(Accepted { subject, speaker, closer, inputs })
+        }
+        Ok(Err(problems)) => {
+            closer.close();
+            Err(refusal(&problems))
+        }
+        Err(e) => {
+            closer.close();
+            Err(Failed::refused(e))
+        }
+    }
+}
+
+fn greet(speaker: &Speaker, inputs: &mut Inputs) -> Result<()> {
+    speaker.say(&talk::hello())?;
+    loop {
+        if let Input::Heard(Heard::Message(Message::Hello(theirs))) = inputs.next()? {
+            talk::check_hello(&theirs)?;
+            if theirs.host == host::identity() {
+                bail!("source and destination are the same host (its protocol says so)");
+            }
+            return Ok(());
+        }
+    }
+}
+
+/// SIGINT, SIGTERM and SIGHUP become inputs: what they mean depends on the phase.
+fn catch_signals(tell: &Sender<Input>) -> Result<()> {
+    let mut signals = signal_hook::iterator::Signals::new([
+        signal_hook::consts::SIGINT,
+        signal_hook::consts::SIGTERM,
+        signal_hook::consts::SIGHUP,
+    ])?;
+    let tell = tell.clone();
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        for signal in &mut signals {
+            if tell.send(Input::Signal(signal)).is_err() {
+                return;
+            }
+        }
+    })?;
+    Ok(())
+}
+
+/// `ferry check CONTAINER DESTINATION`, and `migrate --dry-run`.
+///
+/// # Errors
+/// Everything that stands in the way.
+pub fn check(runtime: &Runtime, options: &Options, reporter: &mut Reporter) -> Result<(), Failed> {
+    let mut accepted = ask(runtime, options, reporter)?;
+    drop(accepted.speaker);
+    accepted.closer.wait();
+    Ok(())
+}
+
+/// `ferry migrate`.
+///
+/// # Errors
+/// With the exit code that says what has become of the container.
+pub fn migrate(
+    runtime: &Runtime,
+    state_dir: &std::path::Path,
+    options: &Options,
+    reporter: &mut Reporter,
+) -> Result<(), Failed> {
+    reporter.report.container.clone_from(&options.wishes.container);
+    reporter.report.destination = options.destination.to_string();
+    let accepted = ask(runtime, options, reporter)?;
+    let mut begun = Begun::new(accepted, runtime, state_dir, options)?;
+    match begun.hand_over(reporter) {
+        Ok(()) => match begun.commit() {
+            Ok(committed) => committed.finish(reporter),
+            Err((begun, e)) => Err(begun.runs_on(e, reporter)),
+        },
+        Err(e) => Err(begun.runs_on(e, reporter)),
+    }
+}
+
+/// The migration has begun: there is a journal, and perhaps more to undo.
+struct Begun {
+    subject: Subject,
+    speaker: Speaker,
+    closer: Closer,
+    inputs: Inputs,
+    runtime: Runtime,
+    journal: Journal,
+    work: WorkDir,
+    guard: Guard,
+    dump: Option<DumpJob>,
+    memory: Option<Memory>,
+    keeper: Option<Keeper>,
+    fence: Option<fence::Armed>,
+    frozen_since: Option<Instant>,
+    limit: Option<Instant>,
+}
+
+impl Begun {
+    fn new(
+        accepted: Accepted,
+        runtime: &Runtime,
+        state_dir: &std::path::Path,
+        options: &Options,
+    ) -> Result<Begun, Failed> {
+        let Accepted { subject, speaker, closer, inputs } = accepted;
+        let plan = &subject.plan;
+        let work = WorkDir::create(&plan.migration).map_err(Failed::refused)?;
+        let record = Record {
+            migration: plan.migration.clone(),
+            container: plan.container.clone(),
+            role: Role::Source,
+            peer: options.destination.to_string(),
+            destination: Some(options.destination.clone()),
+            runtime: runtime.program().to_owned(),
+            root: options.wishes.root.clone(),
+            systemd_cgroup: options.wishes.systemd_cgroup,
+            cgroup: Some(subject.cgroup.clone()),
+            init: journal::start_time(subject.state.pid).map(|t| (subject.state.pid, t)),
+            network_path: plan.network_path.clone(),
+            network_ours: true,
+            leave_mark: options.leave_mark,
+            work: work.path().to_owned(),
+            worker: journal::this_process(),
+            begun: journal::unix_time(),
+        };
+        let mut journal = Journal::create(state_dir, record).map_err(Failed::refused)?;
+        let guard = match Guard::spawn(&journal) {
+            Ok(guard) => guard,
+            Err(e) => {
+                let _ = journal.write(State::Aborted);
+                return Err(Failed::from(e));
+            }
+        };
+        Ok(Begun {
+            subject,
+            speaker,
+            closer,
+            inputs,
+            runtime: runtime.clone(),
+            journal,
+            work,
+            guard,
+            dump: None,
+            memory: None,
+            keeper: None,
+            fence: None,
+            frozen_since: None,
+            limit: options.timeout.map(|t| Instant::now() + t),
+        })
+    }
+
+    /// The hand-over up to the commit, in order.
+    fn hand_over(&mut self, reporter: &mut Reporter) -> Result<()> {
+        reporter.phase("prepare", "making ready on both sides, copying memory");
+        self.prepare(reporter)?;
+        reporter.mark("ready for the freeze");
+        self.freeze(reporter)?;
+        self.dump(reporter)?;
+        self.transfer(reporter)?;
+        self.await_ready(reporter)
+    }
+
+    fn prepare(&mut self, reporter: &mut Reporter) -> Result<()> {
+        self.speaker.say(&Message::Prepare)?;
+        self.inputs.until(PREPARE_LIMIT);
+        self.obey_limit();
+        self.start_dump()?;
+        self.memory =
+            Some(Memory::start(&self.subject.cgroup, &self.speaker, &self.inputs.tell)?);
+        self.send_streams(false)?;
+        let (mut prepared, mut at_freeze, mut settled) = (false, false, false);
+        while !(prepared && at_freeze && settled) {
+            match self.inputs.next()? {
+                Input::Heard(Heard::Message(Message::Prepared)) => {
+                    reporter.mark("destination is ready");
+                    prepared = true;
+                }
+                Input::Dump(DumpEvent::AtFreeze) => at_freeze = true,
+                Input::Memory(MemoryEvent::Settled) => {
+                    reporter.mark("memory is copied");
+                    settled = true;
+                }
+                Input::Memory(MemoryEvent::Round(round)) => reporter.report.rounds.push(round),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn start_dump(&mut self) -> Result<()> {
+        let (criu, _) = host::criu()?;
+        let network = match &self.subject.network {
+            None => None,
+            Some((namespace, _, image)) => {
+                Some((fence::arm(namespace)?, Capture::prepare(namespace, image)?))
+            }
+        };
+        let plan = DumpPlan {
+            runtime: self.runtime.clone(),
+            container: self.subject.plan.container.clone(),
+            cgroup: self.subject.cgroup.clone(),
+            images: self.work.images(),
+            work: self.work.work(),
+            external: self.subject.plan.streams.iter().filter_map(|s| s.external.clone()).collect(),
+            network,
+            interposer: Interposer::new(self.work.path(), &criu)?,
+        };
+        let tell = self.inputs.tell.clone();
+        self.dump = Some(DumpJob::start(plan, move |event| {
+            // The hand-over may have ended already.
+            let _ = tell.send(Input::Dump(event));
+        })?);
+        Ok(())
+    }
+
+    fn go(&self, go: Go) -> Result<()> {
+        let job = self.dump.as_ref().ok_or_else(|| anyhow!("no dump under way"))?;
+        job.go.send(go).map_err(|_| anyhow!("the dump has ended"))
+    }
+
+    fn freeze(&mut self, reporter: &mut Reporter) -> Result<()> {
+        self.inputs.until(FREEZE_LIMIT);
+        self.obey_limit();
+        self.go(Go::Freeze)?;
+        loop {
+            if let Input::Dump(DumpEvent::Frozen { since, capture, fence }) = self.inputs.next()? {
+                self.frozen_since = Some(since);
+                self.fence = fence;
+                reporter.mark_at("freeze", since);
+                reporter.mark("frozen, fence closed");
+                self.keeper =
+                    capture.map(|c| Keeper::start(c, self.speaker.clone())).transpose()?;
+                break;
+            }
+        }
+        self.tell_memory(Order::Frozen)
+    }
+
+    fn tell_memory(&self, order: Order) -> Result<()> {
+        let memory = self.memory.as_ref().ok_or_else(|| anyhow!("memory is not being sent"))?;
+        memory.orders.send(order).map_err(|_| anyhow!("memory is not being sent any more"))
+    }
+
+    fn dump(&mut self, reporter: &mut Reporter) -> Result<()> {
+        loop {
+            match self.inputs.next()? {
+                Input::Dump(DumpEvent::Dumped) => break,
+                Input::Memory(MemoryEvent::Round(round)) => reporter.report.rounds.push(round),
+                _ => {}
+            }
+        }
+        reporter.mark("dumped");
+        Ok(())
+    }
+
+    fn transfer(&mut self, reporter: &mut Reporter) -> Result<()> {
+        self.tell_memory(Order::Dumped)?;
+        self.send_streams(true)?;
+        let tasks = pages::tasks(&self.subject.cgroup.processes()?)?;
+        let mut buffer = vec![0; frame::MAX_FILE_PIECE];
+        for entry in std::fs::read_dir(self.work.images())? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let name = name.to_str().ok_or_else(|| anyhow!("an image file with a strange name"))?;
+            send_file(&self.speaker, name, &entry.path(), 0, &mut buffer)?;
+        }
+        self.speaker.say(&Message::Dumped { tasks: tasks.iter().map(|t| t.vpid).collect() })?;
+        reporter.mark("images are sent");
+        Ok(())
+    }
+
+    /// Logs outside the container: all of it before the freeze, in the freeze what came since.
+    fn send_streams(&mut self, rest: bool) -> Result<()> {
+        let mut buffer = vec![0; frame::MAX_FILE_PIECE];
+        for (i, stream) in self.subject.plan.streams.iter_mut().enumerate() {
+            if stream.external.is_none() {
+                continue;
+            }
+            let path = PathBuf::from(format!("/proc/{}/fd/{i}", self.subject.state.pid));
+            let from = if rest { stream.size } else { 0 };
+            stream.size = send_file(&self.speaker, &format!("stream-{i}"), &path, from, &mut buffer)?;
+        }
+        Ok(())
+    }
+
+    fn await_ready(&mut self, reporter: &mut Reporter) -> Result<()> {
+        loop {
+            match self.inputs.next()? {
+                Input::Heard(Heard::Message(Message::Ready)) => break,
+                Input::Memory(MemoryEvent::Round(round)) => reporter.report.rounds.push(round),
+                Input::Memory(MemoryEvent::Done) => reporter.mark("last page is sent"),
+                _ => {}
+            }
+        }
+        reporter.mark("destination has restored");
+        Ok(())
+    }
+
+    fn obey_limit(&mut self) {
+        if let Some(limit) = self.limit {
+            self.inputs.deadline = self.inputs.deadline.min(limit);
+        }
+    }
+
+    /// **The commit.** When the journal has taken it the destination owns the container.
+    fn commit(mut self) -> Result<Committed, (Begun, anyhow::Error)> {
+        match self.journal.write(State::Committed) {
+            Ok(()) => Ok(Committed(self)),
+            Err(e) => Err((self, e)),
+        }
+    }
+
+    /// The way back: the container runs on here, as if nothing had happened.
+    fn runs_on(mut self, error: anyhow::Error, reporter: &mut Reporter) -> Failed {
+        let why = format!("{error:#}");
+        // A commit that the disk did not take for certain is taken back before anything else: the
+        // last line counts.
+        if self.journal.state() == State::Committed {
+            let _ = self.journal.write(State::Begun);
+        }
+        // The destination learns it while we clean up; if the link is what broke, it waits for it.
+        let speaker = self.speaker.clone();
+        let told = std::thread::spawn(move || speaker.say(&Message::Abort { why }).is_ok());
+        if let Some(job) = self.dump.take() {
+            let _ = job.go.send(Go::Verdict(false));
+            job.join();
+        }
+        let undone = recover::source_runs_on(&mut self.journal);
+        if let Some(keeper) = self.keeper.take() {
+            keeper.give_back(self.subject.network.as_ref());
+        }
+        if let Some(since) = self.frozen_since {
+            reporter.mark("runs on here");
+            reporter.report.frozen_ms = Some(since.elapsed().as_secs_f64() * 1000.0);
+        }
+        self.guard.dismiss();
+        // The link may be stuck, and a writer in it.
+        let patience = Instant::now() + Duration::from_secs(2);
+        while !told.is_finished() && Instant::now() < patience {
+            std::thread::park_timeout(Duration::from_millis(5));
+        }
+        self.closer.close();
+        drop(self.memory.take());
+        self.work.keep();
+        let text = match undone {
+            Ok(()) => error.context("the migration was given up; the container runs on here"),
+            Err(e) => error.context(format!(
+                "the migration was given up, and not everything could be undone: {e:#}"
+            )),
+        };
+        Failed::from(text)
+    }
+}
+
+/// After the commit: the destination owns the container. There is no way back from here.
+struct Committed(Begun);
+
+impl Committed {
+    /// Tells the destination, learns that it runs, and clears away what is frozen here.
+    fn finish(self, reporter: &mut Reporter) -> Result<(), Failed> {
+        let mut begun = self.0;
+        reporter.mark("committed");
+        begun.inputs.until(FREEZE_LIMIT);
+        let running = Committed::hand_on(&mut begun, reporter);
+        if let Some(job) = begun.dump.take() {
+            // CRIU leaves the tasks as they are: frozen.
+            let _ = job.go.send(Go::Verdict(true));
+            job.join();
+        }
+        let standing = if running { Standing::Running } else { Committed::look_for(&begun, reporter) };
+        if standing != Standing::Running {
+            begun.guard.dismiss();
+            begun.closer.close();
+            begun.work.keep();
+            let id = &begun.journal.record.container;
+            return Err(Failed::in_doubt(anyhow!(
+                "the container was handed over to {peer}, and {peer} does not answer that it runs: \
+                 its copy {what}.\nWhat is here stays frozen and unreachable.\nhint: `ferry resolve \
+                 {id}` when {peer} can be reached again; if it is gone for good, `ferry resolve {id} \
+                 --keep` lets it run on here",
+                peer = begun.journal.record.peer,
+                what = standing.describe(),
+            )));
+        }
+        let keeper = begun.keeper.take();
+        let mut packets = 0;
+        let done = recover::source_lets_go(&mut begun.journal, || {
+            if let Some(keeper) = keeper {
+                packets = keeper.stop();
+            }
+        });
+        reporter.report.packets = packets;
+        // The destination would find out by itself.
+        let _ = begun.speaker.say(&Message::Finished);
+        begun.guard.dismiss();
+        reporter.report.wire_bytes = begun.speaker.bytes();
+        drop(begun.speaker);
+        begun.closer.wait();
+        begun.work.keep();
+        reporter.mark("cleared away here");
+        if let Err(e) = done {
+            reporter.warning(&format!("it runs there, but not everything here is cleared away: {e:#}"));
+        }
+        Ok(())
+    }
+
+    /// Whether the destination has said that it runs.
+    fn hand_on(begun: &mut Begun, reporter: &mut Reporter) -> bool {
+        if begun.speaker.say(&Message::Commit).is_err() {
+            return false;
+        }
+        loop {
+            match begun.inputs.next() {
+                Ok(Input::Heard(Heard::Message(Message::Running(arrival)))) => {
+                    reporter.mark("runs there");
+                    reporter.report.frozen_ms =
+                        begun.frozen_since.map(|s| s.elapsed().as_secs_f64() * 1000.0);
+                    reporter.report.arrival = arrival.marks;
+                    return true;
+                }
+                Ok(_) => {}
+                // Too late for Ctrl-C: what is decided is carried through.
+                Err(_) if std::mem::take(&mut begun.inputs.interrupted) => {
+                    reporter.warning("the container has been handed over: finishing");
+                }
+                Err(e) => {
+                    reporter.warning(&format!("{e:#}; looking for the destination"));
+                    return false;
+                }
+            }
+        }
+    }
+
+    /// The link broke at the worst moment: asks over new ones.
+    fn look_for(begun: &Begun, reporter: &mut Reporter) -> Standing {
+        let until = Instant::now() + SETTLE_LIMIT;
+        let mut pause = Duration::from_millis(100);
+        loop {
+            match settle::ask(&begun.journal.record, Some(Verdict::Commit)) {
+                Ok(Standing::Waiting) => {}
+                Ok(standing) => return standing,
+                Err(e) if Instant::now() > until => {
+                    reporter.warning(&format!("{e:#}"));
+                    return Standing::Waiting;
+                }
+                Err(_) => {}
+            }
+            if Instant::now() > until {
+                return Standing::Waiting;
+            }
+            // Between two tries to reach a host there is nothing to wait on but time.
+            std::thread::park_timeout(pause);
+            pause = (pause * 2).min(Duration::from_secs(5));
+        }
+    }
+}
+
+/// Sends a file from an offset to its end; returns the end.
+fn send_file(
+    speaker: &Speaker,
+    name: &str,
+    path: &std::path::Path,
+    from: u64,
+    buffer: &mut [u8],
+) -> Result<u64> {
+    use std::io::Seek;
+    let what = || format!("cannot read {}", path.display());
+    let mut file = std::fs::File::open(path).with_context(what)?;
+    let mut at = file.seek(std::io::SeekFrom::Start(from)).with_context(what)?;
+    loop {
+        let n = file.read(buffer).with_context(what)?;
+        // An empty file is sent too: CRIU looks for it.
+        if n > 0 || at == 0 {
+            speaker.file(name, at, &buffer[..n])?;
+        }
+        at += n as u64;
+        if n == 0 {
+            return Ok(at);
+        }
+    }
+}
+
+/// The process that brings the container back if this one is killed.
+struct Guard {
+    child: Child,
+}
+
+impl Guard {
+    fn spawn(journal: &Journal) -> Result<Guard> {
+        let mut command = Command::new("/proc/self/exe");
+        command.arg("__guard").arg(journal.path());
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        process::in_new_session(&mut command);
+        Ok(Guard { child: command.spawn().context("cannot start the guard process")? })
+    }
+
+    /// There is nothing to guard any more.
+    fn dismiss(&mut self) {
+        use std::io::Write;
+        if let Some(mut pipe) = self.child.stdin.take() {
+            let _ = pipe.write_all(b"d");
+        }
+        let _ = self.child.wait();
+    }
+}
+
+/// What the hand-over tells the memory thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    Frozen,
+    Dumped,
+}
+
+/// The thread that sends memory.
+struct Memory {
+    orders: Sender<Order>,
+    _thread: JoinHandle<()>,
+}
+
+impl Memory {
+    fn start(cgroup: &Cgroup, speaker: &Speaker, tell: &Sender<Input>) -> Result<Memory> {
+        let (orders, receive) = channel();
+        let (cgroup, speaker, tell) = (cgroup.clone(), speaker.clone(), tell.clone());
+        let thread = std::thread::Builder::new().name("memory".into()).spawn(move || {
+            let report = |event| {
+                // The hand-over may have ended already.
+                let _ = tell.send(Input::Memory(event));
+            };
+            if let Err(e) = send_memory(&cgroup, speaker, &receive, &report) {
+                report(MemoryEvent::Failed(format!("{e:#}")));
+            }
+        })?;
+        Ok(Memory { orders, _thread: thread })
+    }
+}
+
+/// Rounds while the container runs, until little is left or they do not help any more; one while
+/// CRIU dumps; one after it, as CRIU itself writes to a few pages.
+fn send_memory(
+    cgroup: &Cgroup,
+    mut speaker: Speaker,
+    orders: &Receiver<Order>,
+    report: &dyn Fn(MemoryEvent),
+) -> Result<()> {
+    let mut rounds = Rounds::default();
+    let mut round = |frozen: bool| -> Result<RoundStats> {
+        let began = Instant::now();
+        let mut sum = RoundStats::default();
+        for task in pages::tasks(&cgroup.processes()?)? {
+            let stats = rounds.round(task, &mut speaker)?;
+            sum.scanned += stats.scanned;
+            sum.sent += stats.sent;
+            sum.zero += stats.zero;
+        }
+        speaker.flush()?;
+        let ms = began.elapsed().as_secs_f64() * 1000.0;
+        report(MemoryEvent::Round(Round { frozen, pages: sum, ms }));
+        Ok(sum)
+    };
+    let mut before = u64::MAX;
+    for _ in 0..MAX_ROUNDS {
+        let sent = round(false)?.sent;
+        if sent <= LITTLE || sent > before / 4 * 3 {
+            break;
+        }
+        before = sent;
+    }
+    report(MemoryEvent::Settled);
+    if orders.recv() != Ok(Order::Frozen) {
+        return Ok(());
+    }
+    round(true)?;
+    if orders.recv() != Ok(Order::Dumped) {
+        return Ok(());
+    }
+    round(true)?;
+    speaker.say(&Message::MemoryDone)?;
+    report(MemoryEvent::Done);
+    Ok(())
+}
