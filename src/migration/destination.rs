@@ -34,9 +34,10 @@ use crate::criu::interposer::Interposer;
 use crate::files::probe;
 use crate::memory::serve::{Served, Server, Serving};
 use crate::memory::staging::Staging;
-use crate::network::{self, fence, Announcer, Frame as Packet, Placement, Recreated, Replay};
+use crate::network::{self, Announcer, Frame as Packet, Placement, Recreated, Replay, fence};
 use crate::oci::runtime::Runtime;
 use crate::sys::memory::PAGE;
+use crate::sys::netns::NetNs;
 use crate::transport::connect::Link;
 use crate::transport::frame::Frame;
 
@@ -145,7 +146,8 @@ fn converse(
         }
     };
     plan.validate()?;
-    let runtime = Runtime::new(runtime.program().to_owned(), plan.root.clone(), plan.systemd_cgroup);
+    let runtime =
+        Runtime::new(runtime.program().to_owned(), plan.root.clone(), plan.systemd_cgroup);
     let (fatal, warnings): (Vec<_>, Vec<_>) =
         checks::problems(&plan, &runtime).into_iter().partition(|p| p.fatal);
     if !fatal.is_empty() {
@@ -341,7 +343,7 @@ impl Guest {
         };
         self.phase = "making the network";
         let placement: Placement = self.plan.placement.parse().map_err(|e| anyhow!("{e}"))?;
-        let made = network::recreate(image, &placement, path)?;
+        let made = network::recreate(image, &placement, path, &NetNs::current()?)?;
         let replay = Replay::prepare(made.namespace(), image)?;
         let announcer = Announcer::prepare(made.namespace(), image)?;
         self.network = Some(Net { made, replay, announcer });
@@ -358,7 +360,9 @@ impl Guest {
             .streams
             .iter()
             .zip(&self.plan.streams)
-            .map(|(s, p)| Ok(StreamPlan { file: s.file.try_clone()?, external: p.external.clone() }))
+            .map(|(s, p)| {
+                Ok(StreamPlan { file: s.file.try_clone()?, external: p.external.clone() })
+            })
             .collect::<Result<_>>()?;
         self.server = Some(Server::listen(&self.work.work())?);
         let plan = RestorePlan {
@@ -510,7 +514,8 @@ impl Guest {
         let _ = self.journal.note(State::Committed);
         if let Some(net) = &mut self.network {
             // The announcement first: when the sockets wake up, their packets find the way back.
-            if let Err(e) = net.made.open_fence() {
+            let opened = net.made.fence().map_or(Ok(()), |fence| fence.open());
+            if let Err(e) = opened {
                 // Too late to give up: a container that cannot be reached can still be mended.
                 tracing::error!("the fence does not open: {e}");
                 let _ = fence::remove(net.made.namespace());
@@ -597,8 +602,12 @@ impl Guest {
         for stream in &mut self.streams {
             stream.kept = true;
         }
-        if let Some(net) = self.network.take() {
+        if let Some(mut net) = self.network.take() {
             drop(net.replay);
+            // It has been open since the commit; taking it down takes milliseconds, so only now.
+            if let Err(e) = fence::remove(net.made.namespace()) {
+                tracing::warn!("the open fence stays: {e}");
+            }
             net.made.keep();
         }
         let cleared = checks::clear_mark(&self.plan, &self.runtime, &self.state_dir);

@@ -104,10 +104,7 @@ impl DumpJob {
     ///
     /// # Errors
     /// When there can be no thread.
-    pub fn start(
-        plan: DumpPlan,
-        tell: impl Fn(DumpEvent) + Send + 'static,
-    ) -> Result<DumpJob> {
+    pub fn start(plan: DumpPlan, tell: impl Fn(DumpEvent) + Send + 'static) -> Result<DumpJob> {
         let (go, orders) = std::sync::mpsc::channel();
         let thread = std::thread::Builder::new().name("dump".into()).spawn(move || {
             let result = run(plan, &tell, &orders);

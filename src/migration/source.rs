@@ -106,7 +106,10 @@ impl Inputs {
                 bail!("interrupted by {}", signal_name(signal))
             }
             Ok(Input::Heard(Heard::Gone(why))) => {
-                bail!("the link to the destination broke: {}", why.unwrap_or("it was closed".into()))
+                bail!(
+                    "the link to the destination broke: {}",
+                    why.unwrap_or("it was closed".into())
+                )
             }
             Ok(Input::Heard(Heard::Message(Message::Failed { phase, why }))) => {
                 bail!("the destination failed while {phase}: {why}")
@@ -130,8 +133,7 @@ fn signal_name(signal: i32) -> &'static str {
 
 /// Says what stands in the way, all of it.
 pub fn refusal(problems: &[Problem]) -> Failed {
-    let text: Vec<String> =
-        problems.iter().filter(|p| p.fatal).map(ToString::to_string).collect();
+    let text: Vec<String> = problems.iter().filter(|p| p.fatal).map(ToString::to_string).collect();
     Failed::refused(anyhow!("{}", text.join("\n")))
 }
 
@@ -144,11 +146,7 @@ struct Accepted {
 }
 
 /// Looks at the container and asks the destination; nothing is touched.
-fn ask(
-    runtime: &Runtime,
-    options: &Options,
-    reporter: &mut Reporter,
-) -> Result<Accepted, Failed> {
+fn ask(runtime: &Runtime, options: &Options, reporter: &mut Reporter) -> Result<Accepted, Failed> {
     reporter.phase("inspect", "looking at the container");
     let mut subject = inspect(runtime, &options.wishes).map_err(|p| refusal(&p))?;
     reporter.report.migration.clone_from(&subject.plan.migration);
@@ -165,7 +163,11 @@ fn ask(
     if let Err(e) = greeted {
         // A shell that could not get there says more than the end of its stream.
         drop(speaker);
-        let why = if inputs.interrupted { String::new() } else { options.destination.explain(&mut closer) };
+        let why = if inputs.interrupted {
+            String::new()
+        } else {
+            options.destination.explain(&mut closer)
+        };
         closer.close();
         let text = if why.is_empty() || format!("{e:#}").contains("protocol") {
             e
@@ -360,8 +362,7 @@ impl Begun {
         self.inputs.until(PREPARE_LIMIT);
         self.obey_limit();
         self.start_dump()?;
-        self.memory =
-            Some(Memory::start(&self.subject.cgroup, &self.speaker, &self.inputs.tell)?);
+        self.memory = Some(Memory::start(&self.subject.cgroup, &self.speaker, &self.inputs.tell)?);
         self.send_streams(false)?;
         let (mut prepared, mut at_freeze, mut settled) = (false, false, false);
         while !(prepared && at_freeze && settled) {
@@ -473,7 +474,8 @@ impl Begun {
             }
             let path = PathBuf::from(format!("/proc/{}/fd/{i}", self.subject.state.pid));
             let from = if rest { stream.size } else { 0 };
-            stream.size = send_file(&self.speaker, &format!("stream-{i}"), &path, from, &mut buffer)?;
+            stream.size =
+                send_file(&self.speaker, &format!("stream-{i}"), &path, from, &mut buffer)?;
         }
         Ok(())
     }
@@ -562,7 +564,8 @@ impl Committed {
             let _ = job.go.send(Go::Verdict(true));
             job.join();
         }
-        let standing = if running { Standing::Running } else { Committed::look_for(&begun, reporter) };
+        let standing =
+            if running { Standing::Running } else { Committed::look_for(&begun, reporter) };
         if standing != Standing::Running {
             begun.guard.dismiss();
             begun.closer.close();
@@ -594,7 +597,8 @@ impl Committed {
         begun.work.keep();
         reporter.mark("cleared away here");
         if let Err(e) = done {
-            reporter.warning(&format!("it runs there, but not everything here is cleared away: {e:#}"));
+            reporter
+                .warning(&format!("it runs there, but not everything here is cleared away: {e:#}"));
         }
         Ok(())
     }
