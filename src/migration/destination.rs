@@ -16,6 +16,7 @@ use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -288,6 +289,7 @@ impl Guest {
         self.make_network()?;
         self.start_restore(tell)?;
         let (mut dumped, mut memory_done, mut restored) = (None, false, false);
+        let mut warm = None;
         while !restored {
             match inputs.next(SILENCE)? {
                 Input::Restore(RestoreEvent::AtRequest) => speaker.say(&Message::Prepared)?,
@@ -295,6 +297,7 @@ impl Guest {
                     self.file(&name, at, &bytes)?;
                 }
                 Input::Heard(Heard::Frame(Frame::Packet(bytes))) => self.packet(&bytes)?,
+                Input::Heard(Heard::Message(Message::Freezing)) => warm = Some(Warm::start()?),
                 Input::Heard(Heard::Message(Message::Dumped { tasks })) => {
                     if tasks.len() > MAX_TASKS {
                         bail!("a container of {} tasks", tasks.len());
@@ -307,6 +310,7 @@ impl Guest {
                     self.journal.record.init = journal::start_time(pid).map(|t| (pid, t));
                     self.mark("restored");
                     restored = true;
+                    drop(warm.take());
                 }
                 _ => {}
             }
@@ -365,6 +369,10 @@ impl Guest {
             })
             .collect::<Result<_>>()?;
         self.server = Some(Server::listen(&self.work.work())?);
+        let namespace = match &self.network {
+            Some(net) if self.plan.criu_inside() => Some(net.made.namespace().try_clone()?),
+            _ => None,
+        };
         let plan = RestorePlan {
             runtime: self.runtime.clone(),
             container: self.plan.container.clone(),
@@ -373,7 +381,7 @@ impl Guest {
             work: self.work.work(),
             streams,
             console_socket: self.plan.console_socket.clone(),
-            interposer: Interposer::new(self.work.path(), &criu)?,
+            interposer: Interposer::new(self.work.path(), &criu, namespace)?,
         };
         let tell = tell.clone();
         self.restore = Some(RestoreJob::start(plan, move |event| {
@@ -624,6 +632,40 @@ impl Guest {
         drop(self.network.take());
         self.streams.clear();
         recover::destination_discards(&mut self.journal)
+    }
+}
+
+/// Keeps the kernel's control group lock awake.
+///
+/// The first move of a task into a control group for a while waits for an RCU grace period, 10 ms
+/// and more, before it takes that lock for writing (Documentation/RCU, kernel/rcu/sync.c); the next
+/// ones do not. CRIU moves the restored init in the middle of the restore. So from the beginning of
+/// the freeze somebody moves himself, to where he is.
+struct Warm {
+    stop: Arc<AtomicBool>,
+}
+
+impl Warm {
+    fn start() -> Result<Warm> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        std::thread::Builder::new().name("warm".into()).spawn(move || {
+            let me = std::process::id() as i32;
+            while !stopped.load(Ordering::Relaxed) {
+                // Only ever a help.
+                if crate::oci::cgroup::move_to_where_it_is(me).is_err() {
+                    return;
+                }
+                std::thread::park_timeout(Duration::from_millis(2));
+            }
+        })?;
+        Ok(Warm { stop })
+    }
+}
+
+impl Drop for Warm {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
     }
 }
 

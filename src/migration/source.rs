@@ -39,6 +39,7 @@ use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
 use crate::report::exit::Failed;
 use crate::report::progress::{Reporter, Round};
+use crate::sys::netns::NetNs;
 use crate::sys::process;
 use crate::transport::connect::{Closer, Destination};
 use crate::transport::frame;
@@ -399,7 +400,8 @@ impl Begun {
             work: self.work.work(),
             external: self.subject.plan.streams.iter().filter_map(|s| s.external.clone()).collect(),
             network,
-            interposer: Interposer::new(self.work.path(), &criu)?,
+            interposer: Interposer::new(self.work.path(), &criu, self.criu_namespace()?)?,
+            namespace: self.criu_namespace()?,
         };
         let tell = self.inputs.tell.clone();
         self.dump = Some(DumpJob::start(plan, move |event| {
@@ -407,6 +409,15 @@ impl Begun {
             let _ = tell.send(Input::Dump(event));
         })?);
         Ok(())
+    }
+
+    fn criu_namespace(&self) -> Result<Option<NetNs>> {
+        match &self.subject.network {
+            Some((namespace, _, _)) if self.subject.plan.criu_inside() => {
+                Ok(Some(namespace.try_clone()?))
+            }
+            _ => Ok(None),
+        }
     }
 
     fn go(&self, go: Go) -> Result<()> {
@@ -417,6 +428,7 @@ impl Begun {
     fn freeze(&mut self, reporter: &mut Reporter) -> Result<()> {
         self.inputs.until(FREEZE_LIMIT);
         self.obey_limit();
+        self.speaker.say(&Message::Freezing)?;
         self.go(Go::Freeze)?;
         loop {
             if let Input::Dump(DumpEvent::Frozen { since, capture, fence }) = self.inputs.next()? {
