@@ -1,3 +1,3 @@
 //! System calls as types; every unsafe line of the crate.
 
-pub mod inherit;
+pub mod entry;
