@@ -199,10 +199,15 @@ pub fn replay(name: &'static str, attachment: Attachment) {
     wait_until("the replay's device to be gone", || lab.json("web", "link show") == links);
 }
 
+fn bytes_of(frames: &[Frame]) -> usize {
+    frames.iter().map(|f| f.bytes.len()).sum()
+}
+
 /// Merged segments and unfinished checksums must come out byte for byte.
 pub fn large_segments(name: &'static str, attachment: Attachment) {
     const CHUNK: usize = 64 << 10;
     const WARM: usize = 64;
+    const PAUSE: Duration = Duration::from_millis(3);
     const DARK: usize = 8;
     let lab = Lab::new(name, attachment);
     let (ns, client) = (lab.container("web"), lab.ns("c"));
@@ -225,20 +230,25 @@ pub fn large_segments(name: &'static str, attachment: Attachment) {
         armed.close(Side::Both).expect("closed");
         thread::scope(|scope| {
             scope.spawn(|| near.write_all(dark).expect("write"));
-            let frames =
-                keep(&mut kept, |f| f.iter().map(|f| f.bytes.len()).sum::<usize>() > CHUNK);
-            let again = lab.counter("c", "Tcp", "RetransSegs") - before;
-            assert!(frames.iter().any(|f| f.bytes.len() > 4000), "there are merged segments");
-            // The client is still dark: what arrives now, arrives by the replay alone. The
-            // fence is opened inwards only when the replay has been through... which needs it.
+            let mut frames = keep(&mut kept, |f| bytes_of(f) > CHUNK);
+            // Until the window is full and the client has to wait.
+            loop {
+                thread::sleep(PAUSE);
+                if kept.read(&mut frames).expect("read") == 0 {
+                    break;
+                }
+            }
             armed.open().expect("open");
+            kept.read(&mut frames).expect("read");
+            assert!(frames.iter().any(|f| f.bytes.len() > 4000), "there are merged segments");
             for frame in &frames {
                 replay.inject(frame).expect("inject");
             }
             server.read_exact(&mut got[light.len()..]).expect("read");
             let resent = lab.counter("c", "Tcp", "RetransSegs") - before;
-            let sent = (CHUNK / 1448) as u64;
-            assert!(resent < sent / 2, "{resent} of {sent} segments sent twice, {again} before");
+            let kept = bytes_of(&frames) / 1448;
+            println!("{kept} segments kept in {} frames, {resent} sent twice", frames.len());
+            assert!(resent < kept as u64 / 2, "{resent} of {kept} segments sent twice");
         });
         assert!(got == data, "every byte is right");
     }
