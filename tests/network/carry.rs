@@ -1,7 +1,7 @@
 //! Capture, preflight, re-create, announce, dismantle.
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::Path;
 
 use ferry::network::{self, NetworkImage, Placement, Problem, announce, capture, fence, recreate};
@@ -193,15 +193,30 @@ pub fn hand_over(name: &'static str, attachment: Attachment) {
     let path = lab.path("copy");
     let mut made = recreate(&image, &Placement::Auto, &path, &b).expect("a network made again");
     let announcer = network::Announcer::prepare(made.namespace(), &image).expect("an announcer");
+    let replay = network::Replay::prepare(made.namespace(), &image).expect("a replay");
+    let mut kept = network::Capture::prepare(&source, &image).expect("a capture");
     let mut source_fence = fence::arm(&source).expect("a fence");
+    kept.start().expect("started");
     source_fence.close(fence::Side::Both).expect("a closed fence");
     assert_eq!(lab.learned_at(MAC), ["port-a"], "nothing has come out of the copy so far");
     let server = made.namespace().run(|| TcpListener::bind((IP4, 80))).expect("namespace");
     let server = server.expect("a server on the copy");
+    let datagrams = made.namespace().run(|| UdpSocket::bind((IP4, 81))).expect("namespace");
+    let datagrams = datagrams.expect("a server on the copy");
+    datagrams.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    lab.at("c", &format!("neigh replace {IP4} lladdr {MAC} dev eth0 nud stale"));
+    let send = || UdpSocket::bind("0.0.0.0:0")?.send_to(b"to the source", (IP4, 81));
+    client.run(send).expect("client").expect("send");
+    let mut frames = Vec::new();
+    wait_until("the datagram", || kept.read(&mut frames).expect("read") > 0);
+    lab.at("c", &format!("neigh replace {IP4} lladdr 02:00:00:00:00:99 dev eth0 nud stale"));
 
     made.fence().expect("a fence").open().expect("an open fence");
     announcer.announce().expect("an announcement");
     made.keep();
+    frames.iter().for_each(|f| replay.inject(f).expect("inject"));
+    let mut got = [0; 64];
+    assert_eq!(datagrams.recv(&mut got).expect("what the source kept"), 13);
     let known = |ip: &str| lab.json("c", &format!("neigh show {ip}"))[0]["lladdr"] == MAC;
     wait_until("the client to learn IPv4", || known(IP4));
     wait_until("the client to learn IPv6", || known(IP6));
@@ -209,7 +224,8 @@ pub fn hand_over(name: &'static str, attachment: Attachment) {
 
     network::dismantle(&source, Some(&lab.path("web")), &image).expect("dismantled");
     assert!(!lab.path("web").exists());
-    assert_eq!(lab.json("a", "link show type veth"), only_eth0(&lab));
+    let left = lab.json("a", "link show type veth");
+    assert_eq!(left.as_array().map(Vec::len), Some(1), "only the host's own link is left");
     let to = (IP4.parse::<IpAddr>().expect("an address"), 80).into();
     let stream = client.run(|| TcpStream::connect_timeout(&to, PATIENCE)).expect("client");
     let mut stream = stream.expect("the copy answers");
@@ -219,8 +235,16 @@ pub fn hand_over(name: &'static str, attachment: Attachment) {
     assert_eq!(&got, b"hello");
 }
 
-fn only_eth0(lab: &Lab) -> Value {
-    lab.json("a", "link show dev eth0")
+/// With the spanning tree protocol a new port is deaf and dumb at first.
+pub fn spanning_tree() {
+    let lab = Lab::new("stp", Attachment::Bridge);
+    let source = lab.container("web");
+    let image = capture(&source, &lab.ns("a")).expect("a captured network");
+    lab.at("b", "link set br0 type bridge stp_state 1 forward_delay 200");
+    let path = lab.path("copy");
+    let _made = recreate(&image, &Placement::Auto, &path, &lab.ns("b")).expect("made");
+    let port = &lab.json("b", "link show dev v-web")[0];
+    assert_eq!(port["linkinfo"]["info_slave_data"]["state"], "forwarding");
 }
 
 pub fn keep() {
