@@ -41,6 +41,7 @@ use crate::network::{self, Announcer, Frame as Packet, Placement, Recreated, Rep
 use crate::oci::runtime::Runtime;
 use crate::sys::memory::PAGE;
 use crate::sys::netns::NetNs;
+use crate::sys::process;
 use crate::transport::connect::Link;
 use crate::transport::frame::Frame;
 
@@ -324,7 +325,7 @@ impl Guest {
                 }
                 Input::Heard(Heard::Message(Message::MemoryDone)) => memory_done = true,
                 Input::Restore(RestoreEvent::Restored(pid)) => {
-                    self.journal.record.init = journal::start_time(pid).map(|t| (pid, t));
+                    self.journal.record.init = process::start_time(pid).map(|t| (pid, t));
                     self.mark("restored");
                     restored = true;
                     drop(warm.take());
