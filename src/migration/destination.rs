@@ -36,6 +36,7 @@ use crate::memory::serve::{Served, Server, Serving};
 use crate::memory::staging::Staging;
 use crate::network::{self, fence, Announcer, Frame as Packet, Placement, Recreated, Replay};
 use crate::oci::runtime::Runtime;
+use crate::sys::fault;
 use crate::sys::memory::PAGE;
 use crate::transport::connect::Link;
 use crate::transport::frame::Frame;
@@ -280,15 +281,20 @@ impl Guest {
         tell: &Sender<Input>,
         staging: &Arc<Mutex<Option<Staging>>>,
     ) -> Result<()> {
+        fault::point("destination.prepare")?;
         let pages = usize::try_from(self.plan.memory_bytes)? / PAGE;
         let fresh = Staging::new(pages)?;
         *staging.lock().unwrap_or_else(PoisonError::into_inner) = Some(fresh);
         self.make_network()?;
+        fault::point("destination.network")?;
         self.start_restore(tell)?;
         let (mut dumped, mut memory_done, mut restored) = (None, false, false);
         while !restored {
             match inputs.next(SILENCE)? {
-                Input::Restore(RestoreEvent::AtRequest) => speaker.say(&Message::Prepared)?,
+                Input::Restore(RestoreEvent::AtRequest) => {
+                    fault::point("destination.prepared")?;
+                    speaker.say(&Message::Prepared)?;
+                }
                 Input::Heard(Heard::Frame(Frame::File(name, at, bytes))) => {
                     self.file(&name, at, &bytes)?;
                 }
@@ -297,6 +303,7 @@ impl Guest {
                     if tasks.len() > MAX_TASKS {
                         bail!("a container of {} tasks", tasks.len());
                     }
+                    fault::point("destination.restore")?;
                     self.begin_restore()?;
                     dumped = Some(tasks);
                 }
@@ -304,6 +311,7 @@ impl Guest {
                 Input::Restore(RestoreEvent::Restored(pid)) => {
                     self.journal.record.init = journal::start_time(pid).map(|t| (pid, t));
                     self.mark("restored");
+                    fault::point("destination.restored")?;
                     restored = true;
                 }
                 _ => {}
@@ -332,7 +340,9 @@ impl Guest {
         self.phase = "waiting for the verdict";
         // Not synced: a crash of this host loses the copy with the note about it.
         self.journal.note(State::Ready)?;
-        speaker.say(&Message::Ready)
+        fault::point("destination.ready")?;
+        speaker.say(&Message::Ready)?;
+        fault::point("destination.said-ready")
     }
 
     fn make_network(&mut self) -> Result<()> {
@@ -507,7 +517,9 @@ impl Guest {
     /// It is ours: opens the fence, lets it run, tells everybody. No way back.
     fn run(mut self, speaker: &Speaker, inputs: &mut Inputs) -> Result<()> {
         self.mark("commit");
+        let _ = fault::point("destination.commit");
         let _ = self.journal.note(State::Committed);
+        let _ = fault::point("destination.committed");
         if let Some(net) = &mut self.network {
             // The announcement first: when the sockets wake up, their packets find the way back.
             if let Err(e) = net.made.open_fence() {
@@ -518,6 +530,7 @@ impl Guest {
             let _ = net.announcer.announce();
         }
         self.mark("fence open");
+        let _ = fault::point("destination.open");
         self.tell_restore(Go::Verdict(true))?;
         let mut link = true;
         let (mut running, mut ended) = (false, false);
@@ -532,6 +545,7 @@ impl Guest {
                 Ok(Input::Restore(RestoreEvent::Running)) => {
                     running = true;
                     self.mark("running");
+                    let _ = fault::point("destination.running");
                     self.replay();
                     if let Some(net) = &self.network {
                         let _ = net.announcer.announce();
@@ -601,6 +615,7 @@ impl Guest {
             drop(net.replay);
             net.made.keep();
         }
+        let _ = fault::point("destination.finish");
         let cleared = checks::clear_mark(&self.plan, &self.runtime, &self.state_dir);
         self.journal.write(State::Finished)?;
         cleared.map(|_| ())
@@ -608,6 +623,7 @@ impl Guest {
 
     /// Nothing of it stays here.
     fn undo(mut self) -> Result<()> {
+        let _ = fault::point("destination.undo");
         if let Some(job) = self.restore.take() {
             job.join();
         }

@@ -33,6 +33,7 @@ use crate::network::fence::{Armed, Side};
 use crate::network::frames::Capture;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
+use crate::sys::fault;
 use crate::sys::process;
 
 /// How long a container may take to stop before it is left alone.
@@ -186,6 +187,7 @@ fn job(
                     session.answer(done.is_ok())?;
                     done?;
                     frozen = true;
+                    fault::point("dump.frozen")?;
                 }
                 "network-lock" => {
                     let (fence, capture) = match plan.network.take() {
@@ -200,12 +202,14 @@ fn job(
                         }
                     };
                     tell(DumpEvent::Frozen { since, capture, fence });
+                    fault::point("dump.fenced")?;
                     session.answer(true)?;
                 }
                 "post-dump" => {
                     // CRIU has thawed the group once every task was seized. From here on they stand
                     // still even if CRIU is killed.
                     plan.cgroup.tell_freeze()?;
+                    fault::point("dump.dumped")?;
                     tell(DumpEvent::Dumped);
                     let agreed = matches!(orders.recv(), Ok(Go::Verdict(true)));
                     session.answer(agreed)?;

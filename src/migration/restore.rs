@@ -26,6 +26,7 @@ use rust_criu::rust_criu_protobuf::rpc::{Criu_network_lock_method, Criu_req, Inh
 use super::workdir::criu_errors;
 use crate::criu::interposer::{Event, Interposer, Session};
 use crate::oci::runtime::Runtime;
+use crate::sys::fault;
 use crate::sys::process;
 
 const STEP_TIMEOUT: Duration = Duration::from_secs(120);
@@ -195,6 +196,7 @@ fn job(
     if !matches!(orders.recv(), Ok(Go::Restore)) {
         bail!("given up before the images came");
     }
+    fault::point("restore.request")?;
     session.send_request(&request)?;
     let mut init = 0;
     let result = loop {
@@ -207,6 +209,7 @@ fn job(
                         session.answer(false)?;
                         continue;
                     }
+                    fault::point("restore.restored")?;
                     tell(RestoreEvent::Restored(init));
                     let agreed = matches!(orders.recv(), Ok(Go::Verdict(true)));
                     session.answer(agreed)?;

@@ -3,6 +3,7 @@
 //! Functions take `AsFd`, return `OwnedFd`, and name their manual page. Nothing here knows what a
 //! migration is.
 
+pub mod fault;
 pub mod inherit;
 pub mod memory;
 pub mod netlink;
