@@ -27,7 +27,8 @@ use crate::report::progress::Reporter;
 use crate::transport::connect::{self, Destination as Reach, split_command};
 
 fn runtime(globals: &Globals) -> Result<Runtime, Failed> {
-    let found = Found::find(globals.ferry_runtime.as_deref()).map_err(|u| Failed::refused(u.error))?;
+    let found =
+        Found::find(globals.ferry_runtime.as_deref()).map_err(|u| Failed::refused(u.error))?;
     Ok(Runtime::new(found.path, globals.root.clone(), globals.systemd_cgroup))
 }
 
@@ -347,9 +348,9 @@ fn resolve_source(
                 recover::source_lets_go(journal, || ())?;
                 Ok("it runs on the other host; what was left here is gone")
             }
-            Ok(Standing::Waiting) => Err(Failed::in_doubt(anyhow!(
-                "the other host is about to run it\nhint: ask again"
-            ))),
+            Ok(Standing::Waiting) => {
+                Err(Failed::in_doubt(anyhow!("the other host is about to run it\nhint: ask again")))
+            }
             Ok(Standing::Gone) => Err(Failed::in_doubt(anyhow!(
                 "it was handed over, but there is no copy on {peer}: it was lost there\n\
                  hint: the frozen copy here is whole: `ferry resolve {id} --keep` lets it run on",

@@ -44,9 +44,14 @@ fn run() -> Result<std::convert::Infallible> {
             .with_context(|| format!("cannot reach ferry at {}", path.to_string_lossy()))?;
         let theirs = process::adopt_fd(fd).context("the descriptor named by the runtime")?;
         scm::send(&hub, &std::process::id().to_le_bytes(), &[theirs.as_raw_fd()])?;
-        let (_, mut fds) =
-            scm::receive(&hub)?.ok_or_else(|| anyhow!("ferry closed the connection"))?;
-        let ours = fds.pop().ok_or_else(|| anyhow!("ferry sent no socket"))?;
+        let (_, fds) = scm::receive(&hub)?.ok_or_else(|| anyhow!("ferry closed the connection"))?;
+        let mut fds = fds.into_iter();
+        let ours = fds.next().ok_or_else(|| anyhow!("ferry sent no socket"))?;
+        if let Some(namespace) = fds.next() {
+            // This process has one thread, and is criu from here on.
+            nix::sched::setns(&namespace, nix::sched::CloneFlags::CLONE_NEWNET)
+                .context("cannot enter the container's network namespace")?;
+        }
         process::dup_onto(&ours, fd)?;
         // The number now belongs to criu, over exec.
         std::mem::forget(theirs);

@@ -75,7 +75,11 @@ pub fn make(path: &Path, read_only: bool) -> Result<Probe> {
                 f.write_all(contents.as_bytes()).and_then(|()| f.sync_all()).with_context(what)?;
                 file = Some((name, contents));
             }
-            Err(e) if matches!(e.kind(), ErrorKind::ReadOnlyFilesystem | ErrorKind::PermissionDenied) => {}
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    ErrorKind::ReadOnlyFilesystem | ErrorKind::PermissionDenied
+                ) => {}
             Err(e) => return Err(e).with_context(what),
         }
     }

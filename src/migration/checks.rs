@@ -11,6 +11,7 @@ use crate::network::problem::Problem;
 use crate::network::{self, Placement};
 use crate::oci::bundle::Bundle;
 use crate::oci::runtime::Runtime;
+use crate::sys::netns::NetNs;
 use crate::sys::tmpfs;
 
 /// Memory that must be left when the container has arrived.
@@ -41,7 +42,10 @@ pub fn problems(plan: &Plan, runtime: &Runtime) -> Vec<Problem> {
     room(plan, &mut found);
     if let (Some(image), Some(path)) = (&plan.network, &plan.network_path) {
         match plan.placement.parse::<Placement>() {
-            Ok(placement) => found.extend(network::preflight(image, &placement, path)),
+            Ok(placement) => match NetNs::current() {
+                Ok(host) => found.extend(network::preflight(image, &placement, path, &host)),
+                Err(e) => found.push(Problem::new("cannot look at this host's network", e)),
+            },
             Err(e) => found.push(Problem::new("the wish for the network is not understood", e)),
         }
     }
@@ -111,17 +115,22 @@ fn bundle(plan: &Plan, found: &mut Vec<Problem>) {
     };
     if here.config != plan.config {
         let empty = serde_json::Map::new();
-        let (a, b) = (
-            here.config.as_object().unwrap_or(&empty),
-            plan.config.as_object().unwrap_or(&empty),
-        );
-        let mut names: Vec<&str> =
-            a.keys().chain(b.keys()).filter(|k| a.get(*k) != b.get(*k)).map(String::as_str).collect();
+        let (a, b) =
+            (here.config.as_object().unwrap_or(&empty), plan.config.as_object().unwrap_or(&empty));
+        let mut names: Vec<&str> = a
+            .keys()
+            .chain(b.keys())
+            .filter(|k| a.get(*k) != b.get(*k))
+            .map(String::as_str)
+            .collect();
         names.sort_unstable();
         names.dedup();
         found.push(
-            Problem::new("config.json is not the same on both hosts", format!("they differ in: {}", names.join(", ")))
-                .hint("copy the source's config.json over"),
+            Problem::new(
+                "config.json is not the same on both hosts",
+                format!("they differ in: {}", names.join(", ")),
+            )
+            .hint("copy the source's config.json over"),
         );
         return;
     }
@@ -156,7 +165,11 @@ fn room(plan: &Plan, found: &mut Vec<Problem>) {
         found.push(
             Problem::new(
                 "the destination has not enough memory",
-                format!("{} MiB are free, the container has {} MiB", mib(free), mib(plan.resident_bytes)),
+                format!(
+                    "{} MiB are free, the container has {} MiB",
+                    mib(free),
+                    mib(plan.resident_bytes)
+                ),
             )
             .hint("free some, or choose another host"),
         );
@@ -175,6 +188,10 @@ fn room(plan: &Plan, found: &mut Vec<Problem>) {
 }
 
 /// The mark that says that this container was migrated away from here earlier: it comes back.
-pub fn clear_mark(plan: &Plan, runtime: &Runtime, state_dir: &std::path::Path) -> anyhow::Result<bool> {
+pub fn clear_mark(
+    plan: &Plan,
+    runtime: &Runtime,
+    state_dir: &std::path::Path,
+) -> anyhow::Result<bool> {
     AwayMark::remove(state_dir, runtime.root(), plan.container.as_ref())
 }

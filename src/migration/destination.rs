@@ -16,6 +16,7 @@ use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -34,10 +35,11 @@ use crate::criu::interposer::Interposer;
 use crate::files::probe;
 use crate::memory::serve::{Served, Server, Serving};
 use crate::memory::staging::Staging;
-use crate::network::{self, fence, Announcer, Frame as Packet, Placement, Recreated, Replay};
+use crate::network::{self, Announcer, Frame as Packet, Placement, Recreated, Replay, fence};
 use crate::oci::runtime::Runtime;
 use crate::sys::fault;
 use crate::sys::memory::PAGE;
+use crate::sys::netns::NetNs;
 use crate::transport::connect::Link;
 use crate::transport::frame::Frame;
 
@@ -146,7 +148,8 @@ fn converse(
         }
     };
     plan.validate()?;
-    let runtime = Runtime::new(runtime.program().to_owned(), plan.root.clone(), plan.systemd_cgroup);
+    let runtime =
+        Runtime::new(runtime.program().to_owned(), plan.root.clone(), plan.systemd_cgroup);
     let (fatal, warnings): (Vec<_>, Vec<_>) =
         checks::problems(&plan, &runtime).into_iter().partition(|p| p.fatal);
     if !fatal.is_empty() {
@@ -289,6 +292,7 @@ impl Guest {
         fault::point("destination.network")?;
         self.start_restore(tell)?;
         let (mut dumped, mut memory_done, mut restored) = (None, false, false);
+        let mut warm = None;
         while !restored {
             match inputs.next(SILENCE)? {
                 Input::Restore(RestoreEvent::AtRequest) => {
@@ -299,6 +303,7 @@ impl Guest {
                     self.file(&name, at, &bytes)?;
                 }
                 Input::Heard(Heard::Frame(Frame::Packet(bytes))) => self.packet(&bytes)?,
+                Input::Heard(Heard::Message(Message::Freezing)) => warm = Some(Warm::start()?),
                 Input::Heard(Heard::Message(Message::Dumped { tasks })) => {
                     if tasks.len() > MAX_TASKS {
                         bail!("a container of {} tasks", tasks.len());
@@ -313,6 +318,7 @@ impl Guest {
                     self.mark("restored");
                     fault::point("destination.restored")?;
                     restored = true;
+                    drop(warm.take());
                 }
                 _ => {}
             }
@@ -351,7 +357,7 @@ impl Guest {
         };
         self.phase = "making the network";
         let placement: Placement = self.plan.placement.parse().map_err(|e| anyhow!("{e}"))?;
-        let made = network::recreate(image, &placement, path)?;
+        let made = network::recreate(image, &placement, path, &NetNs::current()?)?;
         let replay = Replay::prepare(made.namespace(), image)?;
         let announcer = Announcer::prepare(made.namespace(), image)?;
         self.network = Some(Net { made, replay, announcer });
@@ -368,9 +374,15 @@ impl Guest {
             .streams
             .iter()
             .zip(&self.plan.streams)
-            .map(|(s, p)| Ok(StreamPlan { file: s.file.try_clone()?, external: p.external.clone() }))
+            .map(|(s, p)| {
+                Ok(StreamPlan { file: s.file.try_clone()?, external: p.external.clone() })
+            })
             .collect::<Result<_>>()?;
         self.server = Some(Server::listen(&self.work.work())?);
+        let namespace = match &self.network {
+            Some(net) if self.plan.criu_inside() => Some(net.made.namespace().try_clone()?),
+            _ => None,
+        };
         let plan = RestorePlan {
             runtime: self.runtime.clone(),
             container: self.plan.container.clone(),
@@ -379,7 +391,7 @@ impl Guest {
             work: self.work.work(),
             streams,
             console_socket: self.plan.console_socket.clone(),
-            interposer: Interposer::new(self.work.path(), &criu)?,
+            interposer: Interposer::new(self.work.path(), &criu, namespace)?,
         };
         let tell = tell.clone();
         self.restore = Some(RestoreJob::start(plan, move |event| {
@@ -522,7 +534,8 @@ impl Guest {
         let _ = fault::point("destination.committed");
         if let Some(net) = &mut self.network {
             // The announcement first: when the sockets wake up, their packets find the way back.
-            if let Err(e) = net.made.open_fence() {
+            let opened = net.made.fence().map_or(Ok(()), |fence| fence.open());
+            if let Err(e) = opened {
                 // Too late to give up: a container that cannot be reached can still be mended.
                 tracing::error!("the fence does not open: {e}");
                 let _ = fence::remove(net.made.namespace());
@@ -611,8 +624,12 @@ impl Guest {
         for stream in &mut self.streams {
             stream.kept = true;
         }
-        if let Some(net) = self.network.take() {
+        if let Some(mut net) = self.network.take() {
             drop(net.replay);
+            // It has been open since the commit; taking it down takes milliseconds, so only now.
+            if let Err(e) = fence::remove(net.made.namespace()) {
+                tracing::warn!("the open fence stays: {e}");
+            }
             net.made.keep();
         }
         let _ = fault::point("destination.finish");
@@ -631,6 +648,40 @@ impl Guest {
         drop(self.network.take());
         self.streams.clear();
         recover::destination_discards(&mut self.journal)
+    }
+}
+
+/// Keeps the kernel's control group lock awake.
+///
+/// The first move of a task into a control group for a while waits for an RCU grace period, 10 ms
+/// and more, before it takes that lock for writing (Documentation/RCU, kernel/rcu/sync.c); the next
+/// ones do not. CRIU moves the restored init in the middle of the restore. So from the beginning of
+/// the freeze somebody moves himself, to where he is.
+struct Warm {
+    stop: Arc<AtomicBool>,
+}
+
+impl Warm {
+    fn start() -> Result<Warm> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        std::thread::Builder::new().name("warm".into()).spawn(move || {
+            let me = std::process::id() as i32;
+            while !stopped.load(Ordering::Relaxed) {
+                // Only ever a help.
+                if crate::oci::cgroup::move_to_where_it_is(me).is_err() {
+                    return;
+                }
+                std::thread::park_timeout(Duration::from_millis(2));
+            }
+        })?;
+        Ok(Warm { stop })
+    }
+}
+
+impl Drop for Warm {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
     }
 }
 

@@ -6,8 +6,7 @@
 //! whether they are thawed or killed.
 //!
 //! ```text
-//! pre-dump      held until the destination is ready  → freeze the control group
-//! network-lock  close the fence                      (tasks are seized; CRIU has thawed the group)
+//! pre-dump      held until the destination is ready  → freeze the control group, close the fence
 //! post-dump     freeze the group again; held until the verdict
 //! status-ready  send CRIU's page server, which nobody needs, home
 //! ```
@@ -34,6 +33,7 @@ use crate::network::frames::Capture;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
 use crate::sys::fault;
+use crate::sys::netns::NetNs;
 use crate::sys::process;
 
 /// How long a container may take to stop before it is left alone.
@@ -88,6 +88,8 @@ pub struct DumpPlan {
     pub external: Vec<String>,
     /// The fence, ready to close, and the capture, ready to start.
     pub network: Option<(Armed, Capture)>,
+    /// The network namespace that CRIU runs in, if not ours.
+    pub namespace: Option<NetNs>,
     /// The interposer.
     pub interposer: Interposer,
 }
@@ -105,10 +107,7 @@ impl DumpJob {
     ///
     /// # Errors
     /// When there can be no thread.
-    pub fn start(
-        plan: DumpPlan,
-        tell: impl Fn(DumpEvent) + Send + 'static,
-    ) -> Result<DumpJob> {
+    pub fn start(plan: DumpPlan, tell: impl Fn(DumpEvent) + Send + 'static) -> Result<DumpJob> {
         let (go, orders) = std::sync::mpsc::channel();
         let thread = std::thread::Builder::new().name("dump".into()).spawn(move || {
             let result = run(plan, &tell, &orders);
@@ -170,8 +169,6 @@ fn job(
     let port = edit(&mut request, plan, images.as_raw_fd(), work.as_raw_fd())?;
     fs::write(plan.work.join("criu.pid"), session.criu_pid.to_string())?;
     session.send_request(&request)?;
-    let mut frozen = false;
-    let mut since = Instant::now();
     let result = loop {
         let event = session.next(Some(Instant::now() + STEP_TIMEOUT));
         match event.context("CRIU's dump")? {
@@ -182,28 +179,13 @@ fn job(
                         session.answer(false)?;
                         continue;
                     }
-                    since = Instant::now();
-                    let done = freeze(&plan.cgroup);
+                    let since = Instant::now();
+                    let done = stop(plan);
                     session.answer(done.is_ok())?;
-                    done?;
-                    frozen = true;
+                    let (fence, capture) = done?;
                     fault::point("dump.frozen")?;
-                }
-                "network-lock" => {
-                    let (fence, capture) = match plan.network.take() {
-                        None => (None, None),
-                        Some((mut fence, capture)) => {
-                            capture.start()?;
-                            if let Err(problem) = fence.close(Side::Both) {
-                                session.answer(false)?;
-                                return Err(problem.into());
-                            }
-                            (Some(fence), Some(capture))
-                        }
-                    };
                     tell(DumpEvent::Frozen { since, capture, fence });
                     fault::point("dump.fenced")?;
-                    session.answer(true)?;
                 }
                 "post-dump" => {
                     // CRIU has thawed the group once every task was seized. From here on they stand
@@ -217,7 +199,7 @@ fn job(
                 "status-ready" => {
                     // A lazy dump ends by serving pages to one client; an end of file is enough
                     // for it, and with leave_running its result decides nothing.
-                    drop(TcpStream::connect((Ipv4Addr::LOCALHOST, port)));
+                    plan.in_namespace(|| drop(TcpStream::connect((Ipv4Addr::LOCALHOST, port))))?;
                     session.answer(true)?;
                 }
                 _ => session.answer(true)?,
@@ -232,16 +214,36 @@ fn job(
             Event::Hangup => break Err(anyhow!("CRIU ended in the middle of the dump")),
         }
     };
-    let _ = frozen;
     result.with_context(|| {
         format!("CRIU cannot dump the container:\n{}", criu_errors(&plan.work.join("dump.log")))
     })
 }
 
+/// Stops the container, then its network: what came in before the fence has closed is in the
+/// sockets' queues, acknowledged, and goes along with them.
+fn stop(plan: &mut DumpPlan) -> Result<(Option<Armed>, Option<Capture>)> {
+    freeze(&plan.cgroup)?;
+    let Some((mut fence, capture)) = plan.network.take() else { return Ok((None, None)) };
+    capture.start()?;
+    fence.close(Side::Both)?;
+    Ok((Some(fence), Some(capture)))
+}
+
+impl DumpPlan {
+    /// Does something where CRIU runs.
+    fn in_namespace<T: Send>(&self, f: impl FnOnce() -> T + Send) -> std::io::Result<T> {
+        match &self.namespace {
+            Some(namespace) => namespace.run(f),
+            None => Ok(f()),
+        }
+    }
+}
+
 /// Makes runc's request ours; returns the port of the page server that nobody needs.
 fn edit(request: &mut Criu_req, plan: &DumpPlan, images: i32, work: i32) -> Result<u16> {
     // Free a moment ago is free enough: nothing depends on this server.
-    let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+    let bind = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr();
+    let port = plan.in_namespace(bind)??.port();
     let opts = request.opts.as_mut().ok_or_else(|| anyhow!("a dump without options"))?;
     opts.set_images_dir_fd(images);
     opts.set_work_dir_fd(work);

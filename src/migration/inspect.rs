@@ -67,9 +67,9 @@ pub fn inspect(runtime: &Runtime, wishes: &Wishes) -> Result<Subject, Vec<Proble
         return Err(problems);
     }
     let id = &wishes.container;
-    let state = runtime
-        .state(id)
-        .map_err(|e| one(Problem::new(format!("cannot ask for the state of {id}"), format!("{e:#}"))))?;
+    let state = runtime.state(id).map_err(|e| {
+        one(Problem::new(format!("cannot ask for the state of {id}"), format!("{e:#}")))
+    })?;
     let Some(state) = state else {
         return Err(one(Problem::new(
             format!("there is no container {id} here"),

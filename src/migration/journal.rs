@@ -167,7 +167,8 @@ impl Journal {
         let mut text = String::new();
         file.seek(SeekFrom::Start(0))?;
         (&file).take(SIZE as u64).read_to_string(&mut text).with_context(what)?;
-        let (head, rest) = text.split_once('\n').ok_or_else(|| anyhow!("no record")).with_context(what)?;
+        let (head, rest) =
+            text.split_once('\n').ok_or_else(|| anyhow!("no record")).with_context(what)?;
         let record = serde_json::from_str(head).with_context(what)?;
         let mut at = head.len() as u64 + 1;
         let mut states = Vec::new();

@@ -1,17 +1,17 @@
 //! The hand-over from host to host.
 
 pub mod away;
-pub mod journal;
-pub mod protocol;
-pub mod workdir;
-pub mod dump;
-pub mod restore;
 pub mod checks;
 pub mod destination;
+pub mod dump;
 pub mod host;
 pub mod inspect;
+pub mod journal;
 pub mod keeper;
+pub mod protocol;
 pub mod recover;
+pub mod restore;
 pub mod settle;
 pub mod source;
 pub mod talk;
+pub mod workdir;

@@ -68,6 +68,12 @@ pub fn source_runs_on(journal: &mut Journal) -> Result<()> {
     trouble.into_result()
 }
 
+fn remove_network(namespace: &NetNs, path: &Path, trouble: &mut Trouble) {
+    for problem in network::dismantle(namespace, Some(path), None).err().unwrap_or_default() {
+        trouble.note("removing the container's network", Err::<(), _>(problem));
+    }
+}
+
 /// Takes the fence away, where there is a namespace to have one.
 fn lift_fence(record: &Record, trouble: &mut Trouble) {
     if let Some(path) = &record.network_path
@@ -108,7 +114,7 @@ pub fn source_lets_go(journal: &mut Journal, before_network: impl FnOnce()) -> R
         && let Ok(namespace) = NetNs::open(path)
     {
         // The fence is closed and goes with the namespace: no kernel answers for the container.
-        trouble.note("removing the network namespace", network::dismantle(&namespace, path));
+        remove_network(&namespace, path, &mut trouble);
     }
     let deleted = match runtime.state(&record.container) {
         Ok(Some(state)) if state.status == "stopped" || !same => {
@@ -147,7 +153,7 @@ pub fn destination_discards(journal: &mut Journal) -> Result<()> {
         && let Some(path) = &record.network_path
         && let Ok(namespace) = NetNs::open(path)
     {
-        trouble.note("removing the network namespace", network::dismantle(&namespace, path));
+        remove_network(&namespace, path, &mut trouble);
     }
     workdir::remove(&record.work);
     trouble.note("writing the journal", journal.write(State::Aborted));

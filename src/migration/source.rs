@@ -40,6 +40,7 @@ use crate::oci::runtime::Runtime;
 use crate::report::exit::Failed;
 use crate::report::progress::{Reporter, Round};
 use crate::sys::fault;
+use crate::sys::netns::NetNs;
 use crate::sys::process;
 use crate::transport::connect::{Closer, Destination};
 use crate::transport::frame;
@@ -107,7 +108,10 @@ impl Inputs {
                 bail!("interrupted by {}", signal_name(signal))
             }
             Ok(Input::Heard(Heard::Gone(why))) => {
-                bail!("the link to the destination broke: {}", why.unwrap_or("it was closed".into()))
+                bail!(
+                    "the link to the destination broke: {}",
+                    why.unwrap_or("it was closed".into())
+                )
             }
             Ok(Input::Heard(Heard::Message(Message::Failed { phase, why }))) => {
                 bail!("the destination failed while {phase}: {why}")
@@ -131,8 +135,7 @@ fn signal_name(signal: i32) -> &'static str {
 
 /// Says what stands in the way, all of it.
 pub fn refusal(problems: &[Problem]) -> Failed {
-    let text: Vec<String> =
-        problems.iter().filter(|p| p.fatal).map(ToString::to_string).collect();
+    let text: Vec<String> = problems.iter().filter(|p| p.fatal).map(ToString::to_string).collect();
     Failed::refused(anyhow!("{}", text.join("\n")))
 }
 
@@ -145,11 +148,7 @@ struct Accepted {
 }
 
 /// Looks at the container and asks the destination; nothing is touched.
-fn ask(
-    runtime: &Runtime,
-    options: &Options,
-    reporter: &mut Reporter,
-) -> Result<Accepted, Failed> {
+fn ask(runtime: &Runtime, options: &Options, reporter: &mut Reporter) -> Result<Accepted, Failed> {
     reporter.phase("inspect", "looking at the container");
     let mut subject = inspect(runtime, &options.wishes).map_err(|p| refusal(&p))?;
     reporter.report.migration.clone_from(&subject.plan.migration);
@@ -166,7 +165,11 @@ fn ask(
     if let Err(e) = greeted {
         // A shell that could not get there says more than the end of its stream.
         drop(speaker);
-        let why = if inputs.interrupted { String::new() } else { options.destination.explain(&mut closer) };
+        let why = if inputs.interrupted {
+            String::new()
+        } else {
+            options.destination.explain(&mut closer)
+        };
         closer.close();
         let text = if why.is_empty() || format!("{e:#}").contains("protocol") {
             e
@@ -362,8 +365,7 @@ impl Begun {
         self.inputs.until(PREPARE_LIMIT);
         self.obey_limit();
         self.start_dump()?;
-        self.memory =
-            Some(Memory::start(&self.subject.cgroup, &self.speaker, &self.inputs.tell)?);
+        self.memory = Some(Memory::start(&self.subject.cgroup, &self.speaker, &self.inputs.tell)?);
         self.send_streams(false)?;
         let (mut prepared, mut at_freeze, mut settled) = (false, false, false);
         while !(prepared && at_freeze && settled) {
@@ -400,7 +402,8 @@ impl Begun {
             work: self.work.work(),
             external: self.subject.plan.streams.iter().filter_map(|s| s.external.clone()).collect(),
             network,
-            interposer: Interposer::new(self.work.path(), &criu)?,
+            interposer: Interposer::new(self.work.path(), &criu, self.criu_namespace()?)?,
+            namespace: self.criu_namespace()?,
         };
         let tell = self.inputs.tell.clone();
         self.dump = Some(DumpJob::start(plan, move |event| {
@@ -408,6 +411,15 @@ impl Begun {
             let _ = tell.send(Input::Dump(event));
         })?);
         Ok(())
+    }
+
+    fn criu_namespace(&self) -> Result<Option<NetNs>> {
+        match &self.subject.network {
+            Some((namespace, _, _)) if self.subject.plan.criu_inside() => {
+                Ok(Some(namespace.try_clone()?))
+            }
+            _ => Ok(None),
+        }
     }
 
     fn go(&self, go: Go) -> Result<()> {
@@ -419,6 +431,7 @@ impl Begun {
         fault::point("source.freeze")?;
         self.inputs.until(FREEZE_LIMIT);
         self.obey_limit();
+        self.speaker.say(&Message::Freezing)?;
         self.go(Go::Freeze)?;
         loop {
             if let Input::Dump(DumpEvent::Frozen { since, capture, fence }) = self.inputs.next()? {
@@ -478,7 +491,8 @@ impl Begun {
             }
             let path = PathBuf::from(format!("/proc/{}/fd/{i}", self.subject.state.pid));
             let from = if rest { stream.size } else { 0 };
-            stream.size = send_file(&self.speaker, &format!("stream-{i}"), &path, from, &mut buffer)?;
+            stream.size =
+                send_file(&self.speaker, &format!("stream-{i}"), &path, from, &mut buffer)?;
         }
         Ok(())
     }
@@ -569,7 +583,8 @@ impl Committed {
             let _ = job.go.send(Go::Verdict(true));
             job.join();
         }
-        let standing = if running { Standing::Running } else { Committed::look_for(&begun, reporter) };
+        let standing =
+            if running { Standing::Running } else { Committed::look_for(&begun, reporter) };
         if standing != Standing::Running {
             begun.guard.dismiss();
             begun.closer.close();
@@ -603,7 +618,8 @@ impl Committed {
         begun.work.keep();
         reporter.mark("cleared away here");
         if let Err(e) = done {
-            reporter.warning(&format!("it runs there, but not everything here is cleared away: {e:#}"));
+            reporter
+                .warning(&format!("it runs there, but not everything here is cleared away: {e:#}"));
         }
         Ok(())
     }

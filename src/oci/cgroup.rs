@@ -12,6 +12,16 @@ use anyhow::{Context, Result, anyhow, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 
+/// Moves a process into the control group that it is in already (unified hierarchy, or the
+/// freezer's of version 1).
+///
+/// # Errors
+/// When it is in the root group, or the group cannot be written to.
+pub fn move_to_where_it_is(pid: i32) -> Result<()> {
+    let group = Cgroup::of_process(pid)?;
+    Ok(fs::write(group.path().join("cgroup.procs"), pid.to_string())?)
+}
+
 /// A control group that can be frozen.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", tag = "version", content = "path")]

@@ -1,0 +1,160 @@
+//! Telling the network that the container's address has moved.
+//!
+//! For each IPv4 address a gratuitous ARP in both forms (some hosts heed only requests, some only
+//! replies), for each IPv6 address an unsolicited neighbour advertisement with the override flag
+//! ([RFC 5227](https://www.rfc-editor.org/rfc/rfc5227),
+//! [RFC 4861](https://www.rfc-editor.org/rfc/rfc4861) 7.2.6). Whatever the hosts make of them, the
+//! switches learn the new port from the sender's hardware address. The fence must be open.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use super::image::{Mac, NetworkImage};
+use super::problem::{Problem, Trying};
+use super::rtnl::Rtnl;
+use crate::sys::netns::NetNs;
+use crate::sys::packet::PacketSocket;
+
+const BROADCAST: Mac = [0xff; 6];
+/// Hardware address of `ff02::1`, all nodes.
+const ALL_NODES: Mac = [0x33, 0x33, 0, 0, 0, 1];
+
+/// Prepared frames, and a socket to send them through; sending costs microseconds and may be
+/// repeated.
+#[derive(Debug)]
+pub struct Announcer {
+    socket: PacketSocket,
+    frames: Vec<(i32, Vec<u8>)>,
+}
+
+impl Announcer {
+    /// Makes the frames for all addresses of all links that lead outward.
+    pub fn prepare(container: &NetNs, image: &NetworkImage) -> Result<Self, Problem> {
+        let trying = || "cannot prepare the announcement of the address".to_owned();
+        let infos = Rtnl::open(container).and_then(|mut s| s.links()).trying(trying)?;
+        let socket = container.run(PacketSocket::open).and_then(|s| s).trying(trying)?;
+        let mut frames = Vec::new();
+        for (_, link) in image.outward().filter(|(_, l)| l.up) {
+            let (Some(info), Some(mac)) = (infos.iter().find(|i| i.name == link.name), link.mac)
+            else {
+                return Err(Problem::new(trying(), format!("there is no {}", link.name)));
+            };
+            for address in &link.addresses {
+                match address.local {
+                    IpAddr::V4(ip) => {
+                        frames.push((info.index, arp(mac, ip, ArpForm::Request)));
+                        frames.push((info.index, arp(mac, ip, ArpForm::Reply)));
+                    }
+                    IpAddr::V6(ip) => frames.push((info.index, advertisement(mac, ip))),
+                }
+            }
+        }
+        Ok(Self { socket, frames })
+    }
+
+    /// Sends everything once. All frames are tried; the first error is told.
+    pub fn announce(&self) -> Result<(), Problem> {
+        let mut result = Ok(());
+        for (ifindex, frame) in &self.frames {
+            let sent = self.socket.send(*ifindex, frame);
+            result = result.and(sent);
+        }
+        result.trying(|| "cannot announce the address".into()).map_err(|p| {
+            p.hint("hosts on the network find it when their neighbour entries run out")
+        })
+    }
+}
+
+/// Prepares and sends the announcement once.
+pub fn announce(container: &NetNs, image: &NetworkImage) -> Result<(), Problem> {
+    Announcer::prepare(container, image)?.announce()
+}
+
+/// The two forms of a gratuitous ARP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ArpForm {
+    Request,
+    Reply,
+}
+
+fn arp(mac: Mac, ip: Ipv4Addr, form: ArpForm) -> Vec<u8> {
+    let target = match form {
+        ArpForm::Request => [0; 6],
+        ArpForm::Reply => BROADCAST,
+    };
+    arp_frame(mac, form, ip, target, ip)
+}
+
+/// A broadcast ARP frame.
+pub(super) fn arp_frame(
+    mac: Mac,
+    form: ArpForm,
+    sender: Ipv4Addr,
+    target_mac: Mac,
+    target: Ipv4Addr,
+) -> Vec<u8> {
+    let operation = match form {
+        ArpForm::Request => 1,
+        ArpForm::Reply => 2,
+    };
+    let mut frame = ethernet(BROADCAST, mac, 0x0806);
+    frame.extend_from_slice(&[0, 1, 8, 0, 6, 4, 0, operation]);
+    frame.extend_from_slice(&mac);
+    frame.extend_from_slice(&sender.octets());
+    frame.extend_from_slice(&target_mac);
+    frame.extend_from_slice(&target.octets());
+    frame
+}
+
+fn advertisement(mac: Mac, ip: Ipv6Addr) -> Vec<u8> {
+    let all_nodes = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+    let mut message = vec![136, 0, 0, 0, 0x20, 0, 0, 0]; // override
+    message.extend_from_slice(&ip.octets());
+    message.extend_from_slice(&[2, 1]); // target link-layer address, 8 bytes
+    message.extend_from_slice(&mac);
+
+    let mut pseudo = [ip.octets(), all_nodes.octets()].concat();
+    pseudo.extend_from_slice(&[0, 0, 0, message.len() as u8, 0, 0, 0, 58]);
+    pseudo.extend_from_slice(&message);
+    let sum = checksum(&pseudo);
+    message[2..4].copy_from_slice(&sum.to_be_bytes());
+
+    let mut frame = ethernet(ALL_NODES, mac, 0x86dd);
+    frame.extend_from_slice(&[0x60, 0, 0, 0, 0, message.len() as u8, 58, 255]);
+    frame.extend_from_slice(&ip.octets());
+    frame.extend_from_slice(&all_nodes.octets());
+    frame.extend_from_slice(&message);
+    frame
+}
+
+fn ethernet(to: Mac, from: Mac, kind: u16) -> Vec<u8> {
+    let mut frame = Vec::with_capacity(128);
+    frame.extend_from_slice(&to);
+    frame.extend_from_slice(&from);
+    frame.extend_from_slice(&kind.to_be_bytes());
+    frame
+}
+
+/// The Internet checksum of an even number of bytes.
+fn checksum(bytes: &[u8]) -> u16 {
+    let mut sum: u32 = bytes.chunks(2).map(|p| u32::from(p[0]) << 8 | u32::from(p[1])).sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !(sum as u16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn advertisement_has_a_right_checksum() {
+        let ip: Ipv6Addr = "fd00::7".parse().expect("an address");
+        let frame = advertisement([2, 0, 0, 0, 0, 7], ip);
+        let mut pseudo = frame[22..54].to_vec();
+        pseudo.extend_from_slice(&[0, 0, 0, 32, 0, 0, 0, 58]);
+        pseudo.extend_from_slice(&frame[54..]);
+        assert_eq!(frame.len(), 86);
+        assert_eq!(checksum(&pseudo), 0);
+    }
+}

@@ -1,0 +1,154 @@
+//! Keeping the frames that arrive while the fence is closed.
+//!
+//! A dropped frame costs its sender a retransmission timeout, 200 ms and more: longer than all
+//! the rest of the pause. A packet socket sees a frame before the fence's ingress hook drops it,
+//! so what comes in can be kept, carried along, and given to the container on its new host by
+//! [`Replay`](super::replay::Replay).
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use serde::{Deserialize, Serialize};
+
+use super::image::{MAX_LINKS, NetworkImage};
+use super::problem::{Problem, Trying};
+use super::rtnl::Rtnl;
+use crate::sys::netns::NetNs;
+use crate::sys::packet::{Instruction, PacketSocket, VNET_HDR};
+
+/// Longest Ethernet frame that is kept: what segment offload puts together is at most 64 KiB of
+/// IP, and the Ethernet header.
+pub const MAX_FRAME: usize = 65_535 + ETHERNET;
+/// Shortest: Ethernet and the first byte of a packet.
+const MIN_FRAME: usize = ETHERNET + 1;
+const ETHERNET: usize = 14;
+/// Room in the kernel for frames not read yet, bytes.
+const ROOM: i32 = 32 << 20;
+/// Frames handed out by one [`Capture::read`], so that the reader can do something else between.
+const BATCH: usize = 256;
+const ETH_P_ALL: u16 = 3;
+
+/// One frame that came in.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Frame {
+    /// Place of its link in [`NetworkImage::links`].
+    pub link: u16,
+    /// `struct virtio_net_hdr`: which checksum is unfinished, how segments were merged.
+    pub vnet_hdr: [u8; VNET_HDR],
+    /// The frame, with its Ethernet header.
+    pub bytes: Vec<u8>,
+}
+
+impl std::fmt::Debug for Frame {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Frame {{ link: {}, {} bytes }}", self.link, self.bytes.len())
+    }
+}
+
+impl Frame {
+    /// Refuses what no honest peer sends. The kernel itself checks `vnet_hdr` on injection.
+    pub fn validate(&self) -> Result<(), Problem> {
+        match (MIN_FRAME..=MAX_FRAME).contains(&self.bytes.len())
+            && usize::from(self.link) < MAX_LINKS
+        {
+            true => Ok(()),
+            false => Err(Problem::new("a kept frame is not valid", format!("{self:?}"))),
+        }
+    }
+
+    /// Neighbour discovery answers for the place where a container is, not for the container.
+    fn is_neighbour_discovery(&self) -> bool {
+        const ICMPV6: u8 = 58;
+        let b = &self.bytes;
+        b.len() > 54 && b[12..14] == [0x86, 0xdd] && b[20] == ICMPV6 && (133..=137).contains(&b[54])
+    }
+}
+
+/// Sees the IPv4 and IPv6 packets that come in for the container on all its links.
+#[derive(Debug)]
+pub struct Capture {
+    socket: PacketSocket,
+    /// Interface index and place in the image.
+    links: Vec<(i32, u16)>,
+    buffer: Vec<u8>,
+}
+
+impl Capture {
+    /// Makes everything ready, ahead of time; nothing is kept yet.
+    pub fn prepare(container: &NetNs, image: &NetworkImage) -> Result<Self, Problem> {
+        let trying = || "cannot listen on the container's network".to_owned();
+        let infos = Rtnl::open(container).and_then(|mut s| s.links()).trying(trying)?;
+        let links = image
+            .outward()
+            .filter_map(|(i, link)| {
+                let info = infos.iter().find(|info| info.name == link.name)?;
+                Some((info.index, u16::try_from(i).ok()?))
+            })
+            .collect();
+        let socket = container.run(PacketSocket::open).and_then(|s| s).trying(trying)?;
+        socket.with_vnet_header().trying(trying)?;
+        socket.ignore_outgoing().trying(trying)?;
+        socket.receive_room(ROOM).trying(trying)?;
+        socket.filter(&FILTER).trying(trying)?;
+        Ok(Self { socket, links, buffer: vec![0; VNET_HDR + MAX_FRAME] })
+    }
+
+    /// Begins to keep frames. Right before the fence closes is best: what came earlier has
+    /// reached the container, and doing it after would lose what comes between.
+    pub fn start(&self) -> io::Result<()> {
+        // All protocols: handlers of one protocol come after the hook that the fence is on.
+        self.socket.listen(ETH_P_ALL, 0)
+    }
+
+    /// Moves what has come in to `frames`; returns how many. 0: nothing waits, poll again.
+    pub fn read(&mut self, frames: &mut Vec<Frame>) -> io::Result<usize> {
+        let before = frames.len();
+        while frames.len() - before < BATCH {
+            let Some((length, ifindex)) = self.socket.receive(&mut self.buffer)? else { break };
+            let Some(bytes) = self.buffer.get(VNET_HDR..length) else { continue };
+            let Some((_, link)) = self.links.iter().find(|(index, _)| *index == ifindex) else {
+                continue;
+            };
+            let mut vnet_hdr = [0; VNET_HDR];
+            vnet_hdr.copy_from_slice(&self.buffer[..VNET_HDR]);
+            let frame = Frame { link: *link, vnet_hdr, bytes: bytes.to_vec() };
+            if frame.validate().is_ok() && !frame.is_neighbour_discovery() {
+                frames.push(frame);
+            }
+        }
+        Ok(frames.len() - before)
+    }
+
+    /// How many frames were lost because they were not read in time, since the last call.
+    pub fn lost(&self) -> io::Result<u32> {
+        self.socket.dropped()
+    }
+}
+
+impl AsFd for Capture {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// Lets IPv4 and IPv6 pass that is for this host or for all, not on loopback, not in a VLAN.
+const FILTER: [Instruction; 11] = {
+    const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
+    const EQUAL: u16 = 0x15; // BPF_JMP | BPF_JEQ
+    const GREATER: u16 = 0x25; // BPF_JMP | BPF_JGT
+    const RETURN: u16 = 0x06;
+    const AD: u32 = (-0x1000_i32) as u32; // SKF_AD_OFF
+    [
+        Instruction(LOAD, 0, 0, AD + 28), // hardware type
+        Instruction(EQUAL, 8, 0, 772),    // ARPHRD_LOOPBACK
+        Instruction(LOAD, 0, 0, AD + 48), // VLAN tag present
+        Instruction(EQUAL, 0, 6, 0),
+        Instruction(LOAD, 0, 0, AD + 4), // packet type
+        Instruction(GREATER, 4, 0, 2),   // beyond HOST, BROADCAST, MULTICAST
+        Instruction(LOAD, 0, 0, AD),     // protocol
+        Instruction(EQUAL, 1, 0, 0x0800),
+        Instruction(EQUAL, 0, 1, 0x86dd),
+        Instruction(RETURN, 0, 0, u32::MAX),
+        Instruction(RETURN, 0, 0, 0),
+    ]
+};

@@ -1,0 +1,172 @@
+//! As much of the nf_tables protocol as the fence needs: one table, base chains without rules.
+//!
+//! All changes go in one batch, which the kernel does wholly or not at all. The numbers are those
+//! of linux/netfilter/nf_tables.h and linux/netfilter/nfnetlink.h; nftables' own page on the
+//! hooks is [nft(8)](https://www.netfilter.org/projects/nftables/manpage.html).
+
+use crate::sys::netlink::{ACK, CREATE, Message, Prepared, Request, Result, Socket};
+
+/// `NFPROTO_INET`
+pub(super) const INET: u8 = 1;
+/// `NFPROTO_ARP`
+pub(super) const ARP: u8 = 3;
+/// `NFPROTO_NETDEV`
+pub(super) const NETDEV: u8 = 5;
+
+const SUBSYSTEM: u16 = 10;
+const BATCH_BEGIN: u16 = 0x10;
+const BATCH_END: u16 = 0x11;
+const NEWTABLE: u16 = 0;
+const GETTABLE: u16 = 1;
+const DELTABLE: u16 = 2;
+const NEWCHAIN: u16 = 3;
+const GETCHAIN: u16 = 4;
+const NEWRULE: u16 = 6;
+const FIXED: usize = 4;
+/// Before everything that others may have put there (netdev's filter priority is 0).
+const PRIORITY: i32 = -500;
+
+/// What a base chain does with what no rule decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Policy {
+    Drop = 0,
+    Accept = 1,
+}
+
+/// A base chain as the kernel lists it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Chain {
+    pub family: u8,
+    pub table: String,
+    pub name: String,
+    pub policy: Option<u32>,
+}
+
+fn fixed(family: u8, resource: u16) -> [u8; FIXED] {
+    let [high, low] = resource.to_be_bytes();
+    [family, 0, high, low]
+}
+
+fn message(kind: u16, flags: u16, family: u8) -> Request {
+    Request::new(SUBSYSTEM << 8 | kind, flags, &fixed(family, 0))
+}
+
+/// Changes that are done together.
+#[derive(Debug)]
+pub(super) struct Batch(Vec<Request>);
+
+impl Batch {
+    pub fn new() -> Self {
+        Self(vec![Request::new(BATCH_BEGIN, 0, &fixed(0, SUBSYSTEM))])
+    }
+
+    pub fn add_table(&mut self, family: u8, name: &str) {
+        let mut request = message(NEWTABLE, ACK | CREATE, family);
+        request.string(1, name).be32(2, 0);
+        self.0.push(request);
+    }
+
+    pub fn delete_table(&mut self, family: u8, name: &str) {
+        let mut request = message(DELTABLE, ACK, family);
+        request.string(1, name);
+        self.0.push(request);
+    }
+
+    /// A base chain; `devices` only for the netdev family.
+    pub fn add_chain(&mut self, chain: &NewChain<'_>) {
+        let mut request = message(NEWCHAIN, ACK | CREATE, chain.family);
+        request
+            .string(1, chain.table)
+            .string(3, chain.name)
+            .nest(4, |hook| {
+                hook.be32(1, chain.hook).be32(2, PRIORITY as u32);
+                if chain.family == NETDEV {
+                    hook.nest(4, |list| {
+                        for device in chain.devices {
+                            list.string(1, device);
+                        }
+                    });
+                }
+            })
+            .be32(5, chain.policy as u32)
+            .string(7, "filter");
+        self.0.push(request);
+    }
+
+    pub fn set_policy(&mut self, family: u8, table: &str, chain: &str, policy: Policy) {
+        let mut request = message(NEWCHAIN, ACK, family);
+        request.string(1, table).string(3, chain).be32(5, policy as u32);
+        self.0.push(request);
+    }
+
+    /// `oif == 1 accept`: index 1 is loopback in every namespace.
+    pub fn accept_loopback(&mut self, family: u8, table: &str, chain: &str) {
+        const OIF: u32 = 5;
+        const REGISTER: u32 = 1;
+        const VERDICT: u32 = 0;
+        const ACCEPT: u32 = 1;
+        let mut request = message(NEWRULE, ACK | CREATE, family);
+        request.string(1, table).string(2, chain).nest(4, |expressions| {
+            let mut expression = |name: &str, fill: &dyn Fn(&mut Request)| {
+                expressions.nest(1, |e| {
+                    e.string(1, name).nest(2, fill);
+                });
+            };
+            expression("meta", &|e| {
+                e.be32(1, REGISTER).be32(2, OIF);
+            });
+            expression("cmp", &|e| {
+                e.be32(1, REGISTER).be32(2, 0).nest(3, |data| {
+                    data.attr(1, &1_u32.to_ne_bytes());
+                });
+            });
+            expression("immediate", &|e| {
+                e.be32(1, VERDICT).nest(2, |data| {
+                    data.nest(2, |verdict| {
+                        verdict.be32(1, ACCEPT);
+                    });
+                });
+            });
+        });
+        self.0.push(request);
+    }
+
+    /// Ready to be sent; the kernel does it within the one system call that sends it.
+    pub fn prepare(mut self) -> Prepared {
+        self.0.push(Request::new(BATCH_END, 0, &fixed(0, SUBSYSTEM)));
+        Prepared::new(&self.0)
+    }
+}
+
+/// A base chain to be made.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct NewChain<'a> {
+    pub family: u8,
+    pub table: &'a str,
+    pub name: &'a str,
+    pub hook: u32,
+    pub devices: &'a [String],
+    pub policy: Policy,
+}
+
+/// All chains of the namespace.
+pub(super) fn chains(socket: &mut Socket) -> Result<Vec<Chain>> {
+    let read = |m: Message| {
+        let a = m.attributes(FIXED);
+        Some(Chain {
+            family: *m.payload.first()?,
+            table: a.string(1)?,
+            name: a.string(3)?,
+            policy: a.be32(5),
+        })
+    };
+    let list = socket.dump(SUBSYSTEM << 8 | GETCHAIN, &fixed(0, 0))?;
+    Ok(list.into_iter().filter_map(read).collect())
+}
+
+/// Family and name of all tables of the namespace.
+pub(super) fn tables(socket: &mut Socket) -> Result<Vec<(u8, String)>> {
+    let read = |m: Message| Some((*m.payload.first()?, m.attributes(FIXED).string(1)?));
+    let list = socket.dump(SUBSYSTEM << 8 | GETTABLE, &fixed(0, 0))?;
+    Ok(list.into_iter().filter_map(read).collect())
+}

@@ -1,0 +1,306 @@
+//! Making a captured network again, behind a closed fence, and taking it apart.
+//!
+//! The order is the point: links are made down, the fence is put on them, then they come up. So
+//! from the first moment nothing leaves the namespace and nothing is answered. Whatever fails on
+//! the way, everything made so far is taken back; so is all of it if [`Recreated`] is dropped
+//! without [`Recreated::keep`].
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::fence::{self, Armed};
+use super::image::{Kind, Link, NetworkImage};
+use super::placement::{Hook, Placement, fits, kept};
+use super::problem::{Problem, Trying};
+use super::restore::Restoring;
+use super::rtnl::{self, IFF_UP, LinkInfo, Rtnl, ifinfo};
+use crate::sys::netlink::{CREATE, EXCL, Request};
+use crate::sys::netns::{self, NetNs};
+
+/// A link that has just come up needs this long at most until frames pass.
+const CARRIER_WAIT: Duration = Duration::from_secs(3);
+const CARRIER_POLL: Duration = Duration::from_millis(2);
+const VETH_INFO_PEER: u16 = 1;
+
+/// The container's network on its new host; taken back on drop unless kept.
+#[derive(Debug)]
+pub struct Recreated {
+    namespace: NetNs,
+    path: PathBuf,
+    /// Names of links made, in the namespace.
+    links: Vec<String>,
+    /// The namespace was made here.
+    made: bool,
+    fence: Option<Armed>,
+    kept: bool,
+}
+
+impl Recreated {
+    /// The namespace.
+    pub fn namespace(&self) -> &NetNs {
+        &self.namespace
+    }
+
+    /// The fence, closed until somebody opens it.
+    pub fn fence(&mut self) -> Option<&mut Armed> {
+        self.fence.as_mut()
+    }
+
+    /// Takes the fence out, to open it elsewhere.
+    pub fn take_fence(&mut self) -> Option<Armed> {
+        self.fence.take()
+    }
+
+    /// The container stays: nothing is taken back any more. The fence stays as it is.
+    pub fn keep(&mut self) {
+        self.kept = true;
+    }
+
+    /// Takes everything back; goes on over errors and tells all of them.
+    pub fn undo(mut self) -> Result<(), Vec<Problem>> {
+        self.take_back()
+    }
+
+    fn take_back(&mut self) -> Result<(), Vec<Problem>> {
+        self.kept = true;
+        let mut problems = Vec::new();
+        // Links first: a namespace lives on as long as anybody is in it.
+        problems.extend(delete_links(&self.namespace, &self.links));
+        match (self.made, self.fence.take()) {
+            (true, _) => problems.extend(
+                netns::remove_named(&self.path)
+                    .trying(|| format!("cannot remove {}", self.path.display()))
+                    .err(),
+            ),
+            (false, Some(fence)) => problems.extend(fence.disarm().err()),
+            (false, None) => {}
+        }
+        if problems.is_empty() { Ok(()) } else { Err(problems) }
+    }
+}
+
+impl Drop for Recreated {
+    fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
+        for problem in self.take_back().err().unwrap_or_default() {
+            tracing::warn!("taking the container's network back: {problem}");
+        }
+    }
+}
+
+/// Makes the namespace at `netns_path` with all that the image holds, hanging on `host`.
+pub fn recreate(
+    image: &NetworkImage,
+    placement: &Placement,
+    netns_path: &Path,
+    host: &NetNs,
+) -> Result<Recreated, Problem> {
+    image.validate()?;
+    if *placement == Placement::Keep {
+        let namespace = kept(image, netns_path)?;
+        let mut made = Recreated::new(namespace, netns_path, false);
+        made.fence = Some(fence::raise(&made.namespace)?);
+        return Ok(made);
+    }
+    let namespace = netns::create_named(netns_path)
+        .trying(|| format!("cannot make the network namespace {}", netns_path.display()))?;
+    let mut made = Recreated::new(namespace, netns_path, true);
+    match furnish(&mut made, image, placement, host) {
+        Ok(()) => Ok(made),
+        Err(problem) => {
+            // The first error is the one to tell.
+            for other in made.undo().err().unwrap_or_default() {
+                tracing::warn!("taking the container's network back: {other}");
+            }
+            Err(problem)
+        }
+    }
+}
+
+impl Recreated {
+    fn new(namespace: NetNs, path: &Path, made: bool) -> Self {
+        let path = path.to_owned();
+        Self { namespace, path, links: Vec::new(), made, fence: None, kept: false }
+    }
+}
+
+fn furnish(
+    made: &mut Recreated,
+    image: &NetworkImage,
+    placement: &Placement,
+    host: &NetNs,
+) -> Result<(), Problem> {
+    let mut outside = Rtnl::open(host).trying(|| "cannot open this host's network".into())?;
+    let mut inside =
+        Rtnl::open(&made.namespace).trying(|| "cannot open the new namespace".into())?;
+    let mut links: Vec<&Link> = Vec::new();
+    let mut ports = Vec::new();
+    for link in &image.links {
+        let Some(hook) = placement.hook(link) else {
+            links.extend((link.kind == Kind::Loopback).then_some(link));
+            continue;
+        };
+        let host_links = outside.links().trying(|| "cannot read this host's links".into())?;
+        let on = fits(link, &hook, &host_links)?;
+        let request = match &hook {
+            Hook::Macvlan { mode, .. } => macvlan(link, on, *mode, &made.namespace),
+            Hook::Bridge(_) => veth(link, &host_links, &made.namespace),
+        };
+        outside.change(&request).trying(|| format!("cannot make {} on {}", link.name, on.name))?;
+        made.links.push(link.name.clone());
+        links.push(link);
+        if let Hook::Bridge(_) = hook {
+            ports.push((link.name.clone(), on.index));
+        }
+    }
+    made.fence = Some(fence::raise(&made.namespace)?);
+
+    // The other ends of cables may come up now: the container's are down and fenced.
+    for (name, bridge) in &ports {
+        let trying = || format!("cannot set the host's end of {name} up");
+        let near = inside.link(name).trying(trying)?.and_then(|l| l.lower);
+        let far = near.ok_or_else(|| Problem::new(trying(), "it has no other end"))?;
+        let mut up = Request::new(rtnl::NEWLINK, 0, &ifinfo(far, IFF_UP, IFF_UP));
+        up.u32(rtnl::IFLA_MASTER, *bridge as u32);
+        outside.change(&up).trying(trying)?;
+    }
+
+    let mut restoring = Restoring { namespace: &made.namespace, socket: &mut inside, links };
+    restoring.parameters(image)?;
+    restoring.up()?;
+    wait_for_carriers(restoring.socket, &made.links)?;
+    restoring.fill(image)?;
+    restoring.settle(image)
+}
+
+fn describe(request: &mut Request, link: &Link, namespace: &NetNs) {
+    request
+        .string(rtnl::IFLA_IFNAME, &link.name)
+        .attr(rtnl::IFLA_ADDRESS, &link.mac.unwrap_or_default())
+        .u32(rtnl::IFLA_MTU, link.mtu)
+        .u32(rtnl::IFLA_TXQLEN, link.txqlen)
+        .u32(rtnl::IFLA_NET_NS_FD, namespace.as_fd().as_raw_fd() as u32);
+}
+
+/// Sent in the host's namespace, makes the link in the container's at once: it never bears a
+/// name on the host that could be taken.
+fn macvlan(link: &Link, parent: &LinkInfo, mode: u32, namespace: &NetNs) -> Request {
+    let mut request = Request::new(rtnl::NEWLINK, CREATE | EXCL, &ifinfo(0, 0, 0));
+    describe(&mut request, link, namespace);
+    request.u32(rtnl::IFLA_LINK, parent.index as u32).nest(rtnl::IFLA_LINKINFO, |info| {
+        info.string(1, "macvlan").nest(2, |data| {
+            data.u32(1, mode);
+        });
+    });
+    request
+}
+
+fn veth(link: &Link, host: &[LinkInfo], namespace: &NetNs) -> Request {
+    // The name on the host matters to nobody but its owner; taken, the kernel finds another.
+    let (name, mac) = match &link.kind {
+        Kind::Veth { host_ifname, host_mac, .. }
+            if !host.iter().any(|l| l.name == *host_ifname || l.mac == Some(*host_mac)) =>
+        {
+            (host_ifname.as_str(), Some(*host_mac).filter(|m| m[0] & 1 == 0 && *m != [0; 6]))
+        }
+        _ => ("veth%d", None),
+    };
+    let mut request = Request::new(rtnl::NEWLINK, CREATE | EXCL, &ifinfo(0, 0, 0));
+    describe(&mut request, link, namespace);
+    request.nest(rtnl::IFLA_LINKINFO, |info| {
+        info.string(1, "veth").nest(2, |data| {
+            data.nest(VETH_INFO_PEER, |peer| {
+                peer.raw(&ifinfo(0, 0, 0))
+                    .string(rtnl::IFLA_IFNAME, name)
+                    .u32(rtnl::IFLA_MTU, link.mtu);
+                if let Some(mac) = mac {
+                    peer.attr(rtnl::IFLA_ADDRESS, &mac);
+                }
+            });
+        });
+    });
+    request
+}
+
+fn wait_for_carriers(inside: &mut Rtnl, names: &[String]) -> Result<(), Problem> {
+    let end = Instant::now() + CARRIER_WAIT;
+    loop {
+        let links = inside.links().trying(|| "cannot read the new links".into())?;
+        let waiting =
+            links.iter().find(|l| names.contains(&l.name) && l.is_up() && !l.is_running());
+        match waiting {
+            None => return Ok(()),
+            Some(link) if Instant::now() > end => {
+                return Err(Problem::new(
+                    format!("{} does not come up", link.name),
+                    "it has no carrier",
+                )
+                .hint("check the interface or bridge that it hangs on"));
+            }
+            Some(_) => thread::sleep(CARRIER_POLL),
+        }
+    }
+}
+
+fn delete_links(namespace: &NetNs, names: &[String]) -> Vec<Problem> {
+    if names.is_empty() {
+        return Vec::new();
+    }
+    let trying = || "cannot open the container's network".to_owned();
+    let looked = Rtnl::open(namespace).and_then(|mut s| Ok((s.links()?, s))).trying(trying);
+    let (links, mut socket) = match looked {
+        Ok(found) => found,
+        Err(problem) => return vec![problem],
+    };
+    let mut problems = Vec::new();
+    for link in links.iter().filter(|l| names.contains(&l.name)) {
+        let request = Request::new(rtnl::DELLINK, 0, &ifinfo(link.index, 0, 0));
+        match socket.change(&request) {
+            // Both ends of a cable can be on the list; the first takes the second along.
+            Err(e) if e.errno != Errno::ENODEV => {
+                problems.extend(
+                    Err::<(), _>(e).trying(|| format!("cannot delete {}", link.name)).err(),
+                );
+            }
+            _ => {}
+        }
+    }
+    problems
+}
+
+/// On the source, after the commit: with the fence closed, deletes the container's links, so that
+/// no kernel will ever answer for it here, and takes the namespace's name away if one is given.
+/// Without an image: all links that the namespace has. Goes on over errors and tells all of them.
+pub fn dismantle(
+    container: &NetNs,
+    netns_path: Option<&Path>,
+    image: Option<&NetworkImage>,
+) -> Result<(), Vec<Problem>> {
+    let mut problems = Vec::new();
+    if !matches!(fence::is_raised(container), Ok(true)) {
+        problems.extend(fence::raise(container).err());
+    }
+    let names: Vec<String> = match image {
+        Some(image) => image.outward().map(|(_, l)| l.name.clone()).collect(),
+        None => Rtnl::open(container)
+            .and_then(|mut s| s.links())
+            .map(|list| list.into_iter().filter(|l| !l.is_loopback()).map(|l| l.name).collect())
+            .unwrap_or_default(),
+    };
+    problems.extend(delete_links(container, &names));
+    if let Some(path) = netns_path {
+        // The name may belong to another namespace by now.
+        let same = NetNs::open(path).and_then(|ns| Ok(ns.identity()? == container.identity()?));
+        if let Ok(true) = same {
+            let removed = netns::remove_named(path);
+            problems.extend(removed.trying(|| format!("cannot remove {}", path.display())).err());
+        }
+    }
+    if problems.is_empty() { Ok(()) } else { Err(problems) }
+}
