@@ -4,7 +4,7 @@ use std::process::Command;
 
 use super::Outcome;
 use super::lab::{Host, Lab, SHORT, in_tree};
-use super::process::run;
+use super::process::{run, until};
 
 /// A container to be.
 #[derive(Clone)]
@@ -87,8 +87,24 @@ impl Container {
         host.sh(&format!(
             "ferry --log /tmp/run.log run -d --bundle {} {} </dev/null >/dev/null 2>&1 || {{ cat /tmp/run.log >&2; exit 1; }}",
             self.bundle, self.id
-        ))
-        .map(drop)
+        ))?;
+        self.await_server(host)
+    }
+
+    /// Waits until its server listens, where it has one.
+    fn await_server(&self, host: &Host) -> Outcome {
+        // 7000 in hexadecimal, in state LISTEN.
+        let look = format!(
+            "pid=$(runc state {} | grep -o '\"pid\": [0-9]*' | grep -o '[0-9]*')
+             grep -q ':1B58 00000000:0000 0A' /proc/$pid/net/tcp",
+            self.id
+        );
+        if matches!(self.workload, "stdio" | "echo") {
+            return Ok(());
+        }
+        until("the server listens", SHORT, || {
+            Ok((host.exec(&["sh", "-c", &look])?.code == 0).then_some(()))
+        })
     }
 
     /// Where its server answers.

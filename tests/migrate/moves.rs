@@ -22,6 +22,7 @@ pub fn trials() -> Vec<Trial> {
         in_lab("moves::over_a_unix_socket", LIMIT, over_a_unix_socket),
         in_lab("moves::json_and_report", LIMIT, json_and_report),
         in_lab("moves::dry_run_touches_nothing", LIMIT, dry_run_touches_nothing),
+        in_lab("moves::networked_to_and_fro", LIMIT, networked_to_and_fro),
         in_lab("moves::away_mark", LIMIT, away_mark),
     ]
 }
@@ -147,7 +148,7 @@ fn away_mark(lab: &Lab) -> Outcome {
     Ok(())
 }
 
-#[allow(dead_code)]
+
 fn networked_to_and_fro(lab: &Lab) -> Outcome {
     let (a, b) = pair(lab);
     let container = Container::networked("counter");
