@@ -15,20 +15,19 @@
 //! CRIU opens `images_dir_fd` and `work_dir_fd` as `/proc/<peer>/fd/N`, the peer being the creator
 //! of the socket pair, which is now this process: callers must put numbers of ours there.
 
-use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use protobuf::Message;
 use rust_criu::rust_criu_protobuf::rpc::{Criu_notify, Criu_req, Criu_req_type, Criu_resp};
 
 use super::shim;
 use crate::sys::netns::NetNs;
+use crate::sys::process::wait_readable;
 use crate::sys::scm;
 
 /// Where the shim calls.
@@ -236,39 +235,6 @@ impl Session {
                     Some((bytes, _)) => scm::send(&self.criu, &bytes, &[])?,
                 }
             }
-        }
-    }
-}
-
-/// Waits until at least one of the descriptors is readable or closed; their indices.
-///
-/// # Errors
-/// `TimedOut` when the time is over.
-pub fn wait_readable(fds: &[BorrowedFd], deadline: Option<Instant>) -> Result<Vec<usize>> {
-    loop {
-        let mut set: Vec<PollFd> = fds.iter().map(|f| PollFd::new(*f, PollFlags::POLLIN)).collect();
-        let timeout = match deadline {
-            None => PollTimeout::NONE,
-            Some(at) => {
-                let left = at.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    return Err(io::Error::from(io::ErrorKind::TimedOut).into());
-                }
-                PollTimeout::try_from(left.min(Duration::from_secs(3600)).as_millis() as i32 + 1)
-                    .unwrap_or(PollTimeout::MAX)
-            }
-        };
-        match poll(&mut set, timeout) {
-            Ok(0) | Err(nix::errno::Errno::EINTR) => continue,
-            Ok(_) => {
-                return Ok(set
-                    .iter()
-                    .enumerate()
-                    .filter(|(_, p)| p.revents().is_some_and(|r| !r.is_empty()))
-                    .map(|(i, _)| i)
-                    .collect());
-            }
-            Err(e) => return Err(e.into()),
         }
     }
 }

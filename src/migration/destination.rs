@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::journal::{self, Journal, Record, Role, State};
+use super::journal::{self, Journal, Lock, Record, Role, State};
 use super::protocol::{Arrival, MAX_FILES, MAX_TASKS, Message, Plan, Standing, Stream, Verdict};
 use super::restore::{Go, RestoreEvent, RestoreJob, RestorePlan, StreamPlan};
 use super::settle::{self, Call};
@@ -57,6 +57,7 @@ enum Input {
     Heard(Heard),
     Restore(RestoreEvent),
     Call(Call),
+    Signal(i32),
 }
 
 /// Takes one migration, or one question, in over a link.
@@ -88,6 +89,8 @@ pub fn receive(link: Link, runtime: &Runtime, state_dir: &Path) -> Result<()> {
         let last = matches!(h, Heard::Gone(_));
         heard.send(Input::Heard(h)).is_ok() && !last
     })?;
+    let caught = tell.clone();
+    talk::catch_signals(move |signal| caught.send(Input::Signal(signal)).is_ok())?;
     let mut inputs = Inputs { queue };
     let result = converse(&speaker, &mut inputs, &tell, &staging, runtime, state_dir);
     closer.close();
@@ -117,6 +120,9 @@ impl Inputs {
                 bail!("the source gave up: {why}")
             }
             Ok(Input::Restore(RestoreEvent::Ended(Err(e)))) => Err(e),
+            Ok(Input::Signal(signal)) if signal != libc::SIGHUP => {
+                bail!("interrupted by {}", talk::signal_name(signal))
+            }
             Ok(input) => Ok(input),
             Err(RecvTimeoutError::Timeout) => bail!("the source is silent"),
             Err(RecvTimeoutError::Disconnected) => bail!("nobody is left to do it"),
@@ -195,6 +201,7 @@ struct Guest {
     phase: &'static str,
     began: Instant,
     marks: Vec<(String, f64)>,
+    _lock: Lock,
 }
 
 struct Net {
@@ -205,6 +212,7 @@ struct Net {
 
 impl Guest {
     fn new(plan: Plan, runtime: Runtime, state_dir: &Path) -> Result<Guest> {
+        let lock = Lock::take(state_dir, runtime.root(), &plan.container)?;
         let work = WorkDir::create(&plan.migration)?;
         let record = Record {
             migration: plan.migration.clone(),
@@ -243,6 +251,7 @@ impl Guest {
             phase: "preparing",
             began: Instant::now(),
             marks: Vec::new(),
+            _lock: lock,
         })
     }
 
@@ -520,8 +529,9 @@ impl Guest {
                     let _ = speaker.say(&Message::Failed { phase, why });
                     return Verdict::Abort;
                 }
-                // The link is gone: a later one, or the operator, brings the verdict.
-                Input::Heard(_) | Input::Restore(_) => {}
+                // The link is gone: a later one, or the operator, brings the verdict. A signal is
+                // no verdict either.
+                Input::Heard(_) | Input::Restore(_) | Input::Signal(_) => {}
             }
         }
     }
@@ -572,10 +582,14 @@ impl Guest {
                 }
                 Ok(Input::Restore(RestoreEvent::Ended(result))) => {
                     ended = true;
-                    if let Err(e) = result {
-                        if !running {
-                            return Err(e.context("the container was lost after the commit"));
-                        }
+                    if let Err(e) = result
+                        && !running
+                    {
+                        let failed = e.context("the copy died after the commit");
+                        let why = format!("{failed:#}");
+                        // The source still has it, frozen.
+                        let _ = speaker.say(&Message::Failed { phase: "starting".into(), why });
+                        return Err(failed);
                     }
                 }
                 Ok(Input::Heard(Heard::Frame(Frame::Packet(bytes)))) => {

@@ -52,10 +52,8 @@ pub enum DumpEvent {
     Frozen {
         /// When the freeze began.
         since: Instant,
-        /// Sees what the fence stops.
-        capture: Option<Capture>,
-        /// Opens the fence again.
-        fence: Option<Armed>,
+        /// Sees what the fence stops, and opens it again.
+        network: Option<Box<(Armed, Capture)>>,
     },
     /// All images are written: say the verdict.
     Dumped,
@@ -87,7 +85,7 @@ pub struct DumpPlan {
     /// Standard streams that are regular files outside the container: CRIU's keys.
     pub external: Vec<String>,
     /// The fence, ready to close, and the capture, ready to start.
-    pub network: Option<(Armed, Capture)>,
+    pub network: Option<Box<(Armed, Capture)>>,
     /// The network namespace that CRIU runs in, if not ours.
     pub namespace: Option<NetNs>,
     /// The interposer.
@@ -182,9 +180,9 @@ fn job(
                     let since = Instant::now();
                     let done = stop(plan);
                     session.answer(done.is_ok())?;
-                    let (fence, capture) = done?;
+                    let network = done?;
                     fault::point("dump.frozen")?;
-                    tell(DumpEvent::Frozen { since, capture, fence });
+                    tell(DumpEvent::Frozen { since, network });
                     fault::point("dump.fenced")?;
                 }
                 "post-dump" => {
@@ -221,12 +219,14 @@ fn job(
 
 /// Stops the container, then its network: what came in before the fence has closed is in the
 /// sockets' queues, acknowledged, and goes along with them.
-fn stop(plan: &mut DumpPlan) -> Result<(Option<Armed>, Option<Capture>)> {
+fn stop(plan: &mut DumpPlan) -> Result<Option<Box<(Armed, Capture)>>> {
     freeze(&plan.cgroup)?;
-    let Some((mut fence, capture)) = plan.network.take() else { return Ok((None, None)) };
-    capture.start()?;
-    fence.close(Side::Both)?;
-    Ok((Some(fence), Some(capture)))
+    let mut network = plan.network.take();
+    if let Some((fence, capture)) = network.as_deref_mut() {
+        capture.start()?;
+        fence.close(Side::Both)?;
+    }
+    Ok(network)
 }
 
 impl DumpPlan {
@@ -257,10 +257,9 @@ fn edit(request: &mut Criu_req, plan: &DumpPlan, images: i32, work: i32) -> Resu
     opts.set_ext_unix_sk(true);
     opts.set_log_level(2);
     opts.network_lock = Some(Criu_network_lock_method::SKIP.into());
-    if let Cgroup::V2(path) | Cgroup::V1(path) = &plan.cgroup {
-        let path = path.to_str().ok_or_else(|| anyhow!("a control group that is not UTF-8"))?;
-        opts.set_freeze_cgroup(path.to_owned());
-    }
+    let (Cgroup::V2(path) | Cgroup::V1(path)) = &plan.cgroup;
+    let path = path.to_str().ok_or_else(|| anyhow!("a control group that is not UTF-8"))?;
+    opts.set_freeze_cgroup(path.to_owned());
     let mut server = Criu_page_server_info::new();
     server.set_port(i32::from(port));
     opts.ps = MessageField::some(server);

@@ -15,7 +15,6 @@
 use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
-use std::process::Stdio;
 use std::sync::mpsc::{Receiver, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};

@@ -24,7 +24,7 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use super::dump::{DumpEvent, DumpJob, DumpPlan, Go};
 use super::inspect::{Subject, Wishes, inspect};
-use super::journal::{self, Journal, Record, Role, State};
+use super::journal::{self, Journal, Lock, Record, Role, State};
 use super::keeper::Keeper;
 use super::protocol::{Message, Standing, Verdict};
 use super::talk::{self, Heard, Speaker};
@@ -51,6 +51,8 @@ const FREEZE_LIMIT: Duration = Duration::from_secs(30);
 const PREPARE_LIMIT: Duration = Duration::from_secs(120);
 /// Until the other Ferry has answered at all; ssh may ask for a key's passphrase.
 const ANSWER_LIMIT: Duration = Duration::from_secs(120);
+/// How long the other side may take to end after the last word.
+const GOODBYE_LIMIT: Duration = Duration::from_secs(60);
 /// How long a lost destination is looked for after the commit.
 const SETTLE_LIMIT: Duration = Duration::from_secs(30);
 /// Rounds over the running container's memory, at most.
@@ -105,7 +107,7 @@ impl Inputs {
         match self.queue.recv_timeout(left) {
             Ok(Input::Signal(signal)) => {
                 self.interrupted = true;
-                bail!("interrupted by {}", signal_name(signal))
+                bail!("interrupted by {}", talk::signal_name(signal))
             }
             Ok(Input::Heard(Heard::Gone(why))) => {
                 bail!(
@@ -127,10 +129,6 @@ impl Inputs {
     fn until(&mut self, limit: Duration) {
         self.deadline = Instant::now() + limit;
     }
-}
-
-fn signal_name(signal: i32) -> &'static str {
-    nix::sys::signal::Signal::try_from(signal).map_or("a signal", |s| s.as_str())
 }
 
 /// Says what stands in the way, all of it.
@@ -160,7 +158,9 @@ fn ask(runtime: &Runtime, options: &Options, reporter: &mut Reporter) -> Result<
         Inputs { queue, tell, deadline: Instant::now() + ANSWER_LIMIT, interrupted: false };
     let heard = inputs.tell.clone();
     talk::listen(reader, move |h| heard.send(Input::Heard(h)).is_ok()).map_err(Failed::refused)?;
-    catch_signals(&inputs.tell).map_err(Failed::refused)?;
+    let caught = inputs.tell.clone();
+    talk::catch_signals(move |signal| caught.send(Input::Signal(signal)).is_ok())
+        .map_err(Failed::refused)?;
     let greeted = greet(&speaker, &mut inputs);
     if let Err(e) = greeted {
         // A shell that could not get there says more than the end of its stream.
@@ -224,24 +224,6 @@ fn greet(speaker: &Speaker, inputs: &mut Inputs) -> Result<()> {
     }
 }
 
-/// SIGINT, SIGTERM and SIGHUP become inputs: what they mean depends on the phase.
-fn catch_signals(tell: &Sender<Input>) -> Result<()> {
-    let mut signals = signal_hook::iterator::Signals::new([
-        signal_hook::consts::SIGINT,
-        signal_hook::consts::SIGTERM,
-        signal_hook::consts::SIGHUP,
-    ])?;
-    let tell = tell.clone();
-    std::thread::Builder::new().name("signals".into()).spawn(move || {
-        for signal in &mut signals {
-            if tell.send(Input::Signal(signal)).is_err() {
-                return;
-            }
-        }
-    })?;
-    Ok(())
-}
-
 /// `ferry check CONTAINER DESTINATION`, and `migrate --dry-run`.
 ///
 /// # Errors
@@ -249,7 +231,7 @@ fn catch_signals(tell: &Sender<Input>) -> Result<()> {
 pub fn check(runtime: &Runtime, options: &Options, reporter: &mut Reporter) -> Result<(), Failed> {
     let mut accepted = ask(runtime, options, reporter)?;
     drop(accepted.speaker);
-    accepted.closer.wait();
+    accepted.closer.wait(GOODBYE_LIMIT);
     Ok(())
 }
 
@@ -289,8 +271,9 @@ struct Begun {
     dump: Option<DumpJob>,
     memory: Option<Memory>,
     keeper: Option<Keeper>,
-    fence: Option<fence::Armed>,
     frozen_since: Option<Instant>,
+    /// No second migration of the same container meanwhile.
+    _lock: Lock,
     limit: Option<Instant>,
 }
 
@@ -303,6 +286,8 @@ impl Begun {
     ) -> Result<Begun, Failed> {
         let Accepted { subject, speaker, closer, inputs } = accepted;
         let plan = &subject.plan;
+        let lock =
+            Lock::take(state_dir, runtime.root(), &plan.container).map_err(Failed::refused)?;
         let work = WorkDir::create(&plan.migration).map_err(Failed::refused)?;
         let record = Record {
             migration: plan.migration.clone(),
@@ -342,8 +327,8 @@ impl Begun {
             dump: None,
             memory: None,
             keeper: None,
-            fence: None,
             frozen_since: None,
+            _lock: lock,
             limit: options.timeout.map(|t| Instant::now() + t),
         })
     }
@@ -391,7 +376,7 @@ impl Begun {
         let network = match &self.subject.network {
             None => None,
             Some((namespace, _, image)) => {
-                Some((fence::arm(namespace)?, Capture::prepare(namespace, image)?))
+                Some(Box::new((fence::arm(namespace)?, Capture::prepare(namespace, image)?)))
             }
         };
         let plan = DumpPlan {
@@ -434,13 +419,14 @@ impl Begun {
         self.speaker.say(&Message::Freezing)?;
         self.go(Go::Freeze)?;
         loop {
-            if let Input::Dump(DumpEvent::Frozen { since, capture, fence }) = self.inputs.next()? {
+            if let Input::Dump(DumpEvent::Frozen { since, network }) = self.inputs.next()? {
                 self.frozen_since = Some(since);
-                self.fence = fence;
                 reporter.mark_at("freeze", since);
                 reporter.mark("frozen, fence closed");
-                self.keeper =
-                    capture.map(|c| Keeper::start(c, self.speaker.clone())).transpose()?;
+                if let Some(network) = network {
+                    let (_, capture) = *network;
+                    self.keeper = Some(Keeper::start(capture, self.speaker.clone())?);
+                }
                 break;
             }
         }
@@ -518,10 +504,10 @@ impl Begun {
     }
 
     /// **The commit.** When the journal has taken it the destination owns the container.
-    fn commit(mut self) -> Result<Committed, (Begun, anyhow::Error)> {
+    fn commit(mut self) -> Result<Committed, (Box<Begun>, anyhow::Error)> {
         match self.journal.write(State::Committed) {
             Ok(()) => Ok(Committed(self)),
-            Err(e) => Err((self, e)),
+            Err(e) => Err((Box::new(self), e)),
         }
     }
 
@@ -614,7 +600,7 @@ impl Committed {
         begun.guard.dismiss();
         reporter.report.wire_bytes = begun.speaker.bytes();
         drop(begun.speaker);
-        begun.closer.wait();
+        begun.closer.wait(GOODBYE_LIMIT);
         begun.work.keep();
         reporter.mark("cleared away here");
         if let Err(e) = done {
