@@ -400,6 +400,7 @@ impl Guest {
             work: self.work.work(),
             streams,
             console_socket: self.plan.console_socket.clone(),
+            loopback: self.plan.loopback.clone(),
             interposer: Interposer::new(self.work.path(), &criu, namespace)?,
         };
         let tell = tell.clone();
