@@ -10,6 +10,8 @@
 // Each test program uses its own part of what they share.
 #[allow(dead_code)]
 mod common;
+#[path = "migrate/faults.rs"]
+mod faults;
 #[path = "migrate/moves.rs"]
 mod moves;
 
@@ -18,5 +20,6 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let mut trials = Vec::new();
     trials.extend(moves::trials());
+    trials.extend(faults::trials());
     common::suite::run(trials)
 }
