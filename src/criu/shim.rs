@@ -5,10 +5,11 @@
 //! `CLONE_PARENT` of the restored init), so nothing is left of the shim when criu runs.
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::process::{Command, ExitCode};
+use std::process::Command;
 
 use anyhow::{Context, Result, anyhow};
 
@@ -20,13 +21,13 @@ pub const ENV_SOCKET: &str = "FERRY_CRIU_SOCKET";
 pub const ENV_REAL: &str = "FERRY_CRIU_REAL";
 
 /// Entry point when Ferry was started under the name `criu`. Returns only when it fails.
-pub fn main() -> ExitCode {
+pub fn main() -> u8 {
     let error = match run() {
         Ok(never) => match never {},
         Err(e) => e,
     };
-    eprintln!("ferry (standing in for criu): {error:#}");
-    ExitCode::FAILURE
+    let _ = writeln!(std::io::stderr(), "ferry (standing in for criu): {error:#}");
+    1
 }
 
 fn run() -> Result<std::convert::Infallible> {

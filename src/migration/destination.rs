@@ -14,6 +14,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
+use std::io::BufReader;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,10 +30,11 @@ use super::restore::{Go, RestoreEvent, RestoreJob, RestorePlan, StreamPlan};
 use super::settle::{self, Call};
 use super::talk::{self, Heard, Speaker};
 use super::workdir::WorkDir;
-use super::{checks, host, keeper, recover};
+use super::{checks, host, keeper, recover, workdir};
 use crate::criu::images;
 use crate::criu::interposer::Interposer;
-use crate::files::probe;
+use crate::files::tmpfs::{Mounted, Tmpfs};
+use crate::files::{probe, tree};
 use crate::memory::serve::{Served, Server, Serving};
 use crate::memory::staging::Staging;
 use crate::network::{self, Announcer, Frame as Packet, Placement, Recreated, Replay, fence};
@@ -194,6 +196,7 @@ struct Guest {
     server: Option<Server>,
     serving: Option<Serving>,
     streams: Vec<StreamFile>,
+    tmpfs: Option<Mounted>,
     images: HashMap<String, File>,
     image_bytes: u64,
     packets: Vec<Packet>,
@@ -244,6 +247,7 @@ impl Guest {
             server: None,
             serving: None,
             streams: Vec::new(),
+            tmpfs: None,
             images: HashMap::new(),
             image_bytes: 0,
             packets: Vec::new(),
@@ -298,6 +302,10 @@ impl Guest {
         let fresh = Staging::new(pages)?;
         *staging.lock().unwrap_or_else(PoisonError::into_inner) = Some(fresh);
         self.make_network()?;
+        if !self.plan.tmpfs.is_empty() {
+            let base = workdir::tmpfs_base(self.work.path());
+            self.tmpfs = Some(Mounted::new(&base, &self.plan.tmpfs)?);
+        }
         fault::point("destination.network")?;
         self.start_restore(tell)?;
         let (mut dumped, mut memory_done, mut restored) = (None, false, false);
@@ -399,6 +407,7 @@ impl Guest {
             images: self.work.images(),
             work: self.work.work(),
             streams,
+            tmpfs: self.tmpfs_places().map(|(t, p)| (t.place.clone(), p)).collect(),
             console_socket: self.plan.console_socket.clone(),
             loopback: self.plan.loopback.clone(),
             interposer: Interposer::new(self.work.path(), &criu, namespace)?,
@@ -452,10 +461,20 @@ impl Guest {
         self.phase = "restoring";
         self.began = Instant::now();
         self.images.clear();
+        for (i, (tmpfs, place)) in self.tmpfs_places().enumerate() {
+            let packed = File::open(self.work.images().join(format!("tmpfs-{i}")))?;
+            tree::unpack(&place, &mut BufReader::with_capacity(256 << 10, packed))
+                .with_context(|| format!("filling the tmpfs {}", tmpfs.place))?;
+        }
         for stream in &mut self.streams {
             stream.settle()?;
         }
         self.tell_restore(Go::Restore)
+    }
+
+    fn tmpfs_places(&self) -> impl Iterator<Item = (&Tmpfs, PathBuf)> {
+        let mounted = self.tmpfs.iter();
+        mounted.flat_map(|m| self.plan.tmpfs.iter().enumerate().map(|(i, t)| (t, m.place(i))))
     }
 
     fn tell_restore(&self, go: Go) -> Result<()> {
@@ -648,6 +667,7 @@ impl Guest {
             net.made.keep();
         }
         let _ = fault::point("destination.finish");
+        drop(self.tmpfs.take());
         let cleared = checks::clear_mark(&self.plan, &self.runtime, &self.state_dir);
         self.journal.write(State::Finished)?;
         cleared.map(|_| ())
@@ -661,6 +681,7 @@ impl Guest {
         }
         drop(self.serving.take());
         drop(self.network.take());
+        drop(self.tmpfs.take());
         self.streams.clear();
         recover::destination_discards(&mut self.journal)
     }

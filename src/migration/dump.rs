@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use protobuf::MessageField;
 use rust_criu::rust_criu_protobuf::rpc::{
-    Criu_network_lock_method, Criu_page_server_info, Criu_req,
+    Criu_network_lock_method, Criu_page_server_info, Criu_req, Ext_mount_map,
 };
 
 use super::workdir::criu_errors;
@@ -82,6 +82,8 @@ pub struct DumpPlan {
     pub images: PathBuf,
     /// Where CRIU's log goes.
     pub work: PathBuf,
+    /// The tmpfs mounts that CRIU is to leave to us: their places.
+    pub tmpfs: Vec<String>,
     /// Standard streams that are regular files outside the container: CRIU's keys.
     pub external: Vec<String>,
     /// The fence, ready to close, and the capture, ready to start.
@@ -264,7 +266,16 @@ fn edit(request: &mut Criu_req, plan: &DumpPlan, images: i32, work: i32) -> Resu
     server.set_port(i32::from(port));
     opts.ps = MessageField::some(server);
     opts.external.extend(plan.external.iter().cloned());
+    opts.ext_mnt.extend(plan.tmpfs.iter().map(|place| external_mount(place, place)));
     Ok(port)
+}
+
+/// `key` is a mount point on the source and what it is called on the destination.
+pub fn external_mount(key: &str, value: &str) -> Ext_mount_map {
+    let mut map = Ext_mount_map::new();
+    map.set_key(key.to_owned());
+    map.set_val(value.to_owned());
+    map
 }
 
 /// Freezes the control group so that CRIU can seize every task.

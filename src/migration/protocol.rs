@@ -34,6 +34,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::files::probe::Proof;
+use crate::files::tmpfs::{self, Tmpfs};
 use crate::network::image::{Kind, NetworkImage};
 use crate::network::problem::Problem;
 use crate::transport::frame;
@@ -185,6 +186,8 @@ pub struct Plan {
     pub criu: u32,
     /// What must be the same on both hosts, and how that is proved.
     pub probes: Vec<Probe>,
+    /// The tmpfs mounts that Ferry carries, numbered in this order.
+    pub tmpfs: Vec<Tmpfs>,
     /// The network as captured; none where the container has none of its own.
     pub network: Option<NetworkImage>,
     /// The loopback device of a namespace without a name: runc has CRIU leave it out.
@@ -289,6 +292,7 @@ impl Plan {
                 bail!("{} is no absolute path without ..", path.display());
             }
         }
+        tmpfs::validate(&self.tmpfs)?;
         for network in self.network.iter().chain(&self.loopback) {
             network.validate()?;
         }

@@ -13,7 +13,7 @@
 //! consumes it. [`Committed`] has no way back: nothing in it can thaw the container or lift the
 //! fence, and its functions return no error that anybody could take for a reason to.
 
-use std::io::Read;
+use std::io::{BufWriter, Read, Write};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -31,6 +31,7 @@ use super::talk::{self, Heard, Speaker};
 use super::workdir::WorkDir;
 use super::{host, recover, settle};
 use crate::criu::interposer::Interposer;
+use crate::files::tree;
 use crate::memory::pages;
 use crate::memory::rounds::{RoundStats, Rounds};
 use crate::network::problem::Problem;
@@ -385,6 +386,7 @@ impl Begun {
             cgroup: self.subject.cgroup.clone(),
             images: self.work.images(),
             work: self.work.work(),
+            tmpfs: self.subject.plan.tmpfs.iter().map(|t| t.place.clone()).collect(),
             external: self.subject.plan.streams.iter().filter_map(|s| s.external.clone()).collect(),
             network,
             interposer: Interposer::new(self.work.path(), &criu, self.criu_namespace()?)?,
@@ -455,6 +457,7 @@ impl Begun {
         fault::point("source.transfer")?;
         self.tell_memory(Order::Dumped)?;
         self.send_streams(true)?;
+        self.send_tmpfs()?;
         let tasks = pages::tasks(&self.subject.cgroup.processes()?)?;
         let mut buffer = vec![0; frame::MAX_FILE_PIECE];
         for entry in std::fs::read_dir(self.work.images())? {
@@ -465,6 +468,21 @@ impl Begun {
         }
         self.speaker.say(&Message::Dumped { tasks: tasks.iter().map(|t| t.vpid).collect() })?;
         reporter.mark("images are sent");
+        Ok(())
+    }
+
+    /// The contents of the tmpfs mounts that CRIU leaves to us, as they are after it has made its
+    /// link remaps.
+    fn send_tmpfs(&self) -> Result<()> {
+        let root = PathBuf::from(format!("/proc/{}/root", self.subject.state.pid));
+        for (i, tmpfs) in self.subject.plan.tmpfs.iter().enumerate() {
+            let place = root.join(tmpfs.place.trim_start_matches('/'));
+            let file = SpeakerFile { speaker: &self.speaker, name: format!("tmpfs-{i}"), at: 0 };
+            let mut out = BufWriter::with_capacity(frame::MAX_FILE_PIECE, file);
+            tree::pack(&place, &mut out)
+                .with_context(|| format!("reading the tmpfs {}", tmpfs.place))?;
+            out.flush()?;
+        }
         Ok(())
     }
 
@@ -661,6 +679,25 @@ impl Committed {
     }
 }
 
+/// A file on the other side, written from its beginning.
+struct SpeakerFile<'a> {
+    speaker: &'a Speaker,
+    name: String,
+    at: u64,
+}
+
+impl Write for SpeakerFile<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let most = &bytes[..bytes.len().min(frame::MAX_FILE_PIECE)];
+        self.speaker.file(&self.name, self.at, most).map_err(std::io::Error::other)?;
+        self.at += most.len() as u64;
+        Ok(most.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Sends a file from an offset to its end; returns the end.
 fn send_file(
     speaker: &Speaker,
@@ -702,7 +739,6 @@ impl Guard {
 
     /// There is nothing to guard any more.
     fn dismiss(&mut self) {
-        use std::io::Write;
         if let Some(mut pipe) = self.child.stdin.take() {
             let _ = pipe.write_all(b"d");
         }

@@ -202,7 +202,8 @@ impl Surroundings {
     }
 }
 
-fn index_at(m: &Message, at: usize) -> Option<i32> {
+/// The interface index in a fixed header.
+pub(super) fn index_at(m: &Message, at: usize) -> Option<i32> {
     m.payload.get(at..at + 4)?.try_into().ok().map(i32::from_ne_bytes)
 }
 

@@ -3,8 +3,8 @@
 //! Functions take `AsFd`, return `OwnedFd`, and name their manual page. Nothing here knows what a
 //! migration is.
 
+pub mod entry;
 pub mod fault;
-pub mod inherit;
 pub mod memory;
 pub mod netlink;
 pub mod netns;

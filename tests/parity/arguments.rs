@@ -122,6 +122,9 @@ fn missing_container(side: &mut Side) {
         side.call(["state", bad]).fails();
         side.call(["start", bad]).fails();
     }
+    // With no root there is nothing to list, and that is an error; with an empty one it is not.
+    side.call(["list"]).fails();
+    std::fs::create_dir(side.path("root")).unwrap();
     side.call(["list"]).ok();
     side.call(["list", "--format", "json"]).ok();
     side.call(["list", "-f=nonsense"]).fails();
@@ -160,7 +163,7 @@ fn broken_globals(side: &mut Side) {
     for words in [
         &["--root"][..],
         &["--log"],
-        &["--root", ""],
+        &["--root", "", "list"],
         &["--root", "/", "list"],
         &["--root=", "list"],
         &["--debug=maybe", "list"],
@@ -191,7 +194,7 @@ fn empty_environment(side: &mut Side) {
     for verb in ["kill", "delete", "pause", "resume", "state", "start"] {
         side.verb(verb).empty_environment().fails();
     }
-    side.call(["list"]).empty_environment().ok();
+    side.call(["list"]).empty_environment().fails();
     side.raw(["features"]).empty_environment().ok();
     side.raw(["kill", "--help"]).empty_environment().ok();
 }

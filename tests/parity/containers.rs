@@ -56,7 +56,6 @@ fn wrong_state(side: &mut Side) {
     side.call(["create", "--bundle", &bundle, &id]).ok();
     side.call(["create", "--bundle", &bundle, &id]).fails();
     side.call(["exec", &id, "true"]).any();
-    side.verb("delete").fails();
     side.verb("resume").fails();
     side.verb("start").ok();
     side.verb("start").fails();
@@ -84,7 +83,7 @@ fn exit_codes(side: &mut Side) {
     side.call(["run", "--bundle"]).arg(bundle).arg(&id).any();
     let bundle = side.bundle(&["/nonexistent"]);
     side.call(["run", "-b"]).arg(bundle).arg(&id).fails();
-    let bundle = side.bundle_with(|config| config["ociVersion"] = json!("nonsense"));
+    let bundle = side.bundle_with(|config| config["root"]["path"] = json!("/nonexistent"));
     side.call(["create", "-b"]).arg(&bundle).arg(&id).fails();
     std::fs::write(bundle.join("config.json"), "{").unwrap();
     side.call(["create", "-b"]).arg(bundle).arg(&id).fails();
@@ -99,7 +98,8 @@ fn standard_input(side: &mut Side) {
     side.call(["exec", &id, "cat"]).stdin("to exec\n").ok();
     side.call(["exec", &id, "sha256sum"]).stdin(&all).ok();
     side.call(["exec", &id, "cat"]).stdin("").ok();
-    side.call(["exec", &id, "head", "-c", "3"]).stdin(&all).ok();
+    // Not `head -c 3` of more than a pipe holds: runc then passes its own SIGPIPE on to the
+    // container, which ends in 0 or 141 as it happens.
 }
 
 fn exec_in_a_container(side: &mut Side) {
@@ -184,9 +184,11 @@ fn signals_to_a_foreground_run(side: &mut Side) {
         let (mut child, mut out) = foreground(side);
         kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
         let status = wait(&mut child, "run");
+        // First this: were the container still running, its output would never end.
+        assert_eq!(status.code(), Some(7), "{signal} must reach the container");
         let mut rest = String::new();
         out.read_to_string(&mut rest).unwrap();
-        assert_eq!((status.code(), rest.as_str()), (Some(7), "told\n"), "{signal}");
+        assert_eq!(rest, "told\n", "{signal}");
         side.record.push(format!("{signal}: {status} {rest}"));
     }
 }
@@ -271,10 +273,9 @@ fn checkpoint_and_restore(side: &mut Side) {
     side.await_status("stopped");
     side.call(dump).arg(&id).fails();
     side.verb("delete").ok();
-    side.call(["restore", "-d", "--image-path", "/nonexistent", "-b"])
-        .arg(&bundle)
-        .arg(&id)
-        .fails();
+    // Not one that is nowhere: runc would make it.
+    let empty = side.text("empty");
+    side.call(["restore", "-d", "--image-path", &empty, "-b"]).arg(&bundle).arg(&id).fails();
 }
 
 /// Waits until the container's first process is this program.

@@ -71,7 +71,7 @@ fn checkpoint_support_is_asked(side: &mut Side) {
 }
 
 fn the_shim_of_containerd(side: &mut Side) {
-    let bundle = side.bundle(&["sh", "-c", "sleep 1000"]).display().to_string();
+    let bundle = side.bundle(&["sleep", "1000"]).display().to_string();
     let (root, log) = (side.text("ns"), side.text("log.json"));
     let (id, pid) = (side.id.clone(), side.text("init.pid"));
     let images = side.text("no-images");

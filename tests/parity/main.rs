@@ -76,6 +76,7 @@ fn compare(name: &str, case: fn(&mut Side)) -> Result<(), Failed> {
     };
     let (expected, got) = (one(&runc()), one(&ferry()));
     assert!(!expected.is_empty(), "the test recorded nothing");
+    assert_eq!(expected.len(), got.len(), "the test did not do the same on both sides");
     for (expected, got) in expected.iter().zip(&got) {
         if expected != got {
             return Err(format!("--- runc\n{expected}\n--- ferry\n{got}").into());
