@@ -40,6 +40,7 @@ use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
 use crate::report::exit::Failed;
 use crate::report::progress::{Reporter, Round};
+use crate::sys::fault;
 use crate::sys::netns::NetNs;
 use crate::sys::process;
 use crate::transport::connect::{Closer, Destination};
@@ -345,6 +346,7 @@ impl Begun {
     }
 
     fn prepare(&mut self, reporter: &mut Reporter) -> Result<()> {
+        fault::point("source.prepare")?;
         self.speaker.say(&Message::Prepare)?;
         self.inputs.until(PREPARE_LIMIT);
         self.obey_limit();
@@ -413,6 +415,7 @@ impl Begun {
     }
 
     fn freeze(&mut self, reporter: &mut Reporter) -> Result<()> {
+        fault::point("source.freeze")?;
         self.inputs.until(FREEZE_LIMIT);
         self.obey_limit();
         self.speaker.say(&Message::Freezing)?;
@@ -438,6 +441,7 @@ impl Begun {
     }
 
     fn dump(&mut self, reporter: &mut Reporter) -> Result<()> {
+        fault::point("source.dump")?;
         loop {
             match self.inputs.next()? {
                 Input::Dump(DumpEvent::Dumped) => break,
@@ -450,6 +454,7 @@ impl Begun {
     }
 
     fn transfer(&mut self, reporter: &mut Reporter) -> Result<()> {
+        fault::point("source.transfer")?;
         self.tell_memory(Order::Dumped)?;
         self.send_streams(true)?;
         self.send_tmpfs()?;
@@ -497,6 +502,7 @@ impl Begun {
     }
 
     fn await_ready(&mut self, reporter: &mut Reporter) -> Result<()> {
+        fault::point("source.sent")?;
         loop {
             match self.inputs.next()? {
                 Input::Heard(Heard::Message(Message::Ready)) => break,
@@ -506,7 +512,7 @@ impl Begun {
             }
         }
         reporter.mark("destination has restored");
-        Ok(())
+        fault::point("source.commit")
     }
 
     fn obey_limit(&mut self) {
@@ -573,6 +579,7 @@ impl Committed {
     fn finish(self, reporter: &mut Reporter) -> Result<(), Failed> {
         let mut begun = self.0;
         reporter.mark("committed");
+        let _ = fault::point("source.committed");
         begun.inputs.until(FREEZE_LIMIT);
         let running = Committed::hand_on(&mut begun, reporter);
         if let Some(job) = begun.dump.take() {
@@ -596,6 +603,7 @@ impl Committed {
                 what = standing.describe(),
             )));
         }
+        let _ = fault::point("source.let-go");
         let keeper = begun.keeper.take();
         let mut packets = 0;
         let done = recover::source_lets_go(&mut begun.journal, || {
@@ -604,6 +612,7 @@ impl Committed {
             }
         });
         reporter.report.packets = packets;
+        let _ = fault::point("source.finish");
         // The destination would find out by itself.
         let _ = begun.speaker.say(&Message::Finished);
         begun.guard.dismiss();
