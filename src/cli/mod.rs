@@ -12,7 +12,6 @@ pub mod units;
 mod verbs;
 
 use std::ffi::OsString;
-use std::process::ExitCode;
 
 use anyhow::anyhow;
 use clap::Parser;
@@ -22,7 +21,8 @@ use crate::report::log::ErrorLog;
 use args::{Cli, Globals, Verb};
 
 /// Runs a verb of ours: `line` as [`scan`] prepared it, and what it took out of it.
-pub fn run(line: Vec<OsString>, ferry_runtime: Option<OsString>, log: &ErrorLog) -> ExitCode {
+/// Returns the exit code.
+pub fn run(line: Vec<OsString>, ferry_runtime: Option<OsString>, log: &ErrorLog) -> u8 {
     let Cli { mut globals, verb } = match Cli::try_parse_from(line) {
         Ok(cli) => cli,
         Err(told) => return not_parsed(&told, log),
@@ -50,7 +50,7 @@ fn dispatch(globals: &Globals, verb: Verb) -> Result<(), Failed> {
 }
 
 /// Help that was asked for, or a command line that is wrong; clap has the text of both.
-fn not_parsed(told: &clap::Error, log: &ErrorLog) -> ExitCode {
+fn not_parsed(told: &clap::Error, log: &ErrorLog) -> u8 {
     let _ = told.print();
     if !told.use_stderr() {
         return Exit::Done.into();

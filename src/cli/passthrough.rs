@@ -13,7 +13,6 @@ use std::ffi::{CString, OsString};
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::ExitCode;
 
 use anyhow::{Context, Result, anyhow};
 use clap::CommandFactory;
@@ -22,10 +21,9 @@ use super::args::Cli;
 use super::runtime::{Config, Runtime, Unusable};
 use super::scan::{Command, Scan};
 use crate::migration::away::AwayMark;
-use crate::sys::inherit;
 
-/// Does what the runtime would do. Returns only if there is nothing to exec.
-pub fn run(scan: Scan) -> ExitCode {
+/// Does what the runtime would do. Returns an exit code, and only if there is nothing to exec.
+pub fn run(scan: Scan) -> u8 {
     if scan.command == Command::NoRuntimeGiven {
         return fail(&scan, 2, &anyhow!("--ferry-runtime needs a value: the runtime to start"));
     }
@@ -47,9 +45,9 @@ pub fn run(scan: Scan) -> ExitCode {
     done.unwrap_or_else(|error| fail(&scan, 126, &error))
 }
 
-fn fail(scan: &Scan, exit: u8, error: &anyhow::Error) -> ExitCode {
+fn fail(scan: &Scan, exit: u8, error: &anyhow::Error) -> u8 {
     scan.log.error_as_runc(error);
-    ExitCode::from(exit)
+    exit
 }
 
 fn exec(runtime: &Runtime, argv: &[OsString]) -> Result<Infallible> {
@@ -58,13 +56,12 @@ fn exec(runtime: &Runtime, argv: &[OsString]) -> Result<Infallible> {
     let path = CString::new(runtime.path.as_os_str().as_bytes())?;
     let words: Vec<CString> =
         std::iter::once(&runtime.name).chain(argv).map(c_string).collect::<Result<_, _>>()?;
-    inherit::restore();
     nix::unistd::execv(&path, &words)
         .with_context(|| format!("cannot start the container runtime {}", runtime.path.display()))
 }
 
 /// The runtime's own words, and when it was content, ours behind them.
-fn spawn_and_add(runtime: &Runtime, argv: &[OsString], text: &str) -> Result<ExitCode> {
+fn spawn_and_add(runtime: &Runtime, argv: &[OsString], text: &str) -> Result<u8> {
     let status = std::process::Command::new(&runtime.path)
         .arg0(&runtime.name)
         .args(argv)
@@ -77,7 +74,7 @@ fn spawn_and_add(runtime: &Runtime, argv: &[OsString], text: &str) -> Result<Exi
         let _ = std::io::stdout().write_all(text.as_bytes());
     }
     let code = status.code().or(status.signal().map(|signal| 128 + signal)).unwrap_or(1);
-    Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
+    Ok(u8::try_from(code).unwrap_or(1))
 }
 
 /// Callers read `runc version`, `commit:` and `spec:` in lines of their own. Docker takes the

@@ -137,7 +137,9 @@ impl Runtime {
             Ok(file) if is_ourselves(&path, &file) => {
                 refuse(126, "it is ferry itself, which would start itself for ever")
             }
-            Ok(_) if !is_executable(&path) => refuse(126, "it cannot be executed"),
+            Ok(file) if !file.is_file() || !may_execute(&path) => {
+                refuse(126, "it cannot be executed")
+            }
             Ok(_) => Ok(Runtime { path, name }),
         }
     }
@@ -178,13 +180,13 @@ fn look_up(name: &OsStr, path: &OsStr) -> Option<PathBuf> {
         .map(|dir| dir.join(name))
         .find(|candidate| {
             fs::metadata(candidate).is_ok_and(|file| {
-                file.is_file() && is_executable(candidate) && !is_ourselves(candidate, &file)
+                file.is_file() && may_execute(candidate) && !is_ourselves(candidate, &file)
             })
         })
 }
 
-fn is_executable(path: &Path) -> bool {
-    path.is_file() && access(path, AccessFlags::X_OK).is_ok()
+fn may_execute(path: &Path) -> bool {
+    access(path, AccessFlags::X_OK).is_ok()
 }
 
 /// Whether a file is this program, or a copy of it.

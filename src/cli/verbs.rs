@@ -205,7 +205,7 @@ fn tell_check(
         say(&json!({"ok": result.is_ok(), "problems": all}).to_string());
     } else {
         for warning in warnings {
-            eprintln!("warning: {warning}");
+            let _ = writeln!(std::io::stderr(), "warning: {warning}");
         }
         if result.is_ok() {
             say("nothing stands in the way");
@@ -343,7 +343,7 @@ fn resolve_source(
             recover::source_lets_go(journal, || ())?;
             Ok("what was left of it here is gone, by your word that the other host runs it")
         }
-        (_, None) => match settle::ask(&journal.record, Some(Verdict::Commit)) {
+        (_, None) => match settle::insist(&journal.record, Verdict::Commit) {
             Ok(Standing::Running) => {
                 recover::source_lets_go(journal, || ())?;
                 Ok("it runs on the other host; what was left here is gone")

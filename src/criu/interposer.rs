@@ -15,19 +15,19 @@
 //! CRIU opens `images_dir_fd` and `work_dir_fd` as `/proc/<peer>/fd/N`, the peer being the creator
 //! of the socket pair, which is now this process: callers must put numbers of ours there.
 
-use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use protobuf::Message;
 use rust_criu::rust_criu_protobuf::rpc::{Criu_notify, Criu_req, Criu_req_type, Criu_resp};
 
 use super::shim;
+use crate::sys::netns::NetNs;
+use crate::sys::process::wait_readable;
 use crate::sys::scm;
 
 /// Where the shim calls.
@@ -37,15 +37,22 @@ pub struct Interposer {
     socket: PathBuf,
     real: PathBuf,
     listener: UnixListener,
+    /// The network namespace that criu is to run in, if not ours.
+    namespace: Option<NetNs>,
 }
 
 impl Interposer {
     /// Makes the directory that will stand first in the runtime's PATH, and the socket, below
     /// `directory`, which must be absolute, private to us, and exist.
     ///
+    /// With a network namespace, criu is started in it. To CRIU the container then has no network
+    /// namespace of its own, which spares it a walk through the whole connection tracking table,
+    /// twice, in the middle of the freeze (24 ms with 24 GiB of memory, whose size that table's
+    /// is); and the page server of its lazy dump listens where nobody can reach it.
+    ///
     /// # Errors
     /// When they cannot be made.
-    pub fn new(directory: &Path, real: &Path) -> Result<Interposer> {
+    pub fn new(directory: &Path, real: &Path, namespace: Option<NetNs>) -> Result<Interposer> {
         let bin = directory.join("bin");
         std::fs::create_dir(&bin).with_context(|| format!("cannot make {}", bin.display()))?;
         let own = std::fs::read_link("/proc/self/exe")?;
@@ -53,7 +60,7 @@ impl Interposer {
         let socket = directory.join("criu.sock");
         let listener = UnixListener::bind(&socket)
             .with_context(|| format!("cannot listen on {}", socket.display()))?;
-        Ok(Interposer { bin, socket, real: real.to_owned(), listener })
+        Ok(Interposer { bin, socket, real: real.to_owned(), listener, namespace })
     }
 
     /// Makes the runtime that `command` starts find the shim.
@@ -87,7 +94,9 @@ impl Interposer {
                 pid.first_chunk::<4>().map_or(0, |bytes| u32::from_le_bytes(*bytes) as i32);
             let theirs = fds.pop().ok_or_else(|| anyhow!("the criu shim sent no socket"))?;
             let (ours, for_criu) = scm::seqpacket_pair()?;
-            scm::send(&hub, b"c", &[for_criu.as_raw_fd()])?;
+            let mut fds = vec![for_criu.as_raw_fd()];
+            fds.extend(self.namespace.as_ref().map(|n| n.as_fd().as_raw_fd()));
+            scm::send(&hub, b"c", &fds)?;
             drop(for_criu);
             let session = Session { runtime: theirs, criu: ours, criu_pid };
             let Some((bytes, _)) = session.receive_from_runtime(Some(deadline))? else { continue };
@@ -226,39 +235,6 @@ impl Session {
                     Some((bytes, _)) => scm::send(&self.criu, &bytes, &[])?,
                 }
             }
-        }
-    }
-}
-
-/// Waits until at least one of the descriptors is readable or closed; their indices.
-///
-/// # Errors
-/// `TimedOut` when the time is over.
-pub fn wait_readable(fds: &[BorrowedFd], deadline: Option<Instant>) -> Result<Vec<usize>> {
-    loop {
-        let mut set: Vec<PollFd> = fds.iter().map(|f| PollFd::new(*f, PollFlags::POLLIN)).collect();
-        let timeout = match deadline {
-            None => PollTimeout::NONE,
-            Some(at) => {
-                let left = at.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    return Err(io::Error::from(io::ErrorKind::TimedOut).into());
-                }
-                PollTimeout::try_from(left.min(Duration::from_secs(3600)).as_millis() as i32 + 1)
-                    .unwrap_or(PollTimeout::MAX)
-            }
-        };
-        match poll(&mut set, timeout) {
-            Ok(0) | Err(nix::errno::Errno::EINTR) => continue,
-            Ok(_) => {
-                return Ok(set
-                    .iter()
-                    .enumerate()
-                    .filter(|(_, p)| p.revents().is_some_and(|r| !r.is_empty()))
-                    .map(|(i, _)| i)
-                    .collect());
-            }
-            Err(e) => return Err(e.into()),
         }
     }
 }

@@ -5,10 +5,11 @@
 //! `CLONE_PARENT` of the restored init), so nothing is left of the shim when criu runs.
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::process::{Command, ExitCode};
+use std::process::Command;
 
 use anyhow::{Context, Result, anyhow};
 
@@ -20,13 +21,13 @@ pub const ENV_SOCKET: &str = "FERRY_CRIU_SOCKET";
 pub const ENV_REAL: &str = "FERRY_CRIU_REAL";
 
 /// Entry point when Ferry was started under the name `criu`. Returns only when it fails.
-pub fn main() -> ExitCode {
+pub fn main() -> u8 {
     let error = match run() {
         Ok(never) => match never {},
         Err(e) => e,
     };
-    eprintln!("ferry (standing in for criu): {error:#}");
-    ExitCode::FAILURE
+    let _ = writeln!(std::io::stderr(), "ferry (standing in for criu): {error:#}");
+    1
 }
 
 fn run() -> Result<std::convert::Infallible> {
@@ -44,9 +45,14 @@ fn run() -> Result<std::convert::Infallible> {
             .with_context(|| format!("cannot reach ferry at {}", path.to_string_lossy()))?;
         let theirs = process::adopt_fd(fd).context("the descriptor named by the runtime")?;
         scm::send(&hub, &std::process::id().to_le_bytes(), &[theirs.as_raw_fd()])?;
-        let (_, mut fds) =
-            scm::receive(&hub)?.ok_or_else(|| anyhow!("ferry closed the connection"))?;
-        let ours = fds.pop().ok_or_else(|| anyhow!("ferry sent no socket"))?;
+        let (_, fds) = scm::receive(&hub)?.ok_or_else(|| anyhow!("ferry closed the connection"))?;
+        let mut fds = fds.into_iter();
+        let ours = fds.next().ok_or_else(|| anyhow!("ferry sent no socket"))?;
+        if let Some(namespace) = fds.next() {
+            // This process has one thread, and is criu from here on.
+            nix::sched::setns(&namespace, nix::sched::CloneFlags::CLONE_NEWNET)
+                .context("cannot enter the container's network namespace")?;
+        }
         process::dup_onto(&ours, fd)?;
         // The number now belongs to criu, over exec.
         std::mem::forget(theirs);

@@ -176,21 +176,19 @@ impl Reader {
     ) -> Result<()> {
         let places: Vec<(u64, usize)> = runs.iter().map(|&(a, n)| (a, n * PAGE)).collect();
         let total: usize = places.iter().map(|p| p.1).sum();
-        let mut done = match read_process(self.pid, &places, &mut into[..total]) {
+        let done = match read_process(self.pid, &places, &mut into[..total]) {
             Ok(n) => n / PAGE,
             Err(e) if e.raw_os_error() == Some(libc::EFAULT) => 0,
             Err(e) => return Err(e.into()),
         };
         // What is left goes page by page: a hole of one page must not lose its neighbours.
         let pages = runs.iter().flat_map(|&(a, n)| (0..n as u64).map(move |i| a + i * PAGE as u64));
-        for at in pages.skip(done) {
-            let page = &mut into[done * PAGE..][..PAGE];
-            match self.mem.read_exact_at(page, at) {
+        for (i, at) in pages.enumerate().skip(done) {
+            match self.mem.read_exact_at(&mut into[i * PAGE..][..PAGE], at) {
                 Ok(()) => {}
                 Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Err(e.into()),
-                Err(_) => missing(done),
+                Err(_) => missing(i),
             }
-            done += 1;
         }
         Ok(())
     }

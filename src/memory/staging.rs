@@ -96,7 +96,7 @@ impl Staging {
 fn numbers(vaddr: u64, pages: usize) -> Result<std::ops::Range<u64>> {
     let first = vaddr / PAGE as u64;
     let in_user_space = vaddr.checked_add((pages * PAGE) as u64).is_some_and(|end| end <= 1 << 57);
-    if vaddr % PAGE as u64 != 0 || !in_user_space {
+    if !vaddr.is_multiple_of(PAGE as u64) || !in_user_space {
         bail!("no page has the address {vaddr:#x}");
     }
     Ok(first..first + pages as u64)

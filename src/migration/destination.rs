@@ -14,24 +14,27 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
+use std::io::BufReader;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::journal::{self, Journal, Record, Role, State};
+use super::journal::{self, Journal, Lock, Record, Role, State};
 use super::protocol::{Arrival, MAX_FILES, MAX_TASKS, Message, Plan, Standing, Stream, Verdict};
 use super::restore::{Go, RestoreEvent, RestoreJob, RestorePlan, StreamPlan};
 use super::settle::{self, Call};
 use super::talk::{self, Heard, Speaker};
 use super::workdir::WorkDir;
-use super::{checks, host, keeper, recover};
+use super::{checks, host, keeper, recover, workdir};
 use crate::criu::images;
 use crate::criu::interposer::Interposer;
-use crate::files::probe;
+use crate::files::tmpfs::{Mounted, Tmpfs};
+use crate::files::{probe, tree};
 use crate::memory::serve::{Served, Server, Serving};
 use crate::memory::staging::Staging;
 use crate::network::{self, Announcer, Frame as Packet, Placement, Recreated, Replay, fence};
@@ -55,6 +58,7 @@ enum Input {
     Heard(Heard),
     Restore(RestoreEvent),
     Call(Call),
+    Signal(i32),
 }
 
 /// Takes one migration, or one question, in over a link.
@@ -86,6 +90,8 @@ pub fn receive(link: Link, runtime: &Runtime, state_dir: &Path) -> Result<()> {
         let last = matches!(h, Heard::Gone(_));
         heard.send(Input::Heard(h)).is_ok() && !last
     })?;
+    let caught = tell.clone();
+    talk::catch_signals(move |signal| caught.send(Input::Signal(signal)).is_ok())?;
     let mut inputs = Inputs { queue };
     let result = converse(&speaker, &mut inputs, &tell, &staging, runtime, state_dir);
     closer.close();
@@ -115,6 +121,9 @@ impl Inputs {
                 bail!("the source gave up: {why}")
             }
             Ok(Input::Restore(RestoreEvent::Ended(Err(e)))) => Err(e),
+            Ok(Input::Signal(signal)) if signal != libc::SIGHUP => {
+                bail!("interrupted by {}", talk::signal_name(signal))
+            }
             Ok(input) => Ok(input),
             Err(RecvTimeoutError::Timeout) => bail!("the source is silent"),
             Err(RecvTimeoutError::Disconnected) => bail!("nobody is left to do it"),
@@ -186,6 +195,7 @@ struct Guest {
     server: Option<Server>,
     serving: Option<Serving>,
     streams: Vec<StreamFile>,
+    tmpfs: Option<Mounted>,
     images: HashMap<String, File>,
     image_bytes: u64,
     packets: Vec<Packet>,
@@ -193,6 +203,7 @@ struct Guest {
     phase: &'static str,
     began: Instant,
     marks: Vec<(String, f64)>,
+    _lock: Lock,
 }
 
 struct Net {
@@ -203,6 +214,7 @@ struct Net {
 
 impl Guest {
     fn new(plan: Plan, runtime: Runtime, state_dir: &Path) -> Result<Guest> {
+        let lock = Lock::take(state_dir, runtime.root(), &plan.container)?;
         let work = WorkDir::create(&plan.migration)?;
         let record = Record {
             migration: plan.migration.clone(),
@@ -234,6 +246,7 @@ impl Guest {
             server: None,
             serving: None,
             streams: Vec::new(),
+            tmpfs: None,
             images: HashMap::new(),
             image_bytes: 0,
             packets: Vec::new(),
@@ -241,6 +254,7 @@ impl Guest {
             phase: "preparing",
             began: Instant::now(),
             marks: Vec::new(),
+            _lock: lock,
         })
     }
 
@@ -286,8 +300,13 @@ impl Guest {
         let fresh = Staging::new(pages)?;
         *staging.lock().unwrap_or_else(PoisonError::into_inner) = Some(fresh);
         self.make_network()?;
+        if !self.plan.tmpfs.is_empty() {
+            let base = workdir::tmpfs_base(self.work.path());
+            self.tmpfs = Some(Mounted::new(&base, &self.plan.tmpfs)?);
+        }
         self.start_restore(tell)?;
         let (mut dumped, mut memory_done, mut restored) = (None, false, false);
+        let mut warm = None;
         while !restored {
             match inputs.next(SILENCE)? {
                 Input::Restore(RestoreEvent::AtRequest) => speaker.say(&Message::Prepared)?,
@@ -295,6 +314,7 @@ impl Guest {
                     self.file(&name, at, &bytes)?;
                 }
                 Input::Heard(Heard::Frame(Frame::Packet(bytes))) => self.packet(&bytes)?,
+                Input::Heard(Heard::Message(Message::Freezing)) => warm = Some(Warm::start()?),
                 Input::Heard(Heard::Message(Message::Dumped { tasks })) => {
                     if tasks.len() > MAX_TASKS {
                         bail!("a container of {} tasks", tasks.len());
@@ -307,6 +327,7 @@ impl Guest {
                     self.journal.record.init = journal::start_time(pid).map(|t| (pid, t));
                     self.mark("restored");
                     restored = true;
+                    drop(warm.take());
                 }
                 _ => {}
             }
@@ -365,6 +386,10 @@ impl Guest {
             })
             .collect::<Result<_>>()?;
         self.server = Some(Server::listen(&self.work.work())?);
+        let namespace = match &self.network {
+            Some(net) if self.plan.criu_inside() => Some(net.made.namespace().try_clone()?),
+            _ => None,
+        };
         let plan = RestorePlan {
             runtime: self.runtime.clone(),
             container: self.plan.container.clone(),
@@ -372,8 +397,9 @@ impl Guest {
             images: self.work.images(),
             work: self.work.work(),
             streams,
+            tmpfs: self.tmpfs_places().map(|(t, p)| (t.place.clone(), p)).collect(),
             console_socket: self.plan.console_socket.clone(),
-            interposer: Interposer::new(self.work.path(), &criu)?,
+            interposer: Interposer::new(self.work.path(), &criu, namespace)?,
         };
         let tell = tell.clone();
         self.restore = Some(RestoreJob::start(plan, move |event| {
@@ -424,10 +450,20 @@ impl Guest {
         self.phase = "restoring";
         self.began = Instant::now();
         self.images.clear();
+        for (i, (tmpfs, place)) in self.tmpfs_places().enumerate() {
+            let packed = File::open(self.work.images().join(format!("tmpfs-{i}")))?;
+            tree::unpack(&place, &mut BufReader::with_capacity(256 << 10, packed))
+                .with_context(|| format!("filling the tmpfs {}", tmpfs.place))?;
+        }
         for stream in &mut self.streams {
             stream.settle()?;
         }
         self.tell_restore(Go::Restore)
+    }
+
+    fn tmpfs_places(&self) -> impl Iterator<Item = (&Tmpfs, PathBuf)> {
+        let mounted = self.tmpfs.iter();
+        mounted.flat_map(|m| self.plan.tmpfs.iter().enumerate().map(|(i, t)| (t, m.place(i))))
     }
 
     fn tell_restore(&self, go: Go) -> Result<()> {
@@ -502,8 +538,9 @@ impl Guest {
                     let _ = speaker.say(&Message::Failed { phase, why });
                     return Verdict::Abort;
                 }
-                // The link is gone: a later one, or the operator, brings the verdict.
-                Input::Heard(_) | Input::Restore(_) => {}
+                // The link is gone: a later one, or the operator, brings the verdict. A signal is
+                // no verdict either.
+                Input::Heard(_) | Input::Restore(_) | Input::Signal(_) => {}
             }
         }
     }
@@ -550,10 +587,14 @@ impl Guest {
                 }
                 Ok(Input::Restore(RestoreEvent::Ended(result))) => {
                     ended = true;
-                    if let Err(e) = result {
-                        if !running {
-                            return Err(e.context("the container was lost after the commit"));
-                        }
+                    if let Err(e) = result
+                        && !running
+                    {
+                        let failed = e.context("the copy died after the commit");
+                        let why = format!("{failed:#}");
+                        // The source still has it, frozen.
+                        let _ = speaker.say(&Message::Failed { phase: "starting".into(), why });
+                        return Err(failed);
                     }
                 }
                 Ok(Input::Heard(Heard::Frame(Frame::Packet(bytes)))) => {
@@ -610,6 +651,7 @@ impl Guest {
             }
             net.made.keep();
         }
+        drop(self.tmpfs.take());
         let cleared = checks::clear_mark(&self.plan, &self.runtime, &self.state_dir);
         self.journal.write(State::Finished)?;
         cleared.map(|_| ())
@@ -622,8 +664,43 @@ impl Guest {
         }
         drop(self.serving.take());
         drop(self.network.take());
+        drop(self.tmpfs.take());
         self.streams.clear();
         recover::destination_discards(&mut self.journal)
+    }
+}
+
+/// Keeps the kernel's control group lock awake.
+///
+/// The first move of a task into a control group for a while waits for an RCU grace period, 10 ms
+/// and more, before it takes that lock for writing (Documentation/RCU, kernel/rcu/sync.c); the next
+/// ones do not. CRIU moves the restored init in the middle of the restore. So from the beginning of
+/// the freeze somebody moves himself, to where he is.
+struct Warm {
+    stop: Arc<AtomicBool>,
+}
+
+impl Warm {
+    fn start() -> Result<Warm> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        std::thread::Builder::new().name("warm".into()).spawn(move || {
+            let me = std::process::id() as i32;
+            while !stopped.load(Ordering::Relaxed) {
+                // Only ever a help.
+                if crate::oci::cgroup::move_to_where_it_is(me).is_err() {
+                    return;
+                }
+                std::thread::park_timeout(Duration::from_millis(2));
+            }
+        })?;
+        Ok(Warm { stop })
+    }
+}
+
+impl Drop for Warm {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
     }
 }
 

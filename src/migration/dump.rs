@@ -6,8 +6,7 @@
 //! whether they are thawed or killed.
 //!
 //! ```text
-//! pre-dump      held until the destination is ready  → freeze the control group
-//! network-lock  close the fence                      (tasks are seized; CRIU has thawed the group)
+//! pre-dump      held until the destination is ready  → freeze the control group, close the fence
 //! post-dump     freeze the group again; held until the verdict
 //! status-ready  send CRIU's page server, which nobody needs, home
 //! ```
@@ -24,7 +23,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use protobuf::MessageField;
 use rust_criu::rust_criu_protobuf::rpc::{
-    Criu_network_lock_method, Criu_page_server_info, Criu_req,
+    Criu_network_lock_method, Criu_page_server_info, Criu_req, Ext_mount_map,
 };
 
 use super::workdir::criu_errors;
@@ -33,6 +32,7 @@ use crate::network::fence::{Armed, Side};
 use crate::network::frames::Capture;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
+use crate::sys::netns::NetNs;
 use crate::sys::process;
 
 /// How long a container may take to stop before it is left alone.
@@ -51,10 +51,8 @@ pub enum DumpEvent {
     Frozen {
         /// When the freeze began.
         since: Instant,
-        /// Sees what the fence stops.
-        capture: Option<Capture>,
-        /// Opens the fence again.
-        fence: Option<Armed>,
+        /// Sees what the fence stops, and opens it again.
+        network: Option<Box<(Armed, Capture)>>,
     },
     /// All images are written: say the verdict.
     Dumped,
@@ -83,10 +81,14 @@ pub struct DumpPlan {
     pub images: PathBuf,
     /// Where CRIU's log goes.
     pub work: PathBuf,
+    /// The tmpfs mounts that CRIU is to leave to us: their places.
+    pub tmpfs: Vec<String>,
     /// Standard streams that are regular files outside the container: CRIU's keys.
     pub external: Vec<String>,
     /// The fence, ready to close, and the capture, ready to start.
-    pub network: Option<(Armed, Capture)>,
+    pub network: Option<Box<(Armed, Capture)>>,
+    /// The network namespace that CRIU runs in, if not ours.
+    pub namespace: Option<NetNs>,
     /// The interposer.
     pub interposer: Interposer,
 }
@@ -166,8 +168,6 @@ fn job(
     let port = edit(&mut request, plan, images.as_raw_fd(), work.as_raw_fd())?;
     fs::write(plan.work.join("criu.pid"), session.criu_pid.to_string())?;
     session.send_request(&request)?;
-    let mut frozen = false;
-    let mut since = Instant::now();
     let result = loop {
         let event = session.next(Some(Instant::now() + STEP_TIMEOUT));
         match event.context("CRIU's dump")? {
@@ -178,26 +178,10 @@ fn job(
                         session.answer(false)?;
                         continue;
                     }
-                    since = Instant::now();
-                    let done = freeze(&plan.cgroup);
+                    let since = Instant::now();
+                    let done = stop(plan);
                     session.answer(done.is_ok())?;
-                    done?;
-                    frozen = true;
-                }
-                "network-lock" => {
-                    let (fence, capture) = match plan.network.take() {
-                        None => (None, None),
-                        Some((mut fence, capture)) => {
-                            capture.start()?;
-                            if let Err(problem) = fence.close(Side::Both) {
-                                session.answer(false)?;
-                                return Err(problem.into());
-                            }
-                            (Some(fence), Some(capture))
-                        }
-                    };
-                    tell(DumpEvent::Frozen { since, capture, fence });
-                    session.answer(true)?;
+                    tell(DumpEvent::Frozen { since, network: done? });
                 }
                 "post-dump" => {
                     // CRIU has thawed the group once every task was seized. From here on they stand
@@ -210,7 +194,7 @@ fn job(
                 "status-ready" => {
                     // A lazy dump ends by serving pages to one client; an end of file is enough
                     // for it, and with leave_running its result decides nothing.
-                    drop(TcpStream::connect((Ipv4Addr::LOCALHOST, port)));
+                    plan.in_namespace(|| drop(TcpStream::connect((Ipv4Addr::LOCALHOST, port))))?;
                     session.answer(true)?;
                 }
                 _ => session.answer(true)?,
@@ -225,16 +209,38 @@ fn job(
             Event::Hangup => break Err(anyhow!("CRIU ended in the middle of the dump")),
         }
     };
-    let _ = frozen;
     result.with_context(|| {
         format!("CRIU cannot dump the container:\n{}", criu_errors(&plan.work.join("dump.log")))
     })
 }
 
+/// Stops the container, then its network: what came in before the fence has closed is in the
+/// sockets' queues, acknowledged, and goes along with them.
+fn stop(plan: &mut DumpPlan) -> Result<Option<Box<(Armed, Capture)>>> {
+    freeze(&plan.cgroup)?;
+    let mut network = plan.network.take();
+    if let Some((fence, capture)) = network.as_deref_mut() {
+        capture.start()?;
+        fence.close(Side::Both)?;
+    }
+    Ok(network)
+}
+
+impl DumpPlan {
+    /// Does something where CRIU runs.
+    fn in_namespace<T: Send>(&self, f: impl FnOnce() -> T + Send) -> std::io::Result<T> {
+        match &self.namespace {
+            Some(namespace) => namespace.run(f),
+            None => Ok(f()),
+        }
+    }
+}
+
 /// Makes runc's request ours; returns the port of the page server that nobody needs.
 fn edit(request: &mut Criu_req, plan: &DumpPlan, images: i32, work: i32) -> Result<u16> {
     // Free a moment ago is free enough: nothing depends on this server.
-    let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+    let bind = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr();
+    let port = plan.in_namespace(bind)??.port();
     let opts = request.opts.as_mut().ok_or_else(|| anyhow!("a dump without options"))?;
     opts.set_images_dir_fd(images);
     opts.set_work_dir_fd(work);
@@ -248,15 +254,23 @@ fn edit(request: &mut Criu_req, plan: &DumpPlan, images: i32, work: i32) -> Resu
     opts.set_ext_unix_sk(true);
     opts.set_log_level(2);
     opts.network_lock = Some(Criu_network_lock_method::SKIP.into());
-    if let Cgroup::V2(path) | Cgroup::V1(path) = &plan.cgroup {
-        let path = path.to_str().ok_or_else(|| anyhow!("a control group that is not UTF-8"))?;
-        opts.set_freeze_cgroup(path.to_owned());
-    }
+    let (Cgroup::V2(path) | Cgroup::V1(path)) = &plan.cgroup;
+    let path = path.to_str().ok_or_else(|| anyhow!("a control group that is not UTF-8"))?;
+    opts.set_freeze_cgroup(path.to_owned());
     let mut server = Criu_page_server_info::new();
     server.set_port(i32::from(port));
     opts.ps = MessageField::some(server);
     opts.external.extend(plan.external.iter().cloned());
+    opts.ext_mnt.extend(plan.tmpfs.iter().map(|place| external_mount(place, place)));
     Ok(port)
+}
+
+/// `key` is a mount point on the source and what it is called on the destination.
+pub fn external_mount(key: &str, value: &str) -> Ext_mount_map {
+    let mut map = Ext_mount_map::new();
+    map.set_key(key.to_owned());
+    map.set_val(value.to_owned());
+    map
 }
 
 /// Freezes the control group so that CRIU can seize every task.

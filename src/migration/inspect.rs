@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 
 use super::host;
 use super::protocol::{Place, Plan, Probe, Stream};
-use crate::files::probe;
+use crate::files::{probe, tmpfs};
 use crate::memory::pages;
 use crate::network::problem::Problem;
 use crate::network::{self, NetworkImage};
@@ -122,6 +122,9 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         let what = format!("bind mount {}", mount.destination.display());
         add(what, Place::Mount(mount.destination.clone()), &mount.source, mount.read_only)?;
     }
+    let mountinfo = fs::read_to_string(format!("/proc/{}/mountinfo", state.pid))?;
+    let bound: Vec<PathBuf> = bundle.bind_mounts().into_iter().map(|m| m.destination).collect();
+    let tmpfs = tmpfs::find(&mountinfo, &bound);
     let resident = resident_bytes(&cgroup)?;
     let plan = Plan {
         migration: probe::random_name()?,
@@ -141,6 +144,7 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         kernel: host::kernel(),
         criu: host::criu().map_or(0, |c| c.1),
         probes: listed,
+        tmpfs,
         network: network.as_ref().map(|n| n.2.clone()),
         network_path: network.as_ref().map(|n| n.1.clone()),
         placement: wishes.placement.clone(),

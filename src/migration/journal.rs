@@ -15,9 +15,11 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
+use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use crate::oci::cgroup::Cgroup;
+use crate::oci::runtime::DEFAULT_ROOT;
 use crate::transport::connect::Destination;
 
 /// Bytes of a journal file.
@@ -273,6 +275,42 @@ impl Journal {
     pub fn find(state_dir: &Path, migration: &str) -> Result<Option<Journal>> {
         let path = directory(state_dir).join(format!("{migration}.journal"));
         if !path.exists() { Ok(None) } else { Journal::open(&path).map(Some) }
+    }
+}
+
+/// Held while a container is being migrated: a second migration of it is refused. flock(2).
+#[derive(Debug)]
+pub struct Lock {
+    _file: Flock<File>,
+}
+
+impl Lock {
+    /// Takes it, if no migration of the container is under way or was broken off.
+    ///
+    /// # Errors
+    /// Says which migration stands in the way, and what to do.
+    pub fn take(state_dir: &Path, root: &Path, container: &str) -> Result<Lock> {
+        let dir = directory(state_dir);
+        let name = format!("{}%{container}.lock", root.display()).replace('/', "%");
+        let path = dir.join(name);
+        let what = || format!("cannot write to {}", dir.display());
+        fs::create_dir_all(&dir).with_context(what)?;
+        let mut open = OpenOptions::new();
+        let file = open.write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let file = Flock::lock(file.with_context(what)?, FlockArg::LockExclusiveNonblock)
+            .map_err(|_| anyhow!("a migration of {container} is under way on this host\nhint: see `ferry migrations {container}`"))?;
+        for journal in Journal::all(state_dir)? {
+            let record = &journal.record;
+            let its_root = record.root.as_deref().unwrap_or(Path::new(DEFAULT_ROOT));
+            let this = record.container == container && its_root == root;
+            if this && !journal.state().is_over() && !is_alive(record.worker) {
+                bail!(
+                    "an earlier migration of {container} ({}) was broken off\nhint: `ferry resolve {container}` first",
+                    record.migration
+                );
+            }
+        }
+        Ok(Lock { _file: file })
     }
 }
 

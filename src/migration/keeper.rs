@@ -13,9 +13,9 @@ use std::thread::JoinHandle;
 use anyhow::{Result, bail};
 
 use super::talk::Speaker;
-use crate::criu::interposer::wait_readable;
 use crate::network::{Capture, Frame, NetworkImage, Replay};
 use crate::sys::netns::NetNs;
+use crate::sys::process::wait_readable;
 
 /// Most bytes kept for a rollback. Beyond it the senders' timers have to do.
 const MOST: usize = 32 << 20;
@@ -94,8 +94,7 @@ impl Keeper {
 fn keep(mut capture: Capture, speaker: &Speaker, stopped: &UnixStream) -> (Vec<Frame>, u64) {
     let (mut kept, mut size, mut count) = (Vec::new(), 0, 0);
     let mut link_works = true;
-    loop {
-        let Ok(ready) = wait_readable(&[capture.as_fd(), stopped.as_fd()], None) else { break };
+    while let Ok(ready) = wait_readable(&[capture.as_fd(), stopped.as_fd()], None) {
         let mut fresh = Vec::new();
         if capture.read(&mut fresh).is_err() {
             break;

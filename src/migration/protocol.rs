@@ -9,7 +9,7 @@
 //!   ── Prepare ───────────────────────────▶  namespace behind a fence, runtime held at RESTORE
 //!   ══ pages, round by round ═════════════▶  staged
 //!   ◀────────────────────────── Prepared ──                              source, running
-//!   (freeze)                                                             source, frozen
+//!   ── Freezing ──────────────────────────▶                              source, frozen
 //!   ══ pages, packets ════════════════════▶
 //!   ══ image files ═══════════════════════▶
 //!   ── Dumped ────────────────────────────▶  restore begins
@@ -34,7 +34,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::files::probe::Proof;
-use crate::network::image::NetworkImage;
+use crate::files::tmpfs::{self, Tmpfs};
+use crate::network::image::{Kind, NetworkImage};
 use crate::network::problem::Problem;
 use crate::transport::frame;
 
@@ -70,6 +71,9 @@ pub enum Message {
     Prepare,
     /// To the source: it is. The source owns the container.
     Prepared,
+    /// To the destination: the freeze begins; images come in some tens of milliseconds. The source
+    /// owns the container.
+    Freezing,
     /// To the destination: all image files are over; restore. The source owns the container,
     /// frozen.
     Dumped {
@@ -182,6 +186,8 @@ pub struct Plan {
     pub criu: u32,
     /// What must be the same on both hosts, and how that is proved.
     pub probes: Vec<Probe>,
+    /// The tmpfs mounts that Ferry carries, numbered in this order.
+    pub tmpfs: Vec<Tmpfs>,
     /// The network as captured; none where the container has none of its own.
     pub network: Option<NetworkImage>,
     /// The namespace's path.
@@ -284,10 +290,19 @@ impl Plan {
                 bail!("{} is no absolute path without ..", path.display());
             }
         }
+        tmpfs::validate(&self.tmpfs)?;
         if let Some(network) = &self.network {
             network.validate()?;
         }
         Ok(())
+    }
+
+    /// Whether CRIU runs in the container's network namespace, on both sides: what it writes on
+    /// the one must be read in the same place on the other. It can where it can talk to itself.
+    pub fn criu_inside(&self) -> bool {
+        let up =
+            |image: &NetworkImage| image.links.iter().any(|l| l.kind == Kind::Loopback && l.up);
+        self.network.as_ref().is_some_and(up)
     }
 }
 

@@ -8,7 +8,6 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::away::AwayMark;
 use super::journal::{Journal, Record, Role, State};
@@ -54,7 +53,9 @@ pub fn source_runs_on(journal: &mut Journal) -> Result<()> {
     let mut trouble = Trouble::default();
     let record = journal.record.clone();
     wait_for_criu(&record.work);
-    if let Some(cgroup) = &record.cgroup {
+    // After a reboot somebody else may be in a group of that name.
+    let same = record.init.is_none_or(super::journal::is_alive);
+    if let Some(cgroup) = record.cgroup.as_ref().filter(|_| same) {
         if cgroup.is_frozen().unwrap_or(false) {
             mend_sockets(cgroup);
         }
@@ -172,15 +173,7 @@ fn wait_for_criu(work: &Path) {
     if name.trim() != "criu" {
         return;
     }
-    let until = Instant::now() + CRIU_TIMEOUT;
-    loop {
-        let left = until.saturating_duration_since(Instant::now());
-        let timeout = PollTimeout::try_from(left.as_millis() as i32).unwrap_or(PollTimeout::ZERO);
-        match poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], timeout) {
-            Err(nix::errno::Errno::EINTR) => {}
-            _ => return,
-        }
-    }
+    let _ = process::wait_readable(&[pidfd.as_fd()], Some(Instant::now() + CRIU_TIMEOUT));
 }
 
 /// Takes sockets out of repair mode that a killed CRIU has left there. The tasks must be frozen.

@@ -15,7 +15,6 @@
 use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
-use std::process::Stdio;
 use std::sync::mpsc::{Receiver, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -23,6 +22,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use rust_criu::rust_criu_protobuf::rpc::{Criu_network_lock_method, Criu_req, Inherit_fd};
 
+use super::dump::external_mount;
 use super::workdir::criu_errors;
 use crate::criu::interposer::{Event, Interposer, Session};
 use crate::oci::runtime::Runtime;
@@ -79,6 +79,8 @@ pub struct RestorePlan {
     pub work: PathBuf,
     /// Standard input, output, error.
     pub streams: Vec<StreamPlan>,
+    /// Filled tmpfs mounts: their places in the container, and where they are now.
+    pub tmpfs: Vec<(String, PathBuf)>,
     /// Takes the terminal.
     pub console_socket: Option<PathBuf>,
     /// The interposer.
@@ -185,6 +187,10 @@ fn job(
     opts.set_ext_unix_sk(true);
     opts.set_log_level(2);
     opts.network_lock = Some(Criu_network_lock_method::SKIP.into());
+    for (place, here) in &plan.tmpfs {
+        let here = here.to_str().ok_or_else(|| anyhow!("a work directory that is not UTF-8"))?;
+        opts.ext_mnt.push(external_mount(place, here));
+    }
     for (key, fd) in external {
         let mut inherit = Inherit_fd::new();
         inherit.set_key(key.clone());

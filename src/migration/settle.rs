@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::mpsc::{Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
@@ -53,6 +53,20 @@ pub fn ask(record: &Record, verdict: Option<Verdict>) -> Result<Standing> {
     }
     closer.close();
     answer
+}
+
+/// Tells the verdict, and asks again until it has come true or ten seconds are over.
+///
+/// # Errors
+/// As [`ask`].
+pub fn insist(record: &Record, verdict: Verdict) -> Result<Standing> {
+    let until = Instant::now() + Duration::from_secs(10);
+    loop {
+        let standing = ask(record, Some(verdict))?;
+        if standing != Standing::Waiting || Instant::now() > until {
+            return Ok(standing);
+        }
+    }
 }
 
 /// On the destination: how a migration stands, after the verdict has been passed on to whoever

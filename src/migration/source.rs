@@ -13,7 +13,7 @@
 //! consumes it. [`Committed`] has no way back: nothing in it can thaw the container or lift the
 //! fence, and its functions return no error that anybody could take for a reason to.
 
-use std::io::Read;
+use std::io::{BufWriter, Read, Write};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -24,13 +24,14 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use super::dump::{DumpEvent, DumpJob, DumpPlan, Go};
 use super::inspect::{Subject, Wishes, inspect};
-use super::journal::{self, Journal, Record, Role, State};
+use super::journal::{self, Journal, Lock, Record, Role, State};
 use super::keeper::Keeper;
 use super::protocol::{Message, Standing, Verdict};
 use super::talk::{self, Heard, Speaker};
 use super::workdir::WorkDir;
 use super::{host, recover, settle};
 use crate::criu::interposer::Interposer;
+use crate::files::tree;
 use crate::memory::pages;
 use crate::memory::rounds::{RoundStats, Rounds};
 use crate::network::problem::Problem;
@@ -39,6 +40,7 @@ use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
 use crate::report::exit::Failed;
 use crate::report::progress::{Reporter, Round};
+use crate::sys::netns::NetNs;
 use crate::sys::process;
 use crate::transport::connect::{Closer, Destination};
 use crate::transport::frame;
@@ -49,6 +51,8 @@ const FREEZE_LIMIT: Duration = Duration::from_secs(30);
 const PREPARE_LIMIT: Duration = Duration::from_secs(120);
 /// Until the other Ferry has answered at all; ssh may ask for a key's passphrase.
 const ANSWER_LIMIT: Duration = Duration::from_secs(120);
+/// How long the other side may take to end after the last word.
+const GOODBYE_LIMIT: Duration = Duration::from_secs(60);
 /// How long a lost destination is looked for after the commit.
 const SETTLE_LIMIT: Duration = Duration::from_secs(30);
 /// Rounds over the running container's memory, at most.
@@ -103,7 +107,7 @@ impl Inputs {
         match self.queue.recv_timeout(left) {
             Ok(Input::Signal(signal)) => {
                 self.interrupted = true;
-                bail!("interrupted by {}", signal_name(signal))
+                bail!("interrupted by {}", talk::signal_name(signal))
             }
             Ok(Input::Heard(Heard::Gone(why))) => {
                 bail!(
@@ -125,10 +129,6 @@ impl Inputs {
     fn until(&mut self, limit: Duration) {
         self.deadline = Instant::now() + limit;
     }
-}
-
-fn signal_name(signal: i32) -> &'static str {
-    nix::sys::signal::Signal::try_from(signal).map_or("a signal", |s| s.as_str())
 }
 
 /// Says what stands in the way, all of it.
@@ -158,7 +158,9 @@ fn ask(runtime: &Runtime, options: &Options, reporter: &mut Reporter) -> Result<
         Inputs { queue, tell, deadline: Instant::now() + ANSWER_LIMIT, interrupted: false };
     let heard = inputs.tell.clone();
     talk::listen(reader, move |h| heard.send(Input::Heard(h)).is_ok()).map_err(Failed::refused)?;
-    catch_signals(&inputs.tell).map_err(Failed::refused)?;
+    let caught = inputs.tell.clone();
+    talk::catch_signals(move |signal| caught.send(Input::Signal(signal)).is_ok())
+        .map_err(Failed::refused)?;
     let greeted = greet(&speaker, &mut inputs);
     if let Err(e) = greeted {
         // A shell that could not get there says more than the end of its stream.
@@ -222,24 +224,6 @@ fn greet(speaker: &Speaker, inputs: &mut Inputs) -> Result<()> {
     }
 }
 
-/// SIGINT, SIGTERM and SIGHUP become inputs: what they mean depends on the phase.
-fn catch_signals(tell: &Sender<Input>) -> Result<()> {
-    let mut signals = signal_hook::iterator::Signals::new([
-        signal_hook::consts::SIGINT,
-        signal_hook::consts::SIGTERM,
-        signal_hook::consts::SIGHUP,
-    ])?;
-    let tell = tell.clone();
-    std::thread::Builder::new().name("signals".into()).spawn(move || {
-        for signal in &mut signals {
-            if tell.send(Input::Signal(signal)).is_err() {
-                return;
-            }
-        }
-    })?;
-    Ok(())
-}
-
 /// `ferry check CONTAINER DESTINATION`, and `migrate --dry-run`.
 ///
 /// # Errors
@@ -247,7 +231,7 @@ fn catch_signals(tell: &Sender<Input>) -> Result<()> {
 pub fn check(runtime: &Runtime, options: &Options, reporter: &mut Reporter) -> Result<(), Failed> {
     let mut accepted = ask(runtime, options, reporter)?;
     drop(accepted.speaker);
-    accepted.closer.wait();
+    accepted.closer.wait(GOODBYE_LIMIT);
     Ok(())
 }
 
@@ -287,8 +271,9 @@ struct Begun {
     dump: Option<DumpJob>,
     memory: Option<Memory>,
     keeper: Option<Keeper>,
-    fence: Option<fence::Armed>,
     frozen_since: Option<Instant>,
+    /// No second migration of the same container meanwhile.
+    _lock: Lock,
     limit: Option<Instant>,
 }
 
@@ -301,6 +286,8 @@ impl Begun {
     ) -> Result<Begun, Failed> {
         let Accepted { subject, speaker, closer, inputs } = accepted;
         let plan = &subject.plan;
+        let lock =
+            Lock::take(state_dir, runtime.root(), &plan.container).map_err(Failed::refused)?;
         let work = WorkDir::create(&plan.migration).map_err(Failed::refused)?;
         let record = Record {
             migration: plan.migration.clone(),
@@ -340,8 +327,8 @@ impl Begun {
             dump: None,
             memory: None,
             keeper: None,
-            fence: None,
             frozen_since: None,
+            _lock: lock,
             limit: options.timeout.map(|t| Instant::now() + t),
         })
     }
@@ -388,7 +375,7 @@ impl Begun {
         let network = match &self.subject.network {
             None => None,
             Some((namespace, _, image)) => {
-                Some((fence::arm(namespace)?, Capture::prepare(namespace, image)?))
+                Some(Box::new((fence::arm(namespace)?, Capture::prepare(namespace, image)?)))
             }
         };
         let plan = DumpPlan {
@@ -397,9 +384,11 @@ impl Begun {
             cgroup: self.subject.cgroup.clone(),
             images: self.work.images(),
             work: self.work.work(),
+            tmpfs: self.subject.plan.tmpfs.iter().map(|t| t.place.clone()).collect(),
             external: self.subject.plan.streams.iter().filter_map(|s| s.external.clone()).collect(),
             network,
-            interposer: Interposer::new(self.work.path(), &criu)?,
+            interposer: Interposer::new(self.work.path(), &criu, self.criu_namespace()?)?,
+            namespace: self.criu_namespace()?,
         };
         let tell = self.inputs.tell.clone();
         self.dump = Some(DumpJob::start(plan, move |event| {
@@ -407,6 +396,15 @@ impl Begun {
             let _ = tell.send(Input::Dump(event));
         })?);
         Ok(())
+    }
+
+    fn criu_namespace(&self) -> Result<Option<NetNs>> {
+        match &self.subject.network {
+            Some((namespace, _, _)) if self.subject.plan.criu_inside() => {
+                Ok(Some(namespace.try_clone()?))
+            }
+            _ => Ok(None),
+        }
     }
 
     fn go(&self, go: Go) -> Result<()> {
@@ -417,15 +415,17 @@ impl Begun {
     fn freeze(&mut self, reporter: &mut Reporter) -> Result<()> {
         self.inputs.until(FREEZE_LIMIT);
         self.obey_limit();
+        self.speaker.say(&Message::Freezing)?;
         self.go(Go::Freeze)?;
         loop {
-            if let Input::Dump(DumpEvent::Frozen { since, capture, fence }) = self.inputs.next()? {
+            if let Input::Dump(DumpEvent::Frozen { since, network }) = self.inputs.next()? {
                 self.frozen_since = Some(since);
-                self.fence = fence;
                 reporter.mark_at("freeze", since);
                 reporter.mark("frozen, fence closed");
-                self.keeper =
-                    capture.map(|c| Keeper::start(c, self.speaker.clone())).transpose()?;
+                if let Some(network) = network {
+                    let (_, capture) = *network;
+                    self.keeper = Some(Keeper::start(capture, self.speaker.clone())?);
+                }
                 break;
             }
         }
@@ -452,6 +452,7 @@ impl Begun {
     fn transfer(&mut self, reporter: &mut Reporter) -> Result<()> {
         self.tell_memory(Order::Dumped)?;
         self.send_streams(true)?;
+        self.send_tmpfs()?;
         let tasks = pages::tasks(&self.subject.cgroup.processes()?)?;
         let mut buffer = vec![0; frame::MAX_FILE_PIECE];
         for entry in std::fs::read_dir(self.work.images())? {
@@ -462,6 +463,21 @@ impl Begun {
         }
         self.speaker.say(&Message::Dumped { tasks: tasks.iter().map(|t| t.vpid).collect() })?;
         reporter.mark("images are sent");
+        Ok(())
+    }
+
+    /// The contents of the tmpfs mounts that CRIU leaves to us, as they are after it has made its
+    /// link remaps.
+    fn send_tmpfs(&self) -> Result<()> {
+        let root = PathBuf::from(format!("/proc/{}/root", self.subject.state.pid));
+        for (i, tmpfs) in self.subject.plan.tmpfs.iter().enumerate() {
+            let place = root.join(tmpfs.place.trim_start_matches('/'));
+            let file = SpeakerFile { speaker: &self.speaker, name: format!("tmpfs-{i}"), at: 0 };
+            let mut out = BufWriter::with_capacity(frame::MAX_FILE_PIECE, file);
+            tree::pack(&place, &mut out)
+                .with_context(|| format!("reading the tmpfs {}", tmpfs.place))?;
+            out.flush()?;
+        }
         Ok(())
     }
 
@@ -500,10 +516,10 @@ impl Begun {
     }
 
     /// **The commit.** When the journal has taken it the destination owns the container.
-    fn commit(mut self) -> Result<Committed, (Begun, anyhow::Error)> {
+    fn commit(mut self) -> Result<Committed, (Box<Begun>, anyhow::Error)> {
         match self.journal.write(State::Committed) {
             Ok(()) => Ok(Committed(self)),
-            Err(e) => Err((self, e)),
+            Err(e) => Err((Box::new(self), e)),
         }
     }
 
@@ -593,7 +609,7 @@ impl Committed {
         begun.guard.dismiss();
         reporter.report.wire_bytes = begun.speaker.bytes();
         drop(begun.speaker);
-        begun.closer.wait();
+        begun.closer.wait(GOODBYE_LIMIT);
         begun.work.keep();
         reporter.mark("cleared away here");
         if let Err(e) = done {
@@ -654,6 +670,25 @@ impl Committed {
     }
 }
 
+/// A file on the other side, written from its beginning.
+struct SpeakerFile<'a> {
+    speaker: &'a Speaker,
+    name: String,
+    at: u64,
+}
+
+impl Write for SpeakerFile<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let most = &bytes[..bytes.len().min(frame::MAX_FILE_PIECE)];
+        self.speaker.file(&self.name, self.at, most).map_err(std::io::Error::other)?;
+        self.at += most.len() as u64;
+        Ok(most.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Sends a file from an offset to its end; returns the end.
 fn send_file(
     speaker: &Speaker,
@@ -695,7 +730,6 @@ impl Guard {
 
     /// There is nothing to guard any more.
     fn dismiss(&mut self) {
-        use std::io::Write;
         if let Some(mut pipe) = self.child.stdin.take() {
             let _ = pipe.write_all(b"d");
         }

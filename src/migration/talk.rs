@@ -141,6 +141,28 @@ pub fn listen(
     })?)
 }
 
+/// SIGINT, SIGTERM and SIGHUP become inputs: what they mean depends on the phase.
+///
+/// # Errors
+/// When they cannot be caught.
+pub fn catch_signals(tell: impl Fn(i32) -> bool + Send + 'static) -> Result<()> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        for signal in &mut signals {
+            if !tell(signal) {
+                return;
+            }
+        }
+    })?;
+    Ok(())
+}
+
+/// For people.
+pub fn signal_name(signal: i32) -> &'static str {
+    nix::sys::signal::Signal::try_from(signal).map_or("a signal", |s| s.as_str())
+}
+
 /// What we say first.
 pub fn hello() -> Message {
     Message::Hello(Hello {

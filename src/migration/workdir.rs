@@ -70,12 +70,19 @@ impl Drop for WorkDir {
     }
 }
 
+/// Where the container's tmpfs mounts stand until they are bound into place: beside the work
+/// directory, never in it, as that is removed with all its files.
+pub fn tmpfs_base(work: &Path) -> PathBuf {
+    work.with_extension("tmpfs")
+}
+
 /// Removes a migration's directory, mounted or not; nothing is there when it has gone already.
 pub fn remove(path: &Path) {
     // Only a directory of ours, whatever a journal says.
     if path.parent() != Some(Path::new(BASE)) {
         return;
     }
+    crate::files::tmpfs::unmount_all(&tmpfs_base(path));
     // EINVAL where it is no mount point of its own.
     let _ = tmpfs::unmount(path);
     let _ = fs::remove_dir_all(path);

@@ -56,7 +56,7 @@ pub fn capture(container: &NetNs, host: &NetNs) -> Result<NetworkImage, Problem>
 
     let mut inside = Rtnl::open(container).trying(trying)?;
     let mut infos = inside.links().trying(trying)?;
-    infos.retain(|l| !(UNASKED.contains(&l.kind.as_str()) && !l.is_up()));
+    infos.retain(|l| l.is_up() || !UNASKED.contains(&l.kind.as_str()));
     // The kernel gives loopback the first index; the image says so too.
     infos.sort_by_key(|l| (!l.is_loopback(), l.index));
     let names: Vec<String> = infos.iter().map(|l| l.name.clone()).collect();
@@ -202,7 +202,8 @@ impl Surroundings {
     }
 }
 
-fn index_at(m: &Message, at: usize) -> Option<i32> {
+/// The interface index in a fixed header.
+pub(super) fn index_at(m: &Message, at: usize) -> Option<i32> {
     m.payload.get(at..at + 4)?.try_into().ok().map(i32::from_ne_bytes)
 }
 

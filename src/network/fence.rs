@@ -7,7 +7,9 @@
 //! Registering hooks costs milliseconds, changing a chain's policy tens of microseconds. So
 //! [`arm`] registers the chains ahead of time, letting everything through, and what happens
 //! while the container is frozen ([`Armed::close`], [`Armed::open`]) only flips policies, in a
-//! batch encoded beforehand, on a socket that is already in the namespace.
+//! batch encoded beforehand, on a socket that is already in the namespace. Measured on a virtual
+//! machine with two cores: arming 1 ms and at times 8, a flip 8 µs, removing 12 to 16 ms, and
+//! dropping an [`Armed`] as long if something was just removed.
 //!
 //! Kernels older than 5.16 (or without `CONFIG_NETFILTER_EGRESS`) get output chains of the inet
 //! and arp families instead of egress; frames that a process writes on a packet socket are then
@@ -102,6 +104,13 @@ pub fn arm(namespace: &NetNs) -> Result<Armed, Problem> {
 /// later are not fenced until this is called again.
 pub fn raise(namespace: &NetNs) -> Result<Armed, Problem> {
     install(namespace, Policy::Drop)
+}
+
+/// [`raise`] as it is done on kernels without the egress hook; for tests.
+#[doc(hidden)]
+pub fn raise_without_egress(namespace: &NetNs) -> Result<Armed, Problem> {
+    install_with(namespace, Policy::Drop, Outward::Output)
+        .trying(|| "cannot put up the network fence".into())
 }
 
 /// Opens the fence that is in the namespace; it is no error if there is none.

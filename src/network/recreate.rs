@@ -23,6 +23,8 @@ use crate::sys::netns::{self, NetNs};
 
 /// A link that has just come up needs this long at most until frames pass.
 const CARRIER_WAIT: Duration = Duration::from_secs(3);
+/// Twice the longest forward delay of IEEE 802.1D.
+const PORT_WAIT: Duration = Duration::from_secs(61);
 const CARRIER_POLL: Duration = Duration::from_millis(2);
 const VETH_INFO_PEER: u16 = 1;
 
@@ -161,6 +163,7 @@ fn furnish(
     }
     made.fence = Some(fence::raise(&made.namespace)?);
 
+    let mut indices = Vec::new();
     // The other ends of cables may come up now: the container's are down and fenced.
     for (name, bridge) in &ports {
         let trying = || format!("cannot set the host's end of {name} up");
@@ -168,6 +171,7 @@ fn furnish(
         let far = near.ok_or_else(|| Problem::new(trying(), "it has no other end"))?;
         let mut up = Request::new(rtnl::NEWLINK, 0, &ifinfo(far, IFF_UP, IFF_UP));
         up.u32(rtnl::IFLA_MASTER, *bridge as u32);
+        indices.push(far);
         outside.change(&up).trying(trying)?;
     }
 
@@ -175,6 +179,7 @@ fn furnish(
     restoring.parameters(image)?;
     restoring.up()?;
     wait_for_carriers(restoring.socket, &made.links)?;
+    wait_for_ports(&mut outside, &indices)?;
     restoring.fill(image)?;
     restoring.settle(image)
 }
@@ -242,6 +247,30 @@ fn wait_for_carriers(inside: &mut Rtnl, names: &[String]) -> Result<(), Problem>
                     "it has no carrier",
                 )
                 .hint("check the interface or bridge that it hangs on"));
+            }
+            Some(_) => thread::sleep(CARRIER_POLL),
+        }
+    }
+}
+
+/// A bridge that speaks the spanning tree protocol lets frames of a new port pass only after twice
+/// its forward delay: better waited for now than after the commit.
+fn wait_for_ports(outside: &mut Rtnl, indices: &[i32]) -> Result<(), Problem> {
+    const BR_STATE_FORWARDING: u8 = 3;
+    let end = Instant::now() + PORT_WAIT;
+    loop {
+        let links = outside.links().trying(|| "cannot read this host's links".into())?;
+        let waiting = links.iter().find(|l| {
+            indices.contains(&l.index) && l.port_state.is_some_and(|s| s != BR_STATE_FORWARDING)
+        });
+        match waiting {
+            None => return Ok(()),
+            Some(port) if Instant::now() > end => {
+                return Err(Problem::new(
+                    format!("the bridge does not let frames of {} pass", port.name),
+                    "its spanning tree protocol keeps the port blocked",
+                )
+                .hint("look for a loop: `bridge link show`"));
             }
             Some(_) => thread::sleep(CARRIER_POLL),
         }

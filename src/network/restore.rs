@@ -5,6 +5,8 @@
 //! is there: what is too much goes, what is missing comes.
 
 use std::net::IpAddr;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
@@ -20,6 +22,9 @@ use crate::sys::netns::NetNs;
 const APPEND: u16 = 0x800;
 /// `IN6_ADDR_GEN_MODE_NONE`
 const NO_ADDRESSES: u8 = 1;
+const IFA_TENTATIVE: u32 = 0x40;
+const ADDRESS_WAIT: Duration = Duration::from_secs(3);
+const POLL: Duration = Duration::from_millis(1);
 const NUD_STALE: u16 = 0x04;
 const NUD_PERMANENT: u16 = 0x80;
 
@@ -78,16 +83,46 @@ impl Restoring<'_> {
     pub fn fill(&mut self, image: &NetworkImage) -> Result<(), Problem> {
         for link in self.links.clone() {
             let index = self.find(link)?.index;
-            for address in &link.addresses {
+            // Of IPv4 the kernel puts new addresses last, of IPv6 first; the order chooses the
+            // source address among equals.
+            let (v6, v4): (Vec<_>, Vec<_>) = link.addresses.iter().partition(|a| a.local.is_ipv6());
+            for address in v4.into_iter().chain(v6.into_iter().rev()) {
                 let request = address_request(rtnl::NEWADDR, CREATE | EXCL, index, address);
                 // Loopback has its own as soon as it is up.
                 self.try_change(&request, Errno::EEXIST)
                     .trying(|| format!("cannot add {} to {}", address.local, link.name))?;
             }
         }
+        self.wait_for_addresses()?;
         self.routes(image)?;
         self.rules(image)?;
         self.neighbours(image)
+    }
+
+    /// The kernel looks later whether an address has to be probed; until then it is tentative, and
+    /// parameters must stay as they are.
+    fn wait_for_addresses(&mut self) -> Result<(), Problem> {
+        let trying = || "cannot read the new addresses".to_owned();
+        let end = Instant::now() + ADDRESS_WAIT;
+        loop {
+            let up: Vec<i32> =
+                self.infos()?.iter().filter(|l| l.is_up()).map(|l| l.index).collect();
+            let list = self.socket.addresses().trying(trying)?;
+            let waiting = list.iter().any(|m| {
+                capture::index_at(m, 4).is_some_and(|i| up.contains(&i))
+                    && m.attributes(8).u32(8).is_some_and(|flags| flags & IFA_TENTATIVE != 0)
+            });
+            if !waiting {
+                return Ok(());
+            }
+            if Instant::now() > end {
+                return Err(Problem::new(
+                    "an IPv6 address stays tentative",
+                    "the kernel probes it",
+                ));
+            }
+            thread::sleep(POLL);
+        }
     }
 
     /// The last step, when frames can pass: IPv6 is told to do as it did on the source.

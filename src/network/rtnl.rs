@@ -14,7 +14,6 @@ pub(super) const NEWLINK: u16 = 16;
 pub(super) const DELLINK: u16 = 17;
 const GETLINK: u16 = 18;
 pub(super) const NEWADDR: u16 = 20;
-pub(super) const DELADDR: u16 = 21;
 const GETADDR: u16 = 22;
 pub(super) const NEWROUTE: u16 = 24;
 pub(super) const DELROUTE: u16 = 25;
@@ -71,6 +70,8 @@ pub(super) struct LinkInfo {
     pub kind: String,
     pub macvlan_mode: Option<u32>,
     pub addr_gen_mode: Option<u8>,
+    /// Of a bridge's port, `BR_STATE_*`.
+    pub port_state: Option<u8>,
 }
 
 impl LinkInfo {
@@ -105,6 +106,7 @@ impl LinkInfo {
             operstate: a.get(IFLA_OPERSTATE).and_then(|v| v.first().copied()).unwrap_or_default(),
             macvlan_mode: (kind == "macvlan").then(|| info.nest(2).u32(1)).flatten(),
             kind,
+            port_state: info.nest(5).get(1).and_then(|v| v.first().copied()),
             addr_gen_mode: inet6.get(INET6_ADDR_GEN_MODE).and_then(|v| v.first().copied()),
         })
     }

@@ -12,6 +12,18 @@ use anyhow::{Context, Result, anyhow, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 
+use crate::sys::process::wait_readable;
+
+/// Moves a process into the control group that it is in already (unified hierarchy, or the
+/// freezer's of version 1).
+///
+/// # Errors
+/// When it is in the root group, or the group cannot be written to.
+pub fn move_to_where_it_is(pid: i32) -> Result<()> {
+    let group = Cgroup::of_process(pid)?;
+    Ok(fs::write(group.path().join("cgroup.procs"), pid.to_string())?)
+}
+
 /// A control group that can be frozen.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", tag = "version", content = "path")]
@@ -206,12 +218,8 @@ impl Cgroup {
             .filter_map(|pid| crate::sys::process::pidfd_open(pid).ok())
             .collect();
         for fd in &watched {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let timeout = PollTimeout::try_from(left.as_millis() as i32 + 1)?;
-            let mut set = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
-            if poll(&mut set, timeout)? == 0 {
-                return Err(anyhow!("a task of {} does not end", self.path().display()));
-            }
+            wait_readable(&[fd.as_fd()], Some(deadline))
+                .map_err(|_| anyhow!("a task of {} does not end", self.path().display()))?;
         }
         Ok(())
     }

@@ -1,7 +1,5 @@
 //! How a verb of ours ends: the exit code, and the error that goes with it.
 
-use std::process::ExitCode;
-
 /// The exit codes that scripts may rely on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -31,9 +29,9 @@ impl Exit {
     }
 }
 
-impl From<Exit> for ExitCode {
+impl From<Exit> for u8 {
     fn from(exit: Exit) -> Self {
-        ExitCode::from(exit as u8)
+        exit as u8
     }
 }
 

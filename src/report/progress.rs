@@ -11,6 +11,13 @@ use serde::Serialize;
 use crate::memory::rounds::RoundStats;
 use crate::network::problem::Problem;
 
+/// Like `eprintln!`, which panics when nobody reads: a closed terminal must not stop a migration.
+macro_rules! tell {
+    ($($words:tt)*) => {
+        let _ = writeln!(std::io::stderr(), $($words)*);
+    };
+}
+
 /// A moment of the hand-over.
 #[derive(Clone, Debug, Serialize)]
 pub struct Mark {
@@ -112,7 +119,7 @@ impl Reporter {
         } else if self.json {
             self.event(&serde_json::json!({"event": "phase", "name": name, "at_ms": at_ms}));
         } else {
-            eprintln!("{:>9.1} ms  {words}", at_ms);
+            tell!("{:>9.1} ms  {words}", at_ms);
         }
     }
 
@@ -129,7 +136,7 @@ impl Reporter {
         if self.json {
             self.event(&serde_json::json!({"event": "warning", "message": text}));
         } else {
-            eprintln!("warning: {text}");
+            tell!("warning: {text}");
         }
     }
 
@@ -162,7 +169,7 @@ impl Reporter {
     fn print_timeline(&self) {
         let report = &self.report;
         let sent: u64 = report.rounds.iter().map(|r| r.pages.sent).sum();
-        eprintln!(
+        tell!(
             "{} runs on {}: frozen for {:.1} ms, {:.1} ms in all, {:.1} MiB on the link \
              ({sent} pages in {} rounds, {} packets kept)",
             report.container,
@@ -174,13 +181,13 @@ impl Reporter {
             report.packets,
         );
         let Some(freeze) = report.source.iter().find(|m| m.name == "freeze") else { return };
-        eprintln!("  source, ms since the freeze:");
+        tell!("  source, ms since the freeze:");
         for mark in report.source.iter().filter(|m| m.at_ms >= freeze.at_ms) {
-            eprintln!("    {:>8.1}  {}", mark.at_ms - freeze.at_ms, mark.name);
+            tell!("    {:>8.1}  {}", mark.at_ms - freeze.at_ms, mark.name);
         }
-        eprintln!("  destination, ms since it had the images:");
+        tell!("  destination, ms since it had the images:");
         for (name, ms) in &report.arrival {
-            eprintln!("    {ms:>8.1}  {name}");
+            tell!("    {ms:>8.1}  {name}");
         }
     }
 }

@@ -3,7 +3,7 @@
 //! Functions take `AsFd`, return `OwnedFd`, and name their manual page. Nothing here knows what a
 //! migration is.
 
-pub mod inherit;
+pub mod entry;
 pub mod memory;
 pub mod netlink;
 pub mod netns;

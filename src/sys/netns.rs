@@ -95,7 +95,7 @@ fn on_new_thread<T: Send>(f: impl FnOnce() -> io::Result<T> + Send) -> io::Resul
 }
 
 fn is_nsfs(fd: impl AsFd) -> io::Result<bool> {
-    Ok(i64::from(fstatfs(fd)?.filesystem_type().0) == NSFS_MAGIC)
+    Ok(fstatfs(fd)?.filesystem_type().0 == NSFS_MAGIC)
 }
 
 /// Makes a namespace and binds it to `path`, as `ip netns add` does. The path must be free.

@@ -1,9 +1,12 @@
 //! Processes seen from outside: pidfd_open(2), pidfd_getfd(2), process_vm_readv(2), prctl(2).
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// A descriptor that stands for a process and becomes readable when it ends. pidfd_open(2).
 pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
@@ -83,4 +86,37 @@ pub fn adopt_fd(fd: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: the number is open and, by the caller's contract, nobody else in this process
     // owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Waits until at least one of the descriptors is readable or closed; their indices. poll(2).
+///
+/// # Errors
+/// `TimedOut` when the time is over.
+pub fn wait_readable(fds: &[BorrowedFd], deadline: Option<Instant>) -> io::Result<Vec<usize>> {
+    loop {
+        let mut set: Vec<PollFd> = fds.iter().map(|f| PollFd::new(*f, PollFlags::POLLIN)).collect();
+        let timeout = match deadline {
+            None => PollTimeout::NONE,
+            Some(at) => {
+                let left = at.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(io::Error::from(io::ErrorKind::TimedOut));
+                }
+                PollTimeout::try_from(left.min(Duration::from_secs(3600)).as_millis() as i32 + 1)
+                    .unwrap_or(PollTimeout::MAX)
+            }
+        };
+        match poll(&mut set, timeout) {
+            Ok(0) | Err(nix::errno::Errno::EINTR) => continue,
+            Ok(_) => {
+                return Ok(set
+                    .iter()
+                    .enumerate()
+                    .filter(|(_, p)| p.revents().is_some_and(|r| !r.is_empty()))
+                    .map(|(i, _)| i)
+                    .collect());
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
 }

@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::fcntl::{FcntlArg, fcntl};
@@ -80,10 +81,17 @@ impl Closer {
         }
     }
 
-    /// Waits for the shell to end by itself, after the writer has been dropped.
-    pub fn wait(&mut self) {
+    /// Waits for the shell to end by itself, after the writer has been dropped; cuts it off when
+    /// that takes longer than `limit`.
+    pub fn wait(&mut self, limit: Duration) {
         if let Closer::Shell(child) = self {
-            let _ = child.wait();
+            let ended = process::pidfd_open(child.id() as i32)
+                .and_then(|fd| process::wait_readable(&[fd.as_fd()], Some(Instant::now() + limit)));
+            if ended.is_ok() {
+                let _ = child.wait();
+                return;
+            }
+            self.close();
         }
     }
 }

@@ -155,7 +155,7 @@ fn decode(kind: u8, mut payload: Vec<u8>) -> Result<Frame> {
         PAGES => {
             let (vpid, vaddr) = (word(0)? as i32, word(8)?);
             payload.drain(..16);
-            if payload.is_empty() || payload.len() % PAGE != 0 {
+            if payload.is_empty() || !payload.len().is_multiple_of(PAGE) {
                 bail!("a frame with pages in part");
             }
             Frame::Pages(vpid, vaddr, payload)

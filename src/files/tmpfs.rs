@@ -1,0 +1,191 @@
+//! The container's tmpfs mounts, carried by Ferry instead of CRIU.
+//!
+//! CRIU runs `tar` for each of them, on both sides, inside the freeze: 5 ms and 5 ms for an empty
+//! one, and a plain runc container has five (/dev, /dev/shm, /run, a mask, …). So they are declared
+//! external: on the source CRIU only notes them, Ferry reads their contents; on the destination
+//! Ferry mounts fresh ones ahead of time, fills them, and CRIU binds them into place.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use serde::{Deserialize, Serialize};
+
+/// Most of them in one container.
+pub const MAX: usize = 256;
+
+/// A tmpfs of the container's own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tmpfs {
+    /// Where the container has it.
+    pub place: String,
+    /// Its own options (size, mode …), tmpfs(5).
+    pub options: Vec<String>,
+}
+
+/// Finds, in the mountinfo of a task of the container (proc_pid_mountinfo(5)), the tmpfs mounts
+/// that can be carried so: whole, mounted once, not tied to other mounts by propagation. The others
+/// are left to CRIU. `bound` are the bind mounts of the configuration, which come from the host.
+pub fn find(mountinfo: &str, bound: &[PathBuf]) -> Vec<Tmpfs> {
+    struct Line<'a> {
+        device: &'a str,
+        root: &'a str,
+        place: &'a str,
+        tied: bool,
+        kind: &'a str,
+        options: &'a str,
+    }
+    let lines: Vec<Line> = mountinfo
+        .lines()
+        .filter_map(|line| {
+            let (left, right) = line.split_once(" - ")?;
+            let mut left = left.split(' ').skip(2);
+            let (device, root, place) = (left.next()?, left.next()?, left.next()?);
+            let tied = left.skip(1).any(|o| o.starts_with("shared:") || o.starts_with("master:"));
+            let mut right = right.split(' ');
+            let (kind, options) = (right.next()?, right.nth(1)?);
+            Some(Line { device, root, place, tied, kind, options })
+        })
+        .collect();
+    lines
+        .iter()
+        .filter(|l| l.kind == "tmpfs" && l.root == "/" && l.place != "/" && !l.tied)
+        .filter(|l| lines.iter().filter(|o| o.device == l.device).count() == 1)
+        // A second mount over the first hides it; CRIU knows how to tell them apart.
+        .filter(|l| lines.iter().filter(|o| o.place == l.place).count() == 1)
+        .filter(|l| !bound.iter().any(|b| b.as_path() == Path::new(l.place)))
+        // Blanks and the like are escaped: rare enough for CRIU's way.
+        .filter(|l| !l.place.contains('\\'))
+        .map(|l| Tmpfs {
+            place: l.place.to_owned(),
+            options: l.options.split(',').filter(|o| known(o)).map(str::to_owned).collect(),
+        })
+        .take(MAX)
+        .collect()
+}
+
+/// Options that a tmpfs may be mounted with.
+fn known(option: &str) -> bool {
+    let (name, value) = option.split_once('=').unwrap_or((option, ""));
+    let plain = value.len() <= 24 && value.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'%');
+    matches!(
+        name,
+        "size"
+            | "nr_inodes"
+            | "nr_blocks"
+            | "mode"
+            | "uid"
+            | "gid"
+            | "huge"
+            | "inode32"
+            | "inode64"
+            | "noswap"
+    ) && plain
+}
+
+/// Refuses what no honest source sends.
+///
+/// # Errors
+/// Says what is wrong.
+pub fn validate(list: &[Tmpfs]) -> Result<()> {
+    if list.len() > MAX {
+        bail!("{} tmpfs mounts, more than {MAX}", list.len());
+    }
+    for tmpfs in list {
+        if !tmpfs.place.starts_with('/') || tmpfs.place.len() > 4096 {
+            bail!("{:?} is no mount point", tmpfs.place);
+        }
+        if let Some(odd) = tmpfs.options.iter().find(|o| !known(o)) {
+            bail!("{odd:?} is no option of a tmpfs");
+        }
+    }
+    Ok(())
+}
+
+/// Fresh ones on the destination, waiting to be bound into the container. Taken down on drop: what
+/// the container has by then stays with it.
+#[derive(Debug)]
+pub struct Mounted {
+    base: PathBuf,
+}
+
+impl Mounted {
+    /// Mounts them below `base`, which is made.
+    ///
+    /// # Errors
+    /// When one cannot be mounted; those before it are gone then.
+    pub fn new(base: &Path, list: &[Tmpfs]) -> Result<Mounted> {
+        let what = || format!("cannot mount a tmpfs below {}", base.display());
+        fs::create_dir(base).with_context(what)?;
+        let mounted = Mounted { base: base.to_owned() };
+        for (i, tmpfs) in list.iter().enumerate() {
+            let place = mounted.place(i);
+            fs::create_dir(&place).with_context(what)?;
+            let options = tmpfs.options.join(",");
+            mount(Some("tmpfs"), &place, Some("tmpfs"), MsFlags::MS_NOSUID, Some(options.as_str()))
+                .with_context(what)?;
+            // The container's must not be tied to this one, nor this one to the host's others.
+            let private = MsFlags::MS_PRIVATE;
+            mount(None::<&str>, &place, None::<&str>, private, None::<&str>).with_context(what)?;
+        }
+        Ok(mounted)
+    }
+
+    /// Where the n-th is.
+    pub fn place(&self, n: usize) -> PathBuf {
+        self.base.join(n.to_string())
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        unmount_all(&self.base);
+    }
+}
+
+/// Takes down whatever is mounted below `base`. Never removes a file: what is mounted there may be
+/// a running container's.
+pub fn unmount_all(base: &Path) {
+    let Ok(list) = fs::read_dir(base) else { return };
+    for entry in list.flatten() {
+        // EINVAL where nothing is mounted.
+        let _ = umount2(&entry.path(), MntFlags::MNT_DETACH);
+        let _ = fs::remove_dir(entry.path());
+    }
+    let _ = fs::remove_dir(base);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INFO: &str = "\
+30 1 0:40 / / rw - overlay overlay rw
+31 30 0:41 / /dev rw,nosuid - tmpfs tmpfs rw,size=65536k,mode=755,inode64
+32 31 0:42 / /dev/pts rw - devpts devpts rw
+33 31 0:43 / /dev/shm rw - tmpfs shm rw,size=65536k
+34 30 0:44 / /run rw master:5 - tmpfs tmpfs rw
+35 30 0:45 /sub /sub rw - tmpfs tmpfs rw
+36 30 0:46 / /secrets rw - tmpfs tmpfs rw
+37 30 0:47 / /twice rw - tmpfs tmpfs rw
+38 30 0:47 / /again rw - tmpfs tmpfs rw
+39 30 0:48 / /with\\040blank rw - tmpfs tmpfs rw";
+
+    #[test]
+    fn only_whole_and_untied_ones_are_taken() {
+        let found = find(INFO, &["/secrets".into()]);
+        let places: Vec<&str> = found.iter().map(|t| t.place.as_str()).collect();
+        assert_eq!(places, ["/dev", "/dev/shm"]);
+        assert_eq!(found[0].options, ["size=65536k", "mode=755", "inode64"]);
+        validate(&found).unwrap();
+    }
+
+    #[test]
+    fn strange_options_are_refused() {
+        let odd = |o: &str| validate(&[Tmpfs { place: "/x".into(), options: vec![o.into()] }]);
+        assert!(odd("size=1m").is_ok());
+        assert!(odd("context=x").is_err());
+        assert!(odd("size=1,uid=0").is_err());
+    }
+}

@@ -1,0 +1,410 @@
+//! A directory tree as one stream, and back: for the contents of a container's tmpfs mounts.
+//!
+//! Everything that a file system holds goes along: owners, modes, times to the nanosecond, extended
+//! attributes (and with them ACLs and capabilities), hard links, symbolic links, holes, devices,
+//! FIFOs. Sockets do not: CRIU binds them again. Mount points inside are made as empty directories
+//! or files.
+//!
+//! Format: for each entry a u32 LE length, a JSON [`Entry`], and the bytes of its extents.
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::fs::{self, File, Metadata};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::path::{Component, Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2};
+use nix::sys::stat::{
+    FchmodatFlags, Mode, SFlag, UtimensatFlags, fchmodat, mkdirat, mknodat, utimensat,
+};
+use nix::sys::time::TimeSpec;
+use nix::unistd::{Gid, LinkatFlags, Uid, Whence, fchownat, linkat, lseek, symlinkat};
+use serde::{Deserialize, Serialize};
+
+/// Longest description of one entry: names, link targets and attributes are far below.
+const MAX_ENTRY: usize = 1 << 20;
+/// Most entries of one tree.
+const MAX_ENTRIES: usize = 10_000_000;
+const PIECE: usize = 256 << 10;
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Entry {
+    /// Relative to the root; empty for the root itself.
+    path: Vec<u8>,
+    kind: Kind,
+    mode: u32,
+    uid: u32,
+    gid: u32,
+    /// Seconds and nanoseconds.
+    mtime: (i64, i64),
+    /// Name and value.
+    attributes: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Kind {
+    Directory,
+    /// Size, and where there is data: offset and length.
+    File(u64, Vec<(u64, u64)>),
+    Symlink(Vec<u8>),
+    Character(u64),
+    Block(u64),
+    Fifo,
+    /// Another name of an entry that came before.
+    Link(Vec<u8>),
+}
+
+/// Writes a tree.
+///
+/// # Errors
+/// When it cannot be read, or `out` fails.
+pub fn pack(root: &Path, out: &mut impl Write) -> Result<()> {
+    let meta = fs::symlink_metadata(root).with_context(|| root.display().to_string())?;
+    let mut packer = Packer { root, device: meta.dev(), links: HashMap::new(), out };
+    packer.entry(Path::new(""), &meta)
+}
+
+struct Packer<'a, W> {
+    root: &'a Path,
+    device: u64,
+    links: HashMap<u64, Vec<u8>>,
+    out: &'a mut W,
+}
+
+impl<W: Write> Packer<'_, W> {
+    fn entry(&mut self, path: &Path, meta: &Metadata) -> Result<()> {
+        let full = self.root.join(path);
+        let what = || format!("cannot read {}", full.display());
+        let name = path.as_os_str().as_bytes().to_vec();
+        let kind = meta.file_type();
+        // Something else is mounted there; what lies beneath cannot be seen by anybody.
+        let mounted = meta.dev() != self.device;
+        let mut file = None;
+        let described = if kind.is_dir() {
+            Kind::Directory
+        } else if mounted {
+            Kind::File(0, Vec::new())
+        } else if let Some(first) =
+            self.links.get(&meta.ino()).filter(|_| meta.nlink() > 1).cloned()
+        {
+            Kind::Link(first)
+        } else if kind.is_file() {
+            let open = File::open(&full).with_context(what)?;
+            let extents = extents(&open, meta.size()).with_context(what)?;
+            file = Some(open);
+            Kind::File(meta.size(), extents)
+        } else if kind.is_symlink() {
+            Kind::Symlink(fs::read_link(&full).with_context(what)?.as_os_str().as_bytes().to_vec())
+        } else if kind.is_char_device() {
+            Kind::Character(meta.rdev())
+        } else if kind.is_block_device() {
+            Kind::Block(meta.rdev())
+        } else if kind.is_fifo() {
+            Kind::Fifo
+        } else {
+            return Ok(());
+        };
+        if meta.nlink() > 1 && !kind.is_dir() {
+            self.links.entry(meta.ino()).or_insert_with(|| name.clone());
+        }
+        let (mode, uid, gid) = match (mounted, kind.is_dir()) {
+            (false, _) => (meta.mode() & 0o7777, meta.uid(), meta.gid()),
+            (true, true) => (0o755, 0, 0),
+            (true, false) => (0o644, 0, 0),
+        };
+        let attributes = if mounted { Vec::new() } else { attributes(&full).with_context(what)? };
+        let mtime = (meta.mtime(), meta.mtime_nsec());
+        let entry = Entry { path: name, kind: described, mode, uid, gid, mtime, attributes };
+        let json = serde_json::to_vec(&entry)?;
+        if json.len() > MAX_ENTRY {
+            bail!("{}: too much to say about it", full.display());
+        }
+        self.out.write_all(&(json.len() as u32).to_le_bytes())?;
+        self.out.write_all(&json)?;
+        if let (Some(file), Kind::File(_, extents)) = (file, &entry.kind) {
+            for &(offset, length) in extents {
+                copy_out(&file, offset, length, self.out).with_context(what)?;
+            }
+        }
+        if kind.is_dir() && !mounted {
+            let mut names: Vec<_> =
+                fs::read_dir(&full).with_context(what)?.collect::<io::Result<_>>()?;
+            names.sort_by_key(fs::DirEntry::file_name);
+            for child in names {
+                self.entry(&path.join(child.file_name()), &child.metadata()?)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where a file has data. lseek(2), `SEEK_DATA`.
+fn extents(file: &File, size: u64) -> Result<Vec<(u64, u64)>> {
+    let mut found = Vec::new();
+    let mut at = 0;
+    while at < size {
+        let start = match lseek(file, at as i64, Whence::SeekData) {
+            Ok(start) => start as u64,
+            Err(nix::errno::Errno::ENXIO) => break,
+            Err(e) => return Err(e.into()),
+        };
+        let end = (lseek(file, start as i64, Whence::SeekHole)? as u64).min(size);
+        found.push((start, end - start));
+        at = end;
+    }
+    Ok(found)
+}
+
+fn copy_out(file: &File, mut offset: u64, length: u64, out: &mut impl Write) -> Result<()> {
+    let end = offset + length;
+    let mut buffer = vec![0; PIECE];
+    while offset < end {
+        let most = PIECE.min((end - offset) as usize);
+        let n = file.read_at(&mut buffer[..most], offset)?;
+        if n == 0 {
+            bail!("it became shorter while it was read");
+        }
+        out.write_all(&buffer[..n])?;
+        offset += n as u64;
+    }
+    Ok(())
+}
+
+fn attributes(path: &Path) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    let names = match xattr::list(path) {
+        Ok(names) => names,
+        Err(e) if e.raw_os_error() == Some(libc::ENOTSUP) => return Ok(Vec::new()),
+        Err(e) => return Err(e.into()),
+    };
+    let mut found = Vec::new();
+    for name in names {
+        if let Some(value) = xattr::get(path, &name)? {
+            found.push((name.as_bytes().to_vec(), value));
+        }
+    }
+    Ok(found)
+}
+
+/// Makes the tree below `root`, a directory that is empty. Nothing outside it is touched, whatever
+/// the stream says.
+///
+/// # Errors
+/// When the stream is not one, is cut, or an entry cannot be made.
+pub fn unpack(root: &Path, input: &mut impl Read) -> Result<()> {
+    let root = File::open(root).with_context(|| root.display().to_string())?;
+    let mut directories = Vec::new();
+    for _ in 0..MAX_ENTRIES {
+        let mut length = [0; 4];
+        match input.read_exact(&mut length) {
+            Ok(()) => {}
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
+                // From the inside outwards: making an entry changes its directory's time.
+                for entry in directories.iter().rev() {
+                    times(&root, entry)?;
+                }
+                return Ok(());
+            }
+            Err(e) => return Err(e.into()),
+        }
+        let length = u32::from_le_bytes(length) as usize;
+        if length > MAX_ENTRY {
+            bail!("an entry of {length} bytes");
+        }
+        let mut json = vec![0; length];
+        input.read_exact(&mut json).context("the stream was cut")?;
+        let entry: Entry = serde_json::from_slice(&json)?;
+        let shown = String::from_utf8_lossy(&entry.path).into_owned();
+        make(&root, &entry, input).with_context(|| format!("cannot make {shown:?}"))?;
+        if matches!(entry.kind, Kind::Directory) {
+            directories.push(entry);
+        }
+    }
+    bail!("more than {MAX_ENTRIES} entries")
+}
+
+/// The directory that an entry lies in, and its name there. Only plain names below the root, and
+/// no symbolic link on the way: openat2(2).
+fn place(root: &File, path: &[u8]) -> Result<(OwnedFd, PathBuf)> {
+    let path = Path::new(OsStr::from_bytes(path));
+    let plain = path.components().all(|c| matches!(c, Component::Normal(_)));
+    let (Some(name), true) = (path.file_name(), plain) else { bail!("not a plain path") };
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let how =
+        OpenHow::new().flags(OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC).resolve(
+            ResolveFlag::RESOLVE_BENEATH
+                | ResolveFlag::RESOLVE_NO_SYMLINKS
+                | ResolveFlag::RESOLVE_NO_XDEV,
+        );
+    Ok((openat2(root, parent, how)?, name.into()))
+}
+
+fn make(root: &File, entry: &Entry, input: &mut impl Read) -> Result<()> {
+    if entry.path.is_empty() {
+        if !matches!(entry.kind, Kind::Directory) {
+            bail!("a root that is no directory");
+        }
+        return describe(root.as_fd(), Path::new("."), entry);
+    }
+    let (parent, name) = place(root, &entry.path)?;
+    let private = Mode::from_bits_truncate(0o700);
+    match &entry.kind {
+        Kind::Directory => mkdirat(&parent, &name, private)?,
+        Kind::File(size, extents) => {
+            let flags = OFlag::O_WRONLY
+                | OFlag::O_CREAT
+                | OFlag::O_EXCL
+                | OFlag::O_NOFOLLOW
+                | OFlag::O_CLOEXEC;
+            let file = File::from(openat(&parent, &name, flags, private)?);
+            file.set_len(*size)?;
+            let mut buffer = vec![0; PIECE];
+            for &(offset, length) in extents {
+                if offset.checked_add(length).is_none_or(|end| end > *size) {
+                    bail!("data beyond the end of the file");
+                }
+                let mut done = 0;
+                while done < length {
+                    let most = PIECE.min((length - done) as usize);
+                    input.read_exact(&mut buffer[..most]).context("the stream was cut")?;
+                    file.write_all_at(&buffer[..most], offset + done)?;
+                    done += most as u64;
+                }
+            }
+        }
+        Kind::Symlink(target) => symlinkat(OsStr::from_bytes(target), &parent, &name)?,
+        Kind::Character(device) => mknodat(&parent, &name, SFlag::S_IFCHR, private, *device)?,
+        Kind::Block(device) => mknodat(&parent, &name, SFlag::S_IFBLK, private, *device)?,
+        Kind::Fifo => mknodat(&parent, &name, SFlag::S_IFIFO, private, 0)?,
+        Kind::Link(first) => {
+            let (directory, old) = place(root, first)?;
+            linkat(&directory, &old, &parent, &name, LinkatFlags::empty())?;
+            return Ok(());
+        }
+    }
+    describe(parent.as_fd(), &name, entry)
+}
+
+/// Owner, mode, attributes, time. In this order: a change of owner clears setuid bits and
+/// capabilities.
+fn describe(parent: BorrowedFd, name: &Path, entry: &Entry) -> Result<()> {
+    let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
+    fchownat(parent, name, Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW)?;
+    if !matches!(entry.kind, Kind::Symlink(_)) {
+        let mode = Mode::from_bits_truncate(entry.mode);
+        fchmodat(parent, name, mode, FchmodatFlags::FollowSymlink)?;
+        let path = Path::new("/proc/self/fd").join(parent.as_raw_fd().to_string()).join(name);
+        for (attribute, value) in &entry.attributes {
+            xattr::set(&path, OsStr::from_bytes(attribute), value)?;
+        }
+    }
+    set_time(parent, name, entry)
+}
+
+fn times(root: &File, entry: &Entry) -> Result<()> {
+    if entry.path.is_empty() {
+        return set_time(root.as_fd(), Path::new("."), entry);
+    }
+    let (parent, name) = place(root, &entry.path)?;
+    set_time(parent.as_fd(), &name, entry)
+}
+
+fn set_time(parent: BorrowedFd, name: &Path, entry: &Entry) -> Result<()> {
+    let time = TimeSpec::new(entry.mtime.0, entry.mtime.1);
+    Ok(utimensat(parent, name, &time, &time, UtimensatFlags::NoFollowSymlink)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    fn copy(from: &Path, to: &Path) -> Result<()> {
+        let mut stream = Vec::new();
+        pack(from, &mut stream)?;
+        unpack(to, &mut stream.as_slice())
+    }
+
+    #[test]
+    fn everything_comes_back() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (a, b) = (from.path(), to.path());
+        fs::create_dir(a.join("d")).unwrap();
+        fs::write(a.join("d/plain"), b"hello").unwrap();
+        fs::hard_link(a.join("d/plain"), a.join("z-link")).unwrap();
+        symlink("../nowhere", a.join("d/sym")).unwrap();
+        let odd = OsStr::from_bytes(b"n\xff\n");
+        fs::write(a.join(odd), vec![7; 600_000]).unwrap();
+        let sparse = File::create(a.join("sparse")).unwrap();
+        sparse.write_all_at(b"end", 10 << 20).unwrap();
+        nix::unistd::mkfifo(&a.join("fifo"), Mode::from_bits_truncate(0o620)).unwrap();
+        fs::set_permissions(a.join("d/plain"), fs::Permissions::from_mode(0o4755)).unwrap();
+        let old = TimeSpec::new(1_000_000_000, 123_456_789);
+        utimensat(nix::fcntl::AT_FDCWD, &a.join("d"), &old, &old, UtimensatFlags::NoFollowSymlink)
+            .unwrap();
+        copy(a, b).unwrap();
+        assert_eq!(fs::read(b.join("d/plain")).unwrap(), b"hello");
+        assert_eq!(fs::read(b.join(odd)).unwrap(), vec![7; 600_000]);
+        assert_eq!(fs::read_link(b.join("d/sym")).unwrap(), Path::new("../nowhere"));
+        let (x, y) = (b.join("d/plain").metadata().unwrap(), b.join("z-link").metadata().unwrap());
+        assert_eq!((x.ino(), x.nlink(), x.mode() & 0o7777), (y.ino(), 2, 0o4755));
+        let s = b.join("sparse").metadata().unwrap();
+        assert_eq!(s.size(), (10 << 20) + 3);
+        assert!(s.blocks() * 512 < 1 << 20, "the hole is still one");
+        assert!(b.join("fifo").metadata().unwrap().file_type().is_fifo());
+        let d = b.join("d").metadata().unwrap();
+        assert_eq!((d.mtime(), d.mtime_nsec()), (1_000_000_000, 123_456_789));
+    }
+
+    #[test]
+    fn a_stream_cannot_lead_outside() {
+        let to = tempfile::tempdir().unwrap();
+        let root = to.path().join("root");
+        fs::create_dir(&root).unwrap();
+        let entry = |path: &str, kind| Entry {
+            path: path.into(),
+            kind,
+            mode: 0o644,
+            uid: nix::unistd::getuid().as_raw(),
+            gid: nix::unistd::getgid().as_raw(),
+            mtime: (0, 0),
+            attributes: Vec::new(),
+        };
+        let stream = |list: Vec<Entry>| {
+            let mut out = Vec::new();
+            for e in list {
+                let json = serde_json::to_vec(&e).unwrap();
+                out.extend((json.len() as u32).to_le_bytes());
+                out.extend(json);
+            }
+            out
+        };
+        let file = || Kind::File(0, Vec::new());
+        for bad in ["../out", "/out", "a/../../out", "a/./../../out"] {
+            let s = stream(vec![entry("a", Kind::Directory), entry(bad, file())]);
+            assert!(unpack(&root, &mut s.as_slice()).is_err(), "{bad}");
+            fs::remove_dir_all(&root).unwrap();
+            fs::create_dir(&root).unwrap();
+        }
+        let through =
+            stream(vec![entry("s", Kind::Symlink(b"..".to_vec())), entry("s/out", file())]);
+        assert!(unpack(&root, &mut through.as_slice()).is_err());
+        let link = stream(vec![entry("l", Kind::Link(b"../x".to_vec()))]);
+        assert!(unpack(&root, &mut link.as_slice()).is_err());
+        assert_eq!(fs::read_dir(to.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_cut_stream_is_an_error() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fs::write(from.path().join("f"), b"contents").unwrap();
+        let mut stream = Vec::new();
+        pack(from.path(), &mut stream).unwrap();
+        stream.truncate(stream.len() - 3);
+        assert!(unpack(to.path(), &mut stream.as_slice()).is_err());
+    }
+}
