@@ -168,6 +168,14 @@ rust_ready() {
     RUST=("$lab" base --bind "$top" --bind "$CARGO_HOME" --bind "$CARGO_TARGET_DIR")
 }
 
+# rust_lints: also rustfmt and clippy, which some toolchains come without.
+rust_lints() {
+    [ "${#RUST[@]}" = 0 ] || return 0 # they came with it
+    if ! cargo fmt --version >/dev/null 2>&1 || ! cargo clippy --version >/dev/null 2>&1; then
+        if have rustup; then rustup component add rustfmt clippy; else install_on_machine rust-clippy rustfmt; fi
+    fi
+}
+
 # rust COMMAND...: cargo, or a script that calls it, with the toolchain that rust_ready found.
 rust() { "${RUST[@]}" "$@"; }
 
