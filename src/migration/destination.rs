@@ -39,8 +39,10 @@ use crate::memory::serve::{Served, Server, Serving};
 use crate::memory::staging::Staging;
 use crate::network::{self, Announcer, Frame as Packet, Placement, Recreated, Replay, fence};
 use crate::oci::runtime::Runtime;
+use crate::sys::fault;
 use crate::sys::memory::PAGE;
 use crate::sys::netns::NetNs;
+use crate::sys::process;
 use crate::transport::connect::Link;
 use crate::transport::frame::Frame;
 
@@ -296,6 +298,7 @@ impl Guest {
         tell: &Sender<Input>,
         staging: &Arc<Mutex<Option<Staging>>>,
     ) -> Result<()> {
+        fault::point("destination.prepare")?;
         let pages = usize::try_from(self.plan.memory_bytes)? / PAGE;
         let fresh = Staging::new(pages)?;
         *staging.lock().unwrap_or_else(PoisonError::into_inner) = Some(fresh);
@@ -304,12 +307,16 @@ impl Guest {
             let base = workdir::tmpfs_base(self.work.path());
             self.tmpfs = Some(Mounted::new(&base, &self.plan.tmpfs)?);
         }
+        fault::point("destination.network")?;
         self.start_restore(tell)?;
         let (mut dumped, mut memory_done, mut restored) = (None, false, false);
         let mut warm = None;
         while !restored {
             match inputs.next(SILENCE)? {
-                Input::Restore(RestoreEvent::AtRequest) => speaker.say(&Message::Prepared)?,
+                Input::Restore(RestoreEvent::AtRequest) => {
+                    fault::point("destination.prepared")?;
+                    speaker.say(&Message::Prepared)?;
+                }
                 Input::Heard(Heard::Frame(Frame::File(name, at, bytes))) => {
                     self.file(&name, at, &bytes)?;
                 }
@@ -319,13 +326,15 @@ impl Guest {
                     if tasks.len() > MAX_TASKS {
                         bail!("a container of {} tasks", tasks.len());
                     }
+                    fault::point("destination.restore")?;
                     self.begin_restore()?;
                     dumped = Some(tasks);
                 }
                 Input::Heard(Heard::Message(Message::MemoryDone)) => memory_done = true,
                 Input::Restore(RestoreEvent::Restored(pid)) => {
-                    self.journal.record.init = journal::start_time(pid).map(|t| (pid, t));
+                    self.journal.record.init = process::start_time(pid).map(|t| (pid, t));
                     self.mark("restored");
+                    fault::point("destination.restored")?;
                     restored = true;
                     drop(warm.take());
                 }
@@ -355,7 +364,9 @@ impl Guest {
         self.phase = "waiting for the verdict";
         // Not synced: a crash of this host loses the copy with the note about it.
         self.journal.note(State::Ready)?;
-        speaker.say(&Message::Ready)
+        fault::point("destination.ready")?;
+        speaker.say(&Message::Ready)?;
+        fault::point("destination.said-ready")
     }
 
     fn make_network(&mut self) -> Result<()> {
@@ -399,6 +410,7 @@ impl Guest {
             streams,
             tmpfs: self.tmpfs_places().map(|(t, p)| (t.place.clone(), p)).collect(),
             console_socket: self.plan.console_socket.clone(),
+            loopback: self.plan.loopback.clone(),
             interposer: Interposer::new(self.work.path(), &criu, namespace)?,
         };
         let tell = tell.clone();
@@ -548,7 +560,9 @@ impl Guest {
     /// It is ours: opens the fence, lets it run, tells everybody. No way back.
     fn run(mut self, speaker: &Speaker, inputs: &mut Inputs) -> Result<()> {
         self.mark("commit");
+        let _ = fault::point("destination.commit");
         let _ = self.journal.note(State::Committed);
+        let _ = fault::point("destination.committed");
         if let Some(net) = &mut self.network {
             // The announcement first: when the sockets wake up, their packets find the way back.
             let opened = net.made.fence().map_or(Ok(()), |fence| fence.open());
@@ -560,6 +574,7 @@ impl Guest {
             let _ = net.announcer.announce();
         }
         self.mark("fence open");
+        let _ = fault::point("destination.open");
         self.tell_restore(Go::Verdict(true))?;
         let mut link = true;
         let (mut running, mut ended) = (false, false);
@@ -574,6 +589,7 @@ impl Guest {
                 Ok(Input::Restore(RestoreEvent::Running)) => {
                     running = true;
                     self.mark("running");
+                    let _ = fault::point("destination.running");
                     self.replay();
                     if let Some(net) = &self.network {
                         let _ = net.announcer.announce();
@@ -651,6 +667,7 @@ impl Guest {
             }
             net.made.keep();
         }
+        let _ = fault::point("destination.finish");
         drop(self.tmpfs.take());
         let cleared = checks::clear_mark(&self.plan, &self.runtime, &self.state_dir);
         self.journal.write(State::Finished)?;
@@ -659,6 +676,7 @@ impl Guest {
 
     /// Nothing of it stays here.
     fn undo(mut self) -> Result<()> {
+        let _ = fault::point("destination.undo");
         if let Some(job) = self.restore.take() {
             job.join();
         }

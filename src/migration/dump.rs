@@ -32,6 +32,7 @@ use crate::network::fence::{Armed, Side};
 use crate::network::frames::Capture;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
+use crate::sys::fault;
 use crate::sys::netns::NetNs;
 use crate::sys::process;
 
@@ -181,12 +182,16 @@ fn job(
                     let since = Instant::now();
                     let done = stop(plan);
                     session.answer(done.is_ok())?;
-                    tell(DumpEvent::Frozen { since, network: done? });
+                    let network = done?;
+                    fault::point("dump.frozen")?;
+                    tell(DumpEvent::Frozen { since, network });
+                    fault::point("dump.fenced")?;
                 }
                 "post-dump" => {
                     // CRIU has thawed the group once every task was seized. From here on they stand
                     // still even if CRIU is killed.
                     plan.cgroup.tell_freeze()?;
+                    fault::point("dump.dumped")?;
                     tell(DumpEvent::Dumped);
                     let agreed = matches!(orders.recv(), Ok(Go::Verdict(true)));
                     session.answer(agreed)?;

@@ -108,7 +108,7 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
     })?;
     let mut probes = Vec::new();
     let streams = streams(state.pid, &bundle, wishes, &mut probes)?;
-    let network = network(&bundle, state.pid)?;
+    let (network, loopback) = network(&bundle, state.pid)?;
     let destination = wishes.bundle.clone().unwrap_or_else(|| state.bundle.clone());
     let mut listed = Vec::new();
     let mut add = |what: String, place: Place, path: &Path, read_only: bool| -> Result<()> {
@@ -146,6 +146,7 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         probes: listed,
         tmpfs,
         network: network.as_ref().map(|n| n.2.clone()),
+        loopback,
         network_path: network.as_ref().map(|n| n.1.clone()),
         placement: wishes.placement.clone(),
     };
@@ -236,8 +237,9 @@ fn reaches(pid: i32, target: &str, meta: &fs::Metadata) -> bool {
 
 type Network = Option<(NetNs, PathBuf, NetworkImage)>;
 
-/// The container's network, where it has one of its own that Ferry can carry.
-fn network(bundle: &Bundle, pid: i32) -> Result<Network> {
+/// The container's network, where it has one of its own that Ferry can carry; or what the runtime
+/// has given it, where that is nothing but a loopback device.
+fn network(bundle: &Bundle, pid: i32) -> Result<(Network, Option<NetworkImage>)> {
     let hint = "give the container a named namespace: `ip netns add NAME`, and its path \
                 /run/netns/NAME in config.json's linux.namespaces";
     match bundle.namespace("network") {
@@ -254,7 +256,7 @@ fn network(bundle: &Bundle, pid: i32) -> Result<Network> {
                 .into());
             }
             let image = network::capture(&namespace, &NetNs::current()?)?;
-            Ok(Some((namespace, path, image)))
+            Ok((Some((namespace, path, image)), None))
         }
         Some(None) => {
             let own = NetNs::of_pid(pid as u32)?;
@@ -267,8 +269,7 @@ fn network(bundle: &Bundle, pid: i32) -> Result<Network> {
                 .hint(hint)
                 .into());
             }
-            // Only a loopback device: CRIU carries it.
-            Ok(None)
+            Ok((None, Some(image)))
         }
         None => Err(Problem::new(
             "the container uses the host's network",

@@ -190,6 +190,8 @@ pub struct Plan {
     pub tmpfs: Vec<Tmpfs>,
     /// The network as captured; none where the container has none of its own.
     pub network: Option<NetworkImage>,
+    /// The loopback device of a namespace without a name: runc has CRIU leave it out.
+    pub loopback: Option<NetworkImage>,
     /// The namespace's path.
     pub network_path: Option<PathBuf>,
     /// `--network`, as on the command line.
@@ -291,7 +293,7 @@ impl Plan {
             }
         }
         tmpfs::validate(&self.tmpfs)?;
-        if let Some(network) = &self.network {
+        for network in self.network.iter().chain(&self.loopback) {
             network.validate()?;
         }
         Ok(())

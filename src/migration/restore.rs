@@ -25,7 +25,10 @@ use rust_criu::rust_criu_protobuf::rpc::{Criu_network_lock_method, Criu_req, Inh
 use super::dump::external_mount;
 use super::workdir::criu_errors;
 use crate::criu::interposer::{Event, Interposer, Session};
+use crate::network::{self, NetworkImage};
 use crate::oci::runtime::Runtime;
+use crate::sys::fault;
+use crate::sys::netns::NetNs;
 use crate::sys::process;
 
 const STEP_TIMEOUT: Duration = Duration::from_secs(120);
@@ -79,6 +82,8 @@ pub struct RestorePlan {
     pub work: PathBuf,
     /// Standard input, output, error.
     pub streams: Vec<StreamPlan>,
+    /// What the loopback device of a namespace made by CRIU must be like.
+    pub loopback: Option<NetworkImage>,
     /// Filled tmpfs mounts: their places in the container, and where they are now.
     pub tmpfs: Vec<(String, PathBuf)>,
     /// Takes the terminal.
@@ -201,6 +206,7 @@ fn job(
     if !matches!(orders.recv(), Ok(Go::Restore)) {
         bail!("given up before the images came");
     }
+    fault::point("restore.request")?;
     session.send_request(&request)?;
     let mut init = 0;
     let result = loop {
@@ -213,6 +219,7 @@ fn job(
                         session.answer(false)?;
                         continue;
                     }
+                    fault::point("restore.restored")?;
                     tell(RestoreEvent::Restored(init));
                     let agreed = matches!(orders.recv(), Ok(Go::Verdict(true)));
                     session.answer(agreed)?;
@@ -226,6 +233,13 @@ fn job(
                 "post-resume" => {
                     tell(RestoreEvent::Running);
                     session.answer(true)?;
+                }
+                "setup-namespaces" => {
+                    // Before the sockets are made: some are bound to its addresses.
+                    if let (Some(image), Some(pid)) = (&plan.loopback, notify.pid) {
+                        network::fill_loopback(&NetNs::of_pid(pid as u32)?, image)?;
+                    }
+                    session.forward(&notify, Some(Instant::now() + STEP_TIMEOUT))?;
                 }
                 "network-unlock" | "network-lock" => session.answer(true)?,
                 _ => session.forward(&notify, Some(Instant::now() + STEP_TIMEOUT))?,

@@ -125,6 +125,17 @@ pub fn recreate(
     }
 }
 
+/// Makes the loopback device of a namespace that somebody else has made what the image says.
+pub fn fill_loopback(namespace: &NetNs, image: &NetworkImage) -> Result<(), Problem> {
+    let mut socket = Rtnl::open(namespace).trying(|| "cannot open the new namespace".into())?;
+    let links = image.links.iter().filter(|l| l.kind == Kind::Loopback).collect();
+    let mut restoring = Restoring { namespace, socket: &mut socket, links };
+    restoring.parameters(image)?;
+    restoring.up()?;
+    restoring.fill(image)?;
+    restoring.settle(image)
+}
+
 impl Recreated {
     fn new(namespace: NetNs, path: &Path, made: bool) -> Self {
         let path = path.to_owned();

@@ -4,6 +4,8 @@
 //! migration is.
 
 pub mod entry;
+pub mod fault;
+pub mod inject;
 pub mod memory;
 pub mod netlink;
 pub mod netns;

@@ -1,0 +1,74 @@
+//! Places where a test build can be told to fail. Without the feature `faults` a point is nothing.
+//!
+//! `FERRY_FAULT=POINT:ACTION[,POINT:ACTION…]` arms them. Actions:
+//!
+//! - `kill`: this process ends by SIGKILL, as by the kernel's memory killer.
+//! - `error`: the point returns an error, as a step that failed would.
+//! - `hold`: writes the process's number to [`HOLDS`]`/POINT` and waits until the file is gone: a
+//!   test then does from outside what it likes (a signal, a cut link, a killed CRIU).
+//!
+//! A held point goes on by itself after a minute: a test that died must leave no process behind.
+
+#[cfg(feature = "faults")]
+pub use armed::{HOLDS, point};
+
+/// Nothing: the feature `faults` is off.
+///
+/// # Errors
+/// Never.
+#[cfg(not(feature = "faults"))]
+#[inline(always)]
+pub fn point(_: &str) -> anyhow::Result<()> {
+    Ok(())
+}
+
+#[cfg(feature = "faults")]
+mod armed {
+    use std::fs;
+    use std::path::Path;
+    use std::time::{Duration, Instant};
+
+    use anyhow::{Result, bail};
+    use nix::sys::signal::{Signal, raise};
+
+    /// Where held points are told and let go.
+    pub const HOLDS: &str = "/run/ferry-fault";
+    const LONGEST: Duration = Duration::from_secs(60);
+
+    /// See the module.
+    ///
+    /// # Errors
+    /// When this point is armed with `error`.
+    pub fn point(name: &str) -> Result<()> {
+        let Ok(armed) = std::env::var("FERRY_FAULT") else { return Ok(()) };
+        let action = armed.split(',').find_map(|one| {
+            let (point, action) = one.split_once(':')?;
+            (point == name).then_some(action)
+        });
+        match action {
+            None => Ok(()),
+            Some("kill") => {
+                raise(Signal::SIGKILL)?;
+                Ok(())
+            }
+            Some("error") => bail!("an injected fault at {name}"),
+            Some("hold") => hold(name),
+            Some(other) => bail!("FERRY_FAULT: no action {other}"),
+        }
+    }
+
+    fn hold(name: &str) -> Result<()> {
+        fs::create_dir_all(HOLDS)?;
+        let file = Path::new(HOLDS).join(name);
+        let fresh = file.with_extension("new");
+        fs::write(&fresh, std::process::id().to_string())?;
+        fs::rename(&fresh, &file)?;
+        let until = Instant::now() + LONGEST;
+        while file.exists() && Instant::now() < until {
+            // The condition is a file's absence, looked at every few milliseconds.
+            std::thread::park_timeout(Duration::from_millis(3));
+        }
+        // Once: a loop that comes by again is not held again.
+        Ok(())
+    }
+}

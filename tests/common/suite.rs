@@ -1,0 +1,67 @@
+//! Trials with a time limit, one after another, and their summary.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use libtest_mimic::{Arguments, Failed, Trial};
+
+use super::Outcome;
+use super::lab::Lab;
+
+/// A trial in a lab of its own with the hosts `a`, `b` and `client`.
+pub fn in_lab(
+    name: impl Into<String>,
+    limit: Duration,
+    body: impl FnOnce(&Lab) -> Outcome + Send + 'static,
+) -> Trial {
+    let name = name.into();
+    Trial::test(name, move || {
+        let began = Instant::now();
+        let lab = Lab::up(&["a", "b", "client"])?;
+        let keeper = lab.clone();
+        let (tell, heard) = channel();
+        let thread = std::thread::spawn(move || {
+            let result = catch_unwind(AssertUnwindSafe(|| body(&lab)));
+            let _ = tell.send(result.unwrap_or_else(|panic| {
+                let text = panic.downcast_ref::<String>().cloned();
+                let text = text.or(panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
+                Err(format!("panicked: {}", text.unwrap_or_default()))
+            }));
+        });
+        let left = limit.saturating_sub(began.elapsed());
+        let result = match heard.recv_timeout(left) {
+            Ok(result) => result,
+            Err(RecvTimeoutError::Timeout) => Err(format!(
+                "not over within {limit:?}; processes of the hosts:\n{}",
+                keeper.processes()
+            )),
+            Err(RecvTimeoutError::Disconnected) => Err("the trial's thread has died".to_owned()),
+        };
+        // Everything in the lab ends, and with it whatever the thread still waits for.
+        keeper.down();
+        if thread.is_finished() {
+            let _ = thread.join();
+        }
+        result.map_err(Failed::from)
+    })
+}
+
+/// Runs the trials that the arguments name, one at a time whatever they say about threads.
+pub fn run(trials: Vec<Trial>) -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1);
+    let runs = !arguments.list;
+    if runs && let Err(why) = Lab::possible() {
+        eprintln!("these suites cannot run here: {why}");
+        // A laptop without root is told; a CI that tests nothing must not look as if it had.
+        return if std::env::var_os("CI").is_some_and(|v| v == "true") {
+            ExitCode::FAILURE
+        } else {
+            eprintln!("SKIPPED: all trials that need a lab (CI=true would make this a failure)");
+            ExitCode::SUCCESS
+        };
+    }
+    libtest_mimic::run(&arguments, trials).exit_code()
+}

@@ -1,0 +1,25 @@
+//! Suites that move containers between the hosts of a lab.
+//!
+//! ```text
+//! cargo build --release --features faults && bundles/build
+//! cargo test --release --test migrate -- [FILTER]
+//! ```
+//!
+//! `FERRY_BIN` names another ferry; `FERRY_FULL=1` runs the whole matrix of faults.
+
+// Each test program uses its own part of what they share.
+#[allow(dead_code)]
+mod common;
+#[path = "migrate/faults.rs"]
+mod faults;
+#[path = "migrate/moves.rs"]
+mod moves;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let mut trials = Vec::new();
+    trials.extend(moves::trials());
+    trials.extend(faults::trials());
+    common::suite::run(trials)
+}

@@ -1,0 +1,264 @@
+//! Everything that can die or break, at every step: afterwards there is exactly one copy, its
+//! clients have lost nothing, nothing is left over, and a second try succeeds.
+//!
+//! Before the commit the container must run on the source, by itself and in seconds. After it, it
+//! must run on the destination; where the destination's half died with the only copy that could
+//! run there, the operator is told so and `ferry resolve --keep` brings the source's back.
+
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Trial;
+
+use crate::common::container::Container;
+use crate::common::facts::{exactly_one_copy, facts, pair};
+use crate::common::lab::{Host, LONG, Lab, SHORT};
+use crate::common::probe::Probe;
+use crate::common::process::{Output, until, write_script};
+use crate::common::suite::in_lab;
+use crate::common::{Outcome, ensure};
+
+const LIMIT: Duration = Duration::from_secs(150);
+
+/// Where a point is, and whose the container is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum At {
+    /// On the source, which owns the container.
+    Source,
+    /// On the destination, while the source owns the container.
+    Destination,
+    /// On the source, after the commit.
+    SourceAfter,
+    /// On the destination, after the commit.
+    DestinationAfter,
+}
+
+use At::{Destination, DestinationAfter, Source, SourceAfter};
+
+/// All points, in the order in which a migration comes by.
+const POINTS: &[(&str, At)] = &[
+    ("source.prepare", Source),
+    ("destination.prepare", Destination),
+    ("destination.network", Destination),
+    ("destination.prepared", Destination),
+    ("source.freeze", Source),
+    ("dump.frozen", Source),
+    ("dump.fenced", Source),
+    ("source.dump", Source),
+    ("dump.dumped", Source),
+    ("source.transfer", Source),
+    ("destination.restore", Destination),
+    ("restore.request", Destination),
+    ("source.sent", Source),
+    ("restore.restored", Destination),
+    ("destination.restored", Destination),
+    ("destination.ready", Destination),
+    ("destination.said-ready", Destination),
+    ("source.commit", Source),
+    ("source.committed", SourceAfter),
+    ("destination.commit", DestinationAfter),
+    ("destination.committed", DestinationAfter),
+    ("destination.open", DestinationAfter),
+    ("destination.running", DestinationAfter),
+    ("source.let-go", SourceAfter),
+    ("source.finish", SourceAfter),
+    ("destination.finish", DestinationAfter),
+];
+
+/// What happens there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Deed {
+    /// The Ferry that is there is killed.
+    Kill,
+    /// The other one is.
+    KillOther,
+    /// The step fails.
+    Error,
+    /// The ssh that carries the link is killed.
+    KillSsh,
+    /// The destination's cable is pulled, and put back after the end.
+    Cut,
+    /// SIGINT to `ferry migrate`.
+    Interrupt,
+    /// SIGTERM to `ferry migrate`.
+    Terminate,
+    /// Every criu on the point's host is killed.
+    KillCriu,
+    /// Every runc there.
+    KillRunc,
+}
+
+const DEEDS: &[(Deed, &str)] = &[
+    (Deed::Kill, "kill"),
+    (Deed::KillOther, "kill-other"),
+    (Deed::Error, "error"),
+    (Deed::KillSsh, "kill-ssh"),
+    (Deed::Cut, "cut"),
+    (Deed::Interrupt, "int"),
+    (Deed::Terminate, "term"),
+    (Deed::KillCriu, "kill-criu"),
+    (Deed::KillRunc, "kill-runc"),
+];
+
+/// What is tried by default: every point once, every deed on both sides of the commit.
+const SOME: &[(&str, &[&str])] = &[
+    ("source.prepare", &["kill", "error"]),
+    ("destination.prepare", &["kill"]),
+    ("destination.network", &["error", "term"]),
+    ("destination.prepared", &["kill-ssh"]),
+    ("source.freeze", &["kill-criu"]),
+    ("dump.frozen", &["kill", "error"]),
+    ("dump.fenced", &["kill-criu", "kill-runc"]),
+    ("source.dump", &["error"]),
+    ("dump.dumped", &["kill", "kill-criu"]),
+    ("source.transfer", &["kill", "kill-other", "int"]),
+    ("destination.restore", &["kill"]),
+    ("restore.request", &["error", "kill-criu"]),
+    ("source.sent", &["kill"]),
+    ("restore.restored", &["kill", "kill-runc"]),
+    ("destination.restored", &["error"]),
+    ("destination.ready", &["kill", "kill-other"]),
+    ("destination.said-ready", &["kill-criu"]),
+    ("source.commit", &["kill", "error", "kill-ssh", "term", "kill-other"]),
+    ("source.committed", &["kill", "kill-ssh", "int", "kill-other"]),
+    ("destination.commit", &["kill", "kill-other"]),
+    ("destination.committed", &["kill-ssh"]),
+    ("destination.open", &["kill"]),
+    ("destination.running", &["kill", "kill-other", "kill-ssh"]),
+    ("source.let-go", &["kill", "int"]),
+    ("source.finish", &["kill"]),
+    ("destination.finish", &["kill"]),
+];
+
+/// The suite.
+pub fn trials() -> Vec<Trial> {
+    let full = std::env::var_os("FERRY_FULL").is_some_and(|v| v == "1");
+    let mut trials = Vec::new();
+    for &(point, at) in POINTS {
+        for &(deed, name) in DEEDS {
+            // After the commit no step returns an error that anybody could act upon.
+            let nothing = deed == Deed::Error && matches!(at, SourceAfter | DestinationAfter);
+            let some = SOME.iter().any(|(p, list)| *p == point && list.contains(&name));
+            if !nothing && (full || some) {
+                let trial = format!("faults::{point}::{name}");
+                trials.push(in_lab(trial, LIMIT, move |lab| fault(lab, point, at, deed)));
+            }
+        }
+    }
+    trials
+}
+
+fn fault(lab: &Lab, point: &'static str, at: At, deed: Deed) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter");
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+
+    let ended = migrate_with(lab, point, at, deed)?;
+    let after = matches!(at, SourceAfter | DestinationAfter);
+    let (here, there) =
+        settle(&a, &b, &ended, after).map_err(|e| format!("{e}\nmigrate: {ended}"))?;
+    let all = (|| {
+        exactly_one_copy(&container, here, there)?;
+        probe.is_content()?;
+        // The second try, from where it is to where it is not.
+        here.ferry(&["migrate", "box", there.name])?.exits(0)?;
+        exactly_one_copy(&container, there, here)?;
+        probe.is_content()
+    })();
+    all.map_err(|e| format!("{e}\nmigrate: {ended}"))
+}
+
+/// Starts the migration and does the deed when it comes by the point.
+fn migrate_with(lab: &Lab, point: &str, at: At, deed: Deed) -> Outcome<Output> {
+    let (a, b) = pair(lab);
+    let action = match deed {
+        Deed::Kill => "kill",
+        Deed::Error => "error",
+        _ => "hold",
+    };
+    let fault = format!("FERRY_FAULT={point}:{action}");
+    // ssh carries no environment: over there a script stands before Ferry.
+    let script = format!("#!/bin/sh\n{fault} exec ferry \"$@\"\n");
+    write_script(&a.path("/srv/shared/bin/faulty")?, &script)?;
+    let mut running = a.start(&[
+        "env",
+        &fault,
+        "ferry",
+        "migrate",
+        "--remote-ferry",
+        "/srv/shared/bin/faulty",
+        "box",
+        "b",
+    ])?;
+    if action == "hold" {
+        let host = if matches!(at, Source | SourceAfter) { &a } else { &b };
+        let file = host.path(&format!("/run/ferry-fault/{point}"))?;
+        until(&format!("it comes by {point}"), SHORT, || {
+            ensure!(!running.has_ended(), "it was over before it came by {point}");
+            Ok(file.exists().then_some(()))
+        })?;
+        perform(lab, at, deed)?;
+        std::fs::remove_file(&file).map_err(|e| format!("{}: {e}", file.display()))?;
+    }
+    let ended = running.end(LONG);
+    if deed == Deed::Cut {
+        lab.link(&["b", "--mend"])?;
+    }
+    ended
+}
+
+fn perform(lab: &Lab, at: At, deed: Deed) -> Outcome {
+    let (a, b) = pair(lab);
+    let (own, other) = if matches!(at, Source | SourceAfter) { (&a, &b) } else { (&b, &a) };
+    // Inside a host only its own processes are to be seen; the guard is one of a's.
+    let kill = |host: &Host, signal: &str, pattern: &str| {
+        let pattern = format!("^({pattern})");
+        // Nobody left to kill is no failure: a runtime may have done its part.
+        host.exec(&["pkill", signal, "-f", &pattern]).map(drop)
+    };
+    match deed {
+        Deed::Kill | Deed::Error => Ok(()),
+        Deed::KillOther if *other.name == *a.name => kill(&a, "-KILL", "ferry migrate"),
+        Deed::KillOther => kill(other, "-KILL", "ferry receive"),
+        Deed::KillSsh => kill(&a, "-KILL", "ssh "),
+        Deed::Cut => lab.link(&["b", "--cut"]),
+        Deed::Interrupt => kill(&a, "-INT", "ferry migrate"),
+        Deed::Terminate => kill(&a, "-TERM", "ferry migrate"),
+        Deed::KillCriu => kill(own, "-KILL", "[^ ]*criu "),
+        Deed::KillRunc => kill(own, "-KILL", "[^ ]*runc "),
+    }
+}
+
+/// Who has it now, after whatever is up to an operator has been done; `after` the commit.
+fn settle<'a>(
+    a: &'a Host,
+    b: &'a Host,
+    ended: &Output,
+    after: bool,
+) -> Outcome<(&'a Host, &'a Host)> {
+    let expected: &[i32] = if after { &[0, 4, 137] } else { &[1, 3, 137] };
+    ensure!(expected.contains(&ended.code), "an exit code that cannot be: {}", ended.code);
+    if !after {
+        return Ok((a, b));
+    }
+    if ended.code == 0 {
+        return Ok((b, a));
+    }
+    let until = Instant::now() + SHORT;
+    loop {
+        // Nothing open here: it was over but for its last words.
+        if facts(a)?.migrations.iter().all(|m| m.state == "finished") {
+            return Ok((b, a));
+        }
+        let said = a.ferry(&["resolve", "box"])?;
+        match said.code {
+            0 => return Ok((b, a)),
+            4 if said.err.contains("there is no copy on") => {
+                ensure!(said.err.contains("ferry resolve box --keep"), "no hint: {said}");
+                a.ferry(&["resolve", "box", "--keep"])?.exits(0)?;
+                return Ok((a, b));
+            }
+            _ => ensure!(Instant::now() < until, "ferry resolve does not settle it: {said}"),
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! Containers go to the other host, by every way there is, and come back.
+
+use std::time::Duration;
+
+use libtest_mimic::Trial;
+use serde_json::Value;
+
+use crate::common::container::Container;
+use crate::common::facts::{exactly_one_copy, facts, pair};
+use crate::common::lab::Lab;
+use crate::common::probe::{Probe, verify_inside};
+use crate::common::process::until;
+use crate::common::suite::in_lab;
+use crate::common::{Outcome, ensure};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// The suite.
+pub fn trials() -> Vec<Trial> {
+    vec![
+        in_lab("moves::plain_to_and_fro", LIMIT, plain_to_and_fro),
+        in_lab("moves::over_a_unix_socket", LIMIT, over_a_unix_socket),
+        in_lab("moves::json_and_report", LIMIT, json_and_report),
+        in_lab("moves::dry_run_touches_nothing", LIMIT, dry_run_touches_nothing),
+        in_lab("moves::networked_to_and_fro", LIMIT, networked_to_and_fro),
+        in_lab("moves::away_mark", LIMIT, away_mark),
+    ]
+}
+
+fn plain_to_and_fro(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::plain("counter");
+    container.start(lab, &a)?;
+    verify_inside(&a, &container)?;
+    for (from, to) in [(&a, &b), (&b, &a), (&a, &b)] {
+        from.ferry(&["migrate", "box", to.name])?.exits(0)?;
+        exactly_one_copy(&container, to, from)?;
+        verify_inside(to, &container)?;
+    }
+    Ok(())
+}
+
+fn over_a_unix_socket(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::plain("counter");
+    container.start(lab, &a)?;
+    let socket = "/srv/shared/b.sock";
+    let listening = b.start(&["ferry", "receive", "--listen", &format!("unix:{socket}")])?;
+    until("the socket is there", Duration::from_secs(10), || {
+        Ok(b.exec(&["test", "-S", socket])?.code.eq(&0).then_some(()))
+    })?;
+    a.ferry(&["migrate", "box", &format!("unix:{socket}")])?.exits(0)?;
+    exactly_one_copy(&container, &b, &a)?;
+    verify_inside(&b, &container)?;
+    // One that is left over from a process that has died is no obstacle for the next.
+    drop(listening);
+    b.ferry(&["migrate", "box", "a"])?.exits(0)?;
+    let _again = b.start(&["ferry", "receive", "--listen", &format!("unix:{socket}")])?;
+    until("the second one listens", Duration::from_secs(10), || {
+        let said = a.ferry(&["check", "box", &format!("unix:{socket}")])?;
+        Ok((said.code == 0).then_some(()))
+    })?;
+    a.ferry(&["migrate", "box", &format!("unix:{socket}")])?.exits(0)?;
+    exactly_one_copy(&container, &b, &a)
+}
+
+fn json_and_report(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::plain("counter");
+    container.start(lab, &a)?;
+    let said = a.ferry(&["migrate", "--json", "--report", "/tmp/report", "box", "b"])?.exits(0)?;
+    let events = said
+        .out
+        .lines()
+        .map(|l| serde_json::from_str::<Value>(l).map_err(|e| format!("{l}: {e}")))
+        .collect::<Outcome<Vec<_>>>()?;
+    ensure!(
+        events.iter().all(|e| e["event"].is_string()),
+        "an event without a name:\n{}",
+        said.out
+    );
+    let last = events.last().ok_or("no event")?;
+    ensure!(last["event"] == "report" && last["result"] == "migrated", "the last is {last}");
+    ensure!(last["frozen_ms"].as_f64().is_some_and(|ms| ms > 0.0), "no time frozen: {last}");
+    ensure!(last["wire_bytes"].as_u64().is_some_and(|n| n > 32 << 20), "no memory sent: {last}");
+    let phases: Vec<&Value> =
+        events.iter().filter(|e| e["event"] == "phase").map(|e| &e["name"]).collect();
+    ensure!(phases.len() >= 3, "phases: {phases:?}");
+    let file: Value = serde_json::from_str(&a.sh("cat /tmp/report")?).map_err(|e| e.to_string())?;
+    for key in ["migration", "result", "frozen_ms", "total_ms", "rounds"] {
+        ensure!(
+            file[key] == last[key] && !file[key].is_null(),
+            "{key}: {} and {}",
+            file[key],
+            last[key]
+        );
+    }
+    exactly_one_copy(&container, &b, &a)?;
+    // A refusal is reported in the same form.
+    let said = a.ferry(&["migrate", "--json", "box", "b"])?.exits(3)?;
+    let last: Value = serde_json::from_str(said.out.lines().last().unwrap_or_default())
+        .map_err(|e| format!("{e}: {said}"))?;
+    ensure!(last["result"] == "refused" && last["error"].is_string(), "{last}");
+    Ok(())
+}
+
+fn dry_run_touches_nothing(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::plain("counter");
+    container.start(lab, &a)?;
+    let before = facts(&a)?.containers["box"].pid;
+    a.ferry(&["migrate", "--dry-run", "box", "b"])?.exits(0)?;
+    a.ferry(&["check", "box", "b"])?.exits(0)?;
+    exactly_one_copy(&container, &a, &b)?;
+    let (here, there) = (facts(&a)?, facts(&b)?);
+    ensure!(here.containers["box"].pid == before, "it is another process now");
+    ensure!(
+        here.migrations.is_empty() && there.migrations.is_empty(),
+        "there is a journal: {here:?}"
+    );
+    Ok(())
+}
+
+fn away_mark(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::plain("counter");
+    container.start(lab, &a)?;
+    a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    for verb in ["create", "run"] {
+        let said = a.ferry(&[verb, "--bundle", &container.bundle, "box"])?;
+        ensure!(said.code != 0, "{verb} was let through: {said}");
+        for word in ["migrated to b", "hint:", "ferry resolve box --keep"] {
+            ensure!(said.err.contains(word), "{verb} does not say {word:?}: {said}");
+        }
+    }
+    let said = a.ferry(&["start", "box"])?;
+    ensure!(said.code != 0 && said.err.contains("migrated to b"), "start: {said}");
+    exactly_one_copy(&container, &b, &a)?;
+    for (host, role) in [(&a, "source"), (&b, "destination")] {
+        let list = facts(host)?.migrations;
+        ensure!(
+            list.len() == 1
+                && list[0].role == role
+                && list[0].state == "finished"
+                && list[0].container == "box",
+            "on {}: {list:?}",
+            host.name
+        );
+        let text = host.ferry(&["migrations"])?.ok()?;
+        ensure!(text.contains(&list[0].migration) && text.contains("box"), "{text}");
+    }
+    // Coming back clears it.
+    b.ferry(&["migrate", "box", "a"])?.exits(0)?;
+    exactly_one_copy(&container, &a, &b)?;
+    a.sh("ferry delete -f box")?;
+    container.run_on(&a)?;
+    a.ferry(&["migrate", "--no-mark", "box", "b"])?.exits(0)?;
+    b.sh("ferry delete -f box")?;
+    // Without a mark the ID is free.
+    container.run_on(&a)?;
+    // And b's own, which the way there left: lifted by the operator's word.
+    let said = b.ferry(&["run", "-d", "--bundle", &container.bundle, "box"])?;
+    ensure!(said.code == 0 || said.err.contains("migrated"), "{said}");
+    Ok(())
+}
+
+fn networked_to_and_fro(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter");
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 10)?;
+    for (from, to) in [(&a, &b), (&b, &a), (&a, &b)] {
+        from.ferry(&["migrate", "box", to.name])?.exits(0)?;
+        probe.is_content()?;
+        exactly_one_copy(&container, to, from)?;
+    }
+    Ok(())
+}
