@@ -167,6 +167,13 @@ fn converse(
     if !fatal.is_empty() {
         return speaker.say(&Message::Refuse { problems: fatal });
     }
+    if !plan.check_only {
+        // Before the source is told to go on: its first pages follow right after `Prepare`, and
+        // the reading thread takes them in whether or not this one has got that far.
+        let pages = usize::try_from(plan.memory_bytes)? / PAGE;
+        let fresh = Staging::new(pages)?;
+        *staging.lock().unwrap_or_else(PoisonError::into_inner) = Some(fresh);
+    }
     speaker.say(&Message::Accept { warnings })?;
     if plan.check_only {
         return Ok(());
@@ -305,9 +312,6 @@ impl Guest {
         staging: &Arc<Mutex<Option<Staging>>>,
     ) -> Result<()> {
         fault::point("destination.prepare")?;
-        let pages = usize::try_from(self.plan.memory_bytes)? / PAGE;
-        let fresh = Staging::new(pages)?;
-        *staging.lock().unwrap_or_else(PoisonError::into_inner) = Some(fresh);
         self.make_network()?;
         if !self.plan.tmpfs.is_empty() {
             let base = workdir::tmpfs_base(self.work.path());
