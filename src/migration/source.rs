@@ -202,8 +202,8 @@ fn ask(runtime: &Runtime, options: &Options, reporter: &mut Reporter) -> Result<
         speaker.say(&Message::Plan(Box::new(subject.plan.clone())))?;
         loop {
             match inputs.next()? {
-                Input::Heard(Heard::Message(Message::Accept { warnings })) => {
-                    return Ok(Ok(warnings));
+                Input::Heard(Heard::Message(Message::Accept { warnings, shared })) => {
+                    return Ok(Ok((warnings, shared)));
                 }
                 Input::Heard(Heard::Message(Message::Refuse { problems })) => {
                     return Ok(Err(problems));
@@ -214,7 +214,14 @@ fn ask(runtime: &Runtime, options: &Options, reporter: &mut Reporter) -> Result<
     })();
     subject.probes.clear();
     match answer {
-        Ok(Ok(warnings)) => {
+        Ok(Ok((warnings, shared))) => {
+            // What both hosts see need not be sent, nor what two streams share a second time.
+            let mut seen = Vec::new();
+            for (i, stream) in subject.plan.streams.iter_mut().enumerate() {
+                let twice = seen.contains(&stream.external);
+                seen.push(stream.external.clone());
+                stream.sent = stream.external.is_some() && !twice && !shared.contains(&i);
+            }
             for warning in warnings {
                 reporter.problem(warning);
             }
@@ -509,7 +516,7 @@ impl Begun {
     fn send_streams(&mut self, rest: bool) -> Result<()> {
         let mut buffer = vec![0; frame::MAX_FILE_PIECE];
         for (i, stream) in self.subject.plan.streams.iter_mut().enumerate() {
-            if stream.external.is_none() {
+            if !stream.sent {
                 continue;
             }
             let path = PathBuf::from(format!("/proc/{}/fd/{i}", self.subject.state.pid));
