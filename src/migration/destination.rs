@@ -159,6 +159,9 @@ fn converse(
     plan.validate()?;
     let runtime =
         Runtime::new(runtime.program().to_owned(), plan.root.clone(), plan.systemd_cgroup);
+    if !plan.check_only {
+        recover::sweep(state_dir, &runtime, &plan.container)?;
+    }
     let (fatal, warnings): (Vec<_>, Vec<_>) =
         checks::problems(&plan, &runtime).into_iter().partition(|p| p.fatal);
     if !fatal.is_empty() {
@@ -212,6 +215,8 @@ struct Guest {
     phase: &'static str,
     began: Instant,
     marks: Vec<(String, f64)>,
+    /// The link to the source works, as far as is known.
+    link: bool,
     _lock: Lock,
 }
 
@@ -263,6 +268,7 @@ impl Guest {
             phase: "preparing",
             began: Instant::now(),
             marks: Vec::new(),
+            link: true,
             _lock: lock,
         })
     }
@@ -554,8 +560,9 @@ impl Guest {
                     let _ = speaker.say(&Message::Failed { phase, why });
                     return Verdict::Abort;
                 }
-                // The link is gone: a later one, or the operator, brings the verdict. A signal is
-                // no verdict either.
+                // A later link, or the operator, brings the verdict.
+                Input::Heard(Heard::Gone(_)) => self.link = false,
+                // A signal is no verdict either.
                 Input::Heard(_) | Input::Restore(_) | Input::Signal(_) => {}
             }
         }
@@ -580,7 +587,7 @@ impl Guest {
         self.mark("fence open");
         let _ = fault::point("destination.open");
         self.tell_restore(Go::Verdict(true))?;
-        let mut link = true;
+        let mut link = self.link;
         let (mut running, mut ended) = (false, false);
         let mut finished = false;
         while !(running && ended && (finished || !link)) {
@@ -681,6 +688,8 @@ impl Guest {
     /// Nothing of it stays here.
     fn undo(mut self) -> Result<()> {
         let _ = fault::point("destination.undo");
+        // CRIU may be waiting for pages that will never come: with nobody to ask it gives up.
+        drop(self.server.take());
         if let Some(job) = self.restore.take() {
             job.join();
         }

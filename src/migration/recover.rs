@@ -11,7 +11,8 @@ use anyhow::{Context, Result};
 
 use super::away::AwayMark;
 use super::journal::{Journal, Record, Role, State};
-use super::workdir;
+use super::protocol::{Standing, Verdict};
+use super::{settle, workdir};
 use crate::network::{self, fence};
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
@@ -20,6 +21,8 @@ use crate::sys::{process, socket};
 
 const CRIU_TIMEOUT: Duration = Duration::from_secs(20);
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long a destination that cannot be reached is told that the container stayed.
+const WORD_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// The runtime of a record.
 pub fn runtime(record: &Record) -> Runtime {
@@ -195,24 +198,62 @@ fn mend_sockets(cgroup: &Cgroup) {
     }
 }
 
+/// The destination, before it takes a container in: an earlier try whose Ferry was killed before it
+/// owned the container has left nothing that could ever run.
+///
+/// # Errors
+/// When it cannot be cleared away.
+pub fn sweep(state_dir: &Path, new: &Runtime, container: &str) -> Result<()> {
+    for mut journal in Journal::all(state_dir)? {
+        let record = &journal.record;
+        let dead = record.role == Role::Destination
+            && matches!(journal.state(), State::Begun | State::Ready)
+            && !super::journal::is_alive(record.worker);
+        if dead && record.container == container && runtime(record).root() == new.root() {
+            destination_discards(&mut journal).context("clearing away an earlier migration")?;
+        }
+    }
+    Ok(())
+}
+
 /// The guard: a process that outlives a killed Ferry and brings the source back.
 ///
-/// It reads its standard input until the end. `d`: done, nothing to do. An end without it means
-/// that Ferry died: then the journal says whether the container is still the source's.
+/// It reads its standard input until the end. `d`: done, nothing to do. `t`: the container runs on,
+/// and the destination has to be told. An end without either means that Ferry died: then the
+/// journal says whether the container is still the source's.
 ///
 /// # Errors
 /// When undoing failed.
 pub fn guard(journal: &Path) -> Result<()> {
     use std::io::Read;
     let mut byte = [0];
-    if matches!(std::io::stdin().read(&mut byte), Ok(1)) && byte == *b"d" {
+    let word = std::io::stdin().read(&mut byte).is_ok_and(|n| n == 1).then_some(byte[0]);
+    if word == Some(b'd') {
         return Ok(());
     }
     let mut journal = Journal::open(journal)?;
-    match (journal.record.role, journal.state()) {
-        (Role::Source, State::Begun) => source_runs_on(&mut journal),
+    let done = match (word, journal.record.role, journal.state()) {
+        (None, Role::Source, State::Begun) => source_runs_on(&mut journal),
+        (Some(_), Role::Source, State::Aborted) => Ok(()),
         // Committed: the destination owns it; `ferry resolve` finishes here.
-        _ => Ok(()),
+        _ => return Ok(()),
+    };
+    send_word(&journal.record);
+    done.context("the guard of a migration")
+}
+
+/// Tells the destination that the source has kept the container, until it has heard: a copy that
+/// is ready waits there for nothing else.
+fn send_word(record: &Record) {
+    let until = Instant::now() + WORD_TIMEOUT;
+    let mut pause = Duration::from_millis(100);
+    while Instant::now() < until {
+        match settle::ask(record, Some(Verdict::Abort)) {
+            Ok(Standing::Waiting) | Err(_) => {}
+            Ok(_) => return,
+        }
+        // Between two tries to reach a host there is nothing to wait on but time.
+        std::thread::park_timeout(pause);
+        pause = (pause * 2).min(Duration::from_secs(10));
     }
-    .context("the guard of a migration")
 }

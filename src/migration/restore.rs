@@ -207,6 +207,7 @@ fn job(
         bail!("given up before the images came");
     }
     fault::point("restore.request")?;
+    fs::write(plan.work.join("criu.pid"), session.criu_pid.to_string())?;
     session.send_request(&request)?;
     let mut init = 0;
     let result = loop {

@@ -99,31 +99,45 @@ struct Inputs {
     tell: Sender<Input>,
     deadline: Instant,
     interrupted: bool,
+    /// The link has ended.
+    gone: bool,
 }
 
 impl Inputs {
     /// The next thing that happens and that is no reason to give up.
     fn next(&mut self) -> Result<Input> {
         let left = self.deadline.saturating_duration_since(Instant::now());
-        match self.queue.recv_timeout(left) {
-            Ok(Input::Signal(signal)) => {
+        let input = self.queue.recv_timeout(left).map_err(|e| match e {
+            RecvTimeoutError::Timeout => anyhow!("the time for it is over"),
+            RecvTimeoutError::Disconnected => anyhow!("nobody is left to do it"),
+        })?;
+        self.judge(input)
+    }
+
+    /// What has happened already, without waiting.
+    fn pending(&mut self) -> Result<Option<Input>> {
+        self.queue.try_recv().ok().map(|input| self.judge(input)).transpose()
+    }
+
+    fn judge(&mut self, input: Input) -> Result<Input> {
+        match input {
+            Input::Signal(signal) => {
                 self.interrupted = true;
                 bail!("interrupted by {}", talk::signal_name(signal))
             }
-            Ok(Input::Heard(Heard::Gone(why))) => {
+            Input::Heard(Heard::Gone(why)) => {
+                self.gone = true;
                 bail!(
                     "the link to the destination broke: {}",
                     why.unwrap_or("it was closed".into())
                 )
             }
-            Ok(Input::Heard(Heard::Message(Message::Failed { phase, why }))) => {
+            Input::Heard(Heard::Message(Message::Failed { phase, why })) => {
                 bail!("the destination failed while {phase}: {why}")
             }
-            Ok(Input::Dump(DumpEvent::Ended(Err(e)))) => Err(e),
-            Ok(Input::Memory(MemoryEvent::Failed(e))) => bail!("sending memory: {e}"),
-            Ok(input) => Ok(input),
-            Err(RecvTimeoutError::Timeout) => bail!("the time for it is over"),
-            Err(RecvTimeoutError::Disconnected) => bail!("nobody is left to do it"),
+            Input::Dump(DumpEvent::Ended(Err(e))) => Err(e),
+            Input::Memory(MemoryEvent::Failed(e)) => bail!("sending memory: {e}"),
+            input => Ok(input),
         }
     }
 
@@ -155,8 +169,13 @@ fn ask(runtime: &Runtime, options: &Options, reporter: &mut Reporter) -> Result<
     let link = options.destination.connect().map_err(Failed::refused)?;
     let (speaker, reader, mut closer) = talk::split(link);
     let (tell, queue) = channel();
-    let mut inputs =
-        Inputs { queue, tell, deadline: Instant::now() + ANSWER_LIMIT, interrupted: false };
+    let mut inputs = Inputs {
+        queue,
+        tell,
+        deadline: Instant::now() + ANSWER_LIMIT,
+        interrupted: false,
+        gone: false,
+    };
     let heard = inputs.tell.clone();
     talk::listen(reader, move |h| heard.send(Input::Heard(h)).is_ok()).map_err(Failed::refused)?;
     let caught = inputs.tell.clone();
@@ -512,7 +531,16 @@ impl Begun {
             }
         }
         reporter.mark("destination has restored");
-        fault::point("source.commit")
+        fault::point("source.commit")?;
+        // Bad news that came meanwhile is the last that can stop it.
+        while let Some(input) = self.inputs.pending()? {
+            match input {
+                Input::Memory(MemoryEvent::Round(round)) => reporter.report.rounds.push(round),
+                Input::Memory(MemoryEvent::Done) => reporter.mark("last page is sent"),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     fn obey_limit(&mut self) {
@@ -537,7 +565,8 @@ impl Begun {
         if self.journal.state() == State::Committed {
             let _ = self.journal.write(State::Begun);
         }
-        // The destination learns it while we clean up; if the link is what broke, it waits for it.
+        // The destination learns it while we clean up; if the link is what broke, from the guard.
+        let broken = self.inputs.gone;
         let speaker = self.speaker.clone();
         let told = std::thread::spawn(move || speaker.say(&Message::Abort { why }).is_ok());
         if let Some(job) = self.dump.take() {
@@ -552,11 +581,19 @@ impl Begun {
             reporter.mark("runs on here");
             reporter.report.frozen_ms = Some(since.elapsed().as_secs_f64() * 1000.0);
         }
-        self.guard.dismiss();
-        // The link may be stuck, and a writer in it.
-        let patience = Instant::now() + Duration::from_secs(2);
-        while !told.is_finished() && Instant::now() < patience {
-            std::thread::park_timeout(Duration::from_millis(5));
+        // The destination closes the link when it has undone everything. The link may be stuck, and
+        // a writer in it.
+        self.inputs.until(Duration::from_secs(2));
+        while !self.inputs.gone && Instant::now() < self.inputs.deadline {
+            // Whatever else comes is of no interest any more.
+            let _ = self.inputs.next();
+        }
+        let knows =
+            !broken && self.inputs.gone && told.is_finished() && told.join().unwrap_or(false);
+        if knows {
+            self.guard.dismiss();
+        } else {
+            self.guard.send_word();
         }
         self.closer.close();
         drop(self.memory.take());
@@ -735,6 +772,13 @@ impl Guard {
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         process::in_new_session(&mut command);
         Ok(Guard { child: command.spawn().context("cannot start the guard process")? })
+    }
+
+    /// The container runs on, and the destination may not know it: the guard goes on telling it.
+    fn send_word(&mut self) {
+        if let Some(mut pipe) = self.child.stdin.take() {
+            let _ = pipe.write_all(b"t");
+        }
     }
 
     /// There is nothing to guard any more.

@@ -89,11 +89,7 @@ impl Facts {
             .filter(|p| !p.line.contains("receive --listen"))
             .map(|p| if p.line.is_empty() { p.name.as_str() } else { p.line.as_str() })
             .collect();
-        let open: Vec<&Migration> = self
-            .migrations
-            .iter()
-            .filter(|m| !matches!(m.state.as_str(), "finished" | "aborted"))
-            .collect();
+        let open = self.open();
         let mut found = Vec::new();
         let mut note = |what: &str, empty: bool, list: &dyn std::fmt::Debug| {
             if !empty {
@@ -108,6 +104,12 @@ impl Facts {
         note("open migrations", open.is_empty(), &open);
         note("probe files", self.probes.is_empty(), &self.probes);
         (!found.is_empty()).then(|| found.join("; "))
+    }
+
+    /// Migrations that are not over: the copy of one that is ready is held and does not run.
+    pub fn open(&self) -> Vec<&Migration> {
+        let over = |m: &&Migration| matches!(m.state.as_str(), "finished" | "aborted");
+        self.migrations.iter().filter(|m| !over(m)).collect()
     }
 
     fn process_of(&self, container: &Container) -> bool {
@@ -129,7 +131,7 @@ pub fn exactly_one_copy(container: &Container, here: &Host, there: &Host) -> Out
         ensure!(
             !(with.process_of(container)
                 && without.process_of(container)
-                && [&with, &without].iter().all(|f| f.groups.is_empty())),
+                && [&with, &without].iter().all(|f| f.groups.is_empty() && f.open().is_empty())),
             "TWO COPIES: {with:#?}\n{without:#?}"
         );
         last = complaint(container, here, &with, there, &without).unwrap_or_default();

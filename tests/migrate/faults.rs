@@ -154,7 +154,9 @@ fn fault(lab: &Lab, point: &'static str, at: At, deed: Deed) -> Outcome {
     let mut probe = Probe::start(lab, &container, 5)?;
 
     let ended = migrate_with(lab, point, at, deed)?;
-    let after = matches!(at, SourceAfter | DestinationAfter);
+    // What breaks in the very moment of the commit may be noticed before or after it.
+    let race = point == "source.commit" && matches!(ended.code, 0 | 4);
+    let after = race || matches!(at, SourceAfter | DestinationAfter);
     let (here, there) =
         settle(&a, &b, &ended, after).map_err(|e| format!("{e}\nmigrate: {ended}"))?;
     let all = (|| {
@@ -224,7 +226,7 @@ fn perform(lab: &Lab, at: At, deed: Deed) -> Outcome {
         Deed::Cut => lab.link(&["b", "--cut"]),
         Deed::Interrupt => kill(&a, "-INT", "ferry migrate"),
         Deed::Terminate => kill(&a, "-TERM", "ferry migrate"),
-        Deed::KillCriu => kill(own, "-KILL", "[^ ]*criu "),
+        Deed::KillCriu => kill(own, "-KILL", "[^ ]*criu[: ]"),
         Deed::KillRunc => kill(own, "-KILL", "[^ ]*runc "),
     }
 }
