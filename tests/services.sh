@@ -1,0 +1,204 @@
+#!/usr/bin/env bash
+# Real services under their own clients, migrated in the middle of the load: redis under
+# redis-benchmark, nginx under wrk and ab, an echo server over UDP. Nothing may fail on the client.
+# Needs root. Prints "N passed, N failed" and fails when something failed.
+set -uo pipefail
+cd "$(dirname "$(readlink -f "$0")")/.." || exit 1
+# shellcheck source=contrib/lib.sh
+. contrib/lib.sh
+# shellcheck source=contrib/stage.sh
+. contrib/stage.sh
+need_root
+
+passed=0 failed=0 load=''
+stage_name services
+finish() {
+    trap '' INT TERM HUP
+    [ -z "$load" ] || kill "$load" 2>/dev/null
+    stage_clear
+}
+trap finish EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+
+check() { # WHAT COMMAND...
+    local what=$1
+    shift
+    if "$@" >"$scratch/out" 2>&1; then
+        passed=$((passed + 1))
+        printf 'ok      %s\n' "$what"
+    else
+        failed=$((failed + 1))
+        printf 'FAILED  %s\n' "$what"
+        tail -n 30 "$scratch/out" | sed 's/^/        | /'
+    fi
+}
+
+# A container of a workload at $address, on host a.
+start() { # WORKLOAD PORT [OPTIONS of bundles/make]
+    local workload=$1 port=$2
+    shift 2
+    from=a to=b
+    container_make a "$workload" "$workload" "$address" "$@" || return 1
+    container_run a "$workload" || return 1
+    wait_until 30 answers client "$address" "$port"
+}
+stop() { # WORKLOAD
+    on "$from" runc delete -f "$1"
+    on "$from" ip netns del "$1"
+}
+
+# To the other host, while the load is on.
+move() { # NAME
+    local next
+    kill -0 "$load" || { echo "the load has ended before the migration"; return 1; }
+    migrate "$1" "$from" "$to" "$scratch/report" || return 1
+    next=$from from=$to to=$next
+    kill -0 "$load" || { echo "the load has ended within the migration"; return 1; }
+}
+
+# loaded COMMAND...: a client in the background; what it says is in $scratch/load.
+loaded() {
+    "$top/contrib/lab" exec client "$@" >"$scratch/load" 2>"$scratch/load.err" </dev/null &
+    load=$!
+}
+# Whether it holds so many connections.
+connected() { [ "$(on client ss -Htn state established dst "$address" | wc -l)" -ge "$1" ]; }
+# Its end, which is to be a success.
+load_ends() {
+    local pid=$load status=0
+    load=''
+    wait "$pid" || status=$?
+    cat "$scratch/load.err"
+    tail -n 30 "$scratch/load"
+    [ "$status" = 0 ]
+}
+# `!` of a function's last command would not be its failure.
+says_not() { ! grep -Ei "$1" "$scratch/load" "$scratch/load.err"; }
+
+check "three hosts come up" stage_up a b client
+[ $failed = 0 ] || { echo "$passed passed, $failed failed"; exit 1; }
+address=$net.60
+
+# -- redis, 50 connections, three migrations
+KEYS=5000
+redis() { on client redis-cli -h "$address" "$@"; }
+# Keys that no benchmark touches, their values made from their names.
+redis_fill() {
+    seq "$KEYS" | awk '{ printf "SET kept:%d value-%d-of-kept:%d\r\n", $1, $1 * 7919, $1 }' | redis --pipe
+}
+redis_compare() {
+    seq "$KEYS" | awk '{ printf "value-%d-of-kept:%d\n", $1 * 7919, $1 }' >"$scratch/wanted"
+    seq "$KEYS" | awk '{ printf "GET kept:%d\n", $1 }' | redis >"$scratch/found"
+    cmp "$scratch/wanted" "$scratch/found"
+}
+benchmark() { # REQUESTS
+    echo redis-benchmark -h "$address" -c 50 -n "$1" -r 10000 -d 100 -t set,get --csv
+}
+# How many requests keep it busy for as long as three migrations take: as many as the pace of this
+# machine asks for, found by a short run.
+redis_requests() {
+    local began took
+    began=$(now_ms)
+    # shellcheck disable=SC2046
+    on client $(benchmark 20000) >/dev/null </dev/null || return 1
+    took=$(($(now_ms) - began))
+    echo $((20000 * ${1:?} * 1000 / (took + 1)))
+}
+check "redis starts" start redis 6379
+check "$KEYS keys are written" redis_fill
+check "and are there" redis_compare
+requests=$(redis_requests 8)
+# shellcheck disable=SC2046
+loaded $(benchmark "$requests")
+check "redis-benchmark holds 50 connections" wait_until 10 connected 50
+check "redis moves under redis-benchmark" move redis
+check "and back" move redis
+check "and once more" move redis
+check "redis-benchmark ends well ($requests requests each)" load_ends
+check "with no error" says_not 'error|refused|reset|closed|could not'
+check "with both tests done" test "$(grep -cE '^"(SET|GET)"' "$scratch/load")" = 2
+check "all keys are there with their values" redis_compare
+check "redis says that it runs on $from" on "$from" sh -c 'runc state redis | grep running'
+check "redis ends" stop redis
+
+# -- nginx: read-only root, tmpfs, pages on shared storage; keep-alive connections
+page_is_whole() { # FILE: what the server sends is what lies on the storage
+    # shellcheck disable=SC2016
+    on client bash -c 'exec 3<>"/dev/tcp/$1/80"; printf "GET /$2 HTTP/1.0\r\n\r\n" >&3; cat <&3' sh "$address" "$1" |
+        sed '1,/^\r$/d' | cmp - "$shared/web/www/$1"
+}
+check "nginx starts" start web 80
+page=$(cd "$shared/web/www" && find . -type f -printf '%s %P\n' | sort -n | head -n 1 | cut -d ' ' -f 2)
+check "it serves $page" page_is_whole "$page"
+# Its limit for an answer is 2 s by itself; all else would count as an error.
+loaded wrk -t 1 -c 32 -d 10s --latency "http://$address/$page"
+check "wrk holds 32 connections" wait_until 10 connected 32
+check "nginx moves under wrk" move web
+check "and back" move web
+check "wrk ends well" load_ends
+check "with no error and no timeout" says_not 'socket errors|non-2xx|unable'
+check "with answers" grep -qE '[1-9][0-9]* requests in' "$scratch/load"
+loaded ab -q -k -c 32 -t 10 -n 100000000 "http://$address/$page"
+check "ab holds 32 connections" wait_until 10 connected 32
+check "nginx moves under ab" move web
+check "and back" move web
+check "ab ends well" load_ends
+check "with no failed request" grep -qE '^Failed requests: +0$' "$scratch/load"
+check "with answers" grep -qE '^Complete requests: +[1-9]' "$scratch/load"
+check "it still serves $page" page_is_whole "$page"
+check "nginx ends" stop web
+
+# -- UDP: a datagram every 2 ms, numbered; what comes back is to be what went
+cat >"$shared/udp.py" <<'PY'
+import json, select, socket, struct, sys, time
+address, port, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.connect((address, port))
+s.setblocking(False)
+start = time.monotonic()
+sent, got, wrong, twice, refused, last, pause = 0, set(), 0, 0, 0, start, 0.0
+while True:
+    now = time.monotonic()
+    # The last half second only listens.
+    if now > start + seconds + 0.5:
+        break
+    if sent < (now - start) / 0.002 and now < start + seconds:
+        try:
+            s.send(struct.pack("!QQ", sent, sent * 2654435761))
+        except ConnectionRefusedError:
+            refused += 1
+        sent += 1
+    if not select.select([s], [], [], 0.001)[0]:
+        continue
+    try:
+        data = s.recv(2048)
+    except ConnectionRefusedError:
+        refused += 1 # ICMP: a host without the container has answered for it
+        continue
+    now = time.monotonic()
+    pause, last = max(pause, now - last), now
+    number, check = struct.unpack("!QQ", data) if len(data) == 16 else (0, 1)
+    if check != number * 2654435761:
+        wrong += 1
+    elif number in got:
+        twice += 1
+    got.add(number)
+tail = sum(1 for n in range(sent - 100, sent) if n in got)
+print(json.dumps({"sent": sent, "lost": sent - len(got), "wrong": wrong, "twice": twice,
+    "refused": refused, "pause_ms": round(pause * 1000, 1), "last_100": tail}))
+PY
+udp() { jq -e "$1" "$scratch/load"; }
+check "the echo server starts" start echo 7007
+loaded python3 /srv/shared/udp.py "$address" 7007 6
+check "it moves under UDP" move echo
+check "and back" move echo
+check "the client ends well" load_ends
+udp_seen=$(jq -r '"\(.lost) of \(.sent) lost, longest pause \(.pause_ms) ms"' "$scratch/load")
+check "UDP is answered afterwards ($udp_seen)" udp '.last_100 == 100'
+check "no datagram comes back wrong or twice" udp '.wrong == 0 and .twice == 0'
+check "no host ever refuses" udp '.refused == 0'
+check "the echo server ends" stop echo
+
+echo "$passed passed, $failed failed"
+[ $failed = 0 ]
