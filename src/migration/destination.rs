@@ -159,12 +159,18 @@ fn converse(
     let runtime =
         Runtime::new(runtime.program().to_owned(), plan.root.clone(), plan.systemd_cgroup);
     if !plan.check_only {
-        recover::sweep(state_dir, &runtime, &plan.container)?;
+        settle::sweep(state_dir, runtime.root(), &plan.container)?;
     }
     let (fatal, warnings): (Vec<_>, Vec<_>) =
         checks::problems(&plan, &runtime).into_iter().partition(|p| p.fatal);
     if !fatal.is_empty() {
         return speaker.say(&Message::Refuse { problems: fatal });
+    }
+    if !plan.check_only {
+        // Pages follow right behind `Prepare`, faster than anything can be made ready.
+        let pages = usize::try_from(plan.memory_bytes)? / PAGE;
+        let fresh = Staging::new(pages)?;
+        *staging.lock().unwrap_or_else(PoisonError::into_inner) = Some(fresh);
     }
     speaker.say(&Message::Accept { warnings })?;
     if plan.check_only {
@@ -304,9 +310,6 @@ impl Guest {
         staging: &Arc<Mutex<Option<Staging>>>,
     ) -> Result<()> {
         fault::point("destination.prepare")?;
-        let pages = usize::try_from(self.plan.memory_bytes)? / PAGE;
-        let fresh = Staging::new(pages)?;
-        *staging.lock().unwrap_or_else(PoisonError::into_inner) = Some(fresh);
         self.make_network()?;
         if !self.plan.tmpfs.is_empty() {
             let base = workdir::tmpfs_base(self.work.path());
@@ -614,8 +617,11 @@ impl Guest {
                     {
                         let failed = e.context("the copy died after the commit");
                         let why = format!("{failed:#}");
-                        // The source still has it, frozen.
+                        // First of all so that nobody takes what is left of it for a container
+                        // that runs. The source still has it, frozen.
+                        let undone = self.undo();
                         let _ = speaker.say(&Message::Failed { phase: "starting".into(), why });
+                        undone?;
                         return Err(failed);
                     }
                 }
