@@ -103,3 +103,99 @@ cgroup_end() {
     find "$1" -depth -type d -exec rmdir {} + 2>/dev/null || true
     [ ! -d "$1" ]
 }
+
+# ---------------------------------------------------------------- packages
+
+missing_packages() { # ROOT PACKAGE...
+    local root=$1 p
+    shift
+    for p in "$@"; do
+        case $(dpkg-query --admindir="${root%/}/var/lib/dpkg" -W -f '${db:Status-Status}' "$p" 2>/dev/null) in
+            installed) ;;
+            *) printf '%s ' "$p" ;;
+        esac
+    done
+}
+
+install_on_machine() { # PACKAGE...
+    local missing
+    have dpkg-query || { warn "not a Debian: install by hand what is missing of: $*"; return; }
+    missing=$(missing_packages / "$@")
+    [ -n "$missing" ] || return 0
+    say "installing on this machine: $missing"
+    apt-get update -q >&2
+    # shellcheck disable=SC2086
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $missing >&2
+}
+
+# ---------------------------------------------------------------- Rust
+
+RUST_WANTED=1.88
+# What stands before `cargo` and `rustc`: nothing, or the way into the lab's base.
+RUST=()
+
+rust_is_new() { # VERSION
+    [ -n "$1" ] && [ "$(printf '%s\n' "$RUST_WANTED" "$1" | sort -V | head -n 1)" = "$RUST_WANTED" ]
+}
+
+# rust_ready: from here on `rust cargo …` works. A toolchain that is there and new enough is taken;
+# else Debian's, if that is; else the one of the lab's base, which is Debian testing.
+# FERRY_RUST=base asks for that one. `contrib/lab prepare` must have run.
+rust_ready() {
+    local version candidate top lab
+    top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    lab=$top/contrib/lab
+    version=$(cargo --version 2>/dev/null | cut -d ' ' -f 2) || true
+    if [ "${FERRY_RUST:-}" != base ] && rust_is_new "$version" && have rustc; then
+        return
+    fi
+    if [ "${FERRY_RUST:-}" != base ] && have apt-cache; then
+        candidate=$(apt-cache policy cargo 2>/dev/null | sed -n 's/^ *Candidate: *//p')
+        if rust_is_new "${candidate%%[+~-]*}"; then
+            install_on_machine cargo rustc rust-clippy rustfmt
+            return
+        fi
+    fi
+    say "no Rust of $RUST_WANTED or newer here${version:+ (found $version)}: building in the lab's base"
+    # Cargo's downloads and its configuration are the caller's own.
+    CARGO_HOME=${CARGO_HOME:-$HOME/.cargo}
+    mkdir -p "$CARGO_HOME" "${CARGO_TARGET_DIR:=$top/target}"
+    export CARGO_HOME CARGO_TARGET_DIR
+    if ! "$lab" base --install "cargo rustc rust-clippy rustfmt gcc libc6-dev ca-certificates" true; then
+        hint "https://rustup.rs installs one"
+        die "no Rust toolchain"
+    fi
+    RUST=("$lab" base --bind "$top" --bind "$CARGO_HOME" --bind "$CARGO_TARGET_DIR")
+}
+
+# rust_lints: also rustfmt and clippy, which some toolchains come without.
+rust_lints() {
+    [ "${#RUST[@]}" = 0 ] || return 0 # they came with it
+    if ! cargo fmt --version >/dev/null 2>&1 || ! cargo clippy --version >/dev/null 2>&1; then
+        if have rustup; then rustup component add rustfmt clippy; else install_on_machine rust-clippy rustfmt; fi
+    fi
+}
+
+# rust COMMAND...: cargo, or a script that calls it, with the toolchain that rust_ready found.
+rust() { "${RUST[@]}" "$@"; }
+
+# ---------------------------------------------------------------- output
+
+# quietly WHAT COMMAND...: one line that says what is being done and how long it took; what the
+# command says is shown only if it fails.
+quietly() {
+    local what=$1 log status=0 began
+    shift
+    log=$(mktemp)
+    began=$(now_ms)
+    printf '%-44s' "$what …"
+    "$@" >"$log" 2>&1 </dev/null || status=$?
+    if [ "$status" = 0 ]; then
+        printf ' %6s s\n' "$((($(now_ms) - began) / 1000)).$((($(now_ms) - began) % 1000 / 100))"
+    else
+        printf ' failed\n'
+        tail -n 40 "$log" | sed 's/^/  | /'
+    fi
+    rm -f "$log"
+    return "$status"
+}

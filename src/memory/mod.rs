@@ -12,3 +12,4 @@ pub mod pages;
 pub mod rounds;
 pub mod serve;
 pub mod staging;
+pub mod track;

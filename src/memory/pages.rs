@@ -50,7 +50,10 @@ pub fn tasks(pids: &[i32]) -> Result<Vec<Task>> {
 }
 
 /// The addresses of a task's private anonymous mappings.
-fn anonymous_mappings(pid: i32) -> Result<Vec<(u64, u64)>> {
+///
+/// # Errors
+/// `NotFound` where the task has ended.
+pub fn anonymous_mappings(pid: i32) -> Result<Vec<(u64, u64)>> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
     let mut found = Vec::new();
     for line in maps.lines() {
@@ -99,7 +102,8 @@ impl Finder {
 
 fn wanted(guard: u64) -> Wanted {
     let out = category::PFNZERO | category::FILE | guard;
-    Wanted { inverted: out, mask: out, any_of: category::PRESENT | category::SWAPPED }
+    let any_of = category::PRESENT | category::SWAPPED;
+    Wanted { inverted: out, mask: out, any_of, protect: false }
 }
 
 /// The populated private anonymous pages of a task, in ascending order.
@@ -107,11 +111,19 @@ fn wanted(guard: u64) -> Wanted {
 /// # Errors
 /// `NotFound` where the task has ended.
 pub fn populated(pid: i32) -> Result<Vec<PageRegion>> {
+    populated_in(pid, &anonymous_mappings(pid)?)
+}
+
+/// The same for some of its mappings.
+///
+/// # Errors
+/// `NotFound` where the task has ended.
+pub fn populated_in(pid: i32, mappings: &[(u64, u64)]) -> Result<Vec<PageRegion>> {
     static FINDER: std::sync::OnceLock<Finder> = std::sync::OnceLock::new();
     let finder = *FINDER.get_or_init(Finder::probe);
     let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
     let mut found = Vec::new();
-    for (start, end) in anonymous_mappings(pid)? {
+    for &(start, end) in mappings {
         match finder {
             Finder::ScanWithGuards => {
                 pagemap_scan(&pagemap, start, end, wanted(category::GUARD), &mut found)?;

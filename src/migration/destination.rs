@@ -25,16 +25,17 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::journal::{self, Journal, Lock, Record, Role, State};
-use super::protocol::{Arrival, MAX_FILES, MAX_TASKS, Message, Plan, Standing, Stream, Verdict};
-use super::restore::{Go, RestoreEvent, RestoreJob, RestorePlan, StreamPlan};
+use super::protocol::{Arrival, MAX_FILES, MAX_TASKS, Message, Plan, Standing, Verdict};
+use super::restore::{Go, RestoreEvent, RestoreJob, RestorePlan};
 use super::settle::{self, Call};
+use super::streams::Streams;
 use super::talk::{self, Heard, Speaker};
 use super::workdir::WorkDir;
 use super::{checks, host, keeper, recover, workdir};
 use crate::criu::images;
 use crate::criu::interposer::Interposer;
 use crate::files::tmpfs::{Mounted, Tmpfs};
-use crate::files::{probe, tree};
+use crate::files::tree;
 use crate::memory::serve::{Served, Server, Serving};
 use crate::memory::staging::Staging;
 use crate::network::{self, Announcer, Frame as Packet, Placement, Recreated, Replay, fence};
@@ -42,6 +43,7 @@ use crate::oci::runtime::Runtime;
 use crate::sys::fault;
 use crate::sys::memory::PAGE;
 use crate::sys::netns::NetNs;
+use crate::sys::process;
 use crate::transport::connect::Link;
 use crate::transport::frame::Frame;
 
@@ -167,12 +169,15 @@ fn converse(
         return speaker.say(&Message::Refuse { problems: fatal });
     }
     if !plan.check_only {
-        // Pages follow right behind `Prepare`, faster than anything can be made ready.
+        // Before the source is told to go on: its first pages follow right after `Prepare`, and
+        // the reading thread takes them in whether or not this one has got that far.
         let pages = usize::try_from(plan.memory_bytes)? / PAGE;
         let fresh = Staging::new(pages)?;
         *staging.lock().unwrap_or_else(PoisonError::into_inner) = Some(fresh);
     }
-    speaker.say(&Message::Accept { warnings })?;
+    // Now, as the source takes its probes away when it has our answer.
+    let shared = Streams::shared(&plan.streams);
+    speaker.say(&Message::Accept { warnings, shared: shared.clone() })?;
     if plan.check_only {
         return Ok(());
     }
@@ -182,7 +187,7 @@ fn converse(
         // It changed its mind: nothing was made.
         Err(_) => return Ok(()),
     }
-    let guest = match Guest::new(*plan, runtime, state_dir) {
+    let guest = match Guest::new(*plan, &shared, runtime, state_dir) {
         Ok(guest) => guest,
         Err(e) => {
             let why = format!("{e:#}");
@@ -204,7 +209,7 @@ struct Guest {
     restore: Option<RestoreJob>,
     server: Option<Server>,
     serving: Option<Serving>,
-    streams: Vec<StreamFile>,
+    streams: Streams,
     tmpfs: Option<Mounted>,
     images: HashMap<String, File>,
     image_bytes: u64,
@@ -225,9 +230,10 @@ struct Net {
 }
 
 impl Guest {
-    fn new(plan: Plan, runtime: Runtime, state_dir: &Path) -> Result<Guest> {
+    fn new(plan: Plan, shared: &[usize], runtime: Runtime, state_dir: &Path) -> Result<Guest> {
         let lock = Lock::take(state_dir, runtime.root(), &plan.container)?;
         let work = WorkDir::create(&plan.migration)?;
+        let streams = Streams::open(&plan, shared)?;
         let record = Record {
             migration: plan.migration.clone(),
             container: plan.container.clone(),
@@ -257,7 +263,7 @@ impl Guest {
             restore: None,
             server: None,
             serving: None,
-            streams: Vec::new(),
+            streams,
             tmpfs: None,
             images: HashMap::new(),
             image_bytes: 0,
@@ -340,7 +346,7 @@ impl Guest {
                 }
                 Input::Heard(Heard::Message(Message::MemoryDone)) => memory_done = true,
                 Input::Restore(RestoreEvent::Restored(pid)) => {
-                    self.journal.record.init = journal::start_time(pid).map(|t| (pid, t));
+                    self.journal.record.init = process::start_time(pid).map(|t| (pid, t));
                     self.mark("restored");
                     fault::point("destination.restored")?;
                     restored = true;
@@ -395,15 +401,7 @@ impl Guest {
         let (criu, _) = host::criu()?;
         let targets: Vec<&str> = self.plan.streams.iter().map(|s| s.target.as_str()).collect();
         fs::write(self.work.images().join("descriptors.json"), serde_json::to_vec(&targets)?)?;
-        self.streams = open_streams(&self.plan)?;
-        let streams = self
-            .streams
-            .iter()
-            .zip(&self.plan.streams)
-            .map(|(s, p)| {
-                Ok(StreamPlan { file: s.file.try_clone()?, external: p.external.clone() })
-            })
-            .collect::<Result<_>>()?;
+        let streams = self.streams.plan()?;
         self.server = Some(Server::listen(&self.work.work())?);
         let namespace = match &self.network {
             Some(net) if self.plan.criu_inside() => Some(net.made.namespace().try_clone()?),
@@ -432,9 +430,7 @@ impl Guest {
     /// A piece of an image file, or of a log.
     fn file(&mut self, name: &str, at: u64, bytes: &[u8]) -> Result<()> {
         if let Some(number) = name.strip_prefix("stream-") {
-            let stream = number.parse::<usize>().ok().and_then(|i| self.streams.get_mut(i));
-            let stream = stream.ok_or_else(|| anyhow!("a log for no stream"))?;
-            return stream.write(at, bytes);
+            return self.streams.write(number, at, bytes);
         }
         let plain = name.len() < 128
             && !name.starts_with('.')
@@ -475,9 +471,7 @@ impl Guest {
             tree::unpack(&place, &mut BufReader::with_capacity(256 << 10, packed))
                 .with_context(|| format!("filling the tmpfs {}", tmpfs.place))?;
         }
-        for stream in &mut self.streams {
-            stream.settle()?;
-        }
+        self.streams.settle()?;
         self.tell_restore(Go::Restore)
     }
 
@@ -668,9 +662,7 @@ impl Guest {
             }
         }
         tracing::debug!(?served, "pages installed");
-        for stream in &mut self.streams {
-            stream.kept = true;
-        }
+        self.streams.keep();
         if let Some(mut net) = self.network.take() {
             drop(net.replay);
             // It has been open since the commit; taking it down takes milliseconds, so only now.
@@ -697,7 +689,7 @@ impl Guest {
         drop(self.serving.take());
         drop(self.network.take());
         drop(self.tmpfs.take());
-        self.streams.clear();
+        self.streams.undo();
         recover::destination_discards(&mut self.journal)
     }
 }
@@ -734,93 +726,4 @@ impl Drop for Warm {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
     }
-}
-
-/// A standard stream on this host.
-struct StreamFile {
-    file: File,
-    /// A log that comes with the container: its final place, and the place that it has until then.
-    place: Option<(PathBuf, PathBuf)>,
-    kept: bool,
-}
-
-impl StreamFile {
-    fn write(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
-        if self.place.is_none() {
-            // Both hosts see the same file: it has all that.
-            return Ok(());
-        }
-        if at + bytes.len() as u64 > super::inspect::MAX_STREAM * 2 {
-            bail!("a log longer than was announced");
-        }
-        Ok(self.file.write_all_at(bytes, at)?)
-    }
-
-    /// All of it is here: to its place, keeping what was there.
-    fn settle(&mut self) -> Result<()> {
-        let Some((place, temporary)) = &self.place else { return Ok(()) };
-        if place.exists() {
-            let mut old = place.clone().into_os_string();
-            old.push(".before");
-            fs::rename(place, old)?;
-        }
-        fs::rename(temporary, place)?;
-        Ok(())
-    }
-}
-
-impl Drop for StreamFile {
-    fn drop(&mut self) {
-        if let (Some((place, temporary)), false) = (&self.place, self.kept) {
-            let _ = fs::remove_file(temporary);
-            let _ = fs::remove_file(place);
-        }
-    }
-}
-
-/// Where the output of containers that wrote to a pipe goes on this host.
-const LOGS: &str = "/var/log/ferry";
-
-/// Opens what the container will have as its standard streams.
-fn open_streams(plan: &Plan) -> Result<Vec<StreamFile>> {
-    let open = |i: usize, stream: &Stream| -> Result<StreamFile> {
-        let plain = |file| StreamFile { file, place: None, kept: true };
-        if stream.external.is_some() {
-            let place = PathBuf::from(&stream.target);
-            if !place.is_absolute() {
-                bail!("{} is no log's place", stream.target);
-            }
-            if shared_log(&place, stream)? {
-                let file = OpenOptions::new().read(true).append(true).open(&place)?;
-                return Ok(plain(file));
-            }
-            let temporary = place.with_extension(format!("ferry-{}-{i}", plan.migration));
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create_new(true)
-                .mode(0o640)
-                .open(&temporary)
-                .with_context(|| format!("cannot make the log {}", temporary.display()))?;
-            return Ok(StreamFile { file, place: Some((place, temporary)), kept: false });
-        }
-        if stream.target.starts_with("pipe:") && i > 0 {
-            fs::create_dir_all(LOGS)?;
-            let path = Path::new(LOGS).join(format!("{}.log", plan.container));
-            let file = OpenOptions::new().create(true).append(true).mode(0o640).open(&path);
-            return Ok(plain(file.with_context(|| format!("cannot open {}", path.display()))?));
-        }
-        Ok(plain(OpenOptions::new().read(true).write(true).open("/dev/null")?))
-    };
-    let mut list = Vec::new();
-    for (i, stream) in plan.streams.iter().enumerate() {
-        list.push(open(i, stream)?);
-    }
-    Ok(list)
-}
-
-/// Whether a log is the same file on both hosts.
-fn shared_log(place: &Path, stream: &Stream) -> Result<bool> {
-    let Some(proof) = &stream.proof else { return Ok(false) };
-    Ok(place.exists() && place.parent().is_some_and(|dir| probe::verify(dir, proof).is_ok()))
 }

@@ -249,8 +249,12 @@ fn edit(request: &mut Criu_req, plan: &DumpPlan, images: i32, work: i32) -> Resu
     let opts = request.opts.as_mut().ok_or_else(|| anyhow!("a dump without options"))?;
     opts.set_images_dir_fd(images);
     opts.set_work_dir_fd(work);
-    // A configuration file would override what is set here.
-    opts.clear_config_file();
+    // A configuration file overrides what is set here: ours instead of any that the host has. It
+    // keeps the page server, which no option of the request binds to an address, off the network.
+    let configuration = plan.work.join("criu.conf");
+    fs::write(&configuration, "address 127.0.0.1\n")?;
+    let path = configuration.to_str().ok_or_else(|| anyhow!("a path that is not UTF-8"))?;
+    opts.set_config_file(path.to_owned());
     opts.set_notify_scripts(true);
     opts.set_leave_running(true);
     opts.set_lazy_pages(true);

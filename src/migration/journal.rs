@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::DEFAULT_ROOT;
+use crate::sys::process::start_time;
 use crate::transport::connect::Destination;
 
 /// Bytes of a journal file.
@@ -312,14 +313,6 @@ impl Lock {
         }
         Ok(Lock { _file: file })
     }
-}
-
-/// When a process started, in clock ticks since boot: with its number, a name that is not used
-/// twice. proc_pid_stat(5), field 22.
-pub fn start_time(pid: i32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command's name in field 2 may hold blanks and parentheses.
-    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
 }
 
 /// Whether that very process still runs.

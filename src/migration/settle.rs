@@ -114,7 +114,8 @@ pub fn sweep(state_dir: &Path, root: &Path, container: &str) -> Result<()> {
             && !journal.state().is_over()
             && !is_alive(record.worker);
         if dead && record.container == container && recover::runtime(record).root() == root {
-            answer(state_dir, &record.migration, None).context("clearing away an earlier migration")?;
+            answer(state_dir, &record.migration, None)
+                .context("clearing away an earlier migration")?;
         }
     }
     Ok(())

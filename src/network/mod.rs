@@ -34,5 +34,5 @@ pub use frames::{Capture, Frame};
 pub use image::NetworkImage;
 pub use placement::{Placement, preflight};
 pub use problem::Problem;
-pub use recreate::{fill_loopback, Recreated, dismantle, recreate};
+pub use recreate::{Recreated, dismantle, fill_loopback, recreate};
 pub use replay::Replay;

@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use crate::memory::rounds::RoundStats;
+use crate::memory::rounds::{RoundStats, Tracking};
 use crate::network::problem::Problem;
 
 /// Like `eprintln!`, which panics when nobody reads: a closed terminal must not stop a migration.
@@ -32,6 +32,8 @@ pub struct Mark {
 pub struct Round {
     /// Whether the container was frozen.
     pub frozen: bool,
+    /// How it was found out what changed.
+    pub tracking: Tracking,
     /// Pages looked at, sent, zero.
     #[serde(flatten)]
     pub pages: RoundStats,

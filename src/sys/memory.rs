@@ -41,6 +41,8 @@ const _: () = assert!(size_of::<PageRegion>() == 24);
 
 /// `PAGE_IS_*` of linux/fs.h.
 pub mod category {
+    /// Written to since it was write-protected by an asynchronous userfaultfd.
+    pub const WRITTEN: u64 = 1 << 1;
     /// The page is mapped from a file or shmem.
     pub const FILE: u64 = 1 << 2;
     /// In memory.
@@ -63,7 +65,13 @@ pub struct Wanted {
     pub mask: u64,
     /// See above.
     pub any_of: u64,
+    /// Write-protect what matches in the same step, so that a later write shows as `WRITTEN`; and
+    /// fail with `EPERM` where no asynchronous userfaultfd watches.
+    pub protect: bool,
 }
+
+/// `PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC`
+const SCAN_PROTECT: u64 = 1 | 2;
 
 /// Appends the regions of `[start, end)` whose pages match to `found`. `pagemap` is an open
 /// `/proc/PID/pagemap`. Linux 6.7.
@@ -82,7 +90,7 @@ pub fn pagemap_scan(
     while at < end {
         let mut arg = PmScanArg {
             size: size_of::<PmScanArg>() as u64,
-            flags: 0,
+            flags: if wanted.protect { SCAN_PROTECT } else { 0 },
             start: at,
             end,
             walk_end: 0,
@@ -265,6 +273,21 @@ struct UffdioZeropage {
 }
 
 #[repr(C)]
+struct UffdioApi {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct UffdioRegister {
+    start: u64,
+    len: u64,
+    mode: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
 struct UffdioRange {
     start: u64,
     len: u64,
@@ -272,10 +295,12 @@ struct UffdioRange {
 
 #[allow(missing_docs)]
 mod ioctl {
-    use super::{PmScanArg, UffdioCopy, UffdioRange, UffdioZeropage};
+    use super::{PmScanArg, UffdioApi, UffdioCopy, UffdioRange, UffdioRegister, UffdioZeropage};
     nix::ioctl_readwrite!(pagemap_scan, b'f', 16, PmScanArg);
     nix::ioctl_readwrite!(uffdio_copy, 0xAA, 0x03, UffdioCopy);
     nix::ioctl_readwrite!(uffdio_zeropage, 0xAA, 0x04, UffdioZeropage);
+    nix::ioctl_readwrite!(uffdio_api, 0xAA, 0x3F, UffdioApi);
+    nix::ioctl_readwrite!(uffdio_register, 0xAA, 0x00, UffdioRegister);
     nix::ioctl_read!(uffdio_unregister, 0xAA, 0x01, UffdioRange);
     nix::ioctl_read!(uffdio_wake, 0xAA, 0x02, UffdioRange);
 }
@@ -335,6 +360,29 @@ pub fn uffd_wake(uffd: impl AsFd, start: u64, len: u64) -> io::Result<()> {
     let mut arg = UffdioRange { start, len };
     // SAFETY: the struct is live.
     unsafe { ioctl::uffdio_wake(uffd.as_fd().as_raw_fd(), &mut arg) }?;
+    Ok(())
+}
+
+/// `UFFD_USER_MODE_ONLY`: allowed to everybody whatever `vm.unprivileged_userfaultfd` says.
+pub const UFFD_USER_MODE_ONLY: i32 = 1;
+
+/// Makes a fresh userfaultfd one that only takes down who was written to, without stopping anybody.
+/// `UFFDIO_API` with `UFFD_FEATURE_WP_ASYNC`, `UFFD_FEATURE_WP_UNPOPULATED` (Linux 6.7).
+///
+/// # Errors
+/// `EINVAL` where the kernel cannot.
+pub fn uffd_track_writes(uffd: impl AsFd) -> io::Result<()> {
+    let mut arg = UffdioApi { api: 0xAA, features: 1 << 15 | 1 << 13 | 1, ioctls: 0 };
+    // SAFETY: the struct is live.
+    unsafe { ioctl::uffdio_api(uffd.as_fd().as_raw_fd(), &mut arg) }?;
+    Ok(())
+}
+
+/// Watches a range for writes. `UFFDIO_REGISTER` with `UFFDIO_REGISTER_MODE_WP`.
+pub fn uffd_watch_writes(uffd: impl AsFd, start: u64, len: u64) -> io::Result<()> {
+    let mut arg = UffdioRegister { start, len, mode: 1 << 1, ioctls: 0 };
+    // SAFETY: the struct is live; watching changes nothing in the memory of the process.
+    unsafe { ioctl::uffdio_register(uffd.as_fd().as_raw_fd(), &mut arg) }?;
     Ok(())
 }
 

@@ -5,6 +5,7 @@
 
 pub mod entry;
 pub mod fault;
+pub mod inject;
 pub mod memory;
 pub mod netlink;
 pub mod netns;

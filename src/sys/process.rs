@@ -120,3 +120,11 @@ pub fn wait_readable(fds: &[BorrowedFd], deadline: Option<Instant>) -> io::Resul
         }
     }
 }
+
+/// When a process started, in clock ticks since boot: with its number, a name that is not used
+/// twice. proc_pid_stat(5), field 22.
+pub fn start_time(pid: i32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The command's name in field 2 may hold blanks and parentheses.
+    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
+}

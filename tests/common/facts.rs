@@ -83,7 +83,9 @@ impl Facts {
         let working: Vec<&str> = self
             .processes
             .iter()
-            .filter(|p| matches!(p.name.as_str(), "ferry" | "criu" | "runc") || p.name.starts_with("runc:"))
+            .filter(|p| {
+                matches!(p.name.as_str(), "ferry" | "criu" | "runc") || p.name.starts_with("runc:")
+            })
             .filter(|p| !p.line.contains("receive --listen"))
             .map(|p| if p.line.is_empty() { p.name.as_str() } else { p.line.as_str() })
             .collect();
@@ -127,7 +129,8 @@ pub fn exactly_one_copy(container: &Container, here: &Host, there: &Host) -> Out
     let settled = until("exactly one copy", Duration::from_secs(10), || {
         let (with, without) = (facts(here)?, facts(there)?);
         ensure!(
-            !(with.process_of(container) && without.process_of(container)
+            !(with.process_of(container)
+                && without.process_of(container)
                 && [&with, &without].iter().all(|f| f.groups.is_empty() && f.open().is_empty())),
             "TWO COPIES: {with:#?}\n{without:#?}"
         );

@@ -44,7 +44,8 @@ pub fn ferry() -> PathBuf {
 
 /// Where `bundles/build` has put workloads and tools.
 pub fn tools() -> PathBuf {
-    std::env::var_os("FERRY_BUNDLES_BIN").map_or_else(|| in_tree("target/bundles/bin"), PathBuf::from)
+    std::env::var_os("FERRY_BUNDLES_BIN")
+        .map_or_else(|| in_tree("target/bundles/bin"), PathBuf::from)
 }
 
 fn lab(name: &str) -> Command {
@@ -73,7 +74,8 @@ impl Lab {
     /// Starts hosts; the ferry under test and the probe are in all of them.
     pub fn up(hosts: &[&'static str]) -> Outcome<Lab> {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
-        let name = format!("migrate{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let name =
+            format!("migrate{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let mut command = lab(&name);
         command.arg("up").arg("--ferry").arg(ferry()).args(hosts);
         // From here on it is taken down, however far it came.
@@ -164,7 +166,9 @@ impl Host {
 
     /// Runs a shell script that has to succeed.
     pub fn sh(&self, script: &str) -> Outcome<String> {
-        self.exec(&["sh", "-euc", script])?.ok().map_err(|e| format!("on {}: {script}\n{e}", self.name))
+        self.exec(&["sh", "-euc", script])?
+            .ok()
+            .map_err(|e| format!("on {}: {script}\n{e}", self.name))
     }
 
     /// `ferry …`.

@@ -63,7 +63,9 @@ impl Probe {
             match self.said.recv_timeout(until.saturating_duration_since(Instant::now())) {
                 Ok(value) if value.get(key).is_some() => return Ok(value),
                 Ok(_) => {}
-                Err(RecvTimeoutError::Timeout) => return Err(format!("the probe does not say {key}")),
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(format!("the probe does not say {key}"));
+                }
                 Err(RecvTimeoutError::Disconnected) => return Err("the probe has ended".into()),
             }
         }
@@ -77,7 +79,11 @@ impl Probe {
 
     /// The window since a mark, or everything (`start`).
     pub fn report(&mut self, since: &str) -> Outcome<Value> {
-        self.say(&if since == "start" { "report".into() } else { format!("report since {since}") })?;
+        self.say(&if since == "start" {
+            "report".into()
+        } else {
+            format!("report since {since}")
+        })?;
         self.expect("worst_pause_ms")
     }
 
@@ -91,7 +97,8 @@ impl Probe {
             let worst = report["per_connection_worst_ms"].as_array().cloned().unwrap_or_default();
             // A connection whose worst gap is shorter than the window has had an answer in it.
             let all = worst.iter().all(|w| w.as_f64().unwrap_or(f64::MAX) < window);
-            if window > 20.0 && all && report["answers"].as_u64().unwrap_or(0) >= worst.len() as u64 {
+            if window > 20.0 && all && report["answers"].as_u64().unwrap_or(0) >= worst.len() as u64
+            {
                 return Ok(());
             }
             ensure!(report["connections_lost"] == 0, "connections were lost: {report}");

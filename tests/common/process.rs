@@ -26,13 +26,23 @@ impl Output {
 
     /// Itself, if it ended with this exit code.
     pub fn exits(self, code: i32) -> Outcome<Output> {
-        if self.code == code { Ok(self) } else { Err(format!("exit code {} instead of {code}\n{self}", self.code)) }
+        if self.code == code {
+            Ok(self)
+        } else {
+            Err(format!("exit code {} instead of {code}\n{self}", self.code))
+        }
     }
 }
 
 impl std::fmt::Display for Output {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "exit code {}\nstdout: {}\nstderr: {}", self.code, self.out.trim_end(), self.err.trim_end())
+        write!(
+            f,
+            "exit code {}\nstdout: {}\nstderr: {}",
+            self.code,
+            self.out.trim_end(),
+            self.err.trim_end()
+        )
     }
 }
 
@@ -88,14 +98,16 @@ impl Running {
         use std::os::unix::process::ExitStatusExt;
         let code = status.code().or(status.signal().map(|s| 128 + s)).unwrap_or(-1);
         // Somebody whom it has left behind may hold the streams open.
-        let text = |r: &Receiver<String>| r.recv_timeout(Duration::from_secs(2)).unwrap_or_default();
+        let text =
+            |r: &Receiver<String>| r.recv_timeout(Duration::from_secs(2)).unwrap_or_default();
         Ok(Output { code, out: text(&self.out), err: text(&self.err) })
     }
 
     fn take_down(&mut self) -> String {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        let text = |r: &Receiver<String>| r.recv_timeout(Duration::from_secs(2)).unwrap_or_default();
+        let text =
+            |r: &Receiver<String>| r.recv_timeout(Duration::from_secs(2)).unwrap_or_default();
         format!("stdout: {}\nstderr: {}", text(&self.out), text(&self.err))
     }
 }
@@ -118,7 +130,11 @@ fn pause() {
 }
 
 /// Asks until there is an answer.
-pub fn until<T>(what: &str, limit: Duration, mut ask: impl FnMut() -> Outcome<Option<T>>) -> Outcome<T> {
+pub fn until<T>(
+    what: &str,
+    limit: Duration,
+    mut ask: impl FnMut() -> Outcome<Option<T>>,
+) -> Outcome<T> {
     let end = Instant::now() + limit;
     loop {
         if let Some(answer) = ask()? {
@@ -136,5 +152,6 @@ pub fn write_script(path: &std::path::Path, text: &str) -> Outcome {
     use std::os::unix::fs::OpenOptionsExt;
     let mut options = std::fs::OpenOptions::new();
     let file = options.write(true).create(true).truncate(true).mode(0o755).open(path);
-    file.and_then(|mut f| f.write_all(text.as_bytes())).map_err(|e| format!("{}: {e}", path.display()))
+    file.and_then(|mut f| f.write_all(text.as_bytes()))
+        .map_err(|e| format!("{}: {e}", path.display()))
 }

@@ -198,7 +198,14 @@ fn migrate_with(lab: &Lab, point: &str, at: At, deed: Deed) -> Outcome<Output> {
     let script = format!("#!/bin/sh\n{fault} exec ferry \"$@\"\n");
     write_script(&a.path("/srv/shared/bin/faulty")?, &script)?;
     let mut running = a.start(&[
-        "env", &fault, "ferry", "migrate", "--remote-ferry", "/srv/shared/bin/faulty", "box", "b",
+        "env",
+        &fault,
+        "ferry",
+        "migrate",
+        "--remote-ferry",
+        "/srv/shared/bin/faulty",
+        "box",
+        "b",
     ])?;
     if action == "hold" {
         let host = if matches!(at, Source | SourceAfter) { &a } else { &b };
@@ -240,7 +247,12 @@ fn perform(lab: &Lab, at: At, deed: Deed) -> Outcome {
 }
 
 /// Who has it now, after whatever is up to an operator has been done; `after` the commit.
-fn settle<'a>(a: &'a Host, b: &'a Host, ended: &Output, after: bool) -> Outcome<(&'a Host, &'a Host)> {
+fn settle<'a>(
+    a: &'a Host,
+    b: &'a Host,
+    ended: &Output,
+    after: bool,
+) -> Outcome<(&'a Host, &'a Host)> {
     let expected: &[i32] = if after { &[0, 4, 137] } else { &[1, 3, 137] };
     ensure!(expected.contains(&ended.code), "an exit code that cannot be: {}", ended.code);
     if !after {

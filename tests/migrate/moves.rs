@@ -74,16 +74,26 @@ fn json_and_report(lab: &Lab) -> Outcome {
         .lines()
         .map(|l| serde_json::from_str::<Value>(l).map_err(|e| format!("{l}: {e}")))
         .collect::<Outcome<Vec<_>>>()?;
-    ensure!(events.iter().all(|e| e["event"].is_string()), "an event without a name:\n{}", said.out);
+    ensure!(
+        events.iter().all(|e| e["event"].is_string()),
+        "an event without a name:\n{}",
+        said.out
+    );
     let last = events.last().ok_or("no event")?;
     ensure!(last["event"] == "report" && last["result"] == "migrated", "the last is {last}");
     ensure!(last["frozen_ms"].as_f64().is_some_and(|ms| ms > 0.0), "no time frozen: {last}");
     ensure!(last["wire_bytes"].as_u64().is_some_and(|n| n > 32 << 20), "no memory sent: {last}");
-    let phases: Vec<&Value> = events.iter().filter(|e| e["event"] == "phase").map(|e| &e["name"]).collect();
+    let phases: Vec<&Value> =
+        events.iter().filter(|e| e["event"] == "phase").map(|e| &e["name"]).collect();
     ensure!(phases.len() >= 3, "phases: {phases:?}");
     let file: Value = serde_json::from_str(&a.sh("cat /tmp/report")?).map_err(|e| e.to_string())?;
     for key in ["migration", "result", "frozen_ms", "total_ms", "rounds"] {
-        ensure!(file[key] == last[key] && !file[key].is_null(), "{key}: {} and {}", file[key], last[key]);
+        ensure!(
+            file[key] == last[key] && !file[key].is_null(),
+            "{key}: {} and {}",
+            file[key],
+            last[key]
+        );
     }
     exactly_one_copy(&container, &b, &a)?;
     // A refusal is reported in the same form.
@@ -104,7 +114,10 @@ fn dry_run_touches_nothing(lab: &Lab) -> Outcome {
     exactly_one_copy(&container, &a, &b)?;
     let (here, there) = (facts(&a)?, facts(&b)?);
     ensure!(here.containers["box"].pid == before, "it is another process now");
-    ensure!(here.migrations.is_empty() && there.migrations.is_empty(), "there is a journal: {here:?}");
+    ensure!(
+        here.migrations.is_empty() && there.migrations.is_empty(),
+        "there is a journal: {here:?}"
+    );
     Ok(())
 }
 
@@ -126,7 +139,10 @@ fn away_mark(lab: &Lab) -> Outcome {
     for (host, role) in [(&a, "source"), (&b, "destination")] {
         let list = facts(host)?.migrations;
         ensure!(
-            list.len() == 1 && list[0].role == role && list[0].state == "finished" && list[0].container == "box",
+            list.len() == 1
+                && list[0].role == role
+                && list[0].state == "finished"
+                && list[0].container == "box",
             "on {}: {list:?}",
             host.name
         );
@@ -147,7 +163,6 @@ fn away_mark(lab: &Lab) -> Outcome {
     ensure!(said.code == 0 || said.err.contains("migrated"), "{said}");
     Ok(())
 }
-
 
 fn networked_to_and_fro(lab: &Lab) -> Outcome {
     let (a, b) = pair(lab);

@@ -97,7 +97,9 @@ fn state_of_the_container(lab: &Lab) -> Outcome {
     refused(&a, &["box", "b"], &["box is paused", "hint:", "runc resume box"])?;
     a.sh("runc resume box")?;
     untouched(lab, &container, pid)?;
-    a.sh("runc kill box KILL; while [ -e /proc/$0 ]; do :; done".replace("$0", &pid.to_string()).as_str())?;
+    a.sh("runc kill box KILL; while [ -e /proc/$0 ]; do :; done"
+        .replace("$0", &pid.to_string())
+        .as_str())?;
     refused(&a, &["box", "b"], &["box is stopped", "hint:"])?;
     a.sh("runc delete box")?;
     ensure!(facts(&b)?.migrations.is_empty(), "b knows of it");
@@ -109,7 +111,11 @@ fn unreachable(lab: &Lab) -> Outcome {
     let pid = running(lab, &container)?;
     let a = lab.host("a");
     refused(&a, &["box", "nowhere"], &["nowhere", "hint:"])?;
-    refused(&a, &["--remote-ferry", "/nowhere", "box", "b"], &["no /nowhere on b", "hint:", "--remote-ferry"])?;
+    refused(
+        &a,
+        &["--remote-ferry", "/nowhere", "box", "b"],
+        &["no /nowhere on b", "hint:", "--remote-ferry"],
+    )?;
     refused(&a, &["--rsh", "/nowhere", "box", "b"], &["/nowhere"])?;
     refused(&a, &["--remote-ferry", "true", "box", "b"], &["b"])?;
     refused(&a, &["--remote-ferry", "echo", "box", "b"], &["not Ferry's protocol"])?;
@@ -128,7 +134,10 @@ fn other_version(lab: &Lab) -> Outcome {
     frame.extend(xxhash_rust::xxh3::xxh3_64_with_seed(hello, 1).to_le_bytes());
     frame.extend(hello);
     std::fs::write(a.path("/srv/shared/hello")?, frame).map_err(|e| e.to_string())?;
-    write_script(&a.path("/srv/shared/bin/later")?, "#!/bin/sh\ncat /srv/shared/hello; cat >/dev/null\n")?;
+    write_script(
+        &a.path("/srv/shared/bin/later")?,
+        "#!/bin/sh\ncat /srv/shared/hello; cat >/dev/null\n",
+    )?;
     refused(
         &a,
         &["--remote-ferry", "/srv/shared/bin/later", "box", "b"],
@@ -215,15 +224,13 @@ fn host_network(lab: &Lab) -> Outcome {
     let a = lab.host("a");
     let container = Container::plain("counter");
     container.make(&a)?;
-    a.sh(
-        "python3 -c '
+    a.sh("python3 -c '
 import json
 path = \"/srv/shared/box/config.json\"
 config = json.load(open(path))
 spaces = config[\"linux\"][\"namespaces\"]
 config[\"linux\"][\"namespaces\"] = [s for s in spaces if s[\"type\"] != \"network\"]
-json.dump(config, open(path, \"w\"))'",
-    )?;
+json.dump(config, open(path, \"w\"))'")?;
     container.run_on(&a)?;
     let pid = facts(&a)?.containers["box"].pid;
     refused(&a, &["box", "b"], &["host's network", "hint:", "ip netns add"])?;

@@ -34,7 +34,12 @@ fn ticks(host: &Host, path: &str) -> Outcome<Vec<u64>> {
     let whole = text.rsplit_once('\n').map_or("", |t| t.0);
     whole
         .lines()
-        .map(|l| l.trim().strip_prefix("tick ").and_then(|n| n.parse().ok()).ok_or(format!("a strange line {l:?}")))
+        .map(|l| {
+            l.trim()
+                .strip_prefix("tick ")
+                .and_then(|n| n.parse().ok())
+                .ok_or(format!("a strange line {l:?}"))
+        })
         .collect()
 }
 
@@ -59,7 +64,8 @@ fn pipe(lab: &Lab) -> Outcome {
     let container = Container::plain("stdio");
     container.make(&a)?;
     let _reader = a.start(&[
-        "sh", "-c",
+        "sh",
+        "-c",
         "(ferry run -d --bundle /srv/shared/box box </dev/null 2>/dev/null) | cat >/tmp/out",
     ])?;
     reaches(&a, "/tmp/out", 20)?;
@@ -172,7 +178,8 @@ fn terminal(lab: &Lab) -> Outcome {
 
     let said = a.ferry(&["migrate", "box", "b"])?.exits(3)?;
     ensure!(said.err.contains("--console-socket"), "no hint: {said}");
-    let said = a.ferry(&["migrate", "--console-socket", "/run/console.sock", "box", "b"])?.exits(3)?;
+    let said =
+        a.ferry(&["migrate", "--console-socket", "/run/console.sock", "box", "b"])?.exits(3)?;
     ensure!(said.err.contains("nobody waits for the terminal"), "{said}");
     exactly_one_copy(&container, &a, &b)?;
 

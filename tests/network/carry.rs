@@ -222,7 +222,7 @@ pub fn hand_over(name: &'static str, attachment: Attachment) {
     wait_until("the client to learn IPv6", || known(IP6));
     assert_eq!(lab.learned_at(MAC), ["port-b"]);
 
-    network::dismantle(&source, Some(&lab.path("web")), &image).expect("dismantled");
+    network::dismantle(&source, Some(&lab.path("web")), Some(&image)).expect("dismantled");
     assert!(!lab.path("web").exists());
     let left = lab.json("a", "link show type veth");
     assert_eq!(left.as_array().map(Vec::len), Some(1), "only the host's own link is left");

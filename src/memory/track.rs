@@ -1,0 +1,213 @@
+//! Which pages a task has written to since we last looked: asynchronous write protection by
+//! userfaultfd, from outside (Linux 6.7; no soft-dirty needed, so it fits arm64 and cloud kernels).
+//!
+//! The task is made to open a userfaultfd ([`inject`]); Ferry takes it and watches the task's
+//! private anonymous mappings with it. A `PAGEMAP_SCAN` then hands out the pages written to and
+//! protects them again in one step; the task itself pays a microsecond for the first write to a
+//! page in a round and is never stopped. Mappings that came or moved since fail the scan with
+//! `EPERM` and are watched from then on, all their pages counting as written.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::OwnedFd;
+
+use anyhow::Result;
+
+use super::pages::Task;
+use crate::sys::memory::{
+    PageRegion, UFFD_USER_MODE_ONLY, Wanted, category, pagemap_scan, uffd_track_writes,
+    uffd_watch_writes,
+};
+use crate::sys::{inject, process};
+
+/// A task being watched.
+#[derive(Debug)]
+pub struct Tracker {
+    uffd: OwnedFd,
+    /// `category::GUARD` where the kernel knows it.
+    guard: u64,
+}
+
+/// What a look at a watched task gives.
+#[derive(Debug, Default)]
+pub struct Written {
+    /// Pages written to since the last look (all, at the first).
+    pub regions: Vec<PageRegion>,
+    /// Mappings that cannot be watched (somebody else's userfaultfd is on them).
+    pub unwatched: Vec<(u64, u64)>,
+}
+
+impl Tracker {
+    /// Starts to watch. The task runs on; one of its threads stands still for less than a
+    /// millisecond.
+    ///
+    /// # Errors
+    /// When the kernel cannot, or the task does not let us (it is being traced, or has no free
+    /// descriptor).
+    pub fn attach(task: Task) -> io::Result<Tracker> {
+        let pidfd = process::pidfd_open(task.pid)?;
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY;
+        let mut last = io::Error::from_raw_os_error(libc::ESRCH);
+        // Any thread will do; the first may be a zombie while others live.
+        for entry in fs::read_dir(format!("/proc/{}/task", task.pid))?.flatten() {
+            let Some(tid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
+                continue;
+            };
+            let take = |fd| process::pidfd_getfd(&pidfd, fd);
+            match inject::userfaultfd_of(tid, flags as u64, take) {
+                Ok(uffd) => {
+                    uffd_track_writes(&uffd)?;
+                    return Ok(Tracker { uffd, guard: category::GUARD });
+                }
+                Err(e) if e.raw_os_error() == Some(libc::ESRCH) => last = e,
+                Err(e) => return Err(e),
+            }
+        }
+        Err(last)
+    }
+
+    /// The pages written to since the last look, which starts a new one.
+    ///
+    /// # Errors
+    /// `ESRCH`/`ENOMEM` when the task has ended or lives in other memory since an exec.
+    pub fn look(&mut self, task: Task, mappings: &[(u64, u64)]) -> Result<Written> {
+        let pagemap = File::open(format!("/proc/{}/pagemap", task.pid))?;
+        let mut written = Written::default();
+        for &(start, end) in mappings {
+            match self.scan(&pagemap, start, end, &mut written.regions) {
+                Ok(()) => {}
+                Err(e) if e.raw_os_error() == Some(libc::EPERM) => {
+                    match uffd_watch_writes(&self.uffd, start, end - start) {
+                        // What the first try found of this mapping comes again: all of it.
+                        Ok(()) => self.scan(&pagemap, start, end, &mut written.regions)?,
+                        Err(e) if matches!(e.raw_os_error(), Some(libc::EBUSY | libc::EINVAL)) => {
+                            written.unwatched.push((start, end));
+                        }
+                        Err(e) => return Err(e.into()),
+                    }
+                }
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(written)
+    }
+
+    fn scan(
+        &mut self,
+        pagemap: &File,
+        start: u64,
+        end: u64,
+        found: &mut Vec<PageRegion>,
+    ) -> io::Result<()> {
+        loop {
+            let out = category::PFNZERO | self.guard;
+            let wanted = Wanted {
+                inverted: out,
+                mask: out | category::WRITTEN,
+                any_of: category::PRESENT | category::SWAPPED,
+                protect: true,
+            };
+            match pagemap_scan(pagemap, start, end, wanted, found) {
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) && self.guard != 0 => {
+                    self.guard = 0;
+                }
+                result => return result,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::pages;
+    use std::io::{BufRead, BufReader, Write};
+    use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+    /// A task that holds 4 MiB and writes to one byte of it each time it is told an offset.
+    struct Writer {
+        child: Child,
+        input: Option<ChildStdin>,
+        output: BufReader<ChildStdout>,
+    }
+
+    impl Writer {
+        fn start() -> Writer {
+            let program = r#"
+                $| = 1; my $m = "x" x (4 << 20); print "ready\n";
+                while (<STDIN>) { substr($m, $_, 1) = chr(65 + $_ % 26); print "done\n"; }
+            "#;
+            let mut child = Command::new("perl")
+                .args(["-e", program])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let input = child.stdin.take();
+            let output = BufReader::new(child.stdout.take().unwrap());
+            let mut writer = Writer { child, input, output };
+            writer.line();
+            writer
+        }
+
+        fn line(&mut self) {
+            let mut line = String::new();
+            self.output.read_line(&mut line).unwrap();
+            assert!(!line.is_empty(), "the task has died");
+        }
+
+        fn write_at(&mut self, offset: usize) {
+            writeln!(self.input.as_mut().unwrap(), "{offset}").unwrap();
+            self.line();
+        }
+
+        fn task(&self) -> Task {
+            Task { pid: self.child.id() as i32, vpid: 1 }
+        }
+    }
+
+    impl Drop for Writer {
+        fn drop(&mut self) {
+            drop(self.input.take());
+            let _ = self.child.wait();
+        }
+    }
+
+    fn bytes(written: &Written) -> u64 {
+        written.regions.iter().map(|r| r.end - r.start).sum()
+    }
+
+    #[test]
+    fn only_what_was_written_is_told_and_the_task_does_not_notice() {
+        let mut writer = Writer::start();
+        let task = writer.task();
+        let mut tracker = match Tracker::attach(task) {
+            Ok(tracker) => tracker,
+            // A kernel without it: the hashes take over, and have their own test.
+            Err(e) => {
+                assert_eq!(e.raw_os_error(), Some(libc::EINVAL), "{e}");
+                return;
+            }
+        };
+        let look = |tracker: &mut Tracker| {
+            tracker.look(task, &pages::anonymous_mappings(task.pid).unwrap()).unwrap()
+        };
+        let first = look(&mut tracker);
+        assert!(bytes(&first) >= 4 << 20, "at first all of it: {}", bytes(&first));
+        writer.write_at(0);
+        look(&mut tracker);
+        let still = look(&mut tracker);
+        assert_eq!(bytes(&still), 0, "{still:?}");
+        writer.write_at(1 << 20);
+        writer.write_at(3 << 20);
+        let some = look(&mut tracker);
+        assert!((8192..512 << 10).contains(&bytes(&some)), "{some:?}");
+        drop(tracker);
+        // It is as it was: no descriptor left behind, and it goes on.
+        writer.write_at(2 << 20);
+        let left = fs::read_dir(format!("/proc/{}/fd", task.pid)).unwrap().flatten().any(|e| {
+            fs::read_link(e.path()).is_ok_and(|t| t.to_string_lossy().contains("userfaultfd"))
+        });
+        assert!(!left);
+    }
+}
