@@ -161,7 +161,7 @@ fn converse(
     let runtime =
         Runtime::new(runtime.program().to_owned(), plan.root.clone(), plan.systemd_cgroup);
     if !plan.check_only {
-        recover::sweep(state_dir, &runtime, &plan.container)?;
+        settle::sweep(state_dir, runtime.root(), &plan.container)?;
     }
     let (fatal, warnings): (Vec<_>, Vec<_>) =
         checks::problems(&plan, &runtime).into_iter().partition(|p| p.fatal);
@@ -611,8 +611,11 @@ impl Guest {
                     {
                         let failed = e.context("the copy died after the commit");
                         let why = format!("{failed:#}");
-                        // The source still has it, frozen.
+                        // First of all so that nobody takes what is left of it for a container
+                        // that runs. The source still has it, frozen.
+                        let undone = self.undo();
                         let _ = speaker.say(&Message::Failed { phase: "starting".into(), why });
+                        undone?;
                         return Err(failed);
                     }
                 }

@@ -198,22 +198,21 @@ fn mend_sockets(cgroup: &Cgroup) {
     }
 }
 
-/// The destination, before it takes a container in: an earlier try whose Ferry was killed before it
-/// owned the container has left nothing that could ever run.
+/// The destination, when the container runs and whoever took it in has died: the rest of his work.
 ///
 /// # Errors
-/// When it cannot be cleared away.
-pub fn sweep(state_dir: &Path, new: &Runtime, container: &str) -> Result<()> {
-    for mut journal in Journal::all(state_dir)? {
-        let record = &journal.record;
-        let dead = record.role == Role::Destination
-            && matches!(journal.state(), State::Begun | State::Ready)
-            && !super::journal::is_alive(record.worker);
-        if dead && record.container == container && runtime(record).root() == new.root() {
-            destination_discards(&mut journal).context("clearing away an earlier migration")?;
-        }
-    }
-    Ok(())
+/// Says which steps failed; the others were done.
+pub fn destination_keeps(journal: &mut Journal) -> Result<()> {
+    let mut trouble = Trouble::default();
+    let record = journal.record.clone();
+    lift_fence(&record, &mut trouble);
+    workdir::remove(&record.work);
+    let state_dir = journal.path().parent().and_then(Path::parent).unwrap_or(Path::new("/"));
+    let root = runtime(&record).root().to_owned();
+    let cleared = AwayMark::remove(state_dir, &root, record.container.as_ref());
+    trouble.note("lifting the away-mark", cleared);
+    trouble.note("writing the journal", journal.write(State::Finished));
+    trouble.into_result()
 }
 
 /// The guard: a process that outlives a killed Ferry and brings the source back.

@@ -91,7 +91,7 @@ pub fn answer(state_dir: &Path, migration: &str, verdict: Option<Verdict>) -> Re
         State::Finished => Ok(Standing::Running),
         State::Aborted => Ok(Standing::Gone),
         State::Committed if runs(&journal)? => {
-            journal.write(State::Finished)?;
+            recover::destination_keeps(&mut journal)?;
             Ok(Standing::Running)
         }
         // Whoever held it has died, and the held copy with it.
@@ -100,6 +100,25 @@ pub fn answer(state_dir: &Path, migration: &str, verdict: Option<Verdict>) -> Re
             Ok(Standing::Gone)
         }
     }
+}
+
+/// Before a migration of a container begins: settles earlier ones that brought it here and whose
+/// Ferry was killed. What became of them can be seen.
+///
+/// # Errors
+/// When it cannot be cleared away.
+pub fn sweep(state_dir: &Path, root: &Path, container: &str) -> Result<()> {
+    for journal in Journal::all(state_dir)? {
+        let record = &journal.record;
+        let dead = record.role == Role::Destination
+            && !journal.state().is_over()
+            && !is_alive(record.worker);
+        if dead && record.container == container && recover::runtime(record).root() == root {
+            answer(state_dir, &record.migration, None)
+                .context("clearing away an earlier migration")?;
+        }
+    }
+    Ok(())
 }
 
 fn runs(journal: &Journal) -> Result<bool> {

@@ -313,6 +313,7 @@ impl Begun {
     ) -> Result<Begun, Failed> {
         let Accepted { subject, speaker, closer, inputs } = accepted;
         let plan = &subject.plan;
+        settle::sweep(state_dir, runtime.root(), &plan.container).map_err(Failed::refused)?;
         let lock =
             Lock::take(state_dir, runtime.root(), &plan.container).map_err(Failed::refused)?;
         let work = WorkDir::create(&plan.migration).map_err(Failed::refused)?;
