@@ -12,11 +12,13 @@
 //! the source may have committed without our knowing: the copy is held, runs no instruction, and
 //! waits for the verdict over the link, over a later one (`Settle`), or from the operator.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::BufReader;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -36,14 +38,14 @@ use crate::criu::images;
 use crate::criu::interposer::Interposer;
 use crate::files::tmpfs::{Mounted, Tmpfs};
 use crate::files::tree;
-use crate::memory::serve::{Served, Server, Serving};
+use crate::memory::serve::{Ended, Server};
 use crate::memory::staging::Staging;
 use crate::network::{self, Announcer, Frame as Packet, Placement, Recreated, Replay, fence};
 use crate::oci::runtime::Runtime;
 use crate::sys::fault;
 use crate::sys::memory::PAGE;
 use crate::sys::netns::NetNs;
-use crate::sys::process;
+use crate::sys::{process, scm};
 use crate::transport::connect::Link;
 use crate::transport::frame::Frame;
 
@@ -53,14 +55,18 @@ const SILENCE: Duration = Duration::from_secs(300);
 const RESTORE_LIMIT: Duration = Duration::from_secs(120);
 /// Most bytes of image files: they hold no memory but what CRIU insists on.
 const MAX_IMAGES: u64 = 64 << 30;
-/// Packets kept until the container can take them.
-const MAX_PACKETS: usize = 200_000;
+/// Bytes of packets kept until the container can take them. Beyond it the senders' timers have to
+/// do.
+const MAX_PACKETS: usize = 32 << 20;
+/// Image files open at a time.
+const OPEN_IMAGES: usize = 128;
 
 #[derive(Debug)]
 enum Input {
     Heard(Heard),
     Restore(RestoreEvent),
     Call(Call),
+    Pages(Ended),
     Signal(i32),
 }
 
@@ -124,6 +130,8 @@ impl Inputs {
                 bail!("the source gave up: {why}")
             }
             Ok(Input::Restore(RestoreEvent::Ended(Err(e)))) => Err(e),
+            // Nothing has run yet: closing what is held lets nobody read zeros.
+            Ok(Input::Pages(Ended { result: Err(e), .. })) => Err(e),
             Ok(Input::Signal(signal)) if signal != libc::SIGHUP => {
                 bail!("interrupted by {}", talk::signal_name(signal))
             }
@@ -208,12 +216,17 @@ struct Guest {
     network: Option<Net>,
     restore: Option<RestoreJob>,
     server: Option<Server>,
-    serving: Option<Serving>,
+    /// Pages are being installed; told when they are all in.
+    serving: bool,
+    pages: Option<Ended>,
+    guard: Option<Guard>,
     streams: Streams,
     tmpfs: Option<Mounted>,
     images: HashMap<String, File>,
+    image_names: HashSet<String>,
     image_bytes: u64,
     packets: Vec<Packet>,
+    packet_bytes: usize,
     replayed: u64,
     phase: &'static str,
     began: Instant,
@@ -246,6 +259,7 @@ impl Guest {
             cgroup: None,
             init: None,
             network_path: plan.network_path.clone(),
+            network_identity: None,
             network_ours: plan.network.is_some() && plan.placement != "keep",
             leave_mark: false,
             work: work.path().to_owned(),
@@ -262,12 +276,16 @@ impl Guest {
             network: None,
             restore: None,
             server: None,
-            serving: None,
+            serving: false,
+            pages: None,
+            guard: None,
             streams,
             tmpfs: None,
             images: HashMap::new(),
+            image_names: HashSet::new(),
             image_bytes: 0,
             packets: Vec::new(),
+            packet_bytes: 0,
             replayed: 0,
             phase: "preparing",
             began: Instant::now(),
@@ -346,7 +364,12 @@ impl Guest {
                 }
                 Input::Heard(Heard::Message(Message::MemoryDone)) => memory_done = true,
                 Input::Restore(RestoreEvent::Restored(pid)) => {
-                    self.journal.record.init = process::start_time(pid).map(|t| (pid, t));
+                    let init = process::start_time(pid).map(|t| (pid, t));
+                    self.journal.record.init = init;
+                    if let Some((pid, started)) = init {
+                        let text = format!("{pid} {started}");
+                        fs::write(self.work.path().join(recover::INIT), text)?;
+                    }
                     self.mark("restored");
                     fault::point("destination.restored")?;
                     restored = true;
@@ -358,15 +381,15 @@ impl Guest {
                 && let (Some(tasks), Some(server)) =
                     (dumped.as_ref(), self.server.take_if(|_| dumped.is_some()))
             {
-                self.serve(tasks, server, staging)?;
+                self.serve(tasks, server, staging, tell)?;
             }
         }
-        while self.serving.is_none() {
+        while !self.serving {
             // CRIU was quicker than the last pages.
             match inputs.next(RESTORE_LIMIT)? {
                 Input::Heard(Heard::Message(Message::MemoryDone)) => {
                     if let (Some(tasks), Some(server)) = (&dumped, self.server.take()) {
-                        self.serve(tasks, server, staging)?;
+                        self.serve(tasks, server, staging, tell)?;
                     }
                 }
                 Input::Heard(Heard::Frame(Frame::Packet(bytes))) => self.packet(&bytes)?,
@@ -390,6 +413,8 @@ impl Guest {
         self.phase = "making the network";
         let placement: Placement = self.plan.placement.parse().map_err(|e| anyhow!("{e}"))?;
         let made = network::recreate(image, &placement, path, &NetNs::current()?)?;
+        let (device, inode) = made.namespace().identity()?;
+        fs::write(self.work.path().join(recover::NETWORK), format!("{device} {inode}"))?;
         let replay = Replay::prepare(made.namespace(), image)?;
         let announcer = Announcer::prepare(made.namespace(), image)?;
         self.network = Some(Net { made, replay, announcer });
@@ -439,14 +464,17 @@ impl Guest {
             bail!("{name:?} is no image file's name");
         }
         self.image_bytes += bytes.len() as u64;
-        if self.images.len() >= MAX_FILES || self.image_bytes > MAX_IMAGES {
+        if self.image_names.len() >= MAX_FILES || self.image_bytes > MAX_IMAGES {
             bail!("more image files than any checkpoint has");
         }
         if !self.images.contains_key(name) {
+            if self.images.len() >= OPEN_IMAGES {
+                self.images.clear();
+            }
             let open = OpenOptions::new()
                 .write(true)
                 .create(true)
-                .truncate(true)
+                .truncate(self.image_names.insert(name.to_owned()))
                 .mode(0o600)
                 .custom_flags(libc::O_NOFOLLOW)
                 .open(self.work.images().join(name));
@@ -456,7 +484,8 @@ impl Guest {
     }
 
     fn packet(&mut self, bytes: &[u8]) -> Result<()> {
-        if self.packets.len() < MAX_PACKETS {
+        self.packet_bytes += bytes.len();
+        if self.packet_bytes < MAX_PACKETS {
             self.packets.push(keeper::decode(bytes)?);
         }
         Ok(())
@@ -491,6 +520,7 @@ impl Guest {
         tasks: &[i32],
         server: Server,
         staging: &Arc<Mutex<Option<Staging>>>,
+        tell: &Sender<Input>,
     ) -> Result<()> {
         let mut pagemaps = HashMap::new();
         for &vpid in tasks {
@@ -508,7 +538,15 @@ impl Guest {
         }
         let staging = staging.lock().unwrap_or_else(PoisonError::into_inner).take();
         let staging = staging.ok_or_else(|| anyhow!("memory has been taken already"))?;
-        self.serving = Some(server.start(staging, &pagemaps)?);
+        let guard = Guard::spawn(&self.journal)?;
+        let tell = tell.clone();
+        let to_guard = guard.socket.try_clone()?;
+        self.guard = Some(guard);
+        server.start(staging, &pagemaps, to_guard, move |ended| {
+            // The hand-over may have ended already.
+            let _ = tell.send(Input::Pages(ended));
+        })?;
+        self.serving = true;
         self.mark("last page is here");
         Ok(())
     }
@@ -545,6 +583,15 @@ impl Guest {
                 Input::Call((None, reply)) => {
                     let _ = reply.send(Standing::Waiting);
                 }
+                Input::Pages(Ended { result: Ok(served), held }) => {
+                    self.pages = Some(Ended { result: Ok(served), held });
+                }
+                // Its memory cannot be put into it; there is nothing that could run.
+                Input::Pages(Ended { result: Err(e), .. }) => {
+                    let phase = self.phase.to_owned();
+                    let _ = speaker.say(&Message::Failed { phase, why: format!("{e:#}") });
+                    return Verdict::Abort;
+                }
                 // The copy has died while it was held; there is nothing to run any more.
                 Input::Restore(RestoreEvent::Ended(_)) => {
                     let why = "the restored copy was killed while it waited".to_owned();
@@ -565,6 +612,9 @@ impl Guest {
         self.mark("commit");
         let _ = fault::point("destination.commit");
         let _ = self.journal.note(State::Committed);
+        // From here on what was made is the container's: no error may take it away again but one
+        // that says that there is no container.
+        self.streams.keep();
         let _ = fault::point("destination.committed");
         if let Some(net) = &mut self.network {
             // The announcement first: when the sockets wake up, their packets find the way back.
@@ -580,9 +630,10 @@ impl Guest {
         let _ = fault::point("destination.open");
         self.tell_restore(Go::Verdict(true))?;
         let mut link = self.link;
+        let mut whole = self.pages.take().is_some();
         let (mut running, mut ended) = (false, false);
         let mut finished = false;
-        while !(running && ended && (finished || !link)) {
+        while !(running && ended && whole && (finished || !link)) {
             match inputs.queue.recv_timeout(RESTORE_LIMIT) {
                 Ok(Input::Restore(RestoreEvent::AtResume)) => {
                     self.mark("sockets alive");
@@ -603,6 +654,25 @@ impl Guest {
                         packets: self.replayed,
                     };
                     link &= speaker.say(&Message::Running(Box::new(arrival))).is_ok();
+                    if whole {
+                        link &= self.say_whole(speaker);
+                    }
+                }
+                Ok(Input::Pages(Ended { result: Ok(_), .. })) => {
+                    whole = true;
+                    if running {
+                        link &= self.say_whole(speaker);
+                    }
+                }
+                Ok(Input::Pages(Ended { result: Err(e), held })) => {
+                    let failed = e.context("not all of its memory can be put into the container");
+                    let why = format!("{failed:#}");
+                    // Ended while whoever misses a page still waits for it.
+                    let undone = self.undo();
+                    drop(held);
+                    let _ = speaker.say(&Message::Failed { phase: "starting".into(), why });
+                    undone?;
+                    return Err(failed);
                 }
                 Ok(Input::Restore(RestoreEvent::Ended(result))) => {
                     ended = true;
@@ -628,7 +698,7 @@ impl Guest {
                 Ok(Input::Heard(Heard::Message(Message::Finished))) => finished = true,
                 Ok(Input::Heard(Heard::Gone(_))) => link = false,
                 Ok(Input::Call((_, reply))) => {
-                    let now = if running { Standing::Running } else { Standing::Waiting };
+                    let now = if running && whole { Standing::Running } else { Standing::Waiting };
                     let _ = reply.send(now);
                 }
                 Ok(_) => {}
@@ -638,8 +708,24 @@ impl Guest {
         self.settle_in()
     }
 
+    /// Tells the source that what is frozen there is needed no more; whether it could be told. The
+    /// journal knows it first: who asks later must not be told otherwise.
+    fn say_whole(&mut self, speaker: &Speaker) -> bool {
+        self.mark("whole");
+        let _ = self.journal.note(State::Whole);
+        speaker.say(&Message::Whole).is_ok()
+    }
+
+    fn dismiss_guard(&mut self) {
+        if let Some(mut guard) = self.guard.take() {
+            let _ = scm::send(&guard.socket, b"d", &[]);
+            let _ = guard.child.wait();
+        }
+    }
+
     fn replay(&mut self) {
         let Some(net) = &self.network else { return };
+        self.packet_bytes = 0;
         for packet in self.packets.drain(..) {
             // Only a help: the sender's timer brings again what does not get through.
             if net.replay.inject(&packet).is_ok() {
@@ -653,16 +739,6 @@ impl Guest {
         if let Some(job) = self.restore.take() {
             job.join();
         }
-        let mut serving = self.serving.take();
-        let mut served = Served::default();
-        while let Some(s) = serving.take() {
-            match s.join(Duration::from_secs(60))? {
-                Ok(done) => served = done,
-                Err(again) => serving = Some(again),
-            }
-        }
-        tracing::debug!(?served, "pages installed");
-        self.streams.keep();
         if let Some(mut net) = self.network.take() {
             drop(net.replay);
             // It has been open since the commit; taking it down takes milliseconds, so only now.
@@ -675,6 +751,7 @@ impl Guest {
         drop(self.tmpfs.take());
         let cleared = checks::clear_mark(&self.plan, &self.runtime, &self.state_dir);
         self.journal.write(State::Finished)?;
+        self.dismiss_guard();
         cleared.map(|_| ())
     }
 
@@ -686,11 +763,30 @@ impl Guest {
         if let Some(job) = self.restore.take() {
             job.join();
         }
-        drop(self.serving.take());
         drop(self.network.take());
         drop(self.tmpfs.take());
         self.streams.undo();
-        recover::destination_discards(&mut self.journal)
+        let undone = recover::destination_discards(&mut self.journal);
+        self.dismiss_guard();
+        undone
+    }
+}
+
+/// The process that holds the restored tasks' memory together if this one is killed: see
+/// [`recover::guard_pages`].
+struct Guard {
+    child: Child,
+    socket: OwnedFd,
+}
+
+impl Guard {
+    fn spawn(journal: &Journal) -> Result<Guard> {
+        let (socket, theirs) = scm::seqpacket_pair()?;
+        let mut command = Command::new("/proc/self/exe");
+        command.arg("__guard").arg("pages").arg(journal.path());
+        command.stdin(theirs).stdout(Stdio::null()).stderr(Stdio::null());
+        process::in_new_session(&mut command);
+        Ok(Guard { child: command.spawn().context("cannot start the guard process")?, socket })
     }
 }
 

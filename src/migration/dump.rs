@@ -145,7 +145,9 @@ fn run(mut plan: DumpPlan, tell: &dyn Fn(DumpEvent), orders: &Receiver<Go>) -> R
         .map_err(|e| e.context(runtime_log(&plan)))
         .and_then(|(session, request)| job(&mut plan, &session, request, tell, orders));
     // The runtime ends by itself: the session is closed, and it has its answer or an end of file.
-    let _ = child.wait();
+    if process::wait_readable(&[pidfd.as_fd()], Some(Instant::now() + STEP_TIMEOUT)).is_ok() {
+        let _ = child.wait();
+    }
     outcome
 }
 

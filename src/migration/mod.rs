@@ -15,4 +15,5 @@ pub mod settle;
 pub mod source;
 pub mod streams;
 pub mod talk;
+pub mod watch;
 pub mod workdir;

@@ -19,6 +19,7 @@
 //!   ── Commit ────────────────────────────▶  opens the fence, announces, runs
 //!   ◀─────────────────────────── Running ──                              destination, running
 //!   ══ packets that still came here ══════▶
+//!   ◀───────────────────────────── Whole ──                              (all pages are in)
 //!   ── Finished ──────────────────────────▶
 //! ```
 //!
@@ -91,6 +92,9 @@ pub enum Message {
     Commit,
     /// To the source: it runs. The destination owns the container.
     Running(Box<Arrival>),
+    /// To the source: its last page is in; what is frozen is needed no more. The destination owns
+    /// the container, running.
+    Whole,
     /// To the destination: what was frozen is gone, no packet will come any more.
     Finished,
     /// To the destination: give up, the container runs on here. The source owns the container.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
+use super::away::canonical;
 use super::journal::{Journal, Record, Role, State, is_alive};
 use super::protocol::{Message, Standing, Verdict};
 use super::recover;
@@ -90,11 +91,11 @@ pub fn answer(state_dir: &Path, migration: &str, verdict: Option<Verdict>) -> Re
     match journal.state() {
         State::Finished => Ok(Standing::Running),
         State::Aborted => Ok(Standing::Gone),
-        State::Committed if runs(&journal)? => {
+        State::Whole => {
             recover::destination_keeps(&mut journal)?;
             Ok(Standing::Running)
         }
-        // Whoever held it has died, and the held copy with it.
+        // Whoever held it has died, and the copy with it: held, or without all of its memory.
         _ => {
             recover::destination_discards(&mut journal)?;
             Ok(Standing::Gone)
@@ -113,17 +114,15 @@ pub fn sweep(state_dir: &Path, root: &Path, container: &str) -> Result<()> {
         let dead = record.role == Role::Destination
             && !journal.state().is_over()
             && !is_alive(record.worker);
-        if dead && record.container == container && recover::runtime(record).root() == root {
+        if dead
+            && record.container == container
+            && canonical(recover::runtime(record).root()) == canonical(root)
+        {
             answer(state_dir, &record.migration, None)
                 .context("clearing away an earlier migration")?;
         }
     }
     Ok(())
-}
-
-fn runs(journal: &Journal) -> Result<bool> {
-    let state = recover::runtime(&journal.record).state(&journal.record.container)?;
-    Ok(state.is_some_and(|s| s.status == "running"))
 }
 
 fn pass_on(work: &Path, verdict: Option<Verdict>) -> Result<Standing> {
