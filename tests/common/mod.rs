@@ -14,9 +14,11 @@ pub type Outcome<T = ()> = Result<T, String>;
 /// Fails with the text unless the condition holds.
 macro_rules! ensure {
     ($condition:expr, $($text:tt)+) => {
-        let holds: bool = $condition;
-        if !holds {
-            return Err(format!($($text)+));
+        {
+            let holds: bool = $condition;
+            if !holds {
+                return Err(format!($($text)+));
+            }
         }
     };
 }
