@@ -30,6 +30,8 @@ use crate::sys::scm;
 /// Name of the socket in CRIU's work directory.
 pub const SOCKET: &str = "lazy-pages.socket";
 const FINISHED: i32 = 0x5253_5446;
+/// Tells the guard that it has nothing to hold any more.
+pub const GUARD_DONE: &[u8] = b"d";
 /// Pages installed at a time in the background: long enough for UFFDIO_COPY's full speed, short
 /// enough that a fault does not wait for long behind it (0.4 ms).
 const BATCH: u32 = 256;
@@ -203,6 +205,12 @@ impl Server {
                 guard,
             };
             let result = daemon.run(&self.listener).map(|()| daemon.served);
+            if result.is_ok() {
+                // All is in: whoever touches memory that never had contents must not wait for
+                // somebody to give it some, as he would while anybody holds a descriptor.
+                let _ = scm::send(&daemon.guard, GUARD_DONE, &[]);
+                daemon.targets.clear();
+            }
             tell(Ended { result, held: daemon.targets.into_iter().map(|t| t.uffd).collect() });
         })?;
         Ok(())

@@ -38,7 +38,7 @@ use crate::criu::images;
 use crate::criu::interposer::Interposer;
 use crate::files::tmpfs::{Mounted, Tmpfs};
 use crate::files::tree;
-use crate::memory::serve::{Ended, Server};
+use crate::memory::serve::{Ended, GUARD_DONE, Server};
 use crate::memory::staging::Staging;
 use crate::network::{self, Announcer, Frame as Packet, Placement, Recreated, Replay, fence};
 use crate::oci::runtime::Runtime;
@@ -718,7 +718,8 @@ impl Guest {
 
     fn dismiss_guard(&mut self) {
         if let Some(mut guard) = self.guard.take() {
-            let _ = scm::send(&guard.socket, b"d", &[]);
+            // It may have heard so from the page daemon.
+            let _ = scm::send(&guard.socket, GUARD_DONE, &[]);
             let _ = guard.child.wait();
         }
     }

@@ -13,6 +13,7 @@ use super::away::AwayMark;
 use super::journal::{Journal, Record, Role, State};
 use super::protocol::{Standing, Verdict};
 use super::{settle, workdir};
+use crate::memory::serve::GUARD_DONE;
 use crate::network::{self, fence};
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
@@ -303,7 +304,7 @@ pub fn guard_pages(journal: &Path) -> Result<()> {
     let mut held = Vec::new();
     loop {
         match crate::sys::scm::receive(std::io::stdin())? {
-            Some((word, _)) if word == b"d" => return Ok(()),
+            Some((word, _)) if word == GUARD_DONE => return Ok(()),
             Some((_, fds)) => held.extend(fds),
             None => break,
         }
