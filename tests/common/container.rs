@@ -93,10 +93,11 @@ impl Container {
 
     /// Waits until its server listens, where it has one.
     fn await_server(&self, host: &Host) -> Outcome {
-        // 7000 in hexadecimal, in state LISTEN.
+        let port = if self.workload == "web" { 80 } else { 7000 };
+        // In state LISTEN.
         let look = format!(
             "pid=$(runc state {} | grep -o '\"pid\": [0-9]*' | grep -o '[0-9]*')
-             grep -q ':1B58 00000000:0000 0A' /proc/$pid/net/tcp",
+             grep -q ':{port:04X} 00000000:0000 0A' /proc/$pid/net/tcp",
             self.id
         );
         if matches!(self.workload, "stdio" | "echo") {

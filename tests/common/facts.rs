@@ -116,6 +116,7 @@ impl Facts {
         let program = match container.workload {
             "stdio" => "stdio-ticker",
             "echo" => "echo-server",
+            "web" => "nginx",
             _ => "counter-server",
         };
         self.processes.iter().any(|p| p.line.contains(&format!("/{program}")) && p.state != "Z")

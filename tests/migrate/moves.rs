@@ -5,9 +5,9 @@ use std::time::Duration;
 use libtest_mimic::Trial;
 use serde_json::Value;
 
-use crate::common::container::Container;
+use crate::common::container::{ADDRESS, Container};
 use crate::common::facts::{exactly_one_copy, facts, pair};
-use crate::common::lab::Lab;
+use crate::common::lab::{Host, Lab};
 use crate::common::probe::{Probe, verify_inside};
 use crate::common::process::until;
 use crate::common::suite::in_lab;
@@ -23,6 +23,10 @@ pub fn trials() -> Vec<Trial> {
         in_lab("moves::json_and_report", LIMIT, json_and_report),
         in_lab("moves::dry_run_touches_nothing", LIMIT, dry_run_touches_nothing),
         in_lab("moves::networked_to_and_fro", LIMIT, networked_to_and_fro),
+        in_lab("moves::threads_and_changing_memory", LIMIT, threads_and_changing_memory),
+        in_lab("moves::several_processes", LIMIT, several_processes),
+        in_lab("moves::read_only_root", LIMIT, read_only_root),
+        in_lab("moves::files", LIMIT, files),
         in_lab("moves::away_mark", LIMIT, away_mark),
     ]
 }
@@ -173,6 +177,115 @@ fn networked_to_and_fro(lab: &Lab) -> Outcome {
         from.ferry(&["migrate", "box", to.name])?.exits(0)?;
         probe.is_content()?;
         exactly_one_copy(&container, to, from)?;
+    }
+    Ok(())
+}
+
+/// There and back with clients, who lose nothing; all memory is right each time.
+fn carries(lab: &Lab, container: &Container) -> Outcome {
+    let (a, b) = pair(lab);
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, container, 10)?;
+    for (from, to) in [(&a, &b), (&b, &a)] {
+        from.ferry(&["migrate", "box", to.name])?.exits(0)?;
+        probe.is_content()?;
+        exactly_one_copy(container, to, from)?;
+    }
+    Ok(())
+}
+
+fn threads_and_changing_memory(lab: &Lab) -> Outcome {
+    carries(lab, &Container::networked("dirtier"))
+}
+
+fn read_only_root(lab: &Lab) -> Outcome {
+    carries(lab, &Container::networked("counter").with(&["--readonly"]))
+}
+
+/// Asks twice over one connection, the second time when it is told to.
+const ASK_TWICE: &str = r#"
+import os, socket, sys, time
+connection = socket.create_connection((sys.argv[1], 80), timeout=30)
+def ask():
+    connection.sendall(b"GET /100k HTTP/1.1\r\nHost: box\r\n\r\n")
+    answer = b""
+    while b"\r\n\r\n" not in answer or len(answer.split(b"\r\n\r\n", 1)[1]) < 100 << 10:
+        piece = connection.recv(1 << 16)
+        assert piece, "closed after %d bytes" % len(answer)
+        answer += piece
+    return answer.split(b"\r\n\r\n", 1)[1]
+first = ask()
+open("/srv/shared/asked", "w").close()
+end = time.monotonic() + 50
+while not os.path.exists("/srv/shared/again") and time.monotonic() < end:
+    time.sleep(0.01)
+assert ask() == first
+"#;
+
+/// nginx: a master and its workers, a connection that is kept alive, a read-only bind mount.
+fn several_processes(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let base = a.path("/")?;
+    let base = base.to_str().ok_or("a strange path")?;
+    let container = Container::networked("web").with(&["--base", base]);
+    container.start(lab, &a)?;
+    let count = |host: &Host| -> Outcome<usize> {
+        Ok(facts(host)?.processes.iter().filter(|p| p.name == "nginx").count())
+    };
+    let before = until("nginx has its workers", Duration::from_secs(20), || {
+        Ok(Some(count(&a)?).filter(|n| *n >= 3))
+    })?;
+    let address = lab.address(ADDRESS);
+    let client = lab.host("client").start(&["python3", "-c", ASK_TWICE, &address])?;
+    let (asked, again) = (a.path("/srv/shared/asked")?, a.path("/srv/shared/again")?);
+    until("the first answer came", Duration::from_secs(20), || Ok(asked.exists().then_some(())))?;
+    a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    exactly_one_copy(&container, &b, &a)?;
+    ensure!(count(&b)? == before, "{before} processes went, {} came", count(&b)?);
+    std::fs::write(again, "").map_err(|e| e.to_string())?;
+    client.end(Duration::from_secs(40))?.ok().map(drop)
+}
+
+/// What is written goes on where it was: in the root, in a tmpfs, in a bind mount.
+fn files(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    a.sh("mkdir /srv/shared/data")?;
+    for (place, seen_at) in [
+        ("/lines", "/srv/shared/box/rootfs/lines"),
+        ("/mnt/lines", "/srv/shared/data/lines"),
+        ("/tmp/lines", ""),
+    ] {
+        let argument = format!("--file={place}");
+        let container = Container::plain("stdio").with(&[
+            "--bind",
+            "/srv/shared/data:/mnt",
+            "--arg",
+            &argument,
+        ]);
+        container.start(lab, &a)?;
+        let lines = |host: &Host| -> Outcome<Vec<String>> {
+            let inside = format!("/proc/$(pidof stdio-ticker)/root{place}");
+            let text = host.sh(&format!("cat {inside}"))?;
+            if !seen_at.is_empty() {
+                ensure!(host.exec(&["test", "-s", seen_at])?.code == 0, "no {seen_at}");
+            }
+            let whole = text.rsplit_once('\n').map_or("", |t| t.0);
+            Ok(whole.lines().map(str::to_owned).collect())
+        };
+        let longer = |host: &Host, than: usize| {
+            until(&format!("{place} on {} has {than} lines", host.name), LIMIT / 3, || {
+                let list = lines(host)?;
+                Ok((list.len() > than).then_some(list))
+            })
+        };
+        let before = longer(&a, 20)?.len();
+        a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+        for (i, line) in longer(&b, before + 20)?.iter().enumerate() {
+            ensure!(*line == format!("tick {}", i + 1), "line {} of {place} is {line:?}", i + 1);
+        }
+        exactly_one_copy(&container, &b, &a)?;
+        b.sh("ferry delete -f box")?;
+        a.sh("ferry resolve --keep box")?;
     }
     Ok(())
 }

@@ -256,6 +256,7 @@ fn clients_notice_nothing(lab: &Lab) -> Outcome {
     a.ferry(&["migrate", "box", "b"])?.exits(0)?;
     probe.answers_again()?;
     let moved = probe.worst_pause("moved")?;
-    ensure!(refusal < moved, "a refusal pauses for {refusal} ms, a migration for {moved} ms");
+    let unnoticed = refusal < moved;
+    ensure!(unnoticed, "a refusal pauses for {refusal} ms, a migration for {moved} ms");
     probe.is_content()
 }

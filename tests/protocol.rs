@@ -1,0 +1,272 @@
+//! The protocol in memory, without root and without hosts: every message there and back, and a
+//! receiver whose link is cut, damaged or made to say nonsense at every place.
+//!
+//! What a receiver may do is limited by whom it runs as: without root it refuses every plan, with
+//! root it goes on to look for the bundle. Either way these trials end before anything is made.
+
+use std::io::{Cursor, Read, Write};
+use std::path::Path;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use ferry::migration::protocol::{self, Hello, Message, PROTOCOL, Plan, Standing, Verdict};
+use ferry::migration::{destination, talk};
+use ferry::network::problem::Problem;
+use ferry::oci::runtime::Runtime;
+use ferry::transport::connect::{Closer, Link};
+use ferry::transport::frame::{self, Frame};
+use serde_json::json;
+
+const LIMIT: Duration = Duration::from_secs(30);
+const ID: &str = "00112233aabbccdd";
+
+fn plan() -> Plan {
+    serde_json::from_value(json!({
+        "migration": ID, "check_only": true, "container": "box", "bundle": "/no/such/bundle",
+        "config": {"ociVersion": "1.2.0"}, "root": null, "systemd_cgroup": false,
+        "streams": [{
+            "target": "/dev/null", "external": null, "size": 0, "mode": 0, "owner": [0, 0],
+            "proof": null,
+        }],
+        "console_socket": null, "memory_bytes": 1 << 20, "resident_bytes": 1 << 20, "cpu": ["fpu"],
+        "machine": std::env::consts::ARCH, "kernel": "5.11.0", "criu": 40_200, "probes": [],
+        "tmpfs": [], "network": null, "loopback": null, "network_path": null, "placement": "auto",
+    }))
+    .expect("a plan of this version")
+}
+
+fn all_messages() -> Vec<Message> {
+    let problem = Problem::new("it is full", "no byte is free").hint("make room");
+    let mut list = vec![
+        Message::Hello(Hello { protocol: PROTOCOL, ferry: "1.0".into(), host: "elsewhere".into() }),
+        Message::Plan(Box::new(plan())),
+        Message::Accept { warnings: vec![problem.clone().warning()], shared: vec![0, 2] },
+        Message::Refuse { problems: vec![problem] },
+        Message::Prepare,
+        Message::Prepared,
+        Message::Freezing,
+        Message::Dumped { tasks: vec![1, 7] },
+        Message::MemoryDone,
+        Message::Ready,
+        Message::Commit,
+        Message::Running(Box::default()),
+        Message::Finished,
+        Message::Abort { why: "it is \"broken\"\n".into() },
+        Message::Failed { phase: "restoring".into(), why: "ä".into() },
+    ];
+    for verdict in [None, Some(Verdict::Commit), Some(Verdict::Abort)] {
+        list.push(Message::Settle { migration: ID.into(), verdict });
+    }
+    for standing in [Standing::Running, Standing::Waiting, Standing::Gone] {
+        list.push(Message::Settled { standing });
+    }
+    list
+}
+
+fn bytes(messages: &[Message]) -> Vec<u8> {
+    let mut out = Vec::new();
+    for message in messages {
+        protocol::send(&mut out, message).expect("a message that fits");
+    }
+    out
+}
+
+/// What a receiver answers, and how it ends. Fails when it does not.
+fn receive(said: Vec<u8>, state_dir: &Path) -> (Vec<Message>, Result<(), String>) {
+    #[derive(Clone, Default)]
+    struct Kept(Arc<Mutex<Vec<u8>>>);
+    impl Write for Kept {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().expect("no panic in a write").write(bytes)
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let answer = Kept::default();
+    let (writer, state) = (answer.clone(), state_dir.to_owned());
+    let (tell, ended) = channel();
+    std::thread::spawn(move || {
+        let link = Link {
+            reader: Box::new(Cursor::new(said)),
+            writer: Box::new(writer),
+            closer: Closer::Stdio,
+        };
+        let runtime = Runtime::new("/no/such/runtime".into(), None, false);
+        let result = destination::receive(link, &runtime, &state);
+        let _ = tell.send(result.map_err(|e| format!("{e:#}")));
+    });
+    let result = ended.recv_timeout(LIMIT).expect("a receiver ends when its link has ended");
+    let bytes = answer.0.lock().expect("no panic in a write").clone();
+    let mut rest = bytes.as_slice();
+    let mut messages = Vec::new();
+    while let Some(Frame::Control(json)) = frame::read(&mut rest).expect("whole frames") {
+        messages.push(protocol::parse(&json).expect("messages of this version"));
+    }
+    (messages, result)
+}
+
+fn hello() -> Message {
+    talk::hello()
+}
+
+fn nothing_made(state_dir: &Path) {
+    let made: Vec<_> = std::fs::read_dir(state_dir).expect("a directory").collect();
+    assert!(made.is_empty(), "{made:?}");
+}
+
+#[test]
+fn every_message_is_read_as_it_was_written() {
+    for message in all_messages() {
+        let written = bytes(std::slice::from_ref(&message));
+        let Some(Frame::Control(json)) = frame::read(&mut written.as_slice()).expect("a frame")
+        else {
+            panic!("no control frame: {message:?}")
+        };
+        let again = protocol::parse(&json).expect("a message");
+        assert_eq!(format!("{again:?}"), format!("{message:?}"));
+        assert_eq!(bytes(&[again]), written);
+    }
+}
+
+#[test]
+fn a_listener_tells_of_every_cut() {
+    let messages = all_messages();
+    let whole = bytes(&messages);
+    let mut ends = vec![0];
+    for i in 1..=messages.len() {
+        ends.push(bytes(&messages[..i]).len());
+    }
+    // Around every end of a message, and inside each.
+    let cuts = ends.iter().flat_map(|e| [e.saturating_sub(1), *e, e + 1, e + frame::HEADER]);
+    for cut in cuts.filter(|c| *c <= whole.len()) {
+        let (tell, heard) = channel();
+        let reader: Box<dyn Read + Send> = Box::new(Cursor::new(whole[..cut].to_vec()));
+        talk::listen(reader, move |h| tell.send(h).is_ok()).expect("a thread");
+        let mut count = 0;
+        let why = loop {
+            match heard.recv_timeout(LIMIT).expect("a listener says how it ends") {
+                talk::Heard::Message(_) => count += 1,
+                talk::Heard::Frame(f) => panic!("a frame nobody sent: {f:?}"),
+                talk::Heard::Gone(why) => break why,
+            }
+        };
+        let before = ends.iter().filter(|e| **e != 0 && **e <= cut).count();
+        assert_eq!(count, before, "cut at {cut}");
+        assert_eq!(why.is_none(), ends.contains(&cut), "cut at {cut}: {why:?}");
+    }
+}
+
+#[test]
+fn a_receiver_whose_link_is_cut_anywhere_makes_nothing() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut wanted = plan();
+    wanted.check_only = false;
+    let start = [hello(), Message::Plan(Box::new(wanted))];
+    let whole = bytes(&start);
+    let first = bytes(&start[..1]).len();
+    let cuts = (0..whole.len()).step_by(37).chain([first - 1, first, first + 1, whole.len() - 1]);
+    for cut in cuts {
+        let (said, result) = receive(whole[..cut].to_vec(), dir.path());
+        assert!(matches!(said[..], [Message::Hello(_)]), "cut at {cut}: {said:?}");
+        assert!(result.is_err_and(|e| e.contains("the link")), "cut at {cut}");
+        nothing_made(dir.path());
+    }
+}
+
+#[test]
+fn a_plan_for_what_is_not_here_is_refused() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (said, result) = receive(bytes(&[hello(), Message::Plan(Box::new(plan()))]), dir.path());
+    let [Message::Hello(_), Message::Refuse { problems }] = &said[..] else { panic!("{said:?}") };
+    assert!(problems.iter().all(|p| !p.fatal || !p.hint.is_empty()), "{problems:?}");
+    assert_eq!(result, Ok(()));
+    nothing_made(dir.path());
+}
+
+#[test]
+fn what_no_honest_source_sends_is_refused() {
+    type Change = fn(&mut Plan);
+    let changes: &[(&str, Change)] = &[
+        ("a migration's ID", |p| p.migration = "../../etc".into()),
+        ("a container's ID", |p| p.container = "../box".into()),
+        ("a relative bundle", |p| p.bundle = "etc".into()),
+        ("a path upwards", |p| p.network_path = Some("/run/netns/../../etc".into())),
+        ("a relative root", |p| p.root = Some("run".into())),
+        ("too many streams", |p| p.streams = vec![p.streams[0].clone(); 4]),
+    ];
+    let dir = tempfile::tempdir().expect("a directory");
+    for (what, change) in changes {
+        let mut plan = plan();
+        change(&mut plan);
+        let (said, result) = receive(bytes(&[hello(), Message::Plan(Box::new(plan))]), dir.path());
+        assert!(result.is_err(), "{what} was taken");
+        let accepted = said.iter().any(|m| matches!(m, Message::Accept { .. }));
+        assert!(!accepted, "{what}: {said:?}");
+        nothing_made(dir.path());
+    }
+}
+
+#[test]
+fn a_message_out_of_its_order_ends_the_conversation() {
+    let dir = tempfile::tempdir().expect("a directory");
+    for message in all_messages() {
+        if matches!(message, Message::Hello(_) | Message::Plan(_) | Message::Settle { .. }) {
+            continue;
+        }
+        let (said, result) = receive(bytes(&[hello(), message.clone()]), dir.path());
+        assert!(matches!(said[..], [Message::Hello(_)]), "{message:?}: {said:?}");
+        assert!(result.is_err(), "{message:?}");
+        nothing_made(dir.path());
+    }
+}
+
+#[test]
+fn another_version_is_told_so() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let later = Hello { protocol: PROTOCOL + 1, ferry: "9.9.9".into(), host: String::new() };
+    let (_, result) = receive(bytes(&[Message::Hello(later)]), dir.path());
+    let why = result.expect_err("another version");
+    assert!(why.contains("9.9.9") && why.contains("hint:"), "{why}");
+    nothing_made(dir.path());
+}
+
+#[test]
+fn what_is_no_protocol_ends_the_conversation() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut damaged = bytes(&[hello()]);
+    *damaged.last_mut().expect("bytes") ^= 1;
+    let mut unknown = Vec::new();
+    frame::write_control(&mut unknown, br#"{"type":"teleport"}"#).expect("in memory");
+    let mut pages = bytes(&[hello()]);
+    frame::write_zeros(&mut pages, 1, 0x1000, 1).expect("in memory");
+    for (what, said) in [
+        ("a greeting of a shell", b"Welcome to the machine!\n".to_vec()),
+        ("a damaged frame", damaged),
+        ("an unknown message", unknown),
+        ("pages before a plan", pages),
+    ] {
+        let (_, result) = receive(said, dir.path());
+        assert!(result.is_err(), "{what}");
+        nothing_made(dir.path());
+    }
+}
+
+#[test]
+fn a_question_about_an_unknown_migration_is_answered() {
+    let dir = tempfile::tempdir().expect("a directory");
+    for verdict in [None, Some(Verdict::Commit), Some(Verdict::Abort)] {
+        let question = Message::Settle { migration: ID.into(), verdict };
+        let (said, result) = receive(bytes(&[hello(), question]), dir.path());
+        let gone = matches!(said[..], [_, Message::Settled { standing: Standing::Gone }]);
+        assert!(gone, "{said:?}");
+        assert_eq!(result, Ok(()));
+    }
+    for id in ["", "../x", "00112233AABBCCDDEE"] {
+        let question = Message::Settle { migration: id.into(), verdict: None };
+        let (said, _) = receive(bytes(&[hello(), question]), dir.path());
+        assert!(matches!(said[..], [_, Message::Failed { .. }]), "{id:?}: {said:?}");
+    }
+    nothing_made(dir.path());
+}
