@@ -14,12 +14,18 @@ mod common;
 mod faults;
 #[path = "migrate/moves.rs"]
 mod moves;
+#[path = "migrate/refusals.rs"]
+mod refusals;
+#[path = "migrate/streams.rs"]
+mod streams;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let mut trials = Vec::new();
     trials.extend(moves::trials());
+    trials.extend(streams::trials());
+    trials.extend(refusals::trials());
     trials.extend(faults::trials());
     common::suite::run(trials)
 }

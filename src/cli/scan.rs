@@ -13,8 +13,9 @@ use crate::report::log::{ErrorLog, Format};
 /// Our verbs. None of them is a verb of runc, crun or youki.
 pub const OURS: [&str; 6] = ["migrate", "receive", "check", "migrations", "resolve", "__guard"];
 
-/// The runtime's verbs that bring a container to life, which an away-mark forbids.
-const GUARDED: [&str; 4] = ["create", "start", "run", "restore"];
+/// The runtime's verbs that bring a container to life, which an away-mark forbids. To the runtime
+/// one that is frozen for its hand-over is only paused.
+const GUARDED: [&str; 5] = ["create", "start", "run", "restore", "resume"];
 
 /// Our only global flag; it is taken out of what the runtime sees.
 const FERRY_RUNTIME: &[u8] = b"ferry-runtime";

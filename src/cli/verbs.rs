@@ -261,6 +261,7 @@ fn standing_here(journal: &Journal, under_way: bool) -> &'static str {
         (Role::Destination, State::Finished, _) => "done: it runs here",
         (_, _, true) => "under way",
         (Role::Source, State::Committed, _) => "in doubt: handed over, no answer (ferry resolve)",
+        (Role::Destination, State::Whole, _) => "done: it runs here",
         (Role::Destination, State::Ready | State::Committed, _) => "in doubt (ferry resolve)",
         _ => "broken off (ferry resolve)",
     }
@@ -335,6 +336,12 @@ fn resolve_source(
             recover::source_runs_on(journal)?;
             Ok("it runs on here")
         }
+        (State::Begun | State::Ready, Some(false)) => Err(Failed::refused(anyhow!(
+            "migration {} was broken off before it was handed over: the only copy is here\n\
+             hint: `ferry resolve {}` lets it run on",
+            journal.record.migration,
+            journal.record.container
+        ))),
         (_, Some(true)) => {
             recover::source_runs_on(journal)?;
             Ok("it runs on here, by your word that the other host does not run it")
@@ -409,6 +416,9 @@ fn resolve_mark(globals: &Globals, args: &ResolveArgs, state_dir: &Path) -> Resu
 
 /// `ferry __guard JOURNAL`.
 pub fn guard(args: &[std::ffi::OsString]) -> Result<(), Failed> {
-    let path = args.first().ok_or_else(|| Failed::usage(anyhow!("no journal named")))?;
-    Ok(recover::guard(Path::new(path))?)
+    match args {
+        [journal] => Ok(recover::guard(Path::new(journal))?),
+        [what, journal] if what == "pages" => Ok(recover::guard_pages(Path::new(journal))?),
+        _ => Err(Failed::usage(anyhow!("the guard is for ferry itself"))),
+    }
 }

@@ -6,10 +6,13 @@
 //! Ferry mounts fresh ones ahead of time, fills them, and CRIU binds them into place.
 
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use serde::{Deserialize, Serialize};
 
 /// Most of them in one container.
@@ -82,6 +85,23 @@ fn known(option: &str) -> bool {
             | "inode64"
             | "noswap"
     ) && plain
+}
+
+/// Opens a tmpfs of the container from outside, never following a link out of its root: openat2(2).
+///
+/// # Errors
+/// When there is none of that name.
+pub fn open_in(root: &Path, place: &str) -> Result<OwnedFd> {
+    let root = fs::File::open(root)?;
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let resolve = ResolveFlag::RESOLVE_IN_ROOT
+        | ResolveFlag::RESOLVE_NO_MAGICLINKS
+        | ResolveFlag::RESOLVE_NO_SYMLINKS;
+    let found = openat2(&root, place, OpenHow::new().flags(flags).resolve(resolve))?;
+    if fstatfs(&found)?.filesystem_type() != TMPFS_MAGIC {
+        bail!("it is no tmpfs any more");
+    }
+    Ok(found)
 }
 
 /// Refuses what no honest source sends.

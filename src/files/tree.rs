@@ -64,7 +64,8 @@ enum Kind {
 /// # Errors
 /// When it cannot be read, or `out` fails.
 pub fn pack(root: &Path, out: &mut impl Write) -> Result<()> {
-    let meta = fs::symlink_metadata(root).with_context(|| root.display().to_string())?;
+    // The root may be named through a descriptor.
+    let meta = fs::metadata(root).with_context(|| root.display().to_string())?;
     let mut packer = Packer { root, device: meta.dev(), links: HashMap::new(), out };
     packer.entry(Path::new(""), &meta)
 }

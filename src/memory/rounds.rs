@@ -9,7 +9,7 @@
 use std::collections::HashMap;
 use std::io;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::pages::{self, Reader, Task};
@@ -71,6 +71,8 @@ struct Known {
     tracker: Option<Tracker>,
     /// Page number → hash, of what no tracker watches.
     sent: HashMap<u64, u128>,
+    /// Watched pages that were told as written and could not be read: they are not told again.
+    again: Vec<u64>,
 }
 
 impl Rounds {
@@ -93,7 +95,8 @@ impl Rounds {
     /// When the sink fails. A task that has ended is no error: it has no pages left.
     pub fn round(&mut self, task: Task, frozen: bool, sink: &mut dyn Sink) -> Result<RoundStats> {
         match self.try_round(task, frozen, sink) {
-            Err(e) if task_is_gone(&e) => Ok(RoundStats::default()),
+            // A frozen task that has ended was killed: what CRIU has written of it is out of date.
+            Err(e) if task_is_gone(&e) && !frozen => Ok(RoundStats::default()),
             other => other,
         }
     }
@@ -110,18 +113,29 @@ impl Rounds {
         }
         let mappings = pages::anonymous_mappings(task.pid)?;
         let looked = known.tracker.as_mut().map(|t| t.look(task, &mappings));
-        match looked {
+        let mut missing = Vec::new();
+        let stats = match looked {
             None => {
                 let regions = pages::populated_in(task.pid, &mappings)?;
-                send(task, &regions, Some(&mut known.sent), sink)
+                send(task, &regions, Some(&mut known.sent), sink, &mut missing)?
             }
-            Some(Ok(written)) => {
-                let mut stats = send(task, &written.regions, None, sink)?;
-                if !written.unwatched.is_empty() {
-                    let regions = pages::populated_in(task.pid, &written.unwatched)?;
-                    stats.add(send(task, &regions, Some(&mut known.sent), sink)?);
+            Some(Ok(mut written)) => {
+                for page in std::mem::take(&mut known.again) {
+                    let at = page * PAGE as u64;
+                    let there = pages::populated_in(task.pid, &[(at, at + PAGE as u64)])?;
+                    written.regions.extend(there);
                 }
-                Ok(stats)
+                let mut stats = send(task, &written.regions, None, sink, &mut known.again)?;
+                missing.extend(&known.again);
+                if written.unwatched.is_empty() {
+                    // What was compared before may have been written to while it was watched.
+                    known.sent.clear();
+                } else {
+                    let regions = pages::populated_in(task.pid, &written.unwatched)?;
+                    let known = Some(&mut known.sent);
+                    stats.add(send(task, &regions, known, sink, &mut missing)?);
+                }
+                stats
             }
             // It lives in other memory since an exec, or something that nobody foresaw: compared
             // from here on. What it had sent before says nothing about this memory.
@@ -129,9 +143,13 @@ impl Rounds {
                 known.tracker = None;
                 known.sent.clear();
                 let regions = pages::populated_in(task.pid, &mappings)?;
-                send(task, &regions, Some(&mut known.sent), sink)
+                send(task, &regions, Some(&mut known.sent), sink, &mut missing)?
             }
+        };
+        if let (true, Some(page)) = (frozen, missing.first()) {
+            bail!("page {:#x} of task {} cannot be read", page * PAGE as u64, task.vpid);
         }
+        Ok(stats)
     }
 }
 
@@ -144,12 +162,14 @@ impl RoundStats {
     }
 }
 
-/// Reads regions and hands them on; with `known`, only what differs from it.
+/// Reads regions and hands them on; with `known`, only what differs from it. Page numbers that
+/// could not be read go to `unread`.
 fn send(
     task: Task,
     regions: &[PageRegion],
     mut known: Option<&mut HashMap<u64, u128>>,
     sink: &mut dyn Sink,
+    unread: &mut Vec<u64>,
 ) -> Result<RoundStats> {
     let reader = Reader::open(task.pid)?;
     let mut stats = RoundStats::default();
@@ -162,6 +182,9 @@ fn send(
         }
         let mut missing = Vec::new();
         reader.read(runs, &mut buffer, |i| missing.push(i))?;
+        let numbers =
+            runs.iter().flat_map(|&(at, n)| (0..n as u64).map(move |i| at / PAGE as u64 + i));
+        unread.extend(numbers.enumerate().filter(|(i, _)| missing.contains(i)).map(|(_, n)| n));
         hand_on(task.vpid, runs, &buffer, &missing, known.as_deref_mut(), sink, &mut stats)?;
         runs.clear();
         Ok(())

@@ -13,12 +13,10 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::mpsc;
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::errno::Errno;
@@ -154,27 +152,14 @@ pub struct Server {
     listener: UnixListener,
 }
 
-/// A daemon at work.
+/// How it ended.
 #[derive(Debug)]
-pub struct Serving {
-    thread: JoinHandle<Result<Served>>,
-    done: mpsc::Receiver<()>,
-}
-
-impl Serving {
-    /// Waits until every page is in; `None` when that takes longer than `timeout`.
-    ///
-    /// # Errors
-    /// When pages could not be installed.
-    pub fn join(self, timeout: Duration) -> Result<std::result::Result<Served, Serving>> {
-        match self.done.recv_timeout(timeout) {
-            Err(mpsc::RecvTimeoutError::Timeout) => Ok(Err(self)),
-            _ => match self.thread.join() {
-                Ok(result) => result.map(Ok),
-                Err(_) => bail!("the page daemon panicked"),
-            },
-        }
-    }
+pub struct Ended {
+    /// What was done, or why it could not be.
+    pub result: Result<Served>,
+    /// After an error: as long as these live, a task that needs a missing page waits; when they
+    /// are closed it reads zeros. So the tasks must have been ended by then.
+    pub held: Vec<OwnedFd>,
 }
 
 impl Server {
@@ -189,7 +174,9 @@ impl Server {
         Ok(Server { listener })
     }
 
-    /// Starts serving. Every page in `pagemaps` must be staged.
+    /// Starts serving; `tell` is called once, at the end. Every page in `pagemaps` must be staged.
+    /// `guard` gets a duplicate of every userfaultfd: while it holds them, the death of this
+    /// process makes no task read zeros.
     ///
     /// # Errors
     /// When one is missing: the restore must not go on then.
@@ -197,14 +184,15 @@ impl Server {
         self,
         staging: Staging,
         pagemaps: &HashMap<i32, Vec<PagemapEntry>>,
-    ) -> Result<Serving> {
+        guard: OwnedFd,
+        tell: impl FnOnce(Ended) + Send + 'static,
+    ) -> Result<()> {
         let mut pending = HashMap::new();
         for (&vpid, entries) in pagemaps {
             pending.insert(vpid, Pending::new(vpid, entries, &staging)?);
         }
-        let (tell, done) = mpsc::channel();
-        let thread = std::thread::Builder::new().name("pages".into()).spawn(move || {
-            let daemon = Daemon {
+        std::thread::Builder::new().name("pages".into()).spawn(move || {
+            let mut daemon = Daemon {
                 staging,
                 pending,
                 targets: Vec::new(),
@@ -212,13 +200,12 @@ impl Server {
                 finished: false,
                 stalled: false,
                 shared: false,
+                guard,
             };
-            let result = daemon.run(&self.listener);
-            // Nobody may be listening any more.
-            let _ = tell.send(());
-            result
+            let result = daemon.run(&self.listener).map(|()| daemon.served);
+            tell(Ended { result, held: daemon.targets.into_iter().map(|t| t.uffd).collect() });
         })?;
-        Ok(Serving { thread, done })
+        Ok(())
     }
 }
 
@@ -232,15 +219,16 @@ struct Daemon {
     stalled: bool,
     /// After a fork two tasks may want the same slot.
     shared: bool,
+    guard: OwnedFd,
 }
 
 impl Daemon {
-    fn run(mut self, listener: &UnixListener) -> Result<Served> {
+    fn run(&mut self, listener: &UnixListener) -> Result<()> {
         let (mut criu, _) = listener.accept()?;
         loop {
             let idle = self.targets.iter().all(|t| t.pending.0.is_empty());
             if self.finished && idle {
-                return Ok(self.served);
+                return Ok(());
             }
             let timeout = if idle {
                 PollTimeout::NONE
@@ -289,6 +277,9 @@ impl Daemon {
         let vpid = i32::from_le_bytes(number);
         if vpid == FINISHED {
             self.finished = true;
+            if let Some(vpid) = self.pending.iter().find(|(_, p)| !p.0.is_empty()).map(|(v, _)| v) {
+                bail!("CRIU asked for no pages for task {vpid}");
+            }
             for target in &mut self.targets {
                 target.early = false;
             }
@@ -300,9 +291,15 @@ impl Daemon {
         let (_, mut fds) =
             scm::receive(&*criu)?.ok_or_else(|| anyhow!("CRIU closed the lazy-pages socket"))?;
         let uffd = fds.pop().ok_or_else(|| anyhow!("CRIU sent no userfaultfd"))?;
+        self.keep(&uffd)?;
         let pending = self.pending.remove(&vpid).unwrap_or_default();
         self.targets.push(Target { uffd, pending, cursor: 0, early: true, gone: false });
         Ok(())
+    }
+
+    /// The guard takes one too.
+    fn keep(&self, uffd: &OwnedFd) -> Result<()> {
+        scm::send(&self.guard, b"u", &[uffd.as_raw_fd()]).context("the guard process is gone")
     }
 
     /// Everything that a task's descriptor has to say.
@@ -345,6 +342,7 @@ impl Daemon {
                 UffdEvent::Fork(uffd) => {
                     self.shared = true;
                     let pending = target.pending.clone();
+                    self.keep(&uffd)?;
                     self.targets.push(Target {
                         uffd,
                         pending,

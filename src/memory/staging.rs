@@ -20,6 +20,8 @@ pub enum Slot {
 pub struct Staging {
     arena: Arena,
     used: usize,
+    /// Entries of zero pages: they take no slot, but room in the index.
+    zeros: usize,
     index: HashMap<i32, HashMap<u64, Slot>>,
 }
 
@@ -31,7 +33,7 @@ impl Staging {
     /// When the address space for it cannot be had.
     pub fn new(pages: usize) -> Result<Staging> {
         let arena = Arena::new(pages.max(1) * PAGE)?;
-        Ok(Staging { arena, used: 0, index: HashMap::new() })
+        Ok(Staging { arena, used: 0, zeros: 0, index: HashMap::new() })
     }
 
     /// Takes in a run of pages, replacing what was there before.
@@ -65,7 +67,12 @@ impl Staging {
         let task = self.index.entry(vpid).or_default();
         for page in numbers(vaddr, pages)? {
             // The slot that it may have had is not used again: a page that turns zero is rare.
-            task.insert(page, Slot::Zero);
+            if task.insert(page, Slot::Zero).is_none() {
+                self.zeros += 1;
+                if self.zeros * PAGE > self.arena.capacity() {
+                    bail!("more zero pages come than the plan announced");
+                }
+            }
         }
         Ok(())
     }

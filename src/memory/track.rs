@@ -13,7 +13,7 @@ use std::os::fd::OwnedFd;
 
 use anyhow::Result;
 
-use super::pages::Task;
+use super::pages::{self, Task};
 use crate::sys::memory::{
     PageRegion, UFFD_USER_MODE_ONLY, Wanted, category, pagemap_scan, uffd_track_writes,
     uffd_watch_writes,
@@ -78,8 +78,14 @@ impl Tracker {
                 Ok(()) => {}
                 Err(e) if e.raw_os_error() == Some(libc::EPERM) => {
                     match uffd_watch_writes(&self.uffd, start, end - start) {
-                        // What the first try found of this mapping comes again: all of it.
-                        Ok(()) => self.scan(&pagemap, start, end, &mut written.regions)?,
+                        // The first try has protected what it found before it failed, and told
+                        // nobody: all that is there counts as written.
+                        Ok(()) => {
+                            let mut again = Vec::new();
+                            self.scan(&pagemap, start, end, &mut again)?;
+                            let all = pages::populated_in(task.pid, &[(start, end)])?;
+                            written.regions.extend(all);
+                        }
                         Err(e) if matches!(e.raw_os_error(), Some(libc::EBUSY | libc::EINVAL)) => {
                             written.unwatched.push((start, end));
                         }
@@ -120,7 +126,6 @@ impl Tracker {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::pages;
     use std::io::{BufRead, BufReader, Write};
     use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 

@@ -159,7 +159,7 @@ fn root_dir(state_dir: &Path, runtime_root: &Path) -> PathBuf {
 
 /// The root as one name: engines write `/var/run/…` where operators write `/run/…`, and the
 /// root itself may not exist (after a reboot), so what exists of it is resolved.
-fn canonical(root: &Path) -> PathBuf {
+pub fn canonical(root: &Path) -> PathBuf {
     let absolute = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
     let mut clean = PathBuf::new();
     for part in absolute.components() {

@@ -12,11 +12,13 @@
 //! the source may have committed without our knowing: the copy is held, runs no instruction, and
 //! waits for the verdict over the link, over a later one (`Settle`), or from the operator.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::BufReader;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,24 +27,25 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::journal::{self, Journal, Lock, Record, Role, State};
-use super::protocol::{Arrival, MAX_FILES, MAX_TASKS, Message, Plan, Standing, Stream, Verdict};
-use super::restore::{Go, RestoreEvent, RestoreJob, RestorePlan, StreamPlan};
+use super::protocol::{Arrival, MAX_FILES, MAX_TASKS, Message, Plan, Standing, Verdict};
+use super::restore::{Go, RestoreEvent, RestoreJob, RestorePlan};
 use super::settle::{self, Call};
+use super::streams::Streams;
 use super::talk::{self, Heard, Speaker};
 use super::workdir::WorkDir;
 use super::{checks, host, keeper, recover, workdir};
 use crate::criu::images;
 use crate::criu::interposer::Interposer;
 use crate::files::tmpfs::{Mounted, Tmpfs};
-use crate::files::{probe, tree};
-use crate::memory::serve::{Served, Server, Serving};
+use crate::files::tree;
+use crate::memory::serve::{Ended, Server};
 use crate::memory::staging::Staging;
 use crate::network::{self, Announcer, Frame as Packet, Placement, Recreated, Replay, fence};
 use crate::oci::runtime::Runtime;
 use crate::sys::fault;
 use crate::sys::memory::PAGE;
 use crate::sys::netns::NetNs;
-use crate::sys::process;
+use crate::sys::{process, scm};
 use crate::transport::connect::Link;
 use crate::transport::frame::Frame;
 
@@ -52,14 +55,18 @@ const SILENCE: Duration = Duration::from_secs(300);
 const RESTORE_LIMIT: Duration = Duration::from_secs(120);
 /// Most bytes of image files: they hold no memory but what CRIU insists on.
 const MAX_IMAGES: u64 = 64 << 30;
-/// Packets kept until the container can take them.
-const MAX_PACKETS: usize = 200_000;
+/// Bytes of packets kept until the container can take them. Beyond it the senders' timers have to
+/// do.
+const MAX_PACKETS: usize = 32 << 20;
+/// Image files open at a time.
+const OPEN_IMAGES: usize = 128;
 
 #[derive(Debug)]
 enum Input {
     Heard(Heard),
     Restore(RestoreEvent),
     Call(Call),
+    Pages(Ended),
     Signal(i32),
 }
 
@@ -123,6 +130,8 @@ impl Inputs {
                 bail!("the source gave up: {why}")
             }
             Ok(Input::Restore(RestoreEvent::Ended(Err(e)))) => Err(e),
+            // Nothing has run yet: closing what is held lets nobody read zeros.
+            Ok(Input::Pages(Ended { result: Err(e), .. })) => Err(e),
             Ok(Input::Signal(signal)) if signal != libc::SIGHUP => {
                 bail!("interrupted by {}", talk::signal_name(signal))
             }
@@ -160,7 +169,7 @@ fn converse(
     let runtime =
         Runtime::new(runtime.program().to_owned(), plan.root.clone(), plan.systemd_cgroup);
     if !plan.check_only {
-        recover::sweep(state_dir, &runtime, &plan.container)?;
+        settle::sweep(state_dir, runtime.root(), &plan.container)?;
     }
     let (fatal, warnings): (Vec<_>, Vec<_>) =
         checks::problems(&plan, &runtime).into_iter().partition(|p| p.fatal);
@@ -174,7 +183,9 @@ fn converse(
         let fresh = Staging::new(pages)?;
         *staging.lock().unwrap_or_else(PoisonError::into_inner) = Some(fresh);
     }
-    speaker.say(&Message::Accept { warnings })?;
+    // Now, as the source takes its probes away when it has our answer.
+    let shared = Streams::shared(&plan.streams);
+    speaker.say(&Message::Accept { warnings, shared: shared.clone() })?;
     if plan.check_only {
         return Ok(());
     }
@@ -184,7 +195,7 @@ fn converse(
         // It changed its mind: nothing was made.
         Err(_) => return Ok(()),
     }
-    let guest = match Guest::new(*plan, runtime, state_dir) {
+    let guest = match Guest::new(*plan, &shared, runtime, state_dir) {
         Ok(guest) => guest,
         Err(e) => {
             let why = format!("{e:#}");
@@ -205,12 +216,17 @@ struct Guest {
     network: Option<Net>,
     restore: Option<RestoreJob>,
     server: Option<Server>,
-    serving: Option<Serving>,
-    streams: Vec<StreamFile>,
+    /// Pages are being installed; told when they are all in.
+    serving: bool,
+    pages: Option<Ended>,
+    guard: Option<Guard>,
+    streams: Streams,
     tmpfs: Option<Mounted>,
     images: HashMap<String, File>,
+    image_names: HashSet<String>,
     image_bytes: u64,
     packets: Vec<Packet>,
+    packet_bytes: usize,
     replayed: u64,
     phase: &'static str,
     began: Instant,
@@ -227,9 +243,10 @@ struct Net {
 }
 
 impl Guest {
-    fn new(plan: Plan, runtime: Runtime, state_dir: &Path) -> Result<Guest> {
+    fn new(plan: Plan, shared: &[usize], runtime: Runtime, state_dir: &Path) -> Result<Guest> {
         let lock = Lock::take(state_dir, runtime.root(), &plan.container)?;
         let work = WorkDir::create(&plan.migration)?;
+        let streams = Streams::open(&plan, shared)?;
         let record = Record {
             migration: plan.migration.clone(),
             container: plan.container.clone(),
@@ -242,6 +259,7 @@ impl Guest {
             cgroup: None,
             init: None,
             network_path: plan.network_path.clone(),
+            network_identity: None,
             network_ours: plan.network.is_some() && plan.placement != "keep",
             leave_mark: false,
             work: work.path().to_owned(),
@@ -258,12 +276,16 @@ impl Guest {
             network: None,
             restore: None,
             server: None,
-            serving: None,
-            streams: Vec::new(),
+            serving: false,
+            pages: None,
+            guard: None,
+            streams,
             tmpfs: None,
             images: HashMap::new(),
+            image_names: HashSet::new(),
             image_bytes: 0,
             packets: Vec::new(),
+            packet_bytes: 0,
             replayed: 0,
             phase: "preparing",
             began: Instant::now(),
@@ -342,7 +364,12 @@ impl Guest {
                 }
                 Input::Heard(Heard::Message(Message::MemoryDone)) => memory_done = true,
                 Input::Restore(RestoreEvent::Restored(pid)) => {
-                    self.journal.record.init = process::start_time(pid).map(|t| (pid, t));
+                    let init = process::start_time(pid).map(|t| (pid, t));
+                    self.journal.record.init = init;
+                    if let Some((pid, started)) = init {
+                        let text = format!("{pid} {started}");
+                        fs::write(self.work.path().join(recover::INIT), text)?;
+                    }
                     self.mark("restored");
                     fault::point("destination.restored")?;
                     restored = true;
@@ -354,15 +381,15 @@ impl Guest {
                 && let (Some(tasks), Some(server)) =
                     (dumped.as_ref(), self.server.take_if(|_| dumped.is_some()))
             {
-                self.serve(tasks, server, staging)?;
+                self.serve(tasks, server, staging, tell)?;
             }
         }
-        while self.serving.is_none() {
+        while !self.serving {
             // CRIU was quicker than the last pages.
             match inputs.next(RESTORE_LIMIT)? {
                 Input::Heard(Heard::Message(Message::MemoryDone)) => {
                     if let (Some(tasks), Some(server)) = (&dumped, self.server.take()) {
-                        self.serve(tasks, server, staging)?;
+                        self.serve(tasks, server, staging, tell)?;
                     }
                 }
                 Input::Heard(Heard::Frame(Frame::Packet(bytes))) => self.packet(&bytes)?,
@@ -386,6 +413,8 @@ impl Guest {
         self.phase = "making the network";
         let placement: Placement = self.plan.placement.parse().map_err(|e| anyhow!("{e}"))?;
         let made = network::recreate(image, &placement, path, &NetNs::current()?)?;
+        let (device, inode) = made.namespace().identity()?;
+        fs::write(self.work.path().join(recover::NETWORK), format!("{device} {inode}"))?;
         let replay = Replay::prepare(made.namespace(), image)?;
         let announcer = Announcer::prepare(made.namespace(), image)?;
         self.network = Some(Net { made, replay, announcer });
@@ -397,15 +426,7 @@ impl Guest {
         let (criu, _) = host::criu()?;
         let targets: Vec<&str> = self.plan.streams.iter().map(|s| s.target.as_str()).collect();
         fs::write(self.work.images().join("descriptors.json"), serde_json::to_vec(&targets)?)?;
-        self.streams = open_streams(&self.plan)?;
-        let streams = self
-            .streams
-            .iter()
-            .zip(&self.plan.streams)
-            .map(|(s, p)| {
-                Ok(StreamPlan { file: s.file.try_clone()?, external: p.external.clone() })
-            })
-            .collect::<Result<_>>()?;
+        let streams = self.streams.plan()?;
         self.server = Some(Server::listen(&self.work.work())?);
         let namespace = match &self.network {
             Some(net) if self.plan.criu_inside() => Some(net.made.namespace().try_clone()?),
@@ -434,9 +455,7 @@ impl Guest {
     /// A piece of an image file, or of a log.
     fn file(&mut self, name: &str, at: u64, bytes: &[u8]) -> Result<()> {
         if let Some(number) = name.strip_prefix("stream-") {
-            let stream = number.parse::<usize>().ok().and_then(|i| self.streams.get_mut(i));
-            let stream = stream.ok_or_else(|| anyhow!("a log for no stream"))?;
-            return stream.write(at, bytes);
+            return self.streams.write(number, at, bytes);
         }
         let plain = name.len() < 128
             && !name.starts_with('.')
@@ -445,14 +464,17 @@ impl Guest {
             bail!("{name:?} is no image file's name");
         }
         self.image_bytes += bytes.len() as u64;
-        if self.images.len() >= MAX_FILES || self.image_bytes > MAX_IMAGES {
+        if self.image_names.len() >= MAX_FILES || self.image_bytes > MAX_IMAGES {
             bail!("more image files than any checkpoint has");
         }
         if !self.images.contains_key(name) {
+            if self.images.len() >= OPEN_IMAGES {
+                self.images.clear();
+            }
             let open = OpenOptions::new()
                 .write(true)
                 .create(true)
-                .truncate(true)
+                .truncate(self.image_names.insert(name.to_owned()))
                 .mode(0o600)
                 .custom_flags(libc::O_NOFOLLOW)
                 .open(self.work.images().join(name));
@@ -462,7 +484,8 @@ impl Guest {
     }
 
     fn packet(&mut self, bytes: &[u8]) -> Result<()> {
-        if self.packets.len() < MAX_PACKETS {
+        self.packet_bytes += bytes.len();
+        if self.packet_bytes < MAX_PACKETS {
             self.packets.push(keeper::decode(bytes)?);
         }
         Ok(())
@@ -477,9 +500,7 @@ impl Guest {
             tree::unpack(&place, &mut BufReader::with_capacity(256 << 10, packed))
                 .with_context(|| format!("filling the tmpfs {}", tmpfs.place))?;
         }
-        for stream in &mut self.streams {
-            stream.settle()?;
-        }
+        self.streams.settle()?;
         self.tell_restore(Go::Restore)
     }
 
@@ -499,6 +520,7 @@ impl Guest {
         tasks: &[i32],
         server: Server,
         staging: &Arc<Mutex<Option<Staging>>>,
+        tell: &Sender<Input>,
     ) -> Result<()> {
         let mut pagemaps = HashMap::new();
         for &vpid in tasks {
@@ -516,7 +538,15 @@ impl Guest {
         }
         let staging = staging.lock().unwrap_or_else(PoisonError::into_inner).take();
         let staging = staging.ok_or_else(|| anyhow!("memory has been taken already"))?;
-        self.serving = Some(server.start(staging, &pagemaps)?);
+        let guard = Guard::spawn(&self.journal)?;
+        let tell = tell.clone();
+        let to_guard = guard.socket.try_clone()?;
+        self.guard = Some(guard);
+        server.start(staging, &pagemaps, to_guard, move |ended| {
+            // The hand-over may have ended already.
+            let _ = tell.send(Input::Pages(ended));
+        })?;
+        self.serving = true;
         self.mark("last page is here");
         Ok(())
     }
@@ -553,6 +583,15 @@ impl Guest {
                 Input::Call((None, reply)) => {
                     let _ = reply.send(Standing::Waiting);
                 }
+                Input::Pages(Ended { result: Ok(served), held }) => {
+                    self.pages = Some(Ended { result: Ok(served), held });
+                }
+                // Its memory cannot be put into it; there is nothing that could run.
+                Input::Pages(Ended { result: Err(e), .. }) => {
+                    let phase = self.phase.to_owned();
+                    let _ = speaker.say(&Message::Failed { phase, why: format!("{e:#}") });
+                    return Verdict::Abort;
+                }
                 // The copy has died while it was held; there is nothing to run any more.
                 Input::Restore(RestoreEvent::Ended(_)) => {
                     let why = "the restored copy was killed while it waited".to_owned();
@@ -573,6 +612,9 @@ impl Guest {
         self.mark("commit");
         let _ = fault::point("destination.commit");
         let _ = self.journal.note(State::Committed);
+        // From here on what was made is the container's: no error may take it away again but one
+        // that says that there is no container.
+        self.streams.keep();
         let _ = fault::point("destination.committed");
         if let Some(net) = &mut self.network {
             // The announcement first: when the sockets wake up, their packets find the way back.
@@ -588,9 +630,10 @@ impl Guest {
         let _ = fault::point("destination.open");
         self.tell_restore(Go::Verdict(true))?;
         let mut link = self.link;
+        let mut whole = self.pages.take().is_some();
         let (mut running, mut ended) = (false, false);
         let mut finished = false;
-        while !(running && ended && (finished || !link)) {
+        while !(running && ended && whole && (finished || !link)) {
             match inputs.queue.recv_timeout(RESTORE_LIMIT) {
                 Ok(Input::Restore(RestoreEvent::AtResume)) => {
                     self.mark("sockets alive");
@@ -611,6 +654,25 @@ impl Guest {
                         packets: self.replayed,
                     };
                     link &= speaker.say(&Message::Running(Box::new(arrival))).is_ok();
+                    if whole {
+                        link &= self.say_whole(speaker);
+                    }
+                }
+                Ok(Input::Pages(Ended { result: Ok(_), .. })) => {
+                    whole = true;
+                    if running {
+                        link &= self.say_whole(speaker);
+                    }
+                }
+                Ok(Input::Pages(Ended { result: Err(e), held })) => {
+                    let failed = e.context("not all of its memory can be put into the container");
+                    let why = format!("{failed:#}");
+                    // Ended while whoever misses a page still waits for it.
+                    let undone = self.undo();
+                    drop(held);
+                    let _ = speaker.say(&Message::Failed { phase: "starting".into(), why });
+                    undone?;
+                    return Err(failed);
                 }
                 Ok(Input::Restore(RestoreEvent::Ended(result))) => {
                     ended = true;
@@ -619,8 +681,11 @@ impl Guest {
                     {
                         let failed = e.context("the copy died after the commit");
                         let why = format!("{failed:#}");
-                        // The source still has it, frozen.
+                        // First of all so that nobody takes what is left of it for a container
+                        // that runs. The source still has it, frozen.
+                        let undone = self.undo();
                         let _ = speaker.say(&Message::Failed { phase: "starting".into(), why });
+                        undone?;
                         return Err(failed);
                     }
                 }
@@ -633,7 +698,7 @@ impl Guest {
                 Ok(Input::Heard(Heard::Message(Message::Finished))) => finished = true,
                 Ok(Input::Heard(Heard::Gone(_))) => link = false,
                 Ok(Input::Call((_, reply))) => {
-                    let now = if running { Standing::Running } else { Standing::Waiting };
+                    let now = if running && whole { Standing::Running } else { Standing::Waiting };
                     let _ = reply.send(now);
                 }
                 Ok(_) => {}
@@ -643,8 +708,24 @@ impl Guest {
         self.settle_in()
     }
 
+    /// Tells the source that what is frozen there is needed no more; whether it could be told. The
+    /// journal knows it first: who asks later must not be told otherwise.
+    fn say_whole(&mut self, speaker: &Speaker) -> bool {
+        self.mark("whole");
+        let _ = self.journal.note(State::Whole);
+        speaker.say(&Message::Whole).is_ok()
+    }
+
+    fn dismiss_guard(&mut self) {
+        if let Some(mut guard) = self.guard.take() {
+            let _ = scm::send(&guard.socket, b"d", &[]);
+            let _ = guard.child.wait();
+        }
+    }
+
     fn replay(&mut self) {
         let Some(net) = &self.network else { return };
+        self.packet_bytes = 0;
         for packet in self.packets.drain(..) {
             // Only a help: the sender's timer brings again what does not get through.
             if net.replay.inject(&packet).is_ok() {
@@ -658,18 +739,6 @@ impl Guest {
         if let Some(job) = self.restore.take() {
             job.join();
         }
-        let mut serving = self.serving.take();
-        let mut served = Served::default();
-        while let Some(s) = serving.take() {
-            match s.join(Duration::from_secs(60))? {
-                Ok(done) => served = done,
-                Err(again) => serving = Some(again),
-            }
-        }
-        tracing::debug!(?served, "pages installed");
-        for stream in &mut self.streams {
-            stream.kept = true;
-        }
         if let Some(mut net) = self.network.take() {
             drop(net.replay);
             // It has been open since the commit; taking it down takes milliseconds, so only now.
@@ -682,6 +751,7 @@ impl Guest {
         drop(self.tmpfs.take());
         let cleared = checks::clear_mark(&self.plan, &self.runtime, &self.state_dir);
         self.journal.write(State::Finished)?;
+        self.dismiss_guard();
         cleared.map(|_| ())
     }
 
@@ -693,11 +763,30 @@ impl Guest {
         if let Some(job) = self.restore.take() {
             job.join();
         }
-        drop(self.serving.take());
         drop(self.network.take());
         drop(self.tmpfs.take());
-        self.streams.clear();
-        recover::destination_discards(&mut self.journal)
+        self.streams.undo();
+        let undone = recover::destination_discards(&mut self.journal);
+        self.dismiss_guard();
+        undone
+    }
+}
+
+/// The process that holds the restored tasks' memory together if this one is killed: see
+/// [`recover::guard_pages`].
+struct Guard {
+    child: Child,
+    socket: OwnedFd,
+}
+
+impl Guard {
+    fn spawn(journal: &Journal) -> Result<Guard> {
+        let (socket, theirs) = scm::seqpacket_pair()?;
+        let mut command = Command::new("/proc/self/exe");
+        command.arg("__guard").arg("pages").arg(journal.path());
+        command.stdin(theirs).stdout(Stdio::null()).stderr(Stdio::null());
+        process::in_new_session(&mut command);
+        Ok(Guard { child: command.spawn().context("cannot start the guard process")?, socket })
     }
 }
 
@@ -733,93 +822,4 @@ impl Drop for Warm {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
     }
-}
-
-/// A standard stream on this host.
-struct StreamFile {
-    file: File,
-    /// A log that comes with the container: its final place, and the place that it has until then.
-    place: Option<(PathBuf, PathBuf)>,
-    kept: bool,
-}
-
-impl StreamFile {
-    fn write(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
-        if self.place.is_none() {
-            // Both hosts see the same file: it has all that.
-            return Ok(());
-        }
-        if at + bytes.len() as u64 > super::inspect::MAX_STREAM * 2 {
-            bail!("a log longer than was announced");
-        }
-        Ok(self.file.write_all_at(bytes, at)?)
-    }
-
-    /// All of it is here: to its place, keeping what was there.
-    fn settle(&mut self) -> Result<()> {
-        let Some((place, temporary)) = &self.place else { return Ok(()) };
-        if place.exists() {
-            let mut old = place.clone().into_os_string();
-            old.push(".before");
-            fs::rename(place, old)?;
-        }
-        fs::rename(temporary, place)?;
-        Ok(())
-    }
-}
-
-impl Drop for StreamFile {
-    fn drop(&mut self) {
-        if let (Some((place, temporary)), false) = (&self.place, self.kept) {
-            let _ = fs::remove_file(temporary);
-            let _ = fs::remove_file(place);
-        }
-    }
-}
-
-/// Where the output of containers that wrote to a pipe goes on this host.
-const LOGS: &str = "/var/log/ferry";
-
-/// Opens what the container will have as its standard streams.
-fn open_streams(plan: &Plan) -> Result<Vec<StreamFile>> {
-    let open = |i: usize, stream: &Stream| -> Result<StreamFile> {
-        let plain = |file| StreamFile { file, place: None, kept: true };
-        if stream.external.is_some() {
-            let place = PathBuf::from(&stream.target);
-            if !place.is_absolute() {
-                bail!("{} is no log's place", stream.target);
-            }
-            if shared_log(&place, stream)? {
-                let file = OpenOptions::new().read(true).append(true).open(&place)?;
-                return Ok(plain(file));
-            }
-            let temporary = place.with_extension(format!("ferry-{}-{i}", plan.migration));
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create_new(true)
-                .mode(0o640)
-                .open(&temporary)
-                .with_context(|| format!("cannot make the log {}", temporary.display()))?;
-            return Ok(StreamFile { file, place: Some((place, temporary)), kept: false });
-        }
-        if stream.target.starts_with("pipe:") && i > 0 {
-            fs::create_dir_all(LOGS)?;
-            let path = Path::new(LOGS).join(format!("{}.log", plan.container));
-            let file = OpenOptions::new().create(true).append(true).mode(0o640).open(&path);
-            return Ok(plain(file.with_context(|| format!("cannot open {}", path.display()))?));
-        }
-        Ok(plain(OpenOptions::new().read(true).write(true).open("/dev/null")?))
-    };
-    let mut list = Vec::new();
-    for (i, stream) in plan.streams.iter().enumerate() {
-        list.push(open(i, stream)?);
-    }
-    Ok(list)
-}
-
-/// Whether a log is the same file on both hosts.
-fn shared_log(place: &Path, stream: &Stream) -> Result<bool> {
-    let Some(proof) = &stream.proof else { return Ok(false) };
-    Ok(place.exists() && place.parent().is_some_and(|dir| probe::verify(dir, proof).is_ok()))
 }

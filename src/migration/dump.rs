@@ -145,7 +145,9 @@ fn run(mut plan: DumpPlan, tell: &dyn Fn(DumpEvent), orders: &Receiver<Go>) -> R
         .map_err(|e| e.context(runtime_log(&plan)))
         .and_then(|(session, request)| job(&mut plan, &session, request, tell, orders));
     // The runtime ends by itself: the session is closed, and it has its answer or an end of file.
-    let _ = child.wait();
+    if process::wait_readable(&[pidfd.as_fd()], Some(Instant::now() + STEP_TIMEOUT)).is_ok() {
+        let _ = child.wait();
+    }
     outcome
 }
 
@@ -249,8 +251,12 @@ fn edit(request: &mut Criu_req, plan: &DumpPlan, images: i32, work: i32) -> Resu
     let opts = request.opts.as_mut().ok_or_else(|| anyhow!("a dump without options"))?;
     opts.set_images_dir_fd(images);
     opts.set_work_dir_fd(work);
-    // A configuration file would override what is set here.
-    opts.clear_config_file();
+    // A configuration file overrides what is set here: ours instead of any that the host has. It
+    // keeps the page server, which no option of the request binds to an address, off the network.
+    let configuration = plan.work.join("criu.conf");
+    fs::write(&configuration, "address 127.0.0.1\n")?;
+    let path = configuration.to_str().ok_or_else(|| anyhow!("a path that is not UTF-8"))?;
+    opts.set_config_file(path.to_owned());
     opts.set_notify_scripts(true);
     opts.set_leave_running(true);
     opts.set_lazy_pages(true);

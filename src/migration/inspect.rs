@@ -179,12 +179,12 @@ fn streams(
         let link = format!("/proc/{pid}/fd/{number}");
         let Ok(target) = fs::read_link(&link) else {
             // A closed stream stays closed.
-            list.push(Stream { target: String::new(), external: None, size: 0, proof: None });
+            list.push(Stream::default());
             continue;
         };
         let target = target.to_string_lossy().into_owned();
         let meta = fs::metadata(&link)?;
-        let mut stream = Stream { target: target.clone(), external: None, size: 0, proof: None };
+        let mut stream = Stream { target: target.clone(), ..Stream::default() };
         if meta.is_file() && !reaches(pid, &target, &meta) {
             let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}"))?;
             let mount: u64 = info
@@ -215,10 +215,12 @@ fn streams(
             }
             stream.external = Some(format!("file[{mount:x}:{:x}]", meta.ino()));
             stream.size = meta.size();
+            stream.mode = meta.mode() & 0o7777;
+            stream.owner = (meta.uid(), meta.gid());
         }
         list.push(stream);
     }
-    if bundle.terminal() && wishes.console_socket.is_none() && !wishes.check_only {
+    if bundle.terminal() && wishes.console_socket.is_none() {
         return Err(Problem::new(
             "the container has a terminal, and nobody takes it on the other host",
             "process.terminal is set in config.json",

@@ -18,6 +18,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
+use super::away::canonical;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::DEFAULT_ROOT;
 use crate::sys::process::start_time;
@@ -48,6 +49,8 @@ pub enum State {
     Ready,
     /// The destination owns the container.
     Committed,
+    /// Destination: it runs, with all of its memory.
+    Whole,
     /// Over: the container runs on the destination, nothing is left here.
     Finished,
     /// Over: the source owns the container, everything is undone here.
@@ -60,6 +63,7 @@ impl State {
             State::Begun => "begun",
             State::Ready => "ready",
             State::Committed => "committed",
+            State::Whole => "whole",
             State::Finished => "finished",
             State::Aborted => "aborted",
         }
@@ -96,6 +100,8 @@ pub struct Record {
     pub init: Option<(i32, u64)>,
     /// The network namespace's path.
     pub network_path: Option<PathBuf>,
+    /// Device and inode of that namespace, where it was there when the migration began.
+    pub network_identity: Option<(u64, u64)>,
     /// Whether that namespace is Ferry's to take down.
     pub network_ours: bool,
     /// Whether the ID must not be started here afterwards (source only).
@@ -292,6 +298,7 @@ impl Lock {
     /// Says which migration stands in the way, and what to do.
     pub fn take(state_dir: &Path, root: &Path, container: &str) -> Result<Lock> {
         let dir = directory(state_dir);
+        let root = canonical(root);
         let name = format!("{}%{container}.lock", root.display()).replace('/', "%");
         let path = dir.join(name);
         let what = || format!("cannot write to {}", dir.display());
@@ -303,7 +310,7 @@ impl Lock {
         for journal in Journal::all(state_dir)? {
             let record = &journal.record;
             let its_root = record.root.as_deref().unwrap_or(Path::new(DEFAULT_ROOT));
-            let this = record.container == container && its_root == root;
+            let this = record.container == container && canonical(its_root) == root;
             if this && !journal.state().is_over() && !is_alive(record.worker) {
                 bail!(
                     "an earlier migration of {container} ({}) was broken off\nhint: `ferry resolve {container}` first",
@@ -348,6 +355,7 @@ pub(crate) mod tests {
             cgroup: None,
             init: None,
             network_path: None,
+            network_identity: None,
             network_ours: false,
             leave_mark: true,
             work: "/run/ferry/x".into(),

@@ -13,5 +13,7 @@ pub mod recover;
 pub mod restore;
 pub mod settle;
 pub mod source;
+pub mod streams;
 pub mod talk;
+pub mod watch;
 pub mod workdir;

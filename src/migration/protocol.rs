@@ -19,6 +19,7 @@
 //!   ── Commit ────────────────────────────▶  opens the fence, announces, runs
 //!   ◀─────────────────────────── Running ──                              destination, running
 //!   ══ packets that still came here ══════▶
+//!   ◀───────────────────────────── Whole ──                              (all pages are in)
 //!   ── Finished ──────────────────────────▶
 //! ```
 //!
@@ -61,6 +62,8 @@ pub enum Message {
     Accept {
         /// Worth telling, no obstacle.
         warnings: Vec<Problem>,
+        /// The streams, by number, that are the same file on both hosts.
+        shared: Vec<usize>,
     },
     /// To the source: it cannot be; nothing was touched. The source owns the container.
     Refuse {
@@ -89,6 +92,9 @@ pub enum Message {
     Commit,
     /// To the source: it runs. The destination owns the container.
     Running(Box<Arrival>),
+    /// To the source: its last page is in; what is frozen is needed no more. The destination owns
+    /// the container, running.
+    Whole,
     /// To the destination: what was frozen is gone, no packet will come any more.
     Finished,
     /// To the destination: give up, the container runs on here. The source owns the container.
@@ -199,7 +205,7 @@ pub struct Plan {
 }
 
 /// A standard stream of the container.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stream {
     /// As `/proc/PID/fd/N` shows it: `pipe:[123]`, `/dev/null`, `/dev/pts/0`, `/var/log/web.log`.
     pub target: String,
@@ -207,6 +213,13 @@ pub struct Stream {
     pub external: Option<String>,
     /// Bytes of that file when it was looked at.
     pub size: u64,
+    /// Its mode, owner and group: CRIU wants to find them so.
+    pub mode: u32,
+    /// See `mode`.
+    pub owner: (u32, u32),
+    /// Whether its contents go over the link (the source's own note).
+    #[serde(skip)]
+    pub sent: bool,
     /// Of its directory, for the destination to find out whether the file is shared.
     pub proof: Option<Proof>,
 }

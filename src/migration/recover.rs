@@ -19,7 +19,9 @@ use crate::oci::runtime::Runtime;
 use crate::sys::netns::NetNs;
 use crate::sys::{process, socket};
 
-const CRIU_TIMEOUT: Duration = Duration::from_secs(20);
+/// CRIU's rollback ends with the control group frozen again, so nobody may thaw it before; only
+/// large shared memory makes it take long.
+const CRIU_TIMEOUT: Duration = Duration::from_secs(600);
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long a destination that cannot be reached is told that the container stayed.
 const WORD_TIMEOUT: Duration = Duration::from_secs(600);
@@ -58,18 +60,59 @@ pub fn source_runs_on(journal: &mut Journal) -> Result<()> {
     wait_for_criu(&record.work);
     // After a reboot somebody else may be in a group of that name.
     let same = record.init.is_none_or(super::journal::is_alive);
-    if let Some(cgroup) = record.cgroup.as_ref().filter(|_| same) {
-        if cgroup.is_frozen().unwrap_or(false) {
+    let cgroup = record.cgroup.as_ref().filter(|_| same);
+    if let Some(cgroup) = cgroup
+        && record.work.join("work").join(CRIU_PID).exists()
+    {
+        // A CRIU that was killed leaves the tasks running, with their sockets in repair mode. Mending
+        // wants them to stand still; if they cannot, they run on as they are.
+        if cgroup.freeze(Duration::from_secs(2)).is_ok() {
             mend_sockets(cgroup);
         }
-        lift_fence(&record, &mut trouble);
-        if cgroup.is_frozen().unwrap_or(false) {
-            trouble.note("thawing the container", cgroup.thaw());
-        }
     }
+    lift_fence(&record, &mut trouble);
+    if let Some(cgroup) = cgroup {
+        trouble.note("thawing the container", cgroup.thaw());
+    }
+    trouble.note("lifting the away-mark", lift_mark(journal));
+    let undone = trouble.into_result();
+    // What could not be undone stays open, for `ferry resolve` to try again.
+    undone?;
     workdir::remove(&record.work);
-    trouble.note("writing the journal", journal.write(State::Aborted));
-    trouble.into_result()
+    journal.write(State::Aborted)
+}
+
+/// Where the migration's away-mark lies.
+fn state_dir(journal: &Journal) -> &Path {
+    journal.path().parent().and_then(Path::parent).unwrap_or(Path::new("/"))
+}
+
+/// Marks the container as gone. Done before the freeze: an engine that starts it again when it sees
+/// it end, or after a reboot in the middle, must find the mark whatever becomes of us.
+///
+/// # Errors
+/// When the mark cannot be written.
+pub fn leave_mark(journal: &Journal) -> Result<()> {
+    let record = &journal.record;
+    let mark = AwayMark {
+        id: record.container.clone(),
+        runtime_root: runtime(record).root().to_owned(),
+        destination: record.peer.clone(),
+        migrated_at: crate::report::log::rfc3339(std::time::SystemTime::now()),
+        migration_id: record.migration.clone(),
+    };
+    mark.write(state_dir(journal))
+}
+
+/// Takes this migration's mark away, and no other's.
+fn lift_mark(journal: &Journal) -> Result<()> {
+    let record = &journal.record;
+    let (root, id) = (runtime(record).root().to_owned(), record.container.as_ref());
+    let mark = AwayMark::find(state_dir(journal), &root, id)?;
+    if mark.is_some_and(|m| m.migration_id == record.migration) {
+        AwayMark::remove(state_dir(journal), &root, id)?;
+    }
+    Ok(())
 }
 
 fn remove_network(namespace: &NetNs, path: &Path, trouble: &mut Trouble) {
@@ -78,11 +121,21 @@ fn remove_network(namespace: &NetNs, path: &Path, trouble: &mut Trouble) {
     }
 }
 
+/// The namespace of this migration, if what bears its name is still that.
+fn own_network(record: &Record) -> Option<(NetNs, &Path)> {
+    let path = record.network_path.as_deref()?;
+    let namespace = NetNs::open(path).ok()?;
+    let noted = fs::read_to_string(record.work.join(NETWORK)).ok();
+    let wanted = record.network_identity.or_else(|| {
+        let (device, inode) = noted.as_deref()?.trim().split_once(' ')?;
+        Some((device.parse().ok()?, inode.parse().ok()?))
+    })?;
+    (namespace.identity().ok()? == wanted).then_some((namespace, path))
+}
+
 /// Takes the fence away, where there is a namespace to have one.
 fn lift_fence(record: &Record, trouble: &mut Trouble) {
-    if let Some(path) = &record.network_path
-        && let Ok(namespace) = NetNs::open(path)
-    {
+    if let Some((namespace, _)) = own_network(record) {
         trouble.note("lifting the fence", fence::remove(&namespace));
     }
 }
@@ -96,40 +149,20 @@ pub fn source_lets_go(journal: &mut Journal, before_network: impl FnOnce()) -> R
     let mut trouble = Trouble::default();
     let record = journal.record.clone();
     let runtime = runtime(&record);
-    if record.leave_mark {
-        // Before the tasks end: an engine restarts what it sees ending.
-        let mark = AwayMark {
-            id: record.container.clone(),
-            runtime_root: runtime.root().to_owned(),
-            destination: record.peer.clone(),
-            migrated_at: crate::report::log::rfc3339(std::time::SystemTime::now()),
-            migration_id: record.migration.clone(),
-        };
-        let state_dir = journal.path().parent().and_then(Path::parent).unwrap_or(Path::new("/"));
-        trouble.note("leaving the away-mark", mark.write(state_dir));
-    }
     wait_for_criu(&record.work);
     let same = record.init.is_none_or(super::journal::is_alive);
     if let Some(cgroup) = record.cgroup.as_ref().filter(|_| same) {
         trouble.note("ending the frozen tasks", cgroup.kill(KILL_TIMEOUT));
     }
     before_network();
-    if let Some(path) = &record.network_path
-        && let Ok(namespace) = NetNs::open(path)
-    {
+    if let Some((namespace, path)) = own_network(&record) {
         // The fence is closed and goes with the namespace: no kernel answers for the container.
         remove_network(&namespace, path, &mut trouble);
     }
-    let deleted = match runtime.state(&record.container) {
-        Ok(Some(state)) if state.status == "stopped" || !same => {
-            runtime.delete_force(&record.container)
-        }
-        Ok(Some(_)) if record.cgroup.is_none() => Ok(()),
-        Ok(Some(_)) => runtime.delete_force(&record.container),
-        Ok(None) => Ok(()),
-        Err(e) => Err(e),
-    };
-    trouble.note("deleting the container", deleted);
+    trouble.note("deleting the container", delete(&runtime, &record, record.init));
+    if !record.leave_mark {
+        trouble.note("lifting the away-mark", lift_mark(journal));
+    }
     workdir::remove(&record.work);
     trouble.note("writing the journal", journal.write(State::Finished));
     trouble.into_result()
@@ -144,19 +177,12 @@ pub fn destination_discards(journal: &mut Journal) -> Result<()> {
     let record = journal.record.clone();
     let runtime = runtime(&record);
     wait_for_criu(&record.work);
-    match runtime.state(&record.container) {
-        Ok(Some(_)) => {
-            trouble.note("deleting the container", runtime.delete_force(&record.container));
-        }
-        Ok(None) => {}
-        Err(e) => {
-            trouble.note("asking the runtime", Err::<(), _>(e));
-        }
-    }
-    if record.network_ours
-        && let Some(path) = &record.network_path
-        && let Ok(namespace) = NetNs::open(path)
-    {
+    let init = fs::read_to_string(record.work.join(INIT)).ok().and_then(|text| {
+        let (pid, started) = text.trim().split_once(' ')?;
+        Some((pid.parse().ok()?, started.parse().ok()?))
+    });
+    trouble.note("deleting the container", delete(&runtime, &record, init));
+    if let Some((namespace, path)) = own_network(&record).filter(|_| record.network_ours) {
         remove_network(&namespace, path, &mut trouble);
     }
     workdir::remove(&record.work);
@@ -164,9 +190,37 @@ pub fn destination_discards(journal: &mut Journal) -> Result<()> {
     trouble.into_result()
 }
 
+/// In the work directory of a destination: the restored init's number and start time, and the
+/// device and inode of the namespace that was made. Gone with a reboot, like what they name.
+pub const INIT: &str = "init";
+/// See [`INIT`].
+pub const NETWORK: &str = "network";
+/// CRIU's number, in its own work directory.
+pub const CRIU_PID: &str = "criu.pid";
+
+/// Deletes the container of that ID if it is ours: has stopped, or is the one whose init we know.
+fn delete(runtime: &Runtime, record: &Record, init: Option<(i32, u64)>) -> Result<()> {
+    match runtime.state(&record.container)? {
+        None => Ok(()),
+        Some(state) if state.pid == 0 || state.status == "stopped" => {
+            runtime.delete_force(&record.container)
+        }
+        Some(state)
+            if init.is_some_and(|(pid, started)| {
+                state.pid == pid && process::start_time(pid).is_none_or(|s| s == started)
+            }) =>
+        {
+            runtime.delete_force(&record.container)
+        }
+        Some(_) => {
+            anyhow::bail!("another container called {} is there now, and stays", record.container)
+        }
+    }
+}
+
 /// Waits until a CRIU that lost its Ferry has finished: it rolls back by itself.
 fn wait_for_criu(work: &Path) {
-    let file = work.join("work").join("criu.pid");
+    let file = work.join("work").join(CRIU_PID);
     let Some(pid) = fs::read_to_string(file).ok().and_then(|t| t.trim().parse().ok()) else {
         return;
     };
@@ -198,22 +252,20 @@ fn mend_sockets(cgroup: &Cgroup) {
     }
 }
 
-/// The destination, before it takes a container in: an earlier try whose Ferry was killed before it
-/// owned the container has left nothing that could ever run.
+/// The destination, when the container runs and whoever took it in has died: the rest of his work.
 ///
 /// # Errors
-/// When it cannot be cleared away.
-pub fn sweep(state_dir: &Path, new: &Runtime, container: &str) -> Result<()> {
-    for mut journal in Journal::all(state_dir)? {
-        let record = &journal.record;
-        let dead = record.role == Role::Destination
-            && matches!(journal.state(), State::Begun | State::Ready)
-            && !super::journal::is_alive(record.worker);
-        if dead && record.container == container && runtime(record).root() == new.root() {
-            destination_discards(&mut journal).context("clearing away an earlier migration")?;
-        }
-    }
-    Ok(())
+/// Says which steps failed; the others were done.
+pub fn destination_keeps(journal: &mut Journal) -> Result<()> {
+    let mut trouble = Trouble::default();
+    let record = journal.record.clone();
+    lift_fence(&record, &mut trouble);
+    workdir::remove(&record.work);
+    let root = runtime(&record).root().to_owned();
+    let cleared = AwayMark::remove(state_dir(journal), &root, record.container.as_ref());
+    trouble.note("lifting the away-mark", cleared);
+    trouble.note("writing the journal", journal.write(State::Finished));
+    trouble.into_result()
 }
 
 /// The guard: a process that outlives a killed Ferry and brings the source back.
@@ -240,6 +292,30 @@ pub fn guard(journal: &Path) -> Result<()> {
     };
     send_word(&journal.record);
     done.context("the guard of a migration")
+}
+
+/// The destination's guard: holds the descriptors of restored tasks whose memory is not all there
+/// yet, so that they wait for it rather than read zeros, and ends them if nobody will bring it.
+///
+/// # Errors
+/// When what is left cannot be cleared away.
+pub fn guard_pages(journal: &Path) -> Result<()> {
+    let mut held = Vec::new();
+    loop {
+        match crate::sys::scm::receive(std::io::stdin())? {
+            Some((word, _)) if word == b"d" => return Ok(()),
+            Some((_, fds)) => held.extend(fds),
+            None => break,
+        }
+    }
+    let mut journal = Journal::open(journal)?;
+    if journal.state().is_over() || journal.state() == State::Whole {
+        return Ok(());
+    }
+    let done = destination_discards(&mut journal);
+    // Only now: closing them lets whoever still waits read zeros.
+    drop(held);
+    done
 }
 
 /// Tells the destination that the source has kept the container, until it has heard: a copy that

@@ -136,9 +136,11 @@ fn run(mut plan: RestorePlan, tell: &dyn Fn(RestoreEvent), orders: &Receiver<Go>
         command.arg("--console-socket").arg(socket);
     }
     command.arg(&plan.container);
-    let mut external = Vec::new();
+    let mut external: Vec<(String, i32)> = Vec::new();
     for (i, stream) in std::mem::take(&mut plan.streams).into_iter().enumerate() {
-        external.extend(stream.external.map(|key| (key, i as i32)));
+        // Two streams of one file have one key.
+        let key = stream.external.filter(|k| !external.iter().any(|(known, _)| known == k));
+        external.extend(key.map(|key| (key, i as i32)));
         match i {
             0 => command.stdin(stream.file),
             1 => command.stdout(stream.file),

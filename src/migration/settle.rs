@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
+use super::away::canonical;
 use super::journal::{Journal, Record, Role, State, is_alive};
 use super::protocol::{Message, Standing, Verdict};
 use super::recover;
@@ -90,11 +91,11 @@ pub fn answer(state_dir: &Path, migration: &str, verdict: Option<Verdict>) -> Re
     match journal.state() {
         State::Finished => Ok(Standing::Running),
         State::Aborted => Ok(Standing::Gone),
-        State::Committed if runs(&journal)? => {
-            journal.write(State::Finished)?;
+        State::Whole => {
+            recover::destination_keeps(&mut journal)?;
             Ok(Standing::Running)
         }
-        // Whoever held it has died, and the held copy with it.
+        // Whoever held it has died, and the copy with it: held, or without all of its memory.
         _ => {
             recover::destination_discards(&mut journal)?;
             Ok(Standing::Gone)
@@ -102,9 +103,26 @@ pub fn answer(state_dir: &Path, migration: &str, verdict: Option<Verdict>) -> Re
     }
 }
 
-fn runs(journal: &Journal) -> Result<bool> {
-    let state = recover::runtime(&journal.record).state(&journal.record.container)?;
-    Ok(state.is_some_and(|s| s.status == "running"))
+/// Before a migration of a container begins: settles earlier ones that brought it here and whose
+/// Ferry was killed. What became of them can be seen.
+///
+/// # Errors
+/// When it cannot be cleared away.
+pub fn sweep(state_dir: &Path, root: &Path, container: &str) -> Result<()> {
+    for journal in Journal::all(state_dir)? {
+        let record = &journal.record;
+        let dead = record.role == Role::Destination
+            && !journal.state().is_over()
+            && !is_alive(record.worker);
+        if dead
+            && record.container == container
+            && canonical(recover::runtime(record).root()) == canonical(root)
+        {
+            answer(state_dir, &record.migration, None)
+                .context("clearing away an earlier migration")?;
+        }
+    }
+    Ok(())
 }
 
 fn pass_on(work: &Path, verdict: Option<Verdict>) -> Result<Standing> {

@@ -28,10 +28,11 @@ use super::journal::{self, Journal, Lock, Record, Role, State};
 use super::keeper::Keeper;
 use super::protocol::{Message, Standing, Verdict};
 use super::talk::{self, Heard, Speaker};
+use super::watch::Watch;
 use super::workdir::WorkDir;
 use super::{host, recover, settle};
 use crate::criu::interposer::Interposer;
-use crate::files::tree;
+use crate::files::{tmpfs, tree};
 use crate::memory::pages;
 use crate::memory::rounds::{RoundStats, Rounds, Tracking};
 use crate::network::problem::Problem;
@@ -43,7 +44,7 @@ use crate::report::progress::{Reporter, Round};
 use crate::sys::fault;
 use crate::sys::netns::NetNs;
 use crate::sys::process;
-use crate::transport::connect::{Closer, Destination};
+use crate::transport::connect::{Closer, Cutter, Destination};
 use crate::transport::frame;
 
 /// From the freeze to the commit: a hand-over that takes longer is given up.
@@ -54,12 +55,17 @@ const PREPARE_LIMIT: Duration = Duration::from_secs(120);
 const ANSWER_LIMIT: Duration = Duration::from_secs(120);
 /// How long the other side may take to end after the last word.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(60);
+/// From the resume until the last staged page is installed.
+const WHOLE_LIMIT: Duration = Duration::from_secs(600);
 /// How long a lost destination is looked for after the commit.
 const SETTLE_LIMIT: Duration = Duration::from_secs(30);
 /// Rounds over the running container's memory, at most.
 const MAX_ROUNDS: usize = 6;
 /// What is left after a round is little enough to freeze: about 10 ms on a gigabit.
 const LITTLE: u64 = 256;
+
+/// After a signal: what is being written may still be written.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// What the user wants.
 #[derive(Clone, Debug)]
@@ -101,6 +107,7 @@ struct Inputs {
     interrupted: bool,
     /// The link has ended.
     gone: bool,
+    watch: Watch,
 }
 
 impl Inputs {
@@ -142,7 +149,12 @@ impl Inputs {
     }
 
     fn until(&mut self, limit: Duration) {
-        self.deadline = Instant::now() + limit;
+        self.by(Instant::now() + limit);
+    }
+
+    fn by(&mut self, deadline: Instant) {
+        self.deadline = deadline;
+        self.watch.until(deadline);
     }
 }
 
@@ -169,18 +181,22 @@ fn ask(runtime: &Runtime, options: &Options, reporter: &mut Reporter) -> Result<
     let link = options.destination.connect().map_err(Failed::refused)?;
     let (speaker, reader, mut closer) = talk::split(link);
     let (tell, queue) = channel();
-    let mut inputs = Inputs {
-        queue,
-        tell,
-        deadline: Instant::now() + ANSWER_LIMIT,
-        interrupted: false,
-        gone: false,
-    };
+    // A shell that has ended already needs no cutting.
+    let watch =
+        Watch::start(closer.cutter().unwrap_or(Cutter::Nothing)).map_err(Failed::refused)?;
+    let deadline = Instant::now() + ANSWER_LIMIT;
+    let mut inputs =
+        Inputs { queue, tell, deadline, interrupted: false, gone: false, watch: watch.clone() };
+    watch.until(deadline);
     let heard = inputs.tell.clone();
     talk::listen(reader, move |h| heard.send(Input::Heard(h)).is_ok()).map_err(Failed::refused)?;
     let caught = inputs.tell.clone();
-    talk::catch_signals(move |signal| caught.send(Input::Signal(signal)).is_ok())
-        .map_err(Failed::refused)?;
+    let hurried = watch.clone();
+    talk::catch_signals(move |signal| {
+        hurried.hurry(PATIENCE);
+        caught.send(Input::Signal(signal)).is_ok()
+    })
+    .map_err(Failed::refused)?;
     let greeted = greet(&speaker, &mut inputs);
     if let Err(e) = greeted {
         // A shell that could not get there says more than the end of its stream.
@@ -202,8 +218,8 @@ fn ask(runtime: &Runtime, options: &Options, reporter: &mut Reporter) -> Result<
         speaker.say(&Message::Plan(Box::new(subject.plan.clone())))?;
         loop {
             match inputs.next()? {
-                Input::Heard(Heard::Message(Message::Accept { warnings })) => {
-                    return Ok(Ok(warnings));
+                Input::Heard(Heard::Message(Message::Accept { warnings, shared })) => {
+                    return Ok(Ok((warnings, shared)));
                 }
                 Input::Heard(Heard::Message(Message::Refuse { problems })) => {
                     return Ok(Err(problems));
@@ -214,7 +230,14 @@ fn ask(runtime: &Runtime, options: &Options, reporter: &mut Reporter) -> Result<
     })();
     subject.probes.clear();
     match answer {
-        Ok(Ok(warnings)) => {
+        Ok(Ok((warnings, shared))) => {
+            // What both hosts see need not be sent, nor what two streams share a second time.
+            let mut seen = Vec::new();
+            for (i, stream) in subject.plan.streams.iter_mut().enumerate() {
+                let twice = seen.contains(&stream.external);
+                seen.push(stream.external.clone());
+                stream.sent = stream.external.is_some() && !twice && !shared.contains(&i);
+            }
             for warning in warnings {
                 reporter.problem(warning);
             }
@@ -306,6 +329,7 @@ impl Begun {
     ) -> Result<Begun, Failed> {
         let Accepted { subject, speaker, closer, inputs } = accepted;
         let plan = &subject.plan;
+        settle::sweep(state_dir, runtime.root(), &plan.container).map_err(Failed::refused)?;
         let lock =
             Lock::take(state_dir, runtime.root(), &plan.container).map_err(Failed::refused)?;
         let work = WorkDir::create(&plan.migration).map_err(Failed::refused)?;
@@ -321,6 +345,7 @@ impl Begun {
             cgroup: Some(subject.cgroup.clone()),
             init: process::start_time(subject.state.pid).map(|t| (subject.state.pid, t)),
             network_path: plan.network_path.clone(),
+            network_identity: subject.network.as_ref().and_then(|n| n.0.identity().ok()),
             network_ours: true,
             leave_mark: options.leave_mark,
             work: work.path().to_owned(),
@@ -435,6 +460,7 @@ impl Begun {
 
     fn freeze(&mut self, reporter: &mut Reporter) -> Result<()> {
         fault::point("source.freeze")?;
+        recover::leave_mark(&self.journal)?;
         self.inputs.until(FREEZE_LIMIT);
         self.obey_limit();
         self.speaker.say(&Message::Freezing)?;
@@ -494,12 +520,14 @@ impl Begun {
     /// link remaps.
     fn send_tmpfs(&self) -> Result<()> {
         let root = PathBuf::from(format!("/proc/{}/root", self.subject.state.pid));
-        for (i, tmpfs) in self.subject.plan.tmpfs.iter().enumerate() {
-            let place = root.join(tmpfs.place.trim_start_matches('/'));
+        for (i, one) in self.subject.plan.tmpfs.iter().enumerate() {
+            // The container may have put something in the way since it was looked at.
+            let place = tmpfs::open_in(&root, &one.place)
+                .with_context(|| format!("opening the tmpfs {}", one.place))?;
             let file = SpeakerFile { speaker: &self.speaker, name: format!("tmpfs-{i}"), at: 0 };
             let mut out = BufWriter::with_capacity(frame::MAX_FILE_PIECE, file);
-            tree::pack(&place, &mut out)
-                .with_context(|| format!("reading the tmpfs {}", tmpfs.place))?;
+            tree::pack(&process::path_of(&place), &mut out)
+                .with_context(|| format!("reading the tmpfs {}", one.place))?;
             out.flush()?;
         }
         Ok(())
@@ -509,7 +537,7 @@ impl Begun {
     fn send_streams(&mut self, rest: bool) -> Result<()> {
         let mut buffer = vec![0; frame::MAX_FILE_PIECE];
         for (i, stream) in self.subject.plan.streams.iter_mut().enumerate() {
-            if stream.external.is_none() {
+            if !stream.sent {
                 continue;
             }
             let path = PathBuf::from(format!("/proc/{}/fd/{i}", self.subject.state.pid));
@@ -545,14 +573,17 @@ impl Begun {
 
     fn obey_limit(&mut self) {
         if let Some(limit) = self.limit {
-            self.inputs.deadline = self.inputs.deadline.min(limit);
+            self.inputs.by(self.inputs.deadline.min(limit));
         }
     }
 
     /// **The commit.** When the journal has taken it the destination owns the container.
     fn commit(mut self) -> Result<Committed, (Box<Begun>, anyhow::Error)> {
         match self.journal.write(State::Committed) {
-            Ok(()) => Ok(Committed(self)),
+            Ok(()) => {
+                self.inputs.watch.decided();
+                Ok(Committed(self))
+            }
             Err(e) => Err((Box::new(self), e)),
         }
     }
@@ -575,6 +606,14 @@ impl Begun {
         }
         let undone = recover::source_runs_on(&mut self.journal);
         if let Some(keeper) = self.keeper.take() {
+            // It may be writing into a link that is stuck.
+            let patience = Instant::now() + Duration::from_millis(200);
+            while !told.is_finished() && Instant::now() < patience {
+                std::thread::park_timeout(Duration::from_millis(1));
+            }
+            if !told.is_finished() {
+                self.closer.close();
+            }
             keeper.give_back(self.subject.network.as_ref());
         }
         if let Some(since) = self.frozen_since {
@@ -640,6 +679,10 @@ impl Committed {
                 what = standing.describe(),
             )));
         }
+        if !running {
+            // What the keeper still writes to this link, nobody reads.
+            begun.closer.close();
+        }
         let _ = fault::point("source.let-go");
         let keeper = begun.keeper.take();
         let mut packets = 0;
@@ -677,6 +720,11 @@ impl Committed {
                     reporter.report.frozen_ms =
                         begun.frozen_since.map(|s| s.elapsed().as_secs_f64() * 1000.0);
                     reporter.report.arrival = arrival.marks;
+                    // What is frozen here stays until the last page is in over there.
+                    begun.inputs.until(WHOLE_LIMIT);
+                }
+                Ok(Input::Heard(Heard::Message(Message::Whole))) => {
+                    reporter.mark("all of it is there");
                     return true;
                 }
                 Ok(_) => {}
@@ -853,11 +901,16 @@ fn send_memory(
     if orders.recv() != Ok(Order::Frozen) {
         return Ok(());
     }
+    let frozen = pages::tasks(&cgroup.processes()?)?;
     round(true)?;
     if orders.recv() != Ok(Order::Dumped) {
         return Ok(());
     }
     round(true)?;
+    // Whoever was killed in the freeze is in CRIU's images, but his last pages were not read.
+    if pages::tasks(&cgroup.processes()?)? != frozen {
+        bail!("a task of the container was killed while it was frozen");
+    }
     speaker.say(&Message::MemoryDone)?;
     report(MemoryEvent::Done);
     // To stop watching takes 24 ms a GiB: when the hand-over is over, not in it.

@@ -122,7 +122,9 @@ impl Stopped {
             .and_then(|()| wait_stop(tid))
             .and_then(|()| Ok((ptrace::getregs(tid)?, signal_mask(tid)?)))
             .and_then(|(saved, mask)| {
-                set_signal_mask(tid, u64::MAX)?;
+                // SIGTRAP stays open: the trap of a single step that finds it blocked resets the
+                // process's handler for it.
+                set_signal_mask(tid, !(1 << (libc::SIGTRAP - 1)))?;
                 Ok(Stopped { tid, saved, mask })
             });
         if prepared.is_err() {

@@ -74,6 +74,11 @@ pub fn dup_onto(fd: impl AsFd, target: RawFd) -> io::Result<()> {
     if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// A path that leads to what one of our descriptors stands for. proc_pid_fd(5)
+pub fn path_of(fd: &OwnedFd) -> std::path::PathBuf {
+    format!("/proc/self/fd/{}", fd.as_raw_fd()).into()
+}
+
 /// Takes ownership of a descriptor that a parent process left for us under a known number.
 ///
 /// # Errors

@@ -1,7 +1,7 @@
 //! Reaching the other side.
 
 use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -63,7 +63,45 @@ pub enum Closer {
     Stdio,
 }
 
+/// Cuts a link from another thread, whatever its reader and writer wait for.
+#[derive(Debug)]
+pub enum Cutter {
+    /// The remote shell.
+    Shell(OwnedFd),
+    /// The socket.
+    Socket(UnixStream),
+    /// Nothing to cut.
+    Nothing,
+}
+
+impl Cutter {
+    /// Does it.
+    pub fn cut(&self) {
+        match self {
+            Cutter::Shell(pidfd) => {
+                let _ = process::pidfd_kill(pidfd, libc::SIGKILL);
+            }
+            Cutter::Socket(socket) => {
+                let _ = socket.shutdown(std::net::Shutdown::Both);
+            }
+            Cutter::Nothing => {}
+        }
+    }
+}
+
 impl Closer {
+    /// See [`Cutter`].
+    ///
+    /// # Errors
+    /// When the shell has ended already, or there are no descriptors left.
+    pub fn cutter(&self) -> io::Result<Cutter> {
+        Ok(match self {
+            Closer::Shell(child) => Cutter::Shell(process::pidfd_open(child.id() as i32)?),
+            Closer::Socket(socket) => Cutter::Socket(socket.try_clone()?),
+            Closer::Stdio => Cutter::Nothing,
+        })
+    }
+
     /// Cuts the link; for a shell: ends it and takes its exit status in.
     pub fn close(&mut self) {
         match self {

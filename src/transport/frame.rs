@@ -20,6 +20,8 @@ pub const HEADER: usize = 16;
 pub const MAX_CONTROL: usize = 4 << 20;
 /// Most pages in one frame.
 pub const MAX_PAGES: usize = 256;
+/// Most zero pages in one frame.
+pub const MAX_ZEROS: usize = 1 << 18;
 /// Longest piece of a file in one frame.
 pub const MAX_FILE_PIECE: usize = 1 << 20;
 /// Longest captured network frame: a 64 KiB GSO frame with its headers.
@@ -84,12 +86,23 @@ pub fn write_pages(out: &mut impl Write, vpid: i32, vaddr: u64, bytes: &[u8]) ->
 }
 
 /// Writes a run of zero pages.
-pub fn write_zeros(out: &mut impl Write, vpid: i32, vaddr: u64, pages: usize) -> io::Result<()> {
-    let mut head = [0u8; 24];
-    head[..4].copy_from_slice(&vpid.to_le_bytes());
-    head[8..16].copy_from_slice(&vaddr.to_le_bytes());
-    head[16..].copy_from_slice(&(pages as u64).to_le_bytes());
-    write(out, ZEROS, &head, &[])
+pub fn write_zeros(
+    out: &mut impl Write,
+    vpid: i32,
+    mut vaddr: u64,
+    mut pages: usize,
+) -> io::Result<()> {
+    while pages > 0 {
+        let some = pages.min(MAX_ZEROS);
+        let mut head = [0u8; 24];
+        head[..4].copy_from_slice(&vpid.to_le_bytes());
+        head[8..16].copy_from_slice(&vaddr.to_le_bytes());
+        head[16..].copy_from_slice(&(some as u64).to_le_bytes());
+        write(out, ZEROS, &head, &[])?;
+        vaddr += (some * PAGE) as u64;
+        pages -= some;
+    }
+    Ok(())
 }
 
 /// Writes a piece of an image file.
@@ -162,7 +175,7 @@ fn decode(kind: u8, mut payload: Vec<u8>) -> Result<Frame> {
         }
         ZEROS => {
             let pages = usize::try_from(word(16)?)?;
-            if pages > 1 << 36 {
+            if pages > MAX_ZEROS {
                 bail!("a frame with {pages} zero pages");
             }
             Frame::Zeros(word(0)? as i32, word(8)?, pages)

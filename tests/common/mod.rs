@@ -14,7 +14,8 @@ pub type Outcome<T = ()> = Result<T, String>;
 /// Fails with the text unless the condition holds.
 macro_rules! ensure {
     ($condition:expr, $($text:tt)+) => {
-        if !$condition {
+        let holds: bool = $condition;
+        if !holds {
             return Err(format!($($text)+));
         }
     };

@@ -1,0 +1,261 @@
+//! What cannot be is refused before anything is touched: exit code 3, words that tell how to mend
+//! it, a container that has noticed nothing, and nothing left behind on either side.
+
+use std::time::Duration;
+
+use libtest_mimic::Trial;
+
+use crate::common::container::Container;
+use crate::common::facts::{exactly_one_copy, facts, pair};
+use crate::common::lab::{Host, Lab};
+use crate::common::probe::Probe;
+use crate::common::process::{Output, write_script};
+use crate::common::suite::in_lab;
+use crate::common::{Outcome, ensure};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// The suite.
+pub fn trials() -> Vec<Trial> {
+    vec![
+        in_lab("refusals::arguments", LIMIT, arguments),
+        in_lab("refusals::state_of_the_container", LIMIT, state_of_the_container),
+        in_lab("refusals::unreachable", LIMIT, unreachable),
+        in_lab("refusals::other_version", LIMIT, other_version),
+        in_lab("refusals::same_host", LIMIT, same_host),
+        in_lab("refusals::taken_there", LIMIT, taken_there),
+        in_lab("refusals::bundle", LIMIT, bundle),
+        in_lab("refusals::bind_mount", LIMIT, bind_mount),
+        in_lab("refusals::no_room", LIMIT, no_room),
+        in_lab("refusals::no_permission", LIMIT, no_permission),
+        in_lab("refusals::host_network", LIMIT, host_network),
+        in_lab("refusals::clients_notice_nothing", LIMIT, clients_notice_nothing),
+    ]
+}
+
+/// A migration that must be refused, in these words.
+fn refused(host: &Host, arguments: &[&str], words: &[&str]) -> Outcome {
+    let mut all = vec!["migrate"];
+    all.extend(arguments);
+    let said = host.ferry(&all)?.exits(3).map_err(|e| format!("{arguments:?}: {e}"))?;
+    says(&said, words)
+}
+
+fn says(said: &Output, words: &[&str]) -> Outcome {
+    for word in words {
+        ensure!(said.err.contains(word), "it does not say {word:?}: {said}");
+    }
+    Ok(())
+}
+
+/// A running container on `a`, with its process's number.
+fn running(lab: &Lab, container: &Container) -> Outcome<i32> {
+    let a = lab.host("a");
+    container.start(lab, &a)?;
+    Ok(facts(&a)?.containers[container.id].pid)
+}
+
+/// The very same process runs on `a`, and no trace of a migration is anywhere.
+fn untouched(lab: &Lab, container: &Container, pid: i32) -> Outcome {
+    let (a, b) = pair(lab);
+    exactly_one_copy(container, &a, &b)?;
+    let (here, there) = (facts(&a)?, facts(&b)?);
+    ensure!(here.containers[container.id].pid == pid, "it is another process now");
+    let begun: Vec<_> = here.migrations.iter().chain(&there.migrations).collect();
+    ensure!(begun.is_empty(), "something had begun: {begun:?}");
+    Ok(())
+}
+
+fn arguments(lab: &Lab) -> Outcome {
+    let container = Container::plain("counter");
+    let pid = running(lab, &container)?;
+    let a = lab.host("a");
+    let wrong: &[&[&str]] = &[
+        &["--no-such-flag", "box", "b"],
+        &["box"],
+        &["box", "b:22"],
+        &["box", "tls://b:1"],
+        &["--timeout", "soon", "box", "b"],
+        &["../box", "b"],
+        &["box", "-oProxyCommand=x"],
+        &["--rsh", "'", "box", "b"],
+    ];
+    for arguments in wrong {
+        let mut all = vec!["migrate"];
+        all.extend(*arguments);
+        a.ferry(&all)?.exits(2).map_err(|e| format!("{arguments:?}: {e}"))?;
+    }
+    untouched(lab, &container, pid)
+}
+
+fn state_of_the_container(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    refused(&a, &["box", "b"], &["there is no container box", "hint:", "runc list"])?;
+    let container = Container::plain("counter");
+    let pid = running(lab, &container)?;
+    a.sh("runc pause box")?;
+    refused(&a, &["box", "b"], &["box is paused", "hint:", "runc resume box"])?;
+    a.sh("runc resume box")?;
+    untouched(lab, &container, pid)?;
+    a.sh("runc kill box KILL; while [ -e /proc/$0 ]; do :; done"
+        .replace("$0", &pid.to_string())
+        .as_str())?;
+    refused(&a, &["box", "b"], &["box is stopped", "hint:"])?;
+    a.sh("runc delete box")?;
+    ensure!(facts(&b)?.migrations.is_empty(), "b knows of it");
+    Ok(())
+}
+
+fn unreachable(lab: &Lab) -> Outcome {
+    let container = Container::plain("counter");
+    let pid = running(lab, &container)?;
+    let a = lab.host("a");
+    refused(&a, &["box", "nowhere"], &["nowhere", "hint:"])?;
+    refused(
+        &a,
+        &["--remote-ferry", "/nowhere", "box", "b"],
+        &["no /nowhere on b", "hint:", "--remote-ferry"],
+    )?;
+    refused(&a, &["--rsh", "/nowhere", "box", "b"], &["/nowhere"])?;
+    refused(&a, &["--remote-ferry", "true", "box", "b"], &["b"])?;
+    refused(&a, &["--remote-ferry", "echo", "box", "b"], &["not Ferry's protocol"])?;
+    refused(&a, &["box", "unix:/nowhere.sock"], &["nothing listens on unix:/nowhere.sock"])?;
+    untouched(lab, &container, pid)
+}
+
+fn other_version(lab: &Lab) -> Outcome {
+    let container = Container::plain("counter");
+    let pid = running(lab, &container)?;
+    let a = lab.host("a");
+    // A receiver that says Hello in a later version, in a frame that is right.
+    let hello = br#"{"type":"hello","protocol":99,"ferry":"9.9.9","host":"elsewhere"}"#;
+    let mut frame = vec![1, 0, 0, 0];
+    frame.extend((hello.len() as u32).to_le_bytes());
+    frame.extend(xxhash_rust::xxh3::xxh3_64_with_seed(hello, 1).to_le_bytes());
+    frame.extend(hello);
+    std::fs::write(a.path("/srv/shared/hello")?, frame).map_err(|e| e.to_string())?;
+    write_script(
+        &a.path("/srv/shared/bin/later")?,
+        "#!/bin/sh\ncat /srv/shared/hello; cat >/dev/null\n",
+    )?;
+    refused(
+        &a,
+        &["--remote-ferry", "/srv/shared/bin/later", "box", "b"],
+        &["9.9.9", "protocol 99", "hint:", "same version"],
+    )?;
+    untouched(lab, &container, pid)
+}
+
+fn same_host(lab: &Lab) -> Outcome {
+    let container = Container::plain("counter");
+    let pid = running(lab, &container)?;
+    refused(&lab.host("a"), &["box", "a"], &["the same host"])?;
+    untouched(lab, &container, pid)
+}
+
+fn taken_there(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::plain("counter");
+    let pid = running(lab, &container)?;
+    let other = Container::plain("stdio").at("/srv/local/other");
+    other.start(lab, &b)?;
+    refused(&a, &["box", "b"], &["the ID box is taken", "hint:", "delete box"])?;
+    ensure!(facts(&b)?.containers["box"].status == "running", "the other one suffered");
+    b.sh("runc delete -f box")?;
+    untouched(lab, &container, pid)
+}
+
+fn bundle(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::plain("counter").at("/srv/local/box");
+    let pid = running(lab, &container)?;
+    refused(&a, &["box", "b"], &["the bundle is missing", "hint:", "--bundle"])?;
+    untouched(lab, &container, pid)?;
+    // There, but not the same directory.
+    container.make(&b)?;
+    refused(&a, &["box", "b"], &["root file system is not shared", "hint:"])?;
+    container.clone().with(&["--env", "MORE=1"]).make(&b)?;
+    refused(&a, &["box", "b"], &["config.json is not the same", "process", "hint:"])?;
+    untouched(lab, &container, pid)
+}
+
+fn bind_mount(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    a.sh("mkdir -p /srv/local/data")?;
+    b.sh("mkdir -p /srv/local/data")?;
+    let container = Container::plain("counter").with(&["--bind", "/srv/local/data:/mnt"]);
+    let pid = running(lab, &container)?;
+    refused(&a, &["box", "b"], &["bind mount /mnt is not shared", "hint:"])?;
+    b.sh("rmdir /srv/local/data")?;
+    refused(&a, &["box", "b"], &["bind mount /mnt", "hint:"])?;
+    untouched(lab, &container, pid)
+}
+
+fn no_room(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::plain("counter");
+    let pid = running(lab, &container)?;
+    b.sh("mkdir -p /var/lib/ferry && mount -t tmpfs -o size=64k tmpfs /var/lib")?;
+    refused(&a, &["box", "b"], &["/var/lib is full", "hint:"])?;
+    b.sh("umount /var/lib && mkdir -p /run/ferry && mount -t tmpfs -o size=64k tmpfs /run/ferry")?;
+    // Only where images really go is it seen, and after that nothing may be left.
+    let said = a.ferry(&["migrate", "box", "b"])?;
+    ensure!(matches!(said.code, 1 | 3), "{said}");
+    b.sh("umount /run/ferry")?;
+    let there = b.exec(&["true"]).and_then(|_| facts(&b))?;
+    ensure!(there.open().is_empty(), "left open: {there:?}");
+    exactly_one_copy(&container, &a, &b)?;
+    ensure!(facts(&a)?.containers["box"].pid == pid, "it is another process now");
+    a.ferry(&["migrate", "box", "b"])?.exits(0).map(drop)
+}
+
+fn no_permission(lab: &Lab) -> Outcome {
+    let container = Container::plain("counter");
+    let pid = running(lab, &container)?;
+    let a = lab.host("a");
+    let said = a
+        .exec(&["setpriv", "--reuid", "65534", "--clear-groups", "ferry", "migrate", "box", "b"])?
+        .exits(3)?;
+    says(&said, &["Ferry needs root", "hint:"])?;
+    untouched(lab, &container, pid)
+}
+
+fn host_network(lab: &Lab) -> Outcome {
+    let a = lab.host("a");
+    let container = Container::plain("counter");
+    container.make(&a)?;
+    a.sh("python3 -c '
+import json
+path = \"/srv/shared/box/config.json\"
+config = json.load(open(path))
+spaces = config[\"linux\"][\"namespaces\"]
+config[\"linux\"][\"namespaces\"] = [s for s in spaces if s[\"type\"] != \"network\"]
+json.dump(config, open(path, \"w\"))'")?;
+    container.run_on(&a)?;
+    let pid = facts(&a)?.containers["box"].pid;
+    refused(&a, &["box", "b"], &["host's network", "hint:", "ip netns add"])?;
+    untouched(lab, &container, pid)
+}
+
+/// A refusal by the destination comes after most of the looking: not even that is to be felt.
+fn clients_notice_nothing(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter");
+    let pid = running(lab, &container)?;
+    let other = Container::plain("stdio").at("/srv/local/other");
+    other.start(lab, &b)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    probe.mark("migrate")?;
+    refused(&a, &["box", "b"], &["the ID box is taken"])?;
+    let refusal = probe.worst_pause("migrate")?;
+    probe.is_content()?;
+    // Against the same stretch of time with a migration in it.
+    b.sh("runc delete -f box")?;
+    untouched(lab, &container, pid)?;
+    probe.mark("moved")?;
+    a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    probe.answers_again()?;
+    let moved = probe.worst_pause("moved")?;
+    ensure!(refusal < moved, "a refusal pauses for {refusal} ms, a migration for {moved} ms");
+    probe.is_content()
+}
