@@ -32,17 +32,22 @@ stage_up() {
     install -m 755 "$top/target/bundles/bin/ferry-probe" "$shared/ferry-probe"
 }
 
-# netns_make HOST NAME ADDRESS [MAC]: a named network namespace with a macvlan over the host's eth0.
+# netns_make HOST NAME ADDRESS: a named network namespace with a macvlan over the host's eth0.
+# Its MAC is made of the address: a client knows the pair from a container before it, and a wrong
+# one would cost it minutes.
 netns_make() {
+    local mac part
+    IFS=. read -ra part <<<"$3"
+    printf -v mac '02:fe:%02x:%02x:%02x:%02x' "${part[@]}"
     # shellcheck disable=SC2016  # the dollars are the host's
     on "$1" sh -euc '
         ip netns add "$1"
-        ip link add link eth0 name "$1.0" ${3:+address "$3"} netns "$1" type macvlan mode bridge
+        ip link add link eth0 name "$1.0" address "$3" netns "$1" type macvlan mode bridge
         ip -n "$1" link set "$1.0" name eth0
         ip -n "$1" link set lo up
         ip -n "$1" addr add "$2/24" dev eth0
         ip -n "$1" link set eth0 up
-    ' sh "$2" "$3" "${4:-}"
+    ' sh "$2" "$3" "$mac"
 }
 
 # container_make HOST NAME WORKLOAD ADDRESS [OPTIONS of bundles/make]: network and bundle.
@@ -68,7 +73,8 @@ container_run() {
 }
 
 answers() { # HOST ADDRESS PORT
-    on "$1" bash -c ": <>/dev/tcp/$2/$3" 2>/dev/null
+    # A SYN that gets lost is asked again by us, and not after the kernel's many seconds.
+    on "$1" timeout 2 bash -c ": <>/dev/tcp/$2/$3" 2>/dev/null
 }
 
 # migrate NAME FROM TO REPORT: by ferry, over ssh; its report is in the file REPORT.
