@@ -83,9 +83,27 @@ pub fn remove(path: &Path) {
         return;
     }
     crate::files::tmpfs::unmount_all(&tmpfs_base(path));
+    // A CRIU that was killed leaves control groups mounted in its work directory. What is mounted is
+    // not ours to remove: first nothing may be mounted any more.
+    for place in mounts_below(path).iter().rev() {
+        let _ = tmpfs::unmount(place);
+    }
     // EINVAL where it is no mount point of its own.
     let _ = tmpfs::unmount(path);
+    if !mounts_below(path).is_empty() {
+        return;
+    }
     let _ = fs::remove_dir_all(path);
+}
+
+/// What is mounted below a directory, in the order of mounting. proc_pid_mountinfo(5)
+fn mounts_below(path: &Path) -> Vec<PathBuf> {
+    let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    text.lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(PathBuf::from)
+        .filter(|place| place.starts_with(path) && place != path)
+        .collect()
 }
 
 /// The lines of CRIU's log that tell of errors, or its last ones.
