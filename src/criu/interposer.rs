@@ -22,6 +22,8 @@ use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 use protobuf::Message;
 use rust_criu::rust_criu_protobuf::rpc::{Criu_notify, Criu_req, Criu_req_type, Criu_resp};
 
@@ -88,10 +90,10 @@ impl Interposer {
                 bail!("the runtime ended before it called CRIU");
             }
             let (hub, _) = self.listener.accept()?;
-            let (pid, mut fds) =
+            let (_, mut fds) =
                 scm::receive(&hub)?.ok_or_else(|| anyhow!("the criu shim went away"))?;
-            let criu_pid =
-                pid.first_chunk::<4>().map_or(0, |bytes| u32::from_le_bytes(*bytes) as i32);
+            // The shim becomes criu: exec(2) keeps the number. unix(7), SO_PEERCRED.
+            let criu_pid = getsockopt(&hub, PeerCredentials)?.pid();
             let theirs = fds.pop().ok_or_else(|| anyhow!("the criu shim sent no socket"))?;
             let (ours, for_criu) = scm::seqpacket_pair()?;
             let mut fds = vec![for_criu.as_raw_fd()];
@@ -143,6 +145,15 @@ pub struct Session {
 }
 
 impl Session {
+    /// Whether CRIU is still there.
+    pub fn criu_lives(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.criu_pid));
+        // Its parent, the runtime, may not have waited for it yet.
+        stat.is_ok_and(|s| {
+            s.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+        })
+    }
+
     /// Sends the (edited) job to CRIU.
     ///
     /// # Errors

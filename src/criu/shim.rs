@@ -44,7 +44,7 @@ fn run() -> Result<std::convert::Infallible> {
         let hub = UnixStream::connect(&path)
             .with_context(|| format!("cannot reach ferry at {}", path.to_string_lossy()))?;
         let theirs = process::adopt_fd(fd).context("the descriptor named by the runtime")?;
-        scm::send(&hub, &std::process::id().to_le_bytes(), &[theirs.as_raw_fd()])?;
+        scm::send(&hub, b"s", &[theirs.as_raw_fd()])?;
         let (_, fds) = scm::receive(&hub)?.ok_or_else(|| anyhow!("ferry closed the connection"))?;
         let mut fds = fds.into_iter();
         let ours = fds.next().ok_or_else(|| anyhow!("ferry sent no socket"))?;

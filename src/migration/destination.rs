@@ -123,22 +123,34 @@ impl Inputs {
     /// The next thing that happens; the source's giving up is an error.
     fn next(&mut self, limit: Duration) -> Result<Input> {
         match self.queue.recv_timeout(limit) {
-            Ok(Input::Heard(Heard::Gone(why))) => {
-                bail!("the link to the source broke: {}", why.unwrap_or("it was closed".into()))
-            }
-            Ok(Input::Heard(Heard::Message(Message::Abort { why }))) => {
-                bail!("the source gave up: {why}")
-            }
-            Ok(Input::Restore(RestoreEvent::Ended(Err(e)))) => Err(e),
-            // Nothing has run yet: closing what is held lets nobody read zeros.
-            Ok(Input::Pages(Ended { result: Err(e), .. })) => Err(e),
-            Ok(Input::Signal(signal)) if signal != libc::SIGHUP => {
-                bail!("interrupted by {}", talk::signal_name(signal))
-            }
-            Ok(input) => Ok(input),
+            Ok(input) => judge(input),
             Err(RecvTimeoutError::Timeout) => bail!("the source is silent"),
             Err(RecvTimeoutError::Disconnected) => bail!("nobody is left to do it"),
         }
+    }
+
+    /// What has happened already, without waiting.
+    fn pending(&mut self) -> Result<Option<Input>> {
+        self.queue.try_recv().ok().map(judge).transpose()
+    }
+}
+
+fn judge(input: Input) -> Result<Input> {
+    match input {
+        Input::Heard(Heard::Gone(why)) => {
+            bail!("the link to the source broke: {}", why.unwrap_or("it was closed".into()))
+        }
+        Input::Heard(Heard::Message(Message::Abort { why })) => {
+            bail!("the source gave up: {why}")
+        }
+        Input::Restore(RestoreEvent::Ended(Err(e))) => Err(e),
+        Input::Restore(RestoreEvent::Died) => bail!("CRIU was killed when it had restored"),
+        // Nothing has run yet: closing what is held lets nobody read zeros.
+        Input::Pages(Ended { result: Err(e), .. }) => Err(e),
+        Input::Signal(signal) if signal != libc::SIGHUP => {
+            bail!("interrupted by {}", talk::signal_name(signal))
+        }
+        input => Ok(input),
     }
 }
 
@@ -402,6 +414,12 @@ impl Guest {
         // Not synced: a crash of this host loses the copy with the note about it.
         self.journal.note(State::Ready)?;
         fault::point("destination.ready")?;
+        // Bad news that came meanwhile comes before this.
+        while let Some(input) = inputs.pending()? {
+            if let Input::Heard(Heard::Frame(Frame::Packet(bytes))) = input {
+                self.packet(&bytes)?;
+            }
+        }
         speaker.say(&Message::Ready)?;
         fault::point("destination.said-ready")
     }
@@ -593,7 +611,7 @@ impl Guest {
                     return Verdict::Abort;
                 }
                 // The copy has died while it was held; there is nothing to run any more.
-                Input::Restore(RestoreEvent::Ended(_)) => {
+                Input::Restore(RestoreEvent::Ended(_) | RestoreEvent::Died) => {
                     let why = "the restored copy was killed while it waited".to_owned();
                     let phase = self.phase.to_owned();
                     let _ = speaker.say(&Message::Failed { phase, why });

@@ -14,6 +14,7 @@
 
 use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender};
 use std::thread::JoinHandle;
@@ -42,6 +43,8 @@ pub enum RestoreEvent {
     Restored(i32),
     /// The sockets are alive, the tasks are about to run.
     AtResume,
+    /// CRIU was killed while it held what it had restored: that will never run.
+    Died,
     /// The tasks run.
     Running,
     /// It is over; an error before `Restored` was answered means that nothing is left.
@@ -107,7 +110,7 @@ impl RestoreJob {
     /// When there can be no thread.
     pub fn start(
         plan: RestorePlan,
-        tell: impl Fn(RestoreEvent) + Send + 'static,
+        tell: impl Fn(RestoreEvent) + Send + Sync + 'static,
     ) -> Result<RestoreJob> {
         let (go, orders) = std::sync::mpsc::channel();
         let thread = std::thread::Builder::new().name("restore".into()).spawn(move || {
@@ -124,7 +127,11 @@ impl RestoreJob {
     }
 }
 
-fn run(mut plan: RestorePlan, tell: &dyn Fn(RestoreEvent), orders: &Receiver<Go>) -> Result<()> {
+fn run(
+    mut plan: RestorePlan,
+    tell: &(dyn Fn(RestoreEvent) + Sync),
+    orders: &Receiver<Go>,
+) -> Result<()> {
     let log = plan.work.join("runc.log");
     let mut command = plan.runtime.command();
     command.arg("--log").arg(&log).arg("restore").arg("--detach");
@@ -178,7 +185,7 @@ fn job(
     session: &Session,
     mut request: Criu_req,
     external: &[(String, i32)],
-    tell: &dyn Fn(RestoreEvent),
+    tell: &(dyn Fn(RestoreEvent) + Sync),
     orders: &Receiver<Go>,
 ) -> Result<()> {
     let images = File::open(&plan.images)?;
@@ -223,8 +230,11 @@ fn job(
                         continue;
                     }
                     fault::point("restore.restored")?;
+                    if !session.criu_lives() {
+                        bail!("CRIU was killed when it had restored");
+                    }
                     tell(RestoreEvent::Restored(init));
-                    let agreed = matches!(orders.recv(), Ok(Go::Verdict(true)));
+                    let agreed = await_verdict(session, tell, orders)?;
                     session.answer(agreed)?;
                 }
                 "pre-resume" => {
@@ -259,4 +269,27 @@ fn job(
     result.with_context(|| {
         format!("CRIU cannot restore:\n{}", criu_errors(&plan.work.join("restore.log")))
     })
+}
+
+/// Waits for the verdict, and says so if CRIU dies meanwhile: the source must hear of it before it
+/// decides.
+fn await_verdict(
+    session: &Session,
+    tell: &(dyn Fn(RestoreEvent) + Sync),
+    orders: &Receiver<Go>,
+) -> Result<bool> {
+    let criu = process::pidfd_open(session.criu_pid)?;
+    let (stop, stopped) = UnixStream::pair()?;
+    Ok(std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let ready = process::wait_readable(&[criu.as_fd(), stopped.as_fd()], None);
+            if ready.is_ok_and(|r| r.contains(&0)) {
+                tell(RestoreEvent::Died);
+            }
+        });
+        let verdict = orders.recv();
+        // Ends the watch.
+        drop(stop);
+        matches!(verdict, Ok(Go::Verdict(true)))
+    }))
 }
