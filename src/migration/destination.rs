@@ -378,10 +378,6 @@ impl Guest {
                 Input::Restore(RestoreEvent::Restored(pid)) => {
                     let init = process::start_time(pid).map(|t| (pid, t));
                     self.journal.record.init = init;
-                    if let Some((pid, started)) = init {
-                        let text = format!("{pid} {started}");
-                        fs::write(self.work.path().join(recover::INIT), text)?;
-                    }
                     self.mark("restored");
                     fault::point("destination.restored")?;
                     restored = true;

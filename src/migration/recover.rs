@@ -72,6 +72,10 @@ pub fn source_runs_on(journal: &mut Journal) -> Result<()> {
         }
     }
     lift_fence(&record, &mut trouble);
+    if journal.state() == State::Committed {
+        // The destination may have told everybody that the address is there.
+        take_address_back(&record);
+    }
     if let Some(cgroup) = cgroup {
         trouble.note("thawing the container", cgroup.thaw());
     }
@@ -132,6 +136,19 @@ fn own_network(record: &Record) -> Option<(NetNs, &Path)> {
         Some((device.parse().ok()?, inode.parse().ok()?))
     })?;
     (namespace.identity().ok()? == wanted).then_some((namespace, path))
+}
+
+/// Tells the neighbours that the container's address is here: without it their frames go on to
+/// where it was announced last, until the container happens to say something.
+fn take_address_back(record: &Record) {
+    let Some(namespace) = record.network_path.as_ref().and_then(|p| NetNs::open(p).ok()) else {
+        return;
+    };
+    // Only a help: sooner or later the container says something by itself.
+    let _ = NetNs::current()
+        .map_err(anyhow::Error::from)
+        .and_then(|host| Ok(network::capture(&namespace, &host)?))
+        .and_then(|image| Ok(network::announce(&namespace, &image)?));
 }
 
 /// Takes the fence away, where there is a namespace to have one.

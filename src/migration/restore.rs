@@ -24,6 +24,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use rust_criu::rust_criu_protobuf::rpc::{Criu_network_lock_method, Criu_req, Inherit_fd};
 
 use super::dump::external_mount;
+use super::recover;
 use super::workdir::criu_errors;
 use crate::criu::interposer::{Event, Interposer, Session};
 use crate::network::{self, NetworkImage};
@@ -224,6 +225,11 @@ fn job(
             Event::Notify(notify) => match notify.script.as_str() {
                 "post-restore" => {
                     init = notify.pid.unwrap_or(init);
+                    // Before the runtime knows of a container: who discards it must know it as ours.
+                    if let Some(started) = process::start_time(init) {
+                        let place = plan.work.with_file_name(recover::INIT);
+                        fs::write(place, format!("{init} {started}"))?;
+                    }
                     // runc's own part costs 1-3 ms: before the commit, not after it.
                     if !session.consult(&notify, Some(Instant::now() + STEP_TIMEOUT))? {
                         session.answer(false)?;
