@@ -218,15 +218,16 @@ fn macvlan(link: &Link, parent: &LinkInfo, mode: u32, namespace: &NetNs) -> Requ
 }
 
 fn veth(link: &Link, host: &[LinkInfo], namespace: &NetNs) -> Request {
-    // The name on the host matters to nobody but its owner; taken, the kernel finds another.
-    let (name, mac) = match &link.kind {
-        Kind::Veth { host_ifname, host_mac, .. }
-            if !host.iter().any(|l| l.name == *host_ifname || l.mac == Some(*host_mac)) =>
-        {
-            (host_ifname.as_str(), Some(*host_mac).filter(|m| m[0] & 1 == 0 && *m != [0; 6]))
+    // The name on the host matters to nobody but its owner; taken, the kernel finds another. The
+    // hardware address is not the source's: a bridge takes the lowest of its ports' for its own, and
+    // two hosts with one address cut each other off. One that begins with fe is never the lowest.
+    let name = match &link.kind {
+        Kind::Veth { host_ifname, .. } if !host.iter().any(|l| l.name == *host_ifname) => {
+            host_ifname.as_str()
         }
-        _ => ("veth%d", None),
+        _ => "veth%d",
     };
+    let mac = link.mac.map(|m| [0xfe, m[1], m[2], m[3], m[4], m[5]]);
     let mut request = Request::new(rtnl::NEWLINK, CREATE | EXCL, &ifinfo(0, 0, 0));
     describe(&mut request, link, namespace);
     request.nest(rtnl::IFLA_LINKINFO, |info| {

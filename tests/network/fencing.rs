@@ -270,7 +270,9 @@ pub fn large_segments(name: &'static str, attachment: Attachment) {
                 replay.inject(frame).expect("inject");
             }
             let (_, rest) = got.split_at_mut(light.len());
-            let (replayed, rest) = rest.split_at_mut(stretch(&frames));
+            // On a busy machine some of them are there twice: sent again by the client's timer.
+            let replayed = stretch(&frames).min(rest.len());
+            let (replayed, rest) = rest.split_at_mut(replayed);
             server.read_exact(replayed).expect("read what was replayed");
             dark_client.open().expect("open");
             server.read_exact(rest).expect("read the rest");
