@@ -1,11 +1,13 @@
 //! echo-server: sends back what it gets, over TCP and UDP on one port.
 //!
-//! The simplest workload with two kinds of sockets. It keeps no state but the
+//! The simplest workload with several kinds of sockets. It keeps no state but the
 //! connections themselves.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -19,6 +21,10 @@ struct Options {
     /// Where to listen
     #[arg(long, default_value = "0.0.0.0:7007", value_name = "ADDR:PORT")]
     listen: SocketAddr,
+
+    /// Bind a unix socket there, too
+    #[arg(long, value_name = "PATH")]
+    unix: Option<PathBuf>,
 }
 
 struct Client {
@@ -44,6 +50,8 @@ fn serve(options: &Options) -> io::Result<()> {
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK)?;
     let tcp = TcpListener::bind(options.listen)?;
     let udp = UdpSocket::bind(options.listen)?;
+    // Whoever connects waits in its backlog: that it can be reached is all that is asked of it.
+    let _unix = options.unix.as_ref().map(UnixListener::bind).transpose()?;
     tcp.set_nonblocking(true)?;
     udp.set_nonblocking(true)?;
     println!("ready");

@@ -328,7 +328,11 @@ fn resolve_source(
             *remote_ferry = path.to_owned();
         }
     }
+    let _held = journal.hold()?;
     match (journal.state(), keep) {
+        // Somebody else has been quicker.
+        (State::Aborted, _) => Ok("it runs on here"),
+        (State::Finished, _) => Ok("it runs on the other host"),
         // Not committed: it was never anybody else's.
         (State::Begun | State::Ready, None | Some(true)) => {
             // The destination may hold a copy that waits; if it cannot be told now it can ask us.

@@ -143,6 +143,8 @@ fn judge(input: Input) -> Result<Input> {
         Input::Heard(Heard::Message(Message::Abort { why })) => {
             bail!("the source gave up: {why}")
         }
+        // Whoever asks learns from the journal when everything is undone.
+        Input::Call((Some(Verdict::Abort), _)) => bail!("the source has given up"),
         Input::Restore(RestoreEvent::Ended(Err(e))) => Err(e),
         Input::Restore(RestoreEvent::Died) => bail!("CRIU was killed when it had restored"),
         // Nothing has run yet: closing what is held lets nobody read zeros.
@@ -346,6 +348,9 @@ impl Guest {
         staging: &Arc<Mutex<Option<Staging>>>,
     ) -> Result<()> {
         fault::point("destination.prepare")?;
+        // From the beginning: a source that lost this link, and gave up, says so over another.
+        let call = tell.clone();
+        settle::take_calls(self.work.path(), move |c| call.send(Input::Call(c)).is_ok())?;
         self.make_network()?;
         if !self.plan.tmpfs.is_empty() {
             let base = workdir::tmpfs_base(self.work.path());
@@ -404,8 +409,6 @@ impl Guest {
                 _ => {}
             }
         }
-        let call = tell.clone();
-        settle::take_calls(self.work.path(), move |c| call.send(Input::Call(c)).is_ok())?;
         self.phase = "waiting for the verdict";
         // Not synced: a crash of this host loses the copy with the note about it.
         self.journal.note(State::Ready)?;
@@ -630,18 +633,6 @@ impl Guest {
         // that says that there is no container.
         self.streams.keep();
         let _ = fault::point("destination.committed");
-        if let Some(net) = &mut self.network {
-            // The announcement first: when the sockets wake up, their packets find the way back.
-            let opened = net.made.fence().map_or(Ok(()), |fence| fence.open());
-            if let Err(e) = opened {
-                // Too late to give up: a container that cannot be reached can still be mended.
-                tracing::error!("the fence does not open: {e}");
-                let _ = fence::remove(net.made.namespace());
-            }
-            let _ = net.announcer.announce();
-        }
-        self.mark("fence open");
-        let _ = fault::point("destination.open");
         self.tell_restore(Go::Verdict(true))?;
         let mut link = self.link;
         let mut whole = self.pages.take().is_some();
@@ -649,6 +640,11 @@ impl Guest {
         let mut finished = false;
         while !(running && ended && whole && (finished || !link)) {
             match inputs.queue.recv_timeout(RESTORE_LIMIT) {
+                Ok(Input::Restore(RestoreEvent::Released)) => {
+                    self.open_network();
+                    self.mark("fence open");
+                    let _ = fault::point("destination.open");
+                }
                 Ok(Input::Restore(RestoreEvent::AtResume)) => {
                     self.mark("sockets alive");
                     self.replay();
@@ -720,6 +716,19 @@ impl Guest {
             }
         }
         self.settle_in()
+    }
+
+    /// CRIU goes on to where nothing can stop it, which takes it a millisecond: before it wakes the
+    /// sockets up, what they say must find its way.
+    fn open_network(&mut self) {
+        let Some(net) = &mut self.network else { return };
+        let opened = net.made.fence().map_or(Ok(()), |fence| fence.open());
+        if let Err(e) = opened {
+            // Too late to give up: a container that cannot be reached can still be mended.
+            tracing::error!("the fence does not open: {e}");
+            let _ = fence::remove(net.made.namespace());
+        }
+        let _ = net.announcer.announce();
     }
 
     /// Tells the source that what is frozen there is needed no more; whether it could be told. The

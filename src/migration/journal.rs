@@ -192,13 +192,19 @@ impl Journal {
         Ok(Journal { file, path: path.to_owned(), record, states, at })
     }
 
-    /// Reads what another process may have written since. The journal must have been opened.
+    /// For whoever settles what a Ferry that died has left: the guard, `ferry resolve`, a question
+    /// from the other host. Waits until nobody else does, and reads what he has written.
     ///
     /// # Errors
-    /// As [`Journal::open`].
-    pub fn reload(&mut self) -> Result<()> {
+    /// When the journal cannot be read any more.
+    pub fn hold(&mut self) -> Result<Held> {
+        let what = || format!("cannot lock the journal {}", self.path.display());
+        let file = File::open(&self.path).with_context(what)?;
+        let held = Flock::lock(file, FlockArg::LockExclusive)
+            .map_err(|(_, e)| std::io::Error::from(e))
+            .with_context(what)?;
         *self = Journal::open(&self.path)?;
-        Ok(())
+        Ok(Held { _file: held })
     }
 
     /// The state reached.
@@ -283,6 +289,12 @@ impl Journal {
         let path = directory(state_dir).join(format!("{migration}.journal"));
         if !path.exists() { Ok(None) } else { Journal::open(&path).map(Some) }
     }
+}
+
+/// See [`Journal::hold`]. flock(2).
+#[derive(Debug)]
+pub struct Held {
+    _file: Flock<File>,
 }
 
 /// Held while a container is being migrated: a second migration of it is refused. flock(2).

@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -13,12 +13,13 @@ use super::away::AwayMark;
 use super::journal::{Journal, Record, Role, State};
 use super::protocol::{Standing, Verdict};
 use super::{settle, workdir};
+use crate::files::sockets::Spares;
 use crate::memory::serve::GUARD_DONE;
 use crate::network::{self, fence};
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
 use crate::sys::netns::NetNs;
-use crate::sys::{process, socket};
+use crate::sys::{inject, process, socket};
 
 /// CRIU's rollback ends with the control group frozen again, so nobody may thaw it before; only
 /// large shared memory makes it take long.
@@ -71,6 +72,9 @@ pub fn source_runs_on(journal: &mut Journal) -> Result<()> {
             mend_sockets(cgroup);
         }
     }
+    if let Some((spares, root)) = spares(&record) {
+        trouble.note("giving sockets their names back", spares.give_back(&root));
+    }
     lift_fence(&record, &mut trouble);
     if journal.state() == State::Committed {
         // The destination may have told everybody that the address is there.
@@ -78,6 +82,9 @@ pub fn source_runs_on(journal: &mut Journal) -> Result<()> {
     }
     if let Some(cgroup) = cgroup {
         trouble.note("thawing the container", cgroup.thaw());
+        if record.work.join("work").join(CRIU_PID).exists() {
+            mend_mappings(cgroup);
+        }
     }
     trouble.note("lifting the away-mark", lift_mark(journal));
     let undone = trouble.into_result();
@@ -85,6 +92,32 @@ pub fn source_runs_on(journal: &mut Journal) -> Result<()> {
     undone?;
     workdir::remove(&record.work);
     journal.write(State::Aborted)
+}
+
+/// Notes the unix sockets whose names the destination will bind anew, and keeps the files.
+///
+/// # Errors
+/// When one of them cannot be kept.
+pub fn keep_sockets(record: &Record, pids: &[i32]) -> Result<()> {
+    let Some((init, _)) = record.init else { return Ok(()) };
+    let spares = Spares::find(init, pids, &record.migration)?;
+    if spares.is_empty() {
+        return Ok(());
+    }
+    // Noted first: who undoes it must know of it.
+    fs::write(record.work.join(SOCKETS), serde_json::to_vec(&spares)?)?;
+    spares.make(&root_of(init))
+}
+
+/// What [`keep_sockets`] has noted, and the root of the container that it is about.
+fn spares(record: &Record) -> Option<(Spares, PathBuf)> {
+    let (init, _) = record.init.filter(|init| super::journal::is_alive(*init))?;
+    let text = fs::read(record.work.join(SOCKETS)).ok()?;
+    Some((serde_json::from_slice(&text).ok()?, root_of(init)))
+}
+
+fn root_of(pid: i32) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}/root"))
 }
 
 /// Where the migration's away-mark lies.
@@ -169,6 +202,9 @@ pub fn source_lets_go(journal: &mut Journal, before_network: impl FnOnce()) -> R
     let runtime = runtime(&record);
     wait_for_criu(&record.work);
     let same = record.init.is_none_or(super::journal::is_alive);
+    if let Some((spares, root)) = spares(&record) {
+        trouble.note("removing spare names of sockets", spares.remove(&root));
+    }
     if let Some(cgroup) = record.cgroup.as_ref().filter(|_| same) {
         trouble.note("ending the frozen tasks", cgroup.kill(KILL_TIMEOUT));
     }
@@ -199,9 +235,20 @@ pub fn destination_discards(journal: &mut Journal) -> Result<()> {
         let (pid, started) = text.trim().split_once(' ')?;
         Some((pid.parse().ok()?, started.parse().ok()?))
     });
+    let network = own_network(&record);
+    if let Some((namespace, _)) = &network {
+        // It may have run, with an open fence: its sockets must end unheard.
+        trouble.note("closing the fence", fence::raise(namespace));
+    }
     trouble.note("deleting the container", delete(&runtime, &record, init));
-    if let Some((namespace, path)) = own_network(&record).filter(|_| record.network_ours) {
-        remove_network(&namespace, path, &mut trouble);
+    match network {
+        Some((namespace, path)) if record.network_ours => {
+            remove_network(&namespace, path, &mut trouble);
+        }
+        Some((namespace, _)) => {
+            trouble.note("lifting the fence", fence::remove(&namespace));
+        }
+        None => {}
     }
     workdir::remove(&record.work);
     trouble.note("writing the journal", journal.write(State::Aborted));
@@ -211,6 +258,8 @@ pub fn destination_discards(journal: &mut Journal) -> Result<()> {
 /// In the work directory of a destination: the restored init's number and start time, and the
 /// device and inode of the namespace that was made. Gone with a reboot, like what they name.
 pub const INIT: &str = "init";
+/// In the work directory of a source: see [`Spares`].
+const SOCKETS: &str = "sockets";
 /// See [`INIT`].
 pub const NETWORK: &str = "network";
 /// CRIU's number, in its own work directory.
@@ -219,6 +268,10 @@ pub const CRIU_PID: &str = "criu.pid";
 /// Deletes the container of that ID if it is ours: has stopped, or is the one whose init we know.
 fn delete(runtime: &Runtime, record: &Record, init: Option<(i32, u64)>) -> Result<()> {
     match runtime.state(&record.container)? {
+        // A runtime that was killed early leaves a directory without a state: it takes that, too.
+        None if runtime.root().join(&record.container).exists() => {
+            runtime.delete_force(&record.container)
+        }
         None => Ok(()),
         Some(state) if state.pid == 0 || state.status == "stopped" => {
             runtime.delete_force(&record.container)
@@ -270,6 +323,30 @@ fn mend_sockets(cgroup: &Cgroup) {
     }
 }
 
+/// Takes away what a killed CRIU has left mapped in the tasks: a later CRIU would take it for the
+/// task's own code. They must run, and they come out of it by themselves: the parasite ends when
+/// its connection does.
+fn mend_mappings(cgroup: &Cgroup) {
+    const PARASITE: &str = "/memfd:CRIUMFD";
+    let until = Instant::now() + Duration::from_secs(1);
+    for pid in cgroup.processes().unwrap_or_default() {
+        let left = || {
+            let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+            let line = maps.lines().find(|l| l.contains(PARASITE))?;
+            let (start, end) = line.split(' ').next()?.split_once('-')?;
+            let number = |text| u64::from_str_radix(text, 16).ok();
+            Some((number(start)?, number(end)?))
+        };
+        while let Some((start, end)) = left().filter(|_| Instant::now() < until) {
+            if inject::unmap_in(pid, start, end).is_err() {
+                break;
+            }
+            // Nobody tells when a thread has left a mapping.
+            std::thread::yield_now();
+        }
+    }
+}
+
 /// The destination, when the container runs and whoever took it in has died: the rest of his work.
 ///
 /// # Errors
@@ -302,12 +379,14 @@ pub fn guard(journal: &Path) -> Result<()> {
         return Ok(());
     }
     let mut journal = Journal::open(journal)?;
+    let held = journal.hold()?;
     let done = match (word, journal.record.role, journal.state()) {
         (None, Role::Source, State::Begun) => source_runs_on(&mut journal),
         (Some(_), Role::Source, State::Aborted) => Ok(()),
         // Committed: the destination owns it; `ferry resolve` finishes here.
         _ => return Ok(()),
     };
+    drop(held);
     send_word(&journal.record);
     done.context("the guard of a migration")
 }
@@ -327,6 +406,7 @@ pub fn guard_pages(journal: &Path) -> Result<()> {
         }
     }
     let mut journal = Journal::open(journal)?;
+    let _held = journal.hold()?;
     if journal.state().is_over() || journal.state() == State::Whole {
         return Ok(());
     }

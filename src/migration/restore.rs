@@ -5,15 +5,19 @@
 //!
 //! ```text
 //! RESTORE       held until the images are there
-//! post-restore  runc is asked first; held until the commit: the tasks exist, none has run
+//! post-restore  runc is asked first, and ended; held until the commit: the tasks exist, none has run
+//! released      the fence opens while CRIU goes on to its point of no return
 //! pre-resume    sockets are alive: packets that the fence held back are replayed
 //! ```
 //!
 //! Before `post-restore` is answered CRIU can still give up and kills what it made, silently, as
-//! all sockets are in repair mode. After it nothing can stop it any more.
+//! all sockets are in repair mode, and behind a closed fence. After it nothing stops CRIU any more,
+//! not even our own death. It would stop runc: losing CRIU's connection it ends the container, with
+//! live sockets and an open fence. By then it has written its state and set up everything, so it is
+//! ended as soon as it has agreed.
 
 use std::fs::{self, File};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender};
@@ -42,6 +46,8 @@ pub enum RestoreEvent {
     AtRequest,
     /// Restored, held before the first instruction. The init process.
     Restored(i32),
+    /// The commit has come and CRIU goes on: the network may be opened.
+    Released,
     /// The sockets are alive, the tasks are about to run.
     AtResume,
     /// CRIU was killed while it held what it had restored: that will never run.
@@ -164,16 +170,14 @@ fn run(
     drop(command);
     let pidfd = process::pidfd_open(child.id() as i32)?;
     let deadline = Instant::now() + STEP_TIMEOUT;
-    let outcome = plan
-        .interposer
-        .next_job(pidfd.as_fd(), deadline)
-        .and_then(|(session, request)| job(&plan, &session, request, &external, tell, orders));
-    let status = child.wait()?;
-    outcome.map_err(|e| e.context(runtime_log(&plan)))?;
-    if !status.success() {
-        bail!("{} ({status})", runtime_log(&plan));
-    }
-    Ok(())
+    let outcome =
+        plan.interposer.next_job(pidfd.as_fd(), deadline).and_then(|(session, request)| {
+            job(&plan, pidfd.as_fd(), &session, request, &external, tell, orders)
+        });
+    // It has ended, or does when its connection to CRIU is closed; its own opinion of the restore
+    // counts for nothing.
+    child.wait()?;
+    outcome.map_err(|e| e.context(runtime_log(&plan)))
 }
 
 fn runtime_log(plan: &RestorePlan) -> String {
@@ -183,6 +187,7 @@ fn runtime_log(plan: &RestorePlan) -> String {
 
 fn job(
     plan: &RestorePlan,
+    runtime: BorrowedFd,
     session: &Session,
     mut request: Criu_req,
     external: &[(String, i32)],
@@ -235,6 +240,7 @@ fn job(
                         session.answer(false)?;
                         continue;
                     }
+                    let _ = process::pidfd_kill(runtime, libc::SIGKILL);
                     fault::point("restore.restored")?;
                     if !session.criu_lives() {
                         bail!("CRIU was killed when it had restored");
@@ -242,6 +248,9 @@ fn job(
                     tell(RestoreEvent::Restored(init));
                     let agreed = await_verdict(session, tell, orders)?;
                     session.answer(agreed)?;
+                    if agreed {
+                        tell(RestoreEvent::Released);
+                    }
                 }
                 "pre-resume" => {
                     tell(RestoreEvent::AtResume);
@@ -266,7 +275,8 @@ fn job(
             Event::Reply(response) => {
                 let success = response.success();
                 let why = response.cr_errmsg().to_owned();
-                session.relay_reply(&response)?;
+                // The runtime has ended, unless it was CRIU that failed.
+                let _ = session.relay_reply(&response);
                 break if success { Ok(()) } else { Err(anyhow!("{why}")) };
             }
             Event::Hangup => break Err(anyhow!("CRIU ended in the middle of the restore")),

@@ -88,6 +88,7 @@ pub fn answer(state_dir: &Path, migration: &str, verdict: Option<Verdict>) -> Re
     if is_alive(journal.record.worker) && !journal.state().is_over() {
         return pass_on(&journal.record.work, verdict);
     }
+    let _held = journal.hold()?;
     match journal.state() {
         State::Finished => Ok(Standing::Running),
         State::Aborted => Ok(Standing::Gone),

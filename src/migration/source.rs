@@ -487,6 +487,8 @@ impl Begun {
 
     fn dump(&mut self, reporter: &mut Reporter) -> Result<()> {
         fault::point("source.dump")?;
+        // While CRIU works.
+        recover::keep_sockets(&self.journal.record, &self.subject.cgroup.processes()?)?;
         loop {
             match self.inputs.next()? {
                 Input::Dump(DumpEvent::Dumped) => break,

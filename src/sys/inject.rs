@@ -33,16 +33,23 @@ mod arch {
     pub const USERFAULTFD: u64 = libc::SYS_userfaultfd as u64;
     /// What we call.
     pub const CLOSE: u64 = libc::SYS_close as u64;
+    /// What we call.
+    pub const MUNMAP: u64 = libc::SYS_munmap as u64;
 
-    /// Registers that make a call with one argument when the instruction at `at` runs.
-    pub fn call(saved: &Registers, at: u64, number: u64, argument: u64) -> Registers {
+    /// Registers that make a call when the instruction at `at` runs.
+    pub fn call(saved: &Registers, at: u64, number: u64, arguments: [u64; 2]) -> Registers {
         let mut registers = *saved;
         registers.rip = at;
         registers.rax = number;
-        registers.rdi = argument;
+        [registers.rdi, registers.rsi] = arguments;
         // Not in a system call: the kernel must not restart the one that was interrupted now.
         registers.orig_rax = u64::MAX;
         registers
+    }
+
+    /// Where the thread is.
+    pub fn position(registers: &Registers) -> u64 {
+        registers.rip
     }
 
     /// What the call returned.
@@ -65,16 +72,43 @@ pub fn userfaultfd_of<T>(
 ) -> io::Result<T> {
     let at = instruction(tid)?;
     let stopped = Stopped::new(tid)?;
-    let fd = stopped.call(at, arch::USERFAULTFD, flags)?;
+    let fd = stopped.call(at, arch::USERFAULTFD, [flags, 0])?;
     let taken = take(fd as i32);
     // It stays open in the target if this fails, which nothing but the target's end can cause.
-    stopped.call(at, arch::CLOSE, fd as u64)?;
+    stopped.call(at, arch::CLOSE, [fd as u64, 0])?;
     taken
 }
 
 /// See above.
 #[cfg(not(target_arch = "x86_64"))]
 pub fn userfaultfd_of<T>(_: i32, _: u64, _: impl FnOnce(i32) -> io::Result<T>) -> io::Result<T> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+/// Makes a task call munmap(2), unless one of its threads runs there; whether it did.
+///
+/// # Errors
+/// As [`userfaultfd_of`].
+#[cfg(target_arch = "x86_64")]
+pub fn unmap_in(pid: i32, start: u64, end: u64) -> io::Result<bool> {
+    let at = instruction(pid)?;
+    let mut stopped = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
+        if let Some(tid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) {
+            stopped.push(Stopped::new(tid)?);
+        }
+    }
+    let Some(first) = stopped.first() else { return Err(io::ErrorKind::NotFound.into()) };
+    if stopped.iter().any(|s| (start..end).contains(&arch::position(&s.saved))) {
+        return Ok(false);
+    }
+    first.call(at, arch::MUNMAP, [start, end - start])?;
+    Ok(true)
+}
+
+/// See above.
+#[cfg(not(target_arch = "x86_64"))]
+pub fn unmap_in(_: i32, _: u64, _: u64) -> io::Result<bool> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
@@ -133,8 +167,8 @@ impl Stopped {
         prepared
     }
 
-    fn call(&self, at: u64, number: u64, argument: u64) -> io::Result<i64> {
-        ptrace::setregs(self.tid, arch::call(&self.saved, at, number, argument))?;
+    fn call(&self, at: u64, number: u64, arguments: [u64; 2]) -> io::Result<i64> {
+        ptrace::setregs(self.tid, arch::call(&self.saved, at, number, arguments))?;
         loop {
             ptrace::step(self.tid, None)?;
             match waitpid(self.tid, Some(WaitPidFlag::__WALL))? {

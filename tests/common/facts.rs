@@ -127,7 +127,8 @@ impl Facts {
 /// side. What is still being cleared away gets ten seconds for it; two copies get none.
 pub fn exactly_one_copy(container: &Container, here: &Host, there: &Host) -> Outcome {
     let mut last = String::new();
-    let settled = until("exactly one copy", Duration::from_secs(10), || {
+    // A host whose cable was pulled learns of it when the other one reaches it again.
+    let settled = until("exactly one copy", Duration::from_secs(25), || {
         let (with, without) = (facts(here)?, facts(there)?);
         ensure!(
             !(with.process_of(container)

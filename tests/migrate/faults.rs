@@ -152,7 +152,31 @@ pub fn trials() -> Vec<Trial> {
             }
         }
     }
+    trials.push(in_lab("faults::unix_socket", LIMIT, unix_socket));
     trials
+}
+
+/// The restore binds a unix socket's name anew, on storage that both hosts see: given up after
+/// that, the name leads to the source's socket again.
+fn unix_socket(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::plain("echo").with(&["--arg", "--unix", "--arg", "/echo.sock"]);
+    container.start(lab, &a)?;
+    let reach = |host: &Host| {
+        let connect = "import socket; socket.socket(socket.AF_UNIX).connect('/srv/shared/box/rootfs/echo.sock')";
+        host.exec(&["python3", "-c", connect])
+    };
+    let left = || a.sh("ls -A /srv/shared/box/rootfs | grep '^\\.ferry' || true");
+    until("the server has bound it", SHORT, || Ok((reach(&a)?.code == 0).then_some(())))?;
+    let given_up =
+        a.start(&["env", "FERRY_FAULT=source.commit:error", "ferry", "migrate", "box", "b"])?;
+    given_up.end(LONG)?.exits(1)?;
+    reach(&a)?.exits(0)?;
+    ensure!(left()?.trim().is_empty(), "left: {}", left()?);
+    a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    reach(&b)?.exits(0)?;
+    ensure!(left()?.trim().is_empty(), "left: {}", left()?);
+    exactly_one_copy(&container, &b, &a)
 }
 
 fn fault(lab: &Lab, point: &'static str, at: At, deed: Deed) -> Outcome {

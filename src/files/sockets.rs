@@ -1,0 +1,242 @@
+//! Unix sockets with a name in a file system that both hosts see.
+//!
+//! A restore binds such a name anew: the old file is removed and another takes its place. When the
+//! migration is given up after that, the source's socket lives on, but its name leads to one that
+//! died on the destination. So every such file gets a spare name, a hard link, while CRIU dumps; in
+//! the end the spare is renamed back or removed. What is on a tmpfs is on one host only and needs
+//! nothing.
+
+use std::collections::HashSet;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2, renameat};
+use nix::sys::stat::{SFlag, fstatat};
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
+use serde::{Deserialize, Serialize};
+
+/// The names that were given a spare one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Spares {
+    /// Begins every spare name; the migration's ID is part of it.
+    prefix: String,
+    /// As seen in the container, byte for byte.
+    names: Vec<Vec<u8>>,
+}
+
+impl Spares {
+    /// Finds what the container's processes have bound, in the network namespace of `init`.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read.
+    pub fn find(init: i32, pids: &[i32], migration: &str) -> Result<Spares> {
+        let table = fs::read(format!("/proc/{init}/net/unix"))?;
+        let mut bound = parse(&table);
+        if !bound.is_empty() {
+            let own = sockets_of(pids);
+            bound.retain(|(inode, _)| own.contains(inode));
+        }
+        let mut names: Vec<Vec<u8>> = bound.into_iter().map(|(_, name)| name).collect();
+        names.sort();
+        // A connection that was accepted bears the listener's name.
+        names.dedup();
+        Ok(Spares { prefix: format!(".ferry-{migration}-"), names })
+    }
+
+    /// Whether there is nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.names.is_empty()
+    }
+
+    /// Gives each file its spare name; `root` is the container's root directory. Names that are no
+    /// sockets' (any more) are passed over, as are those on a tmpfs.
+    ///
+    /// # Errors
+    /// Says which file cannot be linked.
+    pub fn make(&self, root: &Path) -> Result<()> {
+        for (i, name) in self.names.iter().enumerate() {
+            let Some((directory, file)) = place(root, name) else { continue };
+            let is_socket = fstatat(&directory, file.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW)
+                .is_ok_and(|s| s.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFSOCK.bits());
+            if !is_socket || fstatfs(&directory).is_ok_and(|f| f.filesystem_type() == TMPFS_MAGIC) {
+                continue;
+            }
+            let spare = self.spare(i);
+            let linked =
+                linkat(&directory, file.as_os_str(), &directory, spare.as_str(), AtFlags::empty());
+            match linked {
+                // A read-only mount cannot be bound anew either.
+                Ok(()) | Err(Errno::EEXIST | Errno::EROFS) => {}
+                Err(e) => {
+                    return Err(e).with_context(|| {
+                        format!("keeping the socket {}", String::from_utf8_lossy(name))
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The container stays: every name leads to its socket again.
+    ///
+    /// # Errors
+    /// Says which could not be given back; the others were.
+    pub fn give_back(&self, root: &Path) -> Result<()> {
+        self.each(root, |directory, spare, file| {
+            let inode = |name: &std::ffi::OsStr| {
+                fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW).map(|s| s.st_ino)
+            };
+            let kept = inode(spare.as_ref())?;
+            // Between two names of one file rename(2) does nothing.
+            if inode(file) == Ok(kept) {
+                return unlinkat(directory, spare, UnlinkatFlags::NoRemoveDir);
+            }
+            renameat(directory, spare, directory, file)
+        })
+    }
+
+    /// The container has gone: only its new names remain.
+    ///
+    /// # Errors
+    /// Says which could not be removed; the others were.
+    pub fn remove(&self, root: &Path) -> Result<()> {
+        self.each(root, |directory, spare, _| {
+            unlinkat(directory, spare, UnlinkatFlags::NoRemoveDir)
+        })
+    }
+
+    fn each(
+        &self,
+        root: &Path,
+        act: impl Fn(&OwnedFd, &str, &std::ffi::OsStr) -> nix::Result<()>,
+    ) -> Result<()> {
+        let mut first = Ok(());
+        for (i, name) in self.names.iter().enumerate() {
+            let Some((directory, file)) = place(root, name) else { continue };
+            match act(&directory, &self.spare(i), &file) {
+                Ok(()) | Err(Errno::ENOENT) => {}
+                Err(e) if first.is_ok() => {
+                    first = Err(e)
+                        .with_context(|| format!("the socket {}", String::from_utf8_lossy(name)));
+                }
+                Err(_) => {}
+            }
+        }
+        first
+    }
+
+    fn spare(&self, i: usize) -> String {
+        format!("{}{i}", self.prefix)
+    }
+}
+
+/// The directory of a name, never outside of the root (openat2(2)), and the name in it.
+fn place(root: &Path, name: &[u8]) -> Option<(OwnedFd, OsString)> {
+    let path = PathBuf::from(OsString::from_vec(name.to_vec()));
+    let file = path.file_name()?.to_owned();
+    let root = File::open(root).ok()?;
+    let how = OpenHow::new()
+        .flags(OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    Some((openat2(&root, path.parent()?, how).ok()?, file))
+}
+
+/// Inode and name of the sockets in a `/proc/PID/net/unix` whose names are absolute paths.
+/// `Num RefCount Protocol Flags Type St Inode Path`: proc_pid_net(5).
+fn parse(table: &[u8]) -> Vec<(u64, Vec<u8>)> {
+    let mut found = Vec::new();
+    for line in table.split(|b| *b == b'\n').skip(1) {
+        let mut rest = line;
+        let mut fields = Vec::with_capacity(7);
+        while fields.len() < 7 {
+            let start = rest.iter().position(|b| *b != b' ').unwrap_or(rest.len());
+            rest = &rest[start..];
+            let end = rest.iter().position(|b| *b == b' ').unwrap_or(rest.len());
+            fields.push(&rest[..end]);
+            rest = &rest[end..];
+        }
+        let name = rest.strip_prefix(b" ").unwrap_or_default();
+        let inode = std::str::from_utf8(fields[6]).ok().and_then(|t| t.parse().ok());
+        if let (Some(inode), Some(b'/')) = (inode, name.first()) {
+            found.push((inode, name.to_vec()));
+        }
+    }
+    found
+}
+
+fn sockets_of(pids: &[i32]) -> HashSet<u64> {
+    let mut found = HashSet::new();
+    for pid in pids {
+        // Whoever has just ended has no sockets.
+        let Ok(list) = fs::read_dir(format!("/proc/{pid}/fd")) else { continue };
+        for entry in list.flatten() {
+            let Ok(target) = fs::read_link(entry.path()) else { continue };
+            let bytes = target.as_os_str().as_bytes();
+            let number = bytes.strip_prefix(b"socket:[").and_then(|b| b.strip_suffix(b"]"));
+            found.extend(
+                number
+                    .and_then(|n| std::str::from_utf8(n).ok())
+                    .and_then(|n| n.parse::<u64>().ok()),
+            );
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    #[test]
+    fn names_are_read_from_the_table() {
+        let table = b"Num       RefCount Protocol Flags    Type St Inode Path\n\
+            0000000000000000: 00000002 00000000 00010000 0001 01 12345 /run/a b.sock\n\
+            0000000000000000: 00000002 00000000 00010000 0001 01 12346 @abstract\n\
+            0000000000000000: 00000003 00000000 00000000 0001 03 12347\n";
+        assert_eq!(parse(table), [(12345, b"/run/a b.sock".to_vec())]);
+    }
+
+    #[test]
+    fn a_name_that_was_bound_anew_leads_back() {
+        // Not in /tmp, which may be a tmpfs.
+        let root = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR").to_owned() + "/target").unwrap();
+        let path = root.path().join("x.sock");
+        let _first = UnixListener::bind(&path).unwrap();
+        let spares = Spares { prefix: ".ferry-0-".into(), names: vec![b"/x.sock".to_vec()] };
+        let old = fs::metadata(&path).unwrap().ino();
+        spares.make(root.path()).unwrap();
+        fs::remove_file(&path).unwrap();
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(UnixStream::connect(&path).is_err());
+        spares.give_back(root.path()).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().ino(), old);
+        UnixStream::connect(&path).unwrap();
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
+        // Twice, and where nothing was bound anew.
+        spares.give_back(root.path()).unwrap();
+        spares.make(root.path()).unwrap();
+        spares.give_back(root.path()).unwrap();
+        spares.make(root.path()).unwrap();
+        spares.remove(root.path()).unwrap();
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn own_sockets_are_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mine.sock");
+        let _listener = UnixListener::bind(&path).unwrap();
+        let pid = std::process::id() as i32;
+        let spares = Spares::find(pid, &[pid], "0123").unwrap();
+        assert!(spares.names.contains(&path.as_os_str().as_bytes().to_vec()), "{spares:?}");
+        assert!(Spares::find(pid, &[], "0123").unwrap().is_empty());
+    }
+}
