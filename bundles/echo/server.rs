@@ -50,8 +50,11 @@ fn serve(options: &Options) -> io::Result<()> {
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK)?;
     let tcp = TcpListener::bind(options.listen)?;
     let udp = UdpSocket::bind(options.listen)?;
-    // Whoever connects waits in its backlog: that it can be reached is all that is asked of it.
-    let _unix = options.unix.as_ref().map(UnixListener::bind).transpose()?;
+    if let Some(path) = &options.unix {
+        let listener = UnixListener::bind(path)?;
+        // That it can be reached is all that is asked of it.
+        std::thread::spawn(move || listener.incoming().for_each(drop));
+    }
     tcp.set_nonblocking(true)?;
     udp.set_nonblocking(true)?;
     println!("ready");

@@ -2,9 +2,10 @@
 //!
 //! A restore binds such a name anew: the old file is removed and another takes its place. When the
 //! migration is given up after that, the source's socket lives on, but its name leads to one that
-//! died on the destination. So every such file gets a spare name, a hard link, while CRIU dumps; in
-//! the end the spare is renamed back or removed. What is on a tmpfs is on one host only and needs
-//! nothing.
+//! died on the destination. So every such file is renamed to a spare name when CRIU has dumped; in
+//! the end it is renamed back or removed. (A hard link would not do: the kernel and CRIU take a
+//! socket for deleted whose own directory entry is gone, whatever other names its file has.) What
+//! is on a tmpfs is on one host only and needs nothing.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -18,7 +19,7 @@ use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2, renameat};
 use nix::sys::stat::{SFlag, fstatat};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
-use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
+use nix::unistd::{UnlinkatFlags, unlinkat};
 use serde::{Deserialize, Serialize};
 
 /// The names that were given a spare one.
@@ -54,7 +55,7 @@ impl Spares {
         self.names.is_empty()
     }
 
-    /// Gives each file its spare name; `root` is the container's root directory. Names that are no
+    /// Renames each file to its spare name; `root` is the container's root directory. Names that are no
     /// sockets' (any more) are passed over, as are those on a tmpfs.
     ///
     /// # Errors
@@ -67,12 +68,10 @@ impl Spares {
             if !is_socket || fstatfs(&directory).is_ok_and(|f| f.filesystem_type() == TMPFS_MAGIC) {
                 continue;
             }
-            let spare = self.spare(i);
-            let linked =
-                linkat(&directory, file.as_os_str(), &directory, spare.as_str(), AtFlags::empty());
-            match linked {
-                // A read-only mount cannot be bound anew either.
-                Ok(()) | Err(Errno::EEXIST | Errno::EROFS) => {}
+            let moved = renameat(&directory, file.as_os_str(), &directory, self.spare(i).as_str());
+            match moved {
+                // On a read-only mount nothing can be bound anew either.
+                Ok(()) | Err(Errno::EROFS) => {}
                 Err(e) => {
                     return Err(e).with_context(|| {
                         format!("keeping the socket {}", String::from_utf8_lossy(name))
@@ -88,17 +87,7 @@ impl Spares {
     /// # Errors
     /// Says which could not be given back; the others were.
     pub fn give_back(&self, root: &Path) -> Result<()> {
-        self.each(root, |directory, spare, file| {
-            let inode = |name: &std::ffi::OsStr| {
-                fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW).map(|s| s.st_ino)
-            };
-            let kept = inode(spare.as_ref())?;
-            // Between two names of one file rename(2) does nothing.
-            if inode(file) == Ok(kept) {
-                return unlinkat(directory, spare, UnlinkatFlags::NoRemoveDir);
-            }
-            renameat(directory, spare, directory, file)
-        })
+        self.each(root, |directory, spare, file| renameat(directory, spare, directory, file))
     }
 
     /// The container has gone: only its new names remain.
@@ -213,7 +202,6 @@ mod tests {
         let spares = Spares { prefix: ".ferry-0-".into(), names: vec![b"/x.sock".to_vec()] };
         let old = fs::metadata(&path).unwrap().ino();
         spares.make(root.path()).unwrap();
-        fs::remove_file(&path).unwrap();
         drop(UnixListener::bind(&path).unwrap());
         assert!(UnixStream::connect(&path).is_err());
         spares.give_back(root.path()).unwrap();
@@ -224,9 +212,10 @@ mod tests {
         spares.give_back(root.path()).unwrap();
         spares.make(root.path()).unwrap();
         spares.give_back(root.path()).unwrap();
+        UnixStream::connect(&path).unwrap();
         spares.make(root.path()).unwrap();
         spares.remove(root.path()).unwrap();
-        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
     }
 
     #[test]

@@ -170,6 +170,9 @@ fn job(
     let work = File::open(&plan.work)?;
     let port = edit(&mut request, plan, images.as_raw_fd(), work.as_raw_fd())?;
     fs::write(plan.work.join("criu.pid"), session.criu_pid.to_string())?;
+    // A task in which CRIU works when it is killed does not survive it: let the kernel find another
+    // victim when memory runs out. Needs CAP_SYS_RESOURCE; proc_pid_oom_score_adj(5).
+    let _ = fs::write(format!("/proc/{}/oom_score_adj", session.criu_pid), "-1000");
     session.send_request(&request)?;
     let result = loop {
         let event = session.next(Some(Instant::now() + STEP_TIMEOUT));

@@ -356,7 +356,9 @@ pub fn destination_keeps(journal: &mut Journal) -> Result<()> {
     let record = journal.record.clone();
     lift_fence(&record, &mut trouble);
     workdir::remove(&record.work);
-    let root = runtime(&record).root().to_owned();
+    let runtime = runtime(&record);
+    runtime.clear_restore(&record.container);
+    let root = runtime.root().to_owned();
     let cleared = AwayMark::remove(state_dir(journal), &root, record.container.as_ref());
     trouble.note("lifting the away-mark", cleared);
     trouble.note("writing the journal", journal.write(State::Finished));

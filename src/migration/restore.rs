@@ -177,6 +177,7 @@ fn run(
     // It has ended, or does when its connection to CRIU is closed; its own opinion of the restore
     // counts for nothing.
     child.wait()?;
+    plan.runtime.clear_restore(&plan.container);
     outcome.map_err(|e| e.context(runtime_log(&plan)))
 }
 

@@ -487,8 +487,6 @@ impl Begun {
 
     fn dump(&mut self, reporter: &mut Reporter) -> Result<()> {
         fault::point("source.dump")?;
-        // While CRIU works.
-        recover::keep_sockets(&self.journal.record, &self.subject.cgroup.processes()?)?;
         loop {
             match self.inputs.next()? {
                 Input::Dump(DumpEvent::Dumped) => break,
@@ -513,6 +511,7 @@ impl Begun {
             let name = name.to_str().ok_or_else(|| anyhow!("an image file with a strange name"))?;
             send_file(&self.speaker, name, &entry.path(), 0, &mut buffer)?;
         }
+        recover::keep_sockets(&self.journal.record, &self.subject.cgroup.processes()?)?;
         self.speaker.say(&Message::Dumped { tasks: tasks.iter().map(|t| t.vpid).collect() })?;
         reporter.mark("images are sent");
         Ok(())

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, anyhow, bail};
+use nix::mount::{MntFlags, umount2};
 use serde::Deserialize;
 
 /// Where runc keeps its state when it is not told otherwise (for root).
@@ -47,6 +48,16 @@ impl Runtime {
     /// Where the runtime keeps its state.
     pub fn root(&self) -> &Path {
         self.root.as_deref().unwrap_or(Path::new(DEFAULT_ROOT))
+    }
+
+    /// Takes away the mount that a `runc restore` leaves behind when it is killed: with it the
+    /// container could never be deleted.
+    pub fn clear_restore(&self, id: &str) {
+        let mount = self.root().join(id).join(RESTORE_MOUNT);
+        // Usually there is none.
+        if umount2(&mount, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).is_ok() {
+            let _ = std::fs::remove_dir(&mount);
+        }
     }
 
     /// A command with the global flags in place.
@@ -101,6 +112,7 @@ impl Runtime {
     /// # Errors
     /// When the runtime fails.
     pub fn delete_force(&self, id: &str) -> Result<()> {
+        self.clear_restore(id);
         let output = self.run(&["delete".into(), "--force".into(), id.into()])?;
         if output.status.success() {
             return Ok(());
@@ -108,6 +120,9 @@ impl Runtime {
         bail!("{}", first_error(&String::from_utf8_lossy(&output.stderr)))
     }
 }
+
+/// What runc mounts in a container's state directory while it restores.
+const RESTORE_MOUNT: &str = "criu-root";
 
 /// The message of runc's last error, out of its log format.
 pub fn first_error(stderr: &str) -> String {
