@@ -37,7 +37,7 @@ pub struct Globals {
     /// Where the runtime keeps its containers' state [default: the runtime's own]
     #[arg(long, global = true, value_name = "DIR")]
     pub root: Option<PathBuf>,
-    /// Also write errors to this file
+    /// Also write errors to this file; what --debug says goes there only
     #[arg(long, global = true, value_name = "FILE")]
     pub log: Option<PathBuf>,
     /// The form of that file
@@ -46,7 +46,7 @@ pub struct Globals {
     /// The container's cgroup is systemd's
     #[arg(long, global = true)]
     pub systemd_cgroup: bool,
-    /// Say on stderr what is being done
+    /// Say on stderr, or in the file of --log, what is being done
     #[arg(long, global = true)]
     pub debug: bool,
     /// The container runtime: a path, or a name in PATH [default: runc]

@@ -18,6 +18,7 @@ use clap::Parser;
 
 use crate::report::exit::{Exit, Failed};
 use crate::report::log::ErrorLog;
+use crate::report::trace;
 use args::{Cli, Globals, Verb};
 
 /// Runs a verb of ours: `line` as [`scan`] prepared it, and what it took out of it.
@@ -28,6 +29,7 @@ pub fn run(line: Vec<OsString>, ferry_runtime: Option<OsString>, log: &ErrorLog)
         Err(told) => return not_parsed(&told, log),
     };
     globals.ferry_runtime = globals.ferry_runtime.or(ferry_runtime);
+    trace::start(globals.debug, globals.error_log());
     match dispatch(&globals, verb) {
         Ok(()) => Exit::Done.into(),
         Err(Failed { exit, error }) => {

@@ -29,6 +29,7 @@ use crate::transport::connect::{self, Destination as Reach, split_command};
 fn runtime(globals: &Globals) -> Result<Runtime, Failed> {
     let found =
         Found::find(globals.ferry_runtime.as_deref()).map_err(|u| Failed::refused(u.error))?;
+    tracing::debug!("the runtime is {}", found.path.display());
     Ok(Runtime::new(found.path, globals.root.clone(), globals.systemd_cgroup))
 }
 
@@ -134,6 +135,7 @@ fn listen(globals: &Globals, path: &Path) -> Result<()> {
     }
     let listener = UnixListener::bind(path).with_context(what)?;
     std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+    tracing::info!("listening on unix:{}", path.display());
     for socket in listener.incoming() {
         let socket = socket?;
         let (input, output) = (OwnedFd::from(socket.try_clone()?), OwnedFd::from(socket));
@@ -141,8 +143,15 @@ fn listen(globals: &Globals, path: &Path) -> Result<()> {
         if let Some(runtime) = &globals.ferry_runtime {
             command.arg("--ferry-runtime").arg(runtime);
         }
+        if let Some(log) = &globals.log {
+            command.arg("--log").arg(log).args(["--log-format", globals.log_format.name()]);
+        }
+        if globals.debug {
+            command.arg("--debug");
+        }
         command.args(["receive", "--stdio"]).stdin(input).stdout(output);
         let mut child = command.spawn().context("cannot start a receiver")?;
+        tracing::info!("process {} takes a connection", child.id());
         std::thread::spawn(move || child.wait());
     }
     Ok(())

@@ -143,10 +143,11 @@ fn bundle(plan: &Plan, found: &mut Vec<Problem>) {
                 .find(|m| m.destination == *destination)
                 .map(|m| m.source),
         };
-        let result = match path {
-            Some(path) => probe::verify(&path, &probe.proof),
+        let result = match &path {
+            Some(path) => probe::verify(path, &probe.proof),
             None => Err(anyhow::anyhow!("config.json here does not have it")),
         };
+        tracing::debug!(?path, shared = result.is_ok(), "looked for the {}", probe.what);
         if let Err(e) = result {
             found.push(
                 Problem::new(format!("the {} is not shared", probe.what), format!("{e:#}"))

@@ -166,6 +166,7 @@ impl Destination {
                 let mut child = command
                     .spawn()
                     .with_context(|| format!("cannot run the remote shell {program}"))?;
+                tracing::debug!("started {command:?} as process {}", child.id());
                 let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
                     bail!("the remote shell has no standard streams");
                 };
