@@ -82,6 +82,7 @@ pub fn migrate(globals: &Globals, args: &MigrateArgs) -> Result<(), Failed> {
             root: globals.root.clone(),
             systemd_cgroup: globals.systemd_cgroup,
             check_only: args.dry_run,
+            state_dir: Some(state_dir()?),
         },
         destination: reach(&args.destination, &args.remote)?,
         timeout: args.timeout,
@@ -172,6 +173,7 @@ pub fn check(globals: &Globals, args: &CheckArgs) -> Result<(), Failed> {
                 root: globals.root.clone(),
                 systemd_cgroup: globals.systemd_cgroup,
                 check_only: true,
+                state_dir: Some(state_dir()?),
             };
             match &args.destination {
                 None => {

@@ -19,7 +19,11 @@ const RESERVE: u64 = 64 << 20;
 
 /// Everything that stands in the way on this host, and warnings.
 pub fn problems(plan: &Plan, runtime: &Runtime) -> Vec<Problem> {
+    let networked = plan.network.is_some() && plan.placement != "none";
+    // Beside the rest, as both take their time in the kernel.
+    let receiving = std::thread::spawn(move || host::receiving_problems(networked));
     let mut found = host::problems();
+    found.extend(receiving.join().unwrap_or_default());
     if found.iter().any(|p| p.fatal) {
         return found;
     }
@@ -95,7 +99,11 @@ fn machine(plan: &Plan, found: &mut Vec<Problem>) {
         found.push(
             Problem::new(
                 "the destination's CRIU is older",
-                format!("{} against {}", version, plan.criu),
+                format!(
+                    "{} here, {} there",
+                    host::criu_words(version),
+                    host::criu_words(plan.criu)
+                ),
             )
             .hint("install the same version on both hosts: images are not read backwards"),
         );
