@@ -180,6 +180,9 @@ pub struct ReceiveArgs {
     /// Print one JSON event a line, to stderr with --stdio
     #[arg(long)]
     pub json: bool,
+    /// Who reads stderr is not the source: tell what the source is told, too
+    #[arg(long, hide = true)]
+    pub own_stderr: bool,
 }
 
 const CHECK_EXAMPLES: &str = "\

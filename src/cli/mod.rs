@@ -16,7 +16,7 @@ use std::ffi::OsString;
 use anyhow::anyhow;
 use clap::Parser;
 
-use crate::report::exit::{Exit, Failed};
+use crate::report::exit::{Exit, Failed, Told};
 use crate::report::log::ErrorLog;
 use crate::report::trace;
 use args::{Cli, Globals, Verb};
@@ -33,7 +33,13 @@ pub fn run(line: Vec<OsString>, ferry_runtime: Option<OsString>, log: &ErrorLog)
     match dispatch(&globals, verb) {
         Ok(()) => Exit::Done.into(),
         Err(Failed { exit, error }) => {
-            globals.error_log().error(&error);
+            let log = globals.error_log();
+            // Our stderr is the source's too, through ssh: its user would read it twice.
+            if error.is::<Told>() {
+                log.log_only(&error)
+            } else {
+                log.error(&error)
+            }
             exit.into()
         }
     }

@@ -154,7 +154,8 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
     }
     let mountinfo = fs::read_to_string(format!("/proc/{}/mountinfo", state.pid))?;
     let bound: Vec<PathBuf> = bundle.bind_mounts().into_iter().map(|m| m.destination).collect();
-    let tmpfs = tmpfs::find(&mountinfo, &bound);
+    let mut tmpfs = tmpfs::find(&mountinfo, &bound);
+    tmpfs::measure(Path::new(&format!("/proc/{}/root", state.pid)), &mut tmpfs);
     let resident = resident_bytes(&cgroup)?;
     tracing::debug!(
         ?cgroup,
@@ -170,6 +171,7 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         migration: probe::random_name()?,
         check_only: wishes.check_only,
         container: wishes.container.clone(),
+        source: host::name(),
         bundle: destination,
         config: bundle.config.clone(),
         root: wishes.root.clone(),
