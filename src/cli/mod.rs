@@ -16,6 +16,7 @@ use std::ffi::OsString;
 use anyhow::anyhow;
 use clap::Parser;
 
+use crate::migration::host;
 use crate::report::exit::{Exit, Failed, Told};
 use crate::report::log::ErrorLog;
 use crate::report::trace;
@@ -29,7 +30,11 @@ pub fn run(line: Vec<OsString>, ferry_runtime: Option<OsString>, log: &ErrorLog)
         Err(told) => return not_parsed(&told, log),
     };
     globals.ferry_runtime = globals.ferry_runtime.or(ferry_runtime);
-    trace::start(globals.debug, globals.error_log());
+    let who = match &verb {
+        Verb::Receive(_) => format!("ferry on {}", host::name()),
+        _ => "ferry".into(),
+    };
+    trace::start(globals.debug, globals.error_log(), who);
     match dispatch(&globals, verb) {
         Ok(()) => Exit::Done.into(),
         Err(Failed { exit, error }) => {

@@ -192,7 +192,8 @@ fn check_host(globals: &Globals, problems: &mut Vec<Problem>) -> String {
     let name = runtime(globals).map_err(|f| f.error).and_then(|r| r.version());
     let name = name.unwrap_or_else(|e| {
         let what = format!("{}: the runtime does not work", host::name());
-        problems.push(Problem::new(what, format!("{e:#}")));
+        let hint = "install runc, or name another with --ferry-runtime or in Ferry's configuration";
+        problems.push(Problem::new(what, format!("{e:#}").replace("\nhint: ", "; ")).hint(hint));
         String::new()
     });
     let criu = host::criu().map_or(0, |c| c.1);

@@ -23,9 +23,12 @@ const IMAGES: u64 = 16 << 20;
 pub fn problems(plan: &Plan, runtime: &Runtime) -> Vec<Problem> {
     let networked = plan.network.is_some() && plan.placement != "none";
     // Beside the rest, as both take their time in the kernel.
-    let receiving = std::thread::spawn(move || host::receiving_problems(networked));
-    let mut found = host::problems();
-    found.extend(receiving.join().unwrap_or_default());
+    let mut found = std::thread::scope(|scope| {
+        let receiving = scope.spawn(|| host::receiving_problems(networked));
+        let mut found = host::problems();
+        found.extend(receiving.join().unwrap_or_default());
+        found
+    });
     if found.iter().any(|p| p.fatal) {
         return found;
     }
@@ -45,6 +48,7 @@ pub fn problems(plan: &Plan, runtime: &Runtime) -> Vec<Problem> {
         ),
     }
     bundle(plan, &mut found);
+    tracing::debug!("{} MiB of memory will be taken in at most", staging_bytes(plan) >> 20);
     room(plan, &mut found);
     if let (Some(image), Some(path)) = (&plan.network, &plan.network_path) {
         match plan.placement.parse::<Placement>() {

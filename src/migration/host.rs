@@ -223,13 +223,17 @@ pub fn problems() -> Vec<Problem> {
 /// memory from outside and, for one with an address (`networked`), to keep and replay its packets.
 pub fn receiving_problems(networked: bool) -> Vec<Problem> {
     let mut found = Vec::new();
+    if !nix::unistd::geteuid().is_root() {
+        // All of it is root's, and somebody else tells.
+        return found;
+    }
     if let Err(e) = memory::uffd_for_restore() {
         found.push(no_userfaultfd(&e));
     }
     if networked {
         let began = Instant::now();
         found.extend(network::usable::missing());
-        tracing::debug!("tried tun, tc and nf_tables out in {:?}", began.elapsed());
+        tracing::debug!("tried tun, tc and nf_tables out in {:.1?}", began.elapsed());
     }
     found.into_iter().map(at_home).collect()
 }
@@ -271,7 +275,7 @@ fn look() -> Vec<Problem> {
         Ok((path, _)) => {
             let began = Instant::now();
             let check = Command::new(&path).arg("check").stdin(Stdio::null()).output();
-            tracing::debug!("`criu check` took {:?}", began.elapsed());
+            tracing::debug!("`criu check` took {:.1?}", began.elapsed());
             match check {
                 Ok(output) if output.status.success() => {}
                 Ok(output) => found.push(

@@ -1,6 +1,8 @@
 //! `--debug`: what our own verbs say of their doings, on stderr, or in the file of `--log` as
 //! runc would write it. Without the flag only warnings and errors that nobody else tells.
 //!
+//! `ferry migrate --debug` asks the other host's Ferry for the same.
+//!
 //! Never set up in the pass-through: there runc has the word.
 
 use std::fmt::{self, Write as _};
@@ -15,16 +17,18 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use super::log::ErrorLog;
 
-/// Sets it up for the rest of the process; a second call changes nothing.
-pub fn start(debug: bool, log: ErrorLog) {
+/// Sets it up for the rest of the process; a second call changes nothing. `who` stands before each
+/// line on stderr: the lines of two hosts come together where one of them is reached through ssh.
+pub fn start(debug: bool, log: ErrorLog, who: String) {
     let most = if debug { LevelFilter::DEBUG } else { LevelFilter::WARN };
-    let lines = Lines { log, began: Instant::now() };
+    let lines = Lines { log, who, began: Instant::now() };
     let _ = tracing_subscriber::registry().with(lines.with_filter(most)).try_init();
 }
 
 /// One line an event.
 struct Lines {
     log: ErrorLog,
+    who: String,
     began: Instant,
 }
 
@@ -38,7 +42,7 @@ impl<S: Subscriber> Layer<S> for Lines {
         }
         let ms = self.began.elapsed().as_secs_f64() * 1000.0;
         // One write, and none that could panic: nobody may read it.
-        let line = format!("ferry: {level}: {ms:>8.1} ms  {}\n", text.0);
+        let line = format!("{}: {level}: {ms:>8.1} ms  {}\n", self.who, text.0);
         let _ = std::io::stderr().write_all(line.as_bytes());
     }
 }
@@ -80,7 +84,7 @@ mod tests {
         for (debug, format) in [(false, Format::Text), (true, Format::Json)] {
             let log = ErrorLog { file: Some(file.clone()), format };
             let most = if debug { LevelFilter::DEBUG } else { LevelFilter::WARN };
-            let lines = Lines { log, began: Instant::now() };
+            let lines = Lines { log, who: "ferry".into(), began: Instant::now() };
             let subscriber = tracing_subscriber::registry().with(lines.with_filter(most));
             tracing::subscriber::with_default(subscriber, || {
                 tracing::debug!(pid = 7, "started {}", "criu");

@@ -160,6 +160,9 @@ impl Destination {
                     command.arg("-p").arg(port.to_string());
                 }
                 command.arg(host).arg(remote_ferry).arg("receive").arg("--stdio");
+                if tracing::enabled!(tracing::Level::DEBUG) {
+                    command.arg("--debug");
+                }
                 command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
                 // Ctrl-C on our terminal must not cut the link under the hand-over.
                 process::in_new_session(&mut command);

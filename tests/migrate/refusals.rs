@@ -372,7 +372,12 @@ fn conclusions(lab: &Lab) -> Outcome {
         ensure!(event["result"] == "checked", "{said}");
     }
     let said = a.ferry(&["--debug", "check", "box", "b"])?.exits(0)?;
-    says(&said, &["ferry: debug: ", "CRIU 4.", "started \"ssh\""])?;
+    says(&said, &["ferry: debug: ", "CRIU 4.", "started \"ssh\"", "ferry on b: debug: "])?;
+    let arguments = ["--debug", "--log", "/tmp/check.log", "--log-format", "json", "check", "box"];
+    let said = a.ferry(&arguments)?.exits(0)?;
+    ensure!(!said.err.contains("debug"), "{said}");
+    let log = a.sh("cat /tmp/check.log")?;
+    ensure!(log.contains("{\"level\":\"debug\",\"msg\":\"the runtime is"), "{log}");
     untouched(lab, &container, pid)
 }
 
