@@ -166,10 +166,9 @@ Examples:
 /// `ferry receive`.
 #[derive(Debug, Clone, PartialEq, Eq, Args)]
 #[command(after_help = RECEIVE_EXAMPLES)]
-#[group(id = "from", required = true, multiple = false, args = ["stdio", "listen"])]
 pub struct ReceiveArgs {
     /// Talk to the source over standard input and output
-    #[arg(long)]
+    #[arg(long, required_unless_present = "listen", conflicts_with = "listen")]
     pub stdio: bool,
     /// Wait for the source here: unix:/path
     #[arg(long, value_name = "WHERE")]
