@@ -36,6 +36,7 @@ fn main() {
         trial("keep_a_prepared_namespace", carry::keep),
         trial("rollback_leaves_nothing", carry::rollback),
         trial("capture_refuses_what_it_cannot_carry", carry::capture_refuses),
+        trial("usable_kernel_is_told_from_another", carry::usable),
         trial("image_of_a_bad_peer_is_refused", carry::bad_peer),
         trial("preflight_macvlan", || carry::preflight_finds("pfm", Macvlan)),
         trial("preflight_bridge", || carry::preflight_finds("pfb", Bridge)),

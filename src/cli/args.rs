@@ -37,7 +37,7 @@ pub struct Globals {
     /// Where the runtime keeps its containers' state [default: the runtime's own]
     #[arg(long, global = true, value_name = "DIR")]
     pub root: Option<PathBuf>,
-    /// Also write errors to this file
+    /// Also write errors to this file; what --debug says goes there only
     #[arg(long, global = true, value_name = "FILE")]
     pub log: Option<PathBuf>,
     /// The form of that file
@@ -46,7 +46,7 @@ pub struct Globals {
     /// The container's cgroup is systemd's
     #[arg(long, global = true)]
     pub systemd_cgroup: bool,
-    /// Say on stderr what is being done
+    /// Say on stderr, or in the file of --log, what is being done
     #[arg(long, global = true)]
     pub debug: bool,
     /// The container runtime: a path, or a name in PATH [default: runc]
@@ -166,10 +166,9 @@ Examples:
 /// `ferry receive`.
 #[derive(Debug, Clone, PartialEq, Eq, Args)]
 #[command(after_help = RECEIVE_EXAMPLES)]
-#[group(id = "from", required = true, multiple = false, args = ["stdio", "listen"])]
 pub struct ReceiveArgs {
     /// Talk to the source over standard input and output
-    #[arg(long)]
+    #[arg(long, required_unless_present = "listen", conflicts_with = "listen")]
     pub stdio: bool,
     /// Wait for the source here: unix:/path
     #[arg(long, value_name = "WHERE")]
@@ -180,6 +179,9 @@ pub struct ReceiveArgs {
     /// Print one JSON event a line, to stderr with --stdio
     #[arg(long)]
     pub json: bool,
+    /// Who reads stderr is not the source: tell what the source is told, too
+    #[arg(long, hide = true)]
+    pub own_stderr: bool,
 }
 
 const CHECK_EXAMPLES: &str = "\

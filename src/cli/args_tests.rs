@@ -75,3 +75,14 @@ fn what_is_not_built_is_not_accepted() {
         assert_eq!(error.exit_code(), 2, "{line}");
     }
 }
+
+/// The derive makes a group of all arguments of a verb, and one of them kept out the others.
+#[test]
+fn receive_takes_its_options_together() {
+    for line in [
+        "receive --stdio --json --console-socket /c --own-stderr",
+        "receive --listen unix:/x --json --console-socket /c",
+    ] {
+        assert!(parse(line).is_ok(), "{line}");
+    }
+}

@@ -16,8 +16,10 @@ use std::ffi::OsString;
 use anyhow::anyhow;
 use clap::Parser;
 
-use crate::report::exit::{Exit, Failed};
+use crate::migration::host;
+use crate::report::exit::{Exit, Failed, Told};
 use crate::report::log::ErrorLog;
+use crate::report::trace;
 use args::{Cli, Globals, Verb};
 
 /// Runs a verb of ours: `line` as [`scan`] prepared it, and what it took out of it.
@@ -28,10 +30,21 @@ pub fn run(line: Vec<OsString>, ferry_runtime: Option<OsString>, log: &ErrorLog)
         Err(told) => return not_parsed(&told, log),
     };
     globals.ferry_runtime = globals.ferry_runtime.or(ferry_runtime);
+    let who = match &verb {
+        Verb::Receive(_) => format!("ferry on {}", host::name()),
+        _ => "ferry".into(),
+    };
+    trace::start(globals.debug, globals.error_log(), who);
     match dispatch(&globals, verb) {
         Ok(()) => Exit::Done.into(),
         Err(Failed { exit, error }) => {
-            globals.error_log().error(&error);
+            let log = globals.error_log();
+            // Our stderr is the source's too, through ssh: its user would read it twice.
+            if error.is::<Told>() {
+                log.log_only(&error)
+            } else {
+                log.error(&error)
+            }
             exit.into()
         }
     }

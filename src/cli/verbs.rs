@@ -20,15 +20,17 @@ use crate::migration::journal::{Journal, Role, State, is_alive};
 use crate::migration::protocol::{Standing, Verdict};
 use crate::migration::source::{self, Options};
 use crate::migration::{destination, host, recover, settle};
-use crate::network::problem::Problem;
+use crate::network::{self, problem::Problem};
 use crate::oci::runtime::Runtime;
-use crate::report::exit::Failed;
+use crate::report::exit::{Failed, Told};
+use crate::report::log::rfc3339;
 use crate::report::progress::Reporter;
 use crate::transport::connect::{self, Destination as Reach, split_command};
 
 fn runtime(globals: &Globals) -> Result<Runtime, Failed> {
     let found =
         Found::find(globals.ferry_runtime.as_deref()).map_err(|u| Failed::refused(u.error))?;
+    tracing::debug!("the runtime is {}", found.path.display());
     Ok(Runtime::new(found.path, globals.root.clone(), globals.systemd_cgroup))
 }
 
@@ -81,6 +83,7 @@ pub fn migrate(globals: &Globals, args: &MigrateArgs) -> Result<(), Failed> {
             root: globals.root.clone(),
             systemd_cgroup: globals.systemd_cgroup,
             check_only: args.dry_run,
+            state_dir: Some(state_dir()?),
         },
         destination: reach(&args.destination, &args.remote)?,
         timeout: args.timeout,
@@ -100,6 +103,9 @@ pub fn migrate(globals: &Globals, args: &MigrateArgs) -> Result<(), Failed> {
     reporter.report.error = result.as_ref().err().map(|f| format!("{:#}", f.error));
     let written = reporter.finish(word, args.report.as_deref());
     result?;
+    if args.dry_run && !args.json {
+        say(&format!("{} can go to {}", args.container, options.destination));
+    }
     // It runs there: a report that cannot be written does not change that, but must be known.
     if let Err(e) = written {
         reporter.warning(&format!("{e:#}"));
@@ -113,7 +119,13 @@ pub fn receive(globals: &Globals, args: &ReceiveArgs) -> Result<(), Failed> {
         None => {
             let runtime = runtime(globals)?;
             let link = connect::stdio().map_err(Failed::refused)?;
-            Ok(destination::receive(link, &runtime, &state_dir()?)?)
+            destination::receive(link, &runtime, &state_dir()?).map_err(|e| {
+                Failed::from(match e.downcast::<Told>() {
+                    Ok(told) if args.own_stderr => told.0,
+                    Ok(told) => told.into(),
+                    Err(e) => e,
+                })
+            })
         }
         Some(Listen::Unix(path)) => listen(globals, path).map_err(Failed::from),
     }
@@ -134,6 +146,7 @@ fn listen(globals: &Globals, path: &Path) -> Result<()> {
     }
     let listener = UnixListener::bind(path).with_context(what)?;
     std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+    tracing::info!("listening on unix:{}", path.display());
     for socket in listener.incoming() {
         let socket = socket?;
         let (input, output) = (OwnedFd::from(socket.try_clone()?), OwnedFd::from(socket));
@@ -141,8 +154,15 @@ fn listen(globals: &Globals, path: &Path) -> Result<()> {
         if let Some(runtime) = &globals.ferry_runtime {
             command.arg("--ferry-runtime").arg(runtime);
         }
-        command.args(["receive", "--stdio"]).stdin(input).stdout(output);
+        if let Some(log) = &globals.log {
+            command.arg("--log").arg(log).args(["--log-format", globals.log_format.name()]);
+        }
+        if globals.debug {
+            command.arg("--debug");
+        }
+        command.args(["receive", "--stdio", "--own-stderr"]).stdin(input).stdout(output);
         let mut child = command.spawn().context("cannot start a receiver")?;
+        tracing::info!("process {} takes a connection", child.id());
         std::thread::spawn(move || child.wait());
     }
     Ok(())
@@ -151,47 +171,81 @@ fn listen(globals: &Globals, path: &Path) -> Result<()> {
 /// `ferry check`.
 pub fn check(globals: &Globals, args: &CheckArgs) -> Result<(), Failed> {
     let mut problems = host::problems();
-    let result = match (&args.container, problems.iter().any(|p| p.fatal)) {
-        (None, _) | (_, true) => Ok(()),
-        (Some(container), false) => {
-            let runtime = runtime(globals)?;
-            let wishes = Wishes {
-                container: container.clone(),
-                bundle: absolute(args.bundle.as_deref())?,
-                placement: placement(&args.network),
-                console_socket: None,
-                root: globals.root.clone(),
-                systemd_cgroup: globals.systemd_cgroup,
-                check_only: true,
-            };
-            match &args.destination {
-                None => {
-                    if let Err(list) = inspect::inspect(&runtime, &wishes) {
-                        problems.extend(list);
-                    }
-                    Ok(())
-                }
-                Some(destination) => {
-                    let options = Options {
-                        wishes,
-                        destination: reach(destination, &args.remote)?,
-                        timeout: None,
-                        leave_mark: false,
-                    };
-                    let mut reporter = Reporter::quiet();
-                    let result = source::check(&runtime, &options, &mut reporter);
-                    problems.append(&mut reporter.warnings);
-                    result
-                }
-            }
-        }
+    let fit = !problems.iter().any(|p| p.fatal);
+    let (result, conclusion) = match &args.container {
+        None if fit => (Ok(()), check_host(globals, &mut problems)),
+        Some(container) if fit => check_container(globals, args, container, &mut problems)?,
+        _ => (Ok(()), String::new()),
     };
-    tell_check(&problems, result, args.json)
+    tell_check(&problems, result, &conclusion, args.json)
+}
+
+/// Whether this host can send and receive; what is fine about it.
+fn check_host(globals: &Globals, problems: &mut Vec<Problem>) -> String {
+    problems.extend(host::receiving_problems(false));
+    // Containers without an address can come all the same.
+    problems.extend(network::usable::missing().into_iter().map(|problem| {
+        let what =
+            format!("{}: no container with an address can come: {}", host::name(), problem.what);
+        Problem { what, ..problem }.warning()
+    }));
+    let name = runtime(globals).map_err(|f| f.error).and_then(|r| r.version());
+    let name = name.unwrap_or_else(|e| {
+        let what = format!("{}: the runtime does not work", host::name());
+        let hint = "install runc, or name another with --ferry-runtime or in Ferry's configuration";
+        problems.push(Problem::new(what, format!("{e:#}").replace("\nhint: ", "; ")).hint(hint));
+        String::new()
+    });
+    let criu = host::criu().map_or(0, |c| c.1);
+    format!(
+        "{} can send and receive containers: Linux {}, CRIU {}, {}",
+        host::name(),
+        host::kernel(),
+        host::criu_words(criu),
+        name.replace(" version ", " ")
+    )
+}
+
+/// What stands in a container's way, here or on its way to the destination; else the conclusion.
+fn check_container(
+    globals: &Globals,
+    args: &CheckArgs,
+    container: &str,
+    problems: &mut Vec<Problem>,
+) -> Result<(Result<(), Failed>, String), Failed> {
+    let runtime = runtime(globals)?;
+    let wishes = Wishes {
+        container: container.to_owned(),
+        bundle: absolute(args.bundle.as_deref())?,
+        placement: placement(&args.network),
+        console_socket: None,
+        root: globals.root.clone(),
+        systemd_cgroup: globals.systemd_cgroup,
+        check_only: true,
+        state_dir: Some(state_dir()?),
+    };
+    let Some(destination) = &args.destination else {
+        problems.extend(inspect::inspect(&runtime, &wishes).err().unwrap_or_default());
+        let said =
+            format!("{container} can go, to a host that is fit for it: name one to check it");
+        return Ok((Ok(()), said));
+    };
+    let options = Options {
+        wishes,
+        destination: reach(destination, &args.remote)?,
+        timeout: None,
+        leave_mark: false,
+    };
+    let mut reporter = Reporter::quiet();
+    let result = source::check(&runtime, &options, &mut reporter);
+    problems.append(&mut reporter.warnings);
+    Ok((result, format!("{container} can go to {}", options.destination)))
 }
 
 fn tell_check(
     problems: &[Problem],
     result: Result<(), Failed>,
+    conclusion: &str,
     as_json: bool,
 ) -> Result<(), Failed> {
     let fatal: Vec<Problem> = problems.iter().filter(|p| p.fatal).cloned().collect();
@@ -202,13 +256,15 @@ fn tell_check(
         if let (Err(failed), true) = (&result, fatal.is_empty()) {
             all.push(json!({"what": format!("{:#}", failed.error), "fatal": true}));
         }
-        say(&json!({"ok": result.is_ok(), "problems": all}).to_string());
+        let word = result.as_ref().map_or_else(|f| f.exit.word(), |()| "checked");
+        let ok = result.is_ok();
+        say(&json!({"event": "check", "result": word, "ok": ok, "problems": all}).to_string());
     } else {
         for warning in warnings {
             let _ = writeln!(std::io::stderr(), "warning: {warning}");
         }
         if result.is_ok() {
-            say("nothing stands in the way");
+            say(conclusion);
         }
     }
     result
@@ -221,13 +277,17 @@ fn say(line: &str) {
 
 /// `ferry migrations`.
 pub fn migrations(args: &MigrationsArgs) -> Result<(), Failed> {
-    for journal in Journal::all(&state_dir()?)? {
+    let state_dir = state_dir()?;
+    let mut any = false;
+    for journal in Journal::all(&state_dir)? {
         let record = &journal.record;
         if args.id.as_ref().is_some_and(|id| *id != record.container && *id != record.migration) {
             continue;
         }
+        any = true;
         let under_way = is_alive(record.worker) && !journal.state().is_over();
         let in_words = standing_here(&journal, under_way);
+        let ended = journal.states().last().filter(|s| s.0.is_over()).map(|s| s.1);
         if args.json {
             say(&json!({
                 "migration": record.migration,
@@ -237,6 +297,7 @@ pub fn migrations(args: &MigrationsArgs) -> Result<(), Failed> {
                 "state": journal.state(),
                 "under_way": under_way,
                 "begun": record.begun,
+                "ended": ended,
                 "states": journal.states(),
             })
             .to_string());
@@ -246,12 +307,27 @@ pub fn migrations(args: &MigrationsArgs) -> Result<(), Failed> {
                 Role::Destination => "from",
             };
             say(&format!(
-                "{}  {:<20} {way} {:<24} {in_words}",
-                record.migration, record.container, record.peer
+                "{}  {} - {:<20}  {}  {way} {}  {in_words}",
+                record.migration,
+                moment(record.begun),
+                ended.map_or_else(String::new, moment),
+                record.container,
+                record.peer
             ));
         }
     }
-    Ok(())
+    match &args.id {
+        Some(id) if !any => Err(Failed::from(anyhow!(
+            "this host knows of no migration of a container {id}, and of none with that ID\n\
+             hint: `ferry migrations` lists all that it has seen, in {}",
+            state_dir.display()
+        ))),
+        _ => Ok(()),
+    }
+}
+
+fn moment(unix: u64) -> String {
+    rfc3339(std::time::UNIX_EPOCH + std::time::Duration::from_secs(unix))
 }
 
 fn standing_here(journal: &Journal, under_way: bool) -> &'static str {

@@ -25,6 +25,9 @@ pub struct Tmpfs {
     pub place: String,
     /// Its own options (size, mode …), tmpfs(5).
     pub options: Vec<String>,
+    /// Bytes in it when it was looked at: they go along, and the destination must have room.
+    #[serde(default)]
+    pub used: u64,
 }
 
 /// Finds, in the mountinfo of a task of the container (proc_pid_mountinfo(5)), the tmpfs mounts
@@ -63,6 +66,7 @@ pub fn find(mountinfo: &str, bound: &[PathBuf]) -> Vec<Tmpfs> {
         .map(|l| Tmpfs {
             place: l.place.to_owned(),
             options: l.options.split(',').filter(|o| known(o)).map(str::to_owned).collect(),
+            used: 0,
         })
         .take(MAX)
         .collect()
@@ -102,6 +106,15 @@ pub fn open_in(root: &Path, place: &str) -> Result<OwnedFd> {
         bail!("it is no tmpfs any more");
     }
     Ok(found)
+}
+
+/// Takes down how much is in each; what cannot be looked at counts for nothing.
+pub fn measure(root: &Path, list: &mut [Tmpfs]) {
+    for tmpfs in list {
+        tmpfs.used = open_in(root, &tmpfs.place)
+            .and_then(|found| Ok(fstatfs(&found)?))
+            .map_or(0, |s| (s.blocks() - s.blocks_free()) * s.block_size() as u64);
+    }
 }
 
 /// Refuses what no honest source sends.
@@ -203,7 +216,8 @@ mod tests {
 
     #[test]
     fn strange_options_are_refused() {
-        let odd = |o: &str| validate(&[Tmpfs { place: "/x".into(), options: vec![o.into()] }]);
+        let odd =
+            |o: &str| validate(&[Tmpfs { place: "/x".into(), options: vec![o.into()], used: 0 }]);
         assert!(odd("size=1m").is_ok());
         assert!(odd("context=x").is_err());
         assert!(odd("size=1,uid=0").is_err());

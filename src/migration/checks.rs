@@ -1,11 +1,11 @@
 //! The destination's checks: everything that can be known to stop a migration while the container
 //! still runs on the source.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::away::AwayMark;
-use super::host;
 use super::protocol::{Place, Plan};
+use super::{host, workdir};
 use crate::files::probe;
 use crate::network::problem::Problem;
 use crate::network::{self, Placement};
@@ -16,10 +16,19 @@ use crate::sys::tmpfs;
 
 /// Memory that must be left when the container has arrived.
 const RESERVE: u64 = 64 << 20;
+/// For image files without contents of memory or tmpfs mounts, and for the journal.
+const IMAGES: u64 = 16 << 20;
 
 /// Everything that stands in the way on this host, and warnings.
 pub fn problems(plan: &Plan, runtime: &Runtime) -> Vec<Problem> {
-    let mut found = host::problems();
+    let networked = plan.network.is_some() && plan.placement != "none";
+    // Beside the rest, as both take their time in the kernel.
+    let mut found = std::thread::scope(|scope| {
+        let receiving = scope.spawn(|| host::receiving_problems(networked));
+        let mut found = host::problems();
+        found.extend(receiving.join().unwrap_or_default());
+        found
+    });
     if found.iter().any(|p| p.fatal) {
         return found;
     }
@@ -39,6 +48,7 @@ pub fn problems(plan: &Plan, runtime: &Runtime) -> Vec<Problem> {
         ),
     }
     bundle(plan, &mut found);
+    tracing::debug!("{} MiB of memory will be taken in at most", staging_bytes(plan) >> 20);
     room(plan, &mut found);
     if let (Some(image), Some(path)) = (&plan.network, &plan.network_path) {
         match plan.placement.parse::<Placement>() {
@@ -95,7 +105,11 @@ fn machine(plan: &Plan, found: &mut Vec<Problem>) {
         found.push(
             Problem::new(
                 "the destination's CRIU is older",
-                format!("{} against {}", version, plan.criu),
+                format!(
+                    "{} here, {} there",
+                    host::criu_words(version),
+                    host::criu_words(plan.criu)
+                ),
             )
             .hint("install the same version on both hosts: images are not read backwards"),
         );
@@ -143,10 +157,11 @@ fn bundle(plan: &Plan, found: &mut Vec<Problem>) {
                 .find(|m| m.destination == *destination)
                 .map(|m| m.source),
         };
-        let result = match path {
-            Some(path) => probe::verify(&path, &probe.proof),
+        let result = match &path {
+            Some(path) => probe::verify(path, &probe.proof),
             None => Err(anyhow::anyhow!("config.json here does not have it")),
         };
+        tracing::debug!(?path, shared = result.is_ok(), "looked for the {}", probe.what);
         if let Err(e) = result {
             found.push(
                 Problem::new(format!("the {} is not shared", probe.what), format!("{e:#}"))
@@ -157,41 +172,116 @@ fn bundle(plan: &Plan, found: &mut Vec<Problem>) {
 }
 
 fn room(plan: &Plan, found: &mut Vec<Problem>) {
-    let mib = |bytes: u64| bytes >> 20;
-    // Staged pages are given back as they are installed, so little is there twice at a time.
-    if let Ok(free) = host::memory_available()
-        && free < plan.resident_bytes + plan.resident_bytes / 8 + RESERVE
-    {
-        found.push(
-            Problem::new(
-                "the destination has not enough memory",
-                format!(
-                    "{} MiB are free, the container has {} MiB",
-                    mib(free),
-                    mib(plan.resident_bytes)
-                ),
-            )
-            .hint("free some, or choose another host"),
-        );
+    if let Ok(free) = host::memory_available() {
+        found.extend(memory(plan, free));
     }
-    for place in ["/run", "/var/lib"] {
-        if tmpfs::free_bytes(place.as_ref()).is_ok_and(|free| free < 16 << 20) {
+    // Image files are in memory, the journal is on disk. Where the former have a limit of their own
+    // the contents of tmpfs mounts count against it.
+    let images = [workdir::BASE, "/run"].map(Path::new).into_iter().find(|p| p.exists());
+    let images = images.filter(|p| tmpfs::is_tmpfs(p).unwrap_or(false));
+    let packed = IMAGES.saturating_add(in_tmpfs(plan));
+    for (place, needed) in
+        images.into_iter().map(|p| (p, packed)).chain([("/var/lib".as_ref(), IMAGES)])
+    {
+        if let Ok(free) = tmpfs::free_bytes(place)
+            && free < needed
+        {
             found.push(
                 Problem::new(
-                    format!("{place} is full on the destination"),
-                    "less than 16 MiB are free, for image files and the journal",
+                    format!("{} is full on the destination", place.display()),
+                    format!(
+                        "{} MiB are free, for image files and the journal {} are needed",
+                        free >> 20,
+                        needed >> 20
+                    ),
                 )
-                .hint("free some room there"),
+                .hint("free some room there, or make it larger"),
             );
         }
     }
 }
 
+/// Bytes that all tmpfs mounts hold together.
+fn in_tmpfs(plan: &Plan) -> u64 {
+    plan.tmpfs.iter().fold(0, |sum: u64, t| sum.saturating_add(t.used))
+}
+
+/// Whether the container finds room in `free` bytes of memory.
+fn memory(plan: &Plan, free: u64) -> Option<Problem> {
+    let mib = |bytes: u64| bytes >> 20;
+    // What is in a tmpfs is there packed and unpacked for a moment. Staged pages are given back as
+    // they are installed, so little of them is there twice at a time.
+    let twice = in_tmpfs(plan).saturating_mul(2).saturating_add(RESERVE);
+    let now = plan.resident_bytes.saturating_add(plan.resident_bytes / 8).saturating_add(twice);
+    let most = plan.memory_bytes.saturating_add(twice);
+    let why = |needed: u64| {
+        format!(
+            "{} MiB are free, {} MiB are needed: the container has {} MiB, and {} MiB in tmpfs mounts",
+            mib(free),
+            mib(needed),
+            mib(plan.resident_bytes),
+            mib(in_tmpfs(plan)),
+        )
+    };
+    if free < now {
+        return Some(
+            Problem::new("the destination has not enough memory", why(now)).hint(
+                "free some there, empty the container's tmpfs mounts, or choose another host",
+            ),
+        );
+    }
+    (free < most).then(|| {
+        Problem::new("the destination's memory may become short", why(most))
+            .hint(
+                "it is enough unless the container grows while it is copied; if it does, it stays",
+            )
+            .warning()
+    })
+}
+
+/// Most bytes of memory that are taken in: what the plan announces, but never so much that this
+/// host's other work goes under.
+pub fn staging_bytes(plan: &Plan) -> u64 {
+    let free = host::memory_available().unwrap_or(u64::MAX);
+    plan.memory_bytes.min(free.saturating_sub(RESERVE))
+}
+
 /// The mark that says that this container was migrated away from here earlier: it comes back.
-pub fn clear_mark(
-    plan: &Plan,
-    runtime: &Runtime,
-    state_dir: &std::path::Path,
-) -> anyhow::Result<bool> {
+pub fn clear_mark(plan: &Plan, runtime: &Runtime, state_dir: &Path) -> anyhow::Result<bool> {
     AwayMark::remove(state_dir, runtime.root(), plan.container.as_ref())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::files::tmpfs::Tmpfs;
+
+    fn plan(resident: u64, memory: u64, used: u64) -> Plan {
+        let mut plan: Plan = serde_json::from_value(serde_json::json!({
+            "migration": "00112233aabbccdd", "check_only": true, "container": "box",
+            "bundle": "/b", "config": {}, "root": null, "systemd_cgroup": false, "streams": [],
+            "console_socket": null, "memory_bytes": memory, "resident_bytes": resident, "cpu": [],
+            "machine": "", "kernel": "", "criu": 0, "probes": [], "tmpfs": [], "network": null,
+            "loopback": null, "network_path": null, "placement": "auto",
+        }))
+        .unwrap();
+        plan.tmpfs = vec![Tmpfs { place: "/t".into(), options: vec![], used }];
+        plan
+    }
+
+    #[test]
+    fn memory_for_pages_and_tmpfs_is_asked_for_before() {
+        const GIB: u64 = 1 << 30;
+        let fatal = |p: Plan, free| memory(&p, free).map(|p| p.fatal);
+        assert_eq!(fatal(plan(GIB, 3 * GIB, 0), 4 * GIB), None);
+        assert_eq!(fatal(plan(GIB, 3 * GIB, 0), 2 * GIB), Some(false));
+        assert_eq!(fatal(plan(2 * GIB, 3 * GIB, 0), 2 * GIB), Some(true));
+        // A tmpfs counts twice.
+        assert_eq!(fatal(plan(GIB, GIB, GIB), 3 * GIB), Some(true));
+        assert_eq!(fatal(plan(GIB, GIB, GIB), 4 * GIB), None);
+        // Whatever a peer claims.
+        assert_eq!(fatal(plan(u64::MAX, u64::MAX, u64::MAX), GIB), Some(true));
+        assert!(staging_bytes(&plan(1, u64::MAX, 0)) < u64::MAX);
+        assert_eq!(staging_bytes(&plan(1, 4096, 0)), 4096);
+    }
 }

@@ -42,6 +42,7 @@ use crate::memory::serve::{Ended, GUARD_DONE, Server};
 use crate::memory::staging::Staging;
 use crate::network::{self, Announcer, Frame as Packet, Placement, Recreated, Replay, fence};
 use crate::oci::runtime::Runtime;
+use crate::report::exit::Told;
 use crate::sys::fault;
 use crate::sys::memory::PAGE;
 use crate::sys::netns::NetNs;
@@ -193,7 +194,7 @@ fn converse(
     if !plan.check_only {
         // Before the source is told to go on: its first pages follow right after `Prepare`, and
         // the reading thread takes them in whether or not this one has got that far.
-        let pages = usize::try_from(plan.memory_bytes)? / PAGE;
+        let pages = usize::try_from(checks::staging_bytes(&plan))? / PAGE;
         let fresh = Staging::new(pages)?;
         *staging.lock().unwrap_or_else(PoisonError::into_inner) = Some(fresh);
     }
@@ -213,8 +214,8 @@ fn converse(
         Ok(guest) => guest,
         Err(e) => {
             let why = format!("{e:#}");
-            let _ = speaker.say(&Message::Failed { phase: "preparing".into(), why });
-            return Err(e);
+            let told = speaker.say(&Message::Failed { phase: "preparing".into(), why }).is_ok();
+            return Err(if told { Told(e).into() } else { e });
         }
     };
     guest.take_in(speaker, inputs, tell, staging)
@@ -265,7 +266,7 @@ impl Guest {
             migration: plan.migration.clone(),
             container: plan.container.clone(),
             role: Role::Destination,
-            peer: "the source".into(),
+            peer: plan.source.clone(),
             destination: None,
             runtime: runtime.program().to_owned(),
             root: plan.root.clone(),
@@ -330,8 +331,8 @@ impl Guest {
                 // Undone first: a second try must find the place free. The source does not wait
                 // for us, it runs on when it hears, or when the link is cut.
                 let undone = self.undo();
-                let _ = speaker.say(&failed);
-                return undone.and(Err(e));
+                let told = speaker.say(&failed).is_ok();
+                return undone.and(Err(if told { Told(e).into() } else { e }));
             }
         };
         match verdict {

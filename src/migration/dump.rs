@@ -26,7 +26,7 @@ use rust_criu::rust_criu_protobuf::rpc::{
     Criu_network_lock_method, Criu_page_server_info, Criu_req, Ext_mount_map,
 };
 
-use super::workdir::criu_errors;
+use super::workdir::criu_failed;
 use crate::criu::interposer::{Event, Interposer, Session};
 use crate::network::fence::{Armed, Side};
 use crate::network::frames::Capture;
@@ -219,9 +219,8 @@ fn job(
             Event::Hangup => break Err(anyhow!("CRIU ended in the middle of the dump")),
         }
     };
-    result.with_context(|| {
-        format!("CRIU cannot dump the container:\n{}", criu_errors(&plan.work.join("dump.log")))
-    })
+    result
+        .map_err(|e| criu_failed("CRIU cannot dump the container", &plan.work.join("dump.log"), e))
 }
 
 /// Stops the container, then its network: what came in before the fence has closed is in the

@@ -5,12 +5,13 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 
 use crate::network::problem::Problem;
-use crate::oci;
-use crate::sys::memory::PAGE;
+use crate::sys::memory::{self, PAGE};
+use crate::{network, oci};
 
 /// The oldest CRIU that works: its lazy dump and its page maps are what this Ferry was built on.
 pub const CRIU_OLDEST: u32 = 40_200;
@@ -169,7 +170,28 @@ pub fn criu() -> Result<(PathBuf, u32), Problem> {
         )
         .hint("install CRIU 4.2 or newer: older ones fail on Linux 6.13 and later"));
     }
+    tracing::debug!("CRIU {} is {}", criu_words(version), path.display());
     Ok((path, version))
+}
+
+/// CRIU's version as people write it: 4.2 for 40200, 4.2.1 for 40201.
+pub fn criu_words(version: u32) -> String {
+    let (major, minor, patch) = (version / 10_000, version / 100 % 100, version % 100);
+    match patch {
+        0 => format!("{major}.{minor}"),
+        patch => format!("{major}.{minor}.{patch}"),
+    }
+}
+
+/// What this host calls itself, for the people who have several.
+pub fn name() -> String {
+    let name = nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned();
+    if name.is_empty() { "this host".into() } else { name }
+}
+
+/// Says which host has the problem: two of them are looked at, and both are told of in one place.
+fn at_home(problem: Problem) -> Problem {
+    Problem { what: format!("{}: {}", name(), problem.what), ..problem }
 }
 
 /// Kernel release as (major, minor).
@@ -194,6 +216,41 @@ pub fn memory_available() -> Result<u64> {
 
 /// Everything about this host alone that could stop a migration, in either role.
 pub fn problems() -> Vec<Problem> {
+    look().into_iter().map(at_home).collect()
+}
+
+/// The same for what only the destination needs: its kernel must be able to fill a container's
+/// memory from outside and, for one with an address (`networked`), to keep and replay its packets.
+pub fn receiving_problems(networked: bool) -> Vec<Problem> {
+    let mut found = Vec::new();
+    if !nix::unistd::geteuid().is_root() {
+        // All of it is root's, and somebody else tells.
+        return found;
+    }
+    if let Err(e) = memory::uffd_for_restore() {
+        found.push(no_userfaultfd(&e));
+    }
+    if networked {
+        let began = Instant::now();
+        found.extend(network::usable::missing());
+        tracing::debug!("tried tun, tc and nf_tables out in {:.1?}", began.elapsed());
+    }
+    found.into_iter().map(at_home).collect()
+}
+
+fn no_userfaultfd(error: &std::io::Error) -> Problem {
+    let hint = match error.raw_os_error() {
+        Some(libc::ENOSYS) => "the kernel needs CONFIG_USERFAULTFD",
+        Some(libc::EPERM | libc::EACCES) => {
+            "give Ferry CAP_SYS_PTRACE, or set the sysctl vm.unprivileged_userfaultfd=1; a seccomp \
+             profile may forbid it too"
+        }
+        _ => "CRIU needs a kernel whose userfaultfd tells of forks, moves and unmappings",
+    };
+    Problem::new("userfaultfd cannot be used", error).hint(hint)
+}
+
+fn look() -> Vec<Problem> {
     let mut found = Vec::new();
     if !nix::unistd::geteuid().is_root() {
         found.push(
@@ -216,7 +273,9 @@ pub fn problems() -> Vec<Problem> {
     match criu() {
         Err(problem) => found.push(problem),
         Ok((path, _)) => {
+            let began = Instant::now();
             let check = Command::new(&path).arg("check").stdin(Stdio::null()).output();
+            tracing::debug!("`criu check` took {:.1?}", began.elapsed());
             match check {
                 Ok(output) if output.status.success() => {}
                 Ok(output) => found.push(
@@ -268,6 +327,19 @@ mod tests {
         assert!(missing_cpu_flags(&cpu_flags()).is_empty());
         let odd = ["avx999".to_owned(), "hypervisor".to_owned()];
         assert_eq!(missing_cpu_flags(&odd), ["avx999"]);
+    }
+
+    #[test]
+    fn versions_are_written_as_people_do() {
+        assert_eq!([40_200, 40_201, 41_000].map(criu_words), ["4.2", "4.2.1", "4.10"]);
+    }
+
+    #[test]
+    fn a_missing_userfaultfd_says_what_to_do() {
+        let hint = |errno| no_userfaultfd(&std::io::Error::from_raw_os_error(errno)).hint;
+        assert!(hint(libc::ENOSYS).contains("CONFIG_USERFAULTFD"));
+        assert!(hint(libc::EPERM).contains("CAP_SYS_PTRACE"));
+        assert!(hint(libc::EINVAL).contains("forks"));
     }
 
     #[test]

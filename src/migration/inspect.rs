@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::host;
+use super::away::AwayMark;
 use super::protocol::{Place, Plan, Probe, Stream};
+use super::{descriptors, host};
 use crate::files::{probe, tmpfs};
 use crate::memory::pages;
 use crate::network::problem::Problem;
@@ -54,6 +55,8 @@ pub struct Wishes {
     pub systemd_cgroup: bool,
     /// Only checks.
     pub check_only: bool,
+    /// Where the away-marks are; without it nobody looks for one.
+    pub state_dir: Option<PathBuf>,
 }
 
 /// Looks at a container.
@@ -71,6 +74,9 @@ pub fn inspect(runtime: &Runtime, wishes: &Wishes) -> Result<Subject, Vec<Proble
         one(Problem::new(format!("cannot ask for the state of {id}"), format!("{e:#}")))
     })?;
     let Some(state) = state else {
+        if let Some(problem) = migrated_away(runtime, wishes) {
+            return Err(one(problem));
+        }
         return Err(one(Problem::new(
             format!("there is no container {id} here"),
             format!("{} knows none in {}", runtime.program().display(), runtime.root().display()),
@@ -91,10 +97,34 @@ pub fn inspect(runtime: &Runtime, wishes: &Wishes) -> Result<Subject, Vec<Proble
     if !problems.is_empty() {
         return Err(problems);
     }
-    look(runtime, wishes, state).map_err(|e| match e.downcast::<Problem>() {
-        Ok(problem) => one(problem),
-        Err(e) => one(Problem::new(format!("cannot look at {id}"), format!("{e:#}"))),
-    })
+    // A task without a group of its own is told of below.
+    let tasks = Cgroup::of_process(state.pid).and_then(|cgroup| cgroup.processes());
+    problems.extend(descriptors::problems(&tasks.unwrap_or_default()));
+    match look(runtime, wishes, state) {
+        Ok(subject) if problems.is_empty() => return Ok(subject),
+        Ok(_) => {}
+        Err(e) => problems.push(match e.downcast::<Problem>() {
+            Ok(problem) => problem,
+            Err(e) => Problem::new(format!("cannot look at {id}"), format!("{e:#}")),
+        }),
+    }
+    Err(problems)
+}
+
+/// Whoever asks for a container that has left wants to know where it is.
+fn migrated_away(runtime: &Runtime, wishes: &Wishes) -> Option<Problem> {
+    let state_dir = wishes.state_dir.as_deref()?;
+    let mark = AwayMark::find(state_dir, runtime.root(), wishes.container.as_ref()).ok()??;
+    Some(
+        Problem::new(
+            format!("{} is not here any more", mark.id),
+            format!(
+                "it was migrated to {} at {} (migration {})",
+                mark.destination, mark.migrated_at, mark.migration_id
+            ),
+        )
+        .hint(format!("move it on from there: `ferry migrate` on {}", mark.destination)),
+    )
 }
 
 fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
@@ -124,12 +154,24 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
     }
     let mountinfo = fs::read_to_string(format!("/proc/{}/mountinfo", state.pid))?;
     let bound: Vec<PathBuf> = bundle.bind_mounts().into_iter().map(|m| m.destination).collect();
-    let tmpfs = tmpfs::find(&mountinfo, &bound);
+    let mut tmpfs = tmpfs::find(&mountinfo, &bound);
+    tmpfs::measure(Path::new(&format!("/proc/{}/root", state.pid)), &mut tmpfs);
     let resident = resident_bytes(&cgroup)?;
+    tracing::debug!(
+        ?cgroup,
+        mib = resident >> 20,
+        tmpfs = tmpfs.len(),
+        probes = listed.len(),
+        network = ?network.as_ref().map(|n| &n.1),
+        "process {} of {} can go along",
+        state.pid,
+        wishes.container,
+    );
     let plan = Plan {
         migration: probe::random_name()?,
         check_only: wishes.check_only,
         container: wishes.container.clone(),
+        source: host::name(),
         bundle: destination,
         config: bundle.config.clone(),
         root: wishes.root.clone(),
@@ -257,12 +299,13 @@ fn network(bundle: &Bundle, pid: i32) -> Result<(Network, Option<NetworkImage>)>
                 )
                 .into());
             }
-            let image = network::capture(&namespace, &NetNs::current()?)?;
+            let image = network::capture_at(&namespace, &NetNs::current()?, Some(&path))?;
             Ok((Some((namespace, path, image)), None))
         }
         Some(None) => {
             let own = NetNs::of_pid(pid as u32)?;
-            let image = network::capture(&own, &NetNs::current()?)?;
+            let path = PathBuf::from(format!("/proc/{pid}/ns/net"));
+            let image = network::capture_at(&own, &NetNs::current()?, Some(&path))?;
             if image.outward().next().is_some() {
                 return Err(Problem::new(
                     "the container's network namespace has no name",

@@ -2,6 +2,7 @@
 
 pub mod away;
 pub mod checks;
+pub mod descriptors;
 pub mod destination;
 pub mod dump;
 pub mod host;

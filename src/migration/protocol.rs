@@ -166,6 +166,9 @@ pub struct Plan {
     pub check_only: bool,
     /// The container's ID.
     pub container: String,
+    /// What the source calls itself.
+    #[serde(default)]
+    pub source: String,
     /// The bundle's directory on the destination.
     pub bundle: PathBuf,
     /// The source's config.json.
@@ -292,6 +295,10 @@ impl Plan {
         }
         if !super::away::valid_id(self.container.as_ref()) {
             bail!("{:?} is no container's ID", self.container);
+        }
+        // HOST_NAME_MAX; it is shown to people.
+        if self.source.len() > 64 || self.source.contains(|c: char| c.is_control()) {
+            bail!("{:?} is no host's name", self.source);
         }
         if !self.bundle.is_absolute() {
             bail!("the bundle's path must be absolute");

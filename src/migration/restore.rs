@@ -29,7 +29,7 @@ use rust_criu::rust_criu_protobuf::rpc::{Criu_network_lock_method, Criu_req, Inh
 
 use super::dump::external_mount;
 use super::recover;
-use super::workdir::criu_errors;
+use super::workdir::criu_failed;
 use crate::criu::interposer::{Event, Interposer, Session};
 use crate::network::{self, NetworkImage};
 use crate::oci::runtime::Runtime;
@@ -283,9 +283,7 @@ fn job(
             Event::Hangup => break Err(anyhow!("CRIU ended in the middle of the restore")),
         }
     };
-    result.with_context(|| {
-        format!("CRIU cannot restore:\n{}", criu_errors(&plan.work.join("restore.log")))
-    })
+    result.map_err(|e| criu_failed("CRIU cannot restore", &plan.work.join("restore.log"), e))
 }
 
 /// Waits for the verdict, and says so if CRIU dies meanwhile: the source must hear of it before it

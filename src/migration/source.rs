@@ -107,6 +107,8 @@ struct Inputs {
     interrupted: bool,
     /// The link has ended.
     gone: bool,
+    /// Something has come over the link.
+    heard: bool,
     watch: Watch,
 }
 
@@ -127,6 +129,7 @@ impl Inputs {
     }
 
     fn judge(&mut self, input: Input) -> Result<Input> {
+        self.heard |= matches!(&input, Input::Heard(heard) if !matches!(heard, Heard::Gone(None)));
         match input {
             Input::Signal(signal) => {
                 self.interrupted = true;
@@ -185,8 +188,15 @@ fn ask(runtime: &Runtime, options: &Options, reporter: &mut Reporter) -> Result<
     let watch =
         Watch::start(closer.cutter().unwrap_or(Cutter::Nothing)).map_err(Failed::refused)?;
     let deadline = Instant::now() + ANSWER_LIMIT;
-    let mut inputs =
-        Inputs { queue, tell, deadline, interrupted: false, gone: false, watch: watch.clone() };
+    let mut inputs = Inputs {
+        queue,
+        tell,
+        deadline,
+        interrupted: false,
+        gone: false,
+        heard: false,
+        watch: watch.clone(),
+    };
     watch.until(deadline);
     let heard = inputs.tell.clone();
     talk::listen(reader, move |h| heard.send(Input::Heard(h)).is_ok()).map_err(Failed::refused)?;
@@ -199,19 +209,14 @@ fn ask(runtime: &Runtime, options: &Options, reporter: &mut Reporter) -> Result<
     .map_err(Failed::refused)?;
     let greeted = greet(&speaker, &mut inputs);
     if let Err(e) = greeted {
-        // A shell that could not get there says more than the end of its stream.
         drop(speaker);
-        let why = if inputs.interrupted {
-            String::new()
-        } else {
-            options.destination.explain(&mut closer)
-        };
-        closer.close();
-        let text = if why.is_empty() || format!("{e:#}").contains("protocol") {
+        // A shell that could not get there says more than the end of its stream.
+        let text = if inputs.interrupted || inputs.heard {
             e
         } else {
-            e.context(why)
+            e.context(options.destination.explain(&mut closer))
         };
+        closer.close();
         return Err(Failed::refused(text));
     }
     let answer = (|| {
@@ -260,7 +265,7 @@ fn greet(speaker: &Speaker, inputs: &mut Inputs) -> Result<()> {
         if let Input::Heard(Heard::Message(Message::Hello(theirs))) = inputs.next()? {
             talk::check_hello(&theirs)?;
             if theirs.host == host::identity() {
-                bail!("source and destination are the same host (its protocol says so)");
+                bail!("source and destination are the same host");
             }
             return Ok(());
         }

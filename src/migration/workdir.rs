@@ -106,14 +106,72 @@ fn mounts_below(path: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// The lines of CRIU's log that tell of errors, or its last ones.
-pub fn criu_errors(log: &Path) -> String {
-    let Ok(bytes) = fs::read(log) else { return String::new() };
-    let text = String::from_utf8_lossy(&bytes);
-    let mut lines: Vec<&str> = text.lines().filter(|l| l.contains("Error")).collect();
+/// Lines of CRIU's that are called errors and stop nothing.
+const NOISE: &[&str] = &[
+    // Tried, and done without, where CAP_SYS_RESOURCE is missing.
+    "Can't setup RLIMIT_NOFILE",
+];
+
+/// What CRIU did not do, with the lines of its log that tell of errors, or its last ones. CRIU's
+/// answer is one of these lines, and is not said twice.
+pub fn criu_failed(what: &str, log: &Path, answer: anyhow::Error) -> anyhow::Error {
+    let said = fs::read(log).map(|bytes| errors(&String::from_utf8_lossy(&bytes)));
+    let said = said.unwrap_or_default();
+    let text = answer.to_string();
+    // An empty one is part of everything.
+    let known = said.contains(text.trim()) || noise(&text);
+    match (said.is_empty(), known) {
+        (true, true) => anyhow::anyhow!("{what}, and CRIU does not say why"),
+        (true, false) => answer.context(what.to_owned()),
+        (false, true) => anyhow::anyhow!("{what}:\n{said}"),
+        (false, false) => answer.context(format!("{what}:\n{said}")),
+    }
+}
+
+fn noise(line: &str) -> bool {
+    NOISE.iter().any(|noise| line.contains(noise))
+}
+
+fn errors(log: &str) -> String {
+    // `Error (criu/x.c:1): …`, perhaps behind a time and a number; other lines may have the word in
+    // their text.
+    let wanted = |line: &&str| line.contains("Error (") && !noise(line);
+    let mut lines: Vec<&str> = log.lines().filter(wanted).collect();
     if lines.is_empty() {
-        lines = text.lines().collect();
+        lines = log.lines().collect();
     }
     let from = lines.len().saturating_sub(6);
     lines[from..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_errors_are_quoted_and_none_twice() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("dump.log");
+        let text = "(00.000040) Error (criu/cr-service.c:7): rlimit: Can't setup RLIMIT_NOFILE for self: Operation not permitted\n\
+                    (00.000050) Warn  (criu/x.c:1): Error is a word\n\
+                    (00.010000) Error (criu/files.c:9): Can't dump file 7 of that type\n\
+                    (00.010001) kernel: done\n";
+        fs::write(&log, text).unwrap();
+        let failed = |answer: &str| {
+            format!(
+                "{:#}",
+                criu_failed("CRIU cannot dump", &log, anyhow::anyhow!("{}", answer.to_owned()))
+            )
+        };
+        let line = "(00.010000) Error (criu/files.c:9): Can't dump file 7 of that type";
+        assert_eq!(failed("Can't dump file 7 of that type"), format!("CRIU cannot dump:\n{line}"));
+        assert_eq!(failed(""), format!("CRIU cannot dump:\n{line}"));
+        // CRIU answers with its first error, whether or not it stopped it.
+        let first = text.lines().next().unwrap();
+        assert_eq!(failed(first), format!("CRIU cannot dump:\n{line}"));
+        assert_eq!(failed("it was killed"), format!("CRIU cannot dump:\n{line}: it was killed"));
+        fs::remove_file(&log).unwrap();
+        assert_eq!(failed("it was killed"), "CRIU cannot dump: it was killed");
+        assert_eq!(failed(""), "CRIU cannot dump, and CRIU does not say why");
+    }
 }

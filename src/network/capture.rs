@@ -4,6 +4,7 @@
 //! almost the same is worse than a container that stays where it is.
 
 use std::fs;
+use std::path::Path;
 
 use super::fence;
 use super::image::{
@@ -44,6 +45,15 @@ const UNASKED: [&str; 10] =
 
 /// Reads the namespace of a container that hangs on `host`.
 pub fn capture(container: &NetNs, host: &NetNs) -> Result<NetworkImage, Problem> {
+    capture_at(container, host, None)
+}
+
+/// The same; hints tell how to get into the namespace at `path`.
+pub fn capture_at(
+    container: &NetNs,
+    host: &NetNs,
+    path: Option<&Path>,
+) -> Result<NetworkImage, Problem> {
     let trying = || "cannot read the container's network".to_owned();
     if container.identity().trying(trying)? == host.identity().trying(trying)? {
         return Err(Problem::new(
@@ -52,7 +62,7 @@ pub fn capture(container: &NetNs, host: &NetNs) -> Result<NetworkImage, Problem>
         )
         .hint("give the container a network namespace of its own"));
     }
-    refuse_filters(container)?;
+    refuse_filters(container, path)?;
 
     let mut inside = Rtnl::open(container).trying(trying)?;
     let mut infos = inside.links().trying(trying)?;
@@ -101,11 +111,10 @@ pub fn capture(container: &NetNs, host: &NetNs) -> Result<NetworkImage, Problem>
 
 /// Rules of a packet filter are state that nobody carries yet, and without them the container
 /// would be open to what they kept out.
-fn refuse_filters(container: &NetNs) -> Result<(), Problem> {
+fn refuse_filters(container: &NetNs, path: Option<&Path>) -> Result<(), Problem> {
     let mut found = Vec::new();
     if let Ok(mut socket) = Socket::open_in(container, Protocol::Netfilter) {
-        let tables = nft::tables(&mut socket).unwrap_or_default();
-        found.extend(tables.into_iter().map(|t| t.1).filter(|name| name != fence::TABLE));
+        found.extend(filtering(&mut socket).unwrap_or_default());
     }
     let legacy = container.run(|| {
         ["/proc/thread-self/net/ip_tables_names", "/proc/thread-self/net/ip6_tables_names"]
@@ -113,14 +122,50 @@ fn refuse_filters(container: &NetNs) -> Result<(), Problem> {
             .concat()
     });
     found.extend(legacy.unwrap_or_default().lines().map(str::to_owned));
+    found.dedup();
     match found.is_empty() {
         true => Ok(()),
         false => Err(Problem::new(
             "the container's namespace has packet filter rules",
             format!("they are not carried (tables {})", found.join(", ")),
         )
-        .hint("delete them (`nft flush ruleset` in the namespace), or let the host filter")),
+        .hint(format!(
+            "look at them with `{enter} nft list ruleset`, delete them with `{enter} nft flush \
+             ruleset`, or let the host filter",
+            enter = enter(path)
+        ))),
     }
+}
+
+/// How a command is run in the namespace at a path.
+fn enter(path: Option<&Path>) -> String {
+    let named =
+        path.and_then(|p| p.strip_prefix("/run/netns").or(p.strip_prefix("/var/run/netns")).ok());
+    match (named, path) {
+        (Some(name), _) => format!("ip netns exec {}", name.display()),
+        (None, Some(path)) => format!("nsenter --net={}", path.display()),
+        (None, None) => "nsenter --net=NAMESPACE".into(),
+    }
+}
+
+/// The tables that do something. iptables leaves empty ones behind, with chains that let
+/// everything through: to come without them is to come the same.
+fn filtering(socket: &mut Socket) -> crate::sys::netlink::Result<Vec<String>> {
+    let tables = nft::tables(socket)?;
+    if tables.is_empty() {
+        return Ok(Vec::new());
+    }
+    let rules = nft::tables_with_rules(socket)?;
+    let chains = nft::chains(socket)?;
+    let drops = |(family, name): &(u8, String)| {
+        let accepts = |c: &nft::Chain| c.policy.is_none_or(|p| p == nft::Policy::Accept as u32);
+        chains.iter().any(|c| c.family == *family && c.table == *name && !accepts(c))
+    };
+    Ok(tables
+        .into_iter()
+        .filter(|t| t.1 != fence::TABLE && (rules.contains(t) || drops(t)))
+        .map(|t| t.1)
+        .collect())
 }
 
 fn read_sysctls(

@@ -27,9 +27,10 @@ pub mod replay;
 mod restore;
 mod rtnl;
 mod sysctl;
+pub mod usable;
 
 pub use announce::{Announcer, announce};
-pub use capture::capture;
+pub use capture::{capture, capture_at};
 pub use frames::{Capture, Frame};
 pub use image::NetworkImage;
 pub use placement::{Placement, preflight};

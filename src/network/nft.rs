@@ -22,6 +22,7 @@ const DELTABLE: u16 = 2;
 const NEWCHAIN: u16 = 3;
 const GETCHAIN: u16 = 4;
 const NEWRULE: u16 = 6;
+const GETRULE: u16 = 7;
 const FIXED: usize = 4;
 /// Before everything that others may have put there (netdev's filter priority is 0).
 const PRIORITY: i32 = -500;
@@ -168,5 +169,12 @@ pub(super) fn chains(socket: &mut Socket) -> Result<Vec<Chain>> {
 pub(super) fn tables(socket: &mut Socket) -> Result<Vec<(u8, String)>> {
     let read = |m: Message| Some((*m.payload.first()?, m.attributes(FIXED).string(1)?));
     let list = socket.dump(SUBSYSTEM << 8 | GETTABLE, &fixed(0, 0))?;
+    Ok(list.into_iter().filter_map(read).collect())
+}
+
+/// Family and name of the tables that have any rule, one entry a rule.
+pub(super) fn tables_with_rules(socket: &mut Socket) -> Result<Vec<(u8, String)>> {
+    let read = |m: Message| Some((*m.payload.first()?, m.attributes(FIXED).string(1)?));
+    let list = socket.dump(SUBSYSTEM << 8 | GETRULE, &fixed(0, 0))?;
     Ok(list.into_iter().filter_map(read).collect())
 }

@@ -93,7 +93,7 @@ impl Replay {
 
 /// `tc qdisc add dev … clsact; tc filter add dev … ingress bpf bytecode '1,6 0 0 -1' action
 /// mirred ingress redirect dev …`, see tc-bpf(8) and tc-mirred(8).
-fn redirect(socket: &mut Rtnl, from: i32, to: i32) -> crate::sys::netlink::Result<()> {
+pub(super) fn redirect(socket: &mut Rtnl, from: i32, to: i32) -> crate::sys::netlink::Result<()> {
     let mut qdisc = Request::new(NEWQDISC, CREATE | EXCL, &tcmsg(from, CLSACT, INGRESS_PARENT, 0));
     qdisc.string(TCA_KIND, "clsact");
     socket.change(&qdisc)?;

@@ -78,7 +78,10 @@ impl Runtime {
     fn run(&self, arguments: &[OsString]) -> Result<Output> {
         let mut command = self.command();
         command.args(arguments).stdin(Stdio::null());
-        command.output().with_context(|| format!("cannot run {}", self.program.display()))
+        let output =
+            command.output().with_context(|| format!("cannot run {}", self.program.display()))?;
+        tracing::debug!("{command:?} ended with {}", output.status);
+        Ok(output)
     }
 
     /// The state of a container, `None` when there is no such container.

@@ -61,6 +61,18 @@ impl Failed {
     }
 }
 
+/// An error that the other host has been told in full, and tells its user.
+#[derive(Debug)]
+pub struct Told(pub anyhow::Error);
+
+impl std::fmt::Display for Told {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:#}", self.0)
+    }
+}
+
+impl std::error::Error for Told {}
+
 /// An error that nobody classified: the container runs on here.
 impl From<anyhow::Error> for Failed {
     fn from(error: anyhow::Error) -> Self {

@@ -24,6 +24,16 @@ pub enum Format {
     Json,
 }
 
+impl Format {
+    /// As it is written on a command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Format::Text => "text",
+            Format::Json => "json",
+        }
+    }
+}
+
 /// Where errors go besides stderr, as `--log` and `--log-format` say.
 #[derive(Debug, Clone, Default)]
 pub struct ErrorLog {
@@ -59,8 +69,17 @@ impl ErrorLog {
         }
     }
 
+    /// A line of another level, for the log file only; whether there is one and it took it.
+    pub fn line(&self, level: &str, message: &str) -> bool {
+        self.write(&record(self.format, &rfc3339(SystemTime::now()), level, message), 0)
+    }
+
     /// Whether there is a log file and it took the record.
     fn append(&self, told: &Told) -> bool {
+        self.write(&self.record(told), libc::O_SYNC)
+    }
+
+    fn write(&self, record: &str, flags: i32) -> bool {
         let Some(file) = self.file.as_ref().filter(|file| !file.as_os_str().is_empty()) else {
             return false;
         };
@@ -69,9 +88,9 @@ impl ErrorLog {
             .create(true)
             .append(true)
             .mode(0o644)
-            .custom_flags(libc::O_SYNC)
+            .custom_flags(flags)
             .open(file)
-            .and_then(|mut log| log.write_all(self.record(told).as_bytes()));
+            .and_then(|mut log| log.write_all(record.as_bytes()));
         if let Err(why) = &written {
             let _ = writeln!(std::io::stderr(), "ferry: cannot write to {}: {why}", file.display());
         }
@@ -79,7 +98,7 @@ impl ErrorLog {
     }
 
     fn record(&self, told: &Told) -> String {
-        record(self.format, &rfc3339(SystemTime::now()), &told.on_one_line())
+        record(self.format, &rfc3339(SystemTime::now()), "error", &told.on_one_line())
     }
 }
 
@@ -134,10 +153,10 @@ impl Told {
 }
 
 /// One line as logrus's text or JSON formatter writes it.
-fn record(format: Format, time: &str, message: &str) -> String {
+fn record(format: Format, time: &str, level: &str, message: &str) -> String {
     match format {
         Format::Text => {
-            format!("time={} level=error msg={}\n", logrus_value(time), logrus_value(message))
+            format!("time={} level={level} msg={}\n", logrus_value(time), logrus_value(message))
         }
         // logrus sorts the keys, and escapes what HTML would take as markup.
         Format::Json => {
@@ -146,7 +165,7 @@ fn record(format: Format, time: &str, message: &str) -> String {
                 .replace('<', "\\u003c")
                 .replace('>', "\\u003e")
                 .replace('&', "\\u0026");
-            format!("{{\"level\":\"error\",\"msg\":{quoted},\"time\":\"{time}\"}}\n")
+            format!("{{\"level\":\"{level}\",\"msg\":{quoted},\"time\":\"{time}\"}}\n")
         }
     }
 }
@@ -211,15 +230,15 @@ mod tests {
     fn records_look_like_logrus() {
         let time = "2026-03-01T12:00:00Z";
         assert_eq!(
-            record(Format::Text, time, "container \"a\" <b>\nend"),
+            record(Format::Text, time, "error", "container \"a\" <b>\nend"),
             "time=\"2026-03-01T12:00:00Z\" level=error msg=\"container \\\"a\\\" <b>\\nend\"\n"
         );
         assert_eq!(
-            record(Format::Text, time, "plain"),
+            record(Format::Text, time, "error", "plain"),
             "time=\"2026-03-01T12:00:00Z\" level=error msg=plain\n"
         );
         assert_eq!(
-            record(Format::Json, time, "container \"a\" <b>"),
+            record(Format::Json, time, "error", "container \"a\" <b>"),
             "{\"level\":\"error\",\"msg\":\"container \\\"a\\\" \\u003cb\\u003e\",\
              \"time\":\"2026-03-01T12:00:00Z\"}\n"
         );

@@ -3,3 +3,4 @@
 pub mod exit;
 pub mod log;
 pub mod progress;
+pub mod trace;

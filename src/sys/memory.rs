@@ -366,6 +366,27 @@ pub fn uffd_wake(uffd: impl AsFd, start: u64, len: u64) -> io::Result<()> {
 /// `UFFD_USER_MODE_ONLY`: allowed to everybody whatever `vm.unprivileged_userfaultfd` says.
 pub const UFFD_USER_MODE_ONLY: i32 = 1;
 
+/// A userfaultfd as CRIU wants it for a restore that is filled from outside: it tells of forks,
+/// moves and unmappings (`UFFD_FEATURE_EVENT_*`), and faults in system calls wait too.
+///
+/// # Errors
+/// `ENOSYS` where the kernel has none, `EPERM` where it is not permitted, `EINVAL` where it tells
+/// less than CRIU needs.
+pub fn uffd_for_restore() -> io::Result<OwnedFd> {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    // SAFETY: no pointers; a non-negative result is a new descriptor that is ours alone.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: see above.
+    let uffd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    let mut arg = UffdioApi { api: 0xAA, features: 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6, ioctls: 0 };
+    // SAFETY: the struct is live.
+    unsafe { ioctl::uffdio_api(uffd.as_raw_fd(), &mut arg) }?;
+    Ok(uffd)
+}
+
 /// Makes a fresh userfaultfd one that only takes down who was written to, without stopping anybody.
 /// `UFFDIO_API` with `UFFD_FEATURE_WP_ASYNC`, `UFFD_FEATURE_WP_UNPOPULATED` (Linux 6.7).
 ///

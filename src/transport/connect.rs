@@ -160,12 +160,16 @@ impl Destination {
                     command.arg("-p").arg(port.to_string());
                 }
                 command.arg(host).arg(remote_ferry).arg("receive").arg("--stdio");
+                if tracing::enabled!(tracing::Level::DEBUG) {
+                    command.arg("--debug");
+                }
                 command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
                 // Ctrl-C on our terminal must not cut the link under the hand-over.
                 process::in_new_session(&mut command);
                 let mut child = command
                     .spawn()
                     .with_context(|| format!("cannot run the remote shell {program}"))?;
+                tracing::debug!("started {command:?} as process {}", child.id());
                 let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
                     bail!("the remote shell has no standard streams");
                 };
@@ -191,18 +195,21 @@ impl Destination {
                 let rsh = rsh.join(" ");
                 match status {
                     Some(127 | 126) => format!(
-                        "there is no {remote_ferry} on {host} (hint: install ferry there, or \
-                         name its place with --remote-ferry PATH)"
+                        "there is no {remote_ferry} on {host}\nhint: install ferry there, or name \
+                         its place with --remote-ferry PATH"
                     ),
                     Some(255) => format!(
-                        "{rsh} cannot reach {host} (hint: does `{rsh} {host} true` work without \
-                         asking?)"
+                        "{rsh} cannot reach {host}\nhint: `{rsh} {host} true` must work without \
+                         asking for anything"
                     ),
                     Some(2) => format!(
-                        "{remote_ferry} on {host} does not know `receive --stdio` (hint: is it a \
-                         Ferry of the same version?)"
+                        "{remote_ferry} on {host} does not know `receive --stdio`\nhint: install \
+                         the same version of ferry on both hosts"
                     ),
-                    Some(n) => format!("{rsh} {host} ended with exit code {n}"),
+                    Some(n) => format!(
+                        "{rsh} {host} ended with exit code {n} before ferry there said a word\n\
+                         hint: see what `{rsh} {host} {remote_ferry} receive --stdio` says"
+                    ),
                     None => format!("{rsh} {host} was ended by a signal"),
                 }
             }
@@ -278,6 +285,26 @@ pub fn split_command(text: &str) -> Result<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_link_that_never_was_is_explained_with_a_hint() {
+        for (code, words) in [
+            (255, "sh cannot reach h\nhint: `sh h true`"),
+            (127, "there is no f on h\nhint: "),
+            (2, "does not know `receive --stdio`\nhint: "),
+            (1, "exit code 1"),
+        ] {
+            let child = Command::new("sh").args(["-c", &format!("exit {code}")]).spawn().unwrap();
+            let destination = Destination::Shell {
+                host: "h".into(),
+                port: None,
+                rsh: vec!["sh".into()],
+                remote_ferry: "f".into(),
+            };
+            let said = destination.explain(&mut Closer::Shell(Box::new(child)));
+            assert!(said.contains(words), "{said}");
+        }
+    }
 
     #[test]
     fn commands_are_split_as_a_shell_would() {

@@ -29,6 +29,13 @@ pub fn trials() -> Vec<Trial> {
         in_lab("refusals::no_room", LIMIT, no_room),
         in_lab("refusals::no_permission", LIMIT, no_permission),
         in_lab("refusals::host_network", LIMIT, host_network),
+        in_lab("refusals::io_uring", LIMIT, io_uring),
+        in_lab("refusals::open_device", LIMIT, open_device),
+        in_lab("refusals::failure_is_told_once", LIMIT, failure_is_told_once),
+        in_lab("refusals::without_tun", LIMIT, without_tun),
+        in_lab("refusals::packet_filter", LIMIT, packet_filter),
+        in_lab("refusals::gone_away", LIMIT, gone_away),
+        in_lab("refusals::conclusions", LIMIT, conclusions),
         in_lab("refusals::clients_notice_nothing", LIMIT, clients_notice_nothing),
     ]
 }
@@ -114,7 +121,7 @@ fn unreachable(lab: &Lab) -> Outcome {
     refused(
         &a,
         &["--remote-ferry", "/nowhere", "box", "b"],
-        &["no /nowhere on b", "hint:", "--remote-ferry"],
+        &["no /nowhere on b", "\n  hint: install ferry there", "--remote-ferry"],
     )?;
     refused(&a, &["--rsh", "/nowhere", "box", "b"], &["/nowhere"])?;
     refused(&a, &["--remote-ferry", "true", "box", "b"], &["b"])?;
@@ -149,7 +156,7 @@ fn other_version(lab: &Lab) -> Outcome {
 fn same_host(lab: &Lab) -> Outcome {
     let container = Container::plain("counter");
     let pid = running(lab, &container)?;
-    refused(&lab.host("a"), &["box", "a"], &["the same host"])?;
+    refused(&lab.host("a"), &["box", "a"], &["source and destination are the same host\n"])?;
     untouched(lab, &container, pid)
 }
 
@@ -234,6 +241,143 @@ json.dump(config, open(path, \"w\"))'")?;
     container.run_on(&a)?;
     let pid = facts(&a)?.containers["box"].pid;
     refused(&a, &["box", "b"], &["host's network", "hint:", "ip netns add"])?;
+    untouched(lab, &container, pid)
+}
+
+/// Runs a container that inherits, as descriptor 3, what this Perl code opens as `$fd`.
+fn running_with(lab: &Lab, container: &Container, open: &str) -> Outcome<i32> {
+    let a = lab.host("a");
+    container.make(&a)?;
+    // 33 is dup2, which leaves nothing to be closed on exec.
+    a.sh(&format!(
+        "perl -e '
+             {open}
+             die \"$!\" if $fd < 0;
+             sysopen(NULL, \"/dev/null\", 2);
+             syscall(33, $fd + 0, 9);
+             syscall(33, fileno(NULL), $_) for (0, 1, 2);
+             syscall(33, 9, 3);
+             exec qw(ferry run -d --preserve-fds 1 --bundle {} box)'",
+        container.bundle
+    ))?;
+    let pid = facts(&a)?.containers[container.id].pid;
+    let link = a.sh(&format!("readlink /proc/{pid}/fd/3"))?;
+    ensure!(!link.is_empty(), "the descriptor has not come along");
+    Ok(pid)
+}
+
+fn io_uring(lab: &Lab) -> Outcome {
+    let container = Container::plain("stdio");
+    let setup = "my $p = chr(0) x 120; my $fd = syscall(425, 4, $p);";
+    let pid = running_with(lab, &container, setup)?;
+    let process = format!("process {pid} (stdio-ticker)");
+    let words = ["uses io_uring", "CRIU cannot carry", &process, "hint:"];
+    refused(&lab.host("a"), &["box", "b"], &words)?;
+    let said = lab.host("a").ferry(&["check", "box"])?.exits(3)?;
+    says(&said, &words)?;
+    untouched(lab, &container, pid)
+}
+
+fn open_device(lab: &Lab) -> Outcome {
+    let container = Container::plain("stdio");
+    let open = "sysopen(TUN, \"/dev/net/tun\", 2); my $fd = fileno(TUN);";
+    let pid = running_with(lab, &container, open)?;
+    let words = ["the device /dev/net/tun open", "(stdio-ticker)", "10:200", "hint:"];
+    refused(&lab.host("a"), &["box", "b"], &words)?;
+    untouched(lab, &container, pid)
+}
+
+/// What only CRIU finds: its words come once, although both hosts and its own answer have them, and
+/// nothing of what it calls an error and goes on from.
+fn failure_is_told_once(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::plain("stdio");
+    let open = "sysopen(OUTSIDE, \"/etc/hostname\", 0); my $fd = fileno(OUTSIDE);";
+    let pid = running_with(lab, &container, open)?;
+    let said = a.ferry(&["migrate", "box", "b"])?.exits(1)?;
+    for words in ["ferry: error: ", "the container runs on here", "path=/etc/hostname"] {
+        ensure!(said.err.matches(words).count() == 1, "not once {words:?}: {said}");
+    }
+    ensure!(!said.err.contains("RLIMIT"), "{said}");
+    exactly_one_copy(&container, &a, &b)?;
+    ensure!(facts(&a)?.containers["box"].pid == pid, "it is another process now");
+    Ok(())
+}
+
+/// What the destination's kernel or `/dev` lacks is found before the freeze, and only where it
+/// is needed.
+fn without_tun(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter");
+    let pid = running(lab, &container)?;
+    b.sh("mv /dev/net/tun /dev/net/other")?;
+    refused(&a, &["box", "b"], &["b: /dev/net/tun cannot be used", "hint:", "tun"])?;
+    untouched(lab, &container, pid)?;
+    let said = b.ferry(&["check"])?.exits(0)?;
+    says(&said, &["warning: b: no container with an address", "/dev/net/tun"])?;
+    b.sh("mv /dev/net/other /dev/net/tun")?;
+    a.ferry(&["migrate", "box", "b"])?.exits(0).map(drop)
+}
+
+fn packet_filter(lab: &Lab) -> Outcome {
+    let a = lab.host("a");
+    let container = Container::networked("counter");
+    let pid = running(lab, &container)?;
+    a.sh("ip netns exec box nft add table inet mine
+         ip netns exec box nft add chain inet mine in")?;
+    a.ferry(&["check", "box"])?.exits(0)?;
+    a.sh("ip netns exec box nft add rule inet mine in counter")?;
+    let words = ["packet filter rules", "tables mine", "hint:", "ip netns exec box nft"];
+    refused(&a, &["box", "b"], &words)?;
+    untouched(lab, &container, pid)
+}
+
+/// Whoever asks for a container that has left is told where it is.
+fn gone_away(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    running(lab, &Container::plain("counter"))?;
+    a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    let words = ["box is not here any more", "it was migrated to b at 20", "hint:"];
+    refused(&a, &["box", "b"], &words)?;
+    // Both hosts remember when, and each the other's name.
+    for (host, way) in [(&a, " to b "), (&b, " from a ")] {
+        let said = host.ferry(&["migrations", "box"])?.ok()?;
+        ensure!(said.contains(way) && said.matches("Z ").count() == 2, "{said}");
+        let said = host.ferry(&["migrations", "nobody"])?.exits(1)?;
+        says(&said, &["no migration of a container nobody", "hint:"])?;
+    }
+    Ok(())
+}
+
+/// What is possible is said too, once, on standard output.
+fn conclusions(lab: &Lab) -> Outcome {
+    let container = Container::plain("counter");
+    let pid = running(lab, &container)?;
+    let a = lab.host("a");
+    let concludes = |arguments: &[&str], line: &str| {
+        let said = a.ferry(arguments)?.ok()?;
+        ensure!(said.starts_with(line) && said.lines().count() == 1, "{arguments:?}: {said:?}");
+        Ok(())
+    };
+    concludes(&["check"], "a can send and receive containers: Linux ")?;
+    concludes(&["check", "box"], "box can go, ")?;
+    concludes(&["check", "box", "b"], "box can go to b\n")?;
+    concludes(&["migrate", "--dry-run", "box", "b"], "box can go to b\n")?;
+    for arguments in
+        [&["check", "--json", "box", "b"][..], &["migrate", "--dry-run", "--json", "box", "b"]]
+    {
+        let said = a.ferry(arguments)?.ok()?;
+        let last = said.lines().last().unwrap_or_default();
+        let event: serde_json::Value = serde_json::from_str(last).map_err(|e| e.to_string())?;
+        ensure!(event["result"] == "checked", "{said}");
+    }
+    let said = a.ferry(&["--debug", "check", "box", "b"])?.exits(0)?;
+    says(&said, &["ferry: debug: ", "CRIU 4.", "started \"ssh\"", "ferry on b: debug: "])?;
+    let arguments = ["--debug", "--log", "/tmp/check.log", "--log-format", "json", "check", "box"];
+    let said = a.ferry(&arguments)?.exits(0)?;
+    ensure!(!said.err.contains("debug"), "{said}");
+    let log = a.sh("cat /tmp/check.log")?;
+    ensure!(log.contains("{\"level\":\"debug\",\"msg\":\"the runtime is"), "{log}");
     untouched(lab, &container, pid)
 }
 

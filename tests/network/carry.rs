@@ -5,7 +5,9 @@ use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::Path;
 
 use ferry::network::image::Kind;
-use ferry::network::{self, NetworkImage, Placement, Problem, announce, capture, fence, recreate};
+use ferry::network::{
+    self, NetworkImage, Placement, Problem, announce, capture, capture_at, fence, recreate,
+};
 use ferry::sys::netns::NetNs;
 use serde_json::{Value, json};
 
@@ -330,7 +332,17 @@ pub fn capture_refuses() {
     let nft = |rule: &str| {
         crate::lab::run(std::process::Command::new("ip").args(["netns", "exec", &web, "nft", rule]))
     };
+    // What iptables leaves behind when its rules have gone filters nothing.
     nft("add table inet mine");
+    nft("add chain inet mine in { type filter hook input priority 0; policy accept; }");
+    nft("add chain inet mine user");
+    capture(&source, &host).expect("empty tables are no rules");
+    nft("add rule inet mine user counter");
+    refused("packet filter");
+    let problem = capture_at(&source, &host, Some(&lab.path("web"))).expect_err("a rule");
+    assert!(problem.hint.contains(&format!("ip netns exec {web} nft")), "{problem}");
+    nft("flush chain inet mine user");
+    nft("add chain inet mine in { policy drop; }");
     refused("packet filter");
     nft("delete table inet mine");
     let problem = capture(&host, &host).expect_err("the host itself");
@@ -339,6 +351,23 @@ pub fn capture_refuses() {
     let problem = capture(&source, &lab.ns("b")).expect_err("another host");
     assert!(problem.why.contains("not on this host"), "{problem}");
     capture(&source, &host).expect("all mended");
+}
+
+/// The kernel that the suites run on has all of it, and asking is cheap.
+pub fn usable() {
+    let began = std::time::Instant::now();
+    assert_eq!(network::usable::missing(), []);
+    println!("asked in {:?}", began.elapsed());
+    // What is missing is named, with a word on how to come by it.
+    let without = std::thread::spawn(|| {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).expect("own mounts");
+        let (none, flags) = (None::<&str>, nix::mount::MsFlags::empty());
+        nix::mount::mount(Some("empty"), "/dev/net", Some("tmpfs"), flags, none).expect("no tun");
+        network::usable::missing()
+    });
+    let found = without.join().expect("no panic");
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(found[0].what.contains("/dev/net/tun") && !found[0].hint.is_empty(), "{found:?}");
 }
 
 pub fn bad_peer() {
