@@ -6,12 +6,16 @@ use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::destination::{Destination, Listen};
 use super::units;
+use crate::memory::converge::Goal;
+use crate::memory::rounds::Tracking;
 use crate::migration::away;
+use crate::migration::carry::Wishes;
 use crate::report::log::{ErrorLog, Format};
+use crate::transport::codec::{Codec, Wish};
 
 /// A command line with a verb of ours.
 #[derive(Debug, Parser)]
@@ -136,6 +140,9 @@ pub struct MigrateArgs {
     /// A socket on the other host that receives the container's terminal
     #[arg(long, value_name = "PATH")]
     pub console_socket: Option<PathBuf>,
+    /// How its memory is to go.
+    #[command(flatten)]
+    pub memory: MemoryArgs,
     /// Give up if it is not handed over by then: 500ms, 30s, 5m
     #[arg(long, value_name = "DURATION", value_parser = units::duration)]
     pub timeout: Option<Duration>,
@@ -154,6 +161,109 @@ pub struct MigrateArgs {
     /// Afterwards let the ID be used again here: whoever restarts it makes a second copy
     #[arg(long, overrides_with = "leave_mark")]
     pub no_mark: bool,
+}
+
+/// How memory is to go.
+#[derive(Debug, Clone, PartialEq, Eq, Args)]
+pub struct MemoryArgs {
+    /// Freeze when what is left of the memory takes no longer than this on the link: 50ms, 1s
+    #[arg(long, value_name = "DURATION", default_value = "100ms", value_parser = units::duration)]
+    pub max_downtime: Duration,
+    /// Copy memory while the container runs (auto), or all of it in the freeze (off)
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub precopy: Precopy,
+    /// What does not get less while the container runs follows when it runs over there (auto), or
+    /// goes in the freeze, however long that takes (never). Until it has followed, the container
+    /// needs both hosts
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub postcopy: Postcopy,
+    /// Go over the memory of the running container at most so often
+    #[arg(long, value_name = "N", default_value_t = 10,
+        value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub max_rounds: u32,
+    /// Memory takes no more of the link than this: 100Mbit, 20M [default: all it can get]
+    #[arg(long, value_name = "RATE", value_parser = bandwidth)]
+    pub bandwidth: Option<u64>,
+    /// Compression: whatever is quickest (auto), zstd, lz4 or none
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub compress: Compress,
+    /// How changes are found: asked of the kernel, or by comparing; for tests
+    #[arg(long, value_name = "HOW", default_value = "auto", hide = true)]
+    pub tracking: TrackingArg,
+}
+
+/// `--precopy`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Precopy {
+    /// While it runs.
+    Auto,
+    /// Not before the freeze.
+    Off,
+}
+
+/// `--postcopy`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Postcopy {
+    /// What does not converge follows.
+    Auto,
+    /// Nothing follows.
+    Never,
+}
+
+/// `--compress`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Compress {
+    /// Whatever is quickest.
+    Auto,
+    /// Zstandard.
+    Zstd,
+    /// LZ4.
+    Lz4,
+    /// None.
+    None,
+}
+
+/// `--tracking`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TrackingArg {
+    /// Of the kernel, where it can tell.
+    Auto,
+    /// By comparing.
+    Hash,
+}
+
+impl MemoryArgs {
+    /// In the migration's own terms.
+    pub fn wishes(&self) -> Wishes {
+        Wishes {
+            goal: Goal {
+                max_downtime: self.max_downtime,
+                max_rounds: match self.precopy {
+                    Precopy::Auto => self.max_rounds as usize,
+                    Precopy::Off => 0,
+                },
+                postcopy: self.postcopy == Postcopy::Auto,
+            },
+            tracking: match self.tracking {
+                TrackingArg::Auto => Tracking::WriteProtect,
+                TrackingArg::Hash => Tracking::Hash,
+            },
+            compress: match self.compress {
+                Compress::Auto => Wish::Auto,
+                Compress::Zstd => Wish::Always(Codec::Zstd),
+                Compress::Lz4 => Wish::Always(Codec::Lz4),
+                Compress::None => Wish::Always(Codec::None),
+            },
+            bandwidth: self.bandwidth,
+        }
+    }
+}
+
+fn bandwidth(text: &str) -> Result<u64, String> {
+    match units::rate(text)? {
+        0 => Err("nothing would ever get there".into()),
+        rate => Ok(rate),
+    }
 }
 
 const RECEIVE_EXAMPLES: &str = "\

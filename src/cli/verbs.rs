@@ -19,7 +19,7 @@ use crate::migration::inspect::{self, Wishes};
 use crate::migration::journal::{Journal, Role, State, is_alive};
 use crate::migration::protocol::{Standing, Verdict};
 use crate::migration::source::{self, Options};
-use crate::migration::{destination, host, recover, settle};
+use crate::migration::{carry, destination, host, recover, rest, settle};
 use crate::network::{self, problem::Problem};
 use crate::oci::runtime::Runtime;
 use crate::report::exit::{Failed, Told};
@@ -86,6 +86,7 @@ pub fn migrate(globals: &Globals, args: &MigrateArgs) -> Result<(), Failed> {
             state_dir: Some(state_dir()?),
         },
         destination: reach(&args.destination, &args.remote)?,
+        memory: args.memory.wishes(),
         timeout: args.timeout,
         leave_mark: args.mark(),
     };
@@ -233,6 +234,7 @@ fn check_container(
     let options = Options {
         wishes,
         destination: reach(destination, &args.remote)?,
+        memory: carry::Wishes::default(),
         timeout: None,
         leave_mark: false,
     };
@@ -435,6 +437,8 @@ fn resolve_source(
                 recover::source_lets_go(journal, || ())?;
                 Ok("it runs on the other host; what was left here is gone")
             }
+            // It runs there and waits for pages that are frozen here.
+            Ok(Standing::Partial) => bring_rest(journal),
             Ok(Standing::Waiting) => {
                 Err(Failed::in_doubt(anyhow!("the other host is about to run it\nhint: ask again")))
             }
@@ -453,6 +457,29 @@ fn resolve_source(
     }
 }
 
+/// Post-copy that was broken off.
+fn bring_rest(journal: &mut Journal) -> Result<&'static str, Failed> {
+    let end = rest::bring(&journal.record, carry::Wishes::default(), &mut |why| {
+        if let Some(why) = why {
+            let _ = writeln!(std::io::stderr(), "warning: {why}; trying again");
+        }
+        true
+    });
+    match end {
+        rest::Brought::Whole(_) => {
+            recover::source_lets_go(journal, || ())?;
+            Ok("it runs on the other host, with all of its memory; what was left here is gone")
+        }
+        _ => Err(Failed::in_doubt(anyhow!(
+            "the copy on {peer} was lost before it had all of its memory\n\
+             hint: the frozen copy here is as old as the hand-over: `ferry resolve {id} --keep` \
+             lets it run on",
+            peer = journal.record.peer,
+            id = journal.record.container,
+        ))),
+    }
+}
+
 fn resolve_destination(
     state_dir: &Path,
     journal: &Journal,
@@ -462,6 +489,11 @@ fn resolve_destination(
     match settle::answer(state_dir, &journal.record.migration, verdict)? {
         Standing::Running => Ok("it runs here"),
         Standing::Gone => Ok("there is no copy of it here"),
+        Standing::Partial => Err(Failed::in_doubt(anyhow!(
+            "it runs here, and waits for memory that is still on the source\n\
+             hint: `ferry resolve {}` on the source brings it",
+            journal.record.container
+        ))),
         Standing::Waiting if keep == Some(true) => Ok("it starts to run here"),
         Standing::Waiting => Err(Failed::in_doubt(anyhow!(
             "it is held here and waits for the source's word\n\

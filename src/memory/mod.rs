@@ -2,14 +2,17 @@
 //!
 //! CRIU is told to dump *lazily*: it lists the private anonymous pages and leaves their contents
 //! to us. [`pages`] finds the populated pages of a running or frozen task from outside,
-//! [`rounds`] reads them and hands on those that changed since they were last sent, [`staging`]
-//! holds them on the destination, [`serve`] puts them into the restored tasks through userfaultfd.
+//! [`rounds`] reads them and hands on those that changed since they were last sent, [`converge`]
+//! decides when that is enough, [`staging`] holds them on the destination, [`serve`] puts them into
+//! the restored tasks through userfaultfd; those that stay on the source (post-copy), when they come.
 //!
 //! What CRIU does not leave to us (file-private pages that were written to, shared anonymous
 //! memory, locked and huge pages, the vDSO) travels in its image files.
 
+pub mod converge;
 pub mod pages;
 pub mod rounds;
 pub mod serve;
 pub mod staging;
+pub mod table;
 pub mod track;

@@ -2,17 +2,22 @@
 //! on before. The first round takes everything; the last one, in the freeze, the rest.
 //!
 //! What changed is asked of the kernel where it can tell ([`Tracker`]): a round then costs what was
-//! written, and 1 ms a GiB. Where it cannot, a 128-bit hash of each populated page is compared
+//! written, and 1 ms a GiB. Where it cannot, every populated page is read and compared by its hash
 //! (xxh3: 23 GB/s here, so the round runs at the speed of reading). That needs nothing of the kernel;
 //! its cost is a read of the whole memory a round.
+//!
+//! Of every page that the destination has a hash is kept, 8 bytes. So a page that was written to
+//! without becoming another is not sent, nor one that is like a page over there: that goes as a
+//! reference ([`Sink::same`]).
 
 use std::collections::HashMap;
 use std::io;
 
 use anyhow::{Result, bail};
-use xxhash_rust::xxh3::xxh3_128;
+use xxhash_rust::xxh3::xxh3_128_with_seed;
 
 use super::pages::{self, Reader, Task};
+use super::table::PageTable;
 use super::track::Tracker;
 use crate::sys::memory::{PAGE, PageRegion};
 use crate::sys::process;
@@ -24,7 +29,7 @@ const RUNS: usize = 1024;
 
 /// Where pages go.
 pub trait Sink {
-    /// A run of pages with their contents.
+    /// A run of pages with their contents, at most 256.
     ///
     /// # Errors
     /// When they cannot be sent.
@@ -34,6 +39,17 @@ pub trait Sink {
     /// # Errors
     /// When it cannot be sent.
     fn zeros(&mut self, vpid: i32, vaddr: u64, pages: usize) -> Result<()>;
+    /// A run of pages that are like others, of that task and address, which were handed on earlier
+    /// and not since.
+    ///
+    /// # Errors
+    /// When it cannot be sent.
+    fn same(&mut self, vpid: i32, vaddr: u64, from: (i32, u64), pages: usize) -> Result<()>;
+    /// A run of pages that stay here until after the commit; what was sent of them is out of date.
+    ///
+    /// # Errors
+    /// When it cannot be sent.
+    fn remote(&mut self, vpid: i32, vaddr: u64, pages: usize) -> Result<()>;
 }
 
 /// What a round did.
@@ -45,6 +61,21 @@ pub struct RoundStats {
     pub sent: u64,
     /// Pages handed on as zero.
     pub zero: u64,
+    /// Pages handed on as like others.
+    pub same: u64,
+    /// Pages that were written to, and are as they were.
+    pub unchanged: u64,
+}
+
+impl RoundStats {
+    /// Adds another's numbers.
+    pub fn add(&mut self, other: RoundStats) {
+        self.scanned += other.scanned;
+        self.sent += other.sent;
+        self.zero += other.zero;
+        self.same += other.same;
+        self.unchanged += other.unchanged;
+    }
 }
 
 /// How it is found out what changed.
@@ -62,6 +93,7 @@ pub enum Tracking {
 pub struct Rounds {
     tracking: Tracking,
     tasks: HashMap<i32, Known>,
+    sent: Sent,
 }
 
 #[derive(Debug, Default)]
@@ -69,16 +101,23 @@ struct Known {
     /// Host's number and start time: the container's number may be used again.
     identity: (i32, u64),
     tracker: Option<Tracker>,
-    /// Page number → hash, of what no tracker watches.
-    sent: HashMap<u64, u128>,
     /// Watched pages that were told as written and could not be read: they are not told again.
     again: Vec<u64>,
 }
 
+/// What a look at a task found: pages that must be looked at.
+#[derive(Debug, Default)]
+struct Found {
+    regions: Vec<PageRegion>,
+    /// The first so many are those that a tracker told.
+    told: usize,
+}
+
 impl Rounds {
-    /// Asks the kernel where it can tell, if `tracking` says so.
-    pub fn new(tracking: Tracking) -> Rounds {
-        Rounds { tracking, tasks: HashMap::new() }
+    /// Asks the kernel where it can tell, if `tracking` says so. `seed` makes the hashes ones that
+    /// nobody in the container can know.
+    pub fn new(tracking: Tracking, seed: u64) -> Rounds {
+        Rounds { tracking, tasks: HashMap::new(), sent: Sent::new(seed) }
     }
 
     /// How changes are found: what was asked for, unless the kernel cannot.
@@ -102,6 +141,51 @@ impl Rounds {
     }
 
     fn try_round(&mut self, task: Task, frozen: bool, sink: &mut dyn Sink) -> Result<RoundStats> {
+        let found = self.look(task, frozen)?;
+        let mut missing = Vec::new();
+        let stats = send(task, &found.regions, &mut self.sent, sink, &mut missing)?;
+        if let (true, Some(page)) = (frozen, missing.first()) {
+            bail!("page {:#x} of task {} cannot be read", page * PAGE as u64, task.vpid);
+        }
+        let told = &found.regions[..found.told];
+        let told =
+            |page: &u64| told.iter().any(|r| (r.start..r.end).contains(&(page * PAGE as u64)));
+        if let Some(known) = self.tasks.get_mut(&task.vpid) {
+            known.again = missing.into_iter().filter(told).collect();
+        }
+        Ok(stats)
+    }
+
+    /// For post-copy: tells what of a frozen task has to follow, without reading it. The regions.
+    ///
+    /// # Errors
+    /// When the sink fails, or the task has ended.
+    pub fn leave(&mut self, task: Task, sink: &mut dyn Sink) -> Result<Vec<(u64, u64)>> {
+        let found = self.look(task, true)?;
+        for region in &found.regions {
+            let pages = ((region.end - region.start) / PAGE as u64) as usize;
+            sink.remote(task.vpid, region.start, pages)?;
+        }
+        Ok(found.regions.iter().map(|r| (r.start, r.end)).collect())
+    }
+
+    /// How many pages of a task a round would have to look at now.
+    ///
+    /// # Errors
+    /// When the kernel cannot tell. A task that has ended has none.
+    pub fn left(&self, task: Task) -> Result<Option<u64>> {
+        let Some(tracker) = self.tasks.get(&task.vpid).and_then(|k| k.tracker.as_ref()) else {
+            return Ok(None);
+        };
+        let counted = pages::anonymous_mappings(task.pid).and_then(|m| tracker.count(task, &m));
+        match counted {
+            Err(e) if task_is_gone(&e) => Ok(Some(0)),
+            other => other.map(Some),
+        }
+    }
+
+    /// Finds what must be looked at, and starts to watch anew.
+    fn look(&mut self, task: Task, frozen: bool) -> Result<Found> {
         let known = self.tasks.entry(task.vpid).or_default();
         let identity = (task.pid, process::start_time(task.pid).unwrap_or(0));
         if known.identity != identity {
@@ -113,61 +197,93 @@ impl Rounds {
         }
         let mappings = pages::anonymous_mappings(task.pid)?;
         let looked = known.tracker.as_mut().map(|t| t.look(task, &mappings));
-        let mut missing = Vec::new();
-        let stats = match looked {
-            None => {
-                let regions = pages::populated_in(task.pid, &mappings)?;
-                send(task, &regions, Some(&mut known.sent), sink, &mut missing)?
-            }
+        match looked {
+            None => Ok(Found { regions: pages::populated_in(task.pid, &mappings)?, told: 0 }),
             Some(Ok(mut written)) => {
                 for page in std::mem::take(&mut known.again) {
                     let at = page * PAGE as u64;
                     let there = pages::populated_in(task.pid, &[(at, at + PAGE as u64)])?;
                     written.regions.extend(there);
                 }
-                let mut stats = send(task, &written.regions, None, sink, &mut known.again)?;
-                missing.extend(&known.again);
-                if written.unwatched.is_empty() {
-                    // What was compared before may have been written to while it was watched.
-                    known.sent.clear();
-                } else {
-                    let regions = pages::populated_in(task.pid, &written.unwatched)?;
-                    let known = Some(&mut known.sent);
-                    stats.add(send(task, &regions, known, sink, &mut missing)?);
-                }
-                stats
+                let told = written.regions.len();
+                let mut regions = written.regions;
+                regions.extend(pages::populated_in(task.pid, &written.unwatched)?);
+                Ok(Found { regions, told })
             }
             // It lives in other memory since an exec, or something that nobody foresaw: compared
-            // from here on. What it had sent before says nothing about this memory.
+            // from here on.
             Some(Err(_)) => {
                 known.tracker = None;
-                known.sent.clear();
-                let regions = pages::populated_in(task.pid, &mappings)?;
-                send(task, &regions, Some(&mut known.sent), sink, &mut missing)?
+                Ok(Found { regions: pages::populated_in(task.pid, &mappings)?, told: 0 })
             }
-        };
-        if let (true, Some(page)) = (frozen, missing.first()) {
-            bail!("page {:#x} of task {} cannot be read", page * PAGE as u64, task.vpid);
         }
-        Ok(stats)
     }
 }
 
-impl RoundStats {
-    /// Adds another's numbers.
-    pub fn add(&mut self, other: RoundStats) {
-        self.scanned += other.scanned;
-        self.sent += other.sent;
-        self.zero += other.zero;
+/// What the destination has.
+#[derive(Debug)]
+struct Sent {
+    seed: u64,
+    /// Half a hash of each page's contents; 0: nothing.
+    table: PageTable<u64>,
+    /// Whole hashes, each in the one place where it can be, and a page that had those contents when
+    /// it was handed on. 6 MiB: finds what was sent among the last GiB or so.
+    places: Vec<(u128, i32, u64)>,
+}
+
+/// What is to be done with a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Nothing: it is over there, or could not be read.
+    Skip,
+    Data,
+    Zero,
+    /// As that page.
+    Same(i32, u64),
+}
+
+const PLACES: usize = 1 << 18;
+/// What stands in the table for a page of zeros.
+const ZERO_PAGE: u64 = 1;
+
+impl Sent {
+    fn new(seed: u64) -> Sent {
+        Sent { seed, table: PageTable::new(0), places: Vec::new() }
+    }
+
+    /// Decides about a page, and notes that it has been handed on so.
+    fn judge(&mut self, vpid: i32, page: u64, bytes: &[u8]) -> Kind {
+        if is_zero(bytes) {
+            let before = std::mem::replace(self.table.at(vpid, page), ZERO_PAGE);
+            return if before == ZERO_PAGE { Kind::Skip } else { Kind::Zero };
+        }
+        let hash = xxh3_128_with_seed(bytes, self.seed);
+        // Neither "nothing" nor "zero".
+        let half = |hash: u128| (hash as u64) | 2;
+        if std::mem::replace(self.table.at(vpid, page), half(hash)) == half(hash) {
+            return Kind::Skip;
+        }
+        if self.places.is_empty() {
+            self.places.resize(PLACES, (0, 0, 0));
+        }
+        let place = &mut self.places[(hash >> 64) as usize % PLACES];
+        let (known, of, at) = *place;
+        let is_there = known == hash && (of, at) != (vpid, page);
+        // What was there may have been overwritten by a later version.
+        if is_there && self.table.get(of, at) == half(hash) {
+            return Kind::Same(of, at);
+        }
+        *place = (hash, vpid, page);
+        Kind::Data
     }
 }
 
-/// Reads regions and hands them on; with `known`, only what differs from it. Page numbers that
-/// could not be read go to `unread`.
+/// Reads regions and hands on what the destination has not. Page numbers that could not be read go
+/// to `unread`.
 fn send(
     task: Task,
     regions: &[PageRegion],
-    mut known: Option<&mut HashMap<u64, u128>>,
+    sent: &mut Sent,
     sink: &mut dyn Sink,
     unread: &mut Vec<u64>,
 ) -> Result<RoundStats> {
@@ -185,7 +301,7 @@ fn send(
         let numbers =
             runs.iter().flat_map(|&(at, n)| (0..n as u64).map(move |i| at / PAGE as u64 + i));
         unread.extend(numbers.enumerate().filter(|(i, _)| missing.contains(i)).map(|(_, n)| n));
-        hand_on(task.vpid, runs, &buffer, &missing, known.as_deref_mut(), sink, &mut stats)?;
+        hand_on(task.vpid, runs, &buffer, &missing, sent, sink, &mut stats)?;
         runs.clear();
         Ok(())
     };
@@ -212,31 +328,27 @@ fn task_is_gone(error: &anyhow::Error) -> bool {
     })
 }
 
-/// Compares what was read with what is known and hands on the difference, neighbours together.
+/// Hands on what was read, neighbours together.
 fn hand_on(
     vpid: i32,
     runs: &[(u64, usize)],
     buffer: &[u8],
     missing: &[usize],
-    mut known: Option<&mut HashMap<u64, u128>>,
+    sent: &mut Sent,
     sink: &mut dyn Sink,
     stats: &mut RoundStats,
 ) -> Result<()> {
-    #[derive(Clone, Copy, PartialEq)]
-    enum Kind {
-        Same,
-        Data,
-        Zero,
-    }
     let mut index = 0;
     for &(start, pages) in runs {
         let first = index;
-        let mut open = (Kind::Same, 0);
+        // The kind of the run that is open, and where it began.
+        let mut open = (Kind::Skip, 0);
         let mut close = |kind: Kind, from: usize, to: usize| -> Result<()> {
             let at = start + (from * PAGE) as u64;
             match kind {
-                Kind::Same => Ok(()),
+                Kind::Skip => Ok(()),
                 Kind::Zero => sink.zeros(vpid, at, to - from),
+                Kind::Same(of, page) => sink.same(vpid, at, (of, page * PAGE as u64), to - from),
                 Kind::Data => {
                     sink.pages(vpid, at, &buffer[(first + from) * PAGE..(first + to) * PAGE])
                 }
@@ -245,25 +357,25 @@ fn hand_on(
         for i in 0..pages {
             let bytes = &buffer[index * PAGE..][..PAGE];
             let kind = if missing.contains(&index) {
-                Kind::Same
+                Kind::Skip
             } else {
                 stats.scanned += 1;
-                let number = start / PAGE as u64 + i as u64;
-                let same = known.as_deref_mut().is_some_and(|known| {
-                    let hash = xxh3_128(bytes);
-                    known.insert(number, hash) == Some(hash)
-                });
-                if same {
-                    Kind::Same
-                } else if is_zero(bytes) {
-                    stats.zero += 1;
-                    Kind::Zero
-                } else {
-                    stats.sent += 1;
-                    Kind::Data
+                let kind = sent.judge(vpid, start / PAGE as u64 + i as u64, bytes);
+                match kind {
+                    Kind::Skip => stats.unchanged += 1,
+                    Kind::Data => stats.sent += 1,
+                    Kind::Zero => stats.zero += 1,
+                    Kind::Same(..) => stats.same += 1,
                 }
+                kind
             };
-            if kind != open.0 {
+            let goes_on = match (open.0, kind) {
+                (Kind::Same(of, page), Kind::Same(of2, page2)) => {
+                    of == of2 && page2 == page + (i - open.1) as u64
+                }
+                (a, b) => a == b,
+            };
+            if !goes_on {
                 close(open.0, open.1, i)?;
                 open = (kind, i);
             }
@@ -283,8 +395,9 @@ fn is_zero(page: &[u8]) -> bool {
 mod tests {
     use super::*;
 
+    /// Pages over there, how many came with their contents, and how many as like others.
     #[derive(Default)]
-    struct Copy(HashMap<u64, Vec<u8>>, usize);
+    struct Copy(HashMap<u64, Vec<u8>>, usize, usize);
 
     impl Sink for Copy {
         fn pages(&mut self, _: i32, vaddr: u64, bytes: &[u8]) -> Result<()> {
@@ -297,6 +410,20 @@ mod tests {
         fn zeros(&mut self, _: i32, vaddr: u64, pages: usize) -> Result<()> {
             for i in 0..pages {
                 self.0.insert(vaddr + (i * PAGE) as u64, vec![0; PAGE]);
+            }
+            Ok(())
+        }
+        fn same(&mut self, _: i32, vaddr: u64, from: (i32, u64), pages: usize) -> Result<()> {
+            for i in 0..pages {
+                let page = self.0[&(from.1 + (i * PAGE) as u64)].clone();
+                self.0.insert(vaddr + (i * PAGE) as u64, page);
+                self.2 += 1;
+            }
+            Ok(())
+        }
+        fn remote(&mut self, _: i32, vaddr: u64, pages: usize) -> Result<()> {
+            for i in 0..pages {
+                self.0.remove(&(vaddr + (i * PAGE) as u64));
             }
             Ok(())
         }
@@ -316,11 +443,11 @@ mod tests {
         while !std::fs::read_to_string(&wchan).unwrap_or_default().starts_with("0 0x0 ") {
             std::thread::yield_now();
         }
-        let (mut rounds, mut copy) = (Rounds::new(Tracking::Hash), Copy::default());
+        let (mut rounds, mut copy) = (Rounds::new(Tracking::Hash, 7), Copy::default());
         let first = rounds.round(task, false, &mut copy).unwrap();
         assert!(first.sent > 10, "{first:?}");
         let second = rounds.round(task, false, &mut copy).unwrap();
-        assert_eq!((second.sent, second.zero), (0, 0));
+        assert_eq!((second.sent, second.zero, second.same), (0, 0, 0));
         assert_eq!(second.scanned, first.scanned);
         drop(child.stdin.take());
         child.wait().unwrap();
@@ -333,15 +460,41 @@ mod tests {
         buffer[PAGE] = 1;
         buffer[2 * PAGE + 5] = 2;
         buffer[5 * PAGE + 4095] = 3;
-        let (mut known, mut copy) = (HashMap::new(), Copy::default());
+        let (mut sent, mut copy) = (Sent::new(7), Copy::default());
         let mut stats = RoundStats::default();
         let runs = [(0x1000, 4), (0x9000, 2)];
-        hand_on(7, &runs, &buffer, &[3], Some(&mut known), &mut copy, &mut stats).unwrap();
+        hand_on(7, &runs, &buffer, &[3], &mut sent, &mut copy, &mut stats).unwrap();
         assert_eq!((stats.scanned, stats.sent, stats.zero), (5, 3, 2));
         assert_eq!(copy.0[&0x2000][0], 1);
         assert_eq!(copy.0[&0x3000][5], 2);
         assert_eq!(copy.0[&0xa000][4095], 3);
         assert!(!copy.0.contains_key(&0x4000), "a page that could not be read is not sent");
         assert_eq!(copy.1, 3);
+    }
+    #[test]
+    fn equal_pages_go_once_and_never_as_what_is_not_there_any_more() {
+        let page = |n: u8| vec![n; PAGE];
+        let (mut sent, mut copy) = (Sent::new(7), Copy::default());
+        let mut hand = |at: u64, pages: &[u8]| {
+            let bytes: Vec<u8> = pages.iter().flat_map(|n| page(*n)).collect();
+            let mut stats = RoundStats::default();
+            let runs = [(at, pages.len())];
+            hand_on(7, &runs, &bytes, &[], &mut sent, &mut copy, &mut stats).unwrap();
+            for (i, n) in pages.iter().enumerate() {
+                assert_eq!(copy.0[&(at + (i * PAGE) as u64)], page(*n));
+            }
+            stats
+        };
+        assert_eq!(hand(0x1000, &[1, 2, 3]).sent, 3);
+        assert_eq!(hand(0x9000, &[1, 2, 3]).same, 3);
+        assert_eq!(hand(0x9000, &[1, 2, 3]).unchanged, 3);
+        // What 0x1000 had is there no more, but 0x9000 still has it.
+        assert_eq!(hand(0x1000, &[4]).sent, 1);
+        let again = hand(0x20000, &[1, 4]);
+        assert_eq!((again.sent, again.same), (1, 1));
+        // From then on under its new place.
+        assert_eq!(hand(0x30000, &[1]).same, 1);
+        assert_eq!(hand(0x30000, &[0]).zero, 1);
+        assert_eq!(hand(0x30000, &[1]).same, 1);
     }
 }

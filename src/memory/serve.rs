@@ -7,6 +7,9 @@
 //! install pages from the background in big batches and, ahead of them, those that a task waits
 //! for. When everything is in, the descriptors are closed, and the memory is the task's own.
 //!
+//! Pages that are still on the source (post-copy) arrive while the tasks run, those that a task waits
+//! for first: the daemon asks for them and installs each as it comes.
+//!
 //! Closing a descriptor while pages are missing would let the task read zeros, so the destination
 //! ends a container whose pages cannot all be installed rather than letting it run on.
 //! Sources: userfaultfd(2), Documentation/admin-guide/mm/userfaultfd.rst, criu/uffd.c.
@@ -16,11 +19,14 @@ use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::staging::{Slot, Staging};
 use crate::criu::images::{PE_LAZY, PagemapEntry};
@@ -32,19 +38,74 @@ pub const SOCKET: &str = "lazy-pages.socket";
 const FINISHED: i32 = 0x5253_5446;
 /// Tells the guard that it has nothing to hold any more.
 pub const GUARD_DONE: &[u8] = b"d";
+/// Tells the guard that everything is done, or undone.
+pub const GUARD_QUIT: &[u8] = b"q";
 /// Pages installed at a time in the background: long enough for UFFDIO_COPY's full speed, short
 /// enough that a fault does not wait for long behind it (0.4 ms).
 const BATCH: u32 = 256;
+/// Pages fetched from the source with one that a task waits for: what lies behind it is likely to be
+/// wanted next.
+const AROUND: u32 = 16;
+
+/// What the daemon is told while it serves.
+#[derive(Debug)]
+pub enum Arrived {
+    /// Pages of a task, by the address that they had on the source.
+    Pages(i32, u64, Vec<u8>),
+    /// Pages that are zero.
+    Zeros(i32, u64, usize),
+    /// Somebody wants to know what is still on the source (task, address, pages); and those that a
+    /// task waits for are asked for once more. A new link is there.
+    Missing(Sender<Vec<(i32, u64, usize)>>),
+}
+
+/// The way to a serving daemon.
+#[derive(Debug)]
+pub struct Intake {
+    queue: SyncSender<Arrived>,
+    wake: Arc<EventFd>,
+}
+
+impl Intake {
+    /// Hands something in; waits while the daemon has enough to do.
+    ///
+    /// # Errors
+    /// When the daemon cannot be woken.
+    pub fn hand_in(&self, arrived: Arrived) -> Result<()> {
+        // Whoever has all pages may have ended already.
+        if self.queue.send(arrived).is_ok() {
+            self.wake.write(1)?;
+        }
+        Ok(())
+    }
+}
+
+/// Messages that wait for the daemon: 16 MiB.
+const WAITING: usize = 16;
 
 /// What the daemon has done when it ends.
-#[derive(Clone, Copy, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Served {
     /// Pages installed.
     pub pages: u64,
     /// Faults that a task waited for.
     pub faults: u64,
-    /// The longest that serving one of them took, in µs.
+    /// The longest that serving one of them took, in µs, and all of them together. A page that had
+    /// to be fetched from the source counts from the fault until it was there.
     pub worst_fault_us: u64,
+    /// See `worst_fault_us`.
+    pub faults_us: u64,
+    /// Pages that came from the source after the resume.
+    pub fetched: u64,
+}
+
+impl Served {
+    /// A task has waited since then.
+    fn took(&mut self, since: Instant) {
+        let took = since.elapsed().as_micros() as u64;
+        self.worst_fault_us = self.worst_fault_us.max(took);
+        self.faults_us += took;
+    }
 }
 
 /// A run of neighbouring pages that are still to be installed.
@@ -63,6 +124,7 @@ impl Run {
         let slot = match self.slot {
             Slot::At(s) => Slot::At(s + n),
             Slot::Zero => Slot::Zero,
+            Slot::Remote(page) => Slot::Remote(page + u64::from(n)),
         };
         Run { pages: self.pages - n, slot }
     }
@@ -87,6 +149,7 @@ impl Pending {
                     let follows = match (run.slot, slot) {
                         (Slot::At(a), Slot::At(b)) => b == a + run.pages,
                         (Slot::Zero, Slot::Zero) => true,
+                        (Slot::Remote(a), Slot::Remote(b)) => b == a + u64::from(run.pages),
                         _ => false,
                     };
                     if follows && run.end(*start) == at && run.pages < u32::MAX {
@@ -132,6 +195,62 @@ impl Pending {
         taken
     }
 
+    /// Takes out all runs that are still on the source.
+    fn take_remote(&mut self) -> Pending {
+        let (remote, here) = std::mem::take(&mut self.0)
+            .into_iter()
+            .partition(|(_, run)| matches!(run.slot, Slot::Remote(_)));
+        self.0 = here;
+        Pending(remote)
+    }
+
+    /// Takes out what is missing of these pages of the source, wherever they belong now.
+    fn take_origin(&mut self, first: u64, pages: u64, moved: bool) -> Vec<(u64, Run)> {
+        let (start, end) = (first * PAGE as u64, (first + pages) * PAGE as u64);
+        if !moved {
+            return self.take(start, end);
+        }
+        let overlaps = |run: &Run| match run.slot {
+            Slot::Remote(page) => page < first + pages && first < page + u64::from(run.pages),
+            _ => false,
+        };
+        let hit: Vec<(u64, Run)> =
+            self.0.iter().filter(|(_, run)| overlaps(run)).map(|(at, run)| (*at, *run)).collect();
+        let mut taken = Vec::new();
+        for (at, run) in hit {
+            let Slot::Remote(page) = run.slot else { continue };
+            let from = first.saturating_sub(page);
+            let to = (first + pages - page).min(u64::from(run.pages));
+            taken.extend(self.take(at + from * PAGE as u64, at + to * PAGE as u64));
+        }
+        taken
+    }
+
+    /// Adds one page; neighbours become one run.
+    fn add(&mut self, at: u64, slot: Slot) {
+        let before = self.0.range_mut(..at).next_back();
+        if let Some((start, run)) = before
+            && run.end(*start) == at
+            && run.pages < u32::MAX
+            && match (run.slot, slot) {
+                (Slot::At(a), Slot::At(b)) => b == a + run.pages,
+                (Slot::Zero, Slot::Zero) => true,
+                _ => false,
+            }
+        {
+            run.pages += 1;
+            return;
+        }
+        self.0.insert(at, Run { pages: 1, slot });
+    }
+
+    /// The run that holds an address, from there: where its contents are, and at most `most` pages.
+    fn range(&self, at: u64, most: u32) -> Option<(Slot, u32)> {
+        let (start, run) = self.0.range(..=at).next_back()?;
+        let rest = run.from(((at - start) / PAGE as u64).min(u64::from(run.pages)) as u32);
+        (rest.pages > 0).then(|| (rest.slot, rest.pages.min(most)))
+    }
+
     fn put_back(&mut self, list: impl IntoIterator<Item = (u64, Run)>) {
         self.0.extend(list);
     }
@@ -140,7 +259,15 @@ impl Pending {
 #[derive(Debug)]
 struct Target {
     uffd: OwnedFd,
+    /// The task whose pages these were on the source; a child of a fork has its parent's.
+    vpid: i32,
     pending: Pending,
+    /// What is still on the source.
+    remote: Pending,
+    /// Some of it has another address than on the source.
+    moved: bool,
+    /// Pages that the task waits for, which are on the source, by their address here: since when.
+    waiting: HashMap<u64, Instant>,
     /// Where the background is; it goes up and starts again at the bottom.
     cursor: u64,
     /// The restore has not finished: a mapping that is not there may only not be registered yet.
@@ -182,17 +309,24 @@ impl Server {
     ///
     /// # Errors
     /// When one is missing: the restore must not go on then.
+    ///
+    /// Pages that are on the source are asked for with `want` (task, address, pages), and come in by
+    /// the [`Intake`].
     pub fn start(
         self,
         staging: Staging,
         pagemaps: &HashMap<i32, Vec<PagemapEntry>>,
         guard: OwnedFd,
+        want: impl Fn(i32, u64, usize) + Send + 'static,
         tell: impl FnOnce(Ended) + Send + 'static,
-    ) -> Result<()> {
+    ) -> Result<Intake> {
         let mut pending = HashMap::new();
         for (&vpid, entries) in pagemaps {
             pending.insert(vpid, Pending::new(vpid, entries, &staging)?);
         }
+        let (queue, arrivals) = sync_channel(WAITING);
+        let wake = Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?);
+        let intake = Intake { queue, wake: wake.clone() };
         std::thread::Builder::new().name("pages".into()).spawn(move || {
             let mut daemon = Daemon {
                 staging,
@@ -203,6 +337,9 @@ impl Server {
                 stalled: false,
                 shared: false,
                 guard,
+                arrivals,
+                wake,
+                want: Box::new(want),
             };
             let result = daemon.run(&self.listener).map(|()| daemon.served);
             if result.is_ok() {
@@ -213,7 +350,7 @@ impl Server {
             }
             tell(Ended { result, held: daemon.targets.into_iter().map(|t| t.uffd).collect() });
         })?;
-        Ok(())
+        Ok(intake)
     }
 }
 
@@ -228,6 +365,9 @@ struct Daemon {
     /// After a fork two tasks may want the same slot.
     shared: bool,
     guard: OwnedFd,
+    arrivals: Receiver<Arrived>,
+    wake: Arc<EventFd>,
+    want: Box<dyn Fn(i32, u64, usize)>,
 }
 
 impl Daemon {
@@ -235,7 +375,7 @@ impl Daemon {
         let (mut criu, _) = listener.accept()?;
         loop {
             let idle = self.targets.iter().all(|t| t.pending.0.is_empty());
-            if self.finished && idle {
+            if self.finished && idle && self.targets.iter().all(|t| t.remote.0.is_empty()) {
                 return Ok(());
             }
             let timeout = if idle {
@@ -252,6 +392,7 @@ impl Daemon {
                     .iter()
                     .map(|t| PollFd::new(t.uffd.as_fd(), PollFlags::POLLIN))
                     .collect();
+                set.push(PollFd::new(self.wake.as_fd(), PollFlags::POLLIN));
                 if !self.finished {
                     set.push(PollFd::new(criu.as_fd(), PollFlags::POLLIN));
                 }
@@ -265,11 +406,11 @@ impl Daemon {
                     .collect::<Vec<bool>>()
             };
             for (index, _) in ready.iter().enumerate().filter(|(_, r)| **r) {
-                // CRIU's socket stands last, behind the targets that were there when we polled.
-                if index == targets {
-                    self.hello(&mut criu)?;
-                } else {
-                    self.events(index)?;
+                // Behind the targets that were there when we polled.
+                match index.checked_sub(targets) {
+                    None => self.events(index)?,
+                    Some(0) => self.arrivals()?,
+                    Some(_) => self.hello(&mut criu)?,
                 }
             }
             self.stalled = false;
@@ -300,8 +441,19 @@ impl Daemon {
             scm::receive(&*criu)?.ok_or_else(|| anyhow!("CRIU closed the lazy-pages socket"))?;
         let uffd = fds.pop().ok_or_else(|| anyhow!("CRIU sent no userfaultfd"))?;
         self.keep(&uffd)?;
-        let pending = self.pending.remove(&vpid).unwrap_or_default();
-        self.targets.push(Target { uffd, pending, cursor: 0, early: true, gone: false });
+        let mut pending = self.pending.remove(&vpid).unwrap_or_default();
+        let remote = pending.take_remote();
+        self.targets.push(Target {
+            uffd,
+            vpid,
+            pending,
+            remote,
+            moved: false,
+            waiting: HashMap::new(),
+            cursor: 0,
+            early: true,
+            gone: false,
+        });
         Ok(())
     }
 
@@ -327,7 +479,16 @@ impl Daemon {
                 UffdEvent::Fault(at) => {
                     let page = at & !(PAGE as u64 - 1);
                     let began = Instant::now();
+                    self.served.faults += 1;
                     let wanted = target.pending.take(page, page + PAGE as u64);
+                    let remote = target.remote.range(page, AROUND);
+                    if let (true, Some((Slot::Remote(origin), pages))) = (wanted.is_empty(), remote)
+                    {
+                        target.waiting.entry(page).or_insert(began);
+                        let vpid = target.vpid;
+                        (self.want)(vpid, origin * PAGE as u64, pages as usize);
+                        continue;
+                    }
                     if wanted.is_empty() {
                         // Never had contents, or came in since the task stumbled.
                         match uffd_zero(&target.uffd, page, PAGE).1 {
@@ -343,31 +504,127 @@ impl Daemon {
                     for (start, run) in wanted {
                         self.install(index, start, run)?;
                     }
-                    self.served.faults += 1;
-                    let took = began.elapsed().as_micros() as u64;
-                    self.served.worst_fault_us = self.served.worst_fault_us.max(took);
+                    self.served.took(began);
                 }
                 UffdEvent::Fork(uffd) => {
                     self.shared = true;
-                    let pending = target.pending.clone();
+                    let (vpid, moved) = (target.vpid, target.moved);
+                    let (pending, remote) = (target.pending.clone(), target.remote.clone());
                     self.keep(&uffd)?;
                     self.targets.push(Target {
                         uffd,
+                        vpid,
                         pending,
+                        remote,
+                        moved,
+                        waiting: HashMap::new(),
                         cursor: 0,
                         early: !self.finished,
                         gone: false,
                     });
                 }
                 UffdEvent::Remap(from, to, length) => {
-                    let moved = target.pending.take(from, from + length);
-                    target.pending.put_back(moved.into_iter().map(|(s, r)| (s - from + to, r)));
+                    for list in [&mut target.pending, &mut target.remote] {
+                        let moved = list.take(from, from + length);
+                        list.put_back(moved.into_iter().map(|(s, r)| (s - from + to, r)));
+                    }
+                    target.moved = true;
                 }
                 UffdEvent::Remove(start, end) | UffdEvent::Unmap(start, end) => {
                     target.pending.take(start, end);
+                    target.remote.take(start, end);
                 }
             }
         }
+    }
+
+    /// What came from the source, and questions.
+    fn arrivals(&mut self) -> Result<()> {
+        let _ = self.wake.read();
+        while let Ok(arrived) = self.arrivals.try_recv() {
+            match arrived {
+                Arrived::Pages(vpid, at, bytes) => {
+                    let first = at / PAGE as u64;
+                    self.arrive(vpid, first, (bytes.len() / PAGE) as u64, Some(&bytes))?;
+                }
+                Arrived::Zeros(vpid, at, pages) => {
+                    self.arrive(vpid, at / PAGE as u64, pages as u64, None)?;
+                }
+                Arrived::Missing(reply) => {
+                    let _ = reply.send(self.missing());
+                    for target in &self.targets {
+                        for &page in target.waiting.keys() {
+                            if let Some((Slot::Remote(origin), pages)) =
+                                target.remote.range(page, AROUND)
+                            {
+                                (self.want)(target.vpid, origin * PAGE as u64, pages as usize);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts pages that came from the source where they are missing: into every task of that family.
+    fn arrive(&mut self, vpid: i32, first: u64, pages: u64, bytes: Option<&[u8]>) -> Result<()> {
+        // A task that CRIU has not made yet.
+        if let Some(list) = self.pending.get_mut(&vpid) {
+            for (at, run) in list.take_origin(first, pages, false) {
+                match run.slot {
+                    Slot::Remote(origin) => {
+                        for n in 0..run.pages {
+                            let slot =
+                                stage(&mut self.staging, bytes, origin + u64::from(n) - first)?;
+                            list.add(at + u64::from(n) * PAGE as u64, slot);
+                        }
+                    }
+                    _ => list.put_back([(at, run)]),
+                }
+            }
+        }
+        for index in 0..self.targets.len() {
+            let target = &mut self.targets[index];
+            if target.vpid != vpid {
+                continue;
+            }
+            for (at, run) in target.remote.take_origin(first, pages, target.moved) {
+                let Slot::Remote(origin) = run.slot else { continue };
+                self.served.fetched += u64::from(run.pages);
+                for n in 0..run.pages {
+                    let slot = stage(&mut self.staging, bytes, origin + u64::from(n) - first)?;
+                    let page = at + u64::from(n) * PAGE as u64;
+                    let waited = self.targets[index].waiting.remove(&page);
+                    match waited {
+                        // Ahead of its neighbours.
+                        Some(since) => {
+                            self.install(index, page, Run { pages: 1, slot })?;
+                            self.served.took(since);
+                        }
+                        None => self.targets[index].pending.add(page, slot),
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What is still on the source.
+    fn missing(&self) -> Vec<(i32, u64, usize)> {
+        let of = |vpid: i32, list: &Pending| -> Vec<(i32, u64, usize)> {
+            let remote = list.0.values().filter_map(|run| match run.slot {
+                Slot::Remote(page) => Some((vpid, page * PAGE as u64, run.pages as usize)),
+                _ => None,
+            });
+            remote.collect()
+        };
+        let mut all: Vec<_> = self.targets.iter().flat_map(|t| of(t.vpid, &t.remote)).collect();
+        // Those whose tasks CRIU has not made yet.
+        all.extend(self.pending.iter().flat_map(|(vpid, list)| of(*vpid, list)));
+        all.sort_unstable();
+        all.dedup();
+        all
     }
 
     /// One batch for each task that has something left.
@@ -402,6 +659,8 @@ impl Daemon {
                     uffd_copy(&target.uffd, start, self.staging.bytes(slot, run.pages as usize))
                 }
                 Slot::Zero => uffd_zero(&target.uffd, start, length),
+                // Only what is here is ever pending.
+                Slot::Remote(_) => bail!("a page that has not come is to be installed"),
             };
             let mut pages = (done / PAGE) as u32;
             if pages > 0 {
@@ -457,6 +716,14 @@ impl Daemon {
         }
         Ok(())
     }
+}
+
+/// Keeps one of the pages that came.
+fn stage(staging: &mut Staging, bytes: Option<&[u8]>, index: u64) -> Result<Slot> {
+    Ok(match bytes {
+        None => Slot::Zero,
+        Some(bytes) => Slot::At(staging.keep(&bytes[index as usize * PAGE..][..PAGE])?),
+    })
 }
 
 fn continue_after(start: &mut u64, run: &mut Run, pages: u32) {

@@ -1,28 +1,37 @@
 //! Pages on the destination, from their arrival until they are in the restored task.
 
-use std::collections::HashMap;
-
 use anyhow::{Result, bail};
 
+use super::table::PageTable;
 use crate::sys::memory::{Arena, PAGE};
 
-/// Where a page's contents are: a slot of the arena, or nowhere as it is all zero.
+/// Where a page's contents are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Slot {
     /// Number of the page in the arena.
     At(u32),
     /// All zero.
     Zero,
+    /// Still on the source, as this page of the task.
+    Remote(u64),
 }
+
+/// Entries of the index. Everything else is a slot, counted from `FIRST`.
+const NONE: u32 = 0;
+const ZERO: u32 = 1;
+const REMOTE: u32 = 2;
+const FIRST: u32 = 3;
 
 /// The pages received so far.
 #[derive(Debug)]
 pub struct Staging {
     arena: Arena,
+    /// Slots handed out so far; those that were given back are in `free`.
     used: usize,
-    /// Entries of zero pages: they take no slot, but room in the index.
-    zeros: usize,
-    index: HashMap<i32, HashMap<u64, Slot>>,
+    free: Vec<u32>,
+    /// Pages without contents here: they take no slot, but room in the index.
+    empty: usize,
+    index: PageTable<u32>,
 }
 
 impl Staging {
@@ -32,8 +41,25 @@ impl Staging {
     /// # Errors
     /// When the address space for it cannot be had.
     pub fn new(pages: usize) -> Result<Staging> {
-        let arena = Arena::new(pages.max(1) * PAGE)?;
-        Ok(Staging { arena, used: 0, zeros: 0, index: HashMap::new() })
+        let pages = pages.clamp(1, (u32::MAX - FIRST) as usize);
+        let arena = Arena::new(pages * PAGE)?;
+        Ok(Staging { arena, used: 0, free: Vec::new(), empty: 0, index: PageTable::new(NONE) })
+    }
+
+    fn capacity(&self) -> usize {
+        self.arena.capacity() / PAGE
+    }
+
+    /// A slot for a page. Neighbours get neighbouring ones as long as there are new ones.
+    fn slot(&mut self) -> Result<u32> {
+        if self.used < self.capacity() {
+            self.used += 1;
+            return Ok(self.used as u32 - 1);
+        }
+        match self.free.pop() {
+            Some(slot) => Ok(slot),
+            None => bail!("more memory comes than the plan announced"),
+        }
     }
 
     /// Takes in a run of pages, replacing what was there before.
@@ -41,45 +67,92 @@ impl Staging {
     /// # Errors
     /// When more comes than was announced, or the address is no page's.
     pub fn put(&mut self, vpid: i32, vaddr: u64, bytes: &[u8]) -> Result<()> {
-        let task = self.index.entry(vpid).or_default();
         for (page, bytes) in numbers(vaddr, bytes.len() / PAGE)?.zip(bytes.chunks_exact(PAGE)) {
-            let slot = match task.get(&page) {
-                Some(&Slot::At(slot)) => slot as usize,
-                _ => {
-                    if (self.used + 1) * PAGE > self.arena.capacity() {
-                        bail!("more memory comes than the plan announced");
-                    }
-                    self.used += 1;
-                    task.insert(page, Slot::At(self.used as u32 - 1));
-                    self.used - 1
-                }
-            };
-            self.arena.bytes_mut(slot * PAGE, PAGE).copy_from_slice(bytes);
+            let slot = self.slot_of(vpid, page)?;
+            self.arena.bytes_mut(slot as usize * PAGE, PAGE).copy_from_slice(bytes);
         }
         Ok(())
+    }
+
+    /// The slot of a page that gets contents.
+    fn slot_of(&mut self, vpid: i32, page: u64) -> Result<u32> {
+        let known = self.index.get(vpid, page);
+        if known >= FIRST {
+            return Ok(known - FIRST);
+        }
+        let slot = self.slot()?;
+        if known != NONE {
+            self.empty -= 1;
+        }
+        *self.index.at(vpid, page) = slot + FIRST;
+        Ok(slot)
     }
 
     /// Notes pages as zero.
     ///
     /// # Errors
-    /// When the address is no page's.
+    /// When more comes than was announced, or the address is no page's.
     pub fn put_zeros(&mut self, vpid: i32, vaddr: u64, pages: usize) -> Result<()> {
-        let task = self.index.entry(vpid).or_default();
-        for page in numbers(vaddr, pages)? {
-            // The slot that it may have had is not used again: a page that turns zero is rare.
-            if task.insert(page, Slot::Zero).is_none() {
-                self.zeros += 1;
-                if self.zeros * PAGE > self.arena.capacity() {
-                    bail!("more zero pages come than the plan announced");
-                }
+        numbers(vaddr, pages)?.try_for_each(|page| self.put_empty(vpid, page, ZERO))
+    }
+
+    /// Notes that pages are still on the source: what came of them before is out of date.
+    ///
+    /// # Errors
+    /// When more comes than was announced, or the address is no page's.
+    pub fn put_remote(&mut self, vpid: i32, vaddr: u64, pages: usize) -> Result<()> {
+        numbers(vaddr, pages)?.try_for_each(|page| self.put_empty(vpid, page, REMOTE))
+    }
+
+    fn put_empty(&mut self, vpid: i32, page: u64, what: u32) -> Result<()> {
+        let before = std::mem::replace(self.index.at(vpid, page), what);
+        if before >= FIRST {
+            self.release(before - FIRST, 1);
+        }
+        if before == NONE || before >= FIRST {
+            self.empty += 1;
+            if self.empty > self.capacity() {
+                bail!("more empty pages come than the plan announced");
             }
+        }
+        Ok(())
+    }
+
+    /// Takes in a run of pages whose contents are those of other pages that came before.
+    ///
+    /// # Errors
+    /// When those did not come, or as [`Staging::put`].
+    pub fn put_same(&mut self, to: (i32, u64), from: (i32, u64), pages: usize) -> Result<()> {
+        for (to_page, from_page) in numbers(to.1, pages)?.zip(numbers(from.1, pages)?) {
+            let source = self.index.get(from.0, from_page);
+            if source < FIRST {
+                bail!("page {from_page:#x} of task {} is to be copied and is not here", from.0);
+            }
+            let slot = self.slot_of(to.0, to_page)?;
+            self.arena.copy_within((source - FIRST) as usize * PAGE, slot as usize * PAGE, PAGE);
         }
         Ok(())
     }
 
     /// Where a page of a task is.
     pub fn find(&self, vpid: i32, vaddr: u64) -> Option<Slot> {
-        self.index.get(&vpid)?.get(&(vaddr / PAGE as u64)).copied()
+        let page = vaddr / PAGE as u64;
+        match self.index.get(vpid, page) {
+            NONE => None,
+            ZERO => Some(Slot::Zero),
+            REMOTE => Some(Slot::Remote(page)),
+            slot => Some(Slot::At(slot - FIRST)),
+        }
+    }
+
+    /// Keeps a page that nothing in the index leads to; gives its slot.
+    ///
+    /// # Errors
+    /// When more comes than was announced.
+    pub fn keep(&mut self, bytes: &[u8]) -> Result<u32> {
+        let slot = self.slot()?;
+        self.arena.bytes_mut(slot as usize * PAGE, PAGE).copy_from_slice(bytes);
+        Ok(slot)
     }
 
     /// The contents of `pages` neighbouring slots.
@@ -87,15 +160,16 @@ impl Staging {
         self.arena.bytes(slot as usize * PAGE, pages * PAGE)
     }
 
-    /// Gives the memory of slots back that are installed.
-    pub fn release(&self, slot: u32, pages: usize) {
+    /// Gives the memory of slots back whose pages are installed, or out of date.
+    pub fn release(&mut self, slot: u32, pages: usize) {
         // What cannot be given back now is given back with the arena.
         let _ = self.arena.release(slot as usize * PAGE, pages * PAGE);
+        self.free.extend(slot..slot + pages as u32);
     }
 
-    /// Bytes that came.
+    /// Bytes held.
     pub fn staged_bytes(&self) -> u64 {
-        (self.used * PAGE) as u64
+        ((self.used - self.free.len()) * PAGE) as u64
     }
 }
 
@@ -120,10 +194,37 @@ mod tests {
         staging.put(1, 0x2000, &[2; PAGE]).unwrap();
         let Some(Slot::At(slot)) = staging.find(1, 0x2000) else { panic!("lost") };
         assert_eq!(staging.bytes(slot, 1), [2; PAGE]);
+        assert_eq!(staging.staged_bytes(), 2 * PAGE as u64);
         staging.put_zeros(1, 0x2000, 1).unwrap();
         assert_eq!(staging.find(1, 0x2000), Some(Slot::Zero));
+        staging.put_remote(1, 0x1000, 1).unwrap();
+        assert_eq!(staging.find(1, 0x1000), Some(Slot::Remote(1)));
         assert_eq!(staging.find(2, 0x2000), None);
-        assert_eq!(staging.staged_bytes(), 2 * PAGE as u64);
+        assert_eq!(staging.staged_bytes(), 0);
+    }
+
+    #[test]
+    fn slots_that_were_given_back_are_used_again() {
+        let mut staging = Staging::new(2).unwrap();
+        staging.put(1, 0x1000, &[1; 2 * PAGE]).unwrap();
+        assert!(staging.put(1, 0x3000, &[3; PAGE]).is_err());
+        staging.put_remote(1, 0x1000, 1).unwrap();
+        staging.put(1, 0x3000, &[3; PAGE]).unwrap();
+        let Some(Slot::At(slot)) = staging.find(1, 0x3000) else { panic!("lost") };
+        assert_eq!(staging.bytes(slot, 1), [3; PAGE]);
+        assert!(staging.put(1, 0x1000, &[1; PAGE]).is_err());
+    }
+
+    #[test]
+    fn equal_pages_are_copied_from_what_came_before() {
+        let mut staging = Staging::new(4).unwrap();
+        staging.put(1, 0x1000, &[7; 2 * PAGE]).unwrap();
+        staging.put_same((2, 0x9000), (1, 0x1000), 2).unwrap();
+        // A later version of the one does not change the other.
+        staging.put(1, 0x1000, &[8; PAGE]).unwrap();
+        let Some(Slot::At(slot)) = staging.find(2, 0x9000) else { panic!("lost") };
+        assert_eq!(staging.bytes(slot, 1), [7; PAGE]);
+        assert!(staging.put_same((2, 0x9000), (1, 0x5000), 1).is_err());
     }
 
     #[test]
@@ -134,5 +235,6 @@ mod tests {
         assert!(staging.put(1, 0x1001, &[1; PAGE]).is_err());
         assert!(staging.put_zeros(1, u64::MAX - 4095, 1).is_err());
         assert!(staging.put_zeros(1, 1 << 57, 1).is_err());
+        assert!(staging.put_zeros(1, 0x8000, 2).is_err());
     }
 }

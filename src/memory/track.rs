@@ -15,7 +15,7 @@ use anyhow::Result;
 
 use super::pages::{self, Task};
 use crate::sys::memory::{
-    PageRegion, UFFD_USER_MODE_ONLY, Wanted, category, pagemap_scan, uffd_track_writes,
+    PAGE, PageRegion, UFFD_USER_MODE_ONLY, Wanted, category, pagemap_scan, uffd_track_writes,
     uffd_watch_writes,
 };
 use crate::sys::{inject, process};
@@ -96,6 +96,26 @@ impl Tracker {
             }
         }
         Ok(written)
+    }
+
+    /// How many pages were written to since the last look, without starting a new one.
+    ///
+    /// # Errors
+    /// As [`Tracker::look`].
+    pub fn count(&self, task: Task, mappings: &[(u64, u64)]) -> Result<u64> {
+        let pagemap = File::open(format!("/proc/{}/pagemap", task.pid))?;
+        let mut found = Vec::new();
+        let out = category::PFNZERO | self.guard;
+        let wanted = Wanted {
+            inverted: out,
+            mask: out | category::WRITTEN,
+            any_of: category::PRESENT | category::SWAPPED,
+            protect: false,
+        };
+        for &(start, end) in mappings {
+            pagemap_scan(&pagemap, start, end, wanted, &mut found)?;
+        }
+        Ok(found.iter().map(|r| (r.end - r.start) / PAGE as u64).sum())
     }
 
     fn scan(

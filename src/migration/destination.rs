@@ -15,17 +15,18 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::BufReader;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
+use super::intake::{self, Current, Stage};
 use super::journal::{self, Journal, Lock, Record, Role, State};
 use super::protocol::{Arrival, MAX_FILES, MAX_TASKS, Message, Plan, Standing, Verdict};
 use super::restore::{Go, RestoreEvent, RestoreJob, RestorePlan};
@@ -38,7 +39,7 @@ use crate::criu::images;
 use crate::criu::interposer::Interposer;
 use crate::files::tmpfs::{Mounted, Tmpfs};
 use crate::files::tree;
-use crate::memory::serve::{Ended, GUARD_DONE, Server};
+use crate::memory::serve::{Ended, GUARD_QUIT, Served, Server};
 use crate::memory::staging::Staging;
 use crate::network::{self, Announcer, Frame as Packet, Placement, Recreated, Replay, fence};
 use crate::oci::runtime::Runtime;
@@ -47,8 +48,8 @@ use crate::sys::fault;
 use crate::sys::memory::PAGE;
 use crate::sys::netns::NetNs;
 use crate::sys::{process, scm};
-use crate::transport::connect::Link;
-use crate::transport::frame::Frame;
+use crate::transport::connect::{self, Closer, Link};
+use crate::transport::frame::{Frame, Run};
 
 /// How long a source may be silent before it is given up, while it still owns the container.
 const SILENCE: Duration = Duration::from_secs(300);
@@ -68,6 +69,8 @@ enum Input {
     Restore(RestoreEvent),
     Call(Call),
     Pages(Ended),
+    /// A task waits for pages that are on the source.
+    Want(i32, u64, usize),
     Signal(i32),
 }
 
@@ -78,42 +81,26 @@ enum Input {
 pub fn receive(link: Link, runtime: &Runtime, state_dir: &Path) -> Result<()> {
     let (speaker, reader, mut closer) = talk::split(link);
     let (tell, queue) = channel();
-    let staging: Arc<Mutex<Option<Staging>>> = Arc::default();
-    let (heard, stage) = (tell.clone(), staging.clone());
-    talk::listen(reader, move |h| {
-        // Pages go straight where they belong: the queue must not hold a container's memory.
-        let h = match h {
-            Heard::Frame(Frame::Pages(vpid, at, bytes)) => {
-                match staged(&stage, |s| s.put(vpid, at, &bytes)) {
-                    Ok(()) => return true,
-                    Err(e) => Heard::Gone(Some(format!("{e:#}"))),
-                }
-            }
-            Heard::Frame(Frame::Zeros(vpid, at, pages)) => {
-                match staged(&stage, |s| s.put_zeros(vpid, at, pages)) {
-                    Ok(()) => return true,
-                    Err(e) => Heard::Gone(Some(format!("{e:#}"))),
-                }
-            }
-            other => other,
-        };
-        let last = matches!(h, Heard::Gone(_));
-        heard.send(Input::Heard(h)).is_ok() && !last
+    let (stage, current) = (Stage::default(), Current::default());
+    let heard = tell.clone();
+    intake::listen(reader, &speaker, &stage, &current, move |h| {
+        heard.send(Input::Heard(h)).is_ok()
     })?;
     let caught = tell.clone();
     talk::catch_signals(move |signal| caught.send(Input::Signal(signal)).is_ok())?;
     let mut inputs = Inputs { queue };
-    let result = converse(&speaker, &mut inputs, &tell, &staging, runtime, state_dir);
+    let place = Place { runtime, state_dir, stage, current };
+    let result = converse(&speaker, &mut inputs, &tell, &place, &closer);
     closer.close();
     result
 }
 
-fn staged(
-    staging: &Mutex<Option<Staging>>,
-    f: impl FnOnce(&mut Staging) -> Result<()>,
-) -> Result<()> {
-    let mut guard = staging.lock().unwrap_or_else(PoisonError::into_inner);
-    f(guard.as_mut().ok_or_else(|| anyhow!("memory comes before it was asked for"))?)
+/// Where a migration is taken in.
+struct Place<'a> {
+    runtime: &'a Runtime,
+    state_dir: &'a Path,
+    stage: Stage,
+    current: Current,
 }
 
 struct Inputs {
@@ -145,7 +132,7 @@ fn judge(input: Input) -> Result<Input> {
             bail!("the source gave up: {why}")
         }
         // Whoever asks learns from the journal when everything is undone.
-        Input::Call((Some(Verdict::Abort), _)) => bail!("the source has given up"),
+        Input::Call(Call::Verdict(Some(Verdict::Abort), _)) => bail!("the source has given up"),
         Input::Restore(RestoreEvent::Ended(Err(e))) => Err(e),
         Input::Restore(RestoreEvent::Died) => bail!("CRIU was killed when it had restored"),
         // Nothing has run yet: closing what is held lets nobody read zeros.
@@ -161,10 +148,10 @@ fn converse(
     speaker: &Speaker,
     inputs: &mut Inputs,
     tell: &Sender<Input>,
-    staging: &Arc<Mutex<Option<Staging>>>,
-    runtime: &Runtime,
-    state_dir: &Path,
+    place: &Place,
+    closer: &Closer,
 ) -> Result<()> {
+    let Place { runtime, state_dir, stage, current } = place;
     speaker.say(&talk::hello())?;
     let plan = loop {
         match inputs.next(SILENCE)? {
@@ -176,6 +163,17 @@ fn converse(
                     Err(e) => Message::Failed { phase: "settling".into(), why: format!("{e:#}") },
                 };
                 return speaker.say(&said);
+            }
+            Input::Heard(Heard::Message(Message::Resume { migration })) => {
+                let Closer::Stdio(input, output) = closer else {
+                    bail!("this link cannot be handed on");
+                };
+                let standing =
+                    settle::hand_link(state_dir, &migration, input.as_fd(), output.as_fd())?;
+                return match standing {
+                    Some(standing) => speaker.say(&Message::Settled { standing }),
+                    None => Ok(()),
+                };
             }
             _ => bail!("the source begins with something else than a plan"),
         }
@@ -196,7 +194,7 @@ fn converse(
         // the reading thread takes them in whether or not this one has got that far.
         let pages = usize::try_from(checks::staging_bytes(&plan))? / PAGE;
         let fresh = Staging::new(pages)?;
-        *staging.lock().unwrap_or_else(PoisonError::into_inner) = Some(fresh);
+        stage.keep(fresh);
     }
     // Now, as the source takes its probes away when it has our answer.
     let shared = Streams::shared(&plan.streams);
@@ -218,7 +216,7 @@ fn converse(
             return Err(if told { Told(e).into() } else { e });
         }
     };
-    guest.take_in(speaker, inputs, tell, staging)
+    guest.take_in(speaker, inputs, tell, stage, current)
 }
 
 /// A container on its way in, and all that was made for it.
@@ -246,6 +244,8 @@ struct Guest {
     phase: &'static str,
     began: Instant,
     marks: Vec<(String, f64)>,
+    /// Pages that stay on the source until after the commit.
+    left: u64,
     /// The link to the source works, as far as is known.
     link: bool,
     _lock: Lock,
@@ -305,6 +305,7 @@ impl Guest {
             phase: "preparing",
             began: Instant::now(),
             marks: Vec::new(),
+            left: 0,
             link: true,
             _lock: lock,
         })
@@ -321,9 +322,10 @@ impl Guest {
         speaker: &Speaker,
         inputs: &mut Inputs,
         tell: &Sender<Input>,
-        staging: &Arc<Mutex<Option<Staging>>>,
+        stage: &Stage,
+        current: &Current,
     ) -> Result<()> {
-        let ready = self.until_ready(speaker, inputs, tell, staging);
+        let ready = self.until_ready(speaker, inputs, tell, stage);
         let verdict = match ready {
             Ok(()) => self.await_verdict(speaker, inputs),
             Err(e) => {
@@ -337,7 +339,7 @@ impl Guest {
         };
         match verdict {
             Verdict::Abort => self.undo(),
-            Verdict::Commit => self.run(speaker, inputs),
+            Verdict::Commit => self.run(speaker.clone(), inputs, tell, stage, current),
         }
     }
 
@@ -346,7 +348,7 @@ impl Guest {
         speaker: &Speaker,
         inputs: &mut Inputs,
         tell: &Sender<Input>,
-        staging: &Arc<Mutex<Option<Staging>>>,
+        stage: &Stage,
     ) -> Result<()> {
         fault::point("destination.prepare")?;
         // From the beginning: a source that lost this link, and gave up, says so over another.
@@ -380,7 +382,10 @@ impl Guest {
                     self.begin_restore()?;
                     dumped = Some(tasks);
                 }
-                Input::Heard(Heard::Message(Message::MemoryDone)) => memory_done = true,
+                Input::Heard(Heard::Message(Message::MemoryDone { left })) => {
+                    self.left = left;
+                    memory_done = true;
+                }
                 Input::Restore(RestoreEvent::Restored(pid)) => {
                     let init = process::start_time(pid).map(|t| (pid, t));
                     self.journal.record.init = init;
@@ -395,15 +400,16 @@ impl Guest {
                 && let (Some(tasks), Some(server)) =
                     (dumped.as_ref(), self.server.take_if(|_| dumped.is_some()))
             {
-                self.serve(tasks, server, staging, tell)?;
+                self.serve(tasks, server, stage, tell)?;
             }
         }
         while !self.serving {
             // CRIU was quicker than the last pages.
             match inputs.next(RESTORE_LIMIT)? {
-                Input::Heard(Heard::Message(Message::MemoryDone)) => {
+                Input::Heard(Heard::Message(Message::MemoryDone { left })) => {
+                    self.left = left;
                     if let (Some(tasks), Some(server)) = (&dumped, self.server.take()) {
-                        self.serve(tasks, server, staging, tell)?;
+                        self.serve(tasks, server, stage, tell)?;
                     }
                 }
                 Input::Heard(Heard::Frame(Frame::Packet(bytes))) => self.packet(&bytes)?,
@@ -537,7 +543,7 @@ impl Guest {
         &mut self,
         tasks: &[i32],
         server: Server,
-        staging: &Arc<Mutex<Option<Staging>>>,
+        stage: &Stage,
         tell: &Sender<Input>,
     ) -> Result<()> {
         let mut pagemaps = HashMap::new();
@@ -554,16 +560,14 @@ impl Guest {
                 Err(e) => return Err(e.into()),
             }
         }
-        let staging = staging.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let staging = staging.ok_or_else(|| anyhow!("memory has been taken already"))?;
         let guard = Guard::spawn(&self.journal)?;
-        let tell = tell.clone();
         let to_guard = guard.socket.try_clone()?;
         self.guard = Some(guard);
-        server.start(staging, &pagemaps, to_guard, move |ended| {
-            // The hand-over may have ended already.
-            let _ = tell.send(Input::Pages(ended));
-        })?;
+        // The hand-over may have ended already.
+        let (wanted, ended) = (tell.clone(), tell.clone());
+        let want = move |vpid, at, pages| drop(wanted.send(Input::Want(vpid, at, pages)));
+        let end = move |e| drop(ended.send(Input::Pages(e)));
+        stage.serve(|staging| server.start(staging, &pagemaps, to_guard, want, end))?;
         self.serving = true;
         self.mark("last page is here");
         Ok(())
@@ -584,7 +588,7 @@ impl Guest {
                     // A damaged one is the sender's timer's business.
                     let _ = self.packet(&bytes);
                 }
-                Input::Call((Some(verdict), reply)) => {
+                Input::Call(Call::Verdict(Some(verdict), reply)) => {
                     let standing = match verdict {
                         Verdict::Commit => Standing::Running,
                         Verdict::Abort => Standing::Gone,
@@ -598,7 +602,7 @@ impl Guest {
                     });
                     return verdict;
                 }
-                Input::Call((None, reply)) => {
+                Input::Call(Call::Verdict(None, reply)) => {
                     let _ = reply.send(Standing::Waiting);
                 }
                 Input::Pages(Ended { result: Ok(served), held }) => {
@@ -620,13 +624,24 @@ impl Guest {
                 // A later link, or the operator, brings the verdict.
                 Input::Heard(Heard::Gone(_)) => self.link = false,
                 // A signal is no verdict either.
-                Input::Heard(_) | Input::Restore(_) | Input::Signal(_) => {}
+                Input::Heard(_)
+                | Input::Restore(_)
+                | Input::Signal(_)
+                | Input::Want(..)
+                | Input::Call(Call::Link(..)) => {}
             }
         }
     }
 
     /// It is ours: opens the fence, lets it run, tells everybody. No way back.
-    fn run(mut self, speaker: &Speaker, inputs: &mut Inputs) -> Result<()> {
+    fn run(
+        mut self,
+        mut speaker: Speaker,
+        inputs: &mut Inputs,
+        tell: &Sender<Input>,
+        stage: &Stage,
+        current: &Current,
+    ) -> Result<()> {
         self.mark("commit");
         let _ = fault::point("destination.commit");
         let _ = self.journal.note(State::Committed);
@@ -636,10 +651,12 @@ impl Guest {
         let _ = fault::point("destination.committed");
         self.tell_restore(Go::Verdict(true))?;
         let mut link = self.link;
-        let mut whole = self.pages.take().is_some();
+        let mut served = self.pages.take().and_then(|ended| ended.result.ok());
+        // As long as the latest link is ours to use, whoever brought it waits.
+        let mut brought = None;
         let (mut running, mut ended) = (false, false);
         let mut finished = false;
-        while !(running && ended && whole && (finished || !link)) {
+        while !(running && ended && served.is_some() && (finished || !link)) {
             match inputs.queue.recv_timeout(RESTORE_LIMIT) {
                 Ok(Input::Restore(RestoreEvent::Released)) => {
                     self.open_network();
@@ -665,15 +682,33 @@ impl Guest {
                         packets: self.replayed,
                     };
                     link &= speaker.say(&Message::Running(Box::new(arrival))).is_ok();
-                    if whole {
-                        link &= self.say_whole(speaker);
+                    if let Some(served) = served {
+                        link &= self.say_whole(&speaker, served);
                     }
                 }
-                Ok(Input::Pages(Ended { result: Ok(_), .. })) => {
-                    whole = true;
+                Ok(Input::Pages(Ended { result: Ok(all), .. })) => {
+                    served = Some(all);
                     if running {
-                        link &= self.say_whole(speaker);
+                        link &= self.say_whole(&speaker, all);
                     }
+                }
+                Ok(Input::Want(vpid, at, pages)) => {
+                    let asked = speaker.run(Run::Want, vpid, at, pages);
+                    link &= asked.and_then(|()| speaker.flush()).is_ok();
+                }
+                Ok(Input::Call(Call::Link(input, output, held))) => {
+                    tracing::info!("the source is back over a new link");
+                    let new = connect::adopt(input, output)?;
+                    let (other, reader, _) = talk::split(new);
+                    speaker = other;
+                    drop(brought.replace(held));
+                    let heard = tell.clone();
+                    let hear = move |h| heard.send(Input::Heard(h)).is_ok();
+                    intake::listen(reader, &speaker, stage, current, hear)?;
+                    link = match served {
+                        Some(served) if running => self.say_whole(&speaker, served),
+                        _ => say_missing(&speaker, stage).is_ok(),
+                    };
                 }
                 Ok(Input::Pages(Ended { result: Err(e), held })) => {
                     let failed = e.context("not all of its memory can be put into the container");
@@ -708,14 +743,21 @@ impl Guest {
                 }
                 Ok(Input::Heard(Heard::Message(Message::Finished))) => finished = true,
                 Ok(Input::Heard(Heard::Gone(_))) => link = false,
-                Ok(Input::Call((_, reply))) => {
-                    let now = if running && whole { Standing::Running } else { Standing::Waiting };
+                Ok(Input::Call(Call::Verdict(_, reply))) => {
+                    let now = match (running, served.is_some()) {
+                        (true, true) => Standing::Running,
+                        (true, false) if self.left > 0 => Standing::Partial,
+                        _ => Standing::Waiting,
+                    };
                     let _ = reply.send(now);
                 }
                 Ok(_) => {}
+                // Pages that are still on the source may take as long as they like.
+                Err(_) if served.is_none() && self.left > 0 => {}
                 Err(_) => link = false,
             }
         }
+        drop(brought);
         self.settle_in()
     }
 
@@ -734,16 +776,15 @@ impl Guest {
 
     /// Tells the source that what is frozen there is needed no more; whether it could be told. The
     /// journal knows it first: who asks later must not be told otherwise.
-    fn say_whole(&mut self, speaker: &Speaker) -> bool {
+    fn say_whole(&mut self, speaker: &Speaker, served: Served) -> bool {
         self.mark("whole");
         let _ = self.journal.note(State::Whole);
-        speaker.say(&Message::Whole).is_ok()
+        speaker.say(&Message::Whole(served)).is_ok()
     }
 
     fn dismiss_guard(&mut self) {
         if let Some(mut guard) = self.guard.take() {
-            // It may have heard so from the page daemon.
-            let _ = scm::send(&guard.socket, GUARD_DONE, &[]);
+            let _ = scm::send(&guard.socket, GUARD_QUIT, &[]);
             let _ = guard.child.wait();
         }
     }
@@ -795,6 +836,17 @@ impl Guest {
         self.dismiss_guard();
         undone
     }
+}
+
+/// Tells a source that is back what is missing here.
+fn say_missing(speaker: &Speaker, stage: &Stage) -> Result<()> {
+    let missing = stage.missing()?;
+    let mut pages = 0;
+    for (vpid, at, n) in missing {
+        speaker.run(Run::Want, vpid, at, n)?;
+        pages += n as u64;
+    }
+    speaker.say(&Message::Missing { pages })
 }
 
 /// The process that holds the restored tasks' memory together if this one is killed: see

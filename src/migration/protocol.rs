@@ -18,6 +18,7 @@
 //!   [journal: committed]                                                 destination
 //!   ── Commit ────────────────────────────▶  opens the fence, announces, runs
 //!   ◀─────────────────────────── Running ──                              destination, running
+//!   ══ pages that stayed here ════════════▶  (post-copy; ◀ wanted ones are asked for)
 //!   ══ packets that still came here ══════▶
 //!   ◀───────────────────────────── Whole ──                              (all pages are in)
 //!   ── Finished ──────────────────────────▶
@@ -36,12 +37,13 @@ use serde_json::Value;
 
 use crate::files::probe::Proof;
 use crate::files::tmpfs::{self, Tmpfs};
+use crate::memory::serve::Served;
 use crate::network::image::{Kind, NetworkImage};
 use crate::network::problem::Problem;
 use crate::transport::frame;
 
 /// Version of this protocol: both sides must speak the same one.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// Most image files of one checkpoint.
 pub const MAX_FILES: usize = 100_000;
@@ -83,8 +85,17 @@ pub enum Message {
         /// The container's tasks, as it numbers them.
         tasks: Vec<i32>,
     },
-    /// To the destination: no page will come any more. The source owns the container, frozen.
-    MemoryDone,
+    /// Both ways, at any time: sent back as it came. Says nothing about who owns the container.
+    Echo {
+        /// Which one.
+        number: u64,
+    },
+    /// To the destination: no page will come before the commit. The source owns the container,
+    /// frozen.
+    MemoryDone {
+        /// Pages that stay on the source until then: post-copy.
+        left: u64,
+    },
     /// To the source: restored, and held before its first instruction. The source owns the
     /// container, frozen; the destination keeps its copy until it is told.
     Ready,
@@ -94,7 +105,20 @@ pub enum Message {
     Running(Box<Arrival>),
     /// To the source: its last page is in; what is frozen is needed no more. The destination owns
     /// the container, running.
-    Whole,
+    Whole(Served),
+    /// To the destination, over a later link, instead of a plan: the source goes on with a
+    /// migration whose link broke after the commit, with pages left. The destination owns the
+    /// container, running.
+    Resume {
+        /// The migration's ID.
+        migration: String,
+    },
+    /// To the source: all pages that are missing were named (`Run::Want`). The destination owns the
+    /// container, running.
+    Missing {
+        /// How many.
+        pages: u64,
+    },
     /// To the destination: what was frozen is gone, no packet will come any more.
     Finished,
     /// To the destination: give up, the container runs on here. The source owns the container.
@@ -140,8 +164,10 @@ pub enum Verdict {
 pub enum Standing {
     /// The container runs here.
     Running,
-    /// Restored and held: waits for the verdict.
+    /// Restored and held: waits for the verdict; or it is just being started.
     Waiting,
+    /// The container runs here, and needs pages that are still on the source.
+    Partial,
     /// There is no copy here, and there will be none of this migration.
     Gone,
 }
@@ -334,6 +360,7 @@ impl Standing {
         match self {
             Standing::Running => "runs there",
             Standing::Waiting => "is restored there and waits for the verdict",
+            Standing::Partial => "runs there without all of its memory",
             Standing::Gone => "is not there",
         }
     }

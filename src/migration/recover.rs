@@ -14,7 +14,7 @@ use super::journal::{Journal, Record, Role, State};
 use super::protocol::{Standing, Verdict};
 use super::{settle, workdir};
 use crate::files::sockets::Spares;
-use crate::memory::serve::GUARD_DONE;
+use crate::memory::serve::{GUARD_DONE, GUARD_QUIT};
 use crate::network::{self, fence};
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
@@ -231,10 +231,7 @@ pub fn destination_discards(journal: &mut Journal) -> Result<()> {
     let record = journal.record.clone();
     let runtime = runtime(&record);
     wait_for_criu(&record.work);
-    let init = fs::read_to_string(record.work.join(INIT)).ok().and_then(|text| {
-        let (pid, started) = text.trim().split_once(' ')?;
-        Some((pid.parse().ok()?, started.parse().ok()?))
-    });
+    let init = restored_init(&record);
     let network = own_network(&record);
     if let Some((namespace, _)) = &network {
         // It may have run, with an open fence: its sockets must end unheard.
@@ -253,6 +250,13 @@ pub fn destination_discards(journal: &mut Journal) -> Result<()> {
     workdir::remove(&record.work);
     trouble.note("writing the journal", journal.write(State::Aborted));
     trouble.into_result()
+}
+
+/// The init that was restored here, and when it started.
+fn restored_init(record: &Record) -> Option<(i32, u64)> {
+    let text = fs::read_to_string(record.work.join(INIT)).ok()?;
+    let (pid, started) = text.trim().split_once(' ')?;
+    Some((pid.parse().ok()?, started.parse().ok()?))
 }
 
 /// In the work directory of a destination: the restored init's number and start time, and the
@@ -394,23 +398,37 @@ pub fn guard(journal: &Path) -> Result<()> {
 }
 
 /// The destination's guard: holds the descriptors of restored tasks whose memory is not all there
-/// yet, so that they wait for it rather than read zeros, and ends them if nobody will bring it.
+/// yet, so that they wait for it rather than read zeros, and ends them if nobody will bring it. When
+/// it is all there and Ferry dies, the guard does the rest of its work.
 ///
 /// # Errors
 /// When what is left cannot be cleared away.
 pub fn guard_pages(journal: &Path) -> Result<()> {
     let mut held = Vec::new();
+    let mut whole = false;
     loop {
         match crate::sys::scm::receive(std::io::stdin())? {
-            Some((word, _)) if word == GUARD_DONE => return Ok(()),
+            Some((word, _)) if word == GUARD_QUIT => return Ok(()),
+            Some((word, _)) if word == GUARD_DONE => {
+                // Whoever touches memory that never had contents waits as long as they are open.
+                held.clear();
+                whole = true;
+            }
             Some((_, fds)) => held.extend(fds),
             None => break,
         }
     }
     let mut journal = Journal::open(journal)?;
     let _held = journal.hold()?;
-    if journal.state().is_over() || journal.state() == State::Whole {
+    if journal.state().is_over() {
         return Ok(());
+    }
+    if whole && matches!(journal.state(), State::Committed | State::Whole) {
+        // Past its point of no return CRIU goes on without us; before it, it takes all back.
+        wait_for_criu(&journal.record.work);
+        if restored_init(&journal.record).is_some_and(super::journal::is_alive) {
+            return destination_keeps(&mut journal);
+        }
     }
     let done = destination_discards(&mut journal);
     // Only now: closing them lets whoever still waits read zeros.

@@ -1,18 +1,21 @@
 //! Learning over a new link how an earlier migration stands, and bringing the source's word.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
+use serde::{Deserialize, Serialize};
 
 use super::away::canonical;
 use super::journal::{Journal, Record, Role, State, is_alive};
 use super::protocol::{Message, Standing, Verdict};
 use super::recover;
 use super::talk::{self, Heard};
+use crate::sys::scm;
 
 /// Name of the socket on which a waiting destination takes the verdict.
 const SOCKET: &str = "control.sock";
@@ -126,22 +129,65 @@ pub fn sweep(state_dir: &Path, root: &Path, container: &str) -> Result<()> {
     Ok(())
 }
 
+/// What is said to whoever holds the container, over its control socket.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Asked {
+    /// A verdict, or only a question.
+    Verdict(Option<Verdict>),
+    /// Two descriptors come along: a new link to the source.
+    Link,
+}
+
+fn connect(work: &Path) -> Result<UnixStream> {
+    UnixStream::connect(work.join(SOCKET))
+        .context("the process that holds the container here does not answer")
+}
+
 fn pass_on(work: &Path, verdict: Option<Verdict>) -> Result<Standing> {
-    let mut socket = UnixStream::connect(work.join(SOCKET))
-        .context("the process that holds the container here does not answer")?;
+    let socket = connect(work)?;
     socket.set_read_timeout(Some(LIMIT))?;
-    let mut line = serde_json::to_vec(&verdict)?;
-    line.push(b'\n');
-    socket.write_all(&line)?;
+    scm::send(&socket, &serde_json::to_vec(&Asked::Verdict(verdict))?, &[])?;
     let mut answer = String::new();
     BufReader::new(socket).read_line(&mut answer)?;
     serde_json::from_str(&answer).context("the process that holds the container here went away")
 }
 
-/// A verdict that came by the control socket, and where the answer goes.
-pub type Call = (Option<Verdict>, Sender<Standing>);
+/// On the destination: a source whose link broke after the commit is back. Its new link goes to the
+/// process that holds the container; returns when that needs it no more. Where there is no such
+/// process any more: how the migration stands.
+///
+/// # Errors
+/// When it does not take it.
+pub fn hand_link(
+    state_dir: &Path,
+    migration: &str,
+    input: BorrowedFd,
+    output: BorrowedFd,
+) -> Result<Option<Standing>> {
+    let holder = Journal::find(state_dir, migration)?
+        .filter(|j| j.record.role == Role::Destination)
+        .filter(|j| is_alive(j.record.worker) && !j.state().is_over());
+    let Some(journal) = holder else { return answer(state_dir, migration, None).map(Some) };
+    let mut socket = connect(&journal.record.work)?;
+    let asked = serde_json::to_vec(&Asked::Link)?;
+    scm::send(&socket, &asked, &[input.as_raw_fd(), output.as_raw_fd()])?;
+    // Nothing comes but the end.
+    let _ = socket.read(&mut [0]);
+    Ok(None)
+}
 
-/// On the destination, by the process that holds the container: takes verdicts.
+/// What came by the control socket.
+#[derive(Debug)]
+pub enum Call {
+    /// A verdict or a question, and where the answer goes.
+    Verdict(Option<Verdict>, Sender<Standing>),
+    /// A new link to the source: reading end, writing end, and what is to be kept as long as it is
+    /// used.
+    Link(OwnedFd, OwnedFd, UnixStream),
+}
+
+/// On the destination, by the process that holds the container: takes verdicts and links.
 ///
 /// # Errors
 /// When the socket cannot be made.
@@ -149,23 +195,30 @@ pub fn take_calls(work: &Path, tell: impl Fn(Call) -> bool + Send + 'static) -> 
     let listener = UnixListener::bind(work.join(SOCKET))?;
     std::thread::Builder::new().name("control".into()).spawn(move || {
         for socket in listener.incoming().flatten() {
-            let mut line = String::new();
-            let mut reader = BufReader::new(&socket);
-            if socket.set_read_timeout(Some(Duration::from_secs(5))).is_err()
-                || reader.read_line(&mut line).is_err()
-            {
+            if socket.set_read_timeout(Some(Duration::from_secs(5))).is_err() {
                 continue;
             }
-            let Ok(verdict) = serde_json::from_str(&line) else { continue };
-            let (reply, answer) = channel();
-            if !tell((verdict, reply)) {
-                return;
-            }
-            if let Ok(standing) = answer.recv_timeout(LIMIT)
-                && let Ok(mut text) = serde_json::to_vec(&standing)
-            {
-                text.push(b'\n');
-                let _ = (&socket).write_all(&text);
+            let Ok(Some((bytes, fds))) = scm::receive(&socket) else { continue };
+            let mut fds = fds.into_iter();
+            match (serde_json::from_slice(&bytes), fds.next(), fds.next()) {
+                (Ok(Asked::Link), Some(input), Some(output)) => {
+                    if !tell(Call::Link(input, output, socket)) {
+                        return;
+                    }
+                }
+                (Ok(Asked::Verdict(verdict)), ..) => {
+                    let (reply, answer) = channel();
+                    if !tell(Call::Verdict(verdict, reply)) {
+                        return;
+                    }
+                    if let Ok(standing) = answer.recv_timeout(LIMIT)
+                        && let Ok(mut text) = serde_json::to_vec(&standing)
+                    {
+                        text.push(b'\n');
+                        let _ = (&socket).write_all(&text);
+                    }
+                }
+                _ => {}
             }
         }
     })?;

@@ -17,40 +17,40 @@ use std::io::{BufWriter, Read, Write};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
+use super::carry::{self, Memory, MemoryEvent, Order};
 use super::dump::{DumpEvent, DumpJob, DumpPlan, Go};
 use super::inspect::{Subject, Wishes, inspect};
 use super::journal::{self, Journal, Lock, Record, Role, State};
 use super::keeper::Keeper;
 use super::protocol::{Message, Standing, Verdict};
+use super::rest::Brought;
 use super::talk::{self, Heard, Speaker};
 use super::watch::Watch;
 use super::workdir::WorkDir;
-use super::{host, recover, settle};
+use super::{host, recover, rest, settle};
 use crate::criu::interposer::Interposer;
 use crate::files::{tmpfs, tree};
 use crate::memory::pages;
-use crate::memory::rounds::{RoundStats, Rounds, Tracking};
 use crate::network::problem::Problem;
 use crate::network::{Capture, fence};
-use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
 use crate::report::exit::Failed;
-use crate::report::progress::{Reporter, Round};
+use crate::report::progress::Reporter;
 use crate::sys::fault;
 use crate::sys::netns::NetNs;
 use crate::sys::process;
 use crate::transport::connect::{Closer, Cutter, Destination};
-use crate::transport::frame;
+use crate::transport::frame::{self, Frame, Run};
 
 /// From the freeze to the commit: a hand-over that takes longer is given up.
 const FREEZE_LIMIT: Duration = Duration::from_secs(30);
-/// Until the destination has made everything ready.
-const PREPARE_LIMIT: Duration = Duration::from_secs(120);
+/// How long nothing may be heard of the destination while it makes everything ready and takes in
+/// memory.
+const PREPARE_LIMIT: Duration = Duration::from_secs(45);
 /// Until the other Ferry has answered at all; ssh may ask for a key's passphrase.
 const ANSWER_LIMIT: Duration = Duration::from_secs(120);
 /// How long the other side may take to end after the last word.
@@ -59,11 +59,6 @@ const GOODBYE_LIMIT: Duration = Duration::from_secs(60);
 const WHOLE_LIMIT: Duration = Duration::from_secs(600);
 /// How long a lost destination is looked for after the commit.
 const SETTLE_LIMIT: Duration = Duration::from_secs(30);
-/// Rounds over the running container's memory, at most.
-const MAX_ROUNDS: usize = 6;
-/// What is left after a round is little enough to freeze: about 10 ms on a gigabit.
-const LITTLE: u64 = 256;
-
 /// After a signal: what is being written may still be written.
 const PATIENCE: Duration = Duration::from_secs(3);
 
@@ -74,6 +69,8 @@ pub struct Options {
     pub wishes: Wishes,
     /// Where to.
     pub destination: Destination,
+    /// How memory is to go.
+    pub memory: carry::Wishes,
     /// `--timeout`: gives up when the hand-over is not committed by then.
     pub timeout: Option<Duration>,
     /// Leave the away-mark afterwards.
@@ -89,20 +86,12 @@ enum Input {
     Signal(i32),
 }
 
-#[derive(Debug)]
-enum MemoryEvent {
-    Round(Round),
-    /// Little enough is left: freeze.
-    Settled,
-    /// Everything is over there.
-    Done,
-    Failed(String),
-}
-
 /// The link, and everything that happens, in one queue.
 struct Inputs {
     queue: Receiver<Input>,
     tell: Sender<Input>,
+    /// For what goes on now, and when that is over.
+    limit: Duration,
     deadline: Instant,
     interrupted: bool,
     /// The link has ended.
@@ -152,7 +141,13 @@ impl Inputs {
     }
 
     fn until(&mut self, limit: Duration) {
+        self.limit = limit;
         self.by(Instant::now() + limit);
+    }
+
+    /// The time counts anew.
+    fn again(&mut self) {
+        self.until(self.limit);
     }
 
     fn by(&mut self, deadline: Instant) {
@@ -191,6 +186,7 @@ fn ask(runtime: &Runtime, options: &Options, reporter: &mut Reporter) -> Result<
     let mut inputs = Inputs {
         queue,
         tell,
+        limit: ANSWER_LIMIT,
         deadline,
         interrupted: false,
         gone: false,
@@ -318,6 +314,9 @@ struct Begun {
     guard: Guard,
     dump: Option<DumpJob>,
     memory: Option<Memory>,
+    memory_wishes: carry::Wishes,
+    /// Pages that stayed here for after the commit.
+    left: u64,
     keeper: Option<Keeper>,
     frozen_since: Option<Instant>,
     /// No second migration of the same container meanwhile.
@@ -376,6 +375,8 @@ impl Begun {
             guard,
             dump: None,
             memory: None,
+            memory_wishes: options.memory,
+            left: 0,
             keeper: None,
             frozen_since: None,
             _lock: lock,
@@ -400,21 +401,26 @@ impl Begun {
         self.inputs.until(PREPARE_LIMIT);
         self.obey_limit();
         self.start_dump()?;
-        self.memory = Some(Memory::start(&self.subject.cgroup, &self.speaker, &self.inputs.tell)?);
+        let tell = self.inputs.tell.clone();
+        let wishes = self.memory_wishes;
+        let memory = Memory::start(&self.subject.cgroup, &self.speaker, wishes, move |event| {
+            // The hand-over may have ended already.
+            let _ = tell.send(Input::Memory(event));
+        })?;
+        self.memory = Some(memory);
         self.send_streams(false)?;
         let (mut prepared, mut at_freeze, mut settled) = (false, false, false);
         while !(prepared && at_freeze && settled) {
-            match self.inputs.next()? {
+            match self.next(reporter)? {
                 Input::Heard(Heard::Message(Message::Prepared)) => {
                     reporter.mark("destination is ready");
                     prepared = true;
                 }
                 Input::Dump(DumpEvent::AtFreeze) => at_freeze = true,
-                Input::Memory(MemoryEvent::Settled) => {
-                    reporter.mark("memory is copied");
+                Input::Memory(MemoryEvent::Settled(next)) => {
+                    reporter.settled(next);
                     settled = true;
                 }
-                Input::Memory(MemoryEvent::Round(round)) => reporter.report.rounds.push(round),
                 _ => {}
             }
         }
@@ -471,7 +477,7 @@ impl Begun {
         self.speaker.say(&Message::Freezing)?;
         self.go(Go::Freeze)?;
         loop {
-            if let Input::Dump(DumpEvent::Frozen { since, network }) = self.inputs.next()? {
+            if let Input::Dump(DumpEvent::Frozen { since, network }) = self.next(reporter)? {
                 self.frozen_since = Some(since);
                 reporter.mark_at("freeze", since);
                 reporter.mark("frozen, fence closed");
@@ -493,10 +499,8 @@ impl Begun {
     fn dump(&mut self, reporter: &mut Reporter) -> Result<()> {
         fault::point("source.dump")?;
         loop {
-            match self.inputs.next()? {
-                Input::Dump(DumpEvent::Dumped) => break,
-                Input::Memory(MemoryEvent::Round(round)) => reporter.report.rounds.push(round),
-                _ => {}
+            if matches!(self.next(reporter)?, Input::Dump(DumpEvent::Dumped)) {
+                break;
             }
         }
         reporter.mark("dumped");
@@ -557,24 +561,62 @@ impl Begun {
     fn await_ready(&mut self, reporter: &mut Reporter) -> Result<()> {
         fault::point("source.sent")?;
         loop {
-            match self.inputs.next()? {
-                Input::Heard(Heard::Message(Message::Ready)) => break,
-                Input::Memory(MemoryEvent::Round(round)) => reporter.report.rounds.push(round),
-                Input::Memory(MemoryEvent::Done) => reporter.mark("last page is sent"),
-                _ => {}
+            if matches!(self.next(reporter)?, Input::Heard(Heard::Message(Message::Ready))) {
+                break;
             }
         }
         reporter.mark("destination has restored");
         fault::point("source.commit")?;
         // Bad news that came meanwhile is the last that can stop it.
         while let Some(input) = self.inputs.pending()? {
-            match input {
-                Input::Memory(MemoryEvent::Round(round)) => reporter.report.rounds.push(round),
-                Input::Memory(MemoryEvent::Done) => reporter.mark("last page is sent"),
-                _ => {}
-            }
+            self.take_note(input, reporter);
         }
         Ok(())
+    }
+
+    /// The next thing that the hand-over itself must do something about.
+    fn next(&mut self, reporter: &mut Reporter) -> Result<Input> {
+        loop {
+            let input = self.inputs.next()?;
+            if let Some(input) = self.take_note(input, reporter) {
+                return Ok(input);
+            }
+        }
+    }
+
+    /// What goes on with memory is noted, and passed on to whoever carries it.
+    fn take_note(&mut self, input: Input, reporter: &mut Reporter) -> Option<Input> {
+        let order = match input {
+            Input::Memory(MemoryEvent::Round(round)) => {
+                reporter.round(round);
+                return None;
+            }
+            Input::Memory(MemoryEvent::Progress(raw, wire)) => {
+                // As long as it goes on it may take its time; `--timeout` is the user's limit.
+                self.inputs.again();
+                self.obey_limit();
+                reporter.progress(raw, wire, self.subject.plan.resident_bytes);
+                return None;
+            }
+            Input::Memory(MemoryEvent::Done(left)) => {
+                self.left = left;
+                reporter.report.postcopy_pages = left;
+                reporter.mark("last page before the commit is sent");
+                return None;
+            }
+            Input::Memory(MemoryEvent::AllSent) => {
+                reporter.mark("last page is sent");
+                return None;
+            }
+            Input::Heard(Heard::Message(Message::Echo { number })) => Order::Echoed(number),
+            Input::Heard(Heard::Frame(Frame::Run(Run::Want, vpid, at, pages))) => {
+                Order::Want(vpid, at, pages)
+            }
+            other => return Some(other),
+        };
+        // It may have sent everything already.
+        let _ = self.tell_memory(order);
+        None
     }
 
     fn obey_limit(&mut self) {
@@ -669,8 +711,11 @@ impl Committed {
             let _ = job.go.send(Go::Verdict(true));
             job.join();
         }
-        let standing =
-            if running { Standing::Running } else { Committed::look_for(&begun, reporter) };
+        let standing = match running {
+            true => Standing::Running,
+            false if begun.left > 0 => Committed::bring_rest(&mut begun, reporter),
+            false => Committed::look_for(&begun, reporter),
+        };
         if standing != Standing::Running {
             begun.guard.dismiss();
             begun.closer.close();
@@ -719,8 +764,10 @@ impl Committed {
         if begun.speaker.say(&Message::Commit).is_err() {
             return false;
         }
+        // Whoever has nothing left does not care.
+        let _ = begun.tell_memory(Order::Serve);
         loop {
-            match begun.inputs.next() {
+            match begun.next(reporter) {
                 Ok(Input::Heard(Heard::Message(Message::Running(arrival)))) => {
                     reporter.mark("runs there");
                     reporter.report.frozen_ms =
@@ -729,8 +776,9 @@ impl Committed {
                     // What is frozen here stays until the last page is in over there.
                     begun.inputs.until(WHOLE_LIMIT);
                 }
-                Ok(Input::Heard(Heard::Message(Message::Whole))) => {
+                Ok(Input::Heard(Heard::Message(Message::Whole(served)))) => {
                     reporter.mark("all of it is there");
+                    reporter.report.served = Some(served);
                     return true;
                 }
                 Ok(_) => {}
@@ -743,6 +791,29 @@ impl Committed {
                     return false;
                 }
             }
+        }
+    }
+
+    /// The link broke while the destination runs and pages are here: brings them over new ones.
+    fn bring_rest(begun: &mut Begun, reporter: &mut Reporter) -> Standing {
+        begun.closer.close();
+        let (record, wishes) = (begun.journal.record.clone(), begun.memory_wishes);
+        let queue = &begun.inputs.queue;
+        let end = rest::bring(&record, wishes, &mut |why| {
+            if let Some(why) = why {
+                reporter.warning(&format!("{why}; trying again"));
+            }
+            // Too late to give up, but nobody has to stand by: `ferry resolve` goes on with it.
+            !queue.try_iter().any(|input| matches!(input, Input::Signal(_)))
+        });
+        match end {
+            Brought::Whole(served) => {
+                reporter.mark("all of it is there");
+                reporter.report.served = served;
+                Standing::Running
+            }
+            Brought::Gone => Standing::Gone,
+            Brought::Stopped => Standing::Partial,
         }
     }
 
@@ -842,84 +913,4 @@ impl Guard {
         }
         let _ = self.child.wait();
     }
-}
-
-/// What the hand-over tells the memory thread.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Order {
-    Frozen,
-    Dumped,
-}
-
-/// The thread that sends memory.
-struct Memory {
-    orders: Sender<Order>,
-    _thread: JoinHandle<()>,
-}
-
-impl Memory {
-    fn start(cgroup: &Cgroup, speaker: &Speaker, tell: &Sender<Input>) -> Result<Memory> {
-        let (orders, receive) = channel();
-        let (cgroup, speaker, tell) = (cgroup.clone(), speaker.clone(), tell.clone());
-        let thread = std::thread::Builder::new().name("memory".into()).spawn(move || {
-            let report = |event| {
-                // The hand-over may have ended already.
-                let _ = tell.send(Input::Memory(event));
-            };
-            if let Err(e) = send_memory(&cgroup, speaker, &receive, &report) {
-                report(MemoryEvent::Failed(format!("{e:#}")));
-            }
-        })?;
-        Ok(Memory { orders, _thread: thread })
-    }
-}
-
-/// Rounds while the container runs, until little is left or they do not help any more; one while
-/// CRIU dumps; one after it, as CRIU itself writes to a few pages.
-fn send_memory(
-    cgroup: &Cgroup,
-    mut speaker: Speaker,
-    orders: &Receiver<Order>,
-    report: &dyn Fn(MemoryEvent),
-) -> Result<()> {
-    let mut rounds = Rounds::new(Tracking::WriteProtect);
-    let mut round = |frozen: bool| -> Result<RoundStats> {
-        let began = Instant::now();
-        let mut sum = RoundStats::default();
-        for task in pages::tasks(&cgroup.processes()?)? {
-            sum.add(rounds.round(task, frozen, &mut speaker)?);
-        }
-        speaker.flush()?;
-        let ms = began.elapsed().as_secs_f64() * 1000.0;
-        let tracking = rounds.tracking();
-        report(MemoryEvent::Round(Round { frozen, tracking, pages: sum, ms }));
-        Ok(sum)
-    };
-    let mut before = u64::MAX;
-    for _ in 0..MAX_ROUNDS {
-        let sent = round(false)?.sent;
-        if sent <= LITTLE || sent > before / 4 * 3 {
-            break;
-        }
-        before = sent;
-    }
-    report(MemoryEvent::Settled);
-    if orders.recv() != Ok(Order::Frozen) {
-        return Ok(());
-    }
-    let frozen = pages::tasks(&cgroup.processes()?)?;
-    round(true)?;
-    if orders.recv() != Ok(Order::Dumped) {
-        return Ok(());
-    }
-    round(true)?;
-    // Whoever was killed in the freeze is in CRIU's images, but his last pages were not read.
-    if pages::tasks(&cgroup.processes()?)? != frozen {
-        bail!("a task of the container was killed while it was frozen");
-    }
-    speaker.say(&Message::MemoryDone)?;
-    report(MemoryEvent::Done);
-    // To stop watching takes 24 ms a GiB: when the hand-over is over, not in it.
-    let _ = orders.recv();
-    Ok(())
 }

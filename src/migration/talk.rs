@@ -10,9 +10,9 @@ use anyhow::{Result, bail};
 
 use super::host;
 use super::protocol::{self, Hello, Message, PROTOCOL};
-use crate::memory::rounds::Sink;
+use crate::transport::codec::Codec;
 use crate::transport::connect::{Closer, Link};
-use crate::transport::frame::{self, Frame};
+use crate::transport::frame::{self, Frame, Run, Same};
 
 /// Bytes gathered before they are written.
 const BUFFER: usize = 256 << 10;
@@ -64,6 +64,36 @@ impl Speaker {
         Ok(out.flush()?)
     }
 
+    /// Pages of a task, packed if a codec was used.
+    ///
+    /// # Errors
+    /// When the link is gone.
+    pub fn pages(
+        &self,
+        vpid: i32,
+        vaddr: u64,
+        bytes: &[u8],
+        packed: Option<(Codec, &[u8])>,
+    ) -> Result<()> {
+        Ok(frame::write_pages(&mut *self.lock(), vpid, vaddr, bytes, packed)?)
+    }
+
+    /// Pages without contents.
+    ///
+    /// # Errors
+    /// When the link is gone.
+    pub fn run(&self, what: Run, vpid: i32, vaddr: u64, pages: usize) -> Result<()> {
+        Ok(frame::write_run(&mut *self.lock(), what, vpid, vaddr, pages)?)
+    }
+
+    /// Pages that are like others.
+    ///
+    /// # Errors
+    /// When the link is gone.
+    pub fn same(&self, same: Same) -> Result<()> {
+        Ok(frame::write_same(&mut *self.lock(), same)?)
+    }
+
     /// Writes what is still buffered.
     ///
     /// # Errors
@@ -75,15 +105,6 @@ impl Speaker {
     /// Bytes that went out.
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
-    }
-}
-
-impl Sink for Speaker {
-    fn pages(&mut self, vpid: i32, vaddr: u64, bytes: &[u8]) -> Result<()> {
-        Ok(frame::write_pages(&mut *self.lock(), vpid, vaddr, bytes)?)
-    }
-    fn zeros(&mut self, vpid: i32, vaddr: u64, pages: usize) -> Result<()> {
-        Ok(frame::write_zeros(&mut *self.lock(), vpid, vaddr, pages)?)
     }
 }
 

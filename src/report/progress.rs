@@ -3,13 +3,19 @@
 
 use std::io::Write;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
 
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::memory::converge::Next;
 use crate::memory::rounds::{RoundStats, Tracking};
+use crate::memory::serve::Served;
 use crate::network::problem::Problem;
+use crate::sys::process;
+use crate::transport::codec::Codec;
 
 /// Like `eprintln!`, which panics when nobody reads: a closed terminal must not stop a migration.
 macro_rules! tell {
@@ -34,11 +40,26 @@ pub struct Round {
     pub frozen: bool,
     /// How it was found out what changed.
     pub tracking: Tracking,
-    /// Pages looked at, sent, zero.
+    /// Pages looked at, sent, zero, like others, unchanged.
     #[serde(flatten)]
     pub pages: RoundStats,
+    /// Bytes of the pages sent with their contents.
+    pub bytes: u64,
+    /// Bytes that took on the link.
+    pub wire_bytes: u64,
+    /// Pages that were written to meanwhile; not known in the freeze.
+    pub left: Option<u64>,
+    /// What the latest piece was compressed with.
+    pub compression: Codec,
     /// Milliseconds that it took.
     pub ms: f64,
+}
+
+impl Round {
+    /// Bytes a second on the link, in MB.
+    fn rate(&self) -> f64 {
+        self.wire_bytes as f64 / 1000.0 / self.ms.max(0.001)
+    }
 }
 
 /// The whole story.
@@ -64,6 +85,16 @@ pub struct Report {
     pub packets: u64,
     /// Memory, round by round.
     pub rounds: Vec<Round>,
+    /// Why the container was frozen then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub settled: Option<Next>,
+    /// Pages that followed after the resume.
+    pub postcopy_pages: u64,
+    /// How the destination put pages into the tasks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub served: Option<Served>,
+    /// Most memory that Ferry itself had on the source, in KiB.
+    pub peak_kib: u64,
     /// Moments on the source.
     pub source: Vec<Mark>,
     /// Moments on the destination, milliseconds since it had all images.
@@ -79,6 +110,9 @@ pub struct Reporter {
     json: bool,
     quiet: bool,
     began: Instant,
+    bar: Option<ProgressBar>,
+    /// When progress was last told as an event.
+    told: Option<Instant>,
     /// The report as it grows.
     pub report: Report,
     /// What was worth telling.
@@ -89,7 +123,8 @@ impl Reporter {
     /// Time counts from here.
     pub fn new(json: bool) -> Reporter {
         let report = Report::default();
-        Reporter { json, quiet: false, began: Instant::now(), report, warnings: Vec::new() }
+        let began = Instant::now();
+        Reporter { json, quiet: false, began, bar: None, told: None, report, warnings: Vec::new() }
     }
 
     /// One that only takes down.
@@ -125,6 +160,76 @@ impl Reporter {
         }
     }
 
+    /// A round over the memory is over.
+    pub fn round(&mut self, round: Round) {
+        // In the freeze nothing is shown.
+        if self.json && !round.frozen {
+            let mut value = serde_json::to_value(&round).unwrap_or_default();
+            value["event"] = "round".into();
+            value["at_ms"] = self.ms(Instant::now()).into();
+            self.event(&value);
+        }
+        self.report.rounds.push(round);
+    }
+
+    /// The rounds are over: what comes is the freeze.
+    pub fn settled(&mut self, next: Next) {
+        self.mark("memory is copied");
+        self.report.settled = Some(next);
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+        if self.quiet || self.json {
+            return;
+        }
+        let rest = |report: &Report| report.rounds.last().and_then(|r| r.left).unwrap_or(0) * 4;
+        match next {
+            Next::FreezeAnyway => {
+                let rest = rest(&self.report);
+                tell!(
+                    "warning: it writes faster than memory gets away: {rest} KiB are left and go \
+                       in the freeze"
+                );
+            }
+            Next::PostCopy if !self.report.rounds.is_empty() => {
+                let rest = rest(&self.report);
+                tell!(
+                    "{:>9.1} ms  {rest} KiB do not get less: they follow when it runs there",
+                    self.ms(Instant::now())
+                );
+            }
+            _ => {}
+        }
+    }
+
+    /// So many bytes of memory were handed on, so many went on the link, of about `total`.
+    pub fn progress(&mut self, raw: u64, wire: u64, total: u64) {
+        if self.quiet || self.report.source.iter().any(|m| m.name == "freeze") {
+            return;
+        }
+        if self.json {
+            if self.told.is_none_or(|t| t.elapsed() > Duration::from_secs(1)) {
+                self.told = Some(Instant::now());
+                let at_ms = self.ms(Instant::now());
+                self.event(&serde_json::json!({"event": "progress", "at_ms": at_ms,
+                    "memory_bytes": raw, "wire_bytes": wire, "resident_bytes": total}));
+            }
+            return;
+        }
+        let bar = self.bar.get_or_insert_with(|| {
+            // Hidden where standard error is no terminal.
+            let bar = ProgressBar::new(total);
+            let words = "              memory {bar:30} {bytes}/{total_bytes} {msg}";
+            bar.set_style(
+                ProgressStyle::with_template(words).unwrap_or(ProgressStyle::default_bar()),
+            );
+            bar
+        });
+        bar.set_length(total.max(raw));
+        bar.set_position(raw);
+        bar.set_message(format!("({:.1} MiB on the link)", wire as f64 / f64::from(1 << 20)));
+    }
+
     /// A problem that is no obstacle.
     pub fn problem(&mut self, problem: Problem) {
         if !self.quiet {
@@ -152,7 +257,11 @@ impl Reporter {
     /// # Errors
     /// When the file cannot be written.
     pub fn finish(&mut self, result: &str, file: Option<&Path>) -> Result<()> {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
         self.report.result = result.into();
+        self.report.peak_kib = process::peak_kib();
         self.report.total_ms = self.ms(Instant::now());
         if self.json {
             let mut value = serde_json::to_value(&self.report)?;
@@ -182,6 +291,32 @@ impl Reporter {
             report.rounds.len(),
             report.packets,
         );
+        for (i, round) in report.rounds.iter().enumerate() {
+            let left = round.left.map_or(String::new(), |n| format!(", {n} written to meanwhile"));
+            tell!(
+                "  round {}{}: {:.1} ms, {} pages ({} zero, {} like others, {} unchanged), {:.1} MiB \
+                 on the link at {:.0} MB/s{left}",
+                i + 1,
+                if round.frozen { " (frozen)" } else { "" },
+                round.ms,
+                round.pages.sent,
+                round.pages.zero,
+                round.pages.same,
+                round.pages.unchanged,
+                round.wire_bytes as f64 / f64::from(1 << 20),
+                round.rate(),
+            );
+        }
+        if let Some(served) = report.served.filter(|s| s.faults > 0) {
+            tell!(
+                "  {} pages waited for over there, {:.2} ms each, {:.1} ms at most; {} pages fetched \
+                 after the resume",
+                served.faults,
+                served.faults_us as f64 / 1000.0 / served.faults as f64,
+                served.worst_fault_us as f64 / 1000.0,
+                served.fetched,
+            );
+        }
         let Some(freeze) = report.source.iter().find(|m| m.name == "freeze") else { return };
         tell!("  source, ms since the freeze:");
         for mark in report.source.iter().filter(|m| m.at_ms >= freeze.at_ms) {

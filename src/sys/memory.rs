@@ -214,6 +214,20 @@ impl Arena {
         unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr().add(offset), len) }
     }
 
+    /// Copies within the arena; the ranges may not overlap.
+    ///
+    /// # Panics
+    /// When a range does not lie in the arena, or they overlap.
+    pub fn copy_within(&mut self, from: usize, to: usize, len: usize) {
+        assert!(from.abs_diff(to) >= len);
+        assert!(from.max(to).checked_add(len).is_some_and(|end| end <= self.capacity));
+        // SAFETY: both ranges lie in the mapping and do not overlap, and self is borrowed exclusively.
+        unsafe {
+            let base = self.base.as_ptr();
+            std::ptr::copy_nonoverlapping(base.add(from), base.add(to), len);
+        }
+    }
+
     /// Gives the memory behind a range back to the system; it reads as zeros afterwards.
     pub fn release(&self, offset: usize, len: usize) -> io::Result<()> {
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;

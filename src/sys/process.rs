@@ -126,6 +126,13 @@ pub fn wait_readable(fds: &[BorrowedFd], deadline: Option<Instant>) -> io::Resul
     }
 }
 
+/// Most memory that this process has had, in KiB. proc_pid_status(5), `VmHWM`.
+pub fn peak_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
+    line.and_then(|l| l.trim().split(' ').next()?.parse().ok()).unwrap_or(0)
+}
+
 /// When a process started, in clock ticks since boot: with its number, a name that is not used
 /// twice. proc_pid_stat(5), field 22.
 pub fn start_time(pid: i32) -> Option<u64> {

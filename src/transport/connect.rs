@@ -59,8 +59,8 @@ pub enum Closer {
     Shell(Box<Child>),
     /// A socket.
     Socket(UnixStream),
-    /// Our own standard streams: they end with us.
-    Stdio,
+    /// Our own standard streams: they end with us. Once more, to hand them on.
+    Stdio(OwnedFd, OwnedFd),
 }
 
 /// Cuts a link from another thread, whatever its reader and writer wait for.
@@ -98,7 +98,7 @@ impl Closer {
         Ok(match self {
             Closer::Shell(child) => Cutter::Shell(process::pidfd_open(child.id() as i32)?),
             Closer::Socket(socket) => Cutter::Socket(socket.try_clone()?),
-            Closer::Stdio => Cutter::Nothing,
+            Closer::Stdio(..) => Cutter::Nothing,
         })
     }
 
@@ -115,7 +115,7 @@ impl Closer {
             Closer::Socket(socket) => {
                 let _ = socket.shutdown(std::net::Shutdown::Both);
             }
-            Closer::Stdio => {}
+            Closer::Stdio(..) => {}
         }
     }
 
@@ -231,10 +231,19 @@ pub fn stdio() -> Result<Link> {
     process::dup_onto(io::stderr(), 1)?;
     let null = std::fs::File::open("/dev/null")?;
     process::dup_onto(&null, 0)?;
+    adopt(input, output)
+}
+
+/// A link that another process had as its standard streams.
+///
+/// # Errors
+/// When there are no descriptors left.
+pub fn adopt(input: OwnedFd, output: OwnedFd) -> Result<Link> {
+    let closer = Closer::Stdio(input.try_clone()?, output.try_clone()?);
     Ok(Link {
         reader: Box::new(std::fs::File::from(input)),
         writer: Box::new(std::fs::File::from(output)),
-        closer: Closer::Stdio,
+        closer,
     })
 }
 

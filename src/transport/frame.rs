@@ -10,8 +10,9 @@
 use std::io::{self, Read, Write};
 
 use anyhow::{Context, Result, anyhow, bail};
-use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed};
+use xxhash_rust::xxh3::{Xxh3, xxh3_64, xxh3_64_with_seed};
 
+use super::codec::Codec;
 use crate::sys::memory::PAGE;
 
 /// Header bytes.
@@ -20,8 +21,8 @@ pub const HEADER: usize = 16;
 pub const MAX_CONTROL: usize = 4 << 20;
 /// Most pages in one frame.
 pub const MAX_PAGES: usize = 256;
-/// Most zero pages in one frame.
-pub const MAX_ZEROS: usize = 1 << 18;
+/// Most pages in one frame without contents.
+pub const MAX_RUN: usize = 1 << 18;
 /// Longest piece of a file in one frame.
 pub const MAX_FILE_PIECE: usize = 1 << 20;
 /// Longest captured network frame: a 64 KiB GSO frame with its headers.
@@ -36,12 +37,37 @@ pub enum Frame {
     Control(Vec<u8>),
     /// Pages of a task's memory: number in the container, address, contents.
     Pages(i32, u64, Vec<u8>),
-    /// Zero pages: number in the container, address, how many.
-    Zeros(i32, u64, usize),
+    /// Pages without contents: what about them, number in the container, address, how many.
+    Run(Run, i32, u64, usize),
+    /// Pages whose contents are those of others that came before.
+    Same(Same),
     /// A piece of an image file: name, offset, contents.
     File(String, u64, Vec<u8>),
     /// A network frame that the fence held back.
     Packet(Vec<u8>),
+}
+
+/// What about a run of pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Run {
+    /// They are all zero.
+    Zero = ZEROS,
+    /// They stay on the source until after the commit.
+    Remote = REMOTE,
+    /// To the source: they are wanted now.
+    Want = WANT,
+}
+
+/// See [`Frame::Same`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Same {
+    /// Task and address.
+    pub to: (i32, u64),
+    /// Task and address that they are like.
+    pub from: (i32, u64),
+    /// How many.
+    pub pages: usize,
 }
 
 const CONTROL: u8 = 1;
@@ -49,6 +75,12 @@ const PAGES: u8 = 2;
 const ZEROS: u8 = 3;
 const FILE: u8 = 4;
 const PACKET: u8 = 5;
+const SAME: u8 = 6;
+const REMOTE: u8 = 7;
+const WANT: u8 = 8;
+
+/// Bytes before the pages: task, codec, address, xxh3 of the pages as they were read, how many.
+const PAGES_HEAD: usize = 32;
 
 /// Writes a frame whose payload stands in two pieces, so that pages need not be copied together.
 fn write(out: &mut impl Write, kind: u8, head: &[u8], body: &[u8]) -> io::Result<()> {
@@ -74,35 +106,57 @@ pub fn write_control(out: &mut impl Write, json: &[u8]) -> io::Result<()> {
     write(out, CONTROL, json, &[])
 }
 
-/// Writes a run of pages, in as many frames as it takes.
-pub fn write_pages(out: &mut impl Write, vpid: i32, vaddr: u64, bytes: &[u8]) -> io::Result<()> {
-    for (i, piece) in bytes.chunks(MAX_PAGES * PAGE).enumerate() {
-        let mut head = [0u8; 16];
-        head[..4].copy_from_slice(&vpid.to_le_bytes());
-        head[8..].copy_from_slice(&(vaddr + (i * MAX_PAGES * PAGE) as u64).to_le_bytes());
-        write(out, PAGES, &head, piece)?;
+/// Writes a run of at most [`MAX_PAGES`] pages, `packed` if a codec was used.
+pub fn write_pages(
+    out: &mut impl Write,
+    vpid: i32,
+    vaddr: u64,
+    bytes: &[u8],
+    packed: Option<(Codec, &[u8])>,
+) -> io::Result<()> {
+    let (codec, body) = packed.unwrap_or((Codec::None, bytes));
+    let mut head = [0u8; PAGES_HEAD];
+    head[..4].copy_from_slice(&vpid.to_le_bytes());
+    head[4] = codec as u8;
+    head[8..16].copy_from_slice(&vaddr.to_le_bytes());
+    if packed.is_some() {
+        // What is not packed is covered by the frame's own checksum.
+        head[16..24].copy_from_slice(&xxh3_64(bytes).to_le_bytes());
     }
-    Ok(())
+    head[24..].copy_from_slice(&((bytes.len() / PAGE) as u64).to_le_bytes());
+    write(out, PAGES, &head, body)
 }
 
-/// Writes a run of zero pages.
-pub fn write_zeros(
+/// Writes a run of pages without contents.
+pub fn write_run(
     out: &mut impl Write,
+    what: Run,
     vpid: i32,
     mut vaddr: u64,
     mut pages: usize,
 ) -> io::Result<()> {
     while pages > 0 {
-        let some = pages.min(MAX_ZEROS);
+        let some = pages.min(MAX_RUN);
         let mut head = [0u8; 24];
         head[..4].copy_from_slice(&vpid.to_le_bytes());
         head[8..16].copy_from_slice(&vaddr.to_le_bytes());
         head[16..].copy_from_slice(&(some as u64).to_le_bytes());
-        write(out, ZEROS, &head, &[])?;
+        write(out, what as u8, &head, &[])?;
         vaddr += (some * PAGE) as u64;
         pages -= some;
     }
     Ok(())
+}
+
+/// Writes a run of pages that are like others.
+pub fn write_same(out: &mut impl Write, same: Same) -> io::Result<()> {
+    let mut head = [0u8; 32];
+    head[..4].copy_from_slice(&same.to.0.to_le_bytes());
+    head[4..8].copy_from_slice(&same.from.0.to_le_bytes());
+    head[8..16].copy_from_slice(&same.to.1.to_le_bytes());
+    head[16..24].copy_from_slice(&same.from.1.to_le_bytes());
+    head[24..].copy_from_slice(&(same.pages as u64).to_le_bytes());
+    write(out, SAME, &head, &[])
 }
 
 /// Writes a piece of an image file.
@@ -140,8 +194,9 @@ pub fn read(input: &mut impl Read) -> Result<Option<Frame>> {
     let sum = u64::from_le_bytes(header[8..].try_into().expect("eight bytes"));
     let most = match kind {
         CONTROL => MAX_CONTROL,
-        PAGES => 16 + MAX_PAGES * PAGE,
-        ZEROS => 24,
+        PAGES => PAGES_HEAD + MAX_PAGES * PAGE,
+        ZEROS | REMOTE | WANT => 24,
+        SAME => 32,
         FILE => 12 + MAX_NAME + MAX_FILE_PIECE,
         PACKET => MAX_PACKET,
         _ => bail!("what came is not Ferry's protocol (frame kind {kind})"),
@@ -166,19 +221,40 @@ fn decode(kind: u8, mut payload: Vec<u8>) -> Result<Frame> {
     Ok(match kind {
         CONTROL => Frame::Control(payload),
         PAGES => {
-            let (vpid, vaddr) = (word(0)? as i32, word(8)?);
-            payload.drain(..16);
-            if payload.is_empty() || !payload.len().is_multiple_of(PAGE) {
+            let (vpid, vaddr, sum) = (word(0)? as i32, word(8)?, word(16)?);
+            let pages = usize::try_from(word(24)?)?;
+            let codec = Codec::from_wire(payload[4])?;
+            if pages == 0 || pages > MAX_PAGES {
+                bail!("a frame with {pages} pages");
+            }
+            if codec == Codec::None {
+                payload.drain(..PAGES_HEAD);
+            } else {
+                payload = codec.unpack(&payload[PAGES_HEAD..], pages * PAGE)?;
+                if xxh3_64(&payload) != sum {
+                    bail!("memory that unpacks to something else");
+                }
+            }
+            if payload.len() != pages * PAGE {
                 bail!("a frame with pages in part");
             }
             Frame::Pages(vpid, vaddr, payload)
         }
-        ZEROS => {
-            let pages = usize::try_from(word(16)?)?;
-            if pages > MAX_ZEROS {
-                bail!("a frame with {pages} zero pages");
-            }
-            Frame::Zeros(word(0)? as i32, word(8)?, pages)
+        ZEROS | REMOTE | WANT => {
+            let what = match kind {
+                ZEROS => Run::Zero,
+                REMOTE => Run::Remote,
+                _ => Run::Want,
+            };
+            Frame::Run(what, word(0)? as i32, word(8)?, run_length(word(16)?)?)
+        }
+        SAME => {
+            let tasks = word(0)?;
+            Frame::Same(Same {
+                to: (tasks as i32, word(8)?),
+                from: ((tasks >> 32) as i32, word(16)?),
+                pages: run_length(word(24)?)?,
+            })
         }
         FILE => {
             let name_length = word(0)? as u32 as usize;
@@ -197,6 +273,14 @@ fn decode(kind: u8, mut payload: Vec<u8>) -> Result<Frame> {
     })
 }
 
+fn run_length(pages: u64) -> Result<usize> {
+    let pages = usize::try_from(pages)?;
+    if pages > MAX_RUN {
+        bail!("a run of {pages} pages");
+    }
+    Ok(pages)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -204,12 +288,19 @@ mod tests {
     fn sample() -> Vec<u8> {
         let mut out = Vec::new();
         write_control(&mut out, b"{\"a\":1}").unwrap();
-        write_pages(&mut out, 7, 0x1000, &vec![9; 300 * PAGE]).unwrap();
-        write_zeros(&mut out, 7, 0x9000, 5).unwrap();
+        write_pages(&mut out, 7, 0x1000, &vec![9; 200 * PAGE], None).unwrap();
+        write_run(&mut out, Run::Zero, 7, 0x9000, 5).unwrap();
+        write_run(&mut out, Run::Want, -7, 0x9000, MAX_RUN + 1).unwrap();
+        write_same(&mut out, SAME_RUN).unwrap();
+        let (bytes, mut packed) = (vec![3; 16 * PAGE], Vec::new());
+        Codec::Lz4.pack(&bytes, &mut packed).unwrap();
+        write_pages(&mut out, 7, 0x5000, &bytes, Some((Codec::Lz4, &packed))).unwrap();
         write_file(&mut out, "core-1.img", 12, b"xyz").unwrap();
         write_packet(&mut out, b"frame").unwrap();
         out
     }
+
+    const SAME_RUN: Same = Same { to: (3, 0x1000), from: (-4, 0x7f_0000_0000), pages: 2 };
 
     fn read_all(mut bytes: &[u8]) -> Result<Vec<Frame>> {
         let mut all = Vec::new();
@@ -222,13 +313,15 @@ mod tests {
     #[test]
     fn what_is_written_is_read() {
         let all = read_all(&sample()).unwrap();
-        assert_eq!(all.len(), 6);
+        assert_eq!(all.len(), 9);
         assert_eq!(all[0], Frame::Control(b"{\"a\":1}".to_vec()));
-        let Frame::Pages(7, at, bytes) = &all[2] else { panic!("{:?}", all[2]) };
-        assert_eq!((*at, bytes.len()), (0x1000 + 256 * PAGE as u64, 44 * PAGE));
-        assert_eq!(all[3], Frame::Zeros(7, 0x9000, 5));
-        assert_eq!(all[4], Frame::File("core-1.img".into(), 12, b"xyz".to_vec()));
-        assert_eq!(all[5], Frame::Packet(b"frame".to_vec()));
+        assert_eq!(all[1], Frame::Pages(7, 0x1000, vec![9; 200 * PAGE]));
+        assert_eq!(all[2], Frame::Run(Run::Zero, 7, 0x9000, 5));
+        assert_eq!(all[3], Frame::Run(Run::Want, -7, 0x9000, MAX_RUN));
+        assert_eq!(all[4], Frame::Run(Run::Want, -7, 0x9000 + (MAX_RUN * PAGE) as u64, 1));
+        assert_eq!(all[5], Frame::Same(SAME_RUN));
+        assert_eq!(all[6], Frame::Pages(7, 0x5000, vec![3; 16 * PAGE]));
+        assert_eq!(all[7], Frame::File("core-1.img".into(), 12, b"xyz".to_vec()));
     }
 
     #[test]
@@ -246,7 +339,7 @@ mod tests {
     #[test]
     fn every_flipped_bit_is_found() {
         let mut whole = Vec::new();
-        write_zeros(&mut whole, 7, 0x9000, 5).unwrap();
+        write_run(&mut whole, Run::Zero, 7, 0x9000, 5).unwrap();
         for bit in 0..whole.len() * 8 {
             let mut bad = whole.clone();
             bad[bit / 8] ^= 1 << (bit % 8);

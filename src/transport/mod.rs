@@ -1,7 +1,9 @@
-//! The wire between two hosts: how to reach the other side, and [`frame`]s on it.
+//! The wire between two hosts: how to reach the other side, [`frame`]s on it, and
+//! the [`codec`] that packs memory.
 //!
 //! A link is one stream each way: the standard streams of `ssh HOST ferry receive --stdio`, as
 //! rsync does it, or a unix socket.
 
+pub mod codec;
 pub mod connect;
 pub mod frame;

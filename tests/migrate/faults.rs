@@ -17,6 +17,8 @@ use crate::common::process::{Output, until, write_script};
 use crate::common::suite::in_lab;
 use crate::common::{Outcome, ensure};
 
+/// How long a cable stays out after the commit.
+const OUT: Duration = Duration::from_secs(4);
 const LIMIT: Duration = Duration::from_secs(150);
 
 /// Where a point is, and whose the container is there.
@@ -183,6 +185,11 @@ fn unix_socket(lab: &Lab) -> Outcome {
     exactly_one_copy(&container, &b, &a)
 }
 
+/// What happens there may come before the commit or after it.
+fn at_commit(point: &str) -> bool {
+    matches!(point, "source.commit" | "destination.said-ready")
+}
+
 fn fault(lab: &Lab, point: &'static str, at: At, deed: Deed) -> Outcome {
     let (a, b) = pair(lab);
     let container = Container::networked("counter");
@@ -191,9 +198,9 @@ fn fault(lab: &Lab, point: &'static str, at: At, deed: Deed) -> Outcome {
 
     let ended = migrate_with(lab, point, at, deed)?;
     // What breaks in the very moment of the commit may be noticed before or after it.
-    let at_commit = matches!(point, "source.commit" | "destination.said-ready");
     let committed = || facts(&a).is_ok_and(|f| f.migrations.iter().any(|m| m.state == "committed"));
-    let race = at_commit && (matches!(ended.code, 0 | 4) || ended.code == 137 && committed());
+    let race =
+        at_commit(point) && (matches!(ended.code, 0 | 4) || ended.code == 137 && committed());
     let after = race || matches!(at, SourceAfter | DestinationAfter);
     // CRIU and the runtime decide nothing: a migration may get by without them.
     let spared = matches!(deed, Deed::KillCriu | Deed::KillRunc) && ended.code == 0;
@@ -201,7 +208,7 @@ fn fault(lab: &Lab, point: &'static str, at: At, deed: Deed) -> Outcome {
     let (here, there) = settled.map_err(|e| format!("{e}\nmigrate: {ended}"))?;
     let all = (|| {
         // Nobody has watched over the destination's last steps: whoever asks next does them.
-        if at == DestinationAfter && deed == Deed::Kill {
+        if matches!((at, deed), (DestinationAfter, Deed::Kill) | (SourceAfter, Deed::KillOther)) {
             b.ferry(&["resolve", "box"])?;
         }
         exactly_one_copy(&container, here, there)?;
@@ -245,6 +252,15 @@ fn migrate_with(lab: &Lab, point: &str, at: At, deed: Deed) -> Outcome<Output> {
         })?;
         perform(lab, at, deed)?;
         std::fs::remove_file(&file).map_err(|e| format!("{}: {e}", file.display()))?;
+    }
+    // Before the commit the source must come to its senses by itself. After it there is nobody whom
+    // a client could reach while the cable is out: then it is out for some seconds only.
+    if deed == Deed::Cut && (matches!(at, SourceAfter | DestinationAfter) || at_commit(point)) {
+        let began = Instant::now();
+        until("the cable has been out for a while", SHORT, || {
+            Ok((began.elapsed() > OUT).then_some(()))
+        })?;
+        lab.link(&["b", "--mend"])?;
     }
     let ended = running.end(LONG);
     if deed == Deed::Cut {

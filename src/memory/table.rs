@@ -1,0 +1,60 @@
+//! One small value for every page of every task: 4 KiB a table of 512 pages and eight bytes, where
+//! a hash map would take forty bytes a page.
+
+use std::collections::HashMap;
+
+/// Pages in one chunk: 2 MiB of a task's memory.
+const CHUNK: usize = 512;
+
+/// Values by the container's number of the task and the page's number.
+#[derive(Debug)]
+pub struct PageTable<T> {
+    chunks: HashMap<(i32, u64), Box<[T; CHUNK]>>,
+    blank: T,
+}
+
+impl<T: Copy> PageTable<T> {
+    /// An empty table: every page has the value `blank`.
+    pub fn new(blank: T) -> PageTable<T> {
+        PageTable { chunks: HashMap::new(), blank }
+    }
+
+    /// The value of a page.
+    pub fn get(&self, task: i32, page: u64) -> T {
+        let chunk = self.chunks.get(&(task, page / CHUNK as u64));
+        chunk.map_or(self.blank, |c| c[page as usize % CHUNK])
+    }
+
+    /// The value of a page, to change it.
+    pub fn at(&mut self, task: i32, page: u64) -> &mut T {
+        let blank = self.blank;
+        let chunk = self
+            .chunks
+            .entry((task, page / CHUNK as u64))
+            .or_insert_with(|| Box::new([blank; CHUNK]));
+        &mut chunk[page as usize % CHUNK]
+    }
+
+    /// Makes all pages of a task blank.
+    pub fn forget(&mut self, task: i32) {
+        self.chunks.retain(|(of, _), _| *of != task);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_page_has_its_own_value() {
+        let mut table = PageTable::new(0u32);
+        for page in [0, 511, 512, 1 << 40] {
+            *table.at(7, page) = page as u32 | 1;
+        }
+        assert_eq!(table.get(7, 511), 511);
+        assert_eq!(table.get(7, 512), 513);
+        assert_eq!((table.get(7, 1), table.get(8, 511)), (0, 0));
+        table.forget(7);
+        assert_eq!(table.get(7, 512), 0);
+    }
+}
