@@ -36,7 +36,7 @@ def ms: if . >= 1000 then "\(. / 1000) s" else "\(.) ms" end;
 | "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 800 500\" width=\"800\" height=\"500\" font-family=\"sans-serif\" font-size=\"13\" fill=\"#222\">",
   "<rect width=\"800\" height=\"500\" fill=\"#fff\"/>",
   "\(text($left; 30; "start")) font-size=\"17\" font-weight=\"bold\">The longest pause that a client sees while its server moves</text>",
-  "\(text($left; 51; "start")) fill=\"#555\">\($where); medians of \($runs) runs</text>",
+  "\(text($left; 51; "start")) fill=\"#555\">\($where); \(if $runs == "1" then "one run" else "medians of \($runs) runs" end)</text>",
   # Lines at 1, 2 and 5 of each decade; the first one darker.
   (range($y.from; $y.to + 1) as $decade | (1, 2, 5) as $n | (pow(10; $decade) * $n | round) as $value
     | select($value <= pow(10; $y.to)) | ($value | at_y) as $at

@@ -12,6 +12,8 @@ $moved[0] as $m | $window[0] as $w | {
     slowdown_percent: (if ($tool | startswith("ferry")) and $dirty > 0 and $before and $after and $m.frozen_ms then
         (($after.at - $before.at - $m.frozen_ms + 20) / 1000 * $dirty) as $due
         | [100 * (1 - ($after.rewrites - $before.rewrites) / $due), 0] | max | rounded else null end),
+    ferry_rss_mib: $m.ferry_rss_mib,
     failed: $failed,
-    error: (if $failed then $why | split("\n") | map(select(. != "")) | .[-6:] | join("; ") else null end),
+    error: (if $failed then $why | split("\n") | map(select(. != "")) | .[-6:] | join("; ")
+        | if . == "" then "it gave no reason" else . end else null end),
     probe_late_ms: $w.probe_late_ms }

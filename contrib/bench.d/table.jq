@@ -37,5 +37,8 @@ def groups(f): reduce .[] as $row ([]; ($row | f) as $key
 # How much Ferry slows the container down, wherever that could be told.
 (map(select(.slowdown_percent != null)) | groups(.tool)[]
     | "\(.key): kept from \(.rows | map(.slowdown_percent) | median | . * 10 | round / 10) % of its writes while not frozen (median of \(.rows | length))"),
+(map(select(.ferry_rss_mib != null)) | if length > 0 then
+    "Ferry's own memory: at most \(map(.ferry_rss_mib.source) | max) MiB on the source, \(map(.ferry_rss_mib.destination) | max) MiB on the destination"
+    else empty end),
 # The reasons, each once.
 (map(select(.error != null) | "\(.tool) failed: \(.error)") | unique[])
