@@ -1,18 +1,19 @@
 # What the ways to move a container have in common, on the source: contrib/bench.d/by-TOOL. Sourced.
 # Runs in a host of the lab, as root; bundle and root file system lie on storage that both hosts see.
 #
-# usage of each: by-TOOL CONTAINER DESTINATION BUNDLE ADDRESS MAC
+# usage of each: by-TOOL CONTAINER DESTINATION BUNDLE ADDRESS MAC LINK
+#   LINK    the link's Mbit/s, 0 for no limit
 #
 # Each is as good as a careful administrator would make it: images lie in memory, one ssh connection
-# is opened before anything stops, the namespace there is made beforehand, and nothing reaches its
-# address while no container is behind it (the kernel would answer with RST). The only output is one
-# line of JSON.
+# is opened before anything stops, what goes over a slow link is compressed, the namespace there is
+# made beforehand, and nothing reaches its address while no container is behind it (the kernel would
+# answer with RST). The only output is one line of JSON.
 # shellcheck shell=bash
 set -euo pipefail
 export LC_ALL=C # EPOCHREALTIME has a decimal point
 
 # shellcheck disable=SC2034  # not all of them use all of it
-name=$1 destination=$2 bundle=$3 address=$4 mac=$5
+name=$1 destination=$2 bundle=$3 address=$4 mac=$5 link=$6
 here=$(dirname "$(readlink -f "$0")")
 images=/run/bench.$name
 SSH=(ssh -o ControlPath="/run/bench.%n.ssh")
@@ -38,8 +39,11 @@ prepare() {
 freeze_begins() { frozen=$(now_us); }
 it_runs() { running=$(now_us); }
 
-copy_images() { # DIRECTORY
-    rsync -a -e "${SSH[*]}" "$1/" "$destination:$1/" >&2
+# Where compressing is faster than sending.
+is_slow() { [ "$link" != 0 ] && [ "$link" -lt 1000 ]; }
+
+copy_images() { # DIRECTORY [OPTIONS of rsync]
+    rsync -a "${@:2}" -e "${SSH[*]}" "$1/" "$destination:$1/" >&2
 }
 
 # runc checkpoint into $images/last. It ends the container here: from then on its address must not
