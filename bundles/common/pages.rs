@@ -79,7 +79,7 @@ impl Page {
         let start = SplitMix(SplitMix(SplitMix(seed).next() ^ index).next() ^ generation).next();
         let mut random = SplitMix(start);
         match content {
-            Content::Zero if start % 5 != 0 => self.0.fill(0),
+            Content::Zero if !start.is_multiple_of(5) => self.0.fill(0),
             Content::Zero | Content::Random => {
                 for word in self.0.as_chunks_mut::<8>().0 {
                     *word = random.next().to_le_bytes();
