@@ -9,7 +9,7 @@ $moved[0] as $m | $window[0] as $w | {
     connections: $w.connections, connections_lost: $w.connections_lost, wrong_answers: $w.wrong_answers,
     # Of the time in which it was not frozen, how much was missing of the writes that were to be done.
     # The server makes up for 20 ms of any pause.
-    slowdown_percent: (if ($tool | startswith("ferry")) and $dirty > 0 and $before and $after and $m.frozen_ms then
+    slowdown_percent: (if ($tool | startswith("ferry")) and $dirty > 0 and $before.rewrites and $after.rewrites and $m.frozen_ms then
         (($after.at - $before.at - $m.frozen_ms + 20) / 1000 * $dirty) as $due
         | [100 * (1 - ($after.rewrites - $before.rewrites) / $due), 0] | max | rounded else null end),
     ferry_rss_mib: $m.ferry_rss_mib,
