@@ -77,11 +77,12 @@ answers() { # HOST ADDRESS PORT
     on "$1" timeout 2 bash -c ": <>/dev/tcp/$2/$3" 2>/dev/null
 }
 
-# migrate NAME FROM TO REPORT: by ferry, over ssh; its report is in the file REPORT.
+# migrate NAME FROM TO REPORT [OPTIONS]: by ferry, over ssh; its report is in the file REPORT.
 migrate() {
-    local status=0
-    on "$2" ferry migrate --json "$1" "$3" >"$scratch/events" 2>"$scratch/migrate.err" </dev/null || status=$?
-    jq -c 'select(.event == "report")' "$scratch/events" >"$4" || true
+    local status=0 name=$1 from=$2 to=$3 report=$4
+    shift 4
+    on "$from" ferry migrate --json "$@" "$name" "$to" >"$scratch/events" 2>"$scratch/migrate.err" </dev/null || status=$?
+    jq -c 'select(.event == "report")' "$scratch/events" >"$report" || true
     [ "$status" = 0 ] || { cat "$scratch/migrate.err" >&2; return "$status"; }
 }
 
@@ -127,9 +128,10 @@ probe_is_steady() {
     probe_report now | jq -e '.answers >= 50 * (.connections - .connections_lost)
         and (.connections == .connections_lost or .worst_pause_ms < .window_ms)' >/dev/null
 }
+# probe_steady [SECONDS]: awaits that. After a long pause it takes long: TCP asks again ever less often.
 probe_steady() {
     probe_mark now
-    wait_until 60 probe_is_steady
+    wait_until "${1:-60}" probe_is_steady
 }
 
 # The end of the probe; its exit status.

@@ -107,6 +107,15 @@ slow=$(send)
 # No more than a lower limit: 32 Mbit take 1600 ms however fast the machine is.
 check "and has no more than that ($slow ms)" test "$slow" -gt 1300
 check "and be freed of it" lab link b --rate off
+round_trip() { # milliseconds, of the second: the first asks for the address, too
+    on a ping -c 2 -W 2 b | sed -n 's/.*icmp_seq=2.* time=\([0-9]*\).*/\1/p'
+}
+check "a link can be made long" lab link b --delay 30
+far=$(round_trip)
+check "and takes that time, both ways ($far ms)" test "$far" -ge 60
+check "and what passes is whole" is "$(on a sh -c 'seq 1000000 | ssh b md5sum')" "$(seq 1000000 | md5sum)"
+check "and be short again" lab link b --delay off
+check "and all passes as before" wait_until 5 on a ping -c 1 -W 1 b
 
 # -- runc and CRIU
 check "criu check" on a criu check

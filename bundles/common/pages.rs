@@ -20,7 +20,7 @@ pub struct Page([u8; PAGE]);
 pub enum Content {
     /// Incompressible.
     Random,
-    /// Zeros, written and so present.
+    /// Four pages of five are zeros, written and so present; the rest is incompressible.
     Zero,
     /// English-looking words, compressible about 3:1.
     Text,
@@ -79,8 +79,8 @@ impl Page {
         let start = SplitMix(SplitMix(SplitMix(seed).next() ^ index).next() ^ generation).next();
         let mut random = SplitMix(start);
         match content {
-            Content::Zero => self.0.fill(0),
-            Content::Random => {
+            Content::Zero if !start.is_multiple_of(5) => self.0.fill(0),
+            Content::Zero | Content::Random => {
                 for word in self.0.as_chunks_mut::<8>().0 {
                     *word = random.next().to_le_bytes();
                 }

@@ -404,6 +404,17 @@ mod tests {
     }
 
     #[test]
+    fn four_pages_of_five_are_zeros() {
+        let mut seen = std::collections::BTreeMap::new();
+        for index in 0..1000 {
+            *seen.entry(Page::expected(Content::Zero, 1, index, 3).hash()).or_insert(0) += 1;
+        }
+        let zeros = *seen.values().max().expect("a thousand");
+        assert!((750..850).contains(&zeros), "{zeros} of 1000");
+        assert_eq!(seen.len(), 1000 - zeros + 1, "the others differ");
+    }
+
+    #[test]
     fn frames_survive_the_wire() {
         let to = Request { op: Op::Verify, connection: 3, sequence: u64::MAX };
         assert_eq!(Request::decode(&to.encode()), Some(to));
