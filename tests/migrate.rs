@@ -12,6 +12,8 @@
 mod common;
 #[path = "migrate/faults.rs"]
 mod faults;
+#[path = "migrate/memory.rs"]
+mod memory;
 #[path = "migrate/moves.rs"]
 mod moves;
 #[path = "migrate/refusals.rs"]
@@ -24,6 +26,7 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let mut trials = Vec::new();
     trials.extend(moves::trials());
+    trials.extend(memory::trials());
     trials.extend(streams::trials());
     trials.extend(refusals::trials());
     trials.extend(faults::trials());

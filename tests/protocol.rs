@@ -5,17 +5,19 @@
 //! root it goes on to look for the bundle. Either way these trials end before anything is made.
 
 use std::io::{Cursor, Read, Write};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use ferry::memory::serve::Served;
 use ferry::migration::protocol::{self, Hello, Message, PROTOCOL, Plan, Standing, Verdict};
 use ferry::migration::{destination, talk};
 use ferry::network::problem::Problem;
 use ferry::oci::runtime::Runtime;
 use ferry::transport::connect::{Closer, Link};
-use ferry::transport::frame::{self, Frame};
+use ferry::transport::frame::{self, Frame, Run};
 use serde_json::json;
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -47,10 +49,14 @@ fn all_messages() -> Vec<Message> {
         Message::Prepared,
         Message::Freezing,
         Message::Dumped { tasks: vec![1, 7] },
-        Message::MemoryDone,
+        Message::Echo { number: 3 },
+        Message::MemoryDone { left: 7 },
         Message::Ready,
         Message::Commit,
         Message::Running(Box::default()),
+        Message::Whole(Served::default()),
+        Message::Resume { migration: ID.into() },
+        Message::Missing { pages: 9 },
         Message::Finished,
         Message::Abort { why: "it is \"broken\"\n".into() },
         Message::Failed { phase: "restoring".into(), why: "ä".into() },
@@ -58,7 +64,7 @@ fn all_messages() -> Vec<Message> {
     for verdict in [None, Some(Verdict::Commit), Some(Verdict::Abort)] {
         list.push(Message::Settle { migration: ID.into(), verdict });
     }
-    for standing in [Standing::Running, Standing::Waiting, Standing::Gone] {
+    for standing in [Standing::Running, Standing::Waiting, Standing::Partial, Standing::Gone] {
         list.push(Message::Settled { standing });
     }
     list
@@ -70,6 +76,10 @@ fn bytes(messages: &[Message]) -> Vec<u8> {
         protocol::send(&mut out, message).expect("a message that fits");
     }
     out
+}
+
+fn null() -> OwnedFd {
+    std::fs::File::open("/dev/null").expect("/dev/null").into()
 }
 
 /// What a receiver answers, and how it ends. Fails when it does not.
@@ -91,7 +101,7 @@ fn receive(said: Vec<u8>, state_dir: &Path) -> (Vec<Message>, Result<(), String>
         let link = Link {
             reader: Box::new(Cursor::new(said)),
             writer: Box::new(writer),
-            closer: Closer::Stdio,
+            closer: Closer::Stdio(null(), null()),
         };
         let runtime = Runtime::new("/no/such/runtime".into(), None, false);
         let result = destination::receive(link, &runtime, &state);
@@ -212,7 +222,15 @@ fn what_no_honest_source_sends_is_refused() {
 fn a_message_out_of_its_order_ends_the_conversation() {
     let dir = tempfile::tempdir().expect("a directory");
     for message in all_messages() {
-        if matches!(message, Message::Hello(_) | Message::Plan(_) | Message::Settle { .. }) {
+        // These begin a conversation; an echo is no part of one.
+        if matches!(
+            message,
+            Message::Hello(_)
+                | Message::Plan(_)
+                | Message::Settle { .. }
+                | Message::Resume { .. }
+                | Message::Echo { .. }
+        ) {
             continue;
         }
         let (said, result) = receive(bytes(&[hello(), message.clone()]), dir.path());
@@ -240,7 +258,7 @@ fn what_is_no_protocol_ends_the_conversation() {
     let mut unknown = Vec::new();
     frame::write_control(&mut unknown, br#"{"type":"teleport"}"#).expect("in memory");
     let mut pages = bytes(&[hello()]);
-    frame::write_zeros(&mut pages, 1, 0x1000, 1).expect("in memory");
+    frame::write_run(&mut pages, Run::Zero, 1, 0x1000, 1).expect("in memory");
     for (what, said) in [
         ("a greeting of a shell", b"Welcome to the machine!\n".to_vec()),
         ("a damaged frame", damaged),
@@ -251,6 +269,18 @@ fn what_is_no_protocol_ends_the_conversation() {
         assert!(result.is_err(), "{what}");
         nothing_made(dir.path());
     }
+}
+
+#[test]
+fn a_source_that_is_back_for_an_unknown_migration_is_told_so() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let back = Message::Resume { migration: ID.into() };
+    let (said, result) = receive(bytes(&[hello(), back]), dir.path());
+    let gone = matches!(said[..], [_, Message::Settled { standing: Standing::Gone }]);
+    assert!(gone && result.is_ok(), "{said:?}");
+    let nonsense = Message::Resume { migration: "../../etc/passwd".into() };
+    assert!(receive(bytes(&[hello(), nonsense]), dir.path()).1.is_err());
+    nothing_made(dir.path());
 }
 
 #[test]

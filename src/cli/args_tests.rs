@@ -57,8 +57,10 @@ fn globals_before_or_after_the_verb() {
 #[test]
 fn what_is_not_built_is_not_accepted() {
     for line in [
-        "migrate --postcopy auto web h",
-        "migrate --compress zstd web h",
+        "migrate --postcopy always web h",
+        "migrate --compress gzip web h",
+        "migrate --bandwidth 0M web h",
+        "migrate --max-rounds 0 web h",
         "migrate --streams 2 web h",
         "migrate --rootfs copy web h",
         "migrate --network hook=x web h",

@@ -184,14 +184,19 @@ impl Carrier<'_> {
         if pages::tasks(&cgroup.processes()?)? != tasks {
             bail!("a task of the container was killed while it was frozen");
         }
-        let rest = Rest::new(&tasks, rest.into_iter())?;
+        let mut rest = Rest::new(&tasks, rest.into_iter())?;
         let left = rest.pages;
         self.sender.speaker.say(&Message::MemoryDone { left })?;
         (self.tell)(MemoryEvent::Done(left));
         // To stop watching takes 24 ms a GiB: when the hand-over is over, not in it.
         while let Some(order) = self.next_order() {
-            if order == Order::Serve && left > 0 {
-                return self.serve(rest);
+            match order {
+                Order::Serve if left > 0 => return self.serve(rest),
+                // The restore itself looks at some.
+                Order::Want(vpid, at, pages) => {
+                    self.send_wanted(&mut rest, vpid, at, pages)?;
+                }
+                _ => {}
             }
         }
         Ok(())
@@ -306,12 +311,8 @@ impl Carrier<'_> {
             };
             match order {
                 Some(Order::Echoed(_)) => window.echoed(Instant::now()),
-                Some(Order::Want(vpid, vaddr, pages)) => {
-                    let first = vaddr / PAGE as u64;
-                    for (page, pages) in rest.take(vpid, first, pages as u64) {
-                        since_echo += self.send(&rest, vpid, page, pages)?;
-                    }
-                    self.sender.speaker.flush()?;
+                Some(Order::Want(vpid, at, pages)) => {
+                    since_echo += self.send_wanted(&mut rest, vpid, at, pages)?;
                 }
                 Some(_) => {}
                 None => {
@@ -329,6 +330,16 @@ impl Carrier<'_> {
         (self.tell)(MemoryEvent::AllSent);
         // Its end closes the reader's descriptors; nobody waits for it.
         Ok(())
+    }
+
+    /// Sends pages that somebody waits for, at once; bytes on the link.
+    fn send_wanted(&mut self, rest: &mut Rest, vpid: i32, at: u64, pages: usize) -> Result<u64> {
+        let mut bytes = 0;
+        for (page, pages) in rest.take(vpid, at / PAGE as u64, pages as u64) {
+            bytes += self.send(rest, vpid, page, pages)?;
+        }
+        self.sender.speaker.flush()?;
+        Ok(bytes)
     }
 
     /// Reads pages and sends them; bytes on the link.
@@ -533,7 +544,7 @@ impl<'a> PageSender<'a> {
 
 impl Sink for PageSender<'_> {
     fn pages(&mut self, vpid: i32, vaddr: u64, bytes: &[u8]) -> Result<()> {
-        let mut codec = self.chooser.next();
+        let mut codec = self.chooser.choose();
         if codec != Codec::None {
             let began = Instant::now();
             codec.pack(bytes, &mut self.packed)?;

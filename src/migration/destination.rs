@@ -373,6 +373,7 @@ impl Guest {
                     self.file(&name, at, &bytes)?;
                 }
                 Input::Heard(Heard::Frame(Frame::Packet(bytes))) => self.packet(&bytes)?,
+                Input::Want(vpid, at, pages) => want(speaker, vpid, at, pages)?,
                 Input::Heard(Heard::Message(Message::Freezing)) => warm = Some(Warm::start()?),
                 Input::Heard(Heard::Message(Message::Dumped { tasks })) => {
                     if tasks.len() > MAX_TASKS {
@@ -413,6 +414,7 @@ impl Guest {
                     }
                 }
                 Input::Heard(Heard::Frame(Frame::Packet(bytes))) => self.packet(&bytes)?,
+                Input::Want(vpid, at, pages) => want(speaker, vpid, at, pages)?,
                 _ => {}
             }
         }
@@ -422,8 +424,10 @@ impl Guest {
         fault::point("destination.ready")?;
         // Bad news that came meanwhile comes before this.
         while let Some(input) = inputs.pending()? {
-            if let Input::Heard(Heard::Frame(Frame::Packet(bytes))) = input {
-                self.packet(&bytes)?;
+            match input {
+                Input::Heard(Heard::Frame(Frame::Packet(bytes))) => self.packet(&bytes)?,
+                Input::Want(vpid, at, pages) => want(speaker, vpid, at, pages)?,
+                _ => {}
             }
         }
         speaker.say(&Message::Ready)?;
@@ -621,13 +625,13 @@ impl Guest {
                     let _ = speaker.say(&Message::Failed { phase, why });
                     return Verdict::Abort;
                 }
+                Input::Want(vpid, at, pages) => drop(want(speaker, vpid, at, pages)),
                 // A later link, or the operator, brings the verdict.
                 Input::Heard(Heard::Gone(_)) => self.link = false,
                 // A signal is no verdict either.
                 Input::Heard(_)
                 | Input::Restore(_)
                 | Input::Signal(_)
-                | Input::Want(..)
                 | Input::Call(Call::Link(..)) => {}
             }
         }
@@ -693,8 +697,7 @@ impl Guest {
                     }
                 }
                 Ok(Input::Want(vpid, at, pages)) => {
-                    let asked = speaker.run(Run::Want, vpid, at, pages);
-                    link &= asked.and_then(|()| speaker.flush()).is_ok();
+                    link &= want(&speaker, vpid, at, pages).is_ok();
                 }
                 Ok(Input::Call(Call::Link(input, output, held))) => {
                     tracing::info!("the source is back over a new link");
@@ -836,6 +839,12 @@ impl Guest {
         self.dismiss_guard();
         undone
     }
+}
+
+/// Asks the source for pages that a task waits for.
+fn want(speaker: &Speaker, vpid: i32, at: u64, pages: usize) -> Result<()> {
+    speaker.run(Run::Want, vpid, at, pages)?;
+    speaker.flush()
 }
 
 /// Tells a source that is back what is missing here.

@@ -73,15 +73,21 @@ pub fn insist(record: &Record, verdict: Verdict) -> Result<Standing> {
     }
 }
 
+/// It becomes a file's name.
+fn check_id(migration: &str) -> Result<()> {
+    if migration.len() != 16 || !migration.bytes().all(|b| b.is_ascii_hexdigit()) {
+        bail!("{migration:?} is no migration's ID");
+    }
+    Ok(())
+}
+
 /// On the destination: how a migration stands, after the verdict has been passed on to whoever
 /// waits for it.
 ///
 /// # Errors
 /// When what is waiting does not answer.
 pub fn answer(state_dir: &Path, migration: &str, verdict: Option<Verdict>) -> Result<Standing> {
-    if migration.len() != 16 || !migration.bytes().all(|b| b.is_ascii_hexdigit()) {
-        bail!("{migration:?} is no migration's ID");
-    }
+    check_id(migration)?;
     let Some(mut journal) = Journal::find(state_dir, migration)? else {
         return Ok(Standing::Gone);
     };
@@ -139,6 +145,9 @@ enum Asked {
     Link,
 }
 
+/// More than any of it is long, in JSON.
+const ASKED: usize = 256;
+
 fn connect(work: &Path) -> Result<UnixStream> {
     UnixStream::connect(work.join(SOCKET))
         .context("the process that holds the container here does not answer")
@@ -165,6 +174,7 @@ pub fn hand_link(
     input: BorrowedFd,
     output: BorrowedFd,
 ) -> Result<Option<Standing>> {
+    check_id(migration)?;
     let holder = Journal::find(state_dir, migration)?
         .filter(|j| j.record.role == Role::Destination)
         .filter(|j| is_alive(j.record.worker) && !j.state().is_over());
@@ -198,11 +208,12 @@ pub fn take_calls(work: &Path, tell: impl Fn(Call) -> bool + Send + 'static) -> 
             if socket.set_read_timeout(Some(Duration::from_secs(5))).is_err() {
                 continue;
             }
-            let Ok(Some((bytes, fds))) = scm::receive(&socket) else { continue };
+            let Ok(Some((bytes, fds))) = scm::receive_stream(&socket, ASKED) else { continue };
             let mut fds = fds.into_iter();
             match (serde_json::from_slice(&bytes), fds.next(), fds.next()) {
                 (Ok(Asked::Link), Some(input), Some(output)) => {
-                    if !tell(Call::Link(input, output, socket)) {
+                    let taken = tell(Call::Link(input, output, socket));
+                    if !taken {
                         return;
                     }
                 }

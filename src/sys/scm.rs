@@ -55,7 +55,22 @@ pub fn receive(socket: impl AsFd) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>>
     if length > MAX_PACKET {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "packet too long"));
     }
-    let mut buffer = vec![0u8; length.max(1)];
+    receive_up_to(raw, length.max(1))
+}
+
+/// The same for a stream socket: what has come with the next write, at most `length` bytes of it.
+///
+/// # Errors
+/// The system's error.
+pub fn receive_stream(
+    socket: impl AsFd,
+    length: usize,
+) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
+    receive_up_to(socket.as_fd().as_raw_fd(), length)
+}
+
+fn receive_up_to(raw: RawFd, length: usize) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
+    let mut buffer = vec![0u8; length];
     let mut control = cmsg_space!([RawFd; MAX_FDS]);
     let (n, fds) = {
         let mut iov = [IoSliceMut::new(&mut buffer)];

@@ -150,7 +150,7 @@ impl Chooser {
     }
 
     /// What the next piece is packed with.
-    pub fn next(&mut self) -> Codec {
+    pub fn choose(&mut self) -> Codec {
         if let Wish::Always(codec) = self.wish {
             return codec;
         }
@@ -208,7 +208,7 @@ mod tests {
     fn a_wish_is_kept() {
         let mut chooser = Chooser::new(Wish::Always(Codec::Zstd));
         chooser.written(1 << 20, Duration::from_nanos(1));
-        assert_eq!(chooser.next(), Codec::Zstd);
+        assert_eq!(chooser.choose(), Codec::Zstd);
     }
 
     #[test]
@@ -216,7 +216,7 @@ mod tests {
         let mut chooser = Chooser::new(Wish::Auto);
         let mut packed = 0;
         for _ in 0..200 {
-            let codec = chooser.next();
+            let codec = chooser.choose();
             let wire = if codec == Codec::None { 1 << 20 } else { 200 << 10 };
             packed += u32::from(codec != Codec::None);
             chooser.packed(codec, 1 << 20, wire, Duration::from_millis(2));

@@ -1,0 +1,234 @@
+//! Memory on its way: what follows after the resume, over broken links too; limits and compression
+//! that are kept; and every page right afterwards.
+
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Trial;
+use serde_json::Value;
+
+use crate::common::container::Container;
+use crate::common::facts::{exactly_one_copy, facts, pair};
+use crate::common::lab::{Host, LONG, Lab, SHORT};
+use crate::common::probe::{Probe, verify_inside};
+use crate::common::process::{Output, Running, until};
+use crate::common::suite::in_lab;
+use crate::common::{Outcome, ensure};
+
+const LIMIT: Duration = Duration::from_secs(90);
+
+/// The suite.
+pub fn trials() -> Vec<Trial> {
+    vec![
+        in_lab("memory::all_of_it_follows", LIMIT, all_of_it_follows),
+        in_lab("memory::what_does_not_converge_follows", LIMIT, what_does_not_converge_follows),
+        in_lab("memory::or_goes_in_the_freeze", LIMIT, or_goes_in_the_freeze),
+        in_lab("memory::links_break_while_it_follows", LIMIT, links_break_while_it_follows),
+        in_lab("memory::a_killed_source_is_resolved", LIMIT, a_killed_source_is_resolved),
+        in_lab("memory::a_killed_destination_is_known", LIMIT, a_killed_destination_is_known),
+        in_lab("memory::by_comparing", LIMIT, by_comparing),
+        in_lab("memory::compression", LIMIT, compression),
+        in_lab("memory::bandwidth", LIMIT, bandwidth),
+    ]
+}
+
+/// The report of `ferry migrate --json`.
+fn report(said: &Output) -> Outcome<Value> {
+    let last = said.out.lines().last().unwrap_or_default();
+    serde_json::from_str(last).map_err(|e| format!("{e}: {said}"))
+}
+
+fn migrate(from: &Host, options: &[&str], to: &Host) -> Outcome<Value> {
+    let mut all = vec!["migrate", "--json"];
+    all.extend(options);
+    all.extend(["box", to.name]);
+    report(&from.ferry(&all)?.exits(0)?)
+}
+
+fn number(report: &Value, path: &str) -> u64 {
+    report.pointer(path).and_then(Value::as_u64).unwrap_or(0)
+}
+
+fn all_of_it_follows(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    // Processes that fork while their memory is not there, and threads that use it.
+    let options = ["--arg", "--dirty", "--arg", "2000", "--arg", "--threads", "--arg", "2"];
+    let container = Container::networked("counter").with(&options);
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    for (from, to) in [(&a, &b), (&b, &a)] {
+        let report = migrate(from, &["--precopy", "off"], to)?;
+        ensure!(report["settled"] == "post_copy", "{report}");
+        let (left, fetched) =
+            (number(&report, "/postcopy_pages"), number(&report, "/served/fetched"));
+        // What the tasks have given up meanwhile needs no fetching.
+        ensure!(left > 16_000 && fetched > 16_000 && fetched <= left + 64, "{report}");
+        ensure!(number(&report, "/served/faults") > 0, "nobody waited: {report}");
+        probe.is_content()?;
+        exactly_one_copy(&container, to, from)?;
+    }
+    Ok(())
+}
+
+const BUSY: &[&str] = &["--arg", "--dirty", "--arg", "50000"];
+
+fn what_does_not_converge_follows(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter").with(BUSY);
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    let report = migrate(&a, &["--bandwidth", "40M", "--max-downtime", "20ms"], &b)?;
+    ensure!(report["settled"] == "post_copy", "{report}");
+    ensure!(number(&report, "/postcopy_pages") > 1000, "{report}");
+    let rounds = report["rounds"].as_array().map_or(0, Vec::len);
+    ensure!(rounds >= 3, "no rounds before: {report}");
+    probe.is_content()?;
+    exactly_one_copy(&container, &b, &a)
+}
+
+fn or_goes_in_the_freeze(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter").with(BUSY);
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    let options = [
+        "--bandwidth",
+        "40M",
+        "--max-downtime",
+        "20ms",
+        "--postcopy",
+        "never",
+        "--max-rounds",
+        "3",
+    ];
+    let report = migrate(&a, &options, &b)?;
+    ensure!(report["settled"] == "freeze_anyway", "{report}");
+    ensure!(number(&report, "/postcopy_pages") == 0, "{report}");
+    let running =
+        report["rounds"].as_array().into_iter().flatten().filter(|r| r["frozen"] == false);
+    ensure!(running.count() == 3, "{report}");
+    probe.is_content()?;
+    exactly_one_copy(&container, &b, &a)
+}
+
+/// A migration whose memory follows for three seconds, when it has begun to.
+fn following(lab: &Lab, container: &Container) -> Outcome<Running> {
+    let (a, b) = pair(lab);
+    let slow = ["--precopy", "off", "--bandwidth", "20M", "--json"];
+    let mut command = vec!["ferry", "migrate"];
+    command.extend(slow);
+    command.extend(["box", "b"]);
+    let running = a.start(&command)?;
+    until("it runs on b", SHORT, || {
+        let there = facts(&b)?;
+        let status = there.containers.get(container.id);
+        Ok(status.is_some_and(|s| s.status == "running" && s.frozen == "0").then_some(()))
+    })?;
+    // Committed, and not a third of the memory is there.
+    until("the source has committed", SHORT, || {
+        Ok(facts(&a)?.migrations.iter().any(|m| m.state == "committed").then_some(()))
+    })?;
+    Ok(running)
+}
+
+fn kill(host: &Host, pattern: &str) -> Outcome {
+    host.exec(&["pkill", "-KILL", "-f", &format!("^({pattern})")])?.exits(0).map(drop)
+}
+
+fn links_break_while_it_follows(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter");
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    let mut running = following(lab, &container)?;
+    for _ in 0..2 {
+        kill(&a, "ssh ")?;
+        // The next one carries something before it breaks, too.
+        let began = Instant::now();
+        until("another link is there", SHORT, || {
+            let ssh = a.exec(&["pgrep", "-f", "^ssh "])?.code == 0;
+            Ok((ssh && began.elapsed() > Duration::from_millis(600)).then_some(()))
+        })?;
+        ensure!(!running.has_ended(), "it was over before its link was cut");
+    }
+    let report = report(&running.end(LONG)?.exits(0)?)?;
+    ensure!(number(&report, "/served/fetched") > 16_000, "{report}");
+    probe.is_content()?;
+    exactly_one_copy(&container, &b, &a)
+}
+
+fn a_killed_source_is_resolved(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter");
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    let running = following(lab, &container)?;
+    kill(&a, "ferry migrate")?;
+    running.end(LONG)?.exits(137)?;
+    // It waits there for what is frozen here, however long that takes.
+    let said = b.ferry(&["resolve", "box"])?.exits(4)?;
+    ensure!(said.err.contains("waits for memory"), "{said}");
+    a.ferry(&["resolve", "box"])?.exits(0)?;
+    probe.is_content()?;
+    exactly_one_copy(&container, &b, &a)
+}
+
+fn a_killed_destination_is_known(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::plain("counter");
+    container.start(lab, &a)?;
+    let running = following(lab, &container)?;
+    kill(&b, "ferry receive")?;
+    let ended = running.end(LONG)?.exits(4)?;
+    ensure!(ended.err.contains("ferry resolve box"), "no hint: {ended}");
+    // Rather than letting it read zeros, it was ended there; what is frozen here is whole.
+    a.ferry(&["resolve", "box"])?.exits(4)?;
+    a.ferry(&["resolve", "box", "--keep"])?.exits(0)?;
+    exactly_one_copy(&container, &a, &b)?;
+    verify_inside(&a, &container).map(drop)
+}
+
+fn by_comparing(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter").with(&["--arg", "--dirty", "--arg", "500"]);
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    let report = migrate(&a, &["--tracking", "hash"], &b)?;
+    let tracked =
+        report["rounds"].as_array().into_iter().flatten().all(|r| r["tracking"] == "hash");
+    ensure!(tracked, "{report}");
+    probe.is_content()?;
+    exactly_one_copy(&container, &b, &a)
+}
+
+fn compression(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter").with(&["--arg", "--content", "--arg", "text"]);
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    let (mut from, mut to) = (&a, &b);
+    let mut wire = Vec::new();
+    // On a link of 100 Mbit/s even the slowest of them is faster than none.
+    lab.link(&["b", "--rate", "100mbit"])?;
+    for how in ["none", "lz4", "zstd", "auto"] {
+        let report = migrate(from, &["--compress", how], to)?;
+        wire.push((how, number(&report, "/wire_bytes") >> 20));
+        (from, to) = (to, from);
+    }
+    lab.link(&["b", "--rate", "off"])?;
+    probe.is_content()?;
+    ensure!(wire[0].1 >= 60, "less than all of it without compression: {wire:?}");
+    ensure!(wire[1..].iter().all(|w| w.1 < 45), "not compressed: {wire:?}");
+    Ok(())
+}
+
+fn bandwidth(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::plain("counter");
+    container.start(lab, &a)?;
+    let began = Instant::now();
+    let report = migrate(&a, &["--bandwidth", "256Mbit"], &b)?;
+    // 64 MiB at 32 MB/s.
+    ensure!(began.elapsed() > Duration::from_millis(2000), "faster than allowed: {report}");
+    ensure!(began.elapsed() < Duration::from_secs(10), "much slower than allowed: {report}");
+    Ok(())
+}
