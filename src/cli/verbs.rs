@@ -14,12 +14,12 @@ use super::args::{
 };
 use super::destination::{Destination, Listen};
 use super::runtime::{Config, Runtime as Found};
+use crate::migration::ask::{self, Options};
 use crate::migration::away::AwayMark;
 use crate::migration::inspect::{self, Wishes};
 use crate::migration::journal::{Journal, Role, State, is_alive};
 use crate::migration::protocol::{Standing, Verdict};
-use crate::migration::source::{self, Options};
-use crate::migration::{carry, destination, host, recover, rest, settle};
+use crate::migration::{carry, destination, host, recover, rest, settle, source};
 use crate::network::{self, problem::Problem};
 use crate::oci::runtime::Runtime;
 use crate::report::exit::{Failed, Told};
@@ -252,7 +252,7 @@ fn tell_check(
 ) -> Result<(), Failed> {
     let fatal: Vec<Problem> = problems.iter().filter(|p| p.fatal).cloned().collect();
     let warnings: Vec<&Problem> = problems.iter().filter(|p| !p.fatal).collect();
-    let result = if fatal.is_empty() { result } else { Err(source::refusal(&fatal)) };
+    let result = if fatal.is_empty() { result } else { Err(ask::refusal(&fatal)) };
     if as_json {
         let mut all: Vec<_> = problems.iter().map(|p| json!(p)).collect();
         if let (Err(failed), true) = (&result, fatal.is_empty()) {

@@ -11,6 +11,8 @@
 
 pub mod converge;
 pub mod pages;
+pub mod pending;
+pub mod remainder;
 pub mod rounds;
 pub mod serve;
 pub mod staging;

@@ -10,17 +10,17 @@
 //! Every round ends with an echo from the destination: its time is then the link's and not that of
 //! the buffers before it, and in the freeze nothing stands in them.
 
-use std::collections::{BTreeMap, HashMap};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail};
 
 use super::protocol::Message;
 use super::talk::Speaker;
 use crate::memory::converge::{self, Goal, Next, Seen};
-use crate::memory::pages::{self, Reader, Task};
+use crate::memory::pages::{self, Task};
+use crate::memory::remainder::{ECHO_EVERY, Rest, Window};
 use crate::memory::rounds::{RoundStats, Rounds, Sink, Tracking};
 use crate::oci::cgroup::Cgroup;
 use crate::report::progress::Round;
@@ -379,113 +379,6 @@ fn random_seed() -> u64 {
 
 /// Pages sent at a time in the background: what a wanted page may have to wait for.
 const PIECE: u64 = 64;
-/// Bytes between two echoes.
-const ECHO_EVERY: u64 = 128 << 10;
-/// How much longer than the quickest an echo may take: what stands in buffers makes faults wait.
-const QUEUE: Duration = Duration::from_millis(10);
-
-/// How much may be on its way at a time: enough to keep the link busy, and so little that a wanted
-/// page finds no queue before it.
-#[derive(Debug)]
-struct Window {
-    most: u64,
-    out: u64,
-    /// Echoes that are out: bytes since the one before, and when it was asked for.
-    asked: std::collections::VecDeque<(u64, Instant)>,
-    quickest: Duration,
-}
-
-impl Default for Window {
-    fn default() -> Window {
-        let asked = std::collections::VecDeque::new();
-        Window { most: 4 * ECHO_EVERY, out: 0, asked, quickest: Duration::MAX }
-    }
-}
-
-impl Window {
-    fn is_full(&self) -> bool {
-        self.out >= self.most
-    }
-
-    fn sent(&mut self, bytes: u64, now: Instant) {
-        self.out += bytes;
-        self.asked.push_back((bytes, now));
-    }
-
-    fn echoed(&mut self, now: Instant) {
-        let Some((bytes, asked)) = self.asked.pop_front() else { return };
-        self.out -= bytes;
-        let took = now.saturating_duration_since(asked);
-        self.quickest = self.quickest.min(took);
-        if took <= self.quickest + QUEUE {
-            // Doubles in a round trip, as long as there is no queue.
-            self.most = (self.most + bytes).min(256 << 20);
-        } else {
-            self.most = (self.most - bytes / 2).max(2 * ECHO_EVERY);
-        }
-    }
-}
-
-/// What stayed here, by task and page number.
-#[derive(Debug, Default)]
-struct Rest {
-    runs: BTreeMap<(i32, u64), u64>,
-    pages: u64,
-    tasks: HashMap<i32, Reader>,
-}
-
-impl Rest {
-    /// Regions may overlap.
-    fn new(tasks: &[Task], regions: impl Iterator<Item = (i32, u64, usize)>) -> Result<Rest> {
-        let mut rest = Rest::default();
-        for (vpid, at, pages) in regions {
-            let (first, pages) = (at / PAGE as u64, pages as u64);
-            // What is in there already is taken out: no page counts twice.
-            rest.take(vpid, first, pages);
-            rest.runs.insert((vpid, first), pages);
-            rest.pages += pages;
-        }
-        for task in tasks {
-            rest.tasks.insert(task.vpid, Reader::open(task.pid).context("a frozen task")?);
-        }
-        Ok(rest)
-    }
-
-    /// The first run, at most `most` pages of it.
-    fn first(&mut self, most: u64) -> Option<(i32, u64, u64)> {
-        let (&(vpid, page), &pages) = self.runs.first_key_value()?;
-        let some = pages.min(most);
-        self.take(vpid, page, some);
-        Some((vpid, page, some))
-    }
-
-    /// Takes out what is left of a range: runs of page number and length.
-    fn take(&mut self, vpid: i32, first: u64, pages: u64) -> Vec<(u64, u64)> {
-        let end = first + pages;
-        let before = self.runs.range(..(vpid, first)).next_back();
-        let from = match before {
-            Some((&(v, page), &n)) if v == vpid && page + n > first => page,
-            _ => first,
-        };
-        let hit: Vec<(u64, u64)> =
-            self.runs.range((vpid, from)..(vpid, end)).map(|(k, n)| (k.1, *n)).collect();
-        let mut taken = Vec::new();
-        for (page, n) in hit {
-            self.runs.remove(&(vpid, page));
-            if page < first {
-                self.runs.insert((vpid, page), first - page);
-            }
-            if page + n > end {
-                self.runs.insert((vpid, end), page + n - end);
-            }
-            let (from, to) = (page.max(first), (page + n).min(end));
-            self.pages -= to - from;
-            taken.push((from, to - from));
-        }
-        taken
-    }
-}
-
 /// Packs pages and puts them on the link, no faster than is wanted.
 struct PageSender<'a> {
     speaker: Speaker,
@@ -584,49 +477,3 @@ impl Sink for PageSender<'_> {
 
 /// About what a frame without contents takes on the link.
 const RUN_BYTES: usize = 40;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn no_page_of_the_rest_goes_twice() {
-        let regions = [(1, 0x1000, 10), (1, 0x3000, 10), (2, 0x1000, 4)];
-        let mut rest = Rest::new(&[], regions.into_iter()).unwrap();
-        assert_eq!(rest.pages, 12 + 4);
-        assert_eq!(rest.take(1, 4, 2), [(4, 2)]);
-        assert_eq!(rest.take(1, 3, 4), [(3, 1), (6, 1)]);
-        assert_eq!(rest.take(3, 0, 100), []);
-        let mut all = Vec::new();
-        while let Some((vpid, page, pages)) = rest.first(3) {
-            assert!(pages <= 3);
-            all.extend((page..page + pages).map(|p| (vpid, p)));
-        }
-        assert_eq!(rest.pages, 0);
-        let expected: Vec<(i32, u64)> = [1, 2, 7, 8, 9, 10, 11, 12]
-            .map(|p| (1, p))
-            .into_iter()
-            .chain((1..5).map(|p| (2, p)))
-            .collect();
-        assert_eq!(all, expected);
-    }
-
-    #[test]
-    fn the_window_grows_to_the_link_and_not_into_its_queue() {
-        let mut window = Window::default();
-        let mut now = Instant::now();
-        // 100 ms there and back, and no queue.
-        for _ in 0..200 {
-            window.sent(ECHO_EVERY, now);
-            now += Duration::from_millis(100);
-            window.echoed(now);
-        }
-        assert!(window.most > 16 << 20, "{}", window.most);
-        for _ in 0..1000 {
-            window.sent(ECHO_EVERY, now);
-            now += Duration::from_millis(300);
-            window.echoed(now);
-        }
-        assert_eq!(window.most, 2 * ECHO_EVERY);
-    }
-}

@@ -12,42 +12,40 @@
 //! the source may have committed without our knowing: the copy is held, runs no instruction, and
 //! waits for the verdict over the link, over a later one (`Settle`), or from the operator.
 
-use std::collections::{HashMap, HashSet};
-use std::fs::{self, File, OpenOptions};
+use std::collections::HashMap;
+use std::fs::{self, File};
 use std::io::BufReader;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
+use super::arrival::Arrival;
+use super::guards::PageGuard;
 use super::intake::{self, Current, Stage};
 use super::journal::{self, Journal, Lock, Record, Role, State};
-use super::protocol::{Arrival, MAX_FILES, MAX_TASKS, Message, Plan, Standing, Verdict};
+use super::parcels::Images;
+use super::protocol::{self, MAX_TASKS, Message, Plan, Standing, Verdict};
 use super::restore::{Go, RestoreEvent, RestoreJob, RestorePlan};
 use super::settle::{self, Call};
 use super::streams::Streams;
 use super::talk::{self, Heard, Speaker};
 use super::workdir::WorkDir;
-use super::{checks, host, keeper, recover, workdir};
+use super::{checks, host, recover, workdir};
 use crate::criu::images;
 use crate::criu::interposer::Interposer;
 use crate::files::tmpfs::{Mounted, Tmpfs};
 use crate::files::tree;
-use crate::memory::serve::{Ended, GUARD_QUIT, Served, Server};
+use crate::memory::serve::{Ended, Served, Server};
 use crate::memory::staging::Staging;
-use crate::network::{self, Announcer, Frame as Packet, Placement, Recreated, Replay, fence};
 use crate::oci::runtime::Runtime;
+use crate::oci::warm::Warm;
 use crate::report::exit::Told;
 use crate::sys::fault;
 use crate::sys::memory::PAGE;
-use crate::sys::netns::NetNs;
-use crate::sys::{process, scm};
+use crate::sys::process;
 use crate::transport::connect::{self, Closer, Link};
 use crate::transport::frame::{Frame, Run};
 
@@ -55,14 +53,6 @@ use crate::transport::frame::{Frame, Run};
 const SILENCE: Duration = Duration::from_secs(300);
 /// How long the restore may take.
 const RESTORE_LIMIT: Duration = Duration::from_secs(120);
-/// Most bytes of image files: they hold no memory but what CRIU insists on.
-const MAX_IMAGES: u64 = 64 << 30;
-/// Bytes of packets kept until the container can take them. Beyond it the senders' timers have to
-/// do.
-const MAX_PACKETS: usize = 32 << 20;
-/// Image files open at a time.
-const OPEN_IMAGES: usize = 128;
-
 #[derive(Debug)]
 enum Input {
     Heard(Heard),
@@ -226,21 +216,16 @@ struct Guest {
     journal: Journal,
     work: WorkDir,
     state_dir: PathBuf,
-    network: Option<Net>,
+    network: Arrival,
     restore: Option<RestoreJob>,
     server: Option<Server>,
     /// Pages are being installed; told when they are all in.
     serving: bool,
     pages: Option<Ended>,
-    guard: Option<Guard>,
+    guard: Option<PageGuard>,
     streams: Streams,
     tmpfs: Option<Mounted>,
-    images: HashMap<String, File>,
-    image_names: HashSet<String>,
-    image_bytes: u64,
-    packets: Vec<Packet>,
-    packet_bytes: usize,
-    replayed: u64,
+    images: Images,
     phase: &'static str,
     began: Instant,
     marks: Vec<(String, f64)>,
@@ -249,12 +234,6 @@ struct Guest {
     /// The link to the source works, as far as is known.
     link: bool,
     _lock: Lock,
-}
-
-struct Net {
-    made: Recreated,
-    replay: Replay,
-    announcer: Announcer,
 }
 
 impl Guest {
@@ -282,13 +261,14 @@ impl Guest {
             begun: journal::unix_time(),
         };
         let journal = Journal::create(state_dir, record)?;
+        let images = Images::new(work.images());
         Ok(Guest {
             plan,
             runtime,
             journal,
             work,
             state_dir: state_dir.to_owned(),
-            network: None,
+            network: Arrival::default(),
             restore: None,
             server: None,
             serving: false,
@@ -296,12 +276,7 @@ impl Guest {
             guard: None,
             streams,
             tmpfs: None,
-            images: HashMap::new(),
-            image_names: HashSet::new(),
-            image_bytes: 0,
-            packets: Vec::new(),
-            packet_bytes: 0,
-            replayed: 0,
+            images,
             phase: "preparing",
             began: Instant::now(),
             marks: Vec::new(),
@@ -354,7 +329,8 @@ impl Guest {
         // From the beginning: a source that lost this link, and gave up, says so over another.
         let call = tell.clone();
         settle::take_calls(self.work.path(), move |c| call.send(Input::Call(c)).is_ok())?;
-        self.make_network()?;
+        self.phase = "making the network";
+        self.network.make(&self.plan, self.work.path())?;
         if !self.plan.tmpfs.is_empty() {
             let base = workdir::tmpfs_base(self.work.path());
             self.tmpfs = Some(Mounted::new(&base, &self.plan.tmpfs)?);
@@ -372,7 +348,7 @@ impl Guest {
                 Input::Heard(Heard::Frame(Frame::File(name, at, bytes))) => {
                     self.file(&name, at, &bytes)?;
                 }
-                Input::Heard(Heard::Frame(Frame::Packet(bytes))) => self.packet(&bytes)?,
+                Input::Heard(Heard::Frame(Frame::Packet(bytes))) => self.network.keep(&bytes)?,
                 Input::Want(vpid, at, pages) => want(speaker, vpid, at, pages)?,
                 Input::Heard(Heard::Message(Message::Freezing)) => warm = Some(Warm::start()?),
                 Input::Heard(Heard::Message(Message::Dumped { tasks })) => {
@@ -413,7 +389,7 @@ impl Guest {
                         self.serve(tasks, server, stage, tell)?;
                     }
                 }
-                Input::Heard(Heard::Frame(Frame::Packet(bytes))) => self.packet(&bytes)?,
+                Input::Heard(Heard::Frame(Frame::Packet(bytes))) => self.network.keep(&bytes)?,
                 Input::Want(vpid, at, pages) => want(speaker, vpid, at, pages)?,
                 _ => {}
             }
@@ -425,28 +401,13 @@ impl Guest {
         // Bad news that came meanwhile comes before this.
         while let Some(input) = inputs.pending()? {
             match input {
-                Input::Heard(Heard::Frame(Frame::Packet(bytes))) => self.packet(&bytes)?,
+                Input::Heard(Heard::Frame(Frame::Packet(bytes))) => self.network.keep(&bytes)?,
                 Input::Want(vpid, at, pages) => want(speaker, vpid, at, pages)?,
                 _ => {}
             }
         }
         speaker.say(&Message::Ready)?;
         fault::point("destination.said-ready")
-    }
-
-    fn make_network(&mut self) -> Result<()> {
-        let (Some(image), Some(path)) = (&self.plan.network, &self.plan.network_path) else {
-            return Ok(());
-        };
-        self.phase = "making the network";
-        let placement: Placement = self.plan.placement.parse().map_err(|e| anyhow!("{e}"))?;
-        let made = network::recreate(image, &placement, path, &NetNs::current()?)?;
-        let (device, inode) = made.namespace().identity()?;
-        fs::write(self.work.path().join(recover::NETWORK), format!("{device} {inode}"))?;
-        let replay = Replay::prepare(made.namespace(), image)?;
-        let announcer = Announcer::prepare(made.namespace(), image)?;
-        self.network = Some(Net { made, replay, announcer });
-        Ok(())
     }
 
     fn start_restore(&mut self, tell: &Sender<Input>) -> Result<()> {
@@ -456,8 +417,8 @@ impl Guest {
         fs::write(self.work.images().join("descriptors.json"), serde_json::to_vec(&targets)?)?;
         let streams = self.streams.plan()?;
         self.server = Some(Server::listen(&self.work.work())?);
-        let namespace = match &self.network {
-            Some(net) if self.plan.criu_inside() => Some(net.made.namespace().try_clone()?),
+        let namespace = match self.network.namespace() {
+            Some(namespace) if self.plan.criu_inside() => Some(namespace.try_clone()?),
             _ => None,
         };
         let plan = RestorePlan {
@@ -482,47 +443,16 @@ impl Guest {
 
     /// A piece of an image file, or of a log.
     fn file(&mut self, name: &str, at: u64, bytes: &[u8]) -> Result<()> {
-        if let Some(number) = name.strip_prefix("stream-") {
-            return self.streams.write(number, at, bytes);
+        match name.strip_prefix("stream-") {
+            Some(number) => self.streams.write(number, at, bytes),
+            None => self.images.write(name, at, bytes),
         }
-        let plain = name.len() < 128
-            && !name.starts_with('.')
-            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
-        if !plain {
-            bail!("{name:?} is no image file's name");
-        }
-        self.image_bytes += bytes.len() as u64;
-        if self.image_names.len() >= MAX_FILES || self.image_bytes > MAX_IMAGES {
-            bail!("more image files than any checkpoint has");
-        }
-        if !self.images.contains_key(name) {
-            if self.images.len() >= OPEN_IMAGES {
-                self.images.clear();
-            }
-            let open = OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(self.image_names.insert(name.to_owned()))
-                .mode(0o600)
-                .custom_flags(libc::O_NOFOLLOW)
-                .open(self.work.images().join(name));
-            self.images.insert(name.to_owned(), open.with_context(|| format!("image {name}"))?);
-        }
-        Ok(self.images[name].write_all_at(bytes, at)?)
-    }
-
-    fn packet(&mut self, bytes: &[u8]) -> Result<()> {
-        self.packet_bytes += bytes.len();
-        if self.packet_bytes < MAX_PACKETS {
-            self.packets.push(keeper::decode(bytes)?);
-        }
-        Ok(())
     }
 
     fn begin_restore(&mut self) -> Result<()> {
         self.phase = "restoring";
         self.began = Instant::now();
-        self.images.clear();
+        self.images.close();
         for (i, (tmpfs, place)) in self.tmpfs_places().enumerate() {
             let packed = File::open(self.work.images().join(format!("tmpfs-{i}")))?;
             tree::unpack(&place, &mut BufReader::with_capacity(256 << 10, packed))
@@ -564,7 +494,7 @@ impl Guest {
                 Err(e) => return Err(e.into()),
             }
         }
-        let guard = Guard::spawn(&self.journal)?;
+        let guard = PageGuard::spawn(&self.journal)?;
         let to_guard = guard.socket.try_clone()?;
         self.guard = Some(guard);
         // The hand-over may have ended already.
@@ -590,7 +520,7 @@ impl Guest {
                 Input::Heard(Heard::Message(Message::Abort { .. })) => return Verdict::Abort,
                 Input::Heard(Heard::Frame(Frame::Packet(bytes))) => {
                     // A damaged one is the sender's timer's business.
-                    let _ = self.packet(&bytes);
+                    let _ = self.network.keep(&bytes);
                 }
                 Input::Call(Call::Verdict(Some(verdict), reply)) => {
                     let standing = match verdict {
@@ -663,27 +593,25 @@ impl Guest {
         while !(running && ended && served.is_some() && (finished || !link)) {
             match inputs.queue.recv_timeout(RESTORE_LIMIT) {
                 Ok(Input::Restore(RestoreEvent::Released)) => {
-                    self.open_network();
+                    self.network.open();
                     self.mark("fence open");
                     let _ = fault::point("destination.open");
                 }
                 Ok(Input::Restore(RestoreEvent::AtResume)) => {
                     self.mark("sockets alive");
-                    self.replay();
+                    self.network.replay();
                     let _ = self.tell_restore(Go::Resume);
                 }
                 Ok(Input::Restore(RestoreEvent::Running)) => {
                     running = true;
                     self.mark("running");
                     let _ = fault::point("destination.running");
-                    self.replay();
-                    if let Some(net) = &self.network {
-                        let _ = net.announcer.announce();
-                    }
-                    let arrival = Arrival {
+                    self.network.replay();
+                    self.network.announce();
+                    let arrival = protocol::Arrival {
                         pid: self.journal.record.init.map_or(0, |i| i.0),
                         marks: self.marks.clone(),
-                        packets: self.replayed,
+                        packets: self.network.replayed,
                     };
                     link &= speaker.say(&Message::Running(Box::new(arrival))).is_ok();
                     if let Some(served) = served {
@@ -739,9 +667,9 @@ impl Guest {
                     }
                 }
                 Ok(Input::Heard(Heard::Frame(Frame::Packet(bytes)))) => {
-                    let _ = self.packet(&bytes);
+                    let _ = self.network.keep(&bytes);
                     if running {
-                        self.replay();
+                        self.network.replay();
                     }
                 }
                 Ok(Input::Heard(Heard::Message(Message::Finished))) => finished = true,
@@ -764,19 +692,6 @@ impl Guest {
         self.settle_in()
     }
 
-    /// CRIU goes on to where nothing can stop it, which takes it a millisecond: before it wakes the
-    /// sockets up, what they say must find its way.
-    fn open_network(&mut self) {
-        let Some(net) = &mut self.network else { return };
-        let opened = net.made.fence().map_or(Ok(()), |fence| fence.open());
-        if let Err(e) = opened {
-            // Too late to give up: a container that cannot be reached can still be mended.
-            tracing::error!("the fence does not open: {e}");
-            let _ = fence::remove(net.made.namespace());
-        }
-        let _ = net.announcer.announce();
-    }
-
     /// Tells the source that what is frozen there is needed no more; whether it could be told. The
     /// journal knows it first: who asks later must not be told otherwise.
     fn say_whole(&mut self, speaker: &Speaker, served: Served) -> bool {
@@ -786,20 +701,8 @@ impl Guest {
     }
 
     fn dismiss_guard(&mut self) {
-        if let Some(mut guard) = self.guard.take() {
-            let _ = scm::send(&guard.socket, GUARD_QUIT, &[]);
-            let _ = guard.child.wait();
-        }
-    }
-
-    fn replay(&mut self) {
-        let Some(net) = &self.network else { return };
-        self.packet_bytes = 0;
-        for packet in self.packets.drain(..) {
-            // Only a help: the sender's timer brings again what does not get through.
-            if net.replay.inject(&packet).is_ok() {
-                self.replayed += 1;
-            }
+        if let Some(guard) = self.guard.take() {
+            guard.dismiss();
         }
     }
 
@@ -808,14 +711,7 @@ impl Guest {
         if let Some(job) = self.restore.take() {
             job.join();
         }
-        if let Some(mut net) = self.network.take() {
-            drop(net.replay);
-            // It has been open since the commit; taking it down takes milliseconds, so only now.
-            if let Err(e) = fence::remove(net.made.namespace()) {
-                tracing::warn!("the open fence stays: {e}");
-            }
-            net.made.keep();
-        }
+        std::mem::take(&mut self.network).settle();
         let _ = fault::point("destination.finish");
         drop(self.tmpfs.take());
         let cleared = checks::clear_mark(&self.plan, &self.runtime, &self.state_dir);
@@ -832,7 +728,7 @@ impl Guest {
         if let Some(job) = self.restore.take() {
             job.join();
         }
-        drop(self.network.take());
+        drop(std::mem::take(&mut self.network));
         drop(self.tmpfs.take());
         self.streams.undo();
         let undone = recover::destination_discards(&mut self.journal);
@@ -856,56 +752,4 @@ fn say_missing(speaker: &Speaker, stage: &Stage) -> Result<()> {
         pages += n as u64;
     }
     speaker.say(&Message::Missing { pages })
-}
-
-/// The process that holds the restored tasks' memory together if this one is killed: see
-/// [`recover::guard_pages`].
-struct Guard {
-    child: Child,
-    socket: OwnedFd,
-}
-
-impl Guard {
-    fn spawn(journal: &Journal) -> Result<Guard> {
-        let (socket, theirs) = scm::seqpacket_pair()?;
-        let mut command = Command::new("/proc/self/exe");
-        command.arg("__guard").arg("pages").arg(journal.path());
-        command.stdin(theirs).stdout(Stdio::null()).stderr(Stdio::null());
-        process::in_new_session(&mut command);
-        Ok(Guard { child: command.spawn().context("cannot start the guard process")?, socket })
-    }
-}
-
-/// Keeps the kernel's control group lock awake.
-///
-/// The first move of a task into a control group for a while waits for an RCU grace period, 10 ms
-/// and more, before it takes that lock for writing (Documentation/RCU, kernel/rcu/sync.c); the next
-/// ones do not. CRIU moves the restored init in the middle of the restore. So from the beginning of
-/// the freeze somebody moves himself, to where he is.
-struct Warm {
-    stop: Arc<AtomicBool>,
-}
-
-impl Warm {
-    fn start() -> Result<Warm> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
-        std::thread::Builder::new().name("warm".into()).spawn(move || {
-            let me = std::process::id() as i32;
-            while !stopped.load(Ordering::Relaxed) {
-                // Only ever a help.
-                if crate::oci::cgroup::move_to_where_it_is(me).is_err() {
-                    return;
-                }
-                std::thread::park_timeout(Duration::from_millis(2));
-            }
-        })?;
-        Ok(Warm { stop })
-    }
-}
-
-impl Drop for Warm {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-    }
 }

@@ -13,29 +13,28 @@
 //! consumes it. [`Committed`] has no way back: nothing in it can thaw the container or lift the
 //! fence, and its functions return no error that anybody could take for a reason to.
 
-use std::io::{BufWriter, Read, Write};
+use std::io::{BufWriter, Write};
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 
+use super::ask::{Accepted, Input, Inputs, Options, ask};
 use super::carry::{self, Memory, MemoryEvent, Order};
 use super::dump::{DumpEvent, DumpJob, DumpPlan, Go};
-use super::inspect::{Subject, Wishes, inspect};
+use super::guards::SourceGuard;
+use super::inspect::Subject;
 use super::journal::{self, Journal, Lock, Record, Role, State};
 use super::keeper::Keeper;
+use super::parcels::{SpeakerFile, send_file};
 use super::protocol::{Message, Standing, Verdict};
 use super::rest::Brought;
-use super::talk::{self, Heard, Speaker};
-use super::watch::Watch;
+use super::talk::{Heard, Speaker};
 use super::workdir::WorkDir;
 use super::{host, recover, rest, settle};
 use crate::criu::interposer::Interposer;
 use crate::files::{tmpfs, tree};
 use crate::memory::pages;
-use crate::network::problem::Problem;
 use crate::network::{Capture, fence};
 use crate::oci::runtime::Runtime;
 use crate::report::exit::Failed;
@@ -43,7 +42,7 @@ use crate::report::progress::Reporter;
 use crate::sys::fault;
 use crate::sys::netns::NetNs;
 use crate::sys::process;
-use crate::transport::connect::{Closer, Cutter, Destination};
+use crate::transport::connect::Closer;
 use crate::transport::frame::{self, Frame, Run};
 
 /// From the freeze to the commit: a hand-over that takes longer is given up.
@@ -51,223 +50,12 @@ const FREEZE_LIMIT: Duration = Duration::from_secs(30);
 /// How long nothing may be heard of the destination while it makes everything ready and takes in
 /// memory.
 const PREPARE_LIMIT: Duration = Duration::from_secs(45);
-/// Until the other Ferry has answered at all; ssh may ask for a key's passphrase.
-const ANSWER_LIMIT: Duration = Duration::from_secs(120);
 /// How long the other side may take to end after the last word.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(60);
 /// From the resume until the last staged page is installed.
 const WHOLE_LIMIT: Duration = Duration::from_secs(600);
 /// How long a lost destination is looked for after the commit.
 const SETTLE_LIMIT: Duration = Duration::from_secs(30);
-/// After a signal: what is being written may still be written.
-const PATIENCE: Duration = Duration::from_secs(3);
-
-/// What the user wants.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// What of it the plan needs.
-    pub wishes: Wishes,
-    /// Where to.
-    pub destination: Destination,
-    /// How memory is to go.
-    pub memory: carry::Wishes,
-    /// `--timeout`: gives up when the hand-over is not committed by then.
-    pub timeout: Option<Duration>,
-    /// Leave the away-mark afterwards.
-    pub leave_mark: bool,
-}
-
-/// Something that happened.
-#[derive(Debug)]
-enum Input {
-    Heard(Heard),
-    Dump(DumpEvent),
-    Memory(MemoryEvent),
-    Signal(i32),
-}
-
-/// The link, and everything that happens, in one queue.
-struct Inputs {
-    queue: Receiver<Input>,
-    tell: Sender<Input>,
-    /// For what goes on now, and when that is over.
-    limit: Duration,
-    deadline: Instant,
-    interrupted: bool,
-    /// The link has ended.
-    gone: bool,
-    /// Something has come over the link.
-    heard: bool,
-    watch: Watch,
-}
-
-impl Inputs {
-    /// The next thing that happens and that is no reason to give up.
-    fn next(&mut self) -> Result<Input> {
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        let input = self.queue.recv_timeout(left).map_err(|e| match e {
-            RecvTimeoutError::Timeout => anyhow!("the time for it is over"),
-            RecvTimeoutError::Disconnected => anyhow!("nobody is left to do it"),
-        })?;
-        self.judge(input)
-    }
-
-    /// What has happened already, without waiting.
-    fn pending(&mut self) -> Result<Option<Input>> {
-        self.queue.try_recv().ok().map(|input| self.judge(input)).transpose()
-    }
-
-    fn judge(&mut self, input: Input) -> Result<Input> {
-        self.heard |= matches!(&input, Input::Heard(heard) if !matches!(heard, Heard::Gone(None)));
-        match input {
-            Input::Signal(signal) => {
-                self.interrupted = true;
-                bail!("interrupted by {}", talk::signal_name(signal))
-            }
-            Input::Heard(Heard::Gone(why)) => {
-                self.gone = true;
-                bail!(
-                    "the link to the destination broke: {}",
-                    why.unwrap_or("it was closed".into())
-                )
-            }
-            Input::Heard(Heard::Message(Message::Failed { phase, why })) => {
-                bail!("the destination failed while {phase}: {why}")
-            }
-            Input::Dump(DumpEvent::Ended(Err(e))) => Err(e),
-            Input::Memory(MemoryEvent::Failed(e)) => bail!("sending memory: {e}"),
-            input => Ok(input),
-        }
-    }
-
-    fn until(&mut self, limit: Duration) {
-        self.limit = limit;
-        self.by(Instant::now() + limit);
-    }
-
-    /// The time counts anew.
-    fn again(&mut self) {
-        self.until(self.limit);
-    }
-
-    fn by(&mut self, deadline: Instant) {
-        self.deadline = deadline;
-        self.watch.until(deadline);
-    }
-}
-
-/// Says what stands in the way, all of it.
-pub fn refusal(problems: &[Problem]) -> Failed {
-    let text: Vec<String> = problems.iter().filter(|p| p.fatal).map(ToString::to_string).collect();
-    Failed::refused(anyhow!("{}", text.join("\n")))
-}
-
-/// A container that the destination would take.
-struct Accepted {
-    subject: Subject,
-    speaker: Speaker,
-    closer: Closer,
-    inputs: Inputs,
-}
-
-/// Looks at the container and asks the destination; nothing is touched.
-fn ask(runtime: &Runtime, options: &Options, reporter: &mut Reporter) -> Result<Accepted, Failed> {
-    reporter.phase("inspect", "looking at the container");
-    let mut subject = inspect(runtime, &options.wishes).map_err(|p| refusal(&p))?;
-    reporter.report.migration.clone_from(&subject.plan.migration);
-    reporter.phase("connect", &format!("asking {}", options.destination));
-    let link = options.destination.connect().map_err(Failed::refused)?;
-    let (speaker, reader, mut closer) = talk::split(link);
-    let (tell, queue) = channel();
-    // A shell that has ended already needs no cutting.
-    let watch =
-        Watch::start(closer.cutter().unwrap_or(Cutter::Nothing)).map_err(Failed::refused)?;
-    let deadline = Instant::now() + ANSWER_LIMIT;
-    let mut inputs = Inputs {
-        queue,
-        tell,
-        limit: ANSWER_LIMIT,
-        deadline,
-        interrupted: false,
-        gone: false,
-        heard: false,
-        watch: watch.clone(),
-    };
-    watch.until(deadline);
-    let heard = inputs.tell.clone();
-    talk::listen(reader, move |h| heard.send(Input::Heard(h)).is_ok()).map_err(Failed::refused)?;
-    let caught = inputs.tell.clone();
-    let hurried = watch.clone();
-    talk::catch_signals(move |signal| {
-        hurried.hurry(PATIENCE);
-        caught.send(Input::Signal(signal)).is_ok()
-    })
-    .map_err(Failed::refused)?;
-    let greeted = greet(&speaker, &mut inputs);
-    if let Err(e) = greeted {
-        drop(speaker);
-        // A shell that could not get there says more than the end of its stream.
-        let text = if inputs.interrupted || inputs.heard {
-            e
-        } else {
-            e.context(options.destination.explain(&mut closer))
-        };
-        closer.close();
-        return Err(Failed::refused(text));
-    }
-    let answer = (|| {
-        speaker.say(&Message::Plan(Box::new(subject.plan.clone())))?;
-        loop {
-            match inputs.next()? {
-                Input::Heard(Heard::Message(Message::Accept { warnings, shared })) => {
-                    return Ok(Ok((warnings, shared)));
-                }
-                Input::Heard(Heard::Message(Message::Refuse { problems })) => {
-                    return Ok(Err(problems));
-                }
-                _ => {}
-            }
-        }
-    })();
-    subject.probes.clear();
-    match answer {
-        Ok(Ok((warnings, shared))) => {
-            // What both hosts see need not be sent, nor what two streams share a second time.
-            let mut seen = Vec::new();
-            for (i, stream) in subject.plan.streams.iter_mut().enumerate() {
-                let twice = seen.contains(&stream.external);
-                seen.push(stream.external.clone());
-                stream.sent = stream.external.is_some() && !twice && !shared.contains(&i);
-            }
-            for warning in warnings {
-                reporter.problem(warning);
-            }
-            Ok(Accepted { subject, speaker, closer, inputs })
-        }
-        Ok(Err(problems)) => {
-            closer.close();
-            Err(refusal(&problems))
-        }
-        Err(e) => {
-            closer.close();
-            Err(Failed::refused(e))
-        }
-    }
-}
-
-fn greet(speaker: &Speaker, inputs: &mut Inputs) -> Result<()> {
-    speaker.say(&talk::hello())?;
-    loop {
-        if let Input::Heard(Heard::Message(Message::Hello(theirs))) = inputs.next()? {
-            talk::check_hello(&theirs)?;
-            if theirs.host == host::identity() {
-                bail!("source and destination are the same host");
-            }
-            return Ok(());
-        }
-    }
-}
-
 /// `ferry check CONTAINER DESTINATION`, and `migrate --dry-run`.
 ///
 /// # Errors
@@ -311,7 +99,7 @@ struct Begun {
     runtime: Runtime,
     journal: Journal,
     work: WorkDir,
-    guard: Guard,
+    guard: SourceGuard,
     dump: Option<DumpJob>,
     memory: Option<Memory>,
     memory_wishes: carry::Wishes,
@@ -357,7 +145,7 @@ impl Begun {
             begun: journal::unix_time(),
         };
         let mut journal = Journal::create(state_dir, record).map_err(Failed::refused)?;
-        let guard = match Guard::spawn(&journal) {
+        let guard = match SourceGuard::spawn(&journal) {
             Ok(guard) => guard,
             Err(e) => {
                 let _ = journal.write(State::Aborted);
@@ -838,79 +626,5 @@ impl Committed {
             std::thread::park_timeout(pause);
             pause = (pause * 2).min(Duration::from_secs(5));
         }
-    }
-}
-
-/// A file on the other side, written from its beginning.
-struct SpeakerFile<'a> {
-    speaker: &'a Speaker,
-    name: String,
-    at: u64,
-}
-
-impl Write for SpeakerFile<'_> {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let most = &bytes[..bytes.len().min(frame::MAX_FILE_PIECE)];
-        self.speaker.file(&self.name, self.at, most).map_err(std::io::Error::other)?;
-        self.at += most.len() as u64;
-        Ok(most.len())
-    }
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Sends a file from an offset to its end; returns the end.
-fn send_file(
-    speaker: &Speaker,
-    name: &str,
-    path: &std::path::Path,
-    from: u64,
-    buffer: &mut [u8],
-) -> Result<u64> {
-    use std::io::Seek;
-    let what = || format!("cannot read {}", path.display());
-    let mut file = std::fs::File::open(path).with_context(what)?;
-    let mut at = file.seek(std::io::SeekFrom::Start(from)).with_context(what)?;
-    loop {
-        let n = file.read(buffer).with_context(what)?;
-        // An empty file is sent too: CRIU looks for it.
-        if n > 0 || at == 0 {
-            speaker.file(name, at, &buffer[..n])?;
-        }
-        at += n as u64;
-        if n == 0 {
-            return Ok(at);
-        }
-    }
-}
-
-/// The process that brings the container back if this one is killed.
-struct Guard {
-    child: Child,
-}
-
-impl Guard {
-    fn spawn(journal: &Journal) -> Result<Guard> {
-        let mut command = Command::new("/proc/self/exe");
-        command.arg("__guard").arg(journal.path());
-        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-        process::in_new_session(&mut command);
-        Ok(Guard { child: command.spawn().context("cannot start the guard process")? })
-    }
-
-    /// The container runs on, and the destination may not know it: the guard goes on telling it.
-    fn send_word(&mut self) {
-        if let Some(mut pipe) = self.child.stdin.take() {
-            let _ = pipe.write_all(b"t");
-        }
-    }
-
-    /// There is nothing to guard any more.
-    fn dismiss(&mut self) {
-        if let Some(mut pipe) = self.child.stdin.take() {
-            let _ = pipe.write_all(b"d");
-        }
-        let _ = self.child.wait();
     }
 }

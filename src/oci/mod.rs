@@ -3,6 +3,7 @@
 pub mod bundle;
 pub mod cgroup;
 pub mod runtime;
+pub mod warm;
 
 /// Where programs are looked for when the environment names no PATH (podman calls so).
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";

@@ -1,0 +1,114 @@
+//! The container's network on the destination: made behind a closed fence, opened when the container
+//! is released, and the packets that came for it meanwhile.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Result, anyhow};
+
+use super::protocol::Plan;
+use super::{keeper, recover};
+use crate::network::{self, Announcer, Frame, Placement, Recreated, Replay, fence};
+use crate::sys::netns::NetNs;
+
+/// Bytes of packets kept until the container can take them. Beyond it the senders' timers have to
+/// do.
+const MAX_PACKETS: usize = 32 << 20;
+
+/// See the module. A container without a network of its own has one that does nothing.
+#[derive(Debug, Default)]
+pub struct Arrival {
+    net: Option<Net>,
+    packets: Vec<Frame>,
+    bytes: usize,
+    /// Packets given to the container so far.
+    pub replayed: u64,
+}
+
+#[derive(Debug)]
+struct Net {
+    made: Recreated,
+    replay: Replay,
+    announcer: Announcer,
+}
+
+impl Arrival {
+    /// Makes the namespace, and notes in the work directory which it is. It is taken down again on
+    /// drop.
+    ///
+    /// # Errors
+    /// When it cannot be made as it was.
+    pub fn make(&mut self, plan: &Plan, work: &Path) -> Result<()> {
+        let (Some(image), Some(path)) = (&plan.network, &plan.network_path) else {
+            return Ok(());
+        };
+        let placement: Placement = plan.placement.parse().map_err(|e| anyhow!("{e}"))?;
+        let made = network::recreate(image, &placement, path, &NetNs::current()?)?;
+        let (device, inode) = made.namespace().identity()?;
+        fs::write(work.join(recover::NETWORK), format!("{device} {inode}"))?;
+        let replay = Replay::prepare(made.namespace(), image)?;
+        let announcer = Announcer::prepare(made.namespace(), image)?;
+        self.net = Some(Net { made, replay, announcer });
+        Ok(())
+    }
+
+    /// Where it is.
+    pub fn namespace(&self) -> Option<&NetNs> {
+        self.net.as_ref().map(|net| net.made.namespace())
+    }
+
+    /// A packet that the source's fence has held back.
+    ///
+    /// # Errors
+    /// When it is damaged.
+    pub fn keep(&mut self, packet: &[u8]) -> Result<()> {
+        self.bytes += packet.len();
+        if self.bytes < MAX_PACKETS {
+            self.packets.push(keeper::decode(packet)?);
+        }
+        Ok(())
+    }
+
+    /// Gives the container the packets that have come.
+    pub fn replay(&mut self) {
+        let Some(net) = &self.net else { return };
+        self.bytes = 0;
+        for packet in self.packets.drain(..) {
+            // Only a help: the sender's timer brings again what does not get through.
+            if net.replay.inject(&packet).is_ok() {
+                self.replayed += 1;
+            }
+        }
+    }
+
+    /// Opens the fence. CRIU goes on to where nothing can stop it, which takes it a millisecond:
+    /// before it wakes the sockets up, what they say must find its way.
+    pub fn open(&mut self) {
+        let Some(net) = &mut self.net else { return };
+        let opened = net.made.fence().map_or(Ok(()), |fence| fence.open());
+        if let Err(e) = opened {
+            // Too late to give up: a container that cannot be reached can still be mended.
+            tracing::error!("the fence does not open: {e}");
+            let _ = fence::remove(net.made.namespace());
+        }
+        self.announce();
+    }
+
+    /// Tells the neighbours where the container is now.
+    pub fn announce(&self) {
+        if let Some(net) = &self.net {
+            let _ = net.announcer.announce();
+        }
+    }
+
+    /// It belongs to the container from now on.
+    pub fn settle(self) {
+        let Some(mut net) = self.net else { return };
+        drop(net.replay);
+        // It has been open since the commit; taking it down takes milliseconds, so only now.
+        if let Err(e) = fence::remove(net.made.namespace()) {
+            tracing::warn!("the open fence stays: {e}");
+        }
+        net.made.keep();
+    }
+}

@@ -1,0 +1,235 @@
+//! The source's first conversation: a look at the container, the greeting, the plan, the answer. And
+//! the queue in which everything that happens from then on stands in line.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow, bail};
+
+use super::carry::{self, MemoryEvent};
+use super::dump::DumpEvent;
+use super::host;
+use super::inspect::{Subject, Wishes, inspect};
+use super::protocol::Message;
+use super::talk::{self, Heard, Speaker};
+use super::watch::Watch;
+use crate::network::problem::Problem;
+use crate::oci::runtime::Runtime;
+use crate::report::exit::Failed;
+use crate::report::progress::Reporter;
+use crate::transport::connect::{Closer, Cutter, Destination};
+
+/// Until the other Ferry has answered at all; ssh may ask for a key's passphrase.
+const ANSWER_LIMIT: Duration = Duration::from_secs(120);
+/// After a signal: what is being written may still be written.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// What the user wants.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// What of it the plan needs.
+    pub wishes: Wishes,
+    /// Where to.
+    pub destination: Destination,
+    /// How memory is to go.
+    pub memory: carry::Wishes,
+    /// `--timeout`: gives up when the hand-over is not committed by then.
+    pub timeout: Option<Duration>,
+    /// Leave the away-mark afterwards.
+    pub leave_mark: bool,
+}
+
+/// Something that happened.
+#[derive(Debug)]
+pub(super) enum Input {
+    Heard(Heard),
+    Dump(DumpEvent),
+    Memory(MemoryEvent),
+    Signal(i32),
+}
+
+/// The link, and everything that happens, in one queue.
+pub(super) struct Inputs {
+    pub(super) queue: Receiver<Input>,
+    pub(super) tell: Sender<Input>,
+    /// For what goes on now, and when that is over.
+    limit: Duration,
+    pub(super) deadline: Instant,
+    pub(super) interrupted: bool,
+    /// The link has ended.
+    pub(super) gone: bool,
+    /// Something has come over the link.
+    heard: bool,
+    pub(super) watch: Watch,
+}
+
+impl Inputs {
+    /// The next thing that happens and that is no reason to give up.
+    pub(super) fn next(&mut self) -> Result<Input> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        let input = self.queue.recv_timeout(left).map_err(|e| match e {
+            RecvTimeoutError::Timeout => anyhow!("the time for it is over"),
+            RecvTimeoutError::Disconnected => anyhow!("nobody is left to do it"),
+        })?;
+        self.judge(input)
+    }
+
+    /// What has happened already, without waiting.
+    pub(super) fn pending(&mut self) -> Result<Option<Input>> {
+        self.queue.try_recv().ok().map(|input| self.judge(input)).transpose()
+    }
+
+    fn judge(&mut self, input: Input) -> Result<Input> {
+        self.heard |= matches!(&input, Input::Heard(heard) if !matches!(heard, Heard::Gone(None)));
+        match input {
+            Input::Signal(signal) => {
+                self.interrupted = true;
+                bail!("interrupted by {}", talk::signal_name(signal))
+            }
+            Input::Heard(Heard::Gone(why)) => {
+                self.gone = true;
+                bail!(
+                    "the link to the destination broke: {}",
+                    why.unwrap_or("it was closed".into())
+                )
+            }
+            Input::Heard(Heard::Message(Message::Failed { phase, why })) => {
+                bail!("the destination failed while {phase}: {why}")
+            }
+            Input::Dump(DumpEvent::Ended(Err(e))) => Err(e),
+            Input::Memory(MemoryEvent::Failed(e)) => bail!("sending memory: {e}"),
+            input => Ok(input),
+        }
+    }
+
+    pub(super) fn until(&mut self, limit: Duration) {
+        self.limit = limit;
+        self.by(Instant::now() + limit);
+    }
+
+    /// The time counts anew.
+    pub(super) fn again(&mut self) {
+        self.until(self.limit);
+    }
+
+    pub(super) fn by(&mut self, deadline: Instant) {
+        self.deadline = deadline;
+        self.watch.until(deadline);
+    }
+}
+
+/// Says what stands in the way, all of it.
+pub fn refusal(problems: &[Problem]) -> Failed {
+    let text: Vec<String> = problems.iter().filter(|p| p.fatal).map(ToString::to_string).collect();
+    Failed::refused(anyhow!("{}", text.join("\n")))
+}
+
+/// A container that the destination would take.
+pub(super) struct Accepted {
+    pub(super) subject: Subject,
+    pub(super) speaker: Speaker,
+    pub(super) closer: Closer,
+    pub(super) inputs: Inputs,
+}
+
+/// Looks at the container and asks the destination; nothing is touched.
+pub(super) fn ask(
+    runtime: &Runtime,
+    options: &Options,
+    reporter: &mut Reporter,
+) -> Result<Accepted, Failed> {
+    reporter.phase("inspect", "looking at the container");
+    let mut subject = inspect(runtime, &options.wishes).map_err(|p| refusal(&p))?;
+    reporter.report.migration.clone_from(&subject.plan.migration);
+    reporter.phase("connect", &format!("asking {}", options.destination));
+    let link = options.destination.connect().map_err(Failed::refused)?;
+    let (speaker, reader, mut closer) = talk::split(link);
+    let (tell, queue) = channel();
+    // A shell that has ended already needs no cutting.
+    let watch =
+        Watch::start(closer.cutter().unwrap_or(Cutter::Nothing)).map_err(Failed::refused)?;
+    let deadline = Instant::now() + ANSWER_LIMIT;
+    let mut inputs = Inputs {
+        queue,
+        tell,
+        limit: ANSWER_LIMIT,
+        deadline,
+        interrupted: false,
+        gone: false,
+        heard: false,
+        watch: watch.clone(),
+    };
+    watch.until(deadline);
+    let heard = inputs.tell.clone();
+    talk::listen(reader, move |h| heard.send(Input::Heard(h)).is_ok()).map_err(Failed::refused)?;
+    let caught = inputs.tell.clone();
+    let hurried = watch.clone();
+    talk::catch_signals(move |signal| {
+        hurried.hurry(PATIENCE);
+        caught.send(Input::Signal(signal)).is_ok()
+    })
+    .map_err(Failed::refused)?;
+    let greeted = greet(&speaker, &mut inputs);
+    if let Err(e) = greeted {
+        drop(speaker);
+        // A shell that could not get there says more than the end of its stream.
+        let text = if inputs.interrupted || inputs.heard {
+            e
+        } else {
+            e.context(options.destination.explain(&mut closer))
+        };
+        closer.close();
+        return Err(Failed::refused(text));
+    }
+    let answer = (|| {
+        speaker.say(&Message::Plan(Box::new(subject.plan.clone())))?;
+        loop {
+            match inputs.next()? {
+                Input::Heard(Heard::Message(Message::Accept { warnings, shared })) => {
+                    return Ok(Ok((warnings, shared)));
+                }
+                Input::Heard(Heard::Message(Message::Refuse { problems })) => {
+                    return Ok(Err(problems));
+                }
+                _ => {}
+            }
+        }
+    })();
+    subject.probes.clear();
+    match answer {
+        Ok(Ok((warnings, shared))) => {
+            // What both hosts see need not be sent, nor what two streams share a second time.
+            let mut seen = Vec::new();
+            for (i, stream) in subject.plan.streams.iter_mut().enumerate() {
+                let twice = seen.contains(&stream.external);
+                seen.push(stream.external.clone());
+                stream.sent = stream.external.is_some() && !twice && !shared.contains(&i);
+            }
+            for warning in warnings {
+                reporter.problem(warning);
+            }
+            Ok(Accepted { subject, speaker, closer, inputs })
+        }
+        Ok(Err(problems)) => {
+            closer.close();
+            Err(refusal(&problems))
+        }
+        Err(e) => {
+            closer.close();
+            Err(Failed::refused(e))
+        }
+    }
+}
+
+fn greet(speaker: &Speaker, inputs: &mut Inputs) -> Result<()> {
+    speaker.say(&talk::hello())?;
+    loop {
+        if let Input::Heard(Heard::Message(Message::Hello(theirs))) = inputs.next()? {
+            talk::check_hello(&theirs)?;
+            if theirs.host == host::identity() {
+                bail!("source and destination are the same host");
+            }
+            return Ok(());
+        }
+    }
+}
