@@ -24,7 +24,7 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use super::arrival::Arrival;
 use super::guards::PageGuard;
-use super::intake::{self, Current, Stage};
+use super::intake::{self, Backlog, Current, Stage};
 use super::journal::{self, Journal, Lock, Record, Role, State};
 use super::parcels::Images;
 use super::protocol::{self, MAX_TASKS, Message, Plan, Standing, Verdict};
@@ -71,15 +71,15 @@ enum Input {
 pub fn receive(link: Link, runtime: &Runtime, state_dir: &Path) -> Result<()> {
     let (speaker, reader, mut closer) = talk::split(link);
     let (tell, queue) = channel();
-    let (stage, current) = (Stage::default(), Current::default());
+    let (stage, current, backlog) = (Stage::default(), Current::default(), Backlog::default());
     let heard = tell.clone();
-    intake::listen(reader, &speaker, &stage, &current, move |h| {
+    intake::listen(reader, &speaker, &stage, &current, &backlog, move |h| {
         heard.send(Input::Heard(h)).is_ok()
     })?;
     let caught = tell.clone();
     talk::catch_signals(move |signal| caught.send(Input::Signal(signal)).is_ok())?;
     let mut inputs = Inputs { queue };
-    let place = Place { runtime, state_dir, stage, current };
+    let place = Place { runtime, state_dir, stage, current, backlog };
     let result = converse(&speaker, &mut inputs, &tell, &place, &closer);
     closer.close();
     result
@@ -91,6 +91,7 @@ struct Place<'a> {
     state_dir: &'a Path,
     stage: Stage,
     current: Current,
+    backlog: Backlog,
 }
 
 struct Inputs {
@@ -141,7 +142,7 @@ fn converse(
     place: &Place,
     closer: &Closer,
 ) -> Result<()> {
-    let Place { runtime, state_dir, stage, current } = place;
+    let Place { runtime, state_dir, stage, current, backlog } = place;
     speaker.say(&talk::hello())?;
     let plan = loop {
         match inputs.next(SILENCE)? {
@@ -198,7 +199,7 @@ fn converse(
         // It changed its mind: nothing was made.
         Err(_) => return Ok(()),
     }
-    let guest = match Guest::new(*plan, &shared, runtime, state_dir) {
+    let guest = match Guest::new(*plan, &shared, runtime, state_dir, backlog.clone()) {
         Ok(guest) => guest,
         Err(e) => {
             let why = format!("{e:#}");
@@ -226,6 +227,7 @@ struct Guest {
     streams: Streams,
     tmpfs: Option<Mounted>,
     images: Images,
+    backlog: Backlog,
     phase: &'static str,
     began: Instant,
     marks: Vec<(String, f64)>,
@@ -237,7 +239,13 @@ struct Guest {
 }
 
 impl Guest {
-    fn new(plan: Plan, shared: &[usize], runtime: Runtime, state_dir: &Path) -> Result<Guest> {
+    fn new(
+        plan: Plan,
+        shared: &[usize],
+        runtime: Runtime,
+        state_dir: &Path,
+        backlog: Backlog,
+    ) -> Result<Guest> {
         let lock = Lock::take(state_dir, runtime.root(), &plan.container)?;
         let work = WorkDir::create(&plan.migration)?;
         let streams = Streams::open(&plan, shared)?;
@@ -277,6 +285,7 @@ impl Guest {
             streams,
             tmpfs: None,
             images,
+            backlog,
             phase: "preparing",
             began: Instant::now(),
             marks: Vec::new(),
@@ -443,6 +452,7 @@ impl Guest {
 
     /// A piece of an image file, or of a log.
     fn file(&mut self, name: &str, at: u64, bytes: &[u8]) -> Result<()> {
+        self.backlog.done(bytes.len());
         match name.strip_prefix("stream-") {
             Some(number) => self.streams.write(number, at, bytes),
             None => self.images.write(name, at, bytes),
@@ -578,7 +588,10 @@ impl Guest {
     ) -> Result<()> {
         self.mark("commit");
         let _ = fault::point("destination.commit");
-        let _ = self.journal.note(State::Committed);
+        if let Err(e) = self.journal.note(State::Committed) {
+            // The source's journal has it on disk: whoever asks there learns the same.
+            tracing::error!("{e:#}");
+        }
         // From here on what was made is the container's: no error may take it away again but one
         // that says that there is no container.
         self.streams.keep();
@@ -635,7 +648,7 @@ impl Guest {
                     drop(brought.replace(held));
                     let heard = tell.clone();
                     let hear = move |h| heard.send(Input::Heard(h)).is_ok();
-                    intake::listen(reader, &speaker, stage, current, hear)?;
+                    intake::listen(reader, &speaker, stage, current, &self.backlog, hear)?;
                     link = match served {
                         Some(served) if running => self.say_whole(&speaker, served),
                         _ => say_missing(&speaker, stage).is_ok(),

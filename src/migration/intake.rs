@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
@@ -115,6 +115,31 @@ impl Stage {
     }
 }
 
+/// Bytes of files that have come and were not written yet: a source that is quicker than this host's
+/// disk has to wait.
+#[derive(Clone, Debug, Default)]
+pub struct Backlog(Arc<(Mutex<usize>, Condvar)>);
+
+/// Most bytes in the backlog.
+const MAX_BACKLOG: usize = 32 << 20;
+
+impl Backlog {
+    fn add(&self, bytes: usize) {
+        let (sum, less) = &*self.0;
+        let guard = sum.lock().unwrap_or_else(PoisonError::into_inner);
+        let full = |sum: &mut usize| *sum > MAX_BACKLOG;
+        let mut sum = less.wait_while(guard, full).unwrap_or_else(PoisonError::into_inner);
+        *sum += bytes;
+    }
+
+    /// So many bytes were written.
+    pub fn done(&self, bytes: usize) {
+        let (sum, less) = &*self.0;
+        *sum.lock().unwrap_or_else(PoisonError::into_inner) -= bytes;
+        less.notify_all();
+    }
+}
+
 /// Which of several links, one after the other, counts.
 #[derive(Clone, Debug, Default)]
 pub struct Current(Arc<AtomicU64>);
@@ -128,9 +153,11 @@ pub fn listen(
     speaker: &Speaker,
     stage: &Stage,
     current: &Current,
+    backlog: &Backlog,
     tell: impl Fn(Heard) -> bool + Send + 'static,
 ) -> Result<()> {
-    let (speaker, stage, current) = (speaker.clone(), stage.clone(), current.clone());
+    let (speaker, stage) = (speaker.clone(), stage.clone());
+    let (current, backlog) = (current.clone(), backlog.clone());
     let mine = current.0.fetch_add(1, Ordering::SeqCst) + 1;
     talk::listen(reader, move |heard| {
         if current.0.load(Ordering::SeqCst) != mine {
@@ -144,7 +171,12 @@ pub fn listen(
             }
             Heard::Frame(frame) => match stage.take(frame) {
                 Ok(None) => return true,
-                Ok(Some(other)) => Heard::Frame(other),
+                Ok(Some(other)) => {
+                    if let Frame::File(_, _, bytes) = &other {
+                        backlog.add(bytes.len());
+                    }
+                    Heard::Frame(other)
+                }
                 Err(e) => Heard::Gone(Some(format!("{e:#}"))),
             },
             other => other,
