@@ -57,6 +57,9 @@ fn all_messages() -> Vec<Message> {
         Message::Whole(Served::default()),
         Message::Resume { migration: ID.into() },
         Message::Missing { pages: 9 },
+        Message::Open,
+        Message::Join { migration: ID.into() },
+        Message::Joined,
         Message::Finished,
         Message::Abort { why: "it is \"broken\"\n".into() },
         Message::Failed { phase: "restoring".into(), why: "ä".into() },
@@ -229,6 +232,7 @@ fn a_message_out_of_its_order_ends_the_conversation() {
                 | Message::Plan(_)
                 | Message::Settle { .. }
                 | Message::Resume { .. }
+                | Message::Join { .. }
                 | Message::Echo { .. }
         ) {
             continue;
@@ -274,10 +278,12 @@ fn what_is_no_protocol_ends_the_conversation() {
 #[test]
 fn a_source_that_is_back_for_an_unknown_migration_is_told_so() {
     let dir = tempfile::tempdir().expect("a directory");
-    let back = Message::Resume { migration: ID.into() };
-    let (said, result) = receive(bytes(&[hello(), back]), dir.path());
-    let gone = matches!(said[..], [_, Message::Settled { standing: Standing::Gone }]);
-    assert!(gone && result.is_ok(), "{said:?}");
+    let migration = ID.to_owned();
+    for back in [Message::Resume { migration: migration.clone() }, Message::Join { migration }] {
+        let (said, result) = receive(bytes(&[hello(), back]), dir.path());
+        let gone = matches!(said[..], [_, Message::Settled { standing: Standing::Gone }]);
+        assert!(gone && result.is_ok(), "{said:?}");
+    }
     let nonsense = Message::Resume { migration: "../../etc/passwd".into() };
     assert!(receive(bytes(&[hello(), nonsense]), dir.path()).1.is_err());
     nothing_made(dir.path());

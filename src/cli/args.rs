@@ -187,6 +187,10 @@ pub struct MemoryArgs {
     /// Compression: whatever is quickest (auto), zstd, lz4 or none
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub compress: Compress,
+    /// Send memory over so many connections: one ssh carries no more than one core can encipher
+    #[arg(long, value_name = "N", default_value_t = 1,
+        value_parser = clap::value_parser!(u8).range(1..=32))]
+    pub streams: u8,
     /// How changes are found: asked of the kernel, or by comparing; for tests
     #[arg(long, value_name = "HOW", default_value = "auto", hide = true)]
     pub tracking: TrackingArg,
@@ -255,6 +259,7 @@ impl MemoryArgs {
                 Compress::None => Wish::Always(Codec::None),
             },
             bandwidth: self.bandwidth,
+            streams: usize::from(self.streams),
         }
     }
 }

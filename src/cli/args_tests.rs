@@ -61,7 +61,7 @@ fn what_is_not_built_is_not_accepted() {
         "migrate --compress gzip web h",
         "migrate --bandwidth 0M web h",
         "migrate --max-rounds 0 web h",
-        "migrate --streams 2 web h",
+        "migrate --streams 0 web h",
         "migrate --rootfs copy web h",
         "migrate --network hook=x web h",
         "migrate web tls://h:1",

@@ -120,6 +120,13 @@ impl Rounds {
         Rounds { tracking, tasks: HashMap::new(), sent: Sent::new(seed) }
     }
 
+    /// What was handed on so far has arrived. `in_order`: what is handed on now arrives in that
+    /// order; otherwise a page is not said to be like one that may come after it.
+    pub fn arrived(&mut self, in_order: bool) {
+        self.sent.round += 1;
+        self.sent.in_order = in_order;
+    }
+
     /// How changes are found: what was asked for, unless the kernel cannot.
     pub fn tracking(&self) -> Tracking {
         let watched = self.tasks.values().any(|k| k.tracker.is_some());
@@ -228,7 +235,18 @@ struct Sent {
     table: PageTable<u64>,
     /// Whole hashes, each in the one place where it can be, and a page that had those contents when
     /// it was handed on. 6 MiB: finds what was sent among the last GiB or so.
-    places: Vec<(u128, i32, u64)>,
+    places: Vec<Place>,
+    round: u32,
+    in_order: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Place {
+    hash: u128,
+    task: i32,
+    page: u64,
+    /// In which round it was handed on.
+    round: u32,
 }
 
 /// What is to be done with a page.
@@ -248,7 +266,7 @@ const ZERO_PAGE: u64 = 1;
 
 impl Sent {
     fn new(seed: u64) -> Sent {
-        Sent { seed, table: PageTable::new(0), places: Vec::new() }
+        Sent { seed, table: PageTable::new(0), places: Vec::new(), round: 0, in_order: true }
     }
 
     /// Decides about a page, and notes that it has been handed on so.
@@ -264,16 +282,17 @@ impl Sent {
             return Kind::Skip;
         }
         if self.places.is_empty() {
-            self.places.resize(PLACES, (0, 0, 0));
+            self.places.resize(PLACES, Place::default());
         }
         let place = &mut self.places[(hash >> 64) as usize % PLACES];
-        let (known, of, at) = *place;
-        let is_there = known == hash && (of, at) != (vpid, page);
+        let is_there = place.hash == hash
+            && (place.task, place.page) != (vpid, page)
+            && (self.in_order || place.round != self.round);
         // What was there may have been overwritten by a later version.
-        if is_there && self.table.get(of, at) == half(hash) {
-            return Kind::Same(of, at);
+        if is_there && self.table.get(place.task, place.page) == half(hash) {
+            return Kind::Same(place.task, place.page);
         }
-        *place = (hash, vpid, page);
+        *place = Place { hash, task: vpid, page, round: self.round };
         Kind::Data
     }
 }

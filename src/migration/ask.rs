@@ -45,6 +45,8 @@ pub(super) enum Input {
     Heard(Heard),
     Dump(DumpEvent),
     Memory(MemoryEvent),
+    /// An echo on a further link, by its number, or its end.
+    Lane(usize, Option<u64>),
     Signal(i32),
 }
 
@@ -58,6 +60,8 @@ pub(super) struct Inputs {
     pub(super) interrupted: bool,
     /// The link has ended.
     pub(super) gone: bool,
+    /// The destination owns the container: what the further links were for is over.
+    pub(super) committed: bool,
     /// Something has come over the link.
     heard: bool,
     pub(super) watch: Watch,
@@ -96,6 +100,7 @@ impl Inputs {
             Input::Heard(Heard::Message(Message::Failed { phase, why })) => {
                 bail!("the destination failed while {phase}: {why}")
             }
+            Input::Lane(_, None) if !self.committed => bail!("a further link broke"),
             Input::Dump(DumpEvent::Ended(Err(e))) => Err(e),
             Input::Memory(MemoryEvent::Failed(e)) => bail!("sending memory: {e}"),
             input => Ok(input),
@@ -156,6 +161,7 @@ pub(super) fn ask(
         deadline,
         interrupted: false,
         gone: false,
+        committed: false,
         heard: false,
         watch: watch.clone(),
     };

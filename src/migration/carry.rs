@@ -10,12 +10,15 @@
 //! Every round ends with an echo from the destination: its time is then the link's and not that of
 //! the buffers before it, and in the freeze nothing stands in them.
 
+use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
 
+use super::lanes::{Lane, LaneSender, Packer};
 use super::protocol::Message;
 use super::talk::Speaker;
 use crate::memory::converge::{self, Goal, Next, Seen};
@@ -25,7 +28,7 @@ use crate::memory::rounds::{RoundStats, Rounds, Sink, Tracking};
 use crate::oci::cgroup::Cgroup;
 use crate::report::progress::Round;
 use crate::sys::memory::PAGE;
-use crate::transport::codec::{Chooser, Codec, Wish};
+use crate::transport::codec::Wish;
 use crate::transport::frame::{Run, Same};
 
 /// How memory is to go.
@@ -37,8 +40,10 @@ pub struct Wishes {
     pub tracking: Tracking,
     /// Compression.
     pub compress: Wish,
-    /// Bytes a second on the link, at most.
+    /// Bytes a second on the links, at most.
     pub bandwidth: Option<u64>,
+    /// Links to use.
+    pub streams: usize,
 }
 
 impl Default for Wishes {
@@ -48,6 +53,7 @@ impl Default for Wishes {
             tracking: Tracking::WriteProtect,
             compress: Wish::Auto,
             bandwidth: None,
+            streams: 1,
         }
     }
 }
@@ -55,8 +61,9 @@ impl Default for Wishes {
 /// What the hand-over tells the memory thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
-    /// The destination has read everything up to the echo of that number.
-    Echoed(u64),
+    /// The destination has read everything up to the echo of that number on that link; 0 is the
+    /// first.
+    Echoed(usize, u64),
     /// The tasks stand still.
     Frozen,
     /// CRIU has dumped them.
@@ -99,11 +106,13 @@ impl Memory {
     pub fn start(
         cgroup: &Cgroup,
         speaker: &Speaker,
+        lanes: &[Lane],
         wishes: Wishes,
-        tell: impl Fn(MemoryEvent) + Send + 'static,
+        tell: impl Fn(MemoryEvent) + Send + Sync + 'static,
     ) -> Result<Memory> {
         let cgroup = cgroup.clone();
-        Memory::spawn(speaker, wishes, tell, move |carrier| carrier.carry(&cgroup))
+        let sender = PageSender::new(speaker.clone(), wishes, lanes, Arc::new(tell))?;
+        Memory::spawn(sender, wishes, move |carrier| carrier.carry(&cgroup))
     }
 
     /// Goes on with what a destination that runs says it lacks, over a new link. The tasks here are
@@ -116,41 +125,43 @@ impl Memory {
         speaker: &Speaker,
         wishes: Wishes,
         missing: Vec<(i32, u64, usize)>,
-        tell: impl Fn(MemoryEvent) + Send + 'static,
+        tell: impl Fn(MemoryEvent) + Send + Sync + 'static,
     ) -> Result<Memory> {
         let tasks = pages::tasks(&cgroup.processes()?)?;
         let rest = Rest::new(&tasks, missing.into_iter())?;
-        Memory::spawn(speaker, wishes, tell, move |carrier| carrier.serve(rest))
+        let sender = PageSender::new(speaker.clone(), wishes, &[], Arc::new(tell))?;
+        Memory::spawn(sender, wishes, move |carrier| carrier.serve(rest))
     }
 
     fn spawn(
-        speaker: &Speaker,
+        sender: PageSender,
         wishes: Wishes,
-        tell: impl Fn(MemoryEvent) + Send + 'static,
         work: impl FnOnce(&mut Carrier) -> Result<()> + Send + 'static,
     ) -> Result<Memory> {
-        let (orders, receive) = channel();
-        let speaker = speaker.clone();
+        let (tell_orders, orders) = channel();
         let thread = std::thread::Builder::new().name("memory".into()).spawn(move || {
-            let sender = PageSender::new(speaker, wishes, &tell);
-            let mut carrier =
-                Carrier { wishes, sender, orders: receive, echoes: 0, echoed: 0, tell: &tell };
+            let tell = sender.tell.clone();
+            let (early, echoed) = (VecDeque::new(), vec![0; sender.lanes.len() + 1]);
+            let mut carrier = Carrier { wishes, sender, orders, early, echoes: 0, echoed };
             if let Err(e) = work(&mut carrier) {
                 tell(MemoryEvent::Failed(format!("{e:#}")));
             }
         })?;
-        Ok(Memory { orders, _thread: thread })
+        Ok(Memory { orders: tell_orders, _thread: thread })
     }
 }
 
-struct Carrier<'a> {
+type Tell = Arc<dyn Fn(MemoryEvent) + Send + Sync>;
+
+struct Carrier {
     wishes: Wishes,
-    sender: PageSender<'a>,
+    sender: PageSender,
     orders: Receiver<Order>,
-    /// Echoes asked for, and come back.
+    /// Orders that came while an echo was waited for.
+    early: VecDeque<Order>,
+    /// Echoes asked for, and come back, link by link.
     echoes: u64,
-    echoed: u64,
-    tell: &'a dyn Fn(MemoryEvent),
+    echoed: Vec<u64>,
 }
 
 /// The hand-over has ended: nobody waits for memory any more.
@@ -158,7 +169,7 @@ fn over() -> anyhow::Error {
     anyhow!("the hand-over has ended")
 }
 
-impl Carrier<'_> {
+impl Carrier {
     fn carry(&mut self, cgroup: &Cgroup) -> Result<()> {
         let mut rounds = Rounds::new(self.wishes.tracking, random_seed());
         let mut seen = Vec::new();
@@ -168,7 +179,7 @@ impl Carrier<'_> {
                 decided => break decided,
             }
         };
-        (self.tell)(MemoryEvent::Settled(decided));
+        (self.sender.tell)(MemoryEvent::Settled(decided));
         if self.next_order() != Some(Order::Frozen) {
             return Ok(());
         }
@@ -186,8 +197,8 @@ impl Carrier<'_> {
         }
         let mut rest = Rest::new(&tasks, rest.into_iter())?;
         let left = rest.pages;
-        self.sender.speaker.say(&Message::MemoryDone { left })?;
-        (self.tell)(MemoryEvent::Done(left));
+        self.sender.main.speaker.say(&Message::MemoryDone { left })?;
+        (self.sender.tell)(MemoryEvent::Done(left));
         // To stop watching takes 24 ms a GiB: when the hand-over is over, not in it.
         while let Some(order) = self.next_order() {
             match order {
@@ -204,30 +215,57 @@ impl Carrier<'_> {
 
     /// The next order but echoes; none when the hand-over has ended.
     fn next_order(&mut self) -> Option<Order> {
+        if let Some(order) = self.early.pop_front() {
+            return Some(order);
+        }
         loop {
             match self.orders.recv().ok()? {
-                Order::Echoed(n) => self.echoed = self.echoed.max(n),
+                Order::Echoed(link, n) => self.note_echo(link, n),
                 order => return Some(order),
             }
         }
     }
 
+    fn note_echo(&mut self, link: usize, number: u64) {
+        if let Some(echoed) = self.echoed.get_mut(link) {
+            *echoed = number.max(*echoed);
+        }
+    }
+
+    /// Waits until everything that was sent on the further links has arrived; on the first one, too,
+    /// if that is wanted.
+    fn arrive(&mut self, main: bool) -> Result<()> {
+        self.echoes += 1;
+        let mut asked = Vec::new();
+        if main {
+            self.sender.main.speaker.say(&Message::Echo { number: self.echoes })?;
+            asked.push(0);
+        }
+        for (i, lane) in self.sender.lanes.iter_mut().enumerate().filter(|(_, l)| l.used) {
+            lane.echo(self.echoes)?;
+            asked.push(i + 1);
+        }
+        while asked.iter().any(|link| self.echoed[*link] < self.echoes) {
+            match self.orders.recv() {
+                Ok(Order::Echoed(link, n)) => self.note_echo(link, n),
+                Ok(order) => self.early.push_back(order),
+                Err(_) => return Err(over()),
+            }
+        }
+        Ok(())
+    }
+
     /// A round over the running container.
     fn round(&mut self, rounds: &mut Rounds, cgroup: &Cgroup) -> Result<Seen> {
         let began = Instant::now();
-        let before = self.sender.wire;
+        let before = self.sender.wire();
         let mut sum = RoundStats::default();
+        rounds.arrived(self.sender.lanes.is_empty());
         for task in pages::tasks(&cgroup.processes()?)? {
             sum.add(rounds.round(task, false, &mut self.sender)?);
         }
-        self.ask_echo()?;
-        while self.echoed < self.echoes {
-            match self.orders.recv() {
-                Ok(Order::Echoed(n)) => self.echoed = self.echoed.max(n),
-                _ => return Err(over()),
-            }
-        }
-        let (seconds, wire) = (began.elapsed().as_secs_f64(), self.sender.wire - before);
+        self.arrive(true)?;
+        let (seconds, wire) = (began.elapsed().as_secs_f64(), self.sender.wire() - before);
         let handed = sum.sent + sum.zero + sum.same;
         let mut left = Some(0);
         for task in pages::tasks(&cgroup.processes()?)? {
@@ -248,8 +286,9 @@ impl Carrier<'_> {
         rest: &mut Vec<(i32, u64, usize)>,
     ) -> Result<()> {
         let began = Instant::now();
-        let before = self.sender.wire;
+        let before = self.sender.wire();
         let mut sum = RoundStats::default();
+        rounds.arrived(self.sender.lanes.is_empty());
         for &task in tasks {
             if decided == Next::PostCopy {
                 for (start, end) in rounds.leave(task, &mut self.sender)? {
@@ -259,8 +298,9 @@ impl Carrier<'_> {
                 sum.add(rounds.round(task, true, &mut self.sender)?);
             }
         }
-        self.sender.speaker.flush()?;
-        let wire = self.sender.wire - before;
+        self.sender.main.speaker.flush()?;
+        self.arrive(false)?;
+        let wire = self.sender.wire() - before;
         self.report(rounds, true, sum, (began, wire), None);
         Ok(())
     }
@@ -276,8 +316,8 @@ impl Carrier<'_> {
         let tracking = rounds.tracking();
         let ms = began.elapsed().as_secs_f64() * 1000.0;
         let bytes = pages.sent * PAGE as u64;
-        let compression = self.sender.latest;
-        (self.tell)(MemoryEvent::Round(Round {
+        let compression = self.sender.main.latest;
+        (self.sender.tell)(MemoryEvent::Round(Round {
             frozen,
             tracking,
             pages,
@@ -287,11 +327,6 @@ impl Carrier<'_> {
             compression,
             ms,
         }));
-    }
-
-    fn ask_echo(&mut self) -> Result<()> {
-        self.echoes += 1;
-        self.sender.speaker.say(&Message::Echo { number: self.echoes })
     }
 
     /// Post-copy: all that is left, and first of all what a task over there waits for.
@@ -310,7 +345,7 @@ impl Carrier<'_> {
                 }
             };
             match order {
-                Some(Order::Echoed(_)) => window.echoed(Instant::now()),
+                Some(Order::Echoed(..)) => window.echoed(Instant::now()),
                 Some(Order::Want(vpid, at, pages)) => {
                     since_echo += self.send_wanted(&mut rest, vpid, at, pages)?;
                 }
@@ -323,11 +358,12 @@ impl Carrier<'_> {
             }
             if since_echo >= ECHO_EVERY {
                 window.sent(std::mem::take(&mut since_echo), Instant::now());
-                self.ask_echo()?;
+                self.echoes += 1;
+                self.sender.main.speaker.say(&Message::Echo { number: self.echoes })?;
             }
         }
-        self.sender.speaker.flush()?;
-        (self.tell)(MemoryEvent::AllSent);
+        self.sender.main.speaker.flush()?;
+        (self.sender.tell)(MemoryEvent::AllSent);
         // Its end closes the reader's descriptors; nobody waits for it.
         Ok(())
     }
@@ -338,13 +374,13 @@ impl Carrier<'_> {
         for (page, pages) in rest.take(vpid, at / PAGE as u64, pages as u64) {
             bytes += self.send(rest, vpid, page, pages)?;
         }
-        self.sender.speaker.flush()?;
+        self.sender.main.speaker.flush()?;
         Ok(bytes)
     }
 
     /// Reads pages and sends them; bytes on the link.
     fn send(&mut self, rest: &Rest, vpid: i32, page: u64, pages: u64) -> Result<u64> {
-        let before = self.sender.wire;
+        let before = self.sender.wire();
         let reader =
             rest.tasks.get(&vpid).ok_or_else(|| anyhow!("no task {vpid} is frozen here"))?;
         let at = page * PAGE as u64;
@@ -367,7 +403,7 @@ impl Carrier<'_> {
             }
             from = to;
         }
-        Ok(self.sender.wire - before)
+        Ok(self.sender.wire() - before)
     }
 }
 
@@ -379,101 +415,91 @@ fn random_seed() -> u64 {
 
 /// Pages sent at a time in the background: what a wanted page may have to wait for.
 const PIECE: u64 = 64;
-/// Packs pages and puts them on the link, no faster than is wanted.
-struct PageSender<'a> {
-    speaker: Speaker,
-    chooser: Chooser,
-    bandwidth: Option<u64>,
-    /// With a limit: when the bytes sent so far are paid for.
-    paid: Instant,
-    packed: Vec<u8>,
-    /// Bytes of memory, and on the link.
+/// Puts pages on the links.
+struct PageSender {
+    main: Packer,
+    lanes: Vec<LaneSender>,
+    /// Whose turn it is; 0 is the first link.
+    turn: usize,
+    /// Bytes of memory, and on the first link.
     raw: u64,
-    wire: u64,
-    /// What the latest piece was packed with.
-    latest: Codec,
+    main_wire: u64,
     told: Instant,
-    tell: &'a dyn Fn(MemoryEvent),
+    tell: Tell,
 }
 
 /// How often progress is told.
 const TELL_EVERY: Duration = Duration::from_millis(100);
-/// What a limit allows at once.
-const BURST: Duration = Duration::from_millis(20);
+/// Pieces below this all go on the first link: what is little need not be waited for on others.
+const LARGE: usize = 512 << 10;
 
-impl<'a> PageSender<'a> {
-    fn new(speaker: Speaker, wishes: Wishes, tell: &'a dyn Fn(MemoryEvent)) -> PageSender<'a> {
-        let now = Instant::now();
-        PageSender {
-            speaker,
-            chooser: Chooser::new(wishes.compress),
-            bandwidth: wishes.bandwidth,
-            paid: now,
-            packed: Vec::new(),
+impl PageSender {
+    fn new(speaker: Speaker, wishes: Wishes, lanes: &[Lane], tell: Tell) -> Result<PageSender> {
+        let share = wishes.bandwidth.map(|b| (b / (lanes.len() as u64 + 1)).max(1));
+        let senders = lanes.iter().map(|lane| {
+            let tell = tell.clone();
+            let failed = move |e| tell(MemoryEvent::Failed(format!("{e:#}")));
+            lane.carry(wishes.compress, share, failed)
+        });
+        Ok(PageSender {
+            lanes: senders.collect::<Result<_>>()?,
+            main: Packer::new(speaker, wishes.compress, share),
+            turn: 0,
             raw: 0,
-            wire: 0,
-            latest: Codec::None,
-            told: now,
+            main_wire: 0,
+            told: Instant::now(),
             tell,
-        }
+        })
     }
 
-    fn sent(&mut self, raw: usize, wire: usize) {
+    /// Bytes of memory that went on the links.
+    fn wire(&self) -> u64 {
+        self.main_wire + self.lanes.iter().map(LaneSender::wire).sum::<u64>()
+    }
+
+    fn sent(&mut self, raw: usize, wire: u64) {
         self.raw += raw as u64;
-        self.wire += wire as u64;
-        let now = Instant::now();
-        if now.duration_since(self.told) > TELL_EVERY {
-            self.told = now;
-            (self.tell)(MemoryEvent::Progress(self.raw, self.wire));
-        }
-        if let Some(rate) = self.bandwidth {
-            self.paid = self.paid.max(now.checked_sub(BURST).unwrap_or(now));
-            self.paid += Duration::from_secs_f64(wire as f64 / rate as f64);
-            // A rate is kept by waiting.
-            std::thread::sleep(self.paid.saturating_duration_since(now));
+        self.main_wire += wire;
+        if self.told.elapsed() > TELL_EVERY {
+            self.told = Instant::now();
+            (self.tell)(MemoryEvent::Progress(self.raw, self.wire()));
         }
     }
 }
 
-impl Sink for PageSender<'_> {
+impl Sink for PageSender {
     fn pages(&mut self, vpid: i32, vaddr: u64, bytes: &[u8]) -> Result<()> {
-        let mut codec = self.chooser.choose();
-        if codec != Codec::None {
-            let began = Instant::now();
-            codec.pack(bytes, &mut self.packed)?;
-            self.chooser.packed(codec, bytes.len(), self.packed.len(), began.elapsed());
-            if self.packed.len() >= bytes.len() {
-                codec = Codec::None;
+        if bytes.len() >= LARGE {
+            self.turn = (self.turn + 1) % (self.lanes.len() + 1);
+            if let Some(lane) = self.turn.checked_sub(1).map(|i| &mut self.lanes[i]) {
+                lane.pages(vpid, vaddr, bytes)?;
+                self.sent(bytes.len(), 0);
+                return Ok(());
             }
         }
-        self.latest = codec;
-        let packed = (codec != Codec::None).then_some((codec, self.packed.as_slice()));
-        let began = Instant::now();
-        self.speaker.pages(vpid, vaddr, bytes, packed)?;
-        let wire = packed.map_or(bytes.len(), |p| p.1.len());
-        self.chooser.written(wire, began.elapsed());
+        let wire = self.main.pages(vpid, vaddr, bytes)?;
         self.sent(bytes.len(), wire);
         Ok(())
     }
 
     fn zeros(&mut self, vpid: i32, vaddr: u64, pages: usize) -> Result<()> {
-        self.speaker.run(Run::Zero, vpid, vaddr, pages)?;
+        self.main.speaker.run(Run::Zero, vpid, vaddr, pages)?;
         self.sent(pages * PAGE, RUN_BYTES);
         Ok(())
     }
 
     fn same(&mut self, vpid: i32, vaddr: u64, from: (i32, u64), pages: usize) -> Result<()> {
-        self.speaker.same(Same { to: (vpid, vaddr), from, pages })?;
+        self.main.speaker.same(Same { to: (vpid, vaddr), from, pages })?;
         self.sent(pages * PAGE, RUN_BYTES);
         Ok(())
     }
 
     fn remote(&mut self, vpid: i32, vaddr: u64, pages: usize) -> Result<()> {
-        self.speaker.run(Run::Remote, vpid, vaddr, pages)?;
+        self.main.speaker.run(Run::Remote, vpid, vaddr, pages)?;
         self.sent(0, RUN_BYTES);
         Ok(())
     }
 }
 
 /// About what a frame without contents takes on the link.
-const RUN_BYTES: usize = 40;
+const RUN_BYTES: u64 = 40;

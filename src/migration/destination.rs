@@ -15,7 +15,8 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::BufReader;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
@@ -53,6 +54,8 @@ use crate::transport::frame::{Frame, Run};
 const SILENCE: Duration = Duration::from_secs(300);
 /// How long the restore may take.
 const RESTORE_LIMIT: Duration = Duration::from_secs(120);
+/// Most further links.
+const MAX_LANES: usize = 64;
 #[derive(Debug)]
 enum Input {
     Heard(Heard),
@@ -61,6 +64,8 @@ enum Input {
     Pages(Ended),
     /// A task waits for pages that are on the source.
     Want(i32, u64, usize),
+    /// A further link has ended.
+    LaneEnded(String),
     Signal(i32),
 }
 
@@ -124,6 +129,7 @@ fn judge(input: Input) -> Result<Input> {
         }
         // Whoever asks learns from the journal when everything is undone.
         Input::Call(Call::Verdict(Some(Verdict::Abort), _)) => bail!("the source has given up"),
+        Input::LaneEnded(why) => bail!("a further link to the source broke: {why}"),
         Input::Restore(RestoreEvent::Ended(Err(e))) => Err(e),
         Input::Restore(RestoreEvent::Died) => bail!("CRIU was killed when it had restored"),
         // Nothing has run yet: closing what is held lets nobody read zeros.
@@ -155,12 +161,23 @@ fn converse(
                 };
                 return speaker.say(&said);
             }
-            Input::Heard(Heard::Message(Message::Resume { migration })) => {
+            Input::Heard(Heard::Message(
+                again @ (Message::Resume { .. } | Message::Join { .. }),
+            )) => {
+                let further = matches!(again, Message::Join { .. });
+                let (Message::Resume { migration } | Message::Join { migration }) = again else {
+                    bail!("no other message is meant here");
+                };
                 let Closer::Stdio(input, output) = closer else {
                     bail!("this link cannot be handed on");
                 };
-                let standing =
-                    settle::hand_link(state_dir, &migration, input.as_fd(), output.as_fd())?;
+                let standing = settle::hand_link(
+                    state_dir,
+                    &migration,
+                    further,
+                    input.as_fd(),
+                    output.as_fd(),
+                )?;
                 return match standing {
                     Some(standing) => speaker.say(&Message::Settled { standing }),
                     None => Ok(()),
@@ -227,6 +244,7 @@ struct Guest {
     streams: Streams,
     tmpfs: Option<Mounted>,
     images: Images,
+    lanes: Vec<UnixStream>,
     backlog: Backlog,
     phase: &'static str,
     began: Instant,
@@ -285,6 +303,7 @@ impl Guest {
             streams,
             tmpfs: None,
             images,
+            lanes: Vec::new(),
             backlog,
             phase: "preparing",
             began: Instant::now(),
@@ -338,6 +357,7 @@ impl Guest {
         // From the beginning: a source that lost this link, and gave up, says so over another.
         let call = tell.clone();
         settle::take_calls(self.work.path(), move |c| call.send(Input::Call(c)).is_ok())?;
+        speaker.say(&Message::Open)?;
         self.phase = "making the network";
         self.network.make(&self.plan, self.work.path())?;
         if !self.plan.tmpfs.is_empty() {
@@ -359,6 +379,9 @@ impl Guest {
                 }
                 Input::Heard(Heard::Frame(Frame::Packet(bytes))) => self.network.keep(&bytes)?,
                 Input::Want(vpid, at, pages) => want(speaker, vpid, at, pages)?,
+                Input::Call(Call::Lane(input, output, held)) => {
+                    self.join(input, output, held, stage, tell)?;
+                }
                 Input::Heard(Heard::Message(Message::Freezing)) => warm = Some(Warm::start()?),
                 Input::Heard(Heard::Message(Message::Dumped { tasks })) => {
                     if tasks.len() > MAX_TASKS {
@@ -447,6 +470,29 @@ impl Guest {
             // The hand-over may have ended already.
             let _ = tell.send(Input::Restore(event));
         })?);
+        Ok(())
+    }
+
+    /// One more link that brings memory. Whoever brought it waits until it is dropped.
+    fn join(
+        &mut self,
+        input: OwnedFd,
+        output: OwnedFd,
+        held: UnixStream,
+        stage: &Stage,
+        tell: &Sender<Input>,
+    ) -> Result<()> {
+        if self.lanes.len() >= MAX_LANES {
+            bail!("more than {MAX_LANES} further links");
+        }
+        let (speaker, reader, _) = talk::split(connect::adopt(input, output)?);
+        speaker.say(&Message::Joined)?;
+        let tell = tell.clone();
+        intake::listen_lane(reader, speaker, stage, move |why| {
+            // The hand-over may have ended already.
+            let _ = tell.send(Input::LaneEnded(why));
+        })?;
+        self.lanes.push(held);
         Ok(())
     }
 
@@ -572,7 +618,8 @@ impl Guest {
                 Input::Heard(_)
                 | Input::Restore(_)
                 | Input::Signal(_)
-                | Input::Call(Call::Link(..)) => {}
+                | Input::LaneEnded(_)
+                | Input::Call(Call::Link(..) | Call::Lane(..)) => {}
             }
         }
     }

@@ -115,6 +115,36 @@ impl Stage {
     }
 }
 
+/// Listens to a further link, which carries memory and asks for echoes; tells why it ended.
+///
+/// # Errors
+/// When there can be no thread.
+pub fn listen_lane(
+    reader: Box<dyn std::io::Read + Send>,
+    speaker: Speaker,
+    stage: &Stage,
+    ended: impl Fn(String) + Send + 'static,
+) -> Result<()> {
+    let stage = stage.clone();
+    talk::listen(reader, move |heard| {
+        let why = match heard {
+            Heard::Message(Message::Echo { number }) => {
+                return speaker.say(&Message::Echo { number }).is_ok();
+            }
+            Heard::Frame(frame) => match stage.take(frame) {
+                Ok(None) => return true,
+                Ok(Some(_)) => "something else than memory comes".to_owned(),
+                Err(e) => format!("{e:#}"),
+            },
+            Heard::Message(_) => "something else than memory comes".to_owned(),
+            Heard::Gone(why) => why.unwrap_or_else(|| "it was closed".into()),
+        };
+        ended(why);
+        false
+    })?;
+    Ok(())
+}
+
 /// Bytes of files that have come and were not written yet: a source that is quicker than this host's
 /// disk has to wait.
 #[derive(Clone, Debug, Default)]
@@ -182,7 +212,10 @@ pub fn listen(
             other => other,
         };
         // The rest of a link that is handed on belongs to whoever gets it.
-        let last = matches!(heard, Heard::Gone(_) | Heard::Message(Message::Resume { .. }));
+        let last = matches!(
+            heard,
+            Heard::Gone(_) | Heard::Message(Message::Resume { .. } | Message::Join { .. })
+        );
         tell(heard) && !last
     })?;
     Ok(())

@@ -14,6 +14,7 @@ pub mod inspect;
 pub mod intake;
 pub mod journal;
 pub mod keeper;
+pub mod lanes;
 pub mod parcels;
 pub mod protocol;
 pub mod recover;

@@ -106,6 +106,16 @@ pub enum Message {
     /// To the source: its last page is in; what is frozen is needed no more. The destination owns
     /// the container, running.
     Whole(Served),
+    /// To the source: further links may join. The source owns the container.
+    Open,
+    /// To the destination, over a further link, instead of a plan: it carries memory of a migration
+    /// that is under way. The source owns the container.
+    Join {
+        /// The migration's ID.
+        migration: String,
+    },
+    /// To the source, over that link: memory may come.
+    Joined,
     /// To the destination, over a later link, instead of a plan: the source goes on with a
     /// migration whose link broke after the commit, with pages left. The destination owns the
     /// container, running.

@@ -122,7 +122,7 @@ fn attempt(
                     })?);
                 }
                 Event::Heard(Heard::Message(Message::Echo { number })) => {
-                    order(&memory, Order::Echoed(number));
+                    order(&memory, Order::Echoed(0, number));
                 }
                 Event::Heard(Heard::Message(Message::Whole(served))) => {
                     return Ok(Some(Brought::Whole(Some(served))));

@@ -141,8 +141,10 @@ pub fn sweep(state_dir: &Path, root: &Path, container: &str) -> Result<()> {
 enum Asked {
     /// A verdict, or only a question.
     Verdict(Option<Verdict>),
-    /// Two descriptors come along: a new link to the source.
+    /// Two descriptors come along: a new link to the source, in the place of the old one.
     Link,
+    /// The same: a further one, for memory.
+    Lane,
 }
 
 /// More than any of it is long, in JSON.
@@ -162,15 +164,16 @@ fn pass_on(work: &Path, verdict: Option<Verdict>) -> Result<Standing> {
     serde_json::from_str(&answer).context("the process that holds the container here went away")
 }
 
-/// On the destination: a source whose link broke after the commit is back. Its new link goes to the
-/// process that holds the container; returns when that needs it no more. Where there is no such
-/// process any more: how the migration stands.
+/// On the destination: a new link of a migration that is under way, a `further` one or one for that
+/// which broke. It goes to the process that holds the container; returns when that needs it no more.
+/// Where there is no such process any more: how the migration stands.
 ///
 /// # Errors
 /// When it does not take it.
 pub fn hand_link(
     state_dir: &Path,
     migration: &str,
+    further: bool,
     input: BorrowedFd,
     output: BorrowedFd,
 ) -> Result<Option<Standing>> {
@@ -180,7 +183,7 @@ pub fn hand_link(
         .filter(|j| is_alive(j.record.worker) && !j.state().is_over());
     let Some(journal) = holder else { return answer(state_dir, migration, None).map(Some) };
     let mut socket = connect(&journal.record.work)?;
-    let asked = serde_json::to_vec(&Asked::Link)?;
+    let asked = serde_json::to_vec(if further { &Asked::Lane } else { &Asked::Link })?;
     scm::send(&socket, &asked, &[input.as_raw_fd(), output.as_raw_fd()])?;
     // Nothing comes but the end.
     let _ = socket.read(&mut [0]);
@@ -195,6 +198,8 @@ pub enum Call {
     /// A new link to the source: reading end, writing end, and what is to be kept as long as it is
     /// used.
     Link(OwnedFd, OwnedFd, UnixStream),
+    /// The same, for a further link.
+    Lane(OwnedFd, OwnedFd, UnixStream),
 }
 
 /// On the destination, by the process that holds the container: takes verdicts and links.
@@ -211,8 +216,9 @@ pub fn take_calls(work: &Path, tell: impl Fn(Call) -> bool + Send + 'static) -> 
             let Ok(Some((bytes, fds))) = scm::receive_stream(&socket, ASKED) else { continue };
             let mut fds = fds.into_iter();
             match (serde_json::from_slice(&bytes), fds.next(), fds.next()) {
-                (Ok(Asked::Link), Some(input), Some(output)) => {
-                    let taken = tell(Call::Link(input, output, socket));
+                (Ok(asked @ (Asked::Link | Asked::Lane)), Some(input), Some(output)) => {
+                    let call = if matches!(asked, Asked::Link) { Call::Link } else { Call::Lane };
+                    let taken = tell(call(input, output, socket));
                     if !taken {
                         return;
                     }

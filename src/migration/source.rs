@@ -26,6 +26,7 @@ use super::guards::SourceGuard;
 use super::inspect::Subject;
 use super::journal::{self, Journal, Lock, Record, Role, State};
 use super::keeper::Keeper;
+use super::lanes::Lane;
 use super::parcels::{SpeakerFile, send_file};
 use super::protocol::{Message, Standing, Verdict};
 use super::rest::Brought;
@@ -103,6 +104,8 @@ struct Begun {
     dump: Option<DumpJob>,
     memory: Option<Memory>,
     memory_wishes: carry::Wishes,
+    /// Further links for memory.
+    lanes: Vec<Lane>,
     /// Pages that stayed here for after the commit.
     left: u64,
     keeper: Option<Keeper>,
@@ -164,6 +167,7 @@ impl Begun {
             dump: None,
             memory: None,
             memory_wishes: options.memory,
+            lanes: Vec::new(),
             left: 0,
             keeper: None,
             frozen_since: None,
@@ -188,14 +192,15 @@ impl Begun {
         self.speaker.say(&Message::Prepare)?;
         self.inputs.until(PREPARE_LIMIT);
         self.obey_limit();
+        self.open_lanes()?;
         self.start_dump()?;
         let tell = self.inputs.tell.clone();
-        let wishes = self.memory_wishes;
-        let memory = Memory::start(&self.subject.cgroup, &self.speaker, wishes, move |event| {
+        let told = move |event| {
             // The hand-over may have ended already.
             let _ = tell.send(Input::Memory(event));
-        })?;
-        self.memory = Some(memory);
+        };
+        let (wishes, cgroup) = (self.memory_wishes, &self.subject.cgroup);
+        self.memory = Some(Memory::start(cgroup, &self.speaker, &self.lanes, wishes, told)?);
         self.send_streams(false)?;
         let (mut prepared, mut at_freeze, mut settled) = (false, false, false);
         while !(prepared && at_freeze && settled) {
@@ -211,6 +216,23 @@ impl Begun {
                 }
                 _ => {}
             }
+        }
+        Ok(())
+    }
+
+    /// The further links that are wished for, as soon as the destination takes them.
+    fn open_lanes(&mut self) -> Result<()> {
+        if self.memory_wishes.streams < 2 {
+            return Ok(());
+        }
+        while !matches!(self.inputs.next()?, Input::Heard(Heard::Message(Message::Open))) {}
+        let destination = self.journal.record.destination.clone();
+        let destination = destination.ok_or_else(|| anyhow!("no destination is known"))?;
+        let migration = &self.subject.plan.migration;
+        for number in 1..self.memory_wishes.streams {
+            let tell = self.inputs.tell.clone();
+            let told = move |echo| tell.send(Input::Lane(number, echo)).is_ok();
+            self.lanes.push(Lane::open(&destination, migration, told)?);
         }
         Ok(())
     }
@@ -396,7 +418,9 @@ impl Begun {
                 reporter.mark("last page is sent");
                 return None;
             }
-            Input::Heard(Heard::Message(Message::Echo { number })) => Order::Echoed(number),
+            Input::Heard(Heard::Message(Message::Echo { number })) => Order::Echoed(0, number),
+            Input::Lane(lane, Some(number)) => Order::Echoed(lane, number),
+            Input::Lane(_, None) => return None,
             Input::Heard(Heard::Frame(Frame::Run(Run::Want, vpid, at, pages))) => {
                 Order::Want(vpid, at, pages)
             }
@@ -418,6 +442,7 @@ impl Begun {
         match self.journal.write(State::Committed) {
             Ok(()) => {
                 self.inputs.watch.decided();
+                self.inputs.committed = true;
                 Ok(Committed(self))
             }
             Err(e) => Err((Box::new(self), e)),
@@ -535,7 +560,8 @@ impl Committed {
         // The destination would find out by itself.
         let _ = begun.speaker.say(&Message::Finished);
         begun.guard.dismiss();
-        reporter.report.wire_bytes = begun.speaker.bytes();
+        let lanes: u64 = begun.lanes.iter().map(Lane::bytes).sum();
+        reporter.report.wire_bytes = begun.speaker.bytes() + lanes;
         drop(begun.speaker);
         begun.closer.wait(GOODBYE_LIMIT);
         begun.work.keep();

@@ -28,6 +28,7 @@ pub fn trials() -> Vec<Trial> {
         in_lab("memory::by_comparing", LIMIT, by_comparing),
         in_lab("memory::compression", LIMIT, compression),
         in_lab("memory::bandwidth", LIMIT, bandwidth),
+        in_lab("memory::several_streams", LIMIT, several_streams),
     ]
 }
 
@@ -231,4 +232,27 @@ fn bandwidth(lab: &Lab) -> Outcome {
     ensure!(began.elapsed() > Duration::from_millis(2000), "faster than allowed: {report}");
     ensure!(began.elapsed() < Duration::from_secs(10), "much slower than allowed: {report}");
     Ok(())
+}
+
+fn several_streams(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter").with(&["--arg", "--dirty", "--arg", "2000"]);
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    for (from, to) in [(&a, &b), (&b, &a)] {
+        let report = migrate(from, &["--streams", "3", "--compress", "none"], to)?;
+        ensure!(number(&report, "/wire_bytes") >> 20 >= 64, "{report}");
+        probe.is_content()?;
+        exactly_one_copy(&container, to, from)?;
+    }
+    // Each is needed: when one breaks, it is given up.
+    let slow = ["ferry", "migrate", "--streams", "3", "--bandwidth", "10M", "box", "b"];
+    let running = a.start(&slow)?;
+    let links = || Ok::<_, String>(a.exec(&["pgrep", "-f", "^ssh "])?.out.lines().count());
+    until("three links are there", SHORT, || Ok((links()? == 3).then_some(())))?;
+    a.sh("kill -KILL $(pgrep -n -f '^ssh ')")?;
+    let ended = running.end(LONG)?.exits(1)?;
+    ensure!(ended.err.contains("link"), "{ended}");
+    probe.is_content()?;
+    exactly_one_copy(&container, &a, &b)
 }
