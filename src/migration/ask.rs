@@ -54,6 +54,8 @@ pub(super) enum Input {
 pub(super) struct Inputs {
     pub(super) queue: Receiver<Input>,
     pub(super) tell: Sender<Input>,
+    /// The deadline is the user's.
+    by_user: bool,
     /// For what goes on now, and when that is over.
     limit: Duration,
     pub(super) deadline: Instant,
@@ -72,7 +74,10 @@ impl Inputs {
     pub(super) fn next(&mut self) -> Result<Input> {
         let left = self.deadline.saturating_duration_since(Instant::now());
         let input = self.queue.recv_timeout(left).map_err(|e| match e {
-            RecvTimeoutError::Timeout => anyhow!("the time for it is over"),
+            RecvTimeoutError::Timeout if self.by_user => anyhow!("the time of --timeout is over"),
+            RecvTimeoutError::Timeout => {
+                anyhow!("nothing was heard of the destination for {} s", self.limit.as_secs())
+            }
             RecvTimeoutError::Disconnected => anyhow!("nobody is left to do it"),
         })?;
         self.judge(input)
@@ -109,7 +114,16 @@ impl Inputs {
 
     pub(super) fn until(&mut self, limit: Duration) {
         self.limit = limit;
+        self.by_user = false;
         self.by(Instant::now() + limit);
+    }
+
+    /// The user's own limit, where it comes first.
+    pub(super) fn no_later_than(&mut self, limit: Instant) {
+        if limit < self.deadline {
+            self.by_user = true;
+            self.by(limit);
+        }
     }
 
     /// The time counts anew.
@@ -117,7 +131,7 @@ impl Inputs {
         self.until(self.limit);
     }
 
-    pub(super) fn by(&mut self, deadline: Instant) {
+    fn by(&mut self, deadline: Instant) {
         self.deadline = deadline;
         self.watch.until(deadline);
     }
@@ -157,6 +171,7 @@ pub(super) fn ask(
     let mut inputs = Inputs {
         queue,
         tell,
+        by_user: false,
         limit: ANSWER_LIMIT,
         deadline,
         interrupted: false,

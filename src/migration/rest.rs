@@ -9,7 +9,8 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use super::carry::{Memory, MemoryEvent, Order, Wishes};
 use super::journal::Record;
-use super::protocol::{Message, Standing};
+use super::protocol::{Message, Standing, Verdict};
+use super::settle;
 use super::talk::{self, Heard};
 use crate::memory::serve::Served;
 use crate::transport::frame::{Frame, Run};
@@ -80,6 +81,13 @@ fn attempt(
     let destination =
         record.destination.as_ref().ok_or_else(|| anyhow!("only the source can bring it"))?;
     let cgroup = record.cgroup.as_ref().ok_or_else(|| anyhow!("no control group is known"))?;
+    // The link may have broken before the commit got there.
+    match settle::ask(record, Some(Verdict::Commit))? {
+        Standing::Waiting => return Ok(None),
+        Standing::Gone => return Ok(Some(Brought::Gone)),
+        Standing::Running => return Ok(Some(Brought::Whole(None))),
+        Standing::Partial => {}
+    }
     let (speaker, reader, mut closer) = talk::split(destination.connect()?);
     let (tell, events) = channel();
     let heard = tell.clone();

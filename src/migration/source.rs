@@ -433,7 +433,7 @@ impl Begun {
 
     fn obey_limit(&mut self) {
         if let Some(limit) = self.limit {
-            self.inputs.by(self.inputs.deadline.min(limit));
+            self.inputs.no_later_than(limit);
         }
     }
 
@@ -443,6 +443,8 @@ impl Begun {
             Ok(()) => {
                 self.inputs.watch.decided();
                 self.inputs.committed = true;
+                // Nobody can give it up any more.
+                self.limit = None;
                 Ok(Committed(self))
             }
             Err(e) => Err((Box::new(self), e)),

@@ -23,6 +23,7 @@ pub fn trials() -> Vec<Trial> {
         in_lab("memory::what_does_not_converge_follows", LIMIT, what_does_not_converge_follows),
         in_lab("memory::or_goes_in_the_freeze", LIMIT, or_goes_in_the_freeze),
         in_lab("memory::links_break_while_it_follows", LIMIT, links_break_while_it_follows),
+        in_lab("memory::a_lost_commit_is_brought", LIMIT, a_lost_commit_is_brought),
         in_lab("memory::a_killed_source_is_resolved", LIMIT, a_killed_source_is_resolved),
         in_lab("memory::a_killed_destination_is_known", LIMIT, a_killed_destination_is_known),
         in_lab("memory::by_comparing", LIMIT, by_comparing),
@@ -255,4 +256,24 @@ fn several_streams(lab: &Lab) -> Outcome {
     ensure!(ended.err.contains("link"), "{ended}");
     probe.is_content()?;
     exactly_one_copy(&container, &a, &b)
+}
+
+/// The link breaks before the commit gets there, while pages are to follow.
+fn a_lost_commit_is_brought(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter");
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    let mut command =
+        vec!["env", "FERRY_FAULT=source.committed:hold", "ferry", "migrate", "--json"];
+    command.extend(["--precopy", "off", "box", "b"]);
+    let running = a.start(&command)?;
+    let file = a.path("/run/ferry-fault/source.committed")?;
+    until("it has committed", SHORT, || Ok(file.exists().then_some(())))?;
+    kill(&a, "ssh ")?;
+    std::fs::remove_file(&file).map_err(|e| e.to_string())?;
+    let report = report(&running.end(LONG)?.exits(0)?)?;
+    ensure!(number(&report, "/served/fetched") > 16_000, "{report}");
+    probe.is_content()?;
+    exactly_one_copy(&container, &b, &a)
 }
