@@ -232,6 +232,8 @@ pub enum Compress {
 pub enum TrackingArg {
     /// Of the kernel, where it can tell.
     Auto,
+    /// By soft-dirty bits, where the kernel has them.
+    SoftDirty,
     /// By comparing.
     Hash,
 }
@@ -250,6 +252,7 @@ impl MemoryArgs {
             },
             tracking: match self.tracking {
                 TrackingArg::Auto => Tracking::WriteProtect,
+                TrackingArg::SoftDirty => Tracking::SoftDirty,
                 TrackingArg::Hash => Tracking::Hash,
             },
             compress: match self.compress {

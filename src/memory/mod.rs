@@ -15,6 +15,7 @@ pub mod pending;
 pub mod remainder;
 pub mod rounds;
 pub mod serve;
+pub mod soft_dirty;
 pub mod staging;
 pub mod table;
 pub mod track;

@@ -15,8 +15,8 @@ use anyhow::Result;
 
 use super::pages::{self, Task};
 use crate::sys::memory::{
-    PAGE, PageRegion, UFFD_USER_MODE_ONLY, Wanted, category, pagemap_scan, uffd_track_writes,
-    uffd_watch_writes,
+    PAGE, PageRegion, UFFD_USER_MODE_ONLY, Wanted, category, pagemap_scan, uffd_new,
+    uffd_track_writes, uffd_watch_writes,
 };
 use crate::sys::{inject, process};
 
@@ -38,6 +38,17 @@ pub struct Written {
 }
 
 impl Tracker {
+    /// Whether this kernel can.
+    pub fn supported() -> bool {
+        let own = || -> io::Result<()> {
+            uffd_track_writes(&uffd_new(UFFD_USER_MODE_ONLY)?)?;
+            let pagemap = File::open("/proc/self/pagemap")?;
+            let wanted = Wanted { inverted: 0, mask: 0, any_of: 0, protect: false };
+            pagemap_scan(&pagemap, 0, PAGE as u64, wanted, &mut Vec::new())
+        };
+        own().is_ok()
+    }
+
     /// Starts to watch. The task runs on; one of its threads stands still for less than a
     /// millisecond.
     ///

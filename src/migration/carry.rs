@@ -24,7 +24,7 @@ use super::talk::Speaker;
 use crate::memory::converge::{self, Goal, Next, Seen};
 use crate::memory::pages::{self, Task};
 use crate::memory::remainder::{ECHO_EVERY, Rest, Window};
-use crate::memory::rounds::{RoundStats, Rounds, Sink, Tracking};
+use crate::memory::rounds::{self, Found, RoundStats, Rounds, Sink, Tracking};
 use crate::oci::cgroup::Cgroup;
 use crate::report::progress::Round;
 use crate::sys::memory::PAGE;
@@ -164,6 +164,27 @@ struct Carrier {
     echoed: Vec<u64>,
 }
 
+/// Which pages of the running container must be looked at.
+fn find(rounds: &mut Rounds, cgroup: &Cgroup) -> Result<Vec<(Task, Found)>> {
+    struct Still<'a>(&'a Cgroup);
+    impl Drop for Still<'_> {
+        fn drop(&mut self) {
+            // Whoever undoes the migration thaws it, too.
+            let _ = self.0.thaw();
+        }
+    }
+    let _still = match rounds.wants_them_still() {
+        true => {
+            let still = Still(cgroup);
+            cgroup.freeze(STILL)?;
+            Some(still)
+        }
+        false => None,
+    };
+    let tasks = pages::tasks(&cgroup.processes()?)?;
+    tasks.into_iter().map(|task| Ok((task, rounds.find(task, false)?))).collect()
+}
+
 /// The hand-over has ended: nobody waits for memory any more.
 fn over() -> anyhow::Error {
     anyhow!("the hand-over has ended")
@@ -171,7 +192,7 @@ fn over() -> anyhow::Error {
 
 impl Carrier {
     fn carry(&mut self, cgroup: &Cgroup) -> Result<()> {
-        let mut rounds = Rounds::new(self.wishes.tracking, random_seed());
+        let mut rounds = Rounds::new(rounds::best(self.wishes.tracking), random_seed());
         let mut seen = Vec::new();
         let decided = loop {
             match converge::next(&self.wishes.goal, &seen) {
@@ -261,8 +282,8 @@ impl Carrier {
         let before = self.sender.wire();
         let mut sum = RoundStats::default();
         rounds.arrived(self.sender.lanes.is_empty());
-        for task in pages::tasks(&cgroup.processes()?)? {
-            sum.add(rounds.round(task, false, &mut self.sender)?);
+        for (task, found) in find(rounds, cgroup)? {
+            sum.add(rounds.hand_on(task, found, false, &mut self.sender)?);
         }
         self.arrive(true)?;
         let (seconds, wire) = (began.elapsed().as_secs_f64(), self.sender.wire() - before);
@@ -413,6 +434,8 @@ fn random_seed() -> u64 {
     std::hash::RandomState::new().build_hasher().finish()
 }
 
+/// How long a container may take to stand still for a moment.
+const STILL: Duration = Duration::from_secs(2);
 /// Pages sent at a time in the background: what a wanted page may have to wait for.
 const PIECE: u64 = 64;
 /// Puts pages on the links.

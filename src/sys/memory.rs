@@ -380,6 +380,21 @@ pub fn uffd_wake(uffd: impl AsFd, start: u64, len: u64) -> io::Result<()> {
 /// `UFFD_USER_MODE_ONLY`: allowed to everybody whatever `vm.unprivileged_userfaultfd` says.
 pub const UFFD_USER_MODE_ONLY: i32 = 1;
 
+/// A userfaultfd of our own memory. userfaultfd(2).
+///
+/// # Errors
+/// `ENOSYS` where the kernel has none, `EPERM` where it is not permitted.
+pub fn uffd_new(flags: i32) -> io::Result<OwnedFd> {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | flags;
+    // SAFETY: no pointers; a non-negative result is a new descriptor that is ours alone.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: see above.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
 /// A userfaultfd as CRIU wants it for a restore that is filled from outside: it tells of forks,
 /// moves and unmappings (`UFFD_FEATURE_EVENT_*`), and faults in system calls wait too.
 ///
@@ -387,14 +402,7 @@ pub const UFFD_USER_MODE_ONLY: i32 = 1;
 /// `ENOSYS` where the kernel has none, `EPERM` where it is not permitted, `EINVAL` where it tells
 /// less than CRIU needs.
 pub fn uffd_for_restore() -> io::Result<OwnedFd> {
-    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-    // SAFETY: no pointers; a non-negative result is a new descriptor that is ours alone.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: see above.
-    let uffd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    let uffd = uffd_new(0)?;
     let mut arg = UffdioApi { api: 0xAA, features: 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6, ioctls: 0 };
     // SAFETY: the struct is live.
     unsafe { ioctl::uffdio_api(uffd.as_raw_fd(), &mut arg) }?;
