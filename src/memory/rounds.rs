@@ -638,7 +638,8 @@ mod tests {
             let second = round(&mut copy);
             assert!((1..200).contains(&(second.sent + second.same)), "{way:?}: {second:?}");
             if way != Tracking::Hash {
-                assert!(second.scanned < 512, "{way:?} looks at all of it: {second:?}");
+                // A write to a huge page counts for its 512 small ones.
+                assert!(second.scanned < 600, "{way:?} looks at all of it: {second:?}");
             }
             drop(child.stdin.take());
             child.wait().unwrap();
