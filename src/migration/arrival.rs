@@ -8,6 +8,7 @@ use anyhow::{Result, anyhow};
 
 use super::protocol::Plan;
 use super::{keeper, recover};
+use crate::network::fence::Armed;
 use crate::network::{self, Announcer, Frame, Placement, Recreated, Replay, fence};
 use crate::sys::netns::NetNs;
 
@@ -81,14 +82,16 @@ impl Arrival {
         }
     }
 
-    /// Opens the fence. CRIU goes on to where nothing can stop it, which takes it a millisecond:
-    /// before it wakes the sockets up, what they say must find its way.
-    pub fn open(&mut self) {
-        let Some(net) = &mut self.net else { return };
-        let opened = net.made.fence().map_or(Ok(()), |fence| fence.open());
-        if let Err(e) = opened {
+    /// The closed fence, for whoever opens it.
+    pub fn gate(&mut self) -> Option<Armed> {
+        self.net.as_mut()?.made.take_fence()
+    }
+
+    /// The fence should be open: tells everybody that the container is here.
+    pub fn open(&mut self, opened: bool) {
+        if let (Some(net), false) = (&self.net, opened) {
             // Too late to give up: a container that cannot be reached can still be mended.
-            tracing::error!("the fence does not open: {e}");
+            tracing::error!("the fence does not open: it is taken down");
             let _ = fence::remove(net.made.namespace());
         }
         self.announce();

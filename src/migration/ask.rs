@@ -21,6 +21,10 @@ use crate::transport::connect::{Closer, Cutter, Destination};
 
 /// Until the other Ferry has answered at all; ssh may ask for a key's passphrase.
 const ANSWER_LIMIT: Duration = Duration::from_secs(120);
+/// How often a link is asked for a sign of life while clients wait.
+const PULSE: Duration = Duration::from_millis(500);
+/// A link without any for so long is dead: a cable is out, a host has stopped. ssh does not say so.
+const DEAD: Duration = Duration::from_secs(6);
 /// After a signal: what is being written may still be written.
 const PATIENCE: Duration = Duration::from_secs(3);
 
@@ -64,6 +68,10 @@ pub(super) struct Inputs {
     pub(super) gone: bool,
     /// The destination owns the container: what the further links were for is over.
     pub(super) committed: bool,
+    /// While clients wait: the link is asked for signs of life.
+    pulse: Option<Speaker>,
+    /// When something came over the link.
+    latest: Instant,
     /// Something has come over the link.
     heard: bool,
     pub(super) watch: Watch,
@@ -73,7 +81,27 @@ impl Inputs {
     /// The next thing that happens and that is no reason to give up.
     pub(super) fn next(&mut self) -> Result<Input> {
         let left = self.deadline.saturating_duration_since(Instant::now());
-        let input = self.queue.recv_timeout(left).map_err(|e| match e {
+        let input = match &self.pulse {
+            None => self.queue.recv_timeout(left),
+            Some(speaker) => loop {
+                match self.queue.recv_timeout(left.min(PULSE)) {
+                    Err(RecvTimeoutError::Timeout) if Instant::now() < self.deadline => {
+                        if self.latest.elapsed() > DEAD {
+                            // Nothing will come over it any more.
+                            self.gone = true;
+                            bail!(
+                                "the link to the destination is dead: not a sign of life for {} s",
+                                DEAD.as_secs()
+                            );
+                        }
+                        // Its answer counts, nothing else of it.
+                        speaker.say(&Message::Echo { number: 0 })?;
+                    }
+                    other => break other,
+                }
+            },
+        };
+        let input = input.map_err(|e| match e {
             RecvTimeoutError::Timeout if self.by_user => anyhow!("the time of --timeout is over"),
             RecvTimeoutError::Timeout => {
                 anyhow!("nothing was heard of the destination for {} s", self.limit.as_secs())
@@ -89,6 +117,10 @@ impl Inputs {
     }
 
     fn judge(&mut self, input: Input) -> Result<Input> {
+        // What the link still takes is a sign, too: on a slow one an echo stands behind it.
+        if matches!(&input, Input::Heard(_) | Input::Memory(MemoryEvent::Progress(..))) {
+            self.latest = Instant::now();
+        }
         self.heard |= matches!(&input, Input::Heard(heard) if !matches!(heard, Heard::Gone(None)));
         match input {
             Input::Signal(signal) => {
@@ -124,6 +156,12 @@ impl Inputs {
             self.by_user = true;
             self.by(limit);
         }
+    }
+
+    /// Clients wait from here on: a dead link must be known as dead soon.
+    pub(super) fn feel_pulse(&mut self, speaker: &Speaker) {
+        self.latest = Instant::now();
+        self.pulse = Some(speaker.clone());
     }
 
     /// The time counts anew.
@@ -175,6 +213,8 @@ pub(super) fn ask(
         limit: ANSWER_LIMIT,
         deadline,
         interrupted: false,
+        pulse: None,
+        latest: Instant::now(),
         gone: false,
         committed: false,
         heard: false,

@@ -463,6 +463,7 @@ impl Guest {
             tmpfs: self.tmpfs_places().map(|(t, p)| (t.place.clone(), p)).collect(),
             console_socket: self.plan.console_socket.clone(),
             loopback: self.plan.loopback.clone(),
+            gate: self.network.gate(),
             interposer: Interposer::new(self.work.path(), &criu, namespace)?,
         };
         let tell = tell.clone();
@@ -643,7 +644,8 @@ impl Guest {
         // that says that there is no container.
         self.streams.keep();
         let _ = fault::point("destination.committed");
-        self.tell_restore(Go::Verdict(true))?;
+        // If it has ended, that stands in the queue.
+        let _ = self.tell_restore(Go::Verdict(true));
         let mut link = self.link;
         let mut served = self.pages.take().and_then(|ended| ended.result.ok());
         // As long as the latest link is ours to use, whoever brought it waits.
@@ -652,8 +654,8 @@ impl Guest {
         let mut finished = false;
         while !(running && ended && served.is_some() && (finished || !link)) {
             match inputs.queue.recv_timeout(RESTORE_LIMIT) {
-                Ok(Input::Restore(RestoreEvent::Released)) => {
-                    self.network.open();
+                Ok(Input::Restore(RestoreEvent::Released(opened))) => {
+                    self.network.open(opened);
                     self.mark("fence open");
                     let _ = fault::point("destination.open");
                 }
@@ -689,13 +691,23 @@ impl Guest {
                 }
                 Ok(Input::Call(Call::Link(input, output, held))) => {
                     tracing::info!("the source is back over a new link");
-                    let new = connect::adopt(input, output)?;
-                    let (other, reader, _) = talk::split(new);
-                    speaker = other;
-                    drop(brought.replace(held));
                     let heard = tell.clone();
                     let hear = move |h| heard.send(Input::Heard(h)).is_ok();
-                    intake::listen(reader, &speaker, stage, current, &self.backlog, hear)?;
+                    let backlog = &self.backlog;
+                    let taken = connect::adopt(input, output).and_then(|new| {
+                        let (other, reader, _) = talk::split(new);
+                        intake::listen(reader, &other, stage, current, backlog, hear)?;
+                        Ok(other)
+                    });
+                    match taken {
+                        Ok(other) => speaker = other,
+                        Err(e) => {
+                            // It hears nothing, and comes again.
+                            tracing::error!("the new link to the source: {e:#}");
+                            continue;
+                        }
+                    }
+                    drop(brought.replace(held));
                     link = match served {
                         Some(served) if running => self.say_whole(&speaker, served),
                         _ => say_missing(&speaker, stage).is_ok(),

@@ -31,6 +31,7 @@ use super::dump::external_mount;
 use super::recover;
 use super::workdir::criu_failed;
 use crate::criu::interposer::{Event, Interposer, Session};
+use crate::network::fence::Armed;
 use crate::network::{self, NetworkImage};
 use crate::oci::runtime::Runtime;
 use crate::sys::fault;
@@ -46,8 +47,8 @@ pub enum RestoreEvent {
     AtRequest,
     /// Restored, held before the first instruction. The init process.
     Restored(i32),
-    /// The commit has come and CRIU goes on: the network may be opened.
-    Released,
+    /// The commit has come, CRIU goes on, and the fence is open (or, `false`, did not open).
+    Released(bool),
     /// The sockets are alive, the tasks are about to run.
     AtResume,
     /// CRIU was killed while it held what it had restored: that will never run.
@@ -98,6 +99,8 @@ pub struct RestorePlan {
     pub tmpfs: Vec<(String, PathBuf)>,
     /// Takes the terminal.
     pub console_socket: Option<PathBuf>,
+    /// The closed fence: opened when CRIU is released.
+    pub gate: Option<Armed>,
     /// The interposer.
     pub interposer: Interposer,
 }
@@ -172,7 +175,7 @@ fn run(
     let deadline = Instant::now() + STEP_TIMEOUT;
     let outcome =
         plan.interposer.next_job(pidfd.as_fd(), deadline).and_then(|(session, request)| {
-            job(&plan, pidfd.as_fd(), &session, request, &external, tell, orders)
+            job(&mut plan, pidfd.as_fd(), &session, request, &external, tell, orders)
         });
     // It has ended, or does when its connection to CRIU is closed; its own opinion of the restore
     // counts for nothing.
@@ -187,7 +190,7 @@ fn runtime_log(plan: &RestorePlan) -> String {
 }
 
 fn job(
-    plan: &RestorePlan,
+    plan: &mut RestorePlan,
     runtime: BorrowedFd,
     session: &Session,
     mut request: Criu_req,
@@ -226,6 +229,8 @@ fn job(
     fs::write(plan.work.join("criu.pid"), session.criu_pid.to_string())?;
     session.send_request(&request)?;
     let mut init = 0;
+    let mut gate = plan.gate.take();
+    let plan = &*plan;
     let result = loop {
         match session.next(Some(Instant::now() + STEP_TIMEOUT)).context("CRIU's restore")? {
             Event::Notify(notify) => match notify.script.as_str() {
@@ -250,7 +255,10 @@ fn job(
                     let agreed = await_verdict(session, tell, orders)?;
                     session.answer(agreed)?;
                     if agreed {
-                        tell(RestoreEvent::Released);
+                        // Here and at once: before CRIU wakes the sockets up, what they say first
+                        // must find its way.
+                        let fence = gate.as_mut().map(Armed::open);
+                        tell(RestoreEvent::Released(fence.is_none_or(|opened| opened.is_ok())));
                     }
                 }
                 "pre-resume" => {

@@ -284,6 +284,7 @@ impl Begun {
         recover::leave_mark(&self.journal)?;
         self.inputs.until(FREEZE_LIMIT);
         self.obey_limit();
+        self.inputs.feel_pulse(&self.speaker);
         self.speaker.say(&Message::Freezing)?;
         self.go(Go::Freeze)?;
         loop {
