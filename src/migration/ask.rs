@@ -25,6 +25,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(120);
 const PULSE: Duration = Duration::from_millis(500);
 /// A link without any for so long is dead: a cable is out, a host has stopped. ssh does not say so.
 const DEAD: Duration = Duration::from_secs(6);
+/// Bytes that may stand between us and the other host: pipes, ssh, TCP.
+const BUFFERS: f64 = (8 << 20) as f64;
 /// After a signal: what is being written may still be written.
 const PATIENCE: Duration = Duration::from_secs(3);
 
@@ -70,8 +72,10 @@ pub(super) struct Inputs {
     pub(super) committed: bool,
     /// While clients wait: the link is asked for signs of life.
     pulse: Option<Speaker>,
-    /// When something came over the link.
-    latest: Instant,
+    /// Since when it has not answered.
+    asked: Option<Instant>,
+    /// How long that may be.
+    patience: Duration,
     /// Something has come over the link.
     heard: bool,
     pub(super) watch: Watch,
@@ -86,12 +90,14 @@ impl Inputs {
             Some(speaker) => loop {
                 match self.queue.recv_timeout(left.min(PULSE)) {
                     Err(RecvTimeoutError::Timeout) if Instant::now() < self.deadline => {
-                        if self.latest.elapsed() > DEAD {
+                        // Counted from the first question: nobody listened while images went out.
+                        let asked = *self.asked.get_or_insert_with(Instant::now);
+                        if asked.elapsed() > self.patience {
                             // Nothing will come over it any more.
                             self.gone = true;
                             bail!(
                                 "the link to the destination is dead: not a sign of life for {} s",
-                                DEAD.as_secs()
+                                self.patience.as_secs()
                             );
                         }
                         // Its answer counts, nothing else of it.
@@ -119,7 +125,7 @@ impl Inputs {
     fn judge(&mut self, input: Input) -> Result<Input> {
         // What the link still takes is a sign, too: on a slow one an echo stands behind it.
         if matches!(&input, Input::Heard(_) | Input::Memory(MemoryEvent::Progress(..))) {
-            self.latest = Instant::now();
+            self.asked = None;
         }
         self.heard |= matches!(&input, Input::Heard(heard) if !matches!(heard, Heard::Gone(None)));
         match input {
@@ -158,10 +164,21 @@ impl Inputs {
         }
     }
 
-    /// Clients wait from here on: a dead link must be known as dead soon.
-    pub(super) fn feel_pulse(&mut self, speaker: &Speaker) {
-        self.latest = Instant::now();
+    /// Clients wait from here on: a dead link must be known as dead soon. `rate` is what the link
+    /// has carried, in bytes a second, if that is known.
+    pub(super) fn feel_pulse(&mut self, speaker: &Speaker, rate: Option<f64>) {
+        // On a slow link a question stands behind all that is in its buffers.
+        let drained = rate.map_or(Duration::ZERO, |rate| {
+            Duration::try_from_secs_f64(BUFFERS / rate).unwrap_or(Duration::MAX)
+        });
+        self.patience = DEAD.saturating_add(drained);
+        self.asked = None;
         self.pulse = Some(speaker.clone());
+    }
+
+    /// It has been decided without the link.
+    pub(super) fn let_pulse_go(&mut self) {
+        self.pulse = None;
     }
 
     /// The time counts anew.
@@ -214,7 +231,8 @@ pub(super) fn ask(
         deadline,
         interrupted: false,
         pulse: None,
-        latest: Instant::now(),
+        asked: None,
+        patience: DEAD,
         gone: false,
         committed: false,
         heard: false,

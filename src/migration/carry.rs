@@ -366,7 +366,8 @@ impl Carrier {
                 }
             };
             match order {
-                Some(Order::Echoed(..)) => window.echoed(Instant::now()),
+                // Number 0 is a sign of life that somebody else asked for.
+                Some(Order::Echoed(_, number)) if number > 0 => window.echoed(Instant::now()),
                 Some(Order::Want(vpid, at, pages)) => {
                     since_echo += self.send_wanted(&mut rest, vpid, at, pages)?;
                 }

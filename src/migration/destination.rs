@@ -56,6 +56,7 @@ const SILENCE: Duration = Duration::from_secs(300);
 const RESTORE_LIMIT: Duration = Duration::from_secs(120);
 /// Most further links.
 const MAX_LANES: usize = 64;
+
 #[derive(Debug)]
 enum Input {
     Heard(Heard),

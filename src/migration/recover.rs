@@ -94,22 +94,29 @@ pub fn source_runs_on(journal: &mut Journal) -> Result<()> {
     journal.write(State::Aborted)
 }
 
-/// Notes the unix sockets whose names the destination will bind anew, and keeps the files.
+/// Notes the unix sockets whose names the destination will bind anew: before anything is done with
+/// them, so that whoever undoes it knows of it.
 ///
 /// # Errors
-/// When one of them cannot be kept.
-pub fn keep_sockets(record: &Record, pids: &[i32]) -> Result<()> {
+/// When they cannot be found out.
+pub fn note_sockets(record: &Record, pids: &[i32]) -> Result<()> {
     let Some((init, _)) = record.init else { return Ok(()) };
     let spares = Spares::find(init, pids, &record.migration)?;
     if spares.is_empty() {
         return Ok(());
     }
-    // Noted first: who undoes it must know of it.
-    fs::write(record.work.join(SOCKETS), serde_json::to_vec(&spares)?)?;
-    spares.make(&root_of(init))
+    Ok(fs::write(record.work.join(SOCKETS), serde_json::to_vec(&spares)?)?)
 }
 
-/// What [`keep_sockets`] has noted, and the root of the container that it is about.
+/// Keeps the files of the sockets that were noted. CRIU must have dumped.
+///
+/// # Errors
+/// When one of them cannot be kept.
+pub fn keep_sockets(record: &Record) -> Result<()> {
+    spares(record).map_or(Ok(()), |(spares, root)| spares.make(&root))
+}
+
+/// What [`note_sockets`] has noted, and the root of the container that it is about.
 fn spares(record: &Record) -> Option<(Spares, PathBuf)> {
     let (init, _) = record.init.filter(|init| super::journal::is_alive(*init))?;
     let text = fs::read(record.work.join(SOCKETS)).ok()?;

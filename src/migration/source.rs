@@ -284,7 +284,11 @@ impl Begun {
         recover::leave_mark(&self.journal)?;
         self.inputs.until(FREEZE_LIMIT);
         self.obey_limit();
-        self.inputs.feel_pulse(&self.speaker);
+        let rounds = &reporter.report.rounds;
+        // Rounds of less tell nothing of the link.
+        let telling = rounds.iter().rev().find(|r| r.wire_bytes > 1 << 20);
+        let rate = telling.map(|r| r.wire_bytes as f64 * 1000.0 / r.ms.max(1.0));
+        self.inputs.feel_pulse(&self.speaker, rate);
         self.speaker.say(&Message::Freezing)?;
         self.go(Go::Freeze)?;
         loop {
@@ -309,6 +313,8 @@ impl Begun {
 
     fn dump(&mut self, reporter: &mut Reporter) -> Result<()> {
         fault::point("source.dump")?;
+        // While CRIU works.
+        recover::note_sockets(&self.journal.record, &self.subject.cgroup.processes()?)?;
         loop {
             if matches!(self.next(reporter)?, Input::Dump(DumpEvent::Dumped)) {
                 break;
@@ -331,7 +337,7 @@ impl Begun {
             let name = name.to_str().ok_or_else(|| anyhow!("an image file with a strange name"))?;
             send_file(&self.speaker, name, &entry.path(), 0, &mut buffer)?;
         }
-        recover::keep_sockets(&self.journal.record, &self.subject.cgroup.processes()?)?;
+        recover::keep_sockets(&self.journal.record)?;
         self.speaker.say(&Message::Dumped { tasks: tasks.iter().map(|t| t.vpid).collect() })?;
         reporter.mark("images are sent");
         Ok(())
@@ -462,6 +468,8 @@ impl Begun {
         }
         // The destination learns it while we clean up; if the link is what broke, from the guard.
         let broken = self.inputs.gone;
+        // From here on only the link's own end says that the destination has undone everything.
+        self.inputs.let_pulse_go();
         let speaker = self.speaker.clone();
         let told = std::thread::spawn(move || speaker.say(&Message::Abort { why }).is_ok());
         if let Some(job) = self.dump.take() {

@@ -126,9 +126,18 @@ impl Facts {
 /// The container runs on `here` and nowhere else, and nothing is left of its journey on either
 /// side. What is still being cleared away gets ten seconds for it; two copies get none.
 pub fn exactly_one_copy(container: &Container, here: &Host, there: &Host) -> Outcome {
+    exactly_one_copy_within(Duration::from_secs(10), container, here, there)
+}
+
+/// The same in another time.
+pub fn exactly_one_copy_within(
+    limit: Duration,
+    container: &Container,
+    here: &Host,
+    there: &Host,
+) -> Outcome {
     let mut last = String::new();
-    // A host whose cable was pulled learns of it when the other one reaches it again.
-    let settled = until("exactly one copy", Duration::from_secs(25), || {
+    let settled = until("exactly one copy", limit, || {
         let (with, without) = (facts(here)?, facts(there)?);
         ensure!(
             !(with.process_of(container)
