@@ -5,13 +5,14 @@
 //! are left out (since Linux 6.13). Reading a page that is not listed would populate it in the
 //! task.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, bail};
 
 use crate::sys::memory::{PAGE, PageRegion, Wanted, category, pagemap_scan, read_process};
+use crate::sys::process::proc_text;
 
 /// A process of the container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +31,7 @@ pub struct Task {
 pub fn tasks(pids: &[i32]) -> Result<Vec<Task>> {
     let mut found = Vec::with_capacity(pids.len());
     for &pid in pids {
-        let status = match fs::read_to_string(format!("/proc/{pid}/status")) {
+        let status = match proc_text(pid, "status") {
             Ok(s) => s,
             Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
             Err(e) if e.raw_os_error() == Some(libc::ESRCH) => continue,
@@ -54,7 +55,7 @@ pub fn tasks(pids: &[i32]) -> Result<Vec<Task>> {
 /// # Errors
 /// `NotFound` where the task has ended.
 pub fn anonymous_mappings(pid: i32) -> Result<Vec<(u64, u64)>> {
-    let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    let maps = proc_text(pid, "maps")?;
     let mut found = Vec::new();
     for line in maps.lines() {
         // address perms offset dev inode [name]: proc_pid_maps(5)

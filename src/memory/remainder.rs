@@ -10,8 +10,17 @@ use crate::sys::memory::PAGE;
 
 /// Bytes between two echoes.
 pub const ECHO_EVERY: u64 = 128 << 10;
-/// How much longer than the quickest an echo may take: what stands in buffers makes faults wait.
+/// How much longer than the quickest an echo may take while nobody waits for pages.
 const QUEUE: Duration = Duration::from_millis(10);
+/// The same while somebody does: he waits behind what stands in buffers, fault by fault.
+const QUEUE_WANTED: Duration = Duration::from_millis(1);
+/// For so long after a page was wanted, others are thought to be.
+const WANTED_FOR: Duration = Duration::from_millis(100);
+/// The least that may be on its way.
+const LEAST: u64 = ECHO_EVERY;
+/// Pages that go in one piece, and while somebody waits for others.
+const PIECE: u64 = 64;
+const PIECE_WANTED: u64 = 16;
 
 /// How much may be on its way at a time: enough to keep the link busy, and so little that a wanted
 /// page finds no queue before it.
@@ -22,12 +31,13 @@ pub struct Window {
     /// Echoes that are out: bytes since the one before, and when it was asked for.
     asked: VecDeque<(u64, Instant)>,
     quickest: Duration,
+    wanted: Option<Instant>,
 }
 
 impl Default for Window {
     fn default() -> Window {
         let asked = VecDeque::new();
-        Window { most: 4 * ECHO_EVERY, out: 0, asked, quickest: Duration::MAX }
+        Window { most: LEAST, out: 0, asked, quickest: Duration::MAX, wanted: None }
     }
 }
 
@@ -35,6 +45,20 @@ impl Window {
     /// Nothing more may go before something has arrived.
     pub fn is_full(&self) -> bool {
         self.out >= self.most
+    }
+
+    /// Somebody waits for a page.
+    pub fn wanted(&mut self, now: Instant) {
+        self.wanted = Some(now);
+    }
+
+    fn is_wanted(&self, now: Instant) -> bool {
+        self.wanted.is_some_and(|at| now.saturating_duration_since(at) < WANTED_FOR)
+    }
+
+    /// How many pages to send at once that nobody waits for.
+    pub fn piece(&self, now: Instant) -> u64 {
+        if self.is_wanted(now) { PIECE_WANTED } else { PIECE }
     }
 
     /// So many bytes went out, and an echo was asked for.
@@ -49,11 +73,13 @@ impl Window {
         self.out -= bytes;
         let took = now.saturating_duration_since(asked);
         self.quickest = self.quickest.min(took);
-        if took <= self.quickest + QUEUE {
+        let queue = if self.is_wanted(now) { QUEUE_WANTED } else { QUEUE };
+        if took <= self.quickest + queue {
             // Doubles in a round trip, as long as there is no queue.
             self.most = (self.most + bytes).min(256 << 20);
         } else {
-            self.most = (self.most - bytes / 2).max(2 * ECHO_EVERY);
+            // Halves in a round trip.
+            self.most = (self.most - bytes / 2).max(LEAST);
         }
     }
 }
@@ -165,6 +191,25 @@ mod tests {
             now += Duration::from_millis(300);
             window.echoed(now);
         }
-        assert_eq!(window.most, 2 * ECHO_EVERY);
+        assert_eq!(window.most, LEAST);
+    }
+
+    #[test]
+    fn whoever_waits_finds_a_shorter_queue() {
+        let at_5_ms = |wanted: bool| {
+            let (mut window, mut now) = (Window::default(), Instant::now());
+            window.quickest = Duration::from_millis(1);
+            for _ in 0..50 {
+                if wanted {
+                    window.wanted(now);
+                }
+                window.sent(ECHO_EVERY, now);
+                now += Duration::from_millis(5);
+                window.echoed(now);
+            }
+            window.most
+        };
+        assert_eq!(at_5_ms(true), LEAST);
+        assert!(at_5_ms(false) > 4 << 20);
     }
 }

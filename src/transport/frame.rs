@@ -183,7 +183,7 @@ pub fn read(input: &mut impl Read) -> Result<Option<Frame>> {
     while got < HEADER {
         match input.read(&mut header[got..]) {
             Ok(0) if got == 0 => return Ok(None),
-            Ok(0) => bail!("the link was cut inside a frame"),
+            Ok(0) => bail!(CUT),
             Ok(n) => got += n,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(e).context("reading from the link"),
@@ -204,12 +204,56 @@ pub fn read(input: &mut impl Read) -> Result<Option<Frame>> {
     if header[1..4] != [0; 3] || length > most {
         bail!("a frame of kind {kind} with {length} bytes, more than the {most} allowed");
     }
-    let mut payload = vec![0; length];
-    input.read_exact(&mut payload).context("the link was cut inside a frame")?;
-    if xxh3_64_with_seed(&payload, u64::from(kind)) != sum {
+    // Pages come by themselves: nothing is to be moved behind what stands before them.
+    let mut head = [0; PAGES_HEAD];
+    let head = match kind {
+        PAGES if length >= PAGES_HEAD => &mut head[..],
+        _ => &mut [],
+    };
+    input.read_exact(head).context(CUT)?;
+    let mut payload = Vec::with_capacity(length - head.len());
+    // Bytes are not set to zero only to be written over.
+    input.by_ref().take((length - head.len()) as u64).read_to_end(&mut payload).context(CUT)?;
+    if head.len() + payload.len() < length {
+        bail!(CUT);
+    }
+    let found = if head.is_empty() {
+        xxh3_64_with_seed(&payload, u64::from(kind))
+    } else {
+        let mut hasher = Xxh3::with_seed(u64::from(kind));
+        hasher.update(head);
+        hasher.update(&payload);
+        hasher.digest()
+    };
+    if found != sum {
         bail!("a frame of kind {kind} arrived damaged");
     }
-    decode(kind, payload).map(Some)
+    if kind == PAGES { decode_pages(head, payload) } else { decode(kind, payload) }.map(Some)
+}
+
+const CUT: &str = "the link was cut inside a frame";
+
+fn decode_pages(head: &[u8], mut payload: Vec<u8>) -> Result<Frame> {
+    let word = |at: usize| -> Result<u64> {
+        let bytes = head.get(at..at + 8).ok_or_else(|| anyhow!("pages without a head"))?;
+        Ok(u64::from_le_bytes(bytes.try_into().expect("eight bytes")))
+    };
+    let (vpid, vaddr, sum) = (word(0)? as i32, word(8)?, word(16)?);
+    let pages = usize::try_from(word(24)?)?;
+    let codec = Codec::from_wire(head[4])?;
+    if pages == 0 || pages > MAX_PAGES {
+        bail!("a frame with {pages} pages");
+    }
+    if codec != Codec::None {
+        payload = codec.unpack(&payload, pages * PAGE)?;
+        if xxh3_64(&payload) != sum {
+            bail!("memory that unpacks to something else");
+        }
+    }
+    if payload.len() != pages * PAGE {
+        bail!("a frame with pages in part");
+    }
+    Ok(Frame::Pages(vpid, vaddr, payload))
 }
 
 fn decode(kind: u8, mut payload: Vec<u8>) -> Result<Frame> {
@@ -220,26 +264,6 @@ fn decode(kind: u8, mut payload: Vec<u8>) -> Result<Frame> {
     };
     Ok(match kind {
         CONTROL => Frame::Control(payload),
-        PAGES => {
-            let (vpid, vaddr, sum) = (word(0)? as i32, word(8)?, word(16)?);
-            let pages = usize::try_from(word(24)?)?;
-            let codec = Codec::from_wire(payload[4])?;
-            if pages == 0 || pages > MAX_PAGES {
-                bail!("a frame with {pages} pages");
-            }
-            if codec == Codec::None {
-                payload.drain(..PAGES_HEAD);
-            } else {
-                payload = codec.unpack(&payload[PAGES_HEAD..], pages * PAGE)?;
-                if xxh3_64(&payload) != sum {
-                    bail!("memory that unpacks to something else");
-                }
-            }
-            if payload.len() != pages * PAGE {
-                bail!("a frame with pages in part");
-            }
-            Frame::Pages(vpid, vaddr, payload)
-        }
         ZEROS | REMOTE | WANT => {
             let what = match kind {
                 ZEROS => Run::Zero,
