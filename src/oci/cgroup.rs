@@ -42,7 +42,7 @@ impl Cgroup {
     pub fn of_process(pid: i32) -> Result<Cgroup> {
         let text = fs::read_to_string(format!("/proc/{pid}/cgroup"))
             .with_context(|| format!("process {pid} is gone"))?;
-        let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+        let mounts = String::from_utf8_lossy(&fs::read("/proc/self/mountinfo")?).into_owned();
         let find = |wanted: &dyn Fn(&str, &str) -> bool| -> Option<(PathBuf, PathBuf)> {
             mounts.lines().find_map(|line| {
                 let (left, right) = line.split_once(" - ")?;

@@ -3,6 +3,7 @@
 //! Functions take `AsFd`, return `OwnedFd`, and name their manual page. Nothing here knows what a
 //! migration is.
 
+pub mod arch;
 pub mod entry;
 pub mod fault;
 pub mod inject;
@@ -13,5 +14,6 @@ pub mod packet;
 pub mod process;
 pub mod scm;
 pub mod socket;
+pub mod stopped;
 pub mod tmpfs;
 pub mod tun;

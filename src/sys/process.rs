@@ -133,10 +133,20 @@ pub fn peak_kib() -> u64 {
     line.and_then(|l| l.trim().split(' ').next()?.parse().ok()).unwrap_or(0)
 }
 
+/// A file of a process's below `/proc`, as text: names of files and programs in it may be anything
+/// but UTF-8. proc(5).
+///
+/// # Errors
+/// When the process is gone.
+pub fn proc_text(pid: i32, file: &str) -> io::Result<String> {
+    let bytes = std::fs::read(format!("/proc/{pid}/{file}"))?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
 /// When a process started, in clock ticks since boot: with its number, a name that is not used
 /// twice. proc_pid_stat(5), field 22.
 pub fn start_time(pid: i32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let stat = proc_text(pid, "stat").ok()?;
     // The command's name in field 2 may hold blanks and parentheses.
     stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
 }

@@ -110,7 +110,7 @@ const SOME: &[(&str, &[&str])] = &[
     ("source.freeze", &["kill-criu"]),
     ("dump.frozen", &["kill", "error"]),
     ("dump.fenced", &["kill-criu", "kill-runc"]),
-    ("source.dump", &["error"]),
+    ("source.dump", &["error", "kill-criu"]),
     ("dump.dumped", &["kill", "kill-criu"]),
     ("source.transfer", &["kill", "kill-other", "int"]),
     ("destination.restore", &["kill"]),
@@ -133,11 +133,9 @@ const SOME: &[(&str, &[&str])] = &[
 
 /// What is known to cost more than a pause; milliseconds each. `FERRY_FULL=1` shows them as failures.
 const LOSES_CONNECTIONS: &[(&str, &str)] = &[
-    // CRIU is killed while it works inside a task: its registers are lost with it, and the container
-    // may end.
-    ("source.dump", "kill-criu"),
-    // There is one copy, but clients are lost. The copy has answered them, or was about to, and is ended as its last pages are not in, or
-    // its sockets not whole: what the operator brings back on the source is older than that.
+    // There is one copy, but clients are lost. It has answered them, or was about to, and is ended as
+    // its last pages are not in, or its sockets not whole: what the operator brings back on the source
+    // is older than that.
     ("destination.open", "kill"),
     ("destination.open", "kill-criu"),
     ("destination.running", "kill"),
@@ -160,6 +158,10 @@ pub fn trials() -> Vec<Trial> {
         }
     }
     trials.push(in_lab("faults::unix_socket", LIMIT, unix_socket));
+    let times = if full { 60 } else { 10 };
+    trials.push(in_lab("faults::criu_killed_in_the_tasks", LIMIT, move |lab| {
+        criu_killed_in_the_tasks(lab, times)
+    }));
     trials
 }
 
@@ -184,6 +186,48 @@ fn unix_socket(lab: &Lab) -> Outcome {
     reach(&b)?.exits(0)?;
     ensure!(left()?.trim().is_empty(), "left: {}", left()?);
     exactly_one_copy(&container, &b, &a)
+}
+
+/// CRIU has threads of the container run its own code, on registers of its own: killed at any
+/// moment of that, it takes nothing with it.
+fn criu_killed_in_the_tasks(lab: &Lab, times: u32) -> Outcome {
+    // From the freeze to the end of the dump and a little beyond.
+    const LONGEST_MS: u32 = 40;
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter").with(&["--arg", "--threads", "--arg", "4"]);
+    const LEFT: &str = "pid=$(ferry state box | sed -n 's/.*\"pid\": *\\([0-9]*\\).*/\\1/p')
+        test -e /proc/$pid/fd/0 || exit 1
+        { ls -l /proc/$pid/fd; cat /proc/$pid/maps; } | grep -iE 'criu|/run/ferry' || true";
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    let script = "
+import glob, os, signal, sys, time
+point = '/run/ferry-fault/dump.fenced'
+while not os.path.exists(point):
+    pass
+time.sleep(float(sys.argv[1]) / 1000)
+for file in glob.glob('/run/ferry/*/work/criu.pid'):
+    os.kill(int(open(file).read()), signal.SIGKILL)
+os.unlink(point)
+";
+    for i in 0..times {
+        let after = f64::from(LONGEST_MS) * f64::from(i) / f64::from(times);
+        let killer = a.start(&["python3", "-c", script, &after.to_string()])?;
+        let hold = "FERRY_FAULT=dump.fenced:hold";
+        let ended = a.start(&["env", hold, "ferry", "migrate", "box", "b"])?.end(LONG)?;
+        let all = (|| {
+            killer.end(SHORT)?.exits(0)?;
+            ensure!(ended.code == 1, "CRIU was killed");
+            exactly_one_copy(&container, &a, &b)?;
+            let left = a.sh(LEFT)?;
+            ensure!(left.trim().is_empty(), "CRIU has left in the task:\n{left}");
+            probe.is_content()
+        })();
+        all.map_err(|e| format!("killed after {after} ms: {e}\nmigrate: {ended}"))?;
+    }
+    a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    exactly_one_copy(&container, &b, &a)?;
+    probe.is_content()
 }
 
 /// What happens there may come before the commit or after it.

@@ -1,0 +1,96 @@
+//! What depends on the processor when another task's threads are handled from outside: the names of
+//! registers, and how a system call is made with them. A port adds its own `imp` and nothing else.
+
+/// Whether there is an implementation for this processor.
+pub const SUPPORTED: bool = cfg!(target_arch = "x86_64");
+
+pub use imp::*;
+
+#[cfg(target_arch = "x86_64")]
+mod imp {
+    use std::io;
+
+    use nix::unistd::Pid;
+
+    /// The general registers as `PTRACE_GETREGSET` hands them out for `NT_PRSTATUS`.
+    pub type Registers = libc::user_regs_struct;
+    /// The register set that holds everything else: `NT_X86_XSTATE`, linux/elf.h.
+    pub const EXTENDED: usize = 0x202;
+    /// No processor has more of it (with AMX it is 11 KiB).
+    pub const EXTENDED_MAX: usize = 16 << 10;
+    /// The `syscall` instruction.
+    pub const INSTRUCTION: &[u8] = &[0x0f, 0x05];
+
+    /// Registers that make a call when the instruction at `at` runs.
+    pub fn call(saved: &Registers, at: u64, number: i64, arguments: [u64; 3]) -> Registers {
+        let mut registers = *saved;
+        registers.rip = at;
+        registers.rax = number as u64;
+        [registers.rdi, registers.rsi, registers.rdx] = arguments;
+        // Not in a system call: the kernel must not restart the one that was interrupted now.
+        registers.orig_rax = u64::MAX;
+        registers
+    }
+
+    /// Where the thread is.
+    pub fn position(registers: &Registers) -> u64 {
+        registers.rip
+    }
+
+    /// What the call returned.
+    pub fn result(registers: &Registers) -> i64 {
+        registers.rax as i64
+    }
+
+    /// Takes away the breakpoints that a tracer has set in the debug registers: they outlive it.
+    ///
+    /// # Errors
+    /// When the thread is gone.
+    pub fn clear_breakpoints(tid: Pid) -> io::Result<()> {
+        const CONTROL: usize = 7;
+        let at = std::mem::offset_of!(libc::user, u_debugreg) + CONTROL * size_of::<u64>();
+        // SAFETY: the address is an offset into the tracee's user area and the datum a number.
+        let r = unsafe { libc::ptrace(libc::PTRACE_POKEUSER, tid.as_raw(), at, 0) };
+        if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}
+
+/// Enough to compile; nothing here is called where [`SUPPORTED`] is false.
+#[cfg(not(target_arch = "x86_64"))]
+mod imp {
+    use std::io;
+
+    use nix::unistd::Pid;
+
+    /// See x86-64.
+    pub type Registers = [u8; 0];
+    /// See x86-64.
+    pub const EXTENDED: usize = 0;
+    /// See x86-64.
+    pub const EXTENDED_MAX: usize = 0;
+    /// See x86-64.
+    pub const INSTRUCTION: &[u8] = &[0];
+
+    /// See x86-64.
+    pub fn call(saved: &Registers, _: u64, _: i64, _: [u64; 3]) -> Registers {
+        *saved
+    }
+
+    /// See x86-64.
+    pub fn position(_: &Registers) -> u64 {
+        0
+    }
+
+    /// See x86-64.
+    pub fn result(_: &Registers) -> i64 {
+        -i64::from(libc::ENOSYS)
+    }
+
+    /// See x86-64.
+    ///
+    /// # Errors
+    /// Always.
+    pub fn clear_breakpoints(_: Pid) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}

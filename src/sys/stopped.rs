@@ -1,0 +1,303 @@
+//! A thread of another task, stopped from outside: ptrace(2).
+//!
+//! It is seized and interrupted, which no signal handler notices; where a control group has frozen
+//! it, it is frozen again when it is let go.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::time::Instant;
+
+use nix::sys::ptrace;
+use nix::sys::signal::Signal;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+
+use super::arch;
+
+/// `PTRACE_O_SUSPEND_SECCOMP`: the target's own filters must not judge our calls.
+const SUSPEND_SECCOMP: i32 = 1 << 21;
+/// `PTRACE_EVENT_STOP`
+const EVENT_STOP: i32 = 128;
+/// `NT_PRSTATUS`: the register set of the general registers. linux/elf.h
+const GENERAL: usize = 1;
+
+/// A thread that stands still. Goes on where it was on drop.
+#[derive(Debug)]
+pub struct Stopped {
+    tid: Pid,
+    /// With which general registers it will go on.
+    general: arch::Registers,
+    /// With which signals blocked.
+    mask: u64,
+    /// Whether either was changed.
+    changed: bool,
+}
+
+/// Everything that a thread needs to go on where it stood when this was taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThreadState {
+    /// The thread.
+    pub tid: i32,
+    /// Its blocked signals.
+    pub mask: u64,
+    /// The general registers, as the kernel lays them out.
+    pub general: Vec<u8>,
+    /// All others.
+    pub extended: Vec<u8>,
+}
+
+impl Stopped {
+    /// Stops a thread.
+    ///
+    /// # Errors
+    /// `Unsupported` on other architectures; the system's error when the thread has ended or
+    /// somebody traces it already.
+    pub fn new(tid: i32) -> io::Result<Stopped> {
+        Stopped::within(tid, None)
+    }
+
+    /// Stops a thread if it can be stopped until then.
+    ///
+    /// # Errors
+    /// As [`Stopped::new`]; `TimedOut` when it sleeps uninterruptibly. It stops as soon as it wakes
+    /// then, until the calling thread ends: call this on one that does.
+    pub fn within(tid: i32, until: Option<Instant>) -> io::Result<Stopped> {
+        if !arch::SUPPORTED {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let tid = Pid::from_raw(tid);
+        let options = ptrace::Options::from_bits_retain(SUSPEND_SECCOMP);
+        if ptrace::seize(tid, options).is_err() {
+            // Without CONFIG_CHECKPOINT_RESTORE there is no such option; without a filter in the
+            // target it is not needed.
+            ptrace::seize(tid, ptrace::Options::empty())?;
+        }
+        let prepared = ptrace::interrupt(tid)
+            .map_err(io::Error::from)
+            .and_then(|()| wait_stop(tid, until))
+            .and_then(|()| Ok((general(tid)?, signal_mask(tid)?)));
+        match prepared {
+            Ok((general, mask)) => Ok(Stopped { tid, general, mask, changed: false }),
+            Err(e) => {
+                let _ = ptrace::detach(tid, None);
+                Err(e)
+            }
+        }
+    }
+
+    /// Where it is in its program.
+    pub fn position(&self) -> u64 {
+        arch::position(&self.general)
+    }
+
+    /// What it needs to go on from here.
+    ///
+    /// # Errors
+    /// When it has been killed.
+    pub fn state(&self) -> io::Result<ThreadState> {
+        let mut extended = vec![0; arch::EXTENDED_MAX];
+        let got = register_set(libc::PTRACE_GETREGSET, self.tid, arch::EXTENDED, &mut extended)?;
+        extended.truncate(got);
+        let general = bytes_of(&self.general).to_vec();
+        Ok(ThreadState { tid: self.tid.as_raw(), mask: self.mask, general, extended })
+    }
+
+    /// Makes it go on from `state`, with no breakpoint in its way, instead of from where it is.
+    ///
+    /// # Errors
+    /// When it has been killed, or the state is none of this kind of processor.
+    pub fn assume(&mut self, state: &ThreadState) -> io::Result<()> {
+        let mut general = self.general;
+        let into = bytes_of_mut(&mut general);
+        if into.len() != state.general.len() {
+            return Err(io::Error::from(io::ErrorKind::InvalidData));
+        }
+        into.copy_from_slice(&state.general);
+        (self.general, self.mask, self.changed) = (general, state.mask, true);
+        arch::clear_breakpoints(self.tid)?;
+        let mut extended = state.extended.clone();
+        register_set(libc::PTRACE_SETREGSET, self.tid, arch::EXTENDED, &mut extended)?;
+        Ok(())
+    }
+
+    /// Makes it do a system call, with all signals held back; `at` is where an
+    /// [instruction](instruction) for it stands. Its control group must not be frozen.
+    ///
+    /// # Errors
+    /// What the call failed with; `ESRCH` when it has been killed.
+    pub fn call(&mut self, at: u64, number: i64, arguments: [u64; 3]) -> io::Result<i64> {
+        self.changed = true;
+        // SIGTRAP stays open: the trap of a single step that finds it blocked resets the process's
+        // handler for it.
+        set_signal_mask(self.tid, !(1 << (libc::SIGTRAP - 1)))?;
+        let mut registers = arch::call(&self.general, at, number, arguments);
+        set_general(self.tid, &mut registers)?;
+        loop {
+            ptrace::step(self.tid, None)?;
+            match waitpid(self.tid, Some(WaitPidFlag::__WALL))? {
+                WaitStatus::Stopped(_, Signal::SIGTRAP) => break,
+                WaitStatus::Exited(..) | WaitStatus::Signaled(..) => {
+                    return Err(io::Error::from_raw_os_error(libc::ESRCH));
+                }
+                // A stop for somebody else's SIGSTOP: it counts again when we are gone.
+                _ => {}
+            }
+        }
+        match arch::result(&general(self.tid)?) {
+            error @ -4095..=-1 => Err(io::Error::from_raw_os_error(-error as i32)),
+            value => Ok(value),
+        }
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        // Each can only fail when the thread has been killed.
+        if self.changed {
+            let _ = set_general(self.tid, &mut self.general);
+            let _ = set_signal_mask(self.tid, self.mask);
+        }
+        let _ = ptrace::detach(self.tid, None);
+    }
+}
+
+/// The address of a system call instruction in a thread's vDSO.
+///
+/// # Errors
+/// When it has none, or is gone.
+pub fn instruction(tid: i32) -> io::Result<u64> {
+    let maps = super::process::proc_text(tid, "maps")?;
+    let range = maps
+        .lines()
+        .find(|l| l.ends_with("[vdso]"))
+        .and_then(|l| l.split(' ').next())
+        .and_then(|r| r.split_once('-'))
+        .and_then(|(a, b)| {
+            Some((u64::from_str_radix(a, 16).ok()?, u64::from_str_radix(b, 16).ok()?))
+        });
+    let (start, end) = range.ok_or_else(|| io::Error::other("the task has no vDSO"))?;
+    let mut code = vec![0; (end - start) as usize];
+    fs::File::open(format!("/proc/{tid}/mem"))?.read_exact_at(&mut code, start)?;
+    code.windows(arch::INSTRUCTION.len())
+        .position(|w| w == arch::INSTRUCTION)
+        .map(|i| start + i as u64)
+        .ok_or_else(|| io::Error::other("the vDSO makes no system call"))
+}
+
+/// Sees to it that `killed` is called after a process has been told to die by a signal and before
+/// anything of it is gone: those whom it traces stand still until that has returned. Works while
+/// this process lives.
+///
+/// A second SIGKILL while `killed` runs cuts it short. ptrace(2), `PTRACE_O_TRACEEXIT`.
+///
+/// # Errors
+/// When it cannot be traced.
+pub fn before_death(pid: i32, killed: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let pid = Pid::from_raw(pid);
+    let (seized, wait) = std::sync::mpsc::channel();
+    // Only the thread that has seized a process hears of it.
+    std::thread::Builder::new().name("deathbed".into()).spawn(move || {
+        let result = ptrace::seize(pid, ptrace::Options::PTRACE_O_TRACEEXIT);
+        let failed = result.is_err();
+        let _ = seized.send(result);
+        if failed {
+            return;
+        }
+        loop {
+            let passed_on = match waitpid(pid, Some(WaitPidFlag::__WALL)) {
+                Ok(WaitStatus::PtraceEvent(_, _, libc::PTRACE_EVENT_EXIT)) => {
+                    // As wait(2) will say it: the low seven bits are the signal.
+                    if ptrace::getevent(pid).is_ok_and(|status| status & 0x7f != 0) {
+                        killed();
+                    }
+                    let _ = ptrace::detach(pid, None);
+                    return;
+                }
+                Ok(WaitStatus::PtraceEvent(..)) => ptrace::cont(pid, None),
+                Ok(WaitStatus::Stopped(_, signal)) => ptrace::cont(pid, signal),
+                Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) | Err(_) => return,
+                Ok(_) => Ok(()),
+            };
+            // Killed in between: the next wait tells.
+            let _ = passed_on;
+        }
+    })?;
+    Ok(wait.recv().map_err(io::Error::other)??)
+}
+
+/// Waits for the stop that PTRACE_INTERRUPT makes, letting signals through that come before it.
+fn wait_stop(tid: Pid, until: Option<Instant>) -> io::Result<()> {
+    let flags = match until {
+        Some(_) => WaitPidFlag::__WALL | WaitPidFlag::WNOHANG,
+        None => WaitPidFlag::__WALL,
+    };
+    loop {
+        match waitpid(tid, Some(flags))? {
+            WaitStatus::PtraceEvent(_, _, EVENT_STOP) => return Ok(()),
+            // It takes some microseconds, and wait(2) knows no time limit.
+            WaitStatus::StillAlive => match until {
+                Some(until) if Instant::now() > until => {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                _ => std::thread::yield_now(),
+            },
+            WaitStatus::Stopped(_, signal) => ptrace::cont(tid, signal)?,
+            WaitStatus::Exited(..) | WaitStatus::Signaled(..) => {
+                return Err(io::Error::from_raw_os_error(libc::ESRCH));
+            }
+            _ => {}
+        }
+    }
+}
+
+fn general(tid: Pid) -> io::Result<arch::Registers> {
+    // SAFETY: registers are numbers; all of them may be zero.
+    let mut registers: arch::Registers = unsafe { std::mem::zeroed() };
+    register_set(libc::PTRACE_GETREGSET, tid, GENERAL, bytes_of_mut(&mut registers))?;
+    Ok(registers)
+}
+
+fn set_general(tid: Pid, registers: &mut arch::Registers) -> io::Result<()> {
+    register_set(libc::PTRACE_SETREGSET, tid, GENERAL, bytes_of_mut(registers)).map(drop)
+}
+
+/// Reads or writes a register set; how many bytes of `bytes` it has.
+fn register_set(request: u32, tid: Pid, set: usize, bytes: &mut [u8]) -> io::Result<usize> {
+    let mut piece = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    // SAFETY: the kernel reads or writes at most iov_len bytes of a live buffer.
+    let r = unsafe { libc::ptrace(request, tid.as_raw(), set, &raw mut piece) };
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(piece.iov_len) }
+}
+
+fn bytes_of(registers: &arch::Registers) -> &[u8] {
+    // SAFETY: plain numbers without padding, and as many bytes as the type has.
+    unsafe {
+        std::slice::from_raw_parts((&raw const *registers).cast(), size_of::<arch::Registers>())
+    }
+}
+
+fn bytes_of_mut(registers: &mut arch::Registers) -> &mut [u8] {
+    // SAFETY: as above; any bytes make valid numbers.
+    unsafe {
+        std::slice::from_raw_parts_mut((&raw mut *registers).cast(), size_of::<arch::Registers>())
+    }
+}
+
+fn signal_mask(tid: Pid) -> io::Result<u64> {
+    let mut mask = 0u64;
+    // SAFETY: the kernel writes as many bytes as the size that is passed into a live variable.
+    let r = unsafe {
+        libc::ptrace(libc::PTRACE_GETSIGMASK, tid.as_raw(), size_of::<u64>(), &raw mut mask)
+    };
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(mask) }
+}
+
+fn set_signal_mask(tid: Pid, mask: u64) -> io::Result<()> {
+    // SAFETY: the kernel reads as many bytes as the size that is passed from a live variable.
+    let r = unsafe {
+        libc::ptrace(libc::PTRACE_SETSIGMASK, tid.as_raw(), size_of::<u64>(), &raw const mask)
+    };
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
