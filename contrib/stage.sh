@@ -64,12 +64,12 @@ container_make() {
     fi
 }
 
-# container_run HOST NAME [RUNTIME]: starts it. What the runtime says goes into a log of its own,
-# since the container keeps the standard streams that it is given.
+# container_run HOST NAME [RUNTIME [BUNDLE]]: starts it. What the runtime says goes into a log of its
+# own, since the container keeps the standard streams that it is given.
 container_run() {
     # shellcheck disable=SC2016
-    on "$1" sh -c '"$2" --log /run/run.log run -d -b "/srv/shared/$1" "$1" </dev/null >/dev/null 2>&1 ||
-        { cat /run/run.log; exit 1; }' sh "$2" "${3:-ferry}"
+    on "$1" sh -c '"$2" --log /run/run.log run -d -b "$3" "$1" </dev/null >/dev/null 2>&1 ||
+        { cat /run/run.log; exit 1; }' sh "$2" "${3:-ferry}" "${4:-/srv/shared/$2}"
 }
 
 answers() { # HOST ADDRESS PORT

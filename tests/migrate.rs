@@ -12,6 +12,8 @@
 mod common;
 #[path = "migrate/faults.rs"]
 mod faults;
+#[path = "migrate/files.rs"]
+mod files;
 #[path = "migrate/memory.rs"]
 mod memory;
 #[path = "migrate/moves.rs"]
@@ -27,6 +29,7 @@ fn main() -> ExitCode {
     let mut trials = Vec::new();
     trials.extend(moves::trials());
     trials.extend(memory::trials());
+    trials.extend(files::trials());
     trials.extend(streams::trials());
     trials.extend(refusals::trials());
     trials.extend(faults::trials());

@@ -11,6 +11,7 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use ferry::files::follow::Size;
 use ferry::memory::serve::Served;
 use ferry::migration::protocol::{self, Hello, Message, PROTOCOL, Plan, Standing, Verdict};
 use ferry::migration::{destination, talk};
@@ -43,7 +44,15 @@ fn all_messages() -> Vec<Message> {
     let mut list = vec![
         Message::Hello(Hello { protocol: PROTOCOL, ferry: "1.0".into(), host: "elsewhere".into() }),
         Message::Plan(Box::new(plan())),
-        Message::Accept { warnings: vec![problem.clone().warning()], shared: vec![0, 2] },
+        Message::Accept {
+            warnings: vec![problem.clone().warning()],
+            shared: vec![0, 2],
+            copies: vec![1],
+        },
+        Message::Trees { sizes: vec![Size { bytes: 1 << 40, entries: 7 }] },
+        Message::Room,
+        Message::Applied { round: 3 },
+        Message::Copied,
         Message::Refuse { problems: vec![problem] },
         Message::Prepare,
         Message::Prepared,

@@ -122,6 +122,34 @@ check "all keys are there with their values" redis_compare
 check "redis says that it runs on $from" on "$from" sh -c 'runc state redis | grep running'
 check "redis ends" stop redis
 
+# -- redis with an append-only file on each host's own disk: its files are copied under the load
+start_own() {
+    from=a to=b
+    EDIT='.process.args = ["/usr/bin/redis-server", "--save", "", "--appendonly", "yes", "--dir", "/data",
+        "--enable-debug-command", "yes", "--bind", "0.0.0.0", "--protected-mode", "no"]' \
+        container_make a own redis "$address" || return 1
+    mkdir "$shared/own/rootfs/data" || return 1
+    mv "$shared/own" "$(lab root a)/srv/local/own" || return 1
+    container_run a own ferry /srv/local/own || return 1
+    wait_until 30 answers client "$address" 6379
+}
+check "redis starts with its files on a's own disk" start_own
+check "$KEYS keys are written there" redis_fill
+# shellcheck disable=SC2046
+loaded $(benchmark "$requests")
+check "redis-benchmark holds 50 connections again" wait_until 10 connected 50
+check "redis moves with its files under redis-benchmark" move own
+check "and back with them" move own
+check "and once more with them" move own
+check "redis-benchmark ends well again" load_ends
+check "with no error again" says_not 'error|refused|reset|closed|could not'
+check "its append-only file is whole" on "$from" \
+    sh -c 'redis-check-aof /srv/local/own/rootfs/data/appendonlydir/appendonly.aof.manifest </dev/null'
+# Everything is forgotten and read from the file again.
+check "and redis loads it" test "$(redis DEBUG LOADAOF)" = OK
+check "all keys are there out of the file" redis_compare
+check "redis ends again" stop own
+
 # -- nginx: read-only root, tmpfs, pages on shared storage; keep-alive connections
 page_is_whole() { # FILE: what the server sends is what lies on the storage
     # shellcheck disable=SC2016

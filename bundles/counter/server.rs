@@ -8,16 +8,21 @@
 //!
 //! One thread and one epoll serve everything; `--threads` adds threads that
 //! only keep rewriting and checking memory of their own, so that a migration
-//! has more than one thread to carry.
+//! has more than one thread to carry, and `--files` one that keeps changing
+//! files and checks them against what it remembers.
 #[path = "../common/mod.rs"]
 mod common;
 mod connection;
+mod files;
 mod threads;
 
 use std::io::{self, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::ops::Range;
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
@@ -30,6 +35,7 @@ use nix::sys::socket::{Backlog, listen};
 use common::pages::{Content, Memory, PAGE, SplitMix};
 use common::wire::{Answer, Count, Op, Request, Stats, Verdict};
 use connection::Connection;
+use files::Files;
 use threads::Threads;
 
 /// Answer counts over TCP from memory that a formula foretells.
@@ -56,6 +62,12 @@ struct Options {
     /// Run so many more threads, each rewriting and checking memory of its own
     #[arg(long, default_value_t = 0)]
     threads: u64,
+    /// Keep changing and checking files in this directory
+    #[arg(long, value_name = "DIR")]
+    files: Option<PathBuf>,
+    /// How large the largest of them is
+    #[arg(long, default_value = "4M", value_parser = common::units::size, value_name = "SIZE")]
+    files_size: u64,
     /// Write a numbered line to stdout every second
     #[arg(long)]
     log_to_stdout: bool,
@@ -115,6 +127,7 @@ struct Server {
     verifying: Vec<Verifying>,
     dirtier: Option<Dirtier>,
     threads: Threads,
+    files: Option<Arc<Files>>,
     log: Option<Log>,
 }
 
@@ -139,6 +152,10 @@ impl Server {
             verifying: Vec::new(),
             dirtier: (options.dirty > 0).then(|| Dirtier::new(options.dirty, 0..hot)),
             threads: Threads::start(options.threads, options.seed),
+            files: match &options.files {
+                Some(dir) => Some(Files::start(dir, options.files_size, options.seed)?),
+                None => None,
+            },
             log: options.log_to_stdout.then(Log::new),
         };
         server.watch(&server.listener, LISTENER)?;
@@ -286,7 +303,7 @@ impl Server {
             connections: 1 + self.connections.iter().flatten().count() as u64,
             accepted: self.accepted,
             threads: self.threads.count,
-            beats: self.threads.beats(),
+            beats: self.threads.beats() + self.files.as_ref().map_or(0, |f| f.beats.load(Relaxed)),
         }
     }
 
@@ -303,7 +320,8 @@ impl Server {
             pages: self.memory.len() as u64,
             bad_pages: work.bad_pages,
             bad_table: u64::from(!self.memory.table_is_whole()),
-            bad_in_threads: self.threads.bad_pages(),
+            bad_in_threads: self.threads.bad_pages()
+                + self.files.as_ref().map_or(0, |f| f.bad.load(Relaxed)),
         };
         let Some(mut connection) = self.connections[work.slot].take() else { return Ok(()) };
         connection.send(&Answer { to: work.request, body: verdict.body() }.encode());

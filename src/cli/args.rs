@@ -14,6 +14,7 @@ use crate::memory::converge::Goal;
 use crate::memory::rounds::Tracking;
 use crate::migration::away;
 use crate::migration::carry::Wishes;
+use crate::migration::protocol::How;
 use crate::report::log::{ErrorLog, Format};
 use crate::transport::codec::{Codec, Wish};
 
@@ -140,6 +141,12 @@ pub struct MigrateArgs {
     /// A socket on the other host that receives the container's terminal
     #[arg(long, value_name = "PATH")]
     pub console_socket: Option<PathBuf>,
+    /// What becomes of its files.
+    #[command(flatten)]
+    pub files: FilesArgs,
+    /// What is done here with the files that were copied, once it runs there
+    #[arg(long, value_name = "HOW", default_value = "keep")]
+    pub source_files: SourceFiles,
     /// How its memory is to go.
     #[command(flatten)]
     pub memory: MemoryArgs,
@@ -161,6 +168,66 @@ pub struct MigrateArgs {
     /// Afterwards let the ID be used again here: whoever restarts it makes a second copy
     #[arg(long, overrides_with = "leave_mark")]
     pub no_mark: bool,
+}
+
+/// What becomes of the container's files.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
+pub struct FilesArgs {
+    /// The root file system: whatever turns out (auto), there without a proof (shared), or copied
+    /// while the container runs unless both hosts see it (copy, and auto)
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub rootfs: FilesHow,
+    /// The same for what is bound to a place in the container: /data=copy. By itself nothing of
+    /// that is copied, as others may use it. May be given several times
+    #[arg(long, value_name = "PLACE=HOW", value_parser = volume)]
+    pub volume: Vec<(PathBuf, FilesHow)>,
+}
+
+/// `--rootfs`, `--volume`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum FilesHow {
+    /// As it turns out.
+    #[default]
+    Auto,
+    /// It is there.
+    Shared,
+    /// Copied unless shared.
+    Copy,
+}
+
+/// `--source-files`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SourceFiles {
+    /// They stay.
+    Keep,
+    /// They go.
+    Remove,
+}
+
+impl FilesHow {
+    /// In the migration's own terms.
+    pub fn wish(self) -> How {
+        match self {
+            FilesHow::Auto => How::Auto,
+            FilesHow::Shared => How::Shared,
+            FilesHow::Copy => How::Copy,
+        }
+    }
+}
+
+impl FilesArgs {
+    /// In the migration's own terms.
+    pub fn volumes(&self) -> Vec<(PathBuf, How)> {
+        self.volume.iter().map(|(place, how)| (place.clone(), how.wish())).collect()
+    }
+}
+
+fn volume(text: &str) -> Result<(PathBuf, FilesHow), String> {
+    let (place, how) = text.rsplit_once('=').ok_or("as in /data=copy")?;
+    if !place.starts_with('/') {
+        return Err("the place in the container begins with /".into());
+    }
+    Ok((place.into(), FilesHow::from_str(how, false)?))
 }
 
 /// How memory is to go.
@@ -328,6 +395,9 @@ pub struct CheckArgs {
     /// The bundle's directory on the other host [default: the same path as here]
     #[arg(long, value_name = "DIR")]
     pub bundle: Option<PathBuf>,
+    /// What would become of its files.
+    #[command(flatten)]
+    pub files: FilesArgs,
     /// How its network would be made there, as in `ferry migrate`
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = network)]
     pub network: Network,

@@ -11,6 +11,7 @@ use serde_json::json;
 
 use super::args::{
     CheckArgs, Globals, MigrateArgs, MigrationsArgs, Network, ReceiveArgs, RemoteArgs, ResolveArgs,
+    SourceFiles,
 };
 use super::destination::{Destination, Listen};
 use super::runtime::{Config, Runtime as Found};
@@ -83,12 +84,15 @@ pub fn migrate(globals: &Globals, args: &MigrateArgs) -> Result<(), Failed> {
             root: globals.root.clone(),
             systemd_cgroup: globals.systemd_cgroup,
             check_only: args.dry_run,
+            rootfs: args.files.rootfs.wish(),
+            volumes: args.files.volumes(),
             state_dir: Some(state_dir()?),
         },
         destination: reach(&args.destination, &args.remote)?,
         memory: args.memory.wishes(),
         timeout: args.timeout,
         leave_mark: args.mark(),
+        remove_files: args.source_files == SourceFiles::Remove,
     };
     let mut reporter = Reporter::new(args.json);
     let result = if args.dry_run {
@@ -223,6 +227,8 @@ fn check_container(
         root: globals.root.clone(),
         systemd_cgroup: globals.systemd_cgroup,
         check_only: true,
+        rootfs: args.files.rootfs.wish(),
+        volumes: args.files.volumes(),
         state_dir: Some(state_dir()?),
     };
     let Some(destination) = &args.destination else {
@@ -237,6 +243,7 @@ fn check_container(
         memory: carry::Wishes::default(),
         timeout: None,
         leave_mark: false,
+        remove_files: false,
     };
     let mut reporter = Reporter::quiet();
     let result = source::check(&runtime, &options, &mut reporter);

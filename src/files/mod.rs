@@ -1,10 +1,16 @@
-//! Root file system and volumes: what both hosts see.
+//! Root file system and volumes: what both hosts see, and what is copied.
 //!
 //! [`probe`] proves that a path on the destination is the same file system as on the source, never
-//! judging by the path; [`tmpfs`] carries the mounts that live in memory, as a [`tree`]; [`sockets`]
-//! keeps the names of unix sockets until it is known who owns them. Copying what is not shared is
-//! not built yet.
+//! judging by the path. What is not shared is copied while it is in use: [`follow`] finds what has
+//! changed since the last round, [`ops`] is how it is said, [`apply`] does the same over there, and
+//! [`place`] brings it to its place or takes it away again. [`tmpfs`] carries the mounts that live
+//! in memory, as a [`tree`]; [`sockets`] keeps the names of unix sockets until it is known who owns
+//! them.
 
+pub mod apply;
+pub mod follow;
+mod ops;
+pub mod place;
 pub mod probe;
 pub mod sockets;
 pub mod tmpfs;

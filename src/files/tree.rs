@@ -11,19 +11,19 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2};
-use nix::sys::stat::{
-    FchmodatFlags, Mode, SFlag, UtimensatFlags, fchmodat, mkdirat, mknodat, utimensat,
-};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2};
+use nix::sys::stat::{Mode, SFlag, UtimensatFlags, mkdirat, mknodat, utimensat};
 use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, LinkatFlags, Uid, Whence, fchownat, linkat, lseek, symlinkat};
 use serde::{Deserialize, Serialize};
+
+use crate::sys::process;
 
 /// Longest description of one entry: names, link targets and attributes are far below.
 const MAX_ENTRY: usize = 1 << 20;
@@ -31,23 +31,24 @@ const MAX_ENTRY: usize = 1 << 20;
 const MAX_ENTRIES: usize = 10_000_000;
 const PIECE: usize = 256 << 10;
 
+/// A file of any kind: all that there is to say about it but its contents.
 #[derive(Debug, Serialize, Deserialize)]
-struct Entry {
+pub(super) struct Entry {
     /// Relative to the root; empty for the root itself.
-    path: Vec<u8>,
-    kind: Kind,
-    mode: u32,
-    uid: u32,
-    gid: u32,
+    pub(super) path: Vec<u8>,
+    pub(super) kind: Kind,
+    pub(super) mode: u32,
+    pub(super) uid: u32,
+    pub(super) gid: u32,
     /// Seconds and nanoseconds.
-    mtime: (i64, i64),
+    pub(super) mtime: (i64, i64),
     /// Name and value.
-    attributes: Vec<(Vec<u8>, Vec<u8>)>,
+    pub(super) attributes: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-enum Kind {
+pub(super) enum Kind {
     Directory,
     /// Size, and where there is data: offset and length.
     File(u64, Vec<(u64, u64)>),
@@ -57,6 +58,44 @@ enum Kind {
     Fifo,
     /// Another name of an entry that came before.
     Link(Vec<u8>),
+    /// A name that a socket was bound to.
+    Socket,
+}
+
+impl Kind {
+    /// The part of its mode that says what it is. inode(7)
+    fn format(&self) -> u32 {
+        match self {
+            Kind::Directory => libc::S_IFDIR,
+            Kind::File(..) | Kind::Link(_) => libc::S_IFREG,
+            Kind::Symlink(_) => libc::S_IFLNK,
+            Kind::Character(_) => libc::S_IFCHR,
+            Kind::Block(_) => libc::S_IFBLK,
+            Kind::Fifo => libc::S_IFIFO,
+            Kind::Socket => libc::S_IFSOCK,
+        }
+    }
+}
+
+impl Entry {
+    /// What there is to say of a file with these metadata, at `full`; `mounted` if something else
+    /// is mounted there: what lies beneath cannot be seen by anybody.
+    pub(super) fn of(
+        path: Vec<u8>,
+        kind: Kind,
+        meta: &Metadata,
+        full: &Path,
+        mounted: bool,
+    ) -> Result<Entry> {
+        let (mode, uid, gid) = match (mounted, meta.is_dir()) {
+            (false, _) => (meta.mode() & 0o7777, meta.uid(), meta.gid()),
+            (true, true) => (0o755, 0, 0),
+            (true, false) => (0o644, 0, 0),
+        };
+        let attributes = if mounted { Vec::new() } else { attributes(full)? };
+        let mtime = (meta.mtime(), meta.mtime_nsec());
+        Ok(Entry { path, kind, mode, uid, gid, mtime, attributes })
+    }
 }
 
 /// Writes a tree.
@@ -113,14 +152,7 @@ impl<W: Write> Packer<'_, W> {
         if meta.nlink() > 1 && !kind.is_dir() {
             self.links.entry(meta.ino()).or_insert_with(|| name.clone());
         }
-        let (mode, uid, gid) = match (mounted, kind.is_dir()) {
-            (false, _) => (meta.mode() & 0o7777, meta.uid(), meta.gid()),
-            (true, true) => (0o755, 0, 0),
-            (true, false) => (0o644, 0, 0),
-        };
-        let attributes = if mounted { Vec::new() } else { attributes(&full).with_context(what)? };
-        let mtime = (meta.mtime(), meta.mtime_nsec());
-        let entry = Entry { path: name, kind: described, mode, uid, gid, mtime, attributes };
+        let entry = Entry::of(name, described, meta, &full, mounted).with_context(what)?;
         let json = serde_json::to_vec(&entry)?;
         if json.len() > MAX_ENTRY {
             bail!("{}: too much to say about it", full.display());
@@ -145,7 +177,7 @@ impl<W: Write> Packer<'_, W> {
 }
 
 /// Where a file has data. lseek(2), `SEEK_DATA`.
-fn extents(file: &File, size: u64) -> Result<Vec<(u64, u64)>> {
+pub(super) fn extents(file: &File, size: u64) -> Result<Vec<(u64, u64)>> {
     let mut found = Vec::new();
     let mut at = 0;
     while at < size {
@@ -154,7 +186,15 @@ fn extents(file: &File, size: u64) -> Result<Vec<(u64, u64)>> {
             Err(nix::errno::Errno::ENXIO) => break,
             Err(e) => return Err(e.into()),
         };
-        let end = (lseek(file, start as i64, Whence::SeekHole)? as u64).min(size);
+        // It may grow and shrink while it is looked at.
+        let end = match lseek(file, start as i64, Whence::SeekHole) {
+            Ok(end) => (end as u64).min(size),
+            Err(nix::errno::Errno::ENXIO) => break,
+            Err(e) => return Err(e.into()),
+        };
+        if end <= start {
+            break;
+        }
         found.push((start, end - start));
         at = end;
     }
@@ -230,7 +270,7 @@ pub fn unpack(root: &Path, input: &mut impl Read) -> Result<()> {
 
 /// The directory that an entry lies in, and its name there. Only plain names below the root, and
 /// no symbolic link on the way: openat2(2).
-fn place(root: &File, path: &[u8]) -> Result<(OwnedFd, PathBuf)> {
+pub(super) fn place(root: &File, path: &[u8]) -> Result<(OwnedFd, PathBuf)> {
     let path = Path::new(OsStr::from_bytes(path));
     let plain = path.components().all(|c| matches!(c, Component::Normal(_)));
     let (Some(name), true) = (path.file_name(), plain) else { bail!("not a plain path") };
@@ -252,16 +292,9 @@ fn make(root: &File, entry: &Entry, input: &mut impl Read) -> Result<()> {
         return describe(root.as_fd(), Path::new("."), entry);
     }
     let (parent, name) = place(root, &entry.path)?;
-    let private = Mode::from_bits_truncate(0o700);
     match &entry.kind {
-        Kind::Directory => mkdirat(&parent, &name, private)?,
         Kind::File(size, extents) => {
-            let flags = OFlag::O_WRONLY
-                | OFlag::O_CREAT
-                | OFlag::O_EXCL
-                | OFlag::O_NOFOLLOW
-                | OFlag::O_CLOEXEC;
-            let file = File::from(openat(&parent, &name, flags, private)?);
+            let file = create(parent.as_fd(), &name)?;
             file.set_len(*size)?;
             let mut buffer = vec![0; PIECE];
             for &(offset, length) in extents {
@@ -277,33 +310,73 @@ fn make(root: &File, entry: &Entry, input: &mut impl Read) -> Result<()> {
                 }
             }
         }
-        Kind::Symlink(target) => symlinkat(OsStr::from_bytes(target), &parent, &name)?,
-        Kind::Character(device) => mknodat(&parent, &name, SFlag::S_IFCHR, private, *device)?,
-        Kind::Block(device) => mknodat(&parent, &name, SFlag::S_IFBLK, private, *device)?,
-        Kind::Fifo => mknodat(&parent, &name, SFlag::S_IFIFO, private, 0)?,
-        Kind::Link(first) => {
-            let (directory, old) = place(root, first)?;
-            linkat(&directory, &old, &parent, &name, LinkatFlags::empty())?;
-            return Ok(());
-        }
+        Kind::Link(first) => return link(root, first, parent.as_fd(), &name),
+        _ => make_node(parent.as_fd(), &name, entry)?,
     }
     describe(parent.as_fd(), &name, entry)
 }
 
-/// Owner, mode, attributes, time. In this order: a change of owner clears setuid bits and
-/// capabilities.
-fn describe(parent: BorrowedFd, name: &Path, entry: &Entry) -> Result<()> {
+/// A new, empty file for nobody but us.
+pub(super) fn create(parent: BorrowedFd, name: &Path) -> Result<File> {
+    let flags =
+        OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    Ok(File::from(openat(parent, name, flags, Mode::from_bits_truncate(0o700))?))
+}
+
+/// Another name for what `first` names below the root.
+pub(super) fn link(root: &File, first: &[u8], parent: BorrowedFd, name: &Path) -> Result<()> {
+    let (directory, old) = place(root, first)?;
+    Ok(linkat(&directory, &old, parent, name, LinkatFlags::empty())?)
+}
+
+/// Makes what is neither a regular file nor another name of something.
+pub(super) fn make_node(parent: BorrowedFd, name: &Path, entry: &Entry) -> Result<()> {
+    let private = Mode::from_bits_truncate(0o700);
+    match &entry.kind {
+        Kind::Directory => mkdirat(parent, name, private)?,
+        Kind::Symlink(target) => symlinkat(OsStr::from_bytes(target), parent, name)?,
+        Kind::Character(device) => mknodat(parent, name, SFlag::S_IFCHR, private, *device)?,
+        Kind::Block(device) => mknodat(parent, name, SFlag::S_IFBLK, private, *device)?,
+        Kind::Fifo => mknodat(parent, name, SFlag::S_IFIFO, private, 0)?,
+        Kind::Socket => mknodat(parent, name, SFlag::S_IFSOCK, private, 0)?,
+        Kind::File(..) | Kind::Link(_) => bail!("a file where none is meant"),
+    }
+    Ok(())
+}
+
+/// Owner, attributes, mode, time. In this order: a change of owner clears setuid bits and
+/// capabilities, and an ACL that is taken away may have stood in for the mode.
+///
+/// By a descriptor of the thing itself: where others may write to the directory, its name may lead
+/// elsewhere by now.
+pub(super) fn describe(parent: BorrowedFd, name: &Path, entry: &Entry) -> Result<()> {
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let thing = openat(parent, name, flags, Mode::empty())?;
+    let meta = fs::metadata(process::path_of(&thing));
+    let is_link = matches!(entry.kind, Kind::Symlink(_));
+    // Of a symbolic link the path of the descriptor leads on, perhaps to nowhere.
+    let found = if is_link { File::from(thing.try_clone()?).metadata()? } else { meta? };
+    if found.mode() & libc::S_IFMT != entry.kind.format() {
+        bail!("somebody has put something else in its place");
+    }
     let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
-    fchownat(parent, name, Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW)?;
-    if !matches!(entry.kind, Kind::Symlink(_)) {
-        let mode = Mode::from_bits_truncate(entry.mode);
-        fchmodat(parent, name, mode, FchmodatFlags::FollowSymlink)?;
-        let path = Path::new("/proc/self/fd").join(parent.as_raw_fd().to_string()).join(name);
-        for (attribute, value) in &entry.attributes {
-            xattr::set(&path, OsStr::from_bytes(attribute), value)?;
+    fchownat(&thing, "", Some(uid), Some(gid), AtFlags::AT_EMPTY_PATH)?;
+    if is_link {
+        return set_time(parent, name, entry);
+    }
+    let path = process::path_of(&thing);
+    // From before, or inherited from a directory with a default ACL: acl(5).
+    for there in xattr::list_deref(&path).map(Iterator::collect::<Vec<_>>).unwrap_or_default() {
+        if !entry.attributes.iter().any(|(n, _)| OsStr::from_bytes(n) == there) {
+            xattr::remove_deref(&path, &there)?;
         }
     }
-    set_time(parent, name, entry)
+    for (attribute, value) in &entry.attributes {
+        xattr::set_deref(&path, OsStr::from_bytes(attribute), value)?;
+    }
+    fs::set_permissions(&path, fs::Permissions::from_mode(entry.mode & 0o7777))?;
+    let time = TimeSpec::new(entry.mtime.0, entry.mtime.1);
+    Ok(utimensat(AT_FDCWD, &path, &time, &time, UtimensatFlags::FollowSymlink)?)
 }
 
 fn times(root: &File, entry: &Entry) -> Result<()> {
@@ -314,7 +387,7 @@ fn times(root: &File, entry: &Entry) -> Result<()> {
     set_time(parent.as_fd(), &name, entry)
 }
 
-fn set_time(parent: BorrowedFd, name: &Path, entry: &Entry) -> Result<()> {
+pub(super) fn set_time(parent: BorrowedFd, name: &Path, entry: &Entry) -> Result<()> {
     let time = TimeSpec::new(entry.mtime.0, entry.mtime.1);
     Ok(utimensat(parent, name, &time, &time, UtimensatFlags::NoFollowSymlink)?)
 }
@@ -345,8 +418,7 @@ mod tests {
         nix::unistd::mkfifo(&a.join("fifo"), Mode::from_bits_truncate(0o620)).unwrap();
         fs::set_permissions(a.join("d/plain"), fs::Permissions::from_mode(0o4755)).unwrap();
         let old = TimeSpec::new(1_000_000_000, 123_456_789);
-        utimensat(nix::fcntl::AT_FDCWD, &a.join("d"), &old, &old, UtimensatFlags::NoFollowSymlink)
-            .unwrap();
+        utimensat(AT_FDCWD, &a.join("d"), &old, &old, UtimensatFlags::NoFollowSymlink).unwrap();
         copy(a, b).unwrap();
         assert_eq!(fs::read(b.join("d/plain")).unwrap(), b"hello");
         assert_eq!(fs::read(b.join(odd)).unwrap(), vec![7; 600_000]);

@@ -8,11 +8,13 @@ use anyhow::{Result, anyhow, bail};
 
 use super::carry::{self, MemoryEvent};
 use super::dump::DumpEvent;
+use super::haul::HaulEvent;
 use super::host;
 use super::inspect::{Subject, Wishes, inspect};
 use super::protocol::Message;
 use super::talk::{self, Heard, Speaker};
 use super::watch::Watch;
+use crate::files::follow;
 use crate::network::problem::Problem;
 use crate::oci::runtime::Runtime;
 use crate::report::exit::Failed;
@@ -43,6 +45,8 @@ pub struct Options {
     pub timeout: Option<Duration>,
     /// Leave the away-mark afterwards.
     pub leave_mark: bool,
+    /// Remove what was copied, once it runs there.
+    pub remove_files: bool,
 }
 
 /// Something that happened.
@@ -51,6 +55,7 @@ pub(super) enum Input {
     Heard(Heard),
     Dump(DumpEvent),
     Memory(MemoryEvent),
+    Files(HaulEvent),
     /// An echo on a further link, by its number, or its end.
     Lane(usize, Option<u64>),
     Signal(i32),
@@ -146,6 +151,7 @@ impl Inputs {
             Input::Lane(_, None) if !self.committed => bail!("a further link broke"),
             Input::Dump(DumpEvent::Ended(Err(e))) => Err(e),
             Input::Memory(MemoryEvent::Failed(e)) => bail!("sending memory: {e}"),
+            Input::Files(HaulEvent::Failed(e)) => bail!("sending files: {e}"),
             input => Ok(input),
         }
     }
@@ -264,8 +270,8 @@ pub(super) fn ask(
         speaker.say(&Message::Plan(Box::new(subject.plan.clone())))?;
         loop {
             match inputs.next()? {
-                Input::Heard(Heard::Message(Message::Accept { warnings, shared })) => {
-                    return Ok(Ok((warnings, shared)));
+                Input::Heard(Heard::Message(Message::Accept { warnings, shared, copies })) => {
+                    return Ok(Ok((warnings, shared, copies)));
                 }
                 Input::Heard(Heard::Message(Message::Refuse { problems })) => {
                     return Ok(Err(problems));
@@ -275,6 +281,15 @@ pub(super) fn ask(
         }
     })();
     subject.probes.clear();
+    let answer = match answer {
+        Ok(Ok((warnings, shared, copies))) if !copies.is_empty() => {
+            announce(&mut subject, &speaker, &mut inputs, &copies, reporter)
+                .map(|refused| refused.map_or(Ok((warnings, shared)), Err))
+        }
+        Ok(Ok((warnings, shared, _))) => Ok(Ok((warnings, shared))),
+        Ok(Err(problems)) => Ok(Err(problems)),
+        Err(e) => Err(e),
+    };
     match answer {
         Ok(Ok((warnings, shared))) => {
             // What both hosts see need not be sent, nor what two streams share a second time.
@@ -296,6 +311,40 @@ pub(super) fn ask(
         Err(e) => {
             closer.close();
             Err(Failed::refused(e))
+        }
+    }
+}
+
+/// Tells the destination how much there is to copy; what stands in the way of that.
+fn announce(
+    subject: &mut Subject,
+    speaker: &Speaker,
+    inputs: &mut Inputs,
+    copies: &[usize],
+    reporter: &mut Reporter,
+) -> Result<Option<Vec<Problem>>> {
+    let mut sizes = Vec::new();
+    for number in copies {
+        let probe = subject.plan.probes.get(*number);
+        let probe = probe.ok_or_else(|| anyhow!("the destination wants what is not there"))?;
+        let path = probe.place.path(&subject.bundle);
+        let path = path.ok_or_else(|| anyhow!("config.json does not have {}", probe.what))?;
+        let size = follow::measure(&path)?;
+        let words =
+            format!("{}: copied, {} MiB, {} files", probe.what, size.bytes >> 20, size.entries);
+        reporter.phase("files", &words);
+        subject.copies.push(path);
+        sizes.push(size);
+        inputs.again();
+    }
+    speaker.say(&Message::Trees { sizes })?;
+    loop {
+        match inputs.next()? {
+            Input::Heard(Heard::Message(Message::Room)) => return Ok(None),
+            Input::Heard(Heard::Message(Message::Refuse { problems })) => {
+                return Ok(Some(problems));
+            }
+            _ => {}
         }
     }
 }

@@ -369,11 +369,12 @@ impl Carrier {
                 // Number 0 is a sign of life that somebody else asked for.
                 Some(Order::Echoed(_, number)) if number > 0 => window.echoed(Instant::now()),
                 Some(Order::Want(vpid, at, pages)) => {
+                    window.wanted(Instant::now());
                     since_echo += self.send_wanted(&mut rest, vpid, at, pages)?;
                 }
                 Some(_) => {}
                 None => {
-                    if let Some((vpid, page, pages)) = rest.first(PIECE) {
+                    if let Some((vpid, page, pages)) = rest.first(window.piece(Instant::now())) {
                         since_echo += self.send(&rest, vpid, page, pages)?;
                     }
                 }
@@ -437,8 +438,6 @@ fn random_seed() -> u64 {
 
 /// How long a container may take to stand still for a moment.
 const STILL: Duration = Duration::from_secs(2);
-/// Pages sent at a time in the background: what a wanted page may have to wait for.
-const PIECE: u64 = 64;
 /// Puts pages on the links.
 struct PageSender {
     main: Packer,

@@ -4,8 +4,9 @@
 use std::path::{Path, PathBuf};
 
 use super::away::AwayMark;
-use super::protocol::{Place, Plan};
+use super::protocol::{How, Place, Plan, Probe};
 use super::{host, workdir};
+use crate::files::follow::Size;
 use crate::files::probe;
 use crate::network::problem::Problem;
 use crate::network::{self, Placement};
@@ -19,8 +20,23 @@ const RESERVE: u64 = 64 << 20;
 /// For image files without contents of memory or tmpfs mounts, and for the journal.
 const IMAGES: u64 = 16 << 20;
 
-/// Everything that stands in the way on this host, and warnings.
-pub fn problems(plan: &Plan, runtime: &Runtime) -> Vec<Problem> {
+/// What was found.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// Everything that stands in the way on this host, and warnings.
+    pub problems: Vec<Problem>,
+    /// The probes, by number, of what has to be copied.
+    pub copies: Vec<usize>,
+}
+
+/// Looks at this host.
+pub fn look(plan: &Plan, runtime: &Runtime) -> Found {
+    let mut copies = Vec::new();
+    let problems = problems(plan, runtime, &mut copies);
+    Found { problems, copies }
+}
+
+fn problems(plan: &Plan, runtime: &Runtime, copies: &mut Vec<usize>) -> Vec<Problem> {
     let networked = plan.network.is_some() && plan.placement != "none";
     // Beside the rest, as both take their time in the kernel.
     let mut found = std::thread::scope(|scope| {
@@ -47,7 +63,7 @@ pub fn problems(plan: &Plan, runtime: &Runtime) -> Vec<Problem> {
                 .hint("install runc there, or name another with --ferry-runtime or in its config"),
         ),
     }
-    bundle(plan, &mut found);
+    *copies = bundle(plan, &mut found);
     tracing::debug!("{} MiB of memory will be taken in at most", staging_bytes(plan) >> 20);
     room(plan, &mut found);
     if let (Some(image), Some(path)) = (&plan.network, &plan.network_path) {
@@ -116,17 +132,38 @@ fn machine(plan: &Plan, found: &mut Vec<Problem>) {
     }
 }
 
-fn bundle(plan: &Plan, found: &mut Vec<Problem>) {
-    let here = match Bundle::load(&plan.bundle) {
+/// The bundle as it is here, or as it will be.
+///
+/// # Errors
+/// When something that is no bundle is in its place.
+pub fn bundle_here(plan: &Plan) -> anyhow::Result<(Bundle, bool)> {
+    let there = plan.bundle.join("config.json").exists();
+    Ok(match there {
+        true => (Bundle::load(&plan.bundle)?, true),
+        false => (Bundle { path: plan.bundle.clone(), config: plan.config.clone() }, false),
+    })
+}
+
+/// Compares the bundle and what belongs to it; what has to be copied.
+fn bundle(plan: &Plan, found: &mut Vec<Problem>) -> Vec<usize> {
+    let root = plan.probes.iter().find(|p| p.place == Place::Rootfs);
+    let (here, there) = match bundle_here(plan) {
         Ok(bundle) => bundle,
         Err(e) => {
-            found.push(
-                Problem::new("the bundle is missing on the destination", format!("{e:#}"))
-                    .hint("put it on storage that both hosts see, or name its place with --bundle"),
-            );
-            return;
+            found.push(Problem::new("the bundle on the destination is none", format!("{e:#}")));
+            return Vec::new();
         }
     };
+    if !there && root.is_some_and(|r| r.wish == How::Shared) {
+        found.push(
+            Problem::new(
+                "the bundle is missing on the destination",
+                format!("no {} there", plan.bundle.join("config.json").display()),
+            )
+            .hint("put it on storage that both hosts see, or name its place with --bundle"),
+        );
+        return Vec::new();
+    }
     if here.config != plan.config {
         let empty = serde_json::Map::new();
         let (a, b) =
@@ -146,29 +183,93 @@ fn bundle(plan: &Plan, found: &mut Vec<Problem>) {
             )
             .hint("copy the source's config.json over"),
         );
-        return;
+        return Vec::new();
     }
-    for probe in &plan.probes {
-        let path: Option<PathBuf> = match &probe.place {
-            Place::Rootfs => here.rootfs().ok(),
-            Place::Mount(destination) => here
-                .bind_mounts()
-                .into_iter()
-                .find(|m| m.destination == *destination)
-                .map(|m| m.source),
-        };
-        let result = match &path {
-            Some(path) => probe::verify(path, &probe.proof),
-            None => Err(anyhow::anyhow!("config.json here does not have it")),
-        };
-        tracing::debug!(?path, shared = result.is_ok(), "looked for the {}", probe.what);
-        if let Err(e) = result {
+    let mut copies: Vec<(usize, PathBuf)> = Vec::new();
+    for (number, probe) in plan.probes.iter().enumerate() {
+        match relation(probe, probe.place.path(&here).as_deref()) {
+            Ok(None) => {}
+            // Two mounts of the same directory are one copy, and so is one inside of another.
+            Ok(Some(path)) if copies.iter().any(|(_, c)| path.starts_with(c)) => {}
+            Ok(Some(path)) => {
+                copies.retain(|(_, c)| !c.starts_with(&path));
+                copies.push((number, path));
+            }
+            Err(problem) => found.push(*problem),
+        }
+    }
+    copies.sort();
+    copies.into_iter().map(|(number, _)| number).collect()
+}
+
+/// Where a copy has to be made; none if there is nothing to copy.
+fn relation(probe: &Probe, path: Option<&Path>) -> Result<Option<PathBuf>, Box<Problem>> {
+    let result = match path {
+        Some(path) => probe::verify(path, &probe.proof),
+        None => Err(anyhow::anyhow!("config.json here does not have it")),
+    };
+    tracing::debug!(?path, shared = result.is_ok(), "looked for the {}", probe.what);
+    let Err(e) = result else { return Ok(None) };
+    let not_shared = || Problem::new(format!("the {} is not shared", probe.what), format!("{e:#}"));
+    let Some(path) = path else { return Err(Box::new(not_shared())) };
+    if let (Ok(here), Some(Ok(above))) = (path.metadata(), path.parent().map(Path::metadata))
+        && probe.wish != How::Shared
+        && std::os::unix::fs::MetadataExt::dev(&here) != std::os::unix::fs::MetadataExt::dev(&above)
+    {
+        return Err(Box::new(not_shared().hint(format!(
+            "something is mounted at {} there: a copy cannot take its place",
+            path.display()
+        ))));
+    }
+    match probe.wish {
+        How::Shared if path.exists() => Ok(None),
+        How::Shared => Err(Box::new(not_shared())),
+        How::Auto | How::Copy if !probe.directory => Err(Box::new(not_shared().hint(
+            "a single file is not copied: put it on storage that both hosts see, or, if it is \
+             read-only, the same contents in its place there",
+        ))),
+        How::Auto | How::Copy => match (&probe.place, probe.wish) {
+            (Place::Mount(place), How::Auto) => Err(Box::new(not_shared().hint(format!(
+                "others than the container may use it: --volume {}=copy takes a copy along",
+                place.display()
+            )))),
+            _ => Ok(Some(path.to_owned())),
+        },
+    }
+}
+
+/// Whether the copies find room, each where it is to be.
+///
+/// # Errors
+/// Says where they do not.
+pub fn room_for(plan: &Plan, copies: &[usize], sizes: &[Size]) -> anyhow::Result<Vec<Problem>> {
+    let (here, _) = bundle_here(plan)?;
+    let mut found = Vec::new();
+    let mut wanted: Vec<((u64, PathBuf), u64)> = Vec::new();
+    for (number, size) in copies.iter().zip(sizes) {
+        let Some(path) = plan.probes[*number].place.path(&here) else { continue };
+        let at = path.ancestors().skip(1).find(|p| p.exists()).unwrap_or(Path::new("/"));
+        let device = std::os::unix::fs::MetadataExt::dev(&std::fs::metadata(at)?);
+        match wanted.iter_mut().find(|w| w.0.0 == device) {
+            Some(one) => one.1 = one.1.saturating_add(size.bytes),
+            None => wanted.push(((device, at.to_owned()), size.bytes)),
+        }
+    }
+    for ((_, at), bytes) in wanted {
+        // It may grow, and whoever else writes there must not be left without room.
+        let needed = bytes.saturating_add(bytes / 20).saturating_add(RESERVE);
+        let free = tmpfs::free_bytes(&at)?;
+        if free < needed {
             found.push(
-                Problem::new(format!("the {} is not shared", probe.what), format!("{e:#}"))
-                    .hint("put it on storage that both hosts see; copying it is not built yet"),
+                Problem::new(
+                    format!("{} has no room for the copy on the destination", at.display()),
+                    format!("{} MiB are free, {} MiB are needed", free >> 20, needed >> 20),
+                )
+                .hint("free some there, or name another place with --bundle"),
             );
         }
     }
+    Ok(found)
 }
 
 fn room(plan: &Plan, found: &mut Vec<Problem>) {

@@ -8,6 +8,7 @@ use std::path::Path;
 use nix::sys::stat::{major, minor};
 
 use crate::network::problem::Problem;
+use crate::sys::process;
 
 /// How `/proc/PID/fd` shows an io_uring. io_uring(7)
 const IO_URING: &str = "anon_inode:[io_uring]";
@@ -38,7 +39,7 @@ fn problem(
     metadata: impl FnOnce() -> Option<Metadata>,
 ) -> Option<Problem> {
     let who = || {
-        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        let name = process::proc_text(pid, "comm").unwrap_or_default();
         format!("process {pid} ({})", name.trim())
     };
     if target == Path::new(IO_URING) {

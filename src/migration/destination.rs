@@ -27,7 +27,7 @@ use super::arrival::Arrival;
 use super::guards::PageGuard;
 use super::intake::{self, Backlog, Current, Stage};
 use super::journal::{self, Journal, Lock, Record, Role, State};
-use super::parcels::Images;
+use super::parcels::{Images, STREAM};
 use super::protocol::{self, MAX_TASKS, Message, Plan, Standing, Verdict};
 use super::restore::{Go, RestoreEvent, RestoreJob, RestorePlan};
 use super::settle::{self, Call};
@@ -37,6 +37,9 @@ use super::workdir::WorkDir;
 use super::{checks, host, recover, workdir};
 use crate::criu::images;
 use crate::criu::interposer::Interposer;
+use crate::files::apply::{Applied, Applying};
+use crate::files::follow::Size;
+use crate::files::place::Placing;
 use crate::files::tmpfs::{Mounted, Tmpfs};
 use crate::files::tree;
 use crate::memory::serve::{Ended, Served, Server};
@@ -63,6 +66,10 @@ enum Input {
     Restore(RestoreEvent),
     Call(Call),
     Pages(Ended),
+    /// From whoever makes copies of trees.
+    Files(Applied),
+    /// The copies are on the disk.
+    Synced,
     /// A task waits for pages that are on the source.
     Want(i32, u64, usize),
     /// A further link has ended.
@@ -131,6 +138,7 @@ fn judge(input: Input) -> Result<Input> {
         // Whoever asks learns from the journal when everything is undone.
         Input::Call(Call::Verdict(Some(Verdict::Abort), _)) => bail!("the source has given up"),
         Input::LaneEnded(why) => bail!("a further link to the source broke: {why}"),
+        Input::Files(Applied::Failed(why)) => bail!("taking files in: {why}"),
         Input::Restore(RestoreEvent::Ended(Err(e))) => Err(e),
         Input::Restore(RestoreEvent::Died) => bail!("CRIU was killed when it had restored"),
         // Nothing has run yet: closing what is held lets nobody read zeros.
@@ -193,8 +201,9 @@ fn converse(
     if !plan.check_only {
         settle::sweep(state_dir, runtime.root(), &plan.container)?;
     }
-    let (fatal, warnings): (Vec<_>, Vec<_>) =
-        checks::problems(&plan, &runtime).into_iter().partition(|p| p.fatal);
+    let found = checks::look(&plan, &runtime);
+    let copies = found.copies;
+    let (fatal, warnings): (Vec<_>, Vec<_>) = found.problems.into_iter().partition(|p| p.fatal);
     if !fatal.is_empty() {
         return speaker.say(&Message::Refuse { problems: fatal });
     }
@@ -207,7 +216,26 @@ fn converse(
     }
     // Now, as the source takes its probes away when it has our answer.
     let shared = Streams::shared(&plan.streams);
-    speaker.say(&Message::Accept { warnings, shared: shared.clone() })?;
+    let accept = Message::Accept { warnings, shared: shared.clone(), copies: copies.clone() };
+    speaker.say(&accept)?;
+    let mut announced = Vec::new();
+    if !copies.is_empty() {
+        announced = match inputs.next(SILENCE) {
+            Ok(Input::Heard(Heard::Message(Message::Trees { sizes })))
+                if sizes.len() == copies.len() =>
+            {
+                sizes
+            }
+            Ok(_) => bail!("the source does not follow the protocol"),
+            // It changed its mind: nothing was made.
+            Err(_) => return Ok(()),
+        };
+        let problems = checks::room_for(&plan, &copies, &announced)?;
+        if !problems.is_empty() {
+            return speaker.say(&Message::Refuse { problems });
+        }
+        speaker.say(&Message::Room)?;
+    }
     if plan.check_only {
         return Ok(());
     }
@@ -217,7 +245,8 @@ fn converse(
         // It changed its mind: nothing was made.
         Err(_) => return Ok(()),
     }
-    let guest = match Guest::new(*plan, &shared, runtime, state_dir, backlog.clone()) {
+    let trees: Vec<_> = copies.into_iter().zip(announced).collect();
+    let guest = match Guest::new(*plan, &shared, trees, runtime, state_dir, backlog.clone()) {
         Ok(guest) => guest,
         Err(e) => {
             let why = format!("{e:#}");
@@ -243,6 +272,10 @@ struct Guest {
     pages: Option<Ended>,
     guard: Option<PageGuard>,
     streams: Streams,
+    /// What is copied: probes by number, and what was announced of them.
+    trees: Vec<(usize, Size)>,
+    /// Whoever makes the copies.
+    applying: Option<Applying>,
     tmpfs: Option<Mounted>,
     images: Images,
     lanes: Vec<UnixStream>,
@@ -261,6 +294,7 @@ impl Guest {
     fn new(
         plan: Plan,
         shared: &[usize],
+        trees: Vec<(usize, Size)>,
         runtime: Runtime,
         state_dir: &Path,
         backlog: Backlog,
@@ -283,6 +317,8 @@ impl Guest {
             network_identity: None,
             network_ours: plan.network.is_some() && plan.placement != "keep",
             leave_mark: false,
+            placing: placing(&plan, &trees)?,
+            remove: Vec::new(),
             work: work.path().to_owned(),
             worker: journal::this_process(),
             begun: journal::unix_time(),
@@ -302,6 +338,8 @@ impl Guest {
             pages: None,
             guard: None,
             streams,
+            trees,
+            applying: None,
             tmpfs: None,
             images,
             lanes: Vec::new(),
@@ -366,7 +404,11 @@ impl Guest {
             self.tmpfs = Some(Mounted::new(&base, &self.plan.tmpfs)?);
         }
         fault::point("destination.network")?;
-        self.start_restore(tell)?;
+        if self.trees.is_empty() {
+            self.start_restore(tell)?;
+        } else {
+            self.take_files(tell)?;
+        }
         let (mut dumped, mut memory_done, mut restored) = (None, false, false);
         let mut warm = None;
         while !restored {
@@ -377,6 +419,13 @@ impl Guest {
                 }
                 Input::Heard(Heard::Frame(Frame::File(name, at, bytes))) => {
                     self.file(&name, at, &bytes)?;
+                }
+                Input::Files(Applied::Round(round)) => speaker.say(&Message::Applied { round })?,
+                Input::Heard(Heard::Message(Message::Copied)) => {
+                    fault::point("destination.copied")?;
+                    self.journal.record.placing.put()?;
+                    // The runtime looks for the root file system when it starts.
+                    self.start_restore(tell)?;
                 }
                 Input::Heard(Heard::Frame(Frame::Packet(bytes))) => self.network.keep(&bytes)?,
                 Input::Want(vpid, at, pages) => want(speaker, vpid, at, pages)?,
@@ -501,6 +550,10 @@ impl Guest {
     /// A piece of an image file, or of a log.
     fn file(&mut self, name: &str, at: u64, bytes: &[u8]) -> Result<()> {
         self.backlog.done(bytes.len());
+        if name == STREAM {
+            let applying = self.applying.as_ref();
+            return applying.ok_or_else(|| anyhow!("files that were not announced"))?.feed(bytes);
+        }
         match name.strip_prefix("stream-") {
             Some(number) => self.streams.write(number, at, bytes),
             None => self.images.write(name, at, bytes),
@@ -517,7 +570,29 @@ impl Guest {
                 .with_context(|| format!("filling the tmpfs {}", tmpfs.place))?;
         }
         self.streams.settle()?;
+        if let Some(applying) = self.applying.take() {
+            applying.finish().context("taking files in")?;
+        }
+        self.mark("restore begins");
         self.tell_restore(Go::Restore)
+    }
+
+    /// Makes the places of the trees that are copied, and whoever fills them.
+    fn take_files(&mut self, tell: &Sender<Input>) -> Result<()> {
+        self.phase = "taking files in";
+        let placing = &self.journal.record.placing;
+        let staged = placing.stage()?;
+        let (_, there) = checks::bundle_here(&self.plan)?;
+        if !there {
+            let config = serde_json::to_vec_pretty(&self.plan.config)?;
+            placing.write(&self.plan.bundle.join("config.json"), &config)?;
+        }
+        let roots: Vec<_> = staged.into_iter().zip(self.trees.iter().map(|t| t.1)).collect();
+        let tell = tell.clone();
+        // The hand-over may have ended already.
+        let told = move |applied| drop(tell.send(Input::Files(applied)));
+        self.applying = Some(Applying::start(&roots, told)?);
+        Ok(())
     }
 
     fn tmpfs_places(&self) -> impl Iterator<Item = (&Tmpfs, PathBuf)> {
@@ -621,6 +696,8 @@ impl Guest {
                 | Input::Restore(_)
                 | Input::Signal(_)
                 | Input::LaneEnded(_)
+                | Input::Files(_)
+                | Input::Synced
                 | Input::Call(Call::Link(..) | Call::Lane(..)) => {}
             }
         }
@@ -653,7 +730,9 @@ impl Guest {
         let mut brought = None;
         let (mut running, mut ended) = (false, false);
         let mut finished = false;
-        while !(running && ended && served.is_some() && (finished || !link)) {
+        // Files that were copied, on the disk.
+        let mut synced = self.trees.is_empty();
+        while !(running && ended && synced && served.is_some() && (finished || !link)) {
             match inputs.queue.recv_timeout(RESTORE_LIMIT) {
                 Ok(Input::Restore(RestoreEvent::Released(opened))) => {
                     self.network.open(opened);
@@ -677,13 +756,22 @@ impl Guest {
                         packets: self.network.replayed,
                     };
                     link &= speaker.say(&Message::Running(Box::new(arrival))).is_ok();
-                    if let Some(served) = served {
+                    if !synced {
+                        self.sync(tell);
+                    }
+                    if let Some(served) = served.filter(|_| synced) {
+                        link &= self.say_whole(&speaker, served);
+                    }
+                }
+                Ok(Input::Synced) => {
+                    synced = true;
+                    if let Some(served) = served.filter(|_| running) {
                         link &= self.say_whole(&speaker, served);
                     }
                 }
                 Ok(Input::Pages(Ended { result: Ok(all), .. })) => {
                     served = Some(all);
-                    if running {
+                    if running && synced {
                         link &= self.say_whole(&speaker, all);
                     }
                 }
@@ -710,7 +798,7 @@ impl Guest {
                     }
                     drop(brought.replace(held));
                     link = match served {
-                        Some(served) if running => self.say_whole(&speaker, served),
+                        Some(served) if running && synced => self.say_whole(&speaker, served),
                         _ => say_missing(&speaker, stage).is_ok(),
                     };
                 }
@@ -748,7 +836,7 @@ impl Guest {
                 Ok(Input::Heard(Heard::Message(Message::Finished))) => finished = true,
                 Ok(Input::Heard(Heard::Gone(_))) => link = false,
                 Ok(Input::Call(Call::Verdict(_, reply))) => {
-                    let now = match (running, served.is_some()) {
+                    let now = match (running, served.is_some() && synced) {
                         (true, true) => Standing::Running,
                         (true, false) if self.left > 0 => Standing::Partial,
                         _ => Standing::Waiting,
@@ -765,11 +853,35 @@ impl Guest {
         self.settle_in()
     }
 
+    /// Brings the copies to the disk, while the container runs.
+    fn sync(&self, tell: &Sender<Input>) {
+        let (placing, tell) = (self.journal.record.placing.clone(), tell.clone());
+        let work = move || {
+            if let Err(e) = placing.sync() {
+                // The container runs on them all the same; the journal's own disk may be another.
+                tracing::error!("what was copied may not be on the disk: {e:#}");
+            }
+            let _ = tell.send(Input::Synced);
+        };
+        // Without a thread of its own, it takes this one's time.
+        let threaded = std::thread::Builder::new().name("sync".into()).spawn(work.clone());
+        if threaded.is_err() {
+            work();
+        }
+    }
+
     /// Tells the source that what is frozen there is needed no more; whether it could be told. The
     /// journal knows it first: who asks later must not be told otherwise.
     fn say_whole(&mut self, speaker: &Speaker, served: Served) -> bool {
         self.mark("whole");
-        let _ = self.journal.note(State::Whole);
+        // The source may remove its files: what is here must outlast a loss of power by then.
+        let noted = match self.trees.is_empty() {
+            true => self.journal.note(State::Whole),
+            false => self.journal.write(State::Whole),
+        };
+        if let Err(e) = noted {
+            tracing::error!("{e:#}");
+        }
         speaker.say(&Message::Whole(served)).is_ok()
     }
 
@@ -788,14 +900,19 @@ impl Guest {
         let _ = fault::point("destination.finish");
         drop(self.tmpfs.take());
         let cleared = checks::clear_mark(&self.plan, &self.runtime, &self.state_dir);
-        self.journal.write(State::Finished)?;
+        let came_back = cleared.as_ref().is_ok_and(|was| *was);
+        let kept = recover::settle_files(&self.journal.record, came_back);
+        // What could not be done stays open, for `ferry resolve` to try again.
+        let written = kept.and_then(|()| self.journal.write(State::Finished));
         self.dismiss_guard();
-        cleared.map(|_| ())
+        written.and(cleared.map(|_| ()))
     }
 
     /// Nothing of it stays here.
     fn undo(mut self) -> Result<()> {
         let _ = fault::point("destination.undo");
+        // Nothing more is written to what is taken away.
+        drop(self.applying.take());
         // CRIU may be waiting for pages that will never come: with nobody to ask it gives up.
         drop(self.server.take());
         if let Some(job) = self.restore.take() {
@@ -808,6 +925,23 @@ impl Guest {
         self.dismiss_guard();
         undone
     }
+}
+
+/// Where copies are staged and put, and what else has to be made for them.
+fn placing(plan: &Plan, trees: &[(usize, Size)]) -> Result<Placing> {
+    if trees.is_empty() {
+        return Ok(Placing::default());
+    }
+    let (here, there) = checks::bundle_here(plan)?;
+    let mut targets = Vec::new();
+    for (number, _) in trees {
+        let probe = &plan.probes[*number];
+        let path = probe.place.path(&here);
+        let path = path.ok_or_else(|| anyhow!("config.json does not have {}", probe.what))?;
+        targets.push((path, probe.place == protocol::Place::Rootfs));
+    }
+    let config = (!there).then(|| plan.bundle.join("config.json"));
+    Placing::plan(&plan.migration, &targets, config.as_slice())
 }
 
 /// Asks the source for pages that a task waits for.

@@ -17,6 +17,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::mpsc::{Receiver, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -26,6 +27,7 @@ use rust_criu::rust_criu_protobuf::rpc::{
     Criu_network_lock_method, Criu_page_server_info, Criu_req, Ext_mount_map,
 };
 
+use super::mend::Noted;
 use super::workdir::criu_failed;
 use crate::criu::interposer::{Event, Interposer, Session};
 use crate::network::fence::{Armed, Side};
@@ -34,7 +36,7 @@ use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
 use crate::sys::fault;
 use crate::sys::netns::NetNs;
-use crate::sys::process;
+use crate::sys::{process, stopped};
 
 /// How long a container may take to stop before it is left alone.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -170,9 +172,10 @@ fn job(
     let work = File::open(&plan.work)?;
     let port = edit(&mut request, plan, images.as_raw_fd(), work.as_raw_fd())?;
     fs::write(plan.work.join("criu.pid"), session.criu_pid.to_string())?;
-    // A task in which CRIU works when it is killed does not survive it: let the kernel find another
-    // victim when memory runs out. Needs CAP_SYS_RESOURCE; proc_pid_oom_score_adj(5).
+    // A task in which CRIU works when it is killed is in danger: let the kernel find another victim
+    // when memory runs out. Needs CAP_SYS_RESOURCE; proc_pid_oom_score_adj(5).
     let _ = fs::write(format!("/proc/{}/oom_score_adj", session.criu_pid), "-1000");
+    let noted = guard_tasks(session.criu_pid, plan);
     session.send_request(&request)?;
     let result = loop {
         let event = session.next(Some(Instant::now() + STEP_TIMEOUT));
@@ -185,7 +188,7 @@ fn job(
                         continue;
                     }
                     let since = Instant::now();
-                    let done = stop(plan);
+                    let done = stop(plan, &noted);
                     session.answer(done.is_ok())?;
                     let network = done?;
                     fault::point("dump.frozen")?;
@@ -223,10 +226,33 @@ fn job(
         .map_err(|e| criu_failed("CRIU cannot dump the container", &plan.work.join("dump.log"), e))
 }
 
+/// What the tasks need to go on without CRIU, once they stand still.
+type NotedTasks = Arc<Mutex<Option<Noted>>>;
+
+/// Has the tasks stand still if CRIU is killed while it works in them, and what was noted of them
+/// written down.
+fn guard_tasks(criu: i32, plan: &DumpPlan) -> NotedTasks {
+    let noted = NotedTasks::default();
+    let (theirs, cgroup, work) = (noted.clone(), plan.cgroup.clone(), plan.work.clone());
+    let killed = move || {
+        let noted = theirs.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(noted) = &*noted
+            && cgroup.freeze(FREEZE_TIMEOUT).is_ok()
+            && let Err(e) = noted.write(&work)
+        {
+            tracing::warn!("what CRIU has left in the tasks cannot be mended: {e:#}");
+        }
+    };
+    if let Err(e) = stopped::before_death(criu, killed) {
+        tracing::debug!("CRIU's end cannot be watched: {e}");
+    }
+    noted
+}
+
 /// Stops the container, then its network: what came in before the fence has closed is in the
 /// sockets' queues, acknowledged, and goes along with them.
-fn stop(plan: &mut DumpPlan) -> Result<Option<Box<(Armed, Capture)>>> {
-    freeze(&plan.cgroup)?;
+fn stop(plan: &mut DumpPlan, noted: &NotedTasks) -> Result<Option<Box<(Armed, Capture)>>> {
+    *noted.lock().unwrap_or_else(PoisonError::into_inner) = freeze(&plan.cgroup)?;
     let mut network = plan.network.take();
     if let Some((fence, capture)) = network.as_deref_mut() {
         capture.start()?;
@@ -286,25 +312,36 @@ pub fn external_mount(key: &str, value: &str) -> Ext_mount_map {
     map
 }
 
-/// Freezes the control group so that CRIU can seize every task.
+/// Freezes the control group so that CRIU can seize every task, and notes what they need to go on.
 ///
 /// A task whose child has not yet come out of a vfork(2) sleeps uninterruptibly, counts as frozen,
 /// and cannot be seized: it is given a moment and tried again.
-fn freeze(cgroup: &Cgroup) -> Result<()> {
-    for attempt in 1.. {
+fn freeze(cgroup: &Cgroup) -> Result<Option<Noted>> {
+    let mut attempt = 1;
+    loop {
         cgroup.freeze(FREEZE_TIMEOUT)?;
-        let stuck = cgroup.processes()?.into_iter().find(|pid| {
-            matches!(cgroup, Cgroup::V2(_))
-                && fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|s| {
-                    s.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('D'))
-                })
-        });
-        let Some(pid) = stuck else { return Ok(()) };
+        let stuck = match cgroup {
+            Cgroup::V2(_) => cgroup.processes()?.into_iter().find(|pid| sleeps_deeply(*pid)),
+            // There nobody can be stopped who is frozen.
+            Cgroup::V1(_) => return Ok(None),
+        };
+        let Some(pid) = stuck else { break };
         cgroup.thaw()?;
         if attempt == FREEZE_TRIES {
             bail!("process {pid} sleeps uninterruptibly and cannot be checkpointed");
         }
+        attempt += 1;
         std::thread::yield_now();
     }
-    Ok(())
+    let began = Instant::now();
+    let noted = Noted::take(cgroup);
+    tracing::debug!("noting the tasks took {} us", began.elapsed().as_micros());
+    // Without it a CRIU that is killed can end the container; that alone is no reason to stay.
+    Ok(noted.map_err(|e| tracing::debug!("the tasks cannot be noted: {e:#}")).ok())
+}
+
+fn sleeps_deeply(pid: i32) -> bool {
+    process::proc_text(pid, "stat").is_ok_and(|s| {
+        s.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('D'))
+    })
 }

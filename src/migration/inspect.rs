@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use super::away::AwayMark;
-use super::protocol::{Place, Plan, Probe, Stream};
+use super::protocol::{How, Place, Plan, Probe, Stream};
 use super::{descriptors, host};
 use crate::files::{probe, tmpfs};
 use crate::memory::pages;
@@ -18,6 +18,7 @@ use crate::oci::bundle::Bundle;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::{Runtime, State};
 use crate::sys::netns::NetNs;
+use crate::sys::process::proc_text;
 
 /// Longest log that travels along with a container that writes to a regular file.
 pub const MAX_STREAM: u64 = 1 << 30;
@@ -36,6 +37,8 @@ pub struct Subject {
     pub plan: Plan,
     /// Keeps the probe files until the destination has looked.
     pub probes: Vec<probe::Probe>,
+    /// What has to be copied, once the destination has said so.
+    pub copies: Vec<PathBuf>,
 }
 
 /// What the user asked for, as far as the plan depends on it.
@@ -55,6 +58,10 @@ pub struct Wishes {
     pub systemd_cgroup: bool,
     /// Only checks.
     pub check_only: bool,
+    /// `--rootfs`.
+    pub rootfs: How,
+    /// `--volume`: a mount's place in the container, and how.
+    pub volumes: Vec<(PathBuf, How)>,
     /// Where the away-marks are; without it nobody looks for one.
     pub state_dir: Option<PathBuf>,
 }
@@ -141,18 +148,37 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
     let (network, loopback) = network(&bundle, state.pid)?;
     let destination = wishes.bundle.clone().unwrap_or_else(|| state.bundle.clone());
     let mut listed = Vec::new();
-    let mut add = |what: String, place: Place, path: &Path, read_only: bool| -> Result<()> {
+    let mut add = |what: String, place: Place, path: &Path, wish: How, read_only: bool| {
         let probe = probe::make(path, read_only)?;
-        listed.push(Probe { what, place, proof: probe.proof.clone() });
+        let (proof, directory) = (probe.proof.clone(), path.is_dir());
+        listed.push(Probe { what, place, proof, wish, directory, read_only });
         probes.push(probe);
-        Ok(())
+        anyhow::Ok(())
     };
-    add("root file system".into(), Place::Rootfs, &bundle.rootfs()?, bundle.rootfs_read_only())?;
-    for mount in bundle.bind_mounts() {
-        let what = format!("bind mount {}", mount.destination.display());
-        add(what, Place::Mount(mount.destination.clone()), &mount.source, mount.read_only)?;
+    let (root, fixed) = (bundle.rootfs()?, bundle.rootfs_read_only());
+    add("root file system".into(), Place::Rootfs, &root, wishes.rootfs, fixed)?;
+    let mounts = bundle.bind_mounts();
+    if let Some((place, _)) =
+        wishes.volumes.iter().find(|(place, _)| mounts.iter().all(|m| m.destination != *place))
+    {
+        let known: Vec<_> = mounts.iter().map(|m| m.destination.display().to_string()).collect();
+        return Err(Problem::new(
+            format!("nothing is bound to {} in the container", place.display()),
+            match known.is_empty() {
+                true => "config.json has no bind mounts".to_owned(),
+                false => format!("its bind mounts are {}", known.join(", ")),
+            },
+        )
+        .hint("--volume wants the place in the container, as in config.json's mounts")
+        .into());
     }
-    let mountinfo = fs::read_to_string(format!("/proc/{}/mountinfo", state.pid))?;
+    for mount in mounts {
+        let what = format!("bind mount {}", mount.destination.display());
+        let wish = wishes.volumes.iter().find(|(place, _)| *place == mount.destination);
+        let (wish, place) = (wish.map_or(How::Auto, |w| w.1), Place::Mount(mount.destination));
+        add(what, place, &mount.source, wish, mount.read_only)?;
+    }
+    let mountinfo = proc_text(state.pid, "mountinfo")?;
     let bound: Vec<PathBuf> = bundle.bind_mounts().into_iter().map(|m| m.destination).collect();
     let mut tmpfs = tmpfs::find(&mountinfo, &bound);
     tmpfs::measure(Path::new(&format!("/proc/{}/root", state.pid)), &mut tmpfs);
@@ -193,7 +219,7 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         placement: wishes.placement.clone(),
     };
     let _ = runtime;
-    Ok(Subject { state, bundle, cgroup, network, plan, probes })
+    Ok(Subject { state, bundle, cgroup, network, plan, probes, copies: Vec::new() })
 }
 
 /// Private anonymous memory of all tasks, in bytes.

@@ -19,6 +19,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use super::away::canonical;
+use crate::files::place::Placing;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::DEFAULT_ROOT;
 use crate::sys::process::start_time;
@@ -106,6 +107,12 @@ pub struct Record {
     pub network_ours: bool,
     /// Whether the ID must not be started here afterwards (source only).
     pub leave_mark: bool,
+    /// What is copied here (destination only).
+    #[serde(default)]
+    pub placing: Placing,
+    /// What has been copied from here and is to be removed when it runs there (source only).
+    #[serde(default)]
+    pub remove: Vec<PathBuf>,
     /// The private directory with sockets and images.
     pub work: PathBuf,
     /// Process that works on it, and when that started.
@@ -356,6 +363,8 @@ pub(crate) mod tests {
 
     pub(crate) fn record(migration: &str) -> Record {
         Record {
+            placing: Placing::default(),
+            remove: Vec::new(),
             migration: migration.into(),
             container: "web".into(),
             role: Role::Source,

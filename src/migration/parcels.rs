@@ -12,6 +12,9 @@ use super::protocol::MAX_FILES;
 use super::talk::Speaker;
 use crate::transport::frame;
 
+/// The name under which copied trees come, as one stream.
+pub const STREAM: &str = "trees";
+
 /// A file on the other side, written from its beginning.
 pub struct SpeakerFile<'a> {
     /// The link.

@@ -6,7 +6,10 @@
 //!   ◀───────────────────────────── Hello ──
 //!   ── Plan ──────────────────────────────▶  checks
 //!   ◀─────────────────── Accept | Refuse ──                              source, running
+//!   ── Trees ─────────────────────────────▶  checks (only where files are copied)
+//!   ◀───────────────────── Room | Refuse ──
 //!   ── Prepare ───────────────────────────▶  namespace behind a fence, runtime held at RESTORE
+//!   ══ files, round by round ═════════════▶  staged (◀ Applied); in their places after Copied
 //!   ══ pages, round by round ═════════════▶  staged
 //!   ◀────────────────────────── Prepared ──                              source, running
 //!   ── Freezing ──────────────────────────▶                              source, frozen
@@ -35,15 +38,17 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::files::follow::Size;
 use crate::files::probe::Proof;
 use crate::files::tmpfs::{self, Tmpfs};
 use crate::memory::serve::Served;
 use crate::network::image::{Kind, NetworkImage};
 use crate::network::problem::Problem;
+use crate::oci::bundle::Bundle;
 use crate::transport::frame;
 
 /// Version of this protocol: both sides must speak the same one.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 
 /// Most image files of one checkpoint.
 pub const MAX_FILES: usize = 100_000;
@@ -66,7 +71,17 @@ pub enum Message {
         warnings: Vec<Problem>,
         /// The streams, by number, that are the same file on both hosts.
         shared: Vec<usize>,
+        /// The probes, by number, of what is to be copied.
+        copies: Vec<usize>,
     },
+    /// To the destination: what the trees that are to be copied hold, in that order. The source owns
+    /// the container.
+    Trees {
+        /// Each of them.
+        sizes: Vec<Size>,
+    },
+    /// To the source: there is room for them. The source owns the container.
+    Room,
     /// To the source: it cannot be; nothing was touched. The source owns the container.
     Refuse {
         /// All that stands in the way.
@@ -76,6 +91,15 @@ pub enum Message {
     Prepare,
     /// To the source: it is. The source owns the container.
     Prepared,
+    /// To the source: a round of the trees is in place and on the disk. The source owns the
+    /// container.
+    Applied {
+        /// Which one, from 1.
+        round: u32,
+    },
+    /// To the destination: what will change in the trees before the freeze is little: bring them to
+    /// their places. The source owns the container.
+    Copied,
     /// To the destination: the freeze begins; images come in some tens of milliseconds. The source
     /// owns the container.
     Freezing,
@@ -272,6 +296,38 @@ pub struct Probe {
     pub place: Place,
     /// The proof.
     pub proof: Proof,
+    /// What the user says of it.
+    pub wish: How,
+    /// Whether it is a directory.
+    pub directory: bool,
+    /// Whether the container cannot write there.
+    pub read_only: bool,
+}
+
+/// How a path of the container's gets to the other host: `--rootfs`, `--volume`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum How {
+    /// As it turns out: the root file system is copied where it is not shared, no volume is.
+    #[default]
+    Auto,
+    /// It is there, and nobody has to prove it.
+    Shared,
+    /// A copy is made, unless it is shared.
+    Copy,
+}
+
+impl Place {
+    /// Its path on this host.
+    pub fn path(&self, bundle: &Bundle) -> Option<PathBuf> {
+        match self {
+            Place::Rootfs => bundle.rootfs().ok(),
+            Place::Mount(destination) => {
+                let mounts = bundle.bind_mounts();
+                mounts.into_iter().find(|m| m.destination == *destination).map(|m| m.source)
+            }
+        }
+    }
 }
 
 /// Where a path stands in the configuration.

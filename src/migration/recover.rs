@@ -11,15 +11,16 @@ use anyhow::{Context, Result};
 
 use super::away::AwayMark;
 use super::journal::{Journal, Record, Role, State};
+use super::mend::{self, Noted};
 use super::protocol::{Standing, Verdict};
 use super::{settle, workdir};
+use crate::files::place;
 use crate::files::sockets::Spares;
 use crate::memory::serve::{GUARD_DONE, GUARD_QUIT};
 use crate::network::{self, fence};
-use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
 use crate::sys::netns::NetNs;
-use crate::sys::{inject, process, socket};
+use crate::sys::process;
 
 /// CRIU's rollback ends with the control group frozen again, so nobody may thaw it before; only
 /// large shared memory makes it take long.
@@ -41,6 +42,11 @@ impl Trouble {
     /// Notes the error of a step.
     pub fn note<T, E: std::fmt::Display>(&mut self, step: &str, result: Result<T, E>) -> Option<T> {
         result.map_err(|e| self.0.push(format!("{step}: {e:#}"))).ok()
+    }
+
+    /// Whether nothing has failed so far.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// All of it, or nothing.
@@ -69,7 +75,7 @@ pub fn source_runs_on(journal: &mut Journal) -> Result<()> {
         // A CRIU that was killed leaves the tasks running, with their sockets in repair mode. Mending
         // wants them to stand still; if they cannot, they run on as they are.
         if cgroup.freeze(Duration::from_secs(2)).is_ok() {
-            mend_sockets(cgroup);
+            mend::sockets(cgroup);
         }
     }
     if let Some((spares, root)) = spares(&record) {
@@ -81,9 +87,13 @@ pub fn source_runs_on(journal: &mut Journal) -> Result<()> {
         take_address_back(&record);
     }
     if let Some(cgroup) = cgroup {
+        let work = record.work.join("work");
+        if let Some(noted) = Noted::read(&work) {
+            trouble.note("mending what CRIU worked in", noted.put_back(cgroup, &work));
+        }
         trouble.note("thawing the container", cgroup.thaw());
-        if record.work.join("work").join(CRIU_PID).exists() {
-            mend_mappings(cgroup);
+        if work.join(CRIU_PID).exists() {
+            mend::mappings(cgroup);
         }
     }
     trouble.note("lifting the away-mark", lift_mark(journal));
@@ -221,6 +231,10 @@ pub fn source_lets_go(journal: &mut Journal, before_network: impl FnOnce()) -> R
         remove_network(&namespace, path, &mut trouble);
     }
     trouble.note("deleting the container", delete(&runtime, &record, record.init));
+    // Whoever could not be ended, or has come in its place, may use it.
+    for path in record.remove.iter().filter(|_| trouble.is_empty()).collect::<Vec<_>>() {
+        trouble.note("removing what was copied", place::remove(path));
+    }
     if !record.leave_mark {
         trouble.note("lifting the away-mark", lift_mark(journal));
     }
@@ -254,6 +268,9 @@ pub fn destination_discards(journal: &mut Journal) -> Result<()> {
         }
         None => {}
     }
+    // Nobody uses it any more.
+    runtime.clear_restore(&record.container);
+    trouble.note("removing what was copied", record.placing.undo());
     workdir::remove(&record.work);
     trouble.note("writing the journal", journal.write(State::Aborted));
     trouble.into_result()
@@ -308,54 +325,11 @@ fn wait_for_criu(work: &Path) {
     };
     let Ok(pidfd) = process::pidfd_open(pid) else { return };
     // The number may belong to somebody else by now.
-    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    let name = process::proc_text(pid, "comm").unwrap_or_default();
     if name.trim() != "criu" {
         return;
     }
     let _ = process::wait_readable(&[pidfd.as_fd()], Some(Instant::now() + CRIU_TIMEOUT));
-}
-
-/// Takes sockets out of repair mode that a killed CRIU has left there. The tasks must be frozen.
-fn mend_sockets(cgroup: &Cgroup) {
-    for pid in cgroup.processes().unwrap_or_default() {
-        let Ok(pidfd) = process::pidfd_open(pid) else { continue };
-        let Ok(list) = fs::read_dir(format!("/proc/{pid}/fd")) else { continue };
-        for entry in list.flatten() {
-            let is_socket = fs::read_link(entry.path())
-                .is_ok_and(|t| t.to_string_lossy().starts_with("socket:"));
-            let number = entry.file_name().to_str().and_then(|n| n.parse().ok());
-            if let (true, Some(number)) = (is_socket, number)
-                && let Ok(fd) = process::pidfd_getfd(&pidfd, number)
-            {
-                // Not a TCP socket: it cannot be in repair mode.
-                let _ = socket::leave_repair(&fd);
-            }
-        }
-    }
-}
-
-/// Takes away what a killed CRIU has left mapped in the tasks: a later CRIU would take it for the
-/// task's own code. They must run, and they come out of it by themselves: the parasite ends when
-/// its connection does.
-fn mend_mappings(cgroup: &Cgroup) {
-    const PARASITE: &str = "/memfd:CRIUMFD";
-    let until = Instant::now() + Duration::from_secs(1);
-    for pid in cgroup.processes().unwrap_or_default() {
-        let left = || {
-            let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
-            let line = maps.lines().find(|l| l.contains(PARASITE))?;
-            let (start, end) = line.split(' ').next()?.split_once('-')?;
-            let number = |text| u64::from_str_radix(text, 16).ok();
-            Some((number(start)?, number(end)?))
-        };
-        while let Some((start, end)) = left().filter(|_| Instant::now() < until) {
-            if inject::unmap_in(pid, start, end).is_err() {
-                break;
-            }
-            // Nobody tells when a thread has left a mapping.
-            std::thread::yield_now();
-        }
-    }
 }
 
 /// The destination, when the container runs and whoever took it in has died: the rest of his work.
@@ -371,9 +345,23 @@ pub fn destination_keeps(journal: &mut Journal) -> Result<()> {
     runtime.clear_restore(&record.container);
     let root = runtime.root().to_owned();
     let cleared = AwayMark::remove(state_dir(journal), &root, record.container.as_ref());
-    trouble.note("lifting the away-mark", cleared);
-    trouble.note("writing the journal", journal.write(State::Finished));
+    let came_back = trouble.note("lifting the away-mark", cleared).unwrap_or(false);
+    trouble.note("keeping what was copied", settle_files(&record, came_back));
+    // What could not be done stays open, for `ferry resolve` to try again.
+    if trouble.is_empty() {
+        trouble.note("writing the journal", journal.write(State::Finished));
+    }
     trouble.into_result()
+}
+
+/// What was copied stays, on the disk. What the container itself had left here earlier is of no use
+/// any more.
+///
+/// # Errors
+/// When the disk does not take it, or what stood in its place cannot be kept.
+pub fn settle_files(record: &Record, came_back: bool) -> Result<()> {
+    record.placing.sync()?;
+    record.placing.keep(came_back)
 }
 
 /// The guard: a process that outlives a killed Ferry and brings the source back.

@@ -23,6 +23,7 @@ use super::ask::{Accepted, Input, Inputs, Options, ask};
 use super::carry::{self, Memory, MemoryEvent, Order};
 use super::dump::{DumpEvent, DumpJob, DumpPlan, Go};
 use super::guards::SourceGuard;
+use super::haul::{self, Haul, HaulEvent};
 use super::inspect::Subject;
 use super::journal::{self, Journal, Lock, Record, Role, State};
 use super::keeper::Keeper;
@@ -34,6 +35,7 @@ use super::talk::{Heard, Speaker};
 use super::workdir::WorkDir;
 use super::{host, recover, rest, settle};
 use crate::criu::interposer::Interposer;
+use crate::files::place::Placing;
 use crate::files::{tmpfs, tree};
 use crate::memory::pages;
 use crate::network::{Capture, fence};
@@ -51,6 +53,8 @@ const FREEZE_LIMIT: Duration = Duration::from_secs(30);
 /// How long nothing may be heard of the destination while it makes everything ready and takes in
 /// memory.
 const PREPARE_LIMIT: Duration = Duration::from_secs(45);
+/// The same while it takes in files: bringing them to the disk is silent work.
+const FILES_LIMIT: Duration = Duration::from_secs(900);
 /// How long the other side may take to end after the last word.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(60);
 /// From the resume until the last staged page is installed.
@@ -103,6 +107,7 @@ struct Begun {
     guard: SourceGuard,
     dump: Option<DumpJob>,
     memory: Option<Memory>,
+    haul: Option<Haul>,
     memory_wishes: carry::Wishes,
     /// Further links for memory.
     lanes: Vec<Lane>,
@@ -143,6 +148,8 @@ impl Begun {
             network_identity: subject.network.as_ref().and_then(|n| n.0.identity().ok()),
             network_ours: true,
             leave_mark: options.leave_mark,
+            placing: Placing::default(),
+            remove: if options.remove_files { subject.copies.clone() } else { Vec::new() },
             work: work.path().to_owned(),
             worker: journal::this_process(),
             begun: journal::unix_time(),
@@ -166,6 +173,7 @@ impl Begun {
             guard,
             dump: None,
             memory: None,
+            haul: None,
             memory_wishes: options.memory,
             lanes: Vec::new(),
             left: 0,
@@ -193,6 +201,8 @@ impl Begun {
         self.inputs.until(PREPARE_LIMIT);
         self.obey_limit();
         self.open_lanes()?;
+        // First, and alone: memory would only change while files go.
+        self.copy_files(reporter)?;
         self.start_dump()?;
         let tell = self.inputs.tell.clone();
         let told = move |event| {
@@ -210,6 +220,7 @@ impl Begun {
                     prepared = true;
                 }
                 Input::Dump(DumpEvent::AtFreeze) => at_freeze = true,
+                Input::Files(HaulEvent::Settled) => {}
                 Input::Memory(MemoryEvent::Settled(next)) => {
                     reporter.settled(next);
                     settled = true;
@@ -217,7 +228,40 @@ impl Begun {
                 _ => {}
             }
         }
+        if self.tell_haul(haul::Order::Again) {
+            // What has changed while memory went.
+            self.inputs.until(FILES_LIMIT);
+            self.obey_limit();
+            while !matches!(self.next(reporter)?, Input::Files(HaulEvent::Settled)) {}
+        }
         Ok(())
+    }
+
+    /// Where files are copied: until little is left to copy, and what there is has its place.
+    fn copy_files(&mut self, reporter: &mut Reporter) -> Result<()> {
+        if self.subject.copies.is_empty() {
+            return Ok(());
+        }
+        let tell = self.inputs.tell.clone();
+        let told = move |event| {
+            // The hand-over may have ended already.
+            let _ = tell.send(Input::Files(event));
+        };
+        self.inputs.until(FILES_LIMIT);
+        self.obey_limit();
+        let (roots, cgroup) = (self.subject.copies.clone(), &self.subject.cgroup);
+        self.haul = Some(Haul::start(roots, cgroup, &self.speaker, told)?);
+        while !matches!(self.next(reporter)?, Input::Files(HaulEvent::Settled)) {}
+        reporter.files_settled();
+        fault::point("source.copied")?;
+        self.inputs.until(PREPARE_LIMIT);
+        self.obey_limit();
+        self.speaker.say(&Message::Copied)
+    }
+
+    /// Whether there is somebody to tell.
+    fn tell_haul(&self, order: haul::Order) -> bool {
+        self.haul.as_ref().is_some_and(|haul| haul.orders.send(order).is_ok())
     }
 
     /// The further links that are wished for, as soon as the destination takes them.
@@ -303,6 +347,7 @@ impl Begun {
                 break;
             }
         }
+        self.tell_haul(haul::Order::Frozen);
         self.tell_memory(Order::Frozen)
     }
 
@@ -315,12 +360,20 @@ impl Begun {
         fault::point("source.dump")?;
         // While CRIU works.
         recover::note_sockets(&self.journal.record, &self.subject.cgroup.processes()?)?;
-        loop {
-            if matches!(self.next(reporter)?, Input::Dump(DumpEvent::Dumped)) {
-                break;
+        let (mut dumped, mut hauled) = (false, self.haul.is_none());
+        while !(dumped && hauled) {
+            match self.next(reporter)? {
+                Input::Dump(DumpEvent::Dumped) => {
+                    reporter.mark("dumped");
+                    dumped = true;
+                }
+                Input::Files(HaulEvent::Done) => {
+                    reporter.mark("last file is sent");
+                    hauled = true;
+                }
+                _ => {}
             }
         }
-        reporter.mark("dumped");
         Ok(())
     }
 
@@ -413,6 +466,20 @@ impl Begun {
                 self.inputs.again();
                 self.obey_limit();
                 reporter.progress(raw, wire, self.subject.plan.resident_bytes);
+                return None;
+            }
+            Input::Files(HaulEvent::Round(round)) => {
+                reporter.files_round(round);
+                return None;
+            }
+            Input::Files(HaulEvent::Progress(bytes)) => {
+                self.inputs.again();
+                self.obey_limit();
+                reporter.files_progress(bytes);
+                return None;
+            }
+            Input::Heard(Heard::Message(Message::Applied { round })) => {
+                self.tell_haul(haul::Order::Applied(round));
                 return None;
             }
             Input::Memory(MemoryEvent::Done(left)) => {

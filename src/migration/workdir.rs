@@ -98,7 +98,8 @@ pub fn remove(path: &Path) {
 
 /// What is mounted below a directory, in the order of mounting. proc_pid_mountinfo(5)
 fn mounts_below(path: &Path) -> Vec<PathBuf> {
-    let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let text =
+        String::from_utf8_lossy(&fs::read("/proc/self/mountinfo").unwrap_or_default()).into_owned();
     text.lines()
         .filter_map(|line| line.split(' ').nth(4))
         .map(PathBuf::from)

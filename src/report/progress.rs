@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::files::follow;
 use crate::memory::converge::Next;
 use crate::memory::rounds::{RoundStats, Tracking};
 use crate::memory::serve::Served;
@@ -62,6 +63,18 @@ impl Round {
     }
 }
 
+/// One round over the files that are copied.
+#[derive(Clone, Debug, Serialize)]
+pub struct FilesRound {
+    /// Whether the container was frozen.
+    pub frozen: bool,
+    /// Files looked at, changed, removed, and bytes of contents.
+    #[serde(flatten)]
+    pub files: follow::RoundStats,
+    /// Milliseconds that it took, and before the freeze until it was on the other host's disk.
+    pub ms: f64,
+}
+
 /// The whole story.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
@@ -77,12 +90,18 @@ pub struct Report {
     /// that the tasks run: the downtime as the source can measure it. It contains the message
     /// that says so, and lacks what clients wait for the network.
     pub frozen_ms: Option<f64>,
+    /// Of these, CRIU's own work.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub criu_ms: Option<CriuTimes>,
     /// From the command's beginning to its end.
     pub total_ms: f64,
     /// Bytes put on the link.
     pub wire_bytes: u64,
     /// Frames that came in during the freeze and were sent along.
     pub packets: u64,
+    /// Files, round by round, where they were copied.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<FilesRound>,
     /// Memory, round by round.
     pub rounds: Vec<Round>,
     /// Why the container was frozen then.
@@ -102,6 +121,26 @@ pub struct Report {
     /// What failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+}
+
+/// Milliseconds that CRIU took in the freeze: what no tool that uses it can be quicker than.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct CriuTimes {
+    /// From the frozen tasks to their images, without private memory.
+    pub dump: f64,
+    /// From the images to tasks that are held before their first instruction.
+    pub restore: f64,
+}
+
+impl Report {
+    fn criu(&self) -> Option<CriuTimes> {
+        let here = |name| self.source.iter().find(|m| m.name == name).map(|m| m.at_ms);
+        let there = |name| self.arrival.iter().find(|(n, _)| n == name).map(|(_, ms)| *ms);
+        Some(CriuTimes {
+            dump: here("dumped")? - here("frozen, fence closed")?,
+            restore: there("restored")? - there("restore begins")?,
+        })
+    }
 }
 
 /// Takes moments down and shows them.
@@ -170,6 +209,48 @@ impl Reporter {
             self.event(&value);
         }
         self.report.rounds.push(round);
+    }
+
+    /// A round over the files is over.
+    pub fn files_round(&mut self, round: FilesRound) {
+        if self.json && !round.frozen {
+            let mut value = serde_json::to_value(&round).unwrap_or_default();
+            value["event"] = "files".into();
+            value["at_ms"] = self.ms(Instant::now()).into();
+            self.event(&value);
+        }
+        self.report.files.push(round);
+    }
+
+    /// So many bytes of files have gone.
+    pub fn files_progress(&mut self, bytes: u64) {
+        if self.quiet || self.report.source.iter().any(|m| m.name == "freeze") {
+            return;
+        }
+        if self.json {
+            if self.told.is_none_or(|t| t.elapsed() > Duration::from_secs(1)) {
+                self.told = Some(Instant::now());
+                let at_ms = self.ms(Instant::now());
+                self.event(&serde_json::json!({"event": "progress", "at_ms": at_ms,
+                    "file_bytes": bytes}));
+            }
+            return;
+        }
+        let bar = self.bar.get_or_insert_with(|| {
+            let words = "               files {spinner} {bytes} ({bytes_per_sec})";
+            ProgressBar::new_spinner().with_style(
+                ProgressStyle::with_template(words).unwrap_or(ProgressStyle::default_spinner()),
+            )
+        });
+        bar.set_position(bytes);
+    }
+
+    /// All files are over there, and what comes is memory.
+    pub fn files_settled(&mut self) {
+        self.mark("files are copied");
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
     }
 
     /// The rounds are over: what comes is the freeze.
@@ -261,6 +342,7 @@ impl Reporter {
             bar.finish_and_clear();
         }
         self.report.result = result.into();
+        self.report.criu_ms = self.report.criu();
         self.report.peak_kib = process::peak_kib();
         self.report.total_ms = self.ms(Instant::now());
         if self.json {
@@ -280,8 +362,11 @@ impl Reporter {
     fn print_timeline(&self) {
         let report = &self.report;
         let sent: u64 = report.rounds.iter().map(|r| r.pages.sent).sum();
+        let criu = report.criu_ms.map_or(String::new(), |c| {
+            format!(" (CRIU: dump {:.1}, restore {:.1})", c.dump, c.restore)
+        });
         tell!(
-            "{} runs on {}: frozen for {:.1} ms, {:.1} ms in all, {:.1} MiB on the link \
+            "{} runs on {}: frozen for {:.1} ms{criu}, {:.1} ms in all, {:.1} MiB on the link \
              ({sent} pages in {} rounds, {} packets kept)",
             report.container,
             report.destination,

@@ -176,11 +176,12 @@ fn bundle(lab: &Lab) -> Outcome {
     let (a, b) = pair(lab);
     let container = Container::plain("counter").at("/srv/local/box");
     let pid = running(lab, &container)?;
-    refused(&a, &["box", "b"], &["the bundle is missing", "hint:", "--bundle"])?;
+    let shared = ["--rootfs", "shared", "box", "b"];
+    refused(&a, &shared, &["the bundle is missing", "hint:", "--bundle"])?;
     untouched(lab, &container, pid)?;
-    // There, but not the same directory.
     container.make(&b)?;
-    refused(&a, &["box", "b"], &["root file system is not shared", "hint:"])?;
+    b.sh("rm -r /srv/local/box/rootfs")?;
+    refused(&a, &shared, &["root file system is not shared"])?;
     container.clone().with(&["--env", "MORE=1"]).make(&b)?;
     refused(&a, &["box", "b"], &["config.json is not the same", "process", "hint:"])?;
     untouched(lab, &container, pid)

@@ -1,0 +1,205 @@
+//! A thread that keeps changing files in every way, and checks what it finds in them against what
+//! it remembers: a file that came along older or newer than memory shows.
+
+use std::ffi::OsStr;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::num::NonZeroUsize;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+
+use crate::common::pages::SplitMix;
+
+const BLOCK: usize = 4096;
+/// Blocks of the file that is mapped.
+const MAPPED: usize = 64;
+/// Blocks checked at a time.
+const LOOK: usize = 256;
+/// Small files that exist at a time.
+const SMALL: u64 = 20;
+const REST: Duration = Duration::from_millis(5);
+
+/// What the thread tells.
+#[derive(Default)]
+pub struct Files {
+    /// How often it came round.
+    pub beats: AtomicU64,
+    /// What it found wrong.
+    pub bad: AtomicU64,
+}
+
+impl Files {
+    /// Starts it in a directory, with a file of so many bytes of which a block is written each time.
+    pub fn start(directory: &Path, bytes: u64, seed: u64) -> io::Result<Arc<Files>> {
+        let files = Arc::new(Files::default());
+        let mut work = Work::new(directory, (bytes as usize / BLOCK).max(1), seed)?;
+        let told = files.clone();
+        thread::spawn(move || {
+            loop {
+                thread::sleep(REST);
+                match work.step() {
+                    Ok(bad) => told.bad.fetch_add(bad, Relaxed),
+                    Err(e) => {
+                        eprintln!("counter-server: files: {e}");
+                        told.bad.fetch_add(1, Relaxed)
+                    }
+                };
+                told.beats.fetch_add(1, Relaxed);
+            }
+        });
+        Ok(files)
+    }
+}
+
+struct Work {
+    directory: PathBuf,
+    walk: SplitMix,
+    seed: u64,
+    /// Each block's generation.
+    data: Vec<u64>,
+    data_file: File,
+    mapped: Vec<u64>,
+    /// Where the file is mapped.
+    map: &'static mut [u8],
+    log: File,
+    lines: u64,
+    /// Open, and without a name.
+    nameless: File,
+    /// Small files come and go under numbers.
+    small: u64,
+    next_look: usize,
+}
+
+fn block(seed: u64, index: usize, generation: u64) -> [u8; BLOCK] {
+    let mut numbers = SplitMix(seed ^ (index as u64) << 32 ^ generation);
+    let mut block = [0; BLOCK];
+    for word in block.chunks_exact_mut(8) {
+        word.copy_from_slice(&numbers.next().to_le_bytes());
+    }
+    block
+}
+
+fn line(number: u64) -> String {
+    format!("{number:015}\n")
+}
+
+impl Work {
+    fn new(directory: &Path, blocks: usize, seed: u64) -> io::Result<Work> {
+        fs::create_dir_all(directory)?;
+        let create = |name: &OsStr| {
+            let mut how = OpenOptions::new();
+            how.read(true).write(true).create(true).truncate(true).open(directory.join(name))
+        };
+        let data_file = create("data".as_ref())?;
+        for i in 0..blocks {
+            data_file.write_all_at(&block(seed, i, 0), (i * BLOCK) as u64)?;
+        }
+        let mapped_file = create(OsStr::from_bytes(b"mapp\xe9d"))?;
+        mapped_file.set_len((MAPPED * BLOCK) as u64)?;
+        let length = NonZeroUsize::new(MAPPED * BLOCK).expect("some");
+        let may = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping of a file that nobody else changes, for as long as the process runs.
+        let map = unsafe {
+            let at = mmap(None, length, may, MapFlags::MAP_SHARED, &mapped_file, 0)?;
+            std::slice::from_raw_parts_mut(at.as_ptr().cast::<u8>(), MAPPED * BLOCK)
+        };
+        for (i, piece) in map.chunks_exact_mut(BLOCK).enumerate() {
+            piece.copy_from_slice(&block(!seed, i, 0));
+        }
+        let log = OpenOptions::new().append(true).create(true).open(directory.join("log"))?;
+        log.set_len(0)?;
+        let nameless = create("nameless".as_ref())?;
+        fs::remove_file(directory.join("nameless"))?;
+        Ok(Work {
+            directory: directory.to_owned(),
+            walk: SplitMix(seed),
+            seed,
+            data: vec![0; blocks],
+            data_file,
+            mapped: vec![0; MAPPED],
+            map,
+            log,
+            lines: 0,
+            nameless,
+            small: 0,
+            next_look: 0,
+        })
+    }
+
+    fn small(&self, number: u64) -> PathBuf {
+        self.directory.join(format!("small/{}/{number}", number % 3))
+    }
+
+    /// One change of each kind, and a check; how much was wrong.
+    fn step(&mut self) -> io::Result<u64> {
+        let index = self.walk.below(self.data.len());
+        self.data[index] += 1;
+        let fresh = block(self.seed, index, self.data[index]);
+        self.data_file.write_all_at(&fresh, (index * BLOCK) as u64)?;
+
+        let index = self.walk.below(MAPPED);
+        self.mapped[index] += 1;
+        let fresh = block(!self.seed, index, self.mapped[index]);
+        self.map[index * BLOCK..][..BLOCK].copy_from_slice(&fresh);
+
+        self.log.write_all(line(self.lines).as_bytes())?;
+        self.lines += 1;
+        self.nameless.write_all_at(&block(self.seed, usize::MAX, self.lines), 0)?;
+
+        // Written beside, renamed into place; the oldest goes, and its directory with the last.
+        let (new, number) = (self.small(self.small), self.small);
+        let parent = new.parent().expect("a directory");
+        fs::create_dir_all(parent)?;
+        let beside = parent.join("new");
+        fs::write(&beside, line(number))?;
+        fs::rename(&beside, &new)?;
+        if number >= SMALL {
+            let old = self.small(number - SMALL);
+            fs::remove_file(&old)?;
+            // Only the last one out can.
+            let _ = fs::remove_dir(old.parent().expect("a directory"));
+        }
+        self.small += 1;
+        self.check()
+    }
+
+    fn check(&mut self) -> io::Result<u64> {
+        let mut bad = 0;
+        let mut found = [0; BLOCK];
+        for _ in 0..LOOK.min(self.data.len()) {
+            let i = self.next_look;
+            self.next_look = (i + 1) % self.data.len();
+            self.data_file.read_exact_at(&mut found, (i * BLOCK) as u64)?;
+            bad += u64::from(found != block(self.seed, i, self.data[i]));
+        }
+        for (i, piece) in self.map.chunks_exact(BLOCK).enumerate() {
+            bad += u64::from(piece != block(!self.seed, i, self.mapped[i]));
+        }
+        let log = fs::read(self.directory.join("log"))?;
+        let last = line(self.lines - 1);
+        bad += u64::from(log.len() != last.len() * self.lines as usize);
+        bad += u64::from(!log.ends_with(last.as_bytes()));
+        self.nameless.read_exact_at(&mut found, 0)?;
+        bad += u64::from(found != block(self.seed, usize::MAX, self.lines));
+        let mut names = Vec::new();
+        for directory in fs::read_dir(self.directory.join("small"))? {
+            for file in fs::read_dir(directory?.path())? {
+                let file = file?;
+                let number: u64 =
+                    file.file_name().to_str().and_then(|n| n.parse().ok()).unwrap_or(u64::MAX);
+                bad += u64::from(fs::read(file.path())? != line(number).into_bytes());
+                names.push(number);
+            }
+        }
+        names.sort_unstable();
+        bad += u64::from(!names.into_iter().eq(self.small.saturating_sub(SMALL)..self.small));
+        Ok(bad)
+    }
+}

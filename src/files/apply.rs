@@ -1,0 +1,730 @@
+//! The other end of [`super::follow`]: makes the copy, step by step, on a thread of its own.
+//!
+//! Nothing outside the trees' roots is touched, whatever the stream says, and no more is written
+//! than was announced and a container may add meanwhile.
+
+use std::collections::HashMap;
+use std::ffi::{CString, OsStr};
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::dir::Dir;
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, OFlag, fallocate, openat};
+use nix::sys::stat::Mode;
+use nix::unistd::{UnlinkatFlags, unlinkat};
+
+use super::follow::Size;
+use super::ops::{self, BLOCK, Step};
+use super::tree::{self, Entry, Kind};
+
+/// Pieces of the stream that wait to be written.
+const QUEUE: usize = 16;
+/// What a container may add to what was announced, beyond as much again.
+const MORE: Size = Size { bytes: 1 << 30, entries: 100_000 };
+
+/// Most rounds.
+const MAX_ROUNDS: u32 = 64;
+
+/// What the thread tells.
+#[derive(Debug)]
+pub enum Applied {
+    /// A round is in place; what it wrote is on the disk if it was not the last.
+    Round(u32),
+    /// It cannot go on: why.
+    Failed(String),
+}
+
+/// Trees on their way in.
+#[derive(Debug)]
+pub struct Applying {
+    stream: Option<SyncSender<Vec<u8>>>,
+    thread: Option<JoinHandle<Result<()>>>,
+}
+
+impl Applying {
+    /// Takes trees in, below these directories, which are empty; of each this much was announced.
+    ///
+    /// # Errors
+    /// When a directory cannot be opened, or there can be no thread.
+    pub fn start(
+        roots: &[(PathBuf, Size)],
+        tell: impl Fn(Applied) + Send + 'static,
+    ) -> Result<Applying> {
+        let mut trees = Vec::new();
+        for (root, announced) in roots {
+            let open = File::open(root).with_context(|| root.display().to_string())?;
+            let left = Size {
+                bytes: announced.bytes.saturating_mul(2).saturating_add(MORE.bytes),
+                entries: announced.entries.saturating_mul(2).saturating_add(MORE.entries),
+            };
+            trees.push(Tree { root: open, left, budget: left });
+        }
+        let (stream, pieces) = sync_channel(QUEUE);
+        let thread = std::thread::Builder::new().name("files".into()).spawn(move || {
+            let mut input = Pieces { pieces, now: Vec::new(), at: 0 };
+            let mut work = Work { trees, current: 0, file: None, directories: HashMap::new() };
+            let result = work.all(&mut input, &tell);
+            if let Err(e) = &result {
+                tell(Applied::Failed(format!("{e:#}")));
+                // Whoever still has some for us must not wait.
+                while input.pieces.recv().is_ok() {}
+            }
+            result
+        })?;
+        Ok(Applying { stream: Some(stream), thread: Some(thread) })
+    }
+
+    /// Takes a piece of the stream; waits while there is enough to do.
+    ///
+    /// # Errors
+    /// When the thread has died.
+    pub fn feed(&self, bytes: &[u8]) -> Result<()> {
+        let stream = self.stream.as_ref().ok_or_else(|| anyhow!("no files are taken in"))?;
+        stream.send(bytes.to_vec()).map_err(|_| anyhow!("files are not taken in any more"))
+    }
+}
+
+impl Applying {
+    /// Nothing comes any more: waits until everything is in its place.
+    ///
+    /// # Errors
+    /// When something is not.
+    pub fn finish(mut self) -> Result<()> {
+        drop(self.stream.take());
+        let thread = self.thread.take().ok_or_else(|| anyhow!("no files are taken in"))?;
+        thread.join().map_err(|_| anyhow!("the thread that takes files in has died"))?
+    }
+}
+
+impl Drop for Applying {
+    fn drop(&mut self) {
+        drop(self.stream.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The pieces as one stream.
+struct Pieces {
+    pieces: Receiver<Vec<u8>>,
+    now: Vec<u8>,
+    at: usize,
+}
+
+impl Read for Pieces {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.at == self.now.len() {
+            match self.pieces.recv() {
+                Ok(piece) => (self.now, self.at) = (piece, 0),
+                Err(_) => return Ok(0),
+            }
+        }
+        let n = buffer.len().min(self.now.len() - self.at);
+        buffer[..n].copy_from_slice(&self.now[self.at..][..n]);
+        self.at += n;
+        Ok(n)
+    }
+}
+
+struct Tree {
+    root: File,
+    /// What may still come in this round.
+    left: Size,
+    /// What may come in each.
+    budget: Size,
+}
+
+/// A regular file whose data are coming.
+struct Open {
+    parent: OwnedFd,
+    name: PathBuf,
+    file: File,
+    entry: Entry,
+    size: u64,
+}
+
+struct Work {
+    trees: Vec<Tree>,
+    current: usize,
+    file: Option<Open>,
+    /// Directories of this round, by tree and path: their times are set when all in them is done.
+    directories: HashMap<(usize, Vec<u8>), Entry>,
+}
+
+impl Work {
+    fn all(&mut self, input: &mut impl Read, tell: &impl Fn(Applied)) -> Result<()> {
+        while let Some(step) = ops::read(input)? {
+            match step {
+                Step::Data(offset, length) => {
+                    self.data(offset, length, input)?;
+                    continue;
+                }
+                Step::Hole(offset, length) => {
+                    self.hole(offset, length)?;
+                    continue;
+                }
+                _ => self.close()?,
+            }
+            match step {
+                Step::Tree(number) => {
+                    self.current = number as usize;
+                    if self.current >= self.trees.len() {
+                        bail!("a tree that was not announced");
+                    }
+                }
+                Step::Remove(path) => self.remove(&path)?,
+                Step::Make(entry) => {
+                    let shown = String::from_utf8_lossy(&entry.path).into_owned();
+                    self.make(entry).with_context(|| format!("cannot make {shown:?}"))?;
+                }
+                Step::Change(entry, empty) => {
+                    let shown = String::from_utf8_lossy(&entry.path).into_owned();
+                    self.change(entry, empty)
+                        .with_context(|| format!("cannot change {shown:?}"))?;
+                }
+                Step::Round(number, last) => {
+                    if number > MAX_ROUNDS {
+                        bail!("more rounds than any source makes");
+                    }
+                    for tree in &mut self.trees {
+                        tree.left = tree.budget;
+                    }
+                    self.finish_directories()?;
+                    if !last {
+                        // While the container runs: what is not on the disk yet when it runs here
+                        // is little then.
+                        for tree in &self.trees {
+                            nix::unistd::syncfs(&tree.root)?;
+                        }
+                    }
+                    tell(Applied::Round(number));
+                }
+                Step::Data(..) | Step::Hole(..) => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn tree(&mut self) -> &mut Tree {
+        &mut self.trees[self.current]
+    }
+
+    fn data(&mut self, offset: u64, length: u32, input: &mut impl Read) -> Result<()> {
+        let length = length as usize;
+        let Some(open) = &self.file else { bail!("data of no file") };
+        if length > BLOCK || offset.checked_add(length as u64).is_none_or(|end| end > open.size) {
+            bail!("data beyond the end of a file");
+        }
+        let mut buffer = vec![0; length];
+        input.read_exact(&mut buffer).context("the stream was cut")?;
+        open.file.write_all_at(&buffer, offset)?;
+        let left = &mut self.tree().left;
+        left.bytes = left.bytes.checked_sub(length as u64).ok_or_else(too_much)?;
+        Ok(())
+    }
+
+    fn hole(&mut self, offset: u64, length: u64) -> Result<()> {
+        let Some(open) = &self.file else { bail!("a hole in no file") };
+        if length == 0 || offset.checked_add(length).is_none_or(|end| end > open.size) {
+            bail!("a hole beyond the end of a file");
+        }
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match fallocate(&open.file, flags, offset as i64, length as i64) {
+            // Where a file system has no holes, zeros are as good.
+            Err(Errno::EOPNOTSUPP) => {
+                let zeros = vec![0; BLOCK];
+                let mut at = offset;
+                while at < offset + length {
+                    let n = (zeros.len() as u64).min(offset + length - at);
+                    open.file.write_all_at(&zeros[..n as usize], at)?;
+                    at += n;
+                }
+                Ok(())
+            }
+            other => Ok(other?),
+        }
+    }
+
+    /// The file whose data came is complete: now it gets its owner and its times.
+    fn close(&mut self) -> Result<()> {
+        let Some(open) = self.file.take() else { return Ok(()) };
+        drop(open.file);
+        tree::describe(open.parent.as_fd(), &open.name, &open.entry)
+    }
+
+    fn remove(&mut self, path: &[u8]) -> Result<()> {
+        let root = &self.tree().root;
+        match tree::place(root, path) {
+            Ok((parent, name)) => clear(&parent, &name),
+            // It went with a directory.
+            Err(e) if is(&e, &NOT_THERE) => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn make(&mut self, entry: Entry) -> Result<()> {
+        let current = self.current;
+        let tree = self.tree();
+        tree.left.entries = tree.left.entries.checked_sub(1).ok_or_else(too_much)?;
+        let (parent, name) = tree::place(&tree.root, &entry.path)?;
+        clear(&parent, &name)?;
+        match &entry.kind {
+            Kind::File(size, _) => {
+                let size = *size;
+                let file = tree::create(parent.as_fd(), &name)?;
+                file.set_len(size)?;
+                self.file = Some(Open { parent, name, file, entry, size });
+                Ok(())
+            }
+            Kind::Link(first) => tree::link(&tree.root, first, parent.as_fd(), &name),
+            kind => {
+                tree::make_node(parent.as_fd(), &name, &entry)?;
+                tree::describe(parent.as_fd(), &name, &entry)?;
+                if matches!(kind, Kind::Directory) {
+                    self.directories.insert((current, entry.path.clone()), entry);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn change(&mut self, entry: Entry, empty: bool) -> Result<()> {
+        let current = self.current;
+        let tree = self.tree();
+        let (parent, name) = if entry.path.is_empty() {
+            (tree.root.try_clone()?.into(), PathBuf::from("."))
+        } else {
+            tree::place(&tree.root, &entry.path)?
+        };
+        match &entry.kind {
+            Kind::File(size, _) => {
+                let size = *size;
+                let flags =
+                    OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
+                let file = File::from(openat(&parent, &name, flags, Mode::empty())?);
+                if !file.metadata()?.is_file() {
+                    bail!("it is no file here");
+                }
+                if empty {
+                    file.set_len(0)?;
+                }
+                file.set_len(size)?;
+                self.file = Some(Open { parent, name, file, entry, size });
+                Ok(())
+            }
+            Kind::Link(_) => bail!("another name that has changed"),
+            kind => {
+                tree::describe(parent.as_fd(), &name, &entry)?;
+                if matches!(kind, Kind::Directory) {
+                    self.directories.insert((current, entry.path.clone()), entry);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn finish_directories(&mut self) -> Result<()> {
+        for ((number, path), entry) in self.directories.drain() {
+            let root = &self.trees[number].root;
+            if path.is_empty() {
+                tree::set_time(root.as_fd(), Path::new("."), &entry)?;
+                continue;
+            }
+            match tree::place(root, &path) {
+                Ok((parent, name)) => match tree::set_time(parent.as_fd(), &name, &entry) {
+                    Err(e) if !is(&e, &[Errno::ENOENT]) => return Err(e),
+                    _ => {}
+                },
+                // Taken away later in the same round.
+                Err(e) if is(&e, &NOT_THERE) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Something on the way is gone, or is a file or a symbolic link now.
+const NOT_THERE: [Errno; 3] = [Errno::ENOENT, Errno::ENOTDIR, Errno::ELOOP];
+
+fn too_much() -> anyhow::Error {
+    anyhow!("more files come than were announced")
+}
+
+fn is(e: &anyhow::Error, these: &[Errno]) -> bool {
+    e.downcast_ref::<Errno>().is_some_and(|e| these.contains(e))
+}
+
+/// Takes away whatever bears this name, with all that is below; nothing if there is nothing.
+fn clear(parent: &OwnedFd, name: &Path) -> Result<()> {
+    match unlinkat(parent, name, UnlinkatFlags::NoRemoveDir) {
+        Ok(()) | Err(Errno::ENOENT) => return Ok(()),
+        Err(Errno::EISDIR | Errno::EPERM) => {}
+        Err(e) => return Err(e.into()),
+    }
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let inside = openat(parent, name, flags, Mode::empty())?;
+    let mut names: Vec<CString> = Vec::new();
+    for entry in Dir::openat(&inside, ".", OFlag::O_RDONLY | OFlag::O_DIRECTORY, Mode::empty())? {
+        let entry = entry?;
+        if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
+            names.push(entry.file_name().to_owned());
+        }
+    }
+    for inner in names {
+        clear(&inside, Path::new(OsStr::from_bytes(inner.to_bytes())))?;
+    }
+    Ok(unlinkat(parent, name, UnlinkatFlags::RemoveDir)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::follow::{Follower, Inodes, measure};
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
+
+    /// Everything that there is to compare of a tree, by path.
+    fn all(root: &Path) -> Vec<String> {
+        fn level(root: &Path, at: &Path, out: &mut Vec<String>, inodes: &mut Vec<u64>) {
+            let mut names: Vec<_> = fs::read_dir(at).unwrap().map(|e| e.unwrap().path()).collect();
+            names.sort();
+            for path in names {
+                let m = fs::symlink_metadata(&path).unwrap();
+                let seen = inodes.iter().position(|i| *i == m.ino()).unwrap_or_else(|| {
+                    inodes.push(m.ino());
+                    inodes.len() - 1
+                });
+                let kind = m.file_type();
+                let contents = if kind.is_file() {
+                    format!("{:x}", xxhash_rust::xxh3::xxh3_64(&fs::read(&path).unwrap()))
+                } else if kind.is_symlink() {
+                    format!("{:?}", fs::read_link(&path).unwrap())
+                } else {
+                    String::new()
+                };
+                let attributes: Vec<_> = xattr::list(&path)
+                    .unwrap()
+                    .map(|n| (n.clone(), xattr::get(&path, n).unwrap()))
+                    .collect();
+                out.push(format!(
+                    "{:?} {:o} {} {} {} {}.{} {} {} {seen} {contents} {attributes:?}",
+                    path.strip_prefix(root).unwrap(),
+                    m.mode(),
+                    m.uid(),
+                    m.gid(),
+                    if kind.is_dir() { 0 } else { m.size() },
+                    m.mtime(),
+                    m.mtime_nsec(),
+                    m.rdev(),
+                    if kind.is_dir() { 0 } else { m.nlink() },
+                ));
+                if kind.is_dir() {
+                    level(root, &path, out, inodes);
+                }
+            }
+        }
+        let mut out = Vec::new();
+        let m = fs::metadata(root).unwrap();
+        out.push(format!("{:o} {}.{}", m.mode(), m.mtime(), m.mtime_nsec()));
+        level(root, root, &mut out, &mut Vec::new());
+        out
+    }
+
+    struct Pair {
+        from: tempfile::TempDir,
+        to: tempfile::TempDir,
+        follower: Follower,
+    }
+
+    impl Pair {
+        fn new() -> Pair {
+            let from = tempfile::tempdir().unwrap();
+            let follower = Follower::with_window(vec![from.path().to_owned()], WINDOW);
+            Pair { from, to: tempfile::tempdir().unwrap(), follower }
+        }
+
+        /// A round; how many bytes of contents went.
+        fn round(&mut self) -> u64 {
+            self.round_with(&Inodes::new())
+        }
+
+        fn round_with(&mut self, mapped: &Inodes) -> u64 {
+            let mut stream = Vec::new();
+            let stats = self.follower.round(mapped, false, &mut stream, &mut |_| {}).unwrap();
+            let size = measure(self.from.path()).unwrap();
+            let (tell, heard) = channel();
+            let roots = [(self.to.path().to_owned(), size)];
+            let applying = Applying::start(&roots, move |a| tell.send(a).unwrap()).unwrap();
+            for piece in stream.chunks(100_000) {
+                applying.feed(piece).unwrap();
+            }
+            drop(applying);
+            match heard.recv().unwrap() {
+                Applied::Round(_) => {}
+                Applied::Failed(e) => panic!("{e}"),
+            }
+            stats.bytes
+        }
+
+        fn same(&self) {
+            assert_eq!(all(self.from.path()), all(self.to.path()));
+        }
+    }
+
+    /// Enough for the file systems of tests, and quick.
+    const WINDOW: Duration = Duration::from_millis(20);
+
+    /// So that a change time says something.
+    fn later() {
+        std::thread::sleep(Duration::from_millis(30));
+    }
+
+    #[test]
+    fn all_kinds_of_changes_arrive() {
+        let mut pair = Pair::new();
+        let a = pair.from.path().to_owned();
+        fs::create_dir_all(a.join("d/e")).unwrap();
+        fs::write(a.join("d/plain"), b"hello").unwrap();
+        fs::hard_link(a.join("d/plain"), a.join("z-link")).unwrap();
+        fs::write(a.join(OsStr::from_bytes(b"n\xff\n")), vec![7; 600_000]).unwrap();
+        fs::write(a.join("big"), vec![1; 5 << 20]).unwrap();
+        symlink("../nowhere", a.join("d/sym")).unwrap();
+        nix::unistd::mkfifo(&a.join("fifo"), Mode::from_bits_truncate(0o620)).unwrap();
+        fs::set_permissions(a.join("d/plain"), fs::Permissions::from_mode(0o4755)).unwrap();
+        drop(std::os::unix::net::UnixListener::bind(a.join("socket")).unwrap());
+        let sparse = File::create(a.join("sparse")).unwrap();
+        sparse.write_all_at(b"end", 10 << 20).unwrap();
+        xattr::set(a.join("d"), "user.note", b"x").unwrap();
+        later();
+        pair.round();
+        pair.same();
+        let blocks = pair.to.path().join("sparse").metadata().unwrap().blocks();
+        assert!(blocks * 512 < 1 << 20, "the hole is still one");
+        assert!(pair.to.path().join("socket").metadata().unwrap().file_type().is_socket());
+        assert_eq!(pair.round(), 0, "nothing has changed");
+
+        // One block of many; a file that gets shorter and longer; holes and the end of holes.
+        let big = File::options().write(true).open(a.join("big")).unwrap();
+        big.write_all_at(b"changed", 3 << 20).unwrap();
+        sparse.write_all_at(b"middle", 5 << 20).unwrap();
+        fs::write(a.join("d/plain"), b"hell").unwrap();
+        xattr::remove(a.join("d"), "user.note").unwrap();
+        later();
+        let bytes = pair.round();
+        assert!(bytes < 3 * BLOCK as u64, "{bytes}");
+        pair.same();
+        big.set_len(4 << 20).unwrap();
+        sparse.set_len(0).unwrap();
+        sparse.set_len(6 << 20).unwrap();
+        later();
+        pair.round();
+        pair.same();
+
+        // Names that move, appear and go; a directory where a file was, and the reverse.
+        fs::rename(a.join("d/e"), a.join("e2")).unwrap();
+        fs::rename(a.join("z-link"), a.join("a-link")).unwrap();
+        fs::hard_link(a.join("a-link"), a.join("e2/third")).unwrap();
+        fs::remove_file(a.join("fifo")).unwrap();
+        fs::create_dir(a.join("fifo")).unwrap();
+        fs::write(a.join("fifo/in"), b"in").unwrap();
+        fs::remove_file(a.join("d/sym")).unwrap();
+        fs::write(a.join("d/sym"), b"a file now").unwrap();
+        later();
+        pair.round();
+        pair.same();
+        fs::remove_dir_all(a.join("fifo")).unwrap();
+        fs::write(a.join("fifo"), b"a file again").unwrap();
+        // Replaced as an editor does it, under two names.
+        fs::write(a.join("new"), b"replaced").unwrap();
+        fs::rename(a.join("new"), a.join("d/plain")).unwrap();
+        later();
+        pair.round();
+        pair.same();
+        // Links that lead elsewhere under the same inode number, or with a directory in their place.
+        symlink("one", a.join("l")).unwrap();
+        symlink("one", a.join("l2")).unwrap();
+        later();
+        pair.round();
+        for name in ["l", "l2"] {
+            fs::remove_file(a.join(name)).unwrap();
+            symlink("two", a.join(name)).unwrap();
+        }
+        later();
+        pair.round();
+        pair.same();
+        fs::rename(a.join("d"), a.join("d.old")).unwrap();
+        symlink("e2", a.join("d")).unwrap();
+        later();
+        pair.round();
+        pair.same();
+        fs::remove_file(a.join("d")).unwrap();
+        fs::create_dir(a.join("d")).unwrap();
+        fs::write(a.join("d/plain"), b"another").unwrap();
+        later();
+        pair.round();
+        pair.same();
+        fs::remove_dir_all(a.join("d")).unwrap();
+        later();
+        pair.round();
+        pair.same();
+    }
+
+    /// The container's root cannot have files of the host copied by swapping a directory for a link.
+    #[test]
+    fn a_link_in_the_place_of_a_directory_leads_nowhere() {
+        let outside = tempfile::tempdir().unwrap();
+        fs::write(outside.path().join("secret"), b"secret").unwrap();
+        let mut pair = Pair::new();
+        let a = pair.from.path().to_owned();
+        fs::create_dir_all(a.join("d")).unwrap();
+        fs::write(a.join("d/secret"), b"harmless").unwrap();
+        let (swapped, there) = (a.clone(), outside.path().to_owned());
+        let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let stopped = stop.clone();
+        let swapping = std::thread::spawn(move || {
+            while !stopped.load(std::sync::atomic::Ordering::Relaxed) {
+                fs::rename(swapped.join("d"), swapped.join("e")).unwrap();
+                symlink(&there, swapped.join("d")).unwrap();
+                fs::remove_file(swapped.join("d")).unwrap();
+                fs::rename(swapped.join("e"), swapped.join("d")).unwrap();
+            }
+        });
+        for _ in 0..MAX_ROUNDS - 4 {
+            pair.round();
+            for name in ["d", "e"] {
+                let path = pair.to.path().join(name);
+                if fs::symlink_metadata(&path).is_ok_and(|m| m.is_dir())
+                    && let Ok(text) = fs::read(path.join("secret"))
+                {
+                    assert_eq!(text, b"harmless");
+                }
+            }
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        swapping.join().unwrap();
+        later();
+        pair.round();
+        pair.same();
+    }
+
+    /// A large file under two names, one after the other, in one round and the next.
+    #[test]
+    fn sums_of_a_moved_file_say_nothing_of_its_other_copy() {
+        let mut pair = Pair::new();
+        let a = pair.from.path().to_owned();
+        fs::write(a.join("m"), vec![1; 3 << 20]).unwrap();
+        later();
+        pair.round();
+        let file = File::options().write(true).open(a.join("m")).unwrap();
+        for (i, (from, to)) in [("m", "z"), ("z", "a"), ("a", "m")].into_iter().enumerate() {
+            file.write_all_at(b"changed", (i as u64) << 20).unwrap();
+            fs::rename(a.join(from), a.join(to)).unwrap();
+            fs::hard_link(a.join(to), a.join("q")).unwrap();
+            later();
+            pair.round();
+            pair.same();
+            fs::remove_file(a.join("q")).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_change_that_came_too_soon_after_the_look_is_not_missed() {
+        let mut pair = Pair::new();
+        let a = pair.from.path().to_owned();
+        for i in 0..50u8 {
+            fs::write(a.join("f"), [i; 100]).unwrap();
+            pair.round();
+            assert_eq!(fs::read(pair.to.path().join("f")).unwrap(), [i; 100]);
+        }
+    }
+
+    #[test]
+    fn what_is_written_through_a_mapping_is_compared() {
+        let mut pair = Pair::new();
+        let path = pair.from.path().join("mapped");
+        fs::write(&path, vec![1; 3 << 20]).unwrap();
+        later();
+        pair.round();
+        // As a mapping does it: the contents change, the times do not.
+        let before = path.metadata().unwrap();
+        let file = File::options().write(true).open(&path).unwrap();
+        file.write_all_at(b"secretly", 1 << 20).unwrap();
+        let key = b"mapped".to_vec();
+        let now = path.metadata().unwrap();
+        let known = pair.follower.known_for_test(0, &key);
+        *known = Some((now.ctime(), now.ctime_nsec(), before.size()));
+        later();
+        assert_eq!(pair.round(), 0);
+        let mapped = Inodes::from([(before.dev(), before.ino())]);
+        assert_eq!(pair.round_with(&mapped), BLOCK as u64);
+        pair.same();
+    }
+
+    #[test]
+    fn a_stream_cannot_lead_outside_or_beyond_what_was_announced() {
+        let outer = tempfile::tempdir().unwrap();
+        let root = outer.path().join("root");
+        fs::create_dir(&root).unwrap();
+        let entry = |path: &str, kind| Entry {
+            path: path.into(),
+            kind,
+            mode: 0o644,
+            uid: nix::unistd::getuid().as_raw(),
+            gid: nix::unistd::getgid().as_raw(),
+            mtime: (0, 0),
+            attributes: Vec::new(),
+        };
+        let apply = |steps: Vec<Step>| {
+            let mut stream = Vec::new();
+            for step in steps {
+                ops::write(&mut stream, &step).unwrap();
+                if let Step::Data(_, n) = step {
+                    stream.extend(vec![1; n as usize]);
+                }
+            }
+            let (tell, heard) = channel();
+            let roots = [(root.clone(), Size::default())];
+            let applying = Applying::start(&roots, move |a| drop(tell.send(a))).unwrap();
+            let _ = applying.feed(&stream);
+            drop(applying);
+            heard.iter().any(|a| matches!(a, Applied::Failed(_)))
+        };
+        let file = |size| Kind::File(size, Vec::new());
+        for bad in ["../out", "/out", "a/../../out"] {
+            assert!(apply(vec![Step::Make(entry(bad, file(0)))]), "{bad}");
+            assert!(apply(vec![Step::Remove(bad.into())]), "{bad}");
+            assert!(apply(vec![Step::Change(entry(bad, Kind::Directory), false)]), "{bad}");
+            assert!(apply(vec![Step::Make(entry("l", Kind::Link(bad.into())))]), "{bad}");
+        }
+        assert!(apply(vec![
+            Step::Make(entry("s", Kind::Symlink(b"..".to_vec()))),
+            Step::Make(entry("s/out", file(0))),
+        ]));
+        symlink("/", root.join("t")).unwrap();
+        assert!(apply(vec![Step::Change(entry("t", file(0)), true)]));
+        assert!(apply(vec![Step::Make(entry("f", file(1))), Step::Data(1, 1)]));
+        assert!(apply(vec![Step::Data(0, 1)]));
+        assert!(apply(vec![Step::Tree(1)]));
+        let mut much = vec![Step::Make(entry("big", file(2 << 30)))];
+        much.extend((0..8193).map(|i| Step::Data(i * BLOCK as u64, BLOCK as u32)));
+        assert!(apply(much));
+        let mut many = Vec::new();
+        for i in 0..100_001 {
+            many.push(Step::Make(entry(&format!("n{}", i % 7), Kind::Fifo)));
+        }
+        assert!(apply(many));
+        assert_eq!(fs::read_dir(outer.path()).unwrap().count(), 1);
+    }
+}

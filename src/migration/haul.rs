@@ -1,0 +1,165 @@
+//! The source's thread that carries files: in rounds while the container runs, what has changed
+//! since in the freeze.
+//!
+//! ```text
+//! rounds ──▶ Settled ──Again──▶ a round ──▶ Settled ──Frozen──▶ the last round ──▶ Done
+//! ```
+
+use std::io::BufWriter;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Instant;
+
+use anyhow::{Result, anyhow};
+
+use super::parcels::{STREAM, SpeakerFile};
+use super::talk::Speaker;
+use crate::files::follow::{self, Follower, Inodes};
+use crate::oci::cgroup::Cgroup;
+use crate::report::progress::FilesRound;
+use crate::transport::frame;
+
+/// Files are gone over at most so often before memory is.
+const MAX_ROUNDS: usize = 8;
+/// What is sent in a moment is no reason for another round.
+const LITTLE: u64 = 4 << 20;
+/// Bytes between two words about progress.
+const TELL_EVERY: u64 = 8 << 20;
+
+/// What the hand-over tells the thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// The destination has put a round in place.
+    Applied(u32),
+    /// One more round, while memory is still.
+    Again,
+    /// The tasks stand still.
+    Frozen,
+}
+
+/// What it tells the hand-over.
+#[derive(Debug)]
+pub enum HaulEvent {
+    /// Bytes of files sent so far.
+    Progress(u64),
+    /// A round is over.
+    Round(FilesRound),
+    /// What there was to send is over there.
+    Settled,
+    /// Everything is sent.
+    Done,
+    /// Files cannot be read, or the link broke.
+    Failed(String),
+}
+
+/// The thread.
+pub struct Haul {
+    /// To say [`Order`]s.
+    pub orders: Sender<Order>,
+}
+
+impl Haul {
+    /// Starts with the first round over these trees.
+    ///
+    /// # Errors
+    /// When there can be no thread.
+    pub fn start(
+        roots: Vec<PathBuf>,
+        cgroup: &Cgroup,
+        speaker: &Speaker,
+        tell: impl Fn(HaulEvent) + Send + 'static,
+    ) -> Result<Haul> {
+        let (orders, heard) = channel();
+        let carrier = Carrier {
+            follower: Follower::new(roots),
+            cgroup: cgroup.clone(),
+            mapped: Inodes::new(),
+            speaker: speaker.clone(),
+            orders: heard,
+            rounds: 0,
+            sent: 0,
+            at: 0,
+        };
+        std::thread::Builder::new().name("haul".into()).spawn(move || {
+            if let Err(e) = run(carrier, &tell) {
+                tell(HaulEvent::Failed(format!("{e:#}")));
+            }
+        })?;
+        Ok(Haul { orders })
+    }
+}
+
+struct Carrier {
+    follower: Follower,
+    cgroup: Cgroup,
+    /// Whatever has ever been mapped for writing: a mapping that is gone may have left changes.
+    mapped: Inodes,
+    speaker: Speaker,
+    orders: Receiver<Order>,
+    rounds: u32,
+    /// Bytes of contents, and of the stream, that have gone.
+    sent: u64,
+    at: u64,
+}
+
+fn run(mut carrier: Carrier, tell: &dyn Fn(HaulEvent)) -> Result<()> {
+    let mut before = u64::MAX;
+    for _ in 0..MAX_ROUNDS {
+        let bytes = carrier.round(false, tell)?;
+        // More of the same would not make it less.
+        if bytes <= LITTLE || bytes >= before {
+            break;
+        }
+        before = bytes;
+    }
+    loop {
+        tell(HaulEvent::Settled);
+        match carrier.orders.recv() {
+            Ok(Order::Again) => drop(carrier.round(false, tell)?),
+            Ok(Order::Frozen) => break,
+            Ok(Order::Applied(_)) => {}
+            // The hand-over has ended.
+            Err(_) => return Ok(()),
+        }
+    }
+    carrier.round(true, tell)?;
+    tell(HaulEvent::Done);
+    Ok(())
+}
+
+impl Carrier {
+    /// A round, and its way to the other side's disk; bytes of contents sent.
+    fn round(&mut self, last: bool, tell: &dyn Fn(HaulEvent)) -> Result<u64> {
+        let began = Instant::now();
+        self.mapped.extend(follow::mapped(&self.cgroup.processes()?)?);
+        let mut compared = self.mapped.clone();
+        if last {
+            compared.extend(follow::open_for_writing(&self.cgroup.processes()?)?);
+        }
+        let file = SpeakerFile { speaker: &self.speaker, name: STREAM.into(), at: self.at };
+        let mut out = BufWriter::with_capacity(frame::MAX_FILE_PIECE, file);
+        let (mut sent, mut told) = (self.sent, self.sent);
+        let mut went = |bytes| {
+            sent += bytes;
+            if sent - told >= TELL_EVERY {
+                told = sent;
+                tell(HaulEvent::Progress(sent));
+            }
+        };
+        let stats = self.follower.round(&compared, last, &mut out, &mut went)?;
+        self.sent = sent;
+        self.at = out.into_inner().map_err(|e| e.into_error())?.at;
+        self.speaker.flush()?;
+        self.rounds += 1;
+        if !last {
+            // What was mapped meanwhile, too.
+            self.mapped.extend(follow::mapped(&self.cgroup.processes()?)?);
+            while self.orders.recv().map_err(|_| anyhow!("the hand-over has ended"))?
+                != Order::Applied(self.rounds)
+            {}
+        }
+        let ms = began.elapsed().as_secs_f64() * 1000.0;
+        tell(HaulEvent::Round(FilesRound { frozen: last, files: stats, ms }));
+        Ok(stats.bytes)
+    }
+}

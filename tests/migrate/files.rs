@@ -1,0 +1,192 @@
+//! Containers whose files only one host has.
+
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Trial;
+
+use crate::common::container::Container;
+use crate::common::facts::{exactly_one_copy, pair};
+use crate::common::lab::{Host, LONG, Lab, SHORT};
+use crate::common::probe::Probe;
+use crate::common::process::{until, write_script};
+use crate::common::suite::in_lab;
+use crate::common::{Outcome, ensure};
+
+const LIMIT: Duration = Duration::from_secs(120);
+/// On each host's own disk.
+const BUNDLE: &str = "/srv/local/box";
+
+/// The suite.
+pub fn trials() -> Vec<Trial> {
+    vec![
+        in_lab("files::to_and_fro_while_they_change", LIMIT, to_and_fro_while_they_change),
+        in_lab("files::everything_that_a_file_has", LIMIT, everything_that_a_file_has),
+        in_lab("files::volumes", LIMIT, volumes),
+        in_lab("files::given_up", LIMIT, given_up),
+        in_lab("files::what_was_there_is_kept", LIMIT, what_was_there_is_kept),
+        in_lab("files::no_room", LIMIT, no_room),
+    ]
+}
+
+/// A server that changes files all the time, and checks them against its memory.
+fn writer() -> Container {
+    let options = ["--arg", "--files", "--arg", "/data", "--arg", "--files-size", "--arg", "16M"];
+    Container::networked("counter").with(&options).at(BUNDLE)
+}
+
+/// All but what the server writes to.
+fn listing(host: &Host, root: &str) -> Outcome<String> {
+    host.exec(&["python3", "-c", include_str!("listing.py"), root, "data"])?.ok()
+}
+
+/// Names that begin like ours, and what was put out of the way.
+fn leftovers(host: &Host) -> Outcome<String> {
+    host.sh("find /srv/local \\( -name '.ferry*' -o -name '*.before' \\) -not -path '*/rootfs/*'")
+}
+
+/// It has gone over all of its files since.
+fn has_checked(probe: &mut Probe) -> Outcome {
+    let began = Instant::now();
+    until("it has come round its files", SHORT, || {
+        Ok((began.elapsed() > Duration::from_millis(500)).then_some(()))
+    })?;
+    probe.is_content()
+}
+
+fn to_and_fro_while_they_change(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = writer();
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    for (i, (from, to)) in [(&a, &b), (&b, &a), (&a, &b), (&b, &a)].into_iter().enumerate() {
+        let last = i == 3;
+        let files = if last { "remove" } else { "keep" };
+        from.ferry(&["migrate", "--source-files", files, "box", to.name])?.exits(0)?;
+        exactly_one_copy(&container, to, from)?;
+        has_checked(&mut probe)?;
+        for host in [from, to] {
+            let left = leftovers(host)?;
+            ensure!(left.is_empty(), "left on {}: {left}", host.name);
+        }
+        let kept = from.exec(&["test", "-e", "/srv/local/box/rootfs"])?.code == 0;
+        ensure!(kept != last, "the source's files: kept {kept}");
+        if kept {
+            let root = format!("{BUNDLE}/rootfs");
+            let (before, after) = (listing(from, &root)?, listing(to, &root)?);
+            ensure!(before == after, "it was\n{before}\nand is\n{after}");
+        }
+    }
+    Ok(())
+}
+
+fn everything_that_a_file_has(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = writer();
+    container.make(&a)?;
+    a.sh(
+        "cd /srv/local/box/rootfs && mkdir -p odd/empty odd/deep/er && cd odd
+         printf hello > plain && ln plain deep/second && ln plain third && chmod 4755 plain
+         ln -s ../nowhere deep/link && mkfifo fifo && mknod null c 1 3 && mknod disk b 7 200
+         truncate -s 20M sparse && printf end >> sparse && printf middle | dd of=sparse bs=1 seek=9000000 conv=notrunc 2>/dev/null
+         head -c 3000000 /dev/urandom > big && chown 12:34 big && chmod 640 big
+         printf x > \"$(printf 'n\\377\\n')\" && chmod 1777 deep/er
+         touch -d '2001-02-03 04:05:06.123456789' third deep/link deep
+         touch -h -d '2002-02-03 04:05:06.987654321' deep/link
+         python3 - <<'END'
+import os
+os.setxattr('plain', 'user.note', b'n\\x00te')
+os.setxattr('big', 'security.capability', bytes.fromhex('0100000200040000000000000000000000000000'))
+os.setxattr('deep', 'system.posix_acl_default', bytes.fromhex('02000000 01000700ffffffff 02000700 0c000000 04000500ffffffff 10000700ffffffff 20000500ffffffff'.replace(' ', '')))
+END
+         touch -d '2003-02-03 04:05:06.111111111' .",
+    )?;
+    container.make_network(lab, &a)?;
+    container.run_on(&a)?;
+    a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    exactly_one_copy(&container, &b, &a)?;
+    let root = format!("{BUNDLE}/rootfs");
+    let (before, after) = (listing(&a, &root)?, listing(&b, &root)?);
+    ensure!(before.lines().count() > 20, "little to compare:\n{before}");
+    ensure!(before == after, "it was\n{before}\nand is\n{after}");
+    Ok(())
+}
+
+fn volumes(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let options = ["--arg", "--files", "--arg", "/vol/data", "--bind", "/srv/local/vol:/vol"];
+    let container = Container::networked("counter").with(&options).at(BUNDLE);
+    a.sh("mkdir -p /srv/local/vol")?;
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    let said = a.ferry(&["migrate", "box", "b"])?.exits(3)?;
+    ensure!(said.err.contains("--volume /vol=copy"), "no hint: {said}");
+    let said = a.ferry(&["migrate", "--volume", "/nowhere=copy", "box", "b"])?.exits(3)?;
+    ensure!(said.err.contains("its bind mounts are /vol"), "no hint: {said}");
+    a.ferry(&["check", "--volume", "/vol=copy", "box", "b"])?.exits(0)?;
+    ensure!(b.sh("ls -A /srv/local")?.is_empty(), "a check has made something");
+    a.ferry(&["migrate", "--volume", "/vol=copy", "box", "b"])?.exits(0)?;
+    exactly_one_copy(&container, &b, &a)?;
+    has_checked(&mut probe)
+}
+
+/// Whatever happens before the commit, it runs on at the source, and nothing is left over there.
+fn given_up(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = writer();
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    let faulty = "/srv/shared/bin/faulty";
+    for (there, fault) in [
+        (false, "source.copied:kill"),
+        (true, "destination.copied:error"),
+        (true, "destination.copied:kill"),
+        (true, "restore.restored:kill"),
+        (false, "source.commit:error"),
+        (false, "source.commit:kill"),
+    ] {
+        let fault = format!("FERRY_FAULT={fault}");
+        let (here, over_there) = if there { ("A=", &*fault) } else { (&*fault, "A=") };
+        let script = format!("#!/bin/sh\nexport {over_there}; exec ferry \"$@\"\n");
+        write_script(&a.path(faulty)?, &script)?;
+        let line = ["env", here, "ferry", "migrate", "--remote-ferry", faulty, "box", "b"];
+        let said = a.start(&line)?.end(LONG)?;
+        let all = (|| {
+            ensure!(matches!(said.code, 1 | 137), "{said}");
+            exactly_one_copy(&container, &a, &b)?;
+            until("nothing is left over there", SHORT, || {
+                Ok(b.sh("ls -A /srv/local")?.is_empty().then_some(()))
+            })?;
+            has_checked(&mut probe)
+        })();
+        all.map_err(|e| format!("{fault}: {e}\n{said}"))?;
+    }
+    a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    exactly_one_copy(&container, &b, &a)?;
+    has_checked(&mut probe)
+}
+
+fn what_was_there_is_kept(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = writer();
+    container.start(lab, &a)?;
+    b.sh("mkdir -p /srv/local/box/rootfs && echo mine > /srv/local/box/rootfs/mine")?;
+    // Given up, it is as it was.
+    let line = ["env", "FERRY_FAULT=source.commit:error", "ferry", "migrate", "box", "b"];
+    a.start(&line)?.end(LONG)?.exits(1)?;
+    ensure!(b.sh("cd /srv/local && find . -type f")?.trim() == "./box/rootfs/mine", "changed");
+    a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    exactly_one_copy(&container, &b, &a)?;
+    ensure!(b.sh("cat /srv/local/box/rootfs.before/mine")?.trim() == "mine", "lost");
+    Ok(())
+}
+
+fn no_room(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = writer();
+    container.start(lab, &a)?;
+    b.sh("mount -t tmpfs -o size=40M tmpfs /srv/local")?;
+    let said = a.ferry(&["migrate", "box", "b"])?.exits(3)?;
+    ensure!(said.err.contains("has no room for the copy"), "{said}");
+    ensure!(b.sh("ls -A /srv/local")?.is_empty(), "something was made");
+    exactly_one_copy(&container, &a, &b)
+}
