@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 
@@ -36,10 +36,11 @@ pub struct Files {
 }
 
 impl Files {
-    /// Starts it in a directory, with a file of so many bytes of which a block is written each time.
-    pub fn start(directory: &Path, bytes: u64, seed: u64) -> io::Result<Arc<Files>> {
+    /// Starts it in a directory, with a file of so many bytes of which so many blocks are written
+    /// each second.
+    pub fn start(directory: &Path, (bytes, rate): (u64, u64), seed: u64) -> io::Result<Arc<Files>> {
         let files = Arc::new(Files::default());
-        let mut work = Work::new(directory, (bytes as usize / BLOCK).max(1), seed)?;
+        let mut work = Work::new(directory, (bytes as usize / BLOCK).max(1), rate, seed)?;
         let told = files.clone();
         thread::spawn(move || {
             loop {
@@ -64,6 +65,9 @@ struct Work {
     seed: u64,
     /// Each block's generation.
     data: Vec<u64>,
+    /// Blocks written each second, and up to when that was done.
+    rate: u64,
+    written: Instant,
     data_file: File,
     mapped: Vec<u64>,
     /// Where the file is mapped.
@@ -91,7 +95,7 @@ fn line(number: u64) -> String {
 }
 
 impl Work {
-    fn new(directory: &Path, blocks: usize, seed: u64) -> io::Result<Work> {
+    fn new(directory: &Path, blocks: usize, rate: u64, seed: u64) -> io::Result<Work> {
         fs::create_dir_all(directory)?;
         let create = |name: &OsStr| {
             let mut how = OpenOptions::new();
@@ -122,6 +126,8 @@ impl Work {
             walk: SplitMix(seed),
             seed,
             data: vec![0; blocks],
+            rate,
+            written: Instant::now(),
             data_file,
             mapped: vec![0; MAPPED],
             map,
@@ -139,10 +145,17 @@ impl Work {
 
     /// One change of each kind, and a check; how much was wrong.
     fn step(&mut self) -> io::Result<u64> {
-        let index = self.walk.below(self.data.len());
-        self.data[index] += 1;
-        let fresh = block(self.seed, index, self.data[index]);
-        self.data_file.write_all_at(&fresh, (index * BLOCK) as u64)?;
+        let due = (self.written.elapsed().as_secs_f64() * self.rate as f64) as u64;
+        // Not all that was missed while it stood still.
+        for _ in 0..due.min(self.rate / 10) {
+            let index = self.walk.below(self.data.len());
+            self.data[index] += 1;
+            let fresh = block(self.seed, index, self.data[index]);
+            self.data_file.write_all_at(&fresh, (index * BLOCK) as u64)?;
+        }
+        if due > 0 {
+            self.written = Instant::now();
+        }
 
         let index = self.walk.below(MAPPED);
         self.mapped[index] += 1;

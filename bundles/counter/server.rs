@@ -68,6 +68,9 @@ struct Options {
     /// How large the largest of them is
     #[arg(long, default_value = "4M", value_parser = common::units::size, value_name = "SIZE")]
     files_size: u64,
+    /// How many of its pages to rewrite every second
+    #[arg(long, default_value_t = 200, value_name = "PAGES_PER_S")]
+    files_rate: u64,
     /// Write a numbered line to stdout every second
     #[arg(long)]
     log_to_stdout: bool,
@@ -153,7 +156,10 @@ impl Server {
             dirtier: (options.dirty > 0).then(|| Dirtier::new(options.dirty, 0..hot)),
             threads: Threads::start(options.threads, options.seed),
             files: match &options.files {
-                Some(dir) => Some(Files::start(dir, options.files_size, options.seed)?),
+                Some(dir) => {
+                    let how = (options.files_size, options.files_rate);
+                    Some(Files::start(dir, how, options.seed)?)
+                }
                 None => None,
             },
             log: options.log_to_stdout.then(Log::new),

@@ -21,9 +21,9 @@ use nix::fcntl::{FallocateFlags, OFlag, fallocate, openat};
 use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
-use super::follow::Size;
 use super::ops::{self, BLOCK, Step};
 use super::tree::{self, Entry, Kind};
+use super::walk::Size;
 
 /// Pieces of the stream that wait to be written.
 const QUEUE: usize = 16;
@@ -388,10 +388,12 @@ fn clear(parent: &OwnedFd, name: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::follow::{Follower, Inodes, measure};
+    use super::super::follow::{Follower, RoundStats};
+    use super::super::inodes::Inodes;
+    use super::super::walk::measure;
     use super::*;
     use std::fs;
-    use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
+    use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
     use std::sync::mpsc::channel;
     use std::time::Duration;
 
@@ -449,10 +451,14 @@ mod tests {
     }
 
     impl Pair {
-        fn new() -> Pair {
-            let from = tempfile::tempdir().unwrap();
-            let follower = Follower::with_window(vec![from.path().to_owned()], WINDOW);
-            Pair { from, to: tempfile::tempdir().unwrap(), follower }
+        /// One whose changes are looked for, and one whose changes the kernel tells.
+        fn both() -> [Pair; 2] {
+            [false, true].map(|listen| {
+                let from = tempfile::tempdir().unwrap();
+                let roots = vec![from.path().to_owned()];
+                let follower = Follower::with_window(roots, listen, WINDOW);
+                Pair { from, to: tempfile::tempdir().unwrap(), follower }
+            })
         }
 
         /// A round; how many bytes of contents went.
@@ -461,6 +467,10 @@ mod tests {
         }
 
         fn round_with(&mut self, mapped: &Inodes) -> u64 {
+            self.stats_of_round(mapped).bytes
+        }
+
+        fn stats_of_round(&mut self, mapped: &Inodes) -> RoundStats {
             let mut stream = Vec::new();
             let stats = self.follower.round(mapped, false, &mut stream, &mut |_| {}).unwrap();
             let size = measure(self.from.path()).unwrap();
@@ -475,7 +485,7 @@ mod tests {
                 Applied::Round(_) => {}
                 Applied::Failed(e) => panic!("{e}"),
             }
-            stats.bytes
+            stats
         }
 
         fn same(&self) {
@@ -493,92 +503,267 @@ mod tests {
 
     #[test]
     fn all_kinds_of_changes_arrive() {
-        let mut pair = Pair::new();
-        let a = pair.from.path().to_owned();
-        fs::create_dir_all(a.join("d/e")).unwrap();
-        fs::write(a.join("d/plain"), b"hello").unwrap();
-        fs::hard_link(a.join("d/plain"), a.join("z-link")).unwrap();
-        fs::write(a.join(OsStr::from_bytes(b"n\xff\n")), vec![7; 600_000]).unwrap();
-        fs::write(a.join("big"), vec![1; 5 << 20]).unwrap();
-        symlink("../nowhere", a.join("d/sym")).unwrap();
-        nix::unistd::mkfifo(&a.join("fifo"), Mode::from_bits_truncate(0o620)).unwrap();
-        fs::set_permissions(a.join("d/plain"), fs::Permissions::from_mode(0o4755)).unwrap();
-        drop(std::os::unix::net::UnixListener::bind(a.join("socket")).unwrap());
-        let sparse = File::create(a.join("sparse")).unwrap();
-        sparse.write_all_at(b"end", 10 << 20).unwrap();
-        xattr::set(a.join("d"), "user.note", b"x").unwrap();
-        later();
-        pair.round();
-        pair.same();
-        let blocks = pair.to.path().join("sparse").metadata().unwrap().blocks();
-        assert!(blocks * 512 < 1 << 20, "the hole is still one");
-        assert!(pair.to.path().join("socket").metadata().unwrap().file_type().is_socket());
-        assert_eq!(pair.round(), 0, "nothing has changed");
+        for mut pair in Pair::both() {
+            let a = pair.from.path().to_owned();
+            fs::create_dir_all(a.join("d/e")).unwrap();
+            fs::write(a.join("d/plain"), b"hello").unwrap();
+            fs::hard_link(a.join("d/plain"), a.join("z-link")).unwrap();
+            fs::write(a.join(OsStr::from_bytes(b"n\xff\n")), vec![7; 600_000]).unwrap();
+            fs::write(a.join("big"), vec![1; 5 << 20]).unwrap();
+            symlink("../nowhere", a.join("d/sym")).unwrap();
+            nix::unistd::mkfifo(&a.join("fifo"), Mode::from_bits_truncate(0o620)).unwrap();
+            fs::set_permissions(a.join("d/plain"), fs::Permissions::from_mode(0o4755)).unwrap();
+            drop(std::os::unix::net::UnixListener::bind(a.join("socket")).unwrap());
+            let sparse = File::create(a.join("sparse")).unwrap();
+            sparse.write_all_at(b"end", 10 << 20).unwrap();
+            xattr::set(a.join("d"), "user.note", b"x").unwrap();
+            later();
+            pair.round();
+            pair.same();
+            let blocks = pair.to.path().join("sparse").metadata().unwrap().blocks();
+            assert!(blocks * 512 < 1 << 20, "the hole is still one");
+            assert!(pair.to.path().join("socket").metadata().unwrap().file_type().is_socket());
+            assert_eq!(pair.round(), 0, "nothing has changed");
 
-        // One block of many; a file that gets shorter and longer; holes and the end of holes.
-        let big = File::options().write(true).open(a.join("big")).unwrap();
-        big.write_all_at(b"changed", 3 << 20).unwrap();
-        sparse.write_all_at(b"middle", 5 << 20).unwrap();
-        fs::write(a.join("d/plain"), b"hell").unwrap();
-        xattr::remove(a.join("d"), "user.note").unwrap();
-        later();
-        let bytes = pair.round();
-        assert!(bytes < 3 * BLOCK as u64, "{bytes}");
-        pair.same();
-        big.set_len(4 << 20).unwrap();
-        sparse.set_len(0).unwrap();
-        sparse.set_len(6 << 20).unwrap();
-        later();
-        pair.round();
-        pair.same();
+            // One block of many; a file that gets shorter and longer; holes and the end of holes.
+            let big = File::options().write(true).open(a.join("big")).unwrap();
+            big.write_all_at(b"changed", 3 << 20).unwrap();
+            sparse.write_all_at(b"middle", 5 << 20).unwrap();
+            fs::write(a.join("d/plain"), b"hell").unwrap();
+            xattr::remove(a.join("d"), "user.note").unwrap();
+            later();
+            let bytes = pair.round();
+            assert!(bytes < 5 * 4096, "{bytes}");
+            pair.same();
+            big.set_len(4 << 20).unwrap();
+            sparse.set_len(0).unwrap();
+            sparse.set_len(6 << 20).unwrap();
+            later();
+            pair.round();
+            pair.same();
 
-        // Names that move, appear and go; a directory where a file was, and the reverse.
-        fs::rename(a.join("d/e"), a.join("e2")).unwrap();
-        fs::rename(a.join("z-link"), a.join("a-link")).unwrap();
-        fs::hard_link(a.join("a-link"), a.join("e2/third")).unwrap();
-        fs::remove_file(a.join("fifo")).unwrap();
-        fs::create_dir(a.join("fifo")).unwrap();
-        fs::write(a.join("fifo/in"), b"in").unwrap();
-        fs::remove_file(a.join("d/sym")).unwrap();
-        fs::write(a.join("d/sym"), b"a file now").unwrap();
-        later();
-        pair.round();
-        pair.same();
-        fs::remove_dir_all(a.join("fifo")).unwrap();
-        fs::write(a.join("fifo"), b"a file again").unwrap();
-        // Replaced as an editor does it, under two names.
-        fs::write(a.join("new"), b"replaced").unwrap();
-        fs::rename(a.join("new"), a.join("d/plain")).unwrap();
-        later();
-        pair.round();
-        pair.same();
-        // Links that lead elsewhere under the same inode number, or with a directory in their place.
-        symlink("one", a.join("l")).unwrap();
-        symlink("one", a.join("l2")).unwrap();
-        later();
-        pair.round();
-        for name in ["l", "l2"] {
-            fs::remove_file(a.join(name)).unwrap();
-            symlink("two", a.join(name)).unwrap();
+            // Names that move, appear and go; a directory where a file was, and the reverse.
+            fs::rename(a.join("d/e"), a.join("e2")).unwrap();
+            fs::rename(a.join("z-link"), a.join("a-link")).unwrap();
+            fs::hard_link(a.join("a-link"), a.join("e2/third")).unwrap();
+            fs::remove_file(a.join("fifo")).unwrap();
+            fs::create_dir(a.join("fifo")).unwrap();
+            fs::write(a.join("fifo/in"), b"in").unwrap();
+            fs::remove_file(a.join("d/sym")).unwrap();
+            fs::write(a.join("d/sym"), b"a file now").unwrap();
+            later();
+            pair.round();
+            pair.same();
+            fs::remove_dir_all(a.join("fifo")).unwrap();
+            fs::write(a.join("fifo"), b"a file again").unwrap();
+            // Replaced as an editor does it, under two names.
+            fs::write(a.join("new"), b"replaced").unwrap();
+            fs::rename(a.join("new"), a.join("d/plain")).unwrap();
+            later();
+            pair.round();
+            pair.same();
+            // Links that lead elsewhere under the same inode number, or with a directory in their place.
+            symlink("one", a.join("l")).unwrap();
+            symlink("one", a.join("l2")).unwrap();
+            later();
+            pair.round();
+            for name in ["l", "l2"] {
+                fs::remove_file(a.join(name)).unwrap();
+                symlink("two", a.join(name)).unwrap();
+            }
+            later();
+            pair.round();
+            pair.same();
+            fs::rename(a.join("d"), a.join("d.old")).unwrap();
+            symlink("e2", a.join("d")).unwrap();
+            later();
+            pair.round();
+            pair.same();
+            fs::remove_file(a.join("d")).unwrap();
+            fs::create_dir(a.join("d")).unwrap();
+            fs::write(a.join("d/plain"), b"another").unwrap();
+            later();
+            pair.round();
+            pair.same();
+            fs::remove_dir_all(a.join("d")).unwrap();
+            later();
+            pair.round();
+            pair.same();
         }
-        later();
+    }
+
+    #[test]
+    fn only_what_the_kernel_tells_of_is_looked_at() {
+        let [_, mut pair] = Pair::both();
+        let a = pair.from.path().to_owned();
+        fs::create_dir(a.join("many")).unwrap();
+        for i in 0..1000 {
+            fs::write(a.join(format!("many/{i}")), b"x").unwrap();
+        }
         pair.round();
+        fs::write(a.join("many/7"), b"y").unwrap();
+        let stats = pair.stats_of_round(&Inodes::new());
+        assert!(stats.told && stats.entries < 5 && stats.changed == 2, "{stats:?}");
         pair.same();
-        fs::rename(a.join("d"), a.join("d.old")).unwrap();
-        symlink("e2", a.join("d")).unwrap();
-        later();
+        // A large file that has another name is not sent again.
+        fs::write(a.join("log"), vec![3; 5 << 20]).unwrap();
         pair.round();
+        fs::rename(a.join("log"), a.join("many/old")).unwrap();
+        assert_eq!(pair.round(), 0);
         pair.same();
-        fs::remove_file(a.join("d")).unwrap();
-        fs::create_dir(a.join("d")).unwrap();
-        fs::write(a.join("d/plain"), b"another").unwrap();
-        later();
+        // What happens below a directory that was moved is told under its new name.
+        fs::rename(a.join("many"), a.join("all")).unwrap();
         pair.round();
+        fs::write(a.join("all/8"), b"z").unwrap();
+        let stats = pair.stats_of_round(&Inodes::new());
+        assert!(stats.told && stats.entries < 5, "{stats:?}");
         pair.same();
-        fs::remove_dir_all(a.join("d")).unwrap();
-        later();
-        pair.round();
-        pair.same();
+    }
+
+    /// Whatever is done between two rounds, or while one is made, the last one brings the rest.
+    #[test]
+    fn anything_may_happen_at_any_time() {
+        for seed in 0..6u64 {
+            for mut pair in Pair::both() {
+                let a = pair.from.path().to_owned();
+                let mut random = Random(seed * 2 + 1);
+                for _ in 0..30 {
+                    random.change(&a);
+                }
+                for _ in 0..6 {
+                    let (there, mut other) = (a.clone(), Random(random.next() | 1));
+                    let changing = std::thread::spawn(move || {
+                        for _ in 0..30 {
+                            other.change(&there);
+                        }
+                    });
+                    pair.round();
+                    changing.join().unwrap();
+                }
+                pair.round();
+                pair.same();
+            }
+        }
+    }
+
+    /// Written to in every way, a page here and there, while it is read.
+    #[test]
+    fn a_very_large_file_is_the_same_in_the_end() {
+        const SIZE: u64 = 70 << 20;
+        for mut pair in Pair::both() {
+            let path = pair.from.path().join("large");
+            let file = File::options().read(true).write(true).create(true).open(&path).unwrap();
+            let piece: Vec<u8> = (0..1 << 20).map(|i: u32| (i ^ (i >> 8)) as u8).collect();
+            for i in 0..70 {
+                file.write_all_at(&piece, i << 20).unwrap();
+            }
+            let meta = file.metadata().unwrap();
+            let mapped = Inodes::from([(meta.dev(), meta.ino())]);
+            let mut random = Random(7);
+            pair.round();
+            for round in 0..8 {
+                let (changed, mut other) = (path.clone(), Random(random.next() | 1));
+                let changing = std::thread::spawn(move || {
+                    for _ in 0..100 {
+                        change_in(&changed, &mut other, SIZE, round > 4);
+                    }
+                });
+                pair.round_with(&mapped);
+                changing.join().unwrap();
+            }
+            pair.round_with(&mapped);
+            pair.same();
+        }
+    }
+
+    fn change_in(path: &Path, random: &mut Random, size: u64, layout: bool) {
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        let at = random.next() % (size - 8192);
+        let page = at & !4095;
+        let fill = random.next() as u8;
+        match random.next() % if layout { 8 } else { 4 } {
+            0 => file.write_all_at(&[fill; 10], at).unwrap(),
+            1 => {
+                file.write_all_at(&[fill; 5000], at).unwrap();
+                file.sync_data().unwrap();
+            }
+            2 if layout => {
+                let direct = File::options().write(true).custom_flags(libc::O_DIRECT).open(path);
+                #[repr(align(4096))]
+                struct Page([u8; 4096]);
+                // Not every file system can.
+                if let Ok(file) = direct {
+                    let _ = file.write_all_at(&Page([fill; 4096]).0, page);
+                }
+            }
+            2 | 3 => {
+                crate::sys::memory::write_through_mapping(&file, page, fill).unwrap();
+            }
+            4 => {
+                let _ = fallocate(&file, FallocateFlags::FALLOC_FL_ZERO_RANGE, page as i64, 8192);
+            }
+            5 => {
+                let punch =
+                    FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+                let _ = fallocate(&file, punch, at as i64, 7000);
+            }
+            6 => {
+                let (collapse, insert) = (
+                    FallocateFlags::FALLOC_FL_COLLAPSE_RANGE,
+                    FallocateFlags::FALLOC_FL_INSERT_RANGE,
+                );
+                if fallocate(&file, collapse, page as i64, 4096).is_ok() {
+                    fallocate(&file, insert, 0, 4096).unwrap();
+                }
+            }
+            _ => {
+                file.set_len(size - random.next() % 100_000).unwrap();
+                file.set_len(size).unwrap();
+            }
+        }
+    }
+
+    /// xorshift64
+    struct Random(u64);
+
+    impl Random {
+        fn next(&mut self) -> u64 {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            self.0 >> 11
+        }
+
+        /// One of few names, at one of few depths.
+        fn path(&mut self, root: &Path) -> PathBuf {
+            let mut path = root.to_owned();
+            for _ in 0..=self.next() % 3 {
+                path.push(["a", "b", "a.b", "c"][self.next() as usize % 4]);
+            }
+            path
+        }
+
+        /// Does something, if it can be done just now.
+        fn change(&mut self, root: &Path) {
+            let (one, two) = (self.path(root), self.path(root));
+            let size = if self.next().is_multiple_of(4) { 3 << 20 } else { 100 };
+            let _ = match self.next() % 10 {
+                0 | 1 => fs::create_dir_all(&one),
+                2 => fs::write(&one, vec![self.next() as u8; size]),
+                3 => fs::rename(&one, &two),
+                4 => fs::hard_link(&one, &two),
+                5 => fs::remove_file(&one),
+                6 if self.next().is_multiple_of(3) => fs::remove_dir_all(&one),
+                7 => symlink(&one, &two),
+                8 => File::options().write(true).open(&one).and_then(|f| {
+                    f.write_all_at(&[self.next() as u8; 10], self.next() % (4 << 20))
+                }),
+                _ => File::options()
+                    .write(true)
+                    .open(&one)
+                    .and_then(|f| f.set_len(self.next() % (4 << 20))),
+            };
+        }
     }
 
     /// The container's root cannot have files of the host copied by swapping a directory for a link.
@@ -586,90 +771,94 @@ mod tests {
     fn a_link_in_the_place_of_a_directory_leads_nowhere() {
         let outside = tempfile::tempdir().unwrap();
         fs::write(outside.path().join("secret"), b"secret").unwrap();
-        let mut pair = Pair::new();
-        let a = pair.from.path().to_owned();
-        fs::create_dir_all(a.join("d")).unwrap();
-        fs::write(a.join("d/secret"), b"harmless").unwrap();
-        let (swapped, there) = (a.clone(), outside.path().to_owned());
-        let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
-        let stopped = stop.clone();
-        let swapping = std::thread::spawn(move || {
-            while !stopped.load(std::sync::atomic::Ordering::Relaxed) {
-                fs::rename(swapped.join("d"), swapped.join("e")).unwrap();
-                symlink(&there, swapped.join("d")).unwrap();
-                fs::remove_file(swapped.join("d")).unwrap();
-                fs::rename(swapped.join("e"), swapped.join("d")).unwrap();
-            }
-        });
-        for _ in 0..MAX_ROUNDS - 4 {
-            pair.round();
-            for name in ["d", "e"] {
-                let path = pair.to.path().join(name);
-                if fs::symlink_metadata(&path).is_ok_and(|m| m.is_dir())
-                    && let Ok(text) = fs::read(path.join("secret"))
-                {
-                    assert_eq!(text, b"harmless");
+        for mut pair in Pair::both() {
+            let a = pair.from.path().to_owned();
+            fs::create_dir_all(a.join("d")).unwrap();
+            fs::write(a.join("d/secret"), b"harmless").unwrap();
+            let (swapped, there) = (a.clone(), outside.path().to_owned());
+            let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+            let stopped = stop.clone();
+            let swapping = std::thread::spawn(move || {
+                while !stopped.load(std::sync::atomic::Ordering::Relaxed) {
+                    fs::rename(swapped.join("d"), swapped.join("e")).unwrap();
+                    symlink(&there, swapped.join("d")).unwrap();
+                    fs::remove_file(swapped.join("d")).unwrap();
+                    fs::rename(swapped.join("e"), swapped.join("d")).unwrap();
+                }
+            });
+            for _ in 0..MAX_ROUNDS - 4 {
+                pair.round();
+                for name in ["d", "e"] {
+                    let path = pair.to.path().join(name);
+                    if fs::symlink_metadata(&path).is_ok_and(|m| m.is_dir())
+                        && let Ok(text) = fs::read(path.join("secret"))
+                    {
+                        assert_eq!(text, b"harmless");
+                    }
                 }
             }
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            swapping.join().unwrap();
+            later();
+            pair.round();
+            pair.same();
         }
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
-        swapping.join().unwrap();
-        later();
-        pair.round();
-        pair.same();
     }
 
     /// A large file under two names, one after the other, in one round and the next.
     #[test]
     fn sums_of_a_moved_file_say_nothing_of_its_other_copy() {
-        let mut pair = Pair::new();
-        let a = pair.from.path().to_owned();
-        fs::write(a.join("m"), vec![1; 3 << 20]).unwrap();
-        later();
-        pair.round();
-        let file = File::options().write(true).open(a.join("m")).unwrap();
-        for (i, (from, to)) in [("m", "z"), ("z", "a"), ("a", "m")].into_iter().enumerate() {
-            file.write_all_at(b"changed", (i as u64) << 20).unwrap();
-            fs::rename(a.join(from), a.join(to)).unwrap();
-            fs::hard_link(a.join(to), a.join("q")).unwrap();
+        for mut pair in Pair::both() {
+            let a = pair.from.path().to_owned();
+            fs::write(a.join("m"), vec![1; 3 << 20]).unwrap();
             later();
             pair.round();
-            pair.same();
-            fs::remove_file(a.join("q")).unwrap();
+            let file = File::options().write(true).open(a.join("m")).unwrap();
+            for (i, (from, to)) in [("m", "z"), ("z", "a"), ("a", "m")].into_iter().enumerate() {
+                file.write_all_at(b"changed", (i as u64) << 20).unwrap();
+                fs::rename(a.join(from), a.join(to)).unwrap();
+                fs::hard_link(a.join(to), a.join("q")).unwrap();
+                later();
+                pair.round();
+                pair.same();
+                fs::remove_file(a.join("q")).unwrap();
+            }
         }
     }
 
     #[test]
     fn a_change_that_came_too_soon_after_the_look_is_not_missed() {
-        let mut pair = Pair::new();
-        let a = pair.from.path().to_owned();
-        for i in 0..50u8 {
-            fs::write(a.join("f"), [i; 100]).unwrap();
-            pair.round();
-            assert_eq!(fs::read(pair.to.path().join("f")).unwrap(), [i; 100]);
+        for mut pair in Pair::both() {
+            let a = pair.from.path().to_owned();
+            for i in 0..50u8 {
+                fs::write(a.join("f"), [i; 100]).unwrap();
+                pair.round();
+                assert_eq!(fs::read(pair.to.path().join("f")).unwrap(), [i; 100]);
+            }
         }
     }
 
     #[test]
     fn what_is_written_through_a_mapping_is_compared() {
-        let mut pair = Pair::new();
-        let path = pair.from.path().join("mapped");
-        fs::write(&path, vec![1; 3 << 20]).unwrap();
-        later();
-        pair.round();
-        // As a mapping does it: the contents change, the times do not.
-        let before = path.metadata().unwrap();
-        let file = File::options().write(true).open(&path).unwrap();
-        file.write_all_at(b"secretly", 1 << 20).unwrap();
-        let key = b"mapped".to_vec();
-        let now = path.metadata().unwrap();
-        let known = pair.follower.known_for_test(0, &key);
-        *known = Some((now.ctime(), now.ctime_nsec(), before.size()));
-        later();
-        assert_eq!(pair.round(), 0);
-        let mapped = Inodes::from([(before.dev(), before.ino())]);
-        assert_eq!(pair.round_with(&mapped), BLOCK as u64);
-        pair.same();
+        for mut pair in Pair::both() {
+            let path = pair.from.path().join("mapped");
+            fs::write(&path, vec![1; 3 << 20]).unwrap();
+            later();
+            pair.round();
+            // As a mapping does it: the contents change, the times do not.
+            let before = path.metadata().unwrap();
+            let file = File::options().write(true).open(&path).unwrap();
+            file.write_all_at(b"secretly", 1 << 20).unwrap();
+            let key = b"mapped".to_vec();
+            let now = path.metadata().unwrap();
+            let known = pair.follower.known_for_test(0, &key);
+            *known = Some((now.ctime(), now.ctime_nsec(), before.size()));
+            later();
+            assert_eq!(pair.round(), 0);
+            let mapped = Inodes::from([(before.dev(), before.ino())]);
+            assert_eq!(pair.round_with(&mapped), 4096);
+            pair.same();
+        }
     }
 
     #[test]

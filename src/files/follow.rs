@@ -11,44 +11,31 @@
 //! Everything must be on one file system: what is mounted below is refused, not left out.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::ffi::{CString, OsStr};
+use std::ffi::OsStr;
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, bail};
-use nix::dir::Dir;
+use anyhow::Result;
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag};
-use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
-use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::{Xxh3Builder, xxh3_128};
+use serde::Serialize;
+use xxhash_rust::xxh3::Xxh3Builder;
 
-use super::ops::{self, BLOCK, Step};
-use super::tree::{self, Entry, Kind, extents};
-use crate::sys::process::proc_text;
+use super::changes::{Listener, Names};
+use super::contents::{self, Sums, Touched};
+use super::inodes::Inodes;
+use super::ops::{self, Step};
+use super::tree::{self, Entry, Kind};
+use super::walk::{Seen, reach, shown, visit_one, walk};
+use crate::sys::fanotify::{self, Handle};
 
-/// Files above this size are sent by the blocks that differ.
-const LARGE: u64 = 1 << 20;
 /// Some file systems know seconds only, others the time of the last tick; and a write bears the time
 /// at which it began.
 const WINDOW: Duration = Duration::from_millis(2100);
-
-/// Files by device and inode.
-pub type Inodes = HashSet<(u64, u64)>;
-
-/// What a tree holds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Size {
-    /// Bytes on the disk.
-    pub bytes: u64,
-    /// Files of every kind.
-    pub entries: u64,
-}
 
 /// What a round found and sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -59,8 +46,12 @@ pub struct RoundStats {
     pub changed: u64,
     /// Those that were gone.
     pub removed: u64,
+    /// Bytes of contents read.
+    pub read: u64,
     /// Bytes of contents sent.
     pub bytes: u64,
+    /// Whether the kernel had told what to look at, so that not everything had to be.
+    pub told: bool,
 }
 
 /// Follows some trees; see the module.
@@ -70,16 +61,62 @@ pub struct Follower {
     rounds: u32,
     /// See [`WINDOW`].
     window: Duration,
+    listener: Option<Listener>,
 }
 
 #[derive(Debug)]
 struct Tree {
     root: PathBuf,
     known: HashMap<Vec<u8>, Known, Xxh3Builder>,
-    /// Of large files, by inode: which inode of the copy, and a sum of each block as it is there.
-    blocks: HashMap<u64, (u64, Vec<u128>)>,
+    /// Of large files, by inode: which inode of the copy, and what it holds.
+    sums: HashMap<u64, (u64, Sums)>,
     /// Numbers given to inodes of the copy.
     groups: u64,
+    /// Where the directories are whose handles the kernel tells.
+    directories: HashMap<Handle, Vec<u8>, Xxh3Builder>,
+    /// Files with several names. They may change under one that is not below the root, of which
+    /// nothing is told: they are always looked at.
+    several: BTreeSet<Vec<u8>>,
+    /// Something of it the kernel cannot tell about.
+    blind: bool,
+}
+
+impl Tree {
+    fn new(root: PathBuf) -> Tree {
+        Tree {
+            root,
+            known: HashMap::default(),
+            sums: HashMap::new(),
+            groups: 0,
+            directories: HashMap::default(),
+            several: BTreeSet::new(),
+            blind: false,
+        }
+    }
+
+    /// Whether this is another directory than the one that was known there; from now on it is.
+    fn is_new_directory(&mut self, path: &[u8], full: &Path) -> bool {
+        match fanotify::handle_of(full) {
+            Ok(handle) => {
+                let before = self.directories.get(&handle).is_some_and(|before| before == path);
+                if !before {
+                    self.directories.insert(handle, path.to_vec());
+                }
+                !before
+            }
+            Err(e) => {
+                self.blind |= e.kind() != io::ErrorKind::NotFound;
+                true
+            }
+        }
+    }
+
+    /// Under which names this was known.
+    fn names_of(&self, seen: &Seen) -> Vec<Vec<u8>> {
+        let same = |known: &Known| known.ino == seen.ino && known.kind == seen.kind();
+        let names = self.known.iter().filter(|(_, known)| same(known));
+        names.map(|(path, _)| path.clone()).collect()
+    }
 }
 
 /// What the other side has at a path.
@@ -95,35 +132,6 @@ struct Known {
     round: u32,
 }
 
-/// Counts what a tree holds.
-///
-/// # Errors
-/// When it cannot be read.
-pub fn measure(root: &Path) -> Result<Size> {
-    let mut size = Size::default();
-    walk(root, &mut |_, _, seen| {
-        size.entries += 1;
-        let on_disk = seen.blocks * 512;
-        // Compressed, it takes less room here than it may take there; far less, it is sparse.
-        let all = if seen.size / 8 <= on_disk { seen.size.max(on_disk) } else { on_disk };
-        size.bytes += all;
-        Ok(true)
-    })?;
-    Ok(size)
-}
-
-/// What a look at a file tells, and no more of it than a round needs of files that have not changed.
-#[derive(Clone, Copy, Debug)]
-struct Seen {
-    device: u64,
-    ino: u64,
-    mode: u32,
-    names: u64,
-    size: u64,
-    blocks: u64,
-    changed: (i64, i64),
-}
-
 impl Known {
     /// Whether it is the same file, as far as can be seen.
     fn is(&self, seen: &Seen) -> bool {
@@ -131,124 +139,20 @@ impl Known {
     }
 }
 
-impl Seen {
-    fn new(stat: &FileStat) -> Seen {
-        Seen {
-            device: stat.st_dev,
-            ino: stat.st_ino,
-            mode: stat.st_mode,
-            names: stat.st_nlink,
-            size: stat.st_size as u64,
-            blocks: stat.st_blocks as u64,
-            changed: (stat.st_ctime, stat.st_ctime_nsec),
-        }
-    }
-
-    fn kind(&self) -> u32 {
-        self.mode & libc::S_IFMT
-    }
-
-    fn is_dir(&self) -> bool {
-        self.kind() == libc::S_IFDIR
-    }
-}
-
-type Visit<'a> = dyn FnMut(&[u8], &Path, &Seen) -> Result<bool> + 'a;
-
-/// Calls `visit` with each file's path below the root, a path by which it can be reached, and what it
-/// is; directories before what is in them, if it says so; names in order. What is gone when it is
-/// looked at was never there.
-///
-/// The container may put a symbolic link in the place of any directory at any time: each is reached
-/// by a descriptor of the one that it is in, and never by its path.
-fn walk(root: &Path, visit: &mut Visit) -> Result<()> {
-    /// The path grows and shrinks in place: there may be very many files.
-    struct Walk<'a, 'b> {
-        path: Vec<u8>,
-        device: u64,
-        visit: &'a mut Visit<'b>,
-    }
-    impl Walk<'_, '_> {
-        fn level(&mut self, mut dir: Dir) -> Result<()> {
-            let found = look_into(&mut dir).with_context(|| shown(&self.path))?;
-            for (name, seen) in found {
-                let length = self.path.len();
-                if length > 0 {
-                    self.path.push(b'/');
-                }
-                self.path.extend(name.as_bytes());
-                if seen.device != self.device {
-                    bail!(
-                        "{} is on another file system and cannot be copied with the rest: bind it \
-                         by itself, or take it away",
-                        shown(&self.path)
-                    );
-                }
-                let reach = reach(&dir, OsStr::from_bytes(name.as_bytes()));
-                if (self.visit)(&self.path, &reach, &seen)? && seen.is_dir() {
-                    match Dir::openat(&dir, name.as_c_str(), DIRECTORY, Mode::empty()) {
-                        Ok(inside) => self.level(inside)?,
-                        Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => {}
-                        Err(e) => return Err(e).with_context(|| shown(&self.path)),
-                    }
-                }
-                self.path.truncate(length);
-            }
-            Ok(())
-        }
-    }
-    let what = || root.display().to_string();
-    // Its own name may be a symbolic link; what is below is not followed.
-    let dir = Dir::open(root, DIRECTORY - OFlag::O_NOFOLLOW, Mode::empty()).with_context(what)?;
-    let seen = Seen::new(&fstat(&dir).with_context(what)?);
-    visit(b"", &reach(&dir, OsStr::new(".")), &seen)?;
-    Walk { path: Vec::new(), device: seen.device, visit }.level(dir)
-}
-
-const DIRECTORY: OFlag =
-    OFlag::O_RDONLY.union(OFlag::O_DIRECTORY).union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
-
-/// What is in a directory.
-fn look_into(dir: &mut Dir) -> Result<Vec<(CString, Seen)>> {
-    let mut names = Vec::new();
-    for entry in dir.iter() {
-        let entry = entry?;
-        if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
-            names.push(entry.file_name().to_owned());
-        }
-    }
-    names.sort_unstable();
-    let mut found = Vec::with_capacity(names.len());
-    for name in names {
-        match fstatat(&*dir, name.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW) {
-            Ok(stat) => found.push((name, Seen::new(&stat))),
-            Err(Errno::ENOENT) => {}
-            Err(e) => return Err(e.into()),
-        }
-    }
-    Ok(found)
-}
-
-/// A path that leads to a name in this very directory, wherever it is by now. proc_pid_fd(5)
-fn reach(dir: &impl AsRawFd, name: &OsStr) -> PathBuf {
-    Path::new("/proc/self/fd").join(dir.as_raw_fd().to_string()).join(name)
-}
-
-fn shown(path: &[u8]) -> String {
-    format!("/{}", String::from_utf8_lossy(path))
-}
-
 impl Follower {
-    /// Nothing is known of these trees.
-    pub fn new(roots: Vec<PathBuf>) -> Follower {
-        Follower::with_window(roots, WINDOW)
+    /// Nothing is known of these trees. With `listen` the kernel is asked to tell what changes, if
+    /// it can; without, every round looks at everything.
+    pub fn new(roots: Vec<PathBuf>, listen: bool) -> Follower {
+        Follower::with_window(roots, listen, WINDOW)
     }
 
     /// With another [`WINDOW`].
-    pub(super) fn with_window(roots: Vec<PathBuf>, window: Duration) -> Follower {
-        let tree =
-            |root| Tree { root, known: HashMap::default(), blocks: HashMap::new(), groups: 0 };
-        Follower { trees: roots.into_iter().map(tree).collect(), rounds: 0, window }
+    pub(super) fn with_window(roots: Vec<PathBuf>, listen: bool, window: Duration) -> Follower {
+        let listener = listen.then(|| Listener::start(&roots)).and_then(|started| {
+            started.inspect_err(|e| tracing::debug!("changes of files are looked for: {e:#}")).ok()
+        });
+        let trees = roots.into_iter().map(Tree::new).collect();
+        Follower { trees, rounds: 0, window, listener }
     }
 
     #[cfg(test)]
@@ -273,21 +177,37 @@ impl Follower {
         went: &mut dyn FnMut(u64),
     ) -> Result<RoundStats> {
         self.rounds += 1;
-        let mut stats = RoundStats::default();
+        // What was heard before the first look at all is among what is seen then.
+        let told = self.listener.as_ref().and_then(Listener::take).filter(|_| self.rounds > 1);
+        let mut stats = RoundStats { told: told.is_some(), ..RoundStats::default() };
         for (number, tree) in self.trees.iter_mut().enumerate() {
             ops::write(out, &Step::Tree(number as u32))?;
             let mut look = Look {
                 round: self.rounds,
+                top: Rc::new(File::open(&tree.root)?),
                 mapped,
                 out,
                 went,
                 stats: &mut stats,
                 names: HashMap::new(),
                 window: self.window,
+                listener: self.listener.as_ref(),
+                last,
+                partial: told.is_some() && !tree.blind,
                 touched: BTreeSet::new(),
                 described: HashSet::new(),
+                gone: Vec::new(),
+                emptied: HashSet::new(),
+                asked: HashSet::new(),
+                summed: HashSet::new(),
             };
-            look.all(tree)?;
+            match told.as_ref().filter(|_| look.partial) {
+                Some(told) => look.some(tree, told)?,
+                None => {
+                    look.stats.told = false;
+                    look.all(tree)?;
+                }
+            }
         }
         ops::write(out, &Step::Round(self.rounds, last))?;
         out.flush()?;
@@ -298,6 +218,7 @@ impl Follower {
 /// One round over one tree.
 struct Look<'a, W> {
     round: u32,
+    top: Rc<File>,
     mapped: &'a Inodes,
     out: &'a mut W,
     went: &'a mut dyn FnMut(u64),
@@ -305,22 +226,128 @@ struct Look<'a, W> {
     /// Files with several names: the first one seen, and its number in the copy.
     names: HashMap<u64, (Vec<u8>, u64)>,
     window: Duration,
+    listener: Option<&'a Listener>,
+    last: bool,
+    /// Whether only what may have changed is looked at.
+    partial: bool,
     /// Directories in which the copy was changed, and those whose times were sent afterwards.
     touched: BTreeSet<Vec<u8>>,
     described: HashSet<Vec<u8>>,
+    /// What was known and is not there any more.
+    gone: Vec<Vec<u8>>,
+    /// What was a directory, and is another one now, or none: what was known below is gone, unless
+    /// it was seen in this round.
+    emptied: HashSet<Vec<u8>>,
+    /// Names that were looked at by themselves.
+    asked: HashSet<Vec<u8>>,
+    /// Large files that were sent.
+    summed: HashSet<u64>,
+}
+
+/// What a look has found.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Gone,
+    /// What was there before, if something was.
+    There,
+    /// A directory of which nobody knows what is in it.
+    NewDirectory,
 }
 
 impl<W: Write> Look<'_, W> {
+    /// Looks at everything.
     fn all(&mut self, tree: &mut Tree) -> Result<()> {
         let root = tree.root.clone();
-        walk(&root, &mut |path, full, seen| self.one(tree, path, full, seen))?;
+        tree.directories.clear();
+        walk(&root, &mut |path, full, seen| Ok(self.one(tree, path, full, seen)? != Found::Gone))?;
         let round = self.round;
         let gone = tree.known.iter().filter(|(_, k)| k.round != round).map(|(p, _)| p.clone());
-        let mut gone: Vec<Vec<u8>> = gone.collect();
+        self.gone = gone.collect();
+        self.end(tree)
+    }
+
+    /// Looks at what the kernel has told of, and at what it does not tell of.
+    fn some(&mut self, tree: &mut Tree, told: &Names) -> Result<()> {
+        let mut paths = tree.several.clone();
+        for (directory, name) in told {
+            let Some(at) = tree.directories.get(directory) else { continue };
+            if name != b"." {
+                let slash = if at.is_empty() { &b""[..] } else { b"/" };
+                paths.insert([at, slash, name].concat());
+            }
+            paths.insert(at.clone());
+        }
+        let device = self.top.metadata()?.dev();
+        let mut mapped: Vec<u64> =
+            self.mapped.iter().filter(|(d, _)| *d == device).map(|(_, ino)| *ino).collect();
+        mapped.sort_unstable();
+        if !mapped.is_empty() {
+            let known = tree.known.iter().filter(|(_, k)| mapped.binary_search(&k.ino).is_ok());
+            paths.extend(known.map(|(path, _)| path.clone()));
+        }
+        for path in &paths {
+            self.again(tree, path)?;
+        }
+        if !self.emptied.is_empty() {
+            let (round, emptied) = (self.round, std::mem::take(&mut self.emptied));
+            let below = |path: &[u8]| {
+                let slashes = path.iter().enumerate().filter(|(_, b)| **b == b'/');
+                slashes.into_iter().any(|(i, _)| emptied.contains(&path[..i]))
+            };
+            let gone = tree.known.iter().filter(|(path, k)| k.round != round && below(path));
+            self.gone.extend(gone.map(|(path, _)| path.clone()));
+        }
+        self.end(tree)
+    }
+
+    /// Looks at what may have changed under this name; if that is a directory that was not known, at
+    /// all that is in it.
+    fn again(&mut self, tree: &mut Tree, path: &[u8]) -> Result<()> {
+        let seen = tree.known.get(path).is_some_and(|known| known.round == self.round);
+        if seen || !self.asked.insert(path.to_vec()) {
+            return Ok(());
+        }
+        let before = tree.known.get(path).map(|known| known.kind);
+        let top = self.top.clone();
+        let mut found = Found::Gone;
+        visit_one(&top, path, &mut |at, full, seen| {
+            let what = self.one(tree, at, full, seen)?;
+            if at == path {
+                found = what;
+                return Ok(what == Found::NewDirectory);
+            }
+            Ok(what != Found::Gone)
+        })?;
+        let directory = before == Some(libc::S_IFDIR);
+        let still = tree.known.get(path).is_some_and(|known| known.kind == libc::S_IFDIR);
+        if directory && (found != Found::There || !still) {
+            self.emptied.insert(path.to_vec());
+        }
+        if before.is_some() && found == Found::Gone {
+            self.gone.push(path.to_vec());
+        }
+        Ok(())
+    }
+
+    /// Takes away what is gone, and says last what is to be said of directories.
+    fn end(&mut self, tree: &mut Tree) -> Result<()> {
+        let mut gone = std::mem::take(&mut self.gone);
         gone.sort_unstable();
+        gone.dedup();
         let mut last: Option<&[u8]> = None;
+        let mut directories = false;
         for path in &gone {
-            tree.known.remove(path);
+            tree.several.remove(path);
+            if let Some(known) = tree.known.remove(path) {
+                directories |= known.kind == libc::S_IFDIR;
+                let sums = tree.sums.get(&known.ino);
+                // It may have got another name.
+                if sums.is_some_and(|(group, _)| *group == known.group)
+                    && !self.summed.contains(&known.ino)
+                {
+                    tree.sums.remove(&known.ino);
+                }
+            }
             self.stats.removed += 1;
             // With its directory.
             let inside =
@@ -331,17 +358,16 @@ impl<W: Write> Look<'_, W> {
                 last = Some(path);
             }
         }
-        if self.stats.removed > 0 && !tree.blocks.is_empty() {
-            let used: HashSet<u64> = tree.known.values().map(|k| k.ino).collect();
-            tree.blocks.retain(|ino, _| used.contains(ino));
+        if directories {
+            let known = &tree.known;
+            tree.directories.retain(|_, path| known.contains_key(path));
         }
         // A step in a directory changes its time over there, whether or not it has changed here.
-        let top = File::open(&root)?;
         for path in std::mem::take(&mut self.touched) {
             if self.described.contains(&path) {
                 continue;
             }
-            match describe_directory(&top, path) {
+            match describe_directory(&self.top, path) {
                 Ok(Some(entry)) => ops::write(self.out, &Step::Change(entry, false))?,
                 Ok(None) => {}
                 Err(e) if vanished(&e) => {}
@@ -356,11 +382,16 @@ impl<W: Write> Look<'_, W> {
         self.touched.insert(parent.to_vec());
     }
 
-    /// Whether it is there, and what is in it may be looked at.
-    fn one(&mut self, tree: &mut Tree, path: &[u8], full: &Path, seen: &Seen) -> Result<bool> {
+    /// What there is to say of what was seen there.
+    fn one(&mut self, tree: &mut Tree, path: &[u8], full: &Path, seen: &Seen) -> Result<Found> {
         self.stats.entries += 1;
         let several = !seen.is_dir() && seen.names > 1;
         let compared = !self.mapped.is_empty() && self.mapped.contains(&(seen.device, seen.ino));
+        let found =
+            match self.listener.is_some() && seen.is_dir() && tree.is_new_directory(path, full) {
+                true => Found::NewDirectory,
+                false => Found::There,
+            };
         // Most of all files, most of the time.
         if let Some(known) = tree.known.get_mut(path)
             && known.is(seen)
@@ -369,13 +400,13 @@ impl<W: Write> Look<'_, W> {
             && !several
         {
             known.round = self.round;
-            return Ok(true);
+            return Ok(found);
         }
         match self.one_that_may_have_changed(tree, path, full, seen, (several, compared)) {
             // Gone, or something else, since it was looked at: the next round will see.
-            Err(e) if vanished(&e) => Ok(false),
+            Err(e) if vanished(&e) => Ok(Found::Gone),
             Err(e) => Err(e.context(format!("cannot read {}", shown(path)))),
-            Ok(()) => Ok(true),
+            Ok(()) => Ok(found),
         }
     }
 
@@ -391,7 +422,16 @@ impl<W: Write> Look<'_, W> {
         let known = tree.known.get(path).copied().filter(|k| k.is(seen));
         // What cannot be changed but only made anew may have the number of the one before.
         let changeable = matches!(seen.kind(), libc::S_IFREG | libc::S_IFDIR);
-        let known = known.filter(|k| changeable || k.stamp.is_some() && k.stamp == stamp);
+        let mut known = known.filter(|k| changeable || k.stamp.is_some() && k.stamp == stamp);
+        if known.is_none() && several && self.partial {
+            // Those that had one name until now were not looked at.
+            for other in tree.names_of(seen) {
+                self.again(tree, &other)?;
+            }
+        }
+        if known.is_none() && !several && seen.kind() == libc::S_IFREG {
+            known = self.moved(tree, path, full, seen)?;
+        }
         let group = known.map_or_else(
             || {
                 tree.groups += 1;
@@ -400,12 +440,16 @@ impl<W: Write> Look<'_, W> {
             |k| k.group,
         );
         let mut now = Known { kind: seen.kind(), ino: seen.ino, stamp, group, round: self.round };
+        if several {
+            tree.several.insert(path.to_vec());
+        } else {
+            tree.several.remove(path);
+        }
         let first = self.names.get(&seen.ino).filter(|_| several).cloned();
         if let Some((name, group)) = first {
             // Another name of what has been looked at: nothing to say if it is one over there, too.
             if known.is_none_or(|k| k.group != group) {
-                let meta = look(full, seen)?;
-                self.make(Entry::of(path.to_vec(), Kind::Link(name), &meta, full, false)?)?;
+                self.link(path, name, full, seen)?;
                 now.group = group;
             }
             tree.known.insert(path.to_vec(), now);
@@ -424,6 +468,30 @@ impl<W: Write> Look<'_, W> {
         }
         tree.known.insert(path.to_vec(), now);
         Ok(())
+    }
+
+    /// A large file that was known under a name that it does not have any more: over there it gets
+    /// the new one, and loses the other at the end of the round.
+    fn moved(
+        &mut self,
+        tree: &Tree,
+        path: &[u8],
+        full: &Path,
+        seen: &Seen,
+    ) -> Result<Option<Known>> {
+        let Some((group, _)) = tree.sums.get(&seen.ino) else { return Ok(None) };
+        let before = tree.names_of(seen).into_iter().find(|other| {
+            other != path && tree.known.get(other).is_some_and(|k| k.group == *group)
+        });
+        let Some(before) = before else { return Ok(None) };
+        let known = tree.known.get(&before).copied();
+        self.link(path, before, full, seen)?;
+        Ok(known)
+    }
+
+    fn link(&mut self, path: &[u8], to: Vec<u8>, full: &Path, seen: &Seen) -> Result<()> {
+        let meta = look(full, seen)?;
+        self.make(Entry::of(path.to_vec(), Kind::Link(to), &meta, full, false)?)
     }
 
     fn make(&mut self, entry: Entry) -> Result<()> {
@@ -488,112 +556,31 @@ impl<W: Write> Look<'_, W> {
         let size = now.size();
         let entry = Entry::of(path.to_vec(), Kind::File(size, Vec::new()), &now, full, false)?;
         // Those of another inode of the copy say nothing of this one.
-        let sums = tree.blocks.remove(&meta.ino()).filter(|(of, _)| there && *of == group);
-        let (whole, sums) = (sums.is_none(), sums.map(|s| s.1));
+        let sums = tree.sums.remove(&meta.ino()).filter(|(of, _)| there && *of == group);
+        let sums = sums.map(|(_, sums)| sums);
         if there {
-            ops::write(self.out, &Step::Change(entry, whole))?;
+            ops::write(self.out, &Step::Change(entry, sums.is_none()))?;
         } else {
             self.make(entry)?;
         }
-        let mut sent = Sending { file: &file, sums: Vec::new(), certain: true };
-        self.contents(&mut sent, sums.unwrap_or_default(), whole, size)?;
-        if size > LARGE {
-            tree.blocks.insert(meta.ino(), (group, sent.sums));
+        let (bytes, went) = (&mut self.stats.bytes, &mut *self.went);
+        let mut went = |sent| {
+            *bytes += sent;
+            went(sent);
+        };
+        let written = match self.listener {
+            Some(listener) => listener.written(&file, self.last)?,
+            None => None,
+        };
+        let written = written.as_ref().map(|w| w as &dyn Touched);
+        let sent = contents::send(&file, size, sums, written, self.out, &mut went)?;
+        self.stats.read += sent.read;
+        if let Some(sums) = sent.sums {
+            tree.sums.insert(meta.ino(), (group, sums));
+            self.summed.insert(meta.ino());
         }
         Ok(sent.certain)
     }
-
-    /// The contents, block by block: all, or those that differ from `before`.
-    fn contents(
-        &mut self,
-        sent: &mut Sending,
-        before: Vec<u128>,
-        whole: bool,
-        size: u64,
-    ) -> Result<()> {
-        let data = extents(sent.file, size)?;
-        let mut data = data.into_iter().peekable();
-        let mut buffer = vec![0; BLOCK];
-        let mut at = 0;
-        while at < size {
-            let end = (at + BLOCK as u64).min(size);
-            while data.peek().is_some_and(|(start, length)| start + length <= at) {
-                data.next();
-            }
-            let empty = data.peek().is_none_or(|(start, _)| *start >= end);
-            let number = (at / BLOCK as u64) as usize;
-            if empty {
-                // A sum that no block with contents has but by chance, which only costs a hole.
-                if !whole && before.get(number).is_some_and(|s| *s != 0) {
-                    ops::write(self.out, &Step::Hole(at, end - at))?;
-                }
-                sent.sums.push(0);
-                at = end;
-                continue;
-            }
-            let block = &mut buffer[..(end - at) as usize];
-            let n = read_block(sent.file, block, at)?;
-            if n < block.len() {
-                // It has become shorter: the next round will say so.
-                block[n..].fill(0);
-                sent.certain = false;
-            }
-            let sum = xxh3_128(block).max(1);
-            if whole || before.get(number) != Some(&sum) {
-                if !whole {
-                    ops::write(self.out, &Step::Hole(at, end - at))?;
-                }
-                self.pieces(&mut data, block, at, end)?;
-            }
-            sent.sums.push(sum);
-            at = end;
-        }
-        Ok(())
-    }
-
-    /// Those parts of a block that are no holes.
-    fn pieces(
-        &mut self,
-        data: &mut std::iter::Peekable<std::vec::IntoIter<(u64, u64)>>,
-        block: &[u8],
-        at: u64,
-        end: u64,
-    ) -> Result<()> {
-        while let Some(&(start, length)) = data.peek() {
-            let (from, to) = (start.max(at), (start + length).min(end));
-            if from >= to {
-                break;
-            }
-            ops::write(self.out, &Step::Data(from, (to - from) as u32))?;
-            self.out.write_all(&block[(from - at) as usize..(to - at) as usize])?;
-            self.stats.bytes += to - from;
-            (self.went)(to - from);
-            if start + length > end {
-                break;
-            }
-            data.next();
-        }
-        Ok(())
-    }
-}
-
-struct Sending<'a> {
-    file: &'a File,
-    sums: Vec<u128>,
-    certain: bool,
-}
-
-fn read_block(file: &File, block: &mut [u8], at: u64) -> io::Result<usize> {
-    let mut done = 0;
-    while done < block.len() {
-        match file.read_at(&mut block[done..], at + done as u64) {
-            Ok(0) => break,
-            Ok(n) => done += n,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(done)
 }
 
 /// What there is to say of a directory below `top`, if it is one.
@@ -636,54 +623,4 @@ fn vanished(e: &anyhow::Error) -> bool {
     });
     let number = number.or(e.downcast_ref::<Errno>().map(|e| *e as i32));
     number.is_some_and(|n| matches!(n, libc::ENOENT | libc::ELOOP | libc::ENOTDIR))
-}
-
-/// Files that these processes may write to without a trace: mapped shared, and for writing.
-/// Processes that have just ended are left out.
-///
-/// # Errors
-/// When `/proc` cannot be read.
-pub fn mapped(pids: &[i32]) -> Result<Inodes> {
-    let mut found = Inodes::new();
-    for pid in pids {
-        let Ok(maps) = proc_text(*pid, "maps") else { continue };
-        for line in maps.lines() {
-            let mut words = line.split_ascii_whitespace();
-            let (Some(range), Some(may)) = (words.next(), words.next()) else { continue };
-            if !may.contains('w') || !may.ends_with('s') {
-                continue;
-            }
-            // The device in the text is not always the one that stat(2) tells (btrfs, overlay).
-            let link = format!("/proc/{pid}/map_files/{range}");
-            found.extend(fs::metadata(&link).ok().filter(Metadata::is_file).map(inode));
-        }
-    }
-    Ok(found)
-}
-
-/// Files that these processes, which stand still, have open for writing: what they wrote last may
-/// bear an older time.
-///
-/// # Errors
-/// When one of them is gone.
-pub fn open_for_writing(pids: &[i32]) -> Result<Inodes> {
-    let mut found = Inodes::new();
-    for pid in pids {
-        for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
-            let path = entry?.path();
-            let Some(meta) = fs::metadata(&path).ok().filter(Metadata::is_file) else { continue };
-            let number = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let info = proc_text(*pid, &format!("fdinfo/{number}"))?;
-            let flags = info.lines().find_map(|l| l.strip_prefix("flags:"));
-            let flags = flags.and_then(|f| i32::from_str_radix(f.trim(), 8).ok()).unwrap_or(0);
-            if flags & libc::O_ACCMODE != libc::O_RDONLY {
-                found.insert(inode(meta));
-            }
-        }
-    }
-    Ok(found)
-}
-
-fn inode(meta: Metadata) -> (u64, u64) {
-    (meta.dev(), meta.ino())
 }

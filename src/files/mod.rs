@@ -2,16 +2,22 @@
 //!
 //! [`probe`] proves that a path on the destination is the same file system as on the source, never
 //! judging by the path. What is not shared is copied while it is in use: [`follow`] finds what has
-//! changed since the last round, [`ops`] is how it is said, [`apply`] does the same over there, and
-//! [`place`] brings it to its place or takes it away again. [`tmpfs`] carries the mounts that live
+//! changed since the last round, by what the kernel tells ([`changes`], [`writes`]) or by looking
+//! ([`walk`]), and of large files which parts ([`contents`]); [`ops`] is how it is said, [`apply`]
+//! does the same over there, and [`place`] brings it to its place or takes it away again. [`tmpfs`] carries the mounts that live
 //! in memory, as a [`tree`]; [`sockets`] keeps the names of unix sockets until it is known who owns
 //! them.
 
 pub mod apply;
+mod changes;
+mod contents;
 pub mod follow;
+pub mod inodes;
 mod ops;
 pub mod place;
 pub mod probe;
 pub mod sockets;
 pub mod tmpfs;
 pub mod tree;
+pub mod walk;
+mod writes;

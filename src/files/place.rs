@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow};
 use serde::{Deserialize, Serialize};
 
-use super::follow;
+use super::walk;
 
 /// Added to a name whose owner made room for what came.
 const BEFORE: &str = "before";
@@ -242,7 +242,7 @@ impl Placed {
 pub fn remove(path: &Path) -> Result<()> {
     let result = match fs::symlink_metadata(path) {
         Ok(meta) if meta.is_dir() => {
-            follow::measure(path)?;
+            walk::measure(path)?;
             fs::remove_dir_all(path)
         }
         Ok(_) => fs::remove_file(path),

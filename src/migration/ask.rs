@@ -14,7 +14,7 @@ use super::inspect::{Subject, Wishes, inspect};
 use super::protocol::Message;
 use super::talk::{self, Heard, Speaker};
 use super::watch::Watch;
-use crate::files::follow;
+use crate::files::walk;
 use crate::network::problem::Problem;
 use crate::oci::runtime::Runtime;
 use crate::report::exit::Failed;
@@ -329,7 +329,7 @@ fn announce(
         let probe = probe.ok_or_else(|| anyhow!("the destination wants what is not there"))?;
         let path = probe.place.path(&subject.bundle);
         let path = path.ok_or_else(|| anyhow!("config.json does not have {}", probe.what))?;
-        let size = follow::measure(&path)?;
+        let size = walk::measure(&path)?;
         let words =
             format!("{}: copied, {} MiB, {} files", probe.what, size.bytes >> 20, size.entries);
         reporter.phase("files", &words);

@@ -14,7 +14,8 @@ use anyhow::{Result, anyhow};
 
 use super::parcels::{STREAM, SpeakerFile};
 use super::talk::Speaker;
-use crate::files::follow::{self, Follower, Inodes};
+use crate::files::follow::Follower;
+use crate::files::inodes::{self, Inodes};
 use crate::oci::cgroup::Cgroup;
 use crate::report::progress::FilesRound;
 use crate::transport::frame;
@@ -59,19 +60,21 @@ pub struct Haul {
 }
 
 impl Haul {
-    /// Starts with the first round over these trees.
+    /// Starts with the first round over these trees; with `listen` the kernel may tell what changes
+    /// in them.
     ///
     /// # Errors
     /// When there can be no thread.
     pub fn start(
         roots: Vec<PathBuf>,
+        listen: bool,
         cgroup: &Cgroup,
         speaker: &Speaker,
         tell: impl Fn(HaulEvent) + Send + 'static,
     ) -> Result<Haul> {
         let (orders, heard) = channel();
         let carrier = Carrier {
-            follower: Follower::new(roots),
+            follower: Follower::new(roots, listen),
             cgroup: cgroup.clone(),
             mapped: Inodes::new(),
             speaker: speaker.clone(),
@@ -131,10 +134,10 @@ impl Carrier {
     /// A round, and its way to the other side's disk; bytes of contents sent.
     fn round(&mut self, last: bool, tell: &dyn Fn(HaulEvent)) -> Result<u64> {
         let began = Instant::now();
-        self.mapped.extend(follow::mapped(&self.cgroup.processes()?)?);
+        self.mapped.extend(inodes::mapped(&self.cgroup.processes()?)?);
         let mut compared = self.mapped.clone();
         if last {
-            compared.extend(follow::open_for_writing(&self.cgroup.processes()?)?);
+            compared.extend(inodes::open_for_writing(&self.cgroup.processes()?)?);
         }
         let file = SpeakerFile { speaker: &self.speaker, name: STREAM.into(), at: self.at };
         let mut out = BufWriter::with_capacity(frame::MAX_FILE_PIECE, file);
@@ -153,7 +156,7 @@ impl Carrier {
         self.rounds += 1;
         if !last {
             // What was mapped meanwhile, too.
-            self.mapped.extend(follow::mapped(&self.cgroup.processes()?)?);
+            self.mapped.extend(inodes::mapped(&self.cgroup.processes()?)?);
             while self.orders.recv().map_err(|_| anyhow!("the hand-over has ended"))?
                 != Order::Applied(self.rounds)
             {}

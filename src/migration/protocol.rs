@@ -38,9 +38,9 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::files::follow::Size;
 use crate::files::probe::Proof;
 use crate::files::tmpfs::{self, Tmpfs};
+use crate::files::walk::Size;
 use crate::memory::serve::Served;
 use crate::network::image::{Kind, NetworkImage};
 use crate::network::problem::Problem;

@@ -38,6 +38,7 @@ use crate::criu::interposer::Interposer;
 use crate::files::place::Placing;
 use crate::files::{tmpfs, tree};
 use crate::memory::pages;
+use crate::memory::rounds::Tracking;
 use crate::network::{Capture, fence};
 use crate::oci::runtime::Runtime;
 use crate::report::exit::Failed;
@@ -250,7 +251,8 @@ impl Begun {
         self.inputs.until(FILES_LIMIT);
         self.obey_limit();
         let (roots, cgroup) = (self.subject.copies.clone(), &self.subject.cgroup);
-        self.haul = Some(Haul::start(roots, cgroup, &self.speaker, told)?);
+        let listen = self.memory_wishes.tracking != Tracking::Hash;
+        self.haul = Some(Haul::start(roots, listen, cgroup, &self.speaker, told)?);
         while !matches!(self.next(reporter)?, Input::Files(HaulEvent::Settled)) {}
         reporter.files_settled();
         fault::point("source.copied")?;

@@ -437,6 +437,23 @@ pub fn uffd_unregister(uffd: impl AsFd, start: u64, len: u64) -> io::Result<()> 
     Ok(())
 }
 
+/// Fills a page of a file through a shared mapping, so that its times stay.
+///
+/// # Errors
+/// As mmap(2).
+#[cfg(test)]
+pub fn write_through_mapping(file: &File, at: u64, fill: u8) -> io::Result<()> {
+    use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+    let length = PAGE.try_into().expect("a page has a size");
+    let shared = MapFlags::MAP_SHARED;
+    // SAFETY: a new mapping of this one page, that nobody else knows, and that is gone at the end.
+    unsafe {
+        let page = mmap(None, length, ProtFlags::PROT_WRITE, shared, file, at as i64)?;
+        page.cast::<u8>().write_bytes(fill, PAGE);
+        Ok(munmap(page, PAGE)?)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

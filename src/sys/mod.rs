@@ -5,6 +5,7 @@
 
 pub mod arch;
 pub mod entry;
+pub mod fanotify;
 pub mod fault;
 pub mod inject;
 pub mod memory;
@@ -16,4 +17,5 @@ pub mod scm;
 pub mod socket;
 pub mod stopped;
 pub mod tmpfs;
+pub mod tracepoint;
 pub mod tun;

@@ -1,0 +1,158 @@
+//! What changes on whole file systems, by directory and name: fanotify(7), name_to_handle_at(2).
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::AT_FDCWD;
+use nix::sys::fanotify::{EventFFlags, Fanotify, InitFlags, MarkFlags, MaskFlags};
+
+/// What stays the same of a file while it is renamed, and is never that of another one:
+/// the handle's type and bytes. name_to_handle_at(2)
+pub type Handle = Box<[u8]>;
+
+/// Longest handle: `MAX_HANDLE_SZ`.
+const MAX_HANDLE: usize = 128;
+/// struct file_handle before its bytes: their number, and the type.
+const HANDLE_HEADER: usize = 8;
+/// `FAN_EVENT_INFO_TYPE_DFID_NAME`: a directory, and a name in it.
+const DIRECTORY_AND_NAME: u8 = 2;
+/// struct fanotify_event_info_header, and the file system's ID behind it.
+const INFO_HEADER: usize = 4 + 8;
+
+/// The handle of what a path names; of a symbolic link its own.
+///
+/// # Errors
+/// As name_to_handle_at(2); EOPNOTSUPP on file systems that have none.
+pub fn handle_of(path: &Path) -> io::Result<Handle> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // In words, for its alignment.
+    let mut room = [0u64; (HANDLE_HEADER + MAX_HANDLE) / 8];
+    room[0] = MAX_HANDLE as u64;
+    let mut mount = 0i32;
+    // SAFETY: the path ends in NUL, and the kernel writes no more than the header allows for.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_name_to_handle_at,
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            room.as_mut_ptr(),
+            &raw mut mount,
+            0,
+        )
+    };
+    Errno::result(result)?;
+    let bytes: Vec<u8> = room.iter().flat_map(|word| word.to_ne_bytes()).collect();
+    take_handle(&bytes).map(|(handle, _)| handle).ok_or_else(|| io::Error::from(Errno::EIO))
+}
+
+/// A struct file_handle, and what comes behind it.
+fn take_handle(bytes: &[u8]) -> Option<(Handle, &[u8])> {
+    let length = u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?) as usize;
+    let end = HANDLE_HEADER.checked_add(length)?;
+    Some((bytes.get(4..end)?.into(), bytes.get(end..)?))
+}
+
+/// Hears of changes on file systems.
+#[derive(Debug)]
+pub struct Changes(Fanotify);
+
+/// One of them.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Something about what bears this name in this directory; `.` is the directory itself.
+    Name(Handle, Vec<u8>),
+    /// There was more than the kernel could keep.
+    Lost,
+}
+
+impl Changes {
+    /// Hears nothing yet.
+    ///
+    /// # Errors
+    /// As fanotify_init(2): EPERM without CAP_SYS_ADMIN, EINVAL before Linux 5.9.
+    pub fn new() -> io::Result<Changes> {
+        let flags = InitFlags::FAN_CLOEXEC
+            | InitFlags::FAN_NONBLOCK
+            | InitFlags::from_bits_retain(libc::FAN_REPORT_DFID_NAME);
+        Ok(Changes(Fanotify::init(flags, EventFFlags::O_RDONLY)?))
+    }
+
+    /// Hears of all that happens from now on to the file system on which `path` is.
+    ///
+    /// # Errors
+    /// As fanotify_mark(2): ENODEV, EOPNOTSUPP, EXDEV where it cannot be told.
+    pub fn watch(&self, path: &Path) -> io::Result<()> {
+        let mask = MaskFlags::FAN_MODIFY
+            | MaskFlags::FAN_ATTRIB
+            | MaskFlags::FAN_CLOSE_WRITE
+            | MaskFlags::FAN_CREATE
+            | MaskFlags::FAN_DELETE
+            | MaskFlags::FAN_MOVED_FROM
+            | MaskFlags::FAN_MOVED_TO
+            | MaskFlags::FAN_ONDIR;
+        let flags = MarkFlags::FAN_MARK_ADD | MarkFlags::FAN_MARK_FILESYSTEM;
+        Ok(self.0.mark(flags, mask, AT_FDCWD, Some(path))?)
+    }
+
+    /// What has happened and has not been heard yet, some of it; none if that was all.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn read(&self, room: &mut [u8], hear: &mut dyn FnMut(Change)) -> io::Result<bool> {
+        match nix::unistd::read(&self.0, room) {
+            Ok(length) => {
+                parse(&room[..length], hear);
+                Ok(length > 0)
+            }
+            Err(Errno::EAGAIN) => Ok(false),
+            Err(Errno::EINTR) => Ok(true),
+            Err(e) => Err(e.into()),
+        }
+    }
+}
+
+impl AsFd for Changes {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Events as read(2) gives them: struct fanotify_event_metadata, and behind each what it is about.
+fn parse(mut bytes: &[u8], hear: &mut dyn FnMut(Change)) {
+    let word =
+        |bytes: &[u8], at: usize| Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+    while let Some(length) = word(bytes, 0) {
+        let length = length as usize;
+        let (Some(event), Some(rest)) = (bytes.get(..length), bytes.get(length..)) else { break };
+        if length == 0 {
+            break;
+        }
+        bytes = rest;
+        let header = event.get(6..8).map_or(0, |l| u16::from_ne_bytes([l[0], l[1]])) as usize;
+        let mask =
+            event.get(8..16).map_or(0, |m| u64::from_ne_bytes(m.try_into().unwrap_or([0; 8])));
+        let change = match event.get(header..).and_then(directory_and_name) {
+            _ if mask & libc::FAN_Q_OVERFLOW != 0 => Some(Change::Lost),
+            Some((handle, name)) => Some(Change::Name(handle, name)),
+            None => None,
+        };
+        change.map(&mut *hear);
+    }
+}
+
+fn directory_and_name(mut infos: &[u8]) -> Option<(Handle, Vec<u8>)> {
+    loop {
+        let length = u16::from_ne_bytes(infos.get(2..4)?.try_into().ok()?) as usize;
+        let info = infos.get(..length)?;
+        if info[0] == DIRECTORY_AND_NAME {
+            let (handle, name) = take_handle(info.get(INFO_HEADER..)?)?;
+            let end = name.iter().position(|b| *b == 0).unwrap_or(name.len());
+            return Some((handle, name[..end].to_vec()));
+        }
+        infos = infos.get(length.max(1)..)?;
+    }
+}
