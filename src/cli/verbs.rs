@@ -24,6 +24,7 @@ use crate::migration::{carry, destination, host, recover, rest, settle, source};
 use crate::network::{self, problem::Problem};
 use crate::oci::runtime::Runtime;
 use crate::report::exit::{Failed, Told};
+use crate::report::forecast::Forecast;
 use crate::report::log::rfc3339;
 use crate::report::progress::Reporter;
 use crate::transport::connect::{self, Destination as Reach, split_command};
@@ -96,7 +97,7 @@ pub fn migrate(globals: &Globals, args: &MigrateArgs) -> Result<(), Failed> {
     };
     let mut reporter = Reporter::new(args.json);
     let result = if args.dry_run {
-        source::check(&runtime, &options, &mut reporter)
+        source::check(&runtime, &options, true, &mut reporter)
     } else {
         source::migrate(&runtime, &state_dir()?, &options, &mut reporter)
     };
@@ -109,6 +110,9 @@ pub fn migrate(globals: &Globals, args: &MigrateArgs) -> Result<(), Failed> {
     let written = reporter.finish(word, args.report.as_deref());
     result?;
     if args.dry_run && !args.json {
+        for line in reporter.report.forecast.iter().flat_map(Forecast::lines) {
+            say(&line);
+        }
         say(&format!("{} can go to {}", args.container, options.destination));
     }
     // It runs there: a report that cannot be written does not change that, but must be known.
@@ -246,7 +250,7 @@ fn check_container(
         remove_files: false,
     };
     let mut reporter = Reporter::quiet();
-    let result = source::check(&runtime, &options, &mut reporter);
+    let result = source::check(&runtime, &options, false, &mut reporter);
     problems.append(&mut reporter.warnings);
     Ok((result, format!("{container} can go to {}", options.destination)))
 }

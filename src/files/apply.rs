@@ -652,7 +652,7 @@ mod tests {
         const SIZE: u64 = 70 << 20;
         for mut pair in Pair::both() {
             let path = pair.from.path().join("large");
-            let file = File::options().read(true).write(true).create(true).open(&path).unwrap();
+            let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
             let piece: Vec<u8> = (0..1 << 20).map(|i: u32| (i ^ (i >> 8)) as u8).collect();
             for i in 0..70 {
                 file.write_all_at(&piece, i << 20).unwrap();

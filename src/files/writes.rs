@@ -173,7 +173,7 @@ fn passes_the_cache(device: u64) -> bool {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let mut options = mounts.lines().filter_map(|line| {
         let mut words = line.split(' ');
-        (words.nth(2)? == device).then(|| words.last())?
+        (words.nth(2)? == device).then(|| words.next_back())?
     });
     let odd = |options: &str| {
         options.split(',').any(|o| o == "data=journal" || o == "dax" || o == "dax=always")

@@ -334,6 +334,7 @@ fn announce(
             format!("{}: copied, {} MiB, {} files", probe.what, size.bytes >> 20, size.entries);
         reporter.phase("files", &words);
         subject.copies.push(path);
+        subject.sizes.push((*number, size));
         sizes.push(size);
         inputs.again();
     }

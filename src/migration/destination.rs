@@ -237,6 +237,8 @@ fn converse(
         speaker.say(&Message::Room)?;
     }
     if plan.check_only {
+        // It may try the link out. It has seen enough when that ends.
+        while inputs.next(SILENCE).is_ok() {}
         return Ok(());
     }
     match inputs.next(SILENCE) {

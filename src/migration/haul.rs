@@ -23,7 +23,7 @@ use crate::transport::frame;
 /// Files are gone over at most so often before memory is.
 const MAX_ROUNDS: usize = 8;
 /// What is sent in a moment is no reason for another round.
-const LITTLE: u64 = 4 << 20;
+const LITTLE: u64 = 1 << 20;
 /// Bytes between two words about progress.
 const TELL_EVERY: u64 = 8 << 20;
 
@@ -106,19 +106,11 @@ struct Carrier {
 }
 
 fn run(mut carrier: Carrier, tell: &dyn Fn(HaulEvent)) -> Result<()> {
-    let mut before = u64::MAX;
-    for _ in 0..MAX_ROUNDS {
-        let bytes = carrier.round(false, tell)?;
-        // More of the same would not make it less.
-        if bytes <= LITTLE || bytes >= before {
-            break;
-        }
-        before = bytes;
-    }
+    carrier.settle(tell)?;
     loop {
         tell(HaulEvent::Settled);
         match carrier.orders.recv() {
-            Ok(Order::Again) => drop(carrier.round(false, tell)?),
+            Ok(Order::Again) => carrier.settle(tell)?,
             Ok(Order::Frozen) => break,
             Ok(Order::Applied(_)) => {}
             // The hand-over has ended.
@@ -131,6 +123,20 @@ fn run(mut carrier: Carrier, tell: &dyn Fn(HaulEvent)) -> Result<()> {
 }
 
 impl Carrier {
+    /// Rounds, until one leaves little for the next.
+    fn settle(&mut self, tell: &dyn Fn(HaulEvent)) -> Result<()> {
+        let mut before = u64::MAX;
+        for _ in 0..MAX_ROUNDS {
+            let bytes = self.round(false, tell)?;
+            // More of the same would not make it less.
+            if bytes <= LITTLE || bytes >= before / 4 * 3 {
+                break;
+            }
+            before = bytes;
+        }
+        Ok(())
+    }
+
     /// A round, and its way to the other side's disk; bytes of contents sent.
     fn round(&mut self, last: bool, tell: &dyn Fn(HaulEvent)) -> Result<u64> {
         let began = Instant::now();

@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use super::away::AwayMark;
 use super::protocol::{How, Place, Plan, Probe, Stream};
 use super::{descriptors, host};
+use crate::files::walk::Size;
 use crate::files::{probe, tmpfs};
 use crate::memory::pages;
 use crate::network::problem::Problem;
@@ -39,6 +40,8 @@ pub struct Subject {
     pub probes: Vec<probe::Probe>,
     /// What has to be copied, once the destination has said so.
     pub copies: Vec<PathBuf>,
+    /// Which of the plan's probes these are, and what they hold.
+    pub sizes: Vec<(usize, Size)>,
 }
 
 /// What the user asked for, as far as the plan depends on it.
@@ -219,7 +222,16 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         placement: wishes.placement.clone(),
     };
     let _ = runtime;
-    Ok(Subject { state, bundle, cgroup, network, plan, probes, copies: Vec::new() })
+    Ok(Subject {
+        state,
+        bundle,
+        cgroup,
+        network,
+        plan,
+        probes,
+        copies: Vec::new(),
+        sizes: Vec::new(),
+    })
 }
 
 /// Private anonymous memory of all tasks, in bytes.

@@ -114,6 +114,12 @@ pub enum Message {
         /// Which one.
         number: u64,
     },
+    /// To the destination, before a check ends: counts for nothing; the source sees how fast it gets
+    /// away. The source owns the container.
+    Ballast {
+        /// Whatever.
+        text: String,
+    },
     /// To the destination: no page will come before the commit. The source owns the container,
     /// frozen.
     MemoryDone {

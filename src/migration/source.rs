@@ -33,7 +33,7 @@ use super::protocol::{Message, Standing, Verdict};
 use super::rest::Brought;
 use super::talk::{Heard, Speaker};
 use super::workdir::WorkDir;
-use super::{host, recover, rest, settle};
+use super::{forecast, host, recover, rest, settle};
 use crate::criu::interposer::Interposer;
 use crate::files::place::Placing;
 use crate::files::{tmpfs, tree};
@@ -62,12 +62,27 @@ const GOODBYE_LIMIT: Duration = Duration::from_secs(60);
 const WHOLE_LIMIT: Duration = Duration::from_secs(600);
 /// How long a lost destination is looked for after the commit.
 const SETTLE_LIMIT: Duration = Duration::from_secs(30);
-/// `ferry check CONTAINER DESTINATION`, and `migrate --dry-run`.
+
+/// `ferry check CONTAINER DESTINATION`, and with a `forecast` of what would go `migrate --dry-run`.
 ///
 /// # Errors
 /// Everything that stands in the way.
-pub fn check(runtime: &Runtime, options: &Options, reporter: &mut Reporter) -> Result<(), Failed> {
+pub fn check(
+    runtime: &Runtime,
+    options: &Options,
+    forecast: bool,
+    reporter: &mut Reporter,
+) -> Result<(), Failed> {
     let mut accepted = ask(runtime, options, reporter)?;
+    if forecast {
+        match forecast::forecast(&mut accepted) {
+            Ok(forecast) => reporter.report.forecast = Some(forecast),
+            Err(e) => {
+                accepted.closer.close();
+                return Err(Failed::refused(e));
+            }
+        }
+    }
     drop(accepted.speaker);
     accepted.closer.wait(GOODBYE_LIMIT);
     Ok(())

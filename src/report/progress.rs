@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::forecast::Forecast;
 use crate::files::follow;
 use crate::memory::converge::Next;
 use crate::memory::rounds::{RoundStats, Tracking};
@@ -114,6 +115,9 @@ pub struct Report {
     pub served: Option<Served>,
     /// Most memory that Ferry itself had on the source, in KiB.
     pub peak_kib: u64,
+    /// Of a dry run: what would go.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub forecast: Option<Forecast>,
     /// Moments on the source.
     pub source: Vec<Mark>,
     /// Moments on the destination, milliseconds since it had all images.

@@ -73,7 +73,7 @@ fn find_one(tracefs: &Path, (system, name, fields): &(&str, &str, &[&str])) -> i
     Ok(Point { id, fields: fields.ok_or_else(|| io::Error::from(Errno::ENOENT))? })
 }
 
-/// A line is `field:unsigned long index;	offset:48;	size:8;	signed:0;`.
+/// A line is `field:unsigned long index; offset:48; size:8; signed:0;`, with tabs.
 fn find_field(format: &str, field: &str) -> Option<(usize, usize)> {
     format.lines().find_map(|line| {
         let mut parts = line.trim().split(';').map(str::trim);

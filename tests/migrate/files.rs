@@ -124,6 +124,9 @@ fn volumes(lab: &Lab) -> Outcome {
     ensure!(said.err.contains("its bind mounts are /vol"), "no hint: {said}");
     a.ferry(&["check", "--volume", "/vol=copy", "box", "b"])?.exits(0)?;
     ensure!(b.sh("ls -A /srv/local")?.is_empty(), "a check has made something");
+    let said = a.ferry(&["migrate", "--dry-run", "--volume", "/vol=copy", "box", "b"])?.exits(0)?;
+    ensure!(said.out.contains("bind mount /vol: copied, 5 MiB"), "no forecast: {said}");
+    ensure!(b.sh("ls -A /srv/local")?.is_empty(), "a dry run has made something");
     a.ferry(&["migrate", "--volume", "/vol=copy", "box", "b"])?.exits(0)?;
     exactly_one_copy(&container, &b, &a)?;
     has_checked(&mut probe)

@@ -1,0 +1,96 @@
+# shellcheck shell=bash
+# What copying a container's files costs: read by contrib/bench, which has `prepare` and the rest.
+#
+# Each of three containers has its files on the host's own disk, and changes some of them all the
+# time. They move to and fro; in between rsync copies the same tree.
+
+# How many small files, how large the large one, and how many of its pages are written every second.
+FILES="few:100:4M:200 many:100000:4M:200 large:100:2G:5000"
+
+files_container() { # MANY SIZE RATE
+    local d=$shared/$NAME/rootfs/many
+    clear_away
+    on a rm -rf "/srv/local/$NAME"
+    on b rm -rf "/srv/local/$NAME"
+    container_make a "$NAME" counter "$address" --arg --files --arg /data --arg --files-size --arg "$2" \
+        --arg --files-rate --arg "$3"
+    # 2 KB each, in directories of 200.
+    # shellcheck disable=SC2016
+    perl -e 'my ($d, $n) = @ARGV;
+        open(my $random, "<", "/dev/urandom") or die; mkdir $d;
+        for my $i (0 .. $n - 1) {
+            my $in = "$d/" . int($i / 200);
+            mkdir $in unless $i % 200;
+            read($random, my $text, 2000);
+            open(my $f, ">", "$in/$i") or die "$in/$i: $!";
+            print $f $text;
+        }' "$d" "$1"
+    # On the same file system as what all hosts see, in the lab.
+    mv "$shared/$NAME" "$(lab root a)/srv/local/$NAME"
+    container_run a "$NAME" ferry "/srv/local/$NAME"
+    wait_until 120 answers client "$address" 7000 || die "the server does not answer"
+    from=a to=b
+}
+
+# Megabytes a second from disk to disk, of the tree as it is.
+rsync_rate() {
+    # shellcheck disable=SC2016
+    on "$from" bash -euc 'began=${EPOCHREALTIME/[.,]/}
+        rsync -aHAXS --numeric-ids "/srv/local/$1/rootfs/" "$2:/srv/local/by-rsync/"
+        ssh "$2" sync -f /srv/local
+        took=$((${EPOCHREALTIME/[.,]/} - began))
+        bytes=$(du -s --block-size=1 "/srv/local/$1/rootfs" | cut -f 1)
+        echo "$((bytes / took))"
+        ssh "$2" rm -rf /srv/local/by-rsync' bash "$NAME" "$to"
+}
+
+files_run() { # CASE RUN
+    local rsync next
+    rsync=$(rsync_rate)
+    probe_start client "$address:7000" --connections "$connections" --every 2ms --give-up 10m
+    probe_steady || die "the client gets no steady answers"
+    probe_mark move
+    migrate "$NAME" "$from" "$to" "$scratch/report" --source-files remove || die "it did not move"
+    probe_steady || die "the client gets no steady answers afterwards"
+    probe_report move >"$scratch/window"
+    bad=$(probe_ask verify verify | jq '.verify | if . then .bad_pages + .bad_table + .bad_in_threads else null end')
+    probe_end 2>/dev/null || true
+    jq -n -c --arg files "$1" --argjson run "$2" --argjson rsync "$rsync" --argjson bad "$bad" \
+        --slurpfile moved "$scratch/report" --slurpfile window "$scratch/window" '
+        $moved[0] as $m | $m.files[0] as $first | $m.files[-1] as $last | {
+            files: $files, run: $run, downtime_ms: $window[0].worst_pause_ms, frozen_ms: $m.frozen_ms,
+            total_ms: $m.total_ms, entries: $first.entries, bytes: $first.bytes,
+            copy_mb_per_s: ($first.bytes / 1000 / $first.ms), rsync_mb_per_s: $rsync,
+            files_per_s: ($first.entries * 1000 / $first.ms),
+            last_round: $last, connections_lost: $window[0].connections_lost,
+            wrong_answers: $window[0].wrong_answers, bad: $bad
+        }' | tee -a "$scratch/rows" | jq -r '
+        "    run \(.run)  pause \(.downtime_ms | round) ms, frozen \(.frozen_ms | round) ms, total \(.total_ms | round) ms, "
+        + "first copy \(.copy_mb_per_s | round) MB/s (\(.files_per_s | round) files/s), rsync \(.rsync_mb_per_s) MB/s; "
+        + "in the freeze \(.last_round.entries) files looked at, \(.last_round.read / 1e6 | round) MB read, "
+        + "\(.last_round.bytes / 1e6 * 10 | round / 10) MB sent"'
+    next=$from from=$to to=$next
+}
+
+files() {
+    local one many size rate run
+    prepare
+    : >"$scratch/rows"
+    for one in $FILES; do
+        IFS=: read -r one many size rate <<<"$one"
+        printf '\n  %s: %s files of 2 KB, one of %s of which %s pages are written every second\n' "$one" "$many" "$size" "$rate"
+        files_container "$many" "$size" "$rate"
+        for ((run = 1; run <= runs; run++)); do files_run "$one" "$run"; done
+        [ -z "$json" ] || jq -s . "$scratch/rows" >"$json"
+    done
+    echo
+    jq -s -r '
+        def median: sort | (.[((length - 1) / 2) | floor] + .[(length / 2) | floor]) / 2;
+        "            files       MB   pause ms     frozen  first copy MB/s   rsync MB/s",
+        (group_by(.files)[] | [
+            (.[0].files | . + " " * (8 - length)), (.[0].entries, (.[0].bytes / 1e6 | round),
+            (map(.downtime_ms) | median | round), (map(.frozen_ms) | median | round),
+            (map(.copy_mb_per_s) | median | round), (map(.rsync_mb_per_s) | median | round)
+            | tostring | " " * (9 - length) + .)] | join("  "))' "$scratch/rows"
+    jq -s -e 'all(.connections_lost == 0 and .wrong_answers == 0 and .bad == 0)' "$scratch/rows" >/dev/null
+}
