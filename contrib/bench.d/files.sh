@@ -1,5 +1,7 @@
 # shellcheck shell=bash
-# What copying a container's files costs: read by contrib/bench, which has `prepare` and the rest.
+# What copying a container's files costs: read by contrib/bench, which has `prepare` and the rest,
+# and the variables that seem to come from nowhere.
+# shellcheck disable=SC2154
 #
 # Each of three containers has its files on the host's own disk, and changes some of them all the
 # time. They move to and fro; in between rsync copies the same tree.

@@ -111,6 +111,12 @@ impl Tree {
         }
     }
 
+    /// Whether the copy has a directory there, and on the whole way to it.
+    fn has_directory(&self, path: &[u8]) -> bool {
+        let is_one = |p: &[u8]| self.known.get(p).is_some_and(|known| known.kind == libc::S_IFDIR);
+        is_one(path) && (path.is_empty() || self.has_directory(parent(path)))
+    }
+
     /// Under which names this was known.
     fn names_of(&self, seen: &Seen) -> Vec<Vec<u8>> {
         let same = |known: &Known| known.ino == seen.ino && known.kind == seen.kind();
@@ -304,7 +310,9 @@ impl<W: Write> Look<'_, W> {
     /// all that is in it.
     fn again(&mut self, tree: &mut Tree, path: &[u8]) -> Result<()> {
         let seen = tree.known.get(path).is_some_and(|known| known.round == self.round);
-        if seen || !self.asked.insert(path.to_vec()) {
+        // Where the copy has no directory, nothing can be put; if there is one here by now, that was
+        // told, and the next round will see.
+        if seen || !tree.has_directory(parent(path)) || !self.asked.insert(path.to_vec()) {
             return Ok(());
         }
         let before = tree.known.get(path).map(|known| known.kind);
@@ -364,7 +372,8 @@ impl<W: Write> Look<'_, W> {
         }
         // A step in a directory changes its time over there, whether or not it has changed here.
         for path in std::mem::take(&mut self.touched) {
-            if self.described.contains(&path) {
+            // It may have become one since it was looked at.
+            if self.described.contains(&path) || !tree.has_directory(&path) {
                 continue;
             }
             match describe_directory(&self.top, path) {
@@ -378,8 +387,7 @@ impl<W: Write> Look<'_, W> {
     }
 
     fn touch(&mut self, path: &[u8]) {
-        let parent = path.iter().rposition(|b| *b == b'/').map_or(&b""[..], |i| &path[..i]);
-        self.touched.insert(parent.to_vec());
+        self.touched.insert(parent(path).to_vec());
     }
 
     /// What there is to say of what was seen there.
@@ -481,7 +489,9 @@ impl<W: Write> Look<'_, W> {
     ) -> Result<Option<Known>> {
         let Some((group, _)) = tree.sums.get(&seen.ino) else { return Ok(None) };
         let before = tree.names_of(seen).into_iter().find(|other| {
-            other != path && tree.known.get(other).is_some_and(|k| k.group == *group)
+            other != path
+                && tree.has_directory(parent(other))
+                && tree.known.get(other).is_some_and(|k| k.group == *group)
         });
         let Some(before) = before else { return Ok(None) };
         let known = tree.known.get(&before).copied();
@@ -581,6 +591,11 @@ impl<W: Write> Look<'_, W> {
         }
         Ok(sent.certain)
     }
+}
+
+/// The directory that a path is in; the root is in itself.
+fn parent(path: &[u8]) -> &[u8] {
+    path.iter().rposition(|b| *b == b'/').map_or(&b""[..], |i| &path[..i])
 }
 
 /// What there is to say of a directory below `top`, if it is one.

@@ -363,7 +363,10 @@ fn conclusions(lab: &Lab) -> Outcome {
     concludes(&["check"], "a can send and receive containers: Linux ")?;
     concludes(&["check", "box"], "box can go, ")?;
     concludes(&["check", "box", "b"], "box can go to b\n")?;
-    concludes(&["migrate", "--dry-run", "box", "b"], "box can go to b\n")?;
+    let said = a.ferry(&["migrate", "--dry-run", "box", "b"])?.ok()?;
+    let told = ["root file system: is there\n", "\nmemory: 6", "\nthe link carries "];
+    ensure!(told.iter().all(|words| said.contains(words)), "{said}");
+    ensure!(said.ends_with("\nbox can go to b\n"), "{said}");
     for arguments in
         [&["check", "--json", "box", "b"][..], &["migrate", "--dry-run", "--json", "box", "b"]]
     {
