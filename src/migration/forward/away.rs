@@ -326,7 +326,8 @@ impl Holder {
                 .and_then(|ns| ns.identity())
                 .is_ok_and(|identity| identity == self.away.identity);
             let here = inhabited(self.away.identity);
-            used |= here;
+            // What it sends says that it is there, too: its fence lets nothing out before.
+            used |= here || self.out_bytes.load(Ordering::Relaxed) > 0;
             empty = if named && (here || !used) { 0 } else { empty + 1 };
             if empty >= DESERTED {
                 tracing::info!("the container has ended");
