@@ -11,7 +11,7 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ferry::files::follow::Size;
+use ferry::files::walk::Size;
 use ferry::memory::serve::Served;
 use ferry::migration::forward::Course;
 use ferry::migration::forward::carrier::Word;
