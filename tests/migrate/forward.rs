@@ -156,7 +156,7 @@ impl Wire<'_> {
         Ok(Wire { host })
     }
 
-    fn is_clean(self) -> Outcome {
+    fn ends_clean(self) -> Outcome {
         self.host.sh("pid=$(cat /tmp/wire.pid); kill -INT $pid
              while kill -0 $pid 2>/dev/null; do sleep 0.01; done
              grep -q '^0 packets dropped by kernel' /tmp/wire.said")?;
@@ -202,7 +202,7 @@ fn round_the_world(lab: &Lab) -> Outcome {
         exactly_one_copy(&container, &a, &c).map_err(step)?;
         whole(&a).map_err(step)?;
     }
-    wires.into_iter().try_for_each(Wire::is_clean)?;
+    wires.into_iter().try_for_each(Wire::ends_clean)?;
     all_content(&mut probes)
 }
 
