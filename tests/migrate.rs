@@ -14,6 +14,8 @@ mod common;
 mod faults;
 #[path = "migrate/files.rs"]
 mod files;
+#[path = "migrate/forward.rs"]
+mod forward;
 #[path = "migrate/memory.rs"]
 mod memory;
 #[path = "migrate/moves.rs"]
@@ -31,6 +33,7 @@ fn main() -> ExitCode {
     trials.extend(memory::trials());
     trials.extend(files::trials());
     trials.extend(streams::trials());
+    trials.extend(forward::trials());
     trials.extend(refusals::trials());
     trials.extend(faults::trials());
     common::suite::run(trials)

@@ -14,9 +14,10 @@ use crate::memory::converge::Goal;
 use crate::memory::rounds::Tracking;
 use crate::migration::away;
 use crate::migration::carry::Wishes;
+use crate::migration::forward::Wish;
 use crate::migration::protocol::How;
 use crate::report::log::{ErrorLog, Format};
-use crate::transport::codec::{Codec, Wish};
+use crate::transport::codec::{self, Codec};
 
 /// A command line with a verb of ours.
 #[derive(Debug, Parser)]
@@ -138,6 +139,10 @@ pub struct MigrateArgs {
     /// there already), none, bridge=BRIDGE or macvlan=INTERFACE
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = network)]
     pub network: Network,
+    /// Where its address cannot move it stays, and its packets are forwarded to and fro: whenever it
+    /// belongs to no network of the other host (auto), always, or never
+    #[arg(long, value_name = "WHEN", default_value = "auto")]
+    pub forward: ForwardWhen,
     /// A socket on the other host that receives the container's terminal
     #[arg(long, value_name = "PATH")]
     pub console_socket: Option<PathBuf>,
@@ -193,6 +198,28 @@ pub enum FilesHow {
     Shared,
     /// Copied unless shared.
     Copy,
+}
+
+/// `--forward`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ForwardWhen {
+    /// Where the address belongs to no network of the other host.
+    Auto,
+    /// Wherever it goes.
+    Always,
+    /// The address moves.
+    Never,
+}
+
+impl ForwardWhen {
+    /// In the migration's own terms.
+    pub fn wish(self) -> Wish {
+        match self {
+            ForwardWhen::Auto => Wish::Auto,
+            ForwardWhen::Always => Wish::Always,
+            ForwardWhen::Never => Wish::Never,
+        }
+    }
 }
 
 /// `--source-files`.
@@ -323,10 +350,10 @@ impl MemoryArgs {
                 TrackingArg::Hash => Tracking::Hash,
             },
             compress: match self.compress {
-                Compress::Auto => Wish::Auto,
-                Compress::Zstd => Wish::Always(Codec::Zstd),
-                Compress::Lz4 => Wish::Always(Codec::Lz4),
-                Compress::None => Wish::Always(Codec::None),
+                Compress::Auto => codec::Wish::Auto,
+                Compress::Zstd => codec::Wish::Always(Codec::Zstd),
+                Compress::Lz4 => codec::Wish::Always(Codec::Lz4),
+                Compress::None => codec::Wish::Always(Codec::None),
             },
             bandwidth: self.bandwidth,
             streams: usize::from(self.streams),
@@ -401,6 +428,9 @@ pub struct CheckArgs {
     /// How its network would be made there, as in `ferry migrate`
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = network)]
     pub network: Network,
+    /// Whether its address would stay, as in `ferry migrate`
+    #[arg(long, value_name = "WHEN", default_value = "auto")]
+    pub forward: ForwardWhen,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -434,6 +464,8 @@ Examples:
         on, and the mark that keeps it from being started is lifted
   ferry resolve web --discard
         the other host owns web: what is left of it here goes away
+  ferry resolve web --no-forward
+        web runs on another network, and its old address is needed no more
 
 --keep and --discard are your word that the other host does not run it. If it does, there
 will be two copies.";
@@ -451,6 +483,9 @@ pub struct ResolveArgs {
     /// The other host owns the container
     #[arg(long)]
     pub discard: bool,
+    /// Its address is not to be forwarded any more: it has moved, or nobody needs it
+    #[arg(long, conflicts_with_all = ["keep", "discard"])]
+    pub no_forward: bool,
     /// How the other host is reached.
     #[command(flatten)]
     pub remote: RemoteArgs,

@@ -20,7 +20,7 @@ use crate::migration::away::AwayMark;
 use crate::migration::inspect::{self, Wishes};
 use crate::migration::journal::{Journal, Role, State, is_alive};
 use crate::migration::protocol::{Standing, Verdict};
-use crate::migration::{carry, destination, host, recover, rest, settle, source};
+use crate::migration::{carry, destination, forward, host, recover, rest, settle, source};
 use crate::network::{self, problem::Problem};
 use crate::oci::runtime::Runtime;
 use crate::report::exit::{Failed, Told};
@@ -81,6 +81,7 @@ pub fn migrate(globals: &Globals, args: &MigrateArgs) -> Result<(), Failed> {
             container: args.container.clone(),
             bundle: absolute(args.bundle.as_deref())?,
             placement: placement(&args.network),
+            forward: args.forward.wish(),
             console_socket: absolute(args.console_socket.as_deref())?,
             root: globals.root.clone(),
             systemd_cgroup: globals.systemd_cgroup,
@@ -227,6 +228,7 @@ fn check_container(
         container: container.to_owned(),
         bundle: absolute(args.bundle.as_deref())?,
         placement: placement(&args.network),
+        forward: args.forward.wish(),
         console_socket: None,
         root: globals.root.clone(),
         systemd_cgroup: globals.systemd_cgroup,
@@ -312,6 +314,7 @@ pub fn migrations(args: &MigrationsArgs) -> Result<(), Failed> {
                 "begun": record.begun,
                 "ended": ended,
                 "states": journal.states(),
+                "forward": forward::describe(record).map(|d| d.1),
             })
             .to_string());
         } else {
@@ -327,6 +330,9 @@ pub fn migrations(args: &MigrationsArgs) -> Result<(), Failed> {
                 record.container,
                 record.peer
             ));
+            if let Some((words, _)) = forward::describe(record) {
+                say(&format!("    {words}"));
+            }
         }
     }
     match &args.id {
@@ -358,6 +364,14 @@ fn standing_here(journal: &Journal, under_way: bool) -> &'static str {
 
 /// `ferry resolve`.
 pub fn resolve(globals: &Globals, args: &ResolveArgs) -> Result<(), Failed> {
+    if args.no_forward {
+        say(forward::end(&args.id).map_err(Failed::refused)?);
+        return Ok(());
+    }
+    if let Some(said) = forward::revive(&args.id)? {
+        say(said);
+        return Ok(());
+    }
     let state_dir = state_dir()?;
     let mut open: Vec<Journal> = Journal::all(&state_dir)?
         .into_iter()
@@ -541,6 +555,10 @@ fn resolve_mark(globals: &Globals, args: &ResolveArgs, state_dir: &Path) -> Resu
 pub fn guard(args: &[std::ffi::OsString]) -> Result<(), Failed> {
     match args {
         [journal] => Ok(recover::guard(Path::new(journal))?),
+        [forwarding, what, directory] if forwarding == "forward" => {
+            let what = what.to_string_lossy();
+            Ok(forward::process(&what, Path::new(directory))?)
+        }
         [what, journal] if what == "pages" => Ok(recover::guard_pages(Path::new(journal))?),
         _ => Err(Failed::usage(anyhow!("the guard is for ferry itself"))),
     }

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::{Result, anyhow};
 
+use super::forward::{Note, Part, steps};
 use super::protocol::Plan;
 use super::{keeper, recover};
 use crate::network::fence::Armed;
@@ -24,6 +25,8 @@ pub struct Arrival {
     bytes: usize,
     /// Packets given to the container so far.
     pub replayed: u64,
+    /// What is done about forwarding its address.
+    note: Option<Note>,
 }
 
 #[derive(Debug)]
@@ -39,14 +42,22 @@ impl Arrival {
     ///
     /// # Errors
     /// When it cannot be made as it was.
-    pub fn make(&mut self, plan: &Plan, work: &Path) -> Result<()> {
+    pub fn make(&mut self, plan: &Plan, work: &Path, note: Option<&Note>) -> Result<()> {
         let (Some(image), Some(path)) = (&plan.network, &plan.network_path) else {
             return Ok(());
         };
         let placement: Placement = plan.placement.parse().map_err(|e| anyhow!("{e}"))?;
-        let made = network::recreate(image, &placement, path, &NetNs::current()?)?;
+        let mut made = match note {
+            None => network::recreate(image, &placement, path, &NetNs::current()?)?,
+            Some(Note { part: Part::ComesHome, id }) => steps::come_home(id, path, image)?,
+            Some(_) => network::recreate(image, &Placement::Forward, path, &NetNs::current()?)?,
+        };
         let (device, inode) = made.namespace().identity()?;
         fs::write(work.join(recover::NETWORK), format!("{device} {inode}"))?;
+        if let Some(note) = note.filter(|n| n.part == Part::Arrives) {
+            steps::arrive(note, plan, &mut made, image)?;
+        }
+        self.note = note.cloned();
         let replay = Replay::prepare(made.namespace(), image)?;
         let announcer = Announcer::prepare(made.namespace(), image)?;
         self.net = Some(Net { made, replay, announcer });
@@ -94,6 +105,9 @@ impl Arrival {
             tracing::error!("the fence does not open: it is taken down");
             let _ = fence::remove(net.made.namespace());
         }
+        if let Some(note) = &self.note {
+            steps::destination_opens(note);
+        }
         self.announce();
     }
 
@@ -113,5 +127,8 @@ impl Arrival {
             tracing::warn!("the open fence stays: {e}");
         }
         net.made.keep();
+        if let Some(note) = &self.note {
+            steps::destination_keeps(note);
+        }
     }
 }

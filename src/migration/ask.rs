@@ -9,11 +9,11 @@ use anyhow::{Result, anyhow, bail};
 use super::carry::{self, MemoryEvent};
 use super::dump::DumpEvent;
 use super::haul::HaulEvent;
-use super::host;
 use super::inspect::{Subject, Wishes, inspect};
 use super::protocol::Message;
 use super::talk::{self, Heard, Speaker};
 use super::watch::Watch;
+use super::{forward, host};
 use crate::files::walk;
 use crate::network::problem::Problem;
 use crate::oci::runtime::Runtime;
@@ -59,6 +59,8 @@ pub(super) enum Input {
     /// An echo on a further link, by its number, or its end.
     Lane(usize, Option<u64>),
     Signal(i32),
+    /// Home has a link to the destination, or why it has none.
+    Joined(Result<()>),
 }
 
 /// The link, and everything that happens, in one queue.
@@ -152,6 +154,7 @@ impl Inputs {
             Input::Dump(DumpEvent::Ended(Err(e))) => Err(e),
             Input::Memory(MemoryEvent::Failed(e)) => bail!("sending memory: {e}"),
             Input::Files(HaulEvent::Failed(e)) => bail!("sending files: {e}"),
+            Input::Joined(Err(e)) => Err(e),
             input => Ok(input),
         }
     }
@@ -270,7 +273,13 @@ pub(super) fn ask(
         speaker.say(&Message::Plan(Box::new(subject.plan.clone())))?;
         loop {
             match inputs.next()? {
-                Input::Heard(Heard::Message(Message::Accept { warnings, shared, copies })) => {
+                Input::Heard(Heard::Message(Message::Accept {
+                    warnings,
+                    shared,
+                    copies,
+                    course,
+                })) => {
+                    subject.forward = forward::Note::of_source(&subject.plan, course);
                     return Ok(Ok((warnings, shared, copies)));
                 }
                 Input::Heard(Heard::Message(Message::Refuse { problems })) => {
@@ -292,6 +301,15 @@ pub(super) fn ask(
     };
     match answer {
         Ok(Ok((warnings, shared))) => {
+            if let Some(note) = &subject.forward
+                && let Err(e) = forward::steps::check(&subject.plan, note, &options.destination)
+            {
+                closer.close();
+                return Err(Failed::refused(e));
+            }
+            if let Some(note) = &subject.forward {
+                reporter.phase("forward", note.words());
+            }
             // What both hosts see need not be sent, nor what two streams share a second time.
             let mut seen = Vec::new();
             for (i, stream) in subject.plan.streams.iter_mut().enumerate() {

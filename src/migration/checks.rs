@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use super::away::AwayMark;
+use super::forward::{self, Course};
 use super::protocol::{How, Place, Plan, Probe};
 use super::{host, workdir};
 use crate::files::probe;
@@ -27,16 +28,23 @@ pub struct Found {
     pub problems: Vec<Problem>,
     /// The probes, by number, of what has to be copied.
     pub copies: Vec<usize>,
+    /// What becomes of the address.
+    pub course: Course,
 }
 
 /// Looks at this host.
 pub fn look(plan: &Plan, runtime: &Runtime) -> Found {
-    let mut copies = Vec::new();
-    let problems = problems(plan, runtime, &mut copies);
-    Found { problems, copies }
+    let mut found = Found::default();
+    found.problems = problems(plan, runtime, &mut found.copies, &mut found.course);
+    found
 }
 
-fn problems(plan: &Plan, runtime: &Runtime, copies: &mut Vec<usize>) -> Vec<Problem> {
+fn problems(
+    plan: &Plan,
+    runtime: &Runtime,
+    copies: &mut Vec<usize>,
+    course: &mut Course,
+) -> Vec<Problem> {
     let networked = plan.network.is_some() && plan.placement != "none";
     // Beside the rest, as both take their time in the kernel.
     let mut found = std::thread::scope(|scope| {
@@ -69,7 +77,14 @@ fn problems(plan: &Plan, runtime: &Runtime, copies: &mut Vec<usize>) -> Vec<Prob
     if let (Some(image), Some(path)) = (&plan.network, &plan.network_path) {
         match plan.placement.parse::<Placement>() {
             Ok(placement) => match NetNs::current() {
-                Ok(host) => found.extend(network::preflight(image, &placement, path, &host)),
+                Ok(host) => {
+                    *course = forward::decide(plan, &placement, &host);
+                    let placement = match course {
+                        Course::Moves => placement,
+                        Course::Stays | Course::Home => Placement::Forward,
+                    };
+                    found.extend(network::preflight(image, &placement, path, &host));
+                }
                 Err(e) => found.push(Problem::new("cannot look at this host's network", e)),
             },
             Err(e) => found.push(Problem::new("the wish for the network is not understood", e)),

@@ -24,6 +24,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::arrival::Arrival;
+use super::forward::Course;
+use super::forward::carrier::Word;
 use super::guards::PageGuard;
 use super::intake::{self, Backlog, Current, Stage};
 use super::journal::{self, Journal, Lock, Record, Role, State};
@@ -34,7 +36,7 @@ use super::settle::{self, Call};
 use super::streams::Streams;
 use super::talk::{self, Heard, Speaker};
 use super::workdir::WorkDir;
-use super::{checks, host, recover, workdir};
+use super::{checks, forward, host, recover, workdir};
 use crate::criu::images;
 use crate::criu::interposer::Interposer;
 use crate::files::apply::{Applied, Applying};
@@ -192,6 +194,17 @@ fn converse(
                     None => Ok(()),
                 };
             }
+            Input::Heard(Heard::Message(Message::Forward(word))) => {
+                let (Word::Carry { id, links }, Closer::Stdio(input, output)) = (*word, closer)
+                else {
+                    bail!("this link cannot be handed on");
+                };
+                let taken = forward::away::take_link(state_dir, &id, links, input, output);
+                return taken.or_else(|e| {
+                    let why = format!("{e:#}");
+                    speaker.say(&Message::Failed { phase: "forwarding".into(), why })
+                });
+            }
             _ => bail!("the source begins with something else than a plan"),
         }
     };
@@ -202,7 +215,7 @@ fn converse(
         settle::sweep(state_dir, runtime.root(), &plan.container)?;
     }
     let found = checks::look(&plan, &runtime);
-    let copies = found.copies;
+    let (copies, course) = (found.copies, found.course);
     let (fatal, warnings): (Vec<_>, Vec<_>) = found.problems.into_iter().partition(|p| p.fatal);
     if !fatal.is_empty() {
         return speaker.say(&Message::Refuse { problems: fatal });
@@ -216,7 +229,8 @@ fn converse(
     }
     // Now, as the source takes its probes away when it has our answer.
     let shared = Streams::shared(&plan.streams);
-    let accept = Message::Accept { warnings, shared: shared.clone(), copies: copies.clone() };
+    let accept =
+        Message::Accept { warnings, shared: shared.clone(), copies: copies.clone(), course };
     speaker.say(&accept)?;
     let mut announced = Vec::new();
     if !copies.is_empty() {
@@ -248,7 +262,8 @@ fn converse(
         Err(_) => return Ok(()),
     }
     let trees: Vec<_> = copies.into_iter().zip(announced).collect();
-    let guest = match Guest::new(*plan, &shared, trees, runtime, state_dir, backlog.clone()) {
+    let guest = match Guest::new(*plan, &shared, trees, course, runtime, state_dir, backlog.clone())
+    {
         Ok(guest) => guest,
         Err(e) => {
             let why = format!("{e:#}");
@@ -297,6 +312,7 @@ impl Guest {
         plan: Plan,
         shared: &[usize],
         trees: Vec<(usize, Size)>,
+        course: Course,
         runtime: Runtime,
         state_dir: &Path,
         backlog: Backlog,
@@ -320,6 +336,7 @@ impl Guest {
             network_ours: plan.network.is_some() && plan.placement != "keep",
             leave_mark: false,
             placing: placing(&plan, &trees)?,
+            forward: forward::Note::of_destination(&plan, course),
             remove: Vec::new(),
             work: work.path().to_owned(),
             worker: journal::this_process(),
@@ -400,7 +417,7 @@ impl Guest {
         settle::take_calls(self.work.path(), move |c| call.send(Input::Call(c)).is_ok())?;
         speaker.say(&Message::Open)?;
         self.phase = "making the network";
-        self.network.make(&self.plan, self.work.path())?;
+        self.network.make(&self.plan, self.work.path(), self.journal.record.forward.as_ref())?;
         if !self.plan.tmpfs.is_empty() {
             let base = workdir::tmpfs_base(self.work.path());
             self.tmpfs = Some(Mounted::new(&base, &self.plan.tmpfs)?);

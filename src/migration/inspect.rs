@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use super::away::AwayMark;
+use super::forward::{self, Plans, Wish};
 use super::protocol::{How, Place, Plan, Probe, Stream};
 use super::{descriptors, host};
 use crate::files::walk::Size;
@@ -42,6 +43,8 @@ pub struct Subject {
     pub copies: Vec<PathBuf>,
     /// Which of the plan's probes these are, and what they hold.
     pub sizes: Vec<(usize, Size)>,
+    /// What becomes of the address, once the destination has said so.
+    pub forward: Option<forward::Note>,
 }
 
 /// What the user asked for, as far as the plan depends on it.
@@ -59,6 +62,8 @@ pub struct Wishes {
     pub root: Option<PathBuf>,
     /// See `root`.
     pub systemd_cgroup: bool,
+    /// `--forward`.
+    pub forward: Wish,
     /// Only checks.
     pub check_only: bool,
     /// `--rootfs`.
@@ -149,6 +154,8 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
     let mut probes = Vec::new();
     let streams = streams(state.pid, &bundle, wishes, &mut probes)?;
     let (network, loopback) = network(&bundle, state.pid)?;
+    let away = network.as_ref().and_then(|n| forward::away_of(&n.0));
+    let forward = Plans { wish: wishes.forward, from: away.map(|a| (a.id, a.home)) };
     let destination = wishes.bundle.clone().unwrap_or_else(|| state.bundle.clone());
     let mut listed = Vec::new();
     let mut add = |what: String, place: Place, path: &Path, wish: How, read_only: bool| {
@@ -220,6 +227,7 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         loopback,
         network_path: network.as_ref().map(|n| n.1.clone()),
         placement: wishes.placement.clone(),
+        forward,
     };
     let _ = runtime;
     Ok(Subject {
@@ -231,6 +239,7 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         probes,
         copies: Vec::new(),
         sizes: Vec::new(),
+        forward: None,
     })
 }
 
@@ -337,7 +346,9 @@ fn network(bundle: &Bundle, pid: i32) -> Result<(Network, Option<NetworkImage>)>
                 )
                 .into());
             }
-            let image = network::capture_at(&namespace, &NetNs::current()?, Some(&path))?;
+            let links = forward::away_of(&namespace).map(|a| a.links).unwrap_or_default();
+            let image =
+                network::capture_forwarded(&namespace, &NetNs::current()?, Some(&path), &links)?;
             Ok((Some((namespace, path, image)), None))
         }
         Some(None) => {

@@ -214,7 +214,10 @@ pub fn listen(
         // The rest of a link that is handed on belongs to whoever gets it.
         let last = matches!(
             heard,
-            Heard::Gone(_) | Heard::Message(Message::Resume { .. } | Message::Join { .. })
+            Heard::Gone(_)
+                | Heard::Message(
+                    Message::Resume { .. } | Message::Join { .. } | Message::Forward(_)
+                )
         );
         tell(heard) && !last
     })?;

@@ -19,6 +19,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use super::away::canonical;
+use super::forward::Note;
 use crate::files::place::Placing;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::DEFAULT_ROOT;
@@ -110,6 +111,9 @@ pub struct Record {
     /// What is copied here (destination only).
     #[serde(default)]
     pub placing: Placing,
+    /// What is done about forwarding its address.
+    #[serde(default)]
+    pub forward: Option<Note>,
     /// What has been copied from here and is to be removed when it runs there (source only).
     #[serde(default)]
     pub remove: Vec<PathBuf>,
@@ -364,6 +368,7 @@ pub(crate) mod tests {
     pub(crate) fn record(migration: &str) -> Record {
         Record {
             placing: Placing::default(),
+            forward: None,
             remove: Vec::new(),
             migration: migration.into(),
             container: "web".into(),

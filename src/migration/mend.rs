@@ -15,7 +15,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -234,6 +234,22 @@ fn descriptors_of_criu(pid: i32, work: &Path) -> Result<Vec<i32>> {
 
 /// Takes sockets out of repair mode that a killed CRIU has left there. The tasks must be frozen.
 pub fn sockets(cgroup: &Cgroup) {
+    each_socket(cgroup, |fd| {
+        // Not a TCP socket: it cannot be in repair mode.
+        let _ = socket::leave_repair(fd);
+    });
+}
+
+/// Has the TCP sockets of frozen tasks that are about to be killed end without a word, and at once:
+/// what is left of one would stand in the way of the same connection if it came back to this
+/// namespace.
+pub fn silence_sockets(cgroup: &Cgroup) {
+    each_socket(cgroup, |fd| {
+        let _ = socket::enter_repair(fd);
+    });
+}
+
+fn each_socket(cgroup: &Cgroup, deed: impl Fn(&OwnedFd)) {
     for pid in cgroup.processes().unwrap_or_default() {
         let Ok(pidfd) = process::pidfd_open(pid) else { continue };
         let Ok(list) = fs::read_dir(format!("/proc/{pid}/fd")) else { continue };
@@ -244,8 +260,7 @@ pub fn sockets(cgroup: &Cgroup) {
             if let (true, Some(number)) = (is_socket, number)
                 && let Ok(fd) = process::pidfd_getfd(&pidfd, number)
             {
-                // Not a TCP socket: it cannot be in repair mode.
-                let _ = socket::leave_repair(&fd);
+                deed(&fd);
             }
         }
     }

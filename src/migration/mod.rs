@@ -9,6 +9,7 @@ pub mod descriptors;
 pub mod destination;
 pub mod dump;
 pub mod forecast;
+pub mod forward;
 pub mod guards;
 pub mod haul;
 pub mod host;

@@ -38,6 +38,8 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::forward::carrier::Word;
+use super::forward::{Course, Plans};
 use crate::files::probe::Proof;
 use crate::files::tmpfs::{self, Tmpfs};
 use crate::files::walk::Size;
@@ -73,6 +75,8 @@ pub enum Message {
         shared: Vec<usize>,
         /// The probes, by number, of what is to be copied.
         copies: Vec<usize>,
+        /// What becomes of the address.
+        course: Course,
     },
     /// To the destination: what the trees that are to be copied hold, in that order. The source owns
     /// the container.
@@ -181,6 +185,9 @@ pub enum Message {
         /// The verdict; without one the state is only asked for.
         verdict: Option<Verdict>,
     },
+    /// Over a link of its own: the container's frames, when its address stays elsewhere. Says nothing
+    /// about who owns the container.
+    Forward(Box<Word>),
     /// To the source: how that migration stands now.
     Settled {
         /// See [`Standing`].
@@ -271,6 +278,9 @@ pub struct Plan {
     pub network_path: Option<PathBuf>,
     /// `--network`, as on the command line.
     pub placement: String,
+    /// What is to become of the address.
+    #[serde(default)]
+    pub forward: Plans,
 }
 
 /// A standard stream of the container.
@@ -410,6 +420,7 @@ impl Plan {
                 bail!("{} is no absolute path without ..", path.display());
             }
         }
+        self.forward.validate()?;
         tmpfs::validate(&self.tmpfs)?;
         for network in self.network.iter().chain(&self.loopback) {
             network.validate()?;

@@ -13,13 +13,13 @@ use super::away::AwayMark;
 use super::journal::{Journal, Record, Role, State};
 use super::mend::{self, Noted};
 use super::protocol::{Standing, Verdict};
-use super::{settle, workdir};
+use super::{forward::steps as forward, settle, workdir};
 use crate::files::place;
 use crate::files::sockets::Spares;
 use crate::memory::serve::{GUARD_DONE, GUARD_QUIT};
 use crate::network::{self, fence};
 use crate::oci::runtime::Runtime;
-use crate::sys::netns::NetNs;
+use crate::sys::netns::{self, NetNs};
 use crate::sys::process;
 
 /// CRIU's rollback ends with the control group frozen again, so nobody may thaw it before; only
@@ -65,6 +65,7 @@ impl Trouble {
 pub fn source_runs_on(journal: &mut Journal) -> Result<()> {
     let mut trouble = Trouble::default();
     let record = journal.record.clone();
+    forward::source_stays(&record, journal.state() == State::Committed);
     wait_for_criu(&record.work);
     // After a reboot somebody else may be in a group of that name.
     let same = record.init.is_none_or(super::journal::is_alive);
@@ -223,10 +224,17 @@ pub fn source_lets_go(journal: &mut Journal, before_network: impl FnOnce()) -> R
         trouble.note("removing spare names of sockets", spares.remove(&root));
     }
     if let Some(cgroup) = record.cgroup.as_ref().filter(|_| same) {
+        if record.forward.is_some() {
+            mend::silence_sockets(cgroup);
+        }
         trouble.note("ending the frozen tasks", cgroup.kill(KILL_TIMEOUT));
     }
+    forward::source_goes(&record);
     before_network();
-    if let Some((namespace, path)) = own_network(&record) {
+    let kept = trouble.note("keeping the container's network", forward::source_gone(&record));
+    if kept == Some(true) {
+        // Behind its closed fence it goes on, for whoever forwards.
+    } else if let Some((namespace, path)) = own_network(&record) {
         // The fence is closed and goes with the namespace: no kernel answers for the container.
         remove_network(&namespace, path, &mut trouble);
     }
@@ -259,7 +267,11 @@ pub fn destination_discards(journal: &mut Journal) -> Result<()> {
         trouble.note("closing the fence", fence::raise(namespace));
     }
     trouble.note("deleting the container", delete(&runtime, &record, init));
+    let was_here = record.forward.as_ref().is_some_and(forward::destination_discards);
     match network {
+        Some((_, path)) if was_here => {
+            trouble.note("taking the network's name away", netns::remove_named(path));
+        }
         Some((namespace, path)) if record.network_ours => {
             remove_network(&namespace, path, &mut trouble);
         }
@@ -340,6 +352,9 @@ pub fn destination_keeps(journal: &mut Journal) -> Result<()> {
     let mut trouble = Trouble::default();
     let record = journal.record.clone();
     lift_fence(&record, &mut trouble);
+    if let Some(note) = &record.forward {
+        forward::destination_keeps(note);
+    }
     workdir::remove(&record.work);
     let runtime = runtime(&record);
     runtime.clear_restore(&record.container);

@@ -33,7 +33,7 @@ use super::protocol::{Message, Standing, Verdict};
 use super::rest::Brought;
 use super::talk::{Heard, Speaker};
 use super::workdir::WorkDir;
-use super::{forecast, host, recover, rest, settle};
+use super::{forecast, forward, host, recover, rest, settle};
 use crate::criu::interposer::Interposer;
 use crate::files::place::Placing;
 use crate::files::{tmpfs, tree};
@@ -165,6 +165,7 @@ impl Begun {
             network_ours: true,
             leave_mark: options.leave_mark,
             placing: Placing::default(),
+            forward: subject.forward.clone(),
             remove: if options.remove_files { subject.copies.clone() } else { Vec::new() },
             work: work.path().to_owned(),
             worker: journal::this_process(),
@@ -219,6 +220,7 @@ impl Begun {
         self.open_lanes()?;
         // First, and alone: memory would only change while files go.
         self.copy_files(reporter)?;
+        let mut joined = !self.start_forwarding()?;
         self.start_dump()?;
         let tell = self.inputs.tell.clone();
         let told = move |event| {
@@ -229,8 +231,12 @@ impl Begun {
         self.memory = Some(Memory::start(cgroup, &self.speaker, &self.lanes, wishes, told)?);
         self.send_streams(false)?;
         let (mut prepared, mut at_freeze, mut settled) = (false, false, false);
-        while !(prepared && at_freeze && settled) {
+        while !(prepared && at_freeze && settled && joined) {
             match self.next(reporter)? {
+                Input::Joined(_) => {
+                    reporter.mark("the way to forward stands");
+                    joined = true;
+                }
                 Input::Heard(Heard::Message(Message::Prepared)) => {
                     reporter.mark("destination is ready");
                     prepared = true;
@@ -274,6 +280,19 @@ impl Begun {
         self.inputs.until(PREPARE_LIMIT);
         self.obey_limit();
         self.speaker.say(&Message::Copied)
+    }
+
+    /// Where the address stays: a link from its home to the destination. Whether one is being made.
+    fn start_forwarding(&mut self) -> Result<bool> {
+        let Some((namespace, _, image)) = &self.subject.network else { return Ok(false) };
+        let wanted = forward::steps::establish(&self.journal.record, namespace, image)?;
+        if wanted {
+            let (record, tell) = (self.journal.record.clone(), self.inputs.tell.clone());
+            // The hand-over may have ended already.
+            let join = move || drop(tell.send(Input::Joined(forward::steps::join(&record))));
+            std::thread::Builder::new().name("join".into()).spawn(join)?;
+        }
+        Ok(wanted)
     }
 
     /// Whether there is somebody to tell.

@@ -59,9 +59,16 @@ impl Speaker {
     /// # Errors
     /// When the link is gone.
     pub fn packet(&self, bytes: &[u8]) -> Result<()> {
-        let mut out = self.lock();
-        frame::write_packet(&mut *out, bytes)?;
-        Ok(out.flush()?)
+        self.packet_later(bytes)?;
+        self.flush()
+    }
+
+    /// A network frame, with the next that is written.
+    ///
+    /// # Errors
+    /// When the link is gone.
+    pub fn packet_later(&self, bytes: &[u8]) -> Result<()> {
+        Ok(frame::write_packet(&mut *self.lock(), bytes)?)
     }
 
     /// Pages of a task, packed if a codec was used.

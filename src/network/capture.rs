@@ -54,6 +54,16 @@ pub fn capture_at(
     host: &NetNs,
     path: Option<&Path>,
 ) -> Result<NetworkImage, Problem> {
+    capture_forwarded(container, host, path, &[])
+}
+
+/// The same of a namespace whose address another host keeps: what the named links are there.
+pub fn capture_forwarded(
+    container: &NetNs,
+    host: &NetNs,
+    path: Option<&Path>,
+    forwarded: &[(String, Kind)],
+) -> Result<NetworkImage, Problem> {
     let trying = || "cannot read the container's network".to_owned();
     if container.identity().trying(trying)? == host.identity().trying(trying)? {
         return Err(Problem::new(
@@ -81,7 +91,10 @@ pub fn capture_at(
             mac: info.mac.filter(|_| !info.is_loopback()),
             mtu: info.mtu,
             txqlen: info.txqlen,
-            kind: surroundings.kind_of(info)?,
+            kind: match forwarded.iter().find(|(n, _)| *n == info.name && info.kind == "tun") {
+                Some((_, kind)) => kind.clone(),
+                None => surroundings.kind_of(info)?,
+            },
             up: info.is_up(),
             flags: info.flags & IFF_CARRIED,
             addr_gen_mode: info.addr_gen_mode,

@@ -24,6 +24,9 @@ use crate::sys::netlink::{Prepared, Protocol, Socket};
 use crate::sys::netns::NetNs;
 
 pub(super) const TABLE: &str = "ferry";
+/// `SO_MARK` of frames that are let out of a closed fence: those of a container whose address is here
+/// while it is not, see [`super::forward`].
+pub(super) const PASS: u32 = 0xfe44_7e01;
 const IN: &str = "in";
 const OUT: &str = "out";
 const FAMILIES: [u8; 3] = [nft::NETDEV, nft::INET, nft::ARP];
@@ -215,6 +218,9 @@ fn install_with(
     for &(family, name, hook) in &chains {
         let devices = devices.as_slice();
         batch.add_chain(&NewChain { family, table: TABLE, name, hook, devices, policy });
+        if (family, name) == (nft::NETDEV, OUT) {
+            batch.accept_mark(family, TABLE, name, PASS);
+        }
         if family == nft::INET {
             batch.accept_loopback(family, TABLE, name);
         }

@@ -12,11 +12,15 @@
 //! 4. After the commit the destination opens its fence and lets the [`Announcer`] speak; the
 //!    source calls [`dismantle`] so that no kernel answers for a container that is not there.
 //!
+//! Where the address cannot move, the first host keeps it: [`forward`] has what its frames go in and
+//! out by, on both hosts.
+//!
 //! Nothing here knows of CRIU, of runc or of the protocol between the hosts.
 
 pub mod announce;
 pub mod capture;
 pub mod fence;
+pub mod forward;
 pub mod frames;
 pub mod image;
 mod nft;
@@ -30,10 +34,10 @@ mod sysctl;
 pub mod usable;
 
 pub use announce::{Announcer, announce};
-pub use capture::{capture, capture_at};
+pub use capture::{capture, capture_at, capture_forwarded};
 pub use frames::{Capture, Frame};
 pub use image::NetworkImage;
 pub use placement::{Placement, preflight};
 pub use problem::Problem;
-pub use recreate::{Recreated, dismantle, fill_loopback, recreate};
+pub use recreate::{Recreated, come_home, dismantle, fill_loopback, recreate};
 pub use replay::Replay;

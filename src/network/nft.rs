@@ -103,6 +103,17 @@ impl Batch {
     /// `oif == 1 accept`: index 1 is loopback in every namespace.
     pub fn accept_loopback(&mut self, family: u8, table: &str, chain: &str) {
         const OIF: u32 = 5;
+        self.accept(family, table, chain, OIF, 1);
+    }
+
+    /// `meta mark == … accept`: what a packet socket of ours sends.
+    pub fn accept_mark(&mut self, family: u8, table: &str, chain: &str, mark: u32) {
+        const MARK: u32 = 3;
+        self.accept(family, table, chain, MARK, mark);
+    }
+
+    /// Lets through what has this value of a `NFT_META_*` key.
+    fn accept(&mut self, family: u8, table: &str, chain: &str, key: u32, value: u32) {
         const REGISTER: u32 = 1;
         const VERDICT: u32 = 0;
         const ACCEPT: u32 = 1;
@@ -114,11 +125,11 @@ impl Batch {
                 });
             };
             expression("meta", &|e| {
-                e.be32(1, REGISTER).be32(2, OIF);
+                e.be32(1, REGISTER).be32(2, key);
             });
             expression("cmp", &|e| {
                 e.be32(1, REGISTER).be32(2, 0).nest(3, |data| {
-                    data.attr(1, &1_u32.to_ne_bytes());
+                    data.attr(1, &value.to_ne_bytes());
                 });
             });
             expression("immediate", &|e| {

@@ -35,6 +35,9 @@ pub enum Placement {
     Bridge(String),
     /// A macvlan over this interface.
     Macvlan(String),
+    /// On TAP devices: frames go to and from the host that keeps the address. Nobody asks for this by
+    /// name; see [`super::forward`].
+    Forward,
 }
 
 impl FromStr for Placement {
@@ -61,6 +64,7 @@ impl fmt::Display for Placement {
             Self::None => f.write_str("none"),
             Self::Bridge(name) => write!(f, "bridge={name}"),
             Self::Macvlan(name) => write!(f, "macvlan={name}"),
+            Self::Forward => f.write_str("forward"),
         }
     }
 }
@@ -69,13 +73,19 @@ impl fmt::Display for Placement {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Hook {
     Bridge(String),
-    Macvlan { parent: String, mode: u32 },
+    Macvlan {
+        parent: String,
+        mode: u32,
+    },
+    /// On nothing here.
+    Tap,
 }
 
 impl Hook {
     pub(super) fn name(&self) -> &str {
         match self {
             Self::Bridge(name) | Self::Macvlan { parent: name, .. } => name,
+            Self::Tap => "",
         }
     }
 }
@@ -86,6 +96,7 @@ impl Placement {
         const MODE_BRIDGE: u32 = 4;
         match (self, &link.kind) {
             (_, Kind::Loopback) | (Self::None | Self::Keep, _) => None,
+            (Self::Forward, _) => Some(Hook::Tap),
             (Self::Bridge(name), _) => Some(Hook::Bridge(name.clone())),
             (Self::Auto, Kind::Veth { bridge, .. }) => Some(Hook::Bridge(bridge.clone())),
             (Self::Macvlan(parent), Kind::Macvlan { mode, .. }) => {
@@ -139,7 +150,7 @@ pub fn preflight(
                     .hint("remove it from the host"),
             );
         }
-        let Some(hook) = placement.hook(link) else { continue };
+        let Some(hook) = placement.hook(link).filter(|h| *h != Hook::Tap) else { continue };
         match fits(link, &hook, &links) {
             Ok(on) => problems.extend(asked(link, on, host)),
             Err(problem) => problems.push(problem),
@@ -195,7 +206,7 @@ pub(super) fn fits<'a>(
     let Some(on) = host.iter().find(|l| l.name == hook.name()) else {
         let (kind, option) = match hook {
             Hook::Bridge(_) => ("bridge", "bridge=BR"),
-            Hook::Macvlan { .. } => ("interface", "macvlan=IF"),
+            Hook::Macvlan { .. } | Hook::Tap => ("interface", "macvlan=IF"),
         };
         return Err(Problem::new(what, format!("this host has no {kind} {}", hook.name()))
             .hint(format!("say where to attach the container with --network {option}")));
@@ -221,7 +232,7 @@ pub(super) fn fits<'a>(
             )
             .hint(format!("ip link set {} mtu {}", on.name, link.mtu)));
         }
-        Hook::Macvlan { .. } => {}
+        Hook::Macvlan { .. } | Hook::Tap => {}
     }
     if let Some(other) = host.iter().find(|l| l.mac.is_some() && l.mac == link.mac) {
         return Err(Problem::new(

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use super::fence::{self, Armed};
+use super::forward;
 use super::image::{Kind, Link, NetworkImage};
 use super::placement::{Hook, Placement, fits, kept};
 use super::problem::{Problem, Trying};
@@ -20,6 +21,7 @@ use super::restore::Restoring;
 use super::rtnl::{self, IFF_UP, LinkInfo, Rtnl, ifinfo};
 use crate::sys::netlink::{CREATE, EXCL, Request};
 use crate::sys::netns::{self, NetNs};
+use crate::sys::tun::Tap;
 
 /// A link that has just come up needs this long at most until frames pass.
 const CARRIER_WAIT: Duration = Duration::from_secs(3);
@@ -38,10 +40,17 @@ pub struct Recreated {
     /// The namespace was made here.
     made: bool,
     fence: Option<Armed>,
+    /// Devices whose frames go to another host, with their links' names.
+    taps: Vec<(String, Tap)>,
     kept: bool,
 }
 
 impl Recreated {
+    /// The devices whose frames go to another host, with their links' names.
+    pub fn take_taps(&mut self) -> Vec<(String, Tap)> {
+        std::mem::take(&mut self.taps)
+    }
+
     /// The namespace.
     pub fn namespace(&self) -> &NetNs {
         &self.namespace
@@ -139,8 +148,49 @@ pub fn fill_loopback(namespace: &NetNs, image: &NetworkImage) -> Result<(), Prob
 impl Recreated {
     fn new(namespace: NetNs, path: &Path, made: bool) -> Self {
         let path = path.to_owned();
-        Self { namespace, path, links: Vec::new(), made, fence: None, kept: false }
+        let (links, taps) = (Vec::new(), Vec::new());
+        Self { namespace, path, links, made, fence: None, taps, kept: false }
     }
+}
+
+/// The container comes back to the namespace that was kept for it here: it gets its name back and
+/// is filled anew, behind its fence, which is closed all the time. What is taken back on drop is the
+/// name alone: the namespace goes on as it was.
+pub fn come_home(
+    image: &NetworkImage,
+    netns_path: &Path,
+    home: &NetNs,
+) -> Result<Recreated, Problem> {
+    image.validate()?;
+    let namespace = home.try_clone().trying(|| "cannot keep the namespace open".into())?;
+    netns::bind_named(&namespace, netns_path)
+        .trying(|| format!("cannot make the network namespace {}", netns_path.display()))?;
+    let mut made = Recreated::new(namespace, netns_path, true);
+    match refurnish(&mut made, image) {
+        Ok(()) => Ok(made),
+        Err(problem) => {
+            // The first error is the one to tell.
+            for other in made.undo().err().unwrap_or_default() {
+                tracing::warn!("taking the container's network back: {other}");
+            }
+            Err(problem)
+        }
+    }
+}
+
+fn refurnish(made: &mut Recreated, image: &NetworkImage) -> Result<(), Problem> {
+    made.fence = Some(fence::raise(&made.namespace)?);
+    let mut inside =
+        Rtnl::open(&made.namespace).trying(|| "cannot open the kept namespace".into())?;
+    let links: Vec<&Link> = image.links.iter().collect();
+    let names: Vec<String> = image.outward().map(|(_, l)| l.name.clone()).collect();
+    let mut restoring = Restoring { namespace: &made.namespace, socket: &mut inside, links };
+    restoring.clear(image)?;
+    restoring.parameters(image)?;
+    restoring.up()?;
+    wait_for_carriers(restoring.socket, &names)?;
+    restoring.fill(image)?;
+    restoring.settle(image)
 }
 
 fn furnish(
@@ -159,11 +209,17 @@ fn furnish(
             links.extend((link.kind == Kind::Loopback).then_some(link));
             continue;
         };
+        if hook == Hook::Tap {
+            made.taps.push((link.name.clone(), forward::tap(&made.namespace, link)?));
+            made.links.push(link.name.clone());
+            links.push(link);
+            continue;
+        }
         let host_links = outside.links().trying(|| "cannot read this host's links".into())?;
         let on = fits(link, &hook, &host_links)?;
         let request = match &hook {
             Hook::Macvlan { mode, .. } => macvlan(link, on, *mode, &made.namespace),
-            Hook::Bridge(_) => veth(link, &host_links, &made.namespace),
+            Hook::Bridge(_) | Hook::Tap => veth(link, &host_links, &made.namespace),
         };
         outside.change(&request).trying(|| format!("cannot make {} on {}", link.name, on.name))?;
         made.links.push(link.name.clone());

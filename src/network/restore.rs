@@ -79,6 +79,30 @@ impl Restoring<'_> {
         Ok(())
     }
 
+    /// In a namespace that has been the container's before: addresses that it has no more go.
+    pub fn clear(&mut self, image: &NetworkImage) -> Result<(), Problem> {
+        let trying = || "cannot read the addresses of the kept namespace".to_owned();
+        let infos = self.infos()?;
+        for message in self.socket.addresses().trying(trying)? {
+            let (Some(index), Some(has)) =
+                (capture::index_at(&message, 4), capture::address(&message))
+            else {
+                continue;
+            };
+            let Some(info) = infos.iter().find(|l| l.index == index) else { continue };
+            let wanted = image.links.iter().find(|l| l.name == info.name).is_some_and(|l| {
+                l.addresses.iter().any(|a| a.local == has.local && a.prefix == has.prefix)
+            });
+            if !wanted {
+                let request = address_request(rtnl::DELADDR, 0, index, &has);
+                // With the last address of a network the kernel takes its further ones.
+                self.try_change(&request, Errno::EADDRNOTAVAIL)
+                    .trying(|| format!("cannot delete {}", has.local))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Addresses, routes, rules and neighbours.
     pub fn fill(&mut self, image: &NetworkImage) -> Result<(), Problem> {
         for link in self.links.clone() {

@@ -14,6 +14,7 @@ pub(super) const NEWLINK: u16 = 16;
 pub(super) const DELLINK: u16 = 17;
 const GETLINK: u16 = 18;
 pub(super) const NEWADDR: u16 = 20;
+pub(super) const DELADDR: u16 = 21;
 const GETADDR: u16 = 22;
 pub(super) const NEWROUTE: u16 = 24;
 pub(super) const DELROUTE: u16 = 25;

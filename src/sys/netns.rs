@@ -127,6 +127,29 @@ pub fn create_named(path: &Path) -> io::Result<NetNs> {
     made
 }
 
+/// Binds a namespace that is there already to one more path, which must be free.
+pub fn bind_named(namespace: &NetNs, path: &Path) -> io::Result<()> {
+    if let Some(dir) = path.parent() {
+        fs::create_dir_all(dir)?;
+        if dir == Path::new("/run/netns") || dir == Path::new("/var/run/netns") {
+            share_mount(dir)?;
+        }
+    }
+    OpenOptions::new().read(true).write(true).create_new(true).mode(0o444).open(path)?;
+    let bound = mount(
+        Some(&crate::sys::process::path_of(&namespace.fd)),
+        path,
+        None::<&str>,
+        MsFlags::MS_BIND,
+        None::<&str>,
+    );
+    if bound.is_err() {
+        // The file is ours (create_new) and nothing is mounted on it.
+        let _ = fs::remove_file(path);
+    }
+    Ok(bound?)
+}
+
 fn share_mount(dir: &Path) -> nix::Result<()> {
     let share = || {
         mount(None::<&str>, dir, None::<&str>, MsFlags::MS_SHARED | MsFlags::MS_REC, None::<&str>)

@@ -48,6 +48,22 @@ impl PacketSocket {
         self.set(libc::SOL_PACKET, PACKET_IGNORE_OUTGOING, &1_i32)
     }
 
+    /// What is sent bears this mark, for packet filters to know it by. socket(7), `SO_MARK`.
+    pub fn mark(&self, mark: u32) -> io::Result<()> {
+        self.set(libc::SOL_SOCKET, libc::SO_MARK, &mark)
+    }
+
+    /// Has the device with this index take in all multicasts, as long as this socket is open.
+    pub fn all_multicasts(&self, ifindex: i32) -> io::Result<()> {
+        let wish = libc::packet_mreq {
+            mr_ifindex: ifindex,
+            mr_type: libc::PACKET_MR_ALLMULTI as libc::c_ushort,
+            mr_alen: 0,
+            mr_address: [0; 8],
+        };
+        self.set(libc::SOL_PACKET, libc::PACKET_ADD_MEMBERSHIP, &wish)
+    }
+
     /// Room for frames that are waiting to be read, in bytes of kernel memory; as the superuser
     /// beyond the limit of `net.core.rmem_max`.
     pub fn receive_room(&self, bytes: i32) -> io::Result<()> {

@@ -44,3 +44,22 @@ pub fn leave_repair(socket: impl AsFd) -> io::Result<bool> {
     };
     if r < 0 { Err(io::Error::last_os_error()) } else { Ok(true) }
 }
+
+/// Puts a TCP socket into repair mode: closed in it, it is gone at once and says nothing to anybody.
+///
+/// # Errors
+/// When it is no TCP socket, or one that is neither closed nor established.
+pub fn enter_repair(socket: impl AsFd) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the pointer is to a live variable of the stated size.
+    let r = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            TCP_REPAIR,
+            (&raw const on).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

@@ -23,10 +23,20 @@ const LIMIT: Duration = Duration::from_secs(60);
 impl Probe {
     /// Connects from the host `client` to a container with an address.
     pub fn start(lab: &Lab, container: &Container, connections: usize) -> Outcome<Probe> {
+        Probe::start_on(&lab.host("client"), lab, container, connections, "2ms")
+    }
+
+    /// From another host, each connection asking so often.
+    pub fn start_on(
+        host: &Host,
+        lab: &Lab,
+        container: &Container,
+        connections: usize,
+        every: &str,
+    ) -> Outcome<Probe> {
         let (to, count) = (container.server(lab), connections.to_string());
         let program = "/srv/shared/bin/ferry-probe";
-        let arguments = [program, "--to", &to, "--connections", &count, "--every", "2ms"];
-        Probe::launch(&lab.host("client"), &arguments)
+        Probe::launch(host, &[program, "--to", &to, "--connections", &count, "--every", every])
     }
 
     fn launch(host: &Host, arguments: &[&str]) -> Outcome<Probe> {

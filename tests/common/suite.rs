@@ -16,10 +16,20 @@ pub fn in_lab(
     limit: Duration,
     body: impl FnOnce(&Lab) -> Outcome + Send + 'static,
 ) -> Trial {
+    in_lab_of(&["a", "b", "client"], name, limit, body)
+}
+
+/// The same with other hosts, as `contrib/lab up` takes them.
+pub fn in_lab_of(
+    hosts: &'static [&'static str],
+    name: impl Into<String>,
+    limit: Duration,
+    body: impl FnOnce(&Lab) -> Outcome + Send + 'static,
+) -> Trial {
     let name = name.into();
     Trial::test(name, move || {
         let began = Instant::now();
-        let lab = Lab::up(&["a", "b", "client"])?;
+        let lab = Lab::up(hosts)?;
         let keeper = lab.clone();
         let (tell, heard) = channel();
         let thread = std::thread::spawn(move || {

@@ -1,0 +1,668 @@
+//! The host that has the address: the process that forwards, and whoever starts it again.
+
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+
+use super::carrier::{self, Carrier, DEAD, PULSE, Word};
+use super::control::{self, Answer, Ask, Status};
+use super::{HOME, Home, NETWORK, home_at, make_directory, remove_directory, write};
+use crate::migration::keeper;
+use crate::migration::protocol::Message;
+use crate::migration::talk::{Heard, Speaker};
+use crate::network::forward::{self, Ear, Wire};
+use crate::network::{self, NetworkImage};
+use crate::sys::netns::{self, NetNs};
+use crate::sys::process::{self, wait_readable};
+use crate::transport::connect::{Closer, Cutter, Destination};
+use crate::transport::frame::Frame;
+
+/// How long a process may take to come up.
+const START: Duration = Duration::from_secs(10);
+/// Between two tries to reach the other host, at first and at most.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+/// A process that ends sooner than this after its start is not started again at once.
+const HASTE: Duration = Duration::from_secs(1);
+/// Most hosts through which another one is reached.
+const MAX_HOPS: usize = 2;
+
+/// Keeps the container's network for what is to come, and starts the process that forwards.
+///
+/// # Errors
+/// When it cannot be made; nothing is left then.
+pub fn establish(
+    id: &str,
+    container: &str,
+    namespace: &NetNs,
+    image: &NetworkImage,
+) -> Result<PathBuf> {
+    let directory = make_directory(id)?;
+    let done = (|| {
+        netns::bind_named(namespace, &directory.join(NETWORK))
+            .context("cannot keep the container's network")?;
+        let links: Vec<String> = image.outward().map(|(_, l)| l.name.clone()).collect();
+        let addresses = image.outward().flat_map(|(_, l)| &l.addresses);
+        let told = |a: &&network::image::Address| !forward::is_link_local(a.local);
+        let addresses = addresses.filter(told).map(|a| a.local.to_string()).collect();
+        let home = Home {
+            id: id.to_owned(),
+            container: container.to_owned(),
+            addresses,
+            links,
+            active: None,
+            since: crate::migration::journal::unix_time(),
+        };
+        write(&directory, HOME, &home)?;
+        spawn(&directory)
+    })();
+    if done.is_err() {
+        remove_directory(&directory);
+    }
+    done.map(|()| directory)
+}
+
+/// Starts the process that forwards, and waits until it can be asked.
+///
+/// # Errors
+/// When it does not come up.
+pub fn spawn(directory: &Path) -> Result<()> {
+    start(directory, "home", Stdio::null())?;
+    await_start(directory)
+}
+
+/// Starts one of the processes of a forwarding, in a session of its own.
+pub(super) fn start(directory: &Path, what: &str, input: Stdio) -> Result<Child> {
+    let mut command = Command::new("/proc/self/exe");
+    command.args(["__guard", "forward", what]).arg(directory);
+    command.stdin(input).stdout(Stdio::null()).stderr(Stdio::null()).current_dir("/");
+    process::in_new_session(&mut command);
+    command.spawn().context("cannot start the process that forwards")
+}
+
+/// Waits until it answers.
+pub(super) fn await_start(directory: &Path) -> Result<()> {
+    let until = Instant::now() + START;
+    while control::status(directory).is_none() {
+        if Instant::now() > until {
+            bail!("the process that forwards does not come up");
+        }
+        // It tells nobody when it has made its socket.
+        std::thread::park_timeout(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// What was kept goes: no kernel answers for the container here any more.
+pub(super) fn dismantle(directory: &Path) {
+    if let Ok(namespace) = NetNs::open(&directory.join(NETWORK)) {
+        for problem in network::dismantle(&namespace, None, None).err().unwrap_or_default() {
+            tracing::warn!("removing the kept network: {problem}");
+        }
+    }
+    remove_directory(directory);
+}
+
+/// `ferry __guard forward home DIRECTORY`: starts the process that works again when it dies.
+///
+/// # Errors
+/// When it cannot be started.
+pub fn supervise(directory: &Path) -> Result<()> {
+    loop {
+        let began = Instant::now();
+        let status = start(directory, "work", Stdio::null())?.wait()?;
+        if status.success() || home_at(directory).is_err() {
+            return Ok(());
+        }
+        std::thread::park_timeout(HASTE.saturating_sub(began.elapsed()));
+    }
+}
+
+/// What the threads share.
+struct Forwarder {
+    directory: PathBuf,
+    wire: Wire,
+    state: Mutex<State>,
+    changed: Condvar,
+    out_bytes: AtomicU64,
+    in_bytes: AtomicU64,
+}
+
+struct State {
+    home: Home,
+    /// Links to hosts: the one where the container is, and one where it may go.
+    ports: Vec<Port>,
+    /// The last number given.
+    number: u64,
+    /// The port that frames go to.
+    active: Option<u64>,
+    /// Hears what comes, while frames go anywhere.
+    ear: Option<Arc<Ear>>,
+    over: bool,
+}
+
+struct Port {
+    number: u64,
+    /// The migration that made it; none after a new start.
+    migration: String,
+    destination: Destination,
+    speaker: Option<Speaker>,
+    cutter: Option<Cutter>,
+    /// Last sign of life.
+    heard: Instant,
+    why: String,
+}
+
+/// `ferry __guard forward work DIRECTORY`: the process that forwards.
+///
+/// # Errors
+/// When the kept network is not there.
+pub fn work(directory: &Path) -> Result<()> {
+    let home = home_at(directory)?;
+    let namespace = NetNs::open(&directory.join(NETWORK)).context("the kept network")?;
+    let wire = Wire::open(namespace, &home.links)?;
+    let state = State { home, ports: Vec::new(), number: 0, active: None, ear: None, over: false };
+    let forwarder = Arc::new(Forwarder {
+        directory: directory.to_owned(),
+        wire,
+        state: Mutex::new(state),
+        changed: Condvar::new(),
+        out_bytes: AtomicU64::new(0),
+        in_bytes: AtomicU64::new(0),
+    });
+    // After a new start: on with it.
+    let active = forwarder.lock().home.active.clone();
+    if let Some(destination) = active {
+        let number = forwarder.add(destination, "")?;
+        forwarder.activate(number)?;
+    }
+    let (end, ended) = channel();
+    let answering = forwarder.clone();
+    control::serve(directory, move |asked, _| {
+        let end = end.clone();
+        answering.answer(asked, None, &move |dismantle| _ = end.send(dismantle))
+    })?;
+    let (sending, watching) = (forwarder.clone(), forwarder.clone());
+    std::thread::Builder::new().name("send".into()).spawn(move || sending.send_frames())?;
+    std::thread::Builder::new().name("watch".into()).spawn(move || watching.watch())?;
+    let dismantled = loop {
+        match ended.recv_timeout(PULSE) {
+            Ok(dismantled) => break dismantled,
+            // Said over a link.
+            Err(_) if forwarder.lock().over => break true,
+            Err(_) => {}
+        }
+    };
+    forwarder.lock().over = true;
+    // The answer to whoever said so is on its way.
+    std::thread::park_timeout(Duration::from_millis(50));
+    if dismantled {
+        dismantle(directory)
+    } else {
+        remove_directory(directory)
+    }
+    for port in &forwarder.lock().ports {
+        port.cutter.iter().for_each(Cutter::cut);
+    }
+    std::process::exit(0);
+}
+
+impl Forwarder {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Answers a question, of this host or over a port.
+    fn answer(self: &Arc<Self>, asked: Ask, port: Option<u64>, end: &dyn Fn(bool)) -> Answer {
+        match asked {
+            Ask::Status => Answer { error: None, status: Some(self.status()) },
+            Ask::Probe(destination) => self.probe(&destination).into(),
+            Ask::Join { destination, migration } => self.join(&destination, &migration).into(),
+            Ask::Switch { migration } => self.switch(&migration).into(),
+            Ask::Leave { migration, claim } => self.leave(&migration, port, claim).into(),
+            Ask::Local => {
+                let mut state = self.lock();
+                state.active = None;
+                state.ear = None;
+                Answer::default()
+            }
+            Ask::Abroad => self.abroad().into(),
+            Ask::End { dismantle } => {
+                // A host that the container has left has no say.
+                if port.is_some() && port != self.lock().active {
+                    return Err(anyhow!("the container is elsewhere")).into();
+                }
+                end(dismantle);
+                Answer::default()
+            }
+            Ask::Quit | Ask::Link(_) => Err(anyhow!("this is the container's home")).into(),
+        }
+    }
+
+    fn status(&self) -> Status {
+        let state = self.lock();
+        let port = state.ports.iter().find(|p| Some(p.number) == state.active);
+        Status {
+            to: port.map(|p| way(&p.destination)).unwrap_or_default(),
+            since: state.home.since,
+            out_bytes: self.out_bytes.load(Ordering::Relaxed),
+            in_bytes: self.in_bytes.load(Ordering::Relaxed),
+            connected: port.is_some_and(|p| p.speaker.is_some()),
+            why: port.map_or_else(|| "the container is at home".into(), |p| p.why.clone()),
+        }
+    }
+
+    /// The ways to a host: its own, and through the one where the container is.
+    fn ways(&self, destination: &Destination) -> Vec<Destination> {
+        let state = self.lock();
+        let port = state.ports.iter().find(|p| Some(p.number) == state.active);
+        let through = port.and_then(|p| through(&p.destination, destination));
+        std::iter::once(destination.clone()).chain(through).collect()
+    }
+
+    fn probe(&self, destination: &Destination) -> Result<()> {
+        self.first_way(destination, |way| {
+            let mut carrier = carrier::connect(way, None, |_| true)?;
+            carrier.closer.close();
+            Ok(())
+        })
+    }
+
+    /// Tries all ways; the error is that of the straight one.
+    fn first_way<T>(
+        &self,
+        destination: &Destination,
+        mut attempt: impl FnMut(&Destination) -> Result<T>,
+    ) -> Result<T> {
+        let mut first = None;
+        for way in self.ways(destination) {
+            match attempt(&way) {
+                Ok(done) => return Ok(done),
+                Err(e) => first = first.or(Some(e)),
+            }
+        }
+        let e = first.unwrap_or_else(|| anyhow!("there is no way to it"));
+        Err(e.context(format!("{} cannot reach {destination}", crate::migration::host::name())))
+    }
+
+    fn join(self: &Arc<Self>, destination: &Destination, migration: &str) -> Result<()> {
+        self.first_way(destination, |way| self.add(way.clone(), migration).map(drop))
+    }
+
+    /// One more port. A link that breaks before the container has come to it is given up; later it is
+    /// made again.
+    fn add(self: &Arc<Self>, destination: Destination, migration: &str) -> Result<u64> {
+        let number = {
+            let mut state = self.lock();
+            state.number += 1;
+            let number = state.number;
+            state.ports.push(Port {
+                number,
+                migration: migration.to_owned(),
+                destination: destination.clone(),
+                speaker: None,
+                cutter: None,
+                heard: Instant::now(),
+                why: "connecting".into(),
+            });
+            number
+        };
+        // One that was active before a new start is tried for ever.
+        let first = if migration.is_empty() { None } else { Some(()) };
+        let (tell, told) = channel();
+        let forwarder = self.clone();
+        std::thread::Builder::new().name("port".into()).spawn(move || {
+            let mut tell = first.map(|()| tell);
+            forwarder.keep_connected(number, &destination, &mut tell);
+        })?;
+        if first.is_some() {
+            let connected = told.recv().unwrap_or_else(|_| Err(anyhow!("it was given up")));
+            if let Err(e) = connected {
+                self.lock().ports.retain(|p| p.number != number);
+                return Err(e);
+            }
+        }
+        Ok(number)
+    }
+
+    /// The life of a port. `tell` hears how the first try went, if it is to be the last that fails.
+    fn keep_connected(
+        self: &Arc<Self>,
+        number: u64,
+        destination: &Destination,
+        tell: &mut Option<std::sync::mpsc::Sender<Result<()>>>,
+    ) {
+        let mut pause = PAUSE.0;
+        loop {
+            let connected = self.connect(number, destination);
+            let failed = connected.as_ref().err().map(|e| format!("{e:#}"));
+            let (closer, gone) = match connected {
+                Ok((closer, gone)) => {
+                    pause = PAUSE.0;
+                    if let Some(tell) = tell.take() {
+                        let _ = tell.send(Ok(()));
+                    }
+                    (Some(closer), Some(gone))
+                }
+                Err(e) => {
+                    if let Some(tell) = tell.take() {
+                        let _ = tell.send(Err(e));
+                        return;
+                    }
+                    (None, None)
+                }
+            };
+            // Nothing is sent; it ends with the link.
+            let why = gone.and_then(|gone| gone.recv().ok());
+            if let Some(mut closer) = closer {
+                closer.close();
+            }
+            {
+                let mut state = self.lock();
+                let active = state.active == Some(number);
+                let over = state.over;
+                let Some(port) = state.ports.iter_mut().find(|p| p.number == number) else {
+                    return;
+                };
+                port.speaker = None;
+                port.cutter = None;
+                port.why = why.or(failed).unwrap_or_else(|| "the link broke".into());
+                // After a new start it becomes active right after this thread has begun.
+                if over || !active && !port.migration.is_empty() {
+                    state.ports.retain(|p| p.number != number);
+                    return;
+                }
+            }
+            // Between two tries to reach a host there is nothing to wait on but time.
+            std::thread::park_timeout(pause);
+            pause = (pause * 2).min(PAUSE.1);
+        }
+    }
+
+    fn connect(
+        self: &Arc<Self>,
+        number: u64,
+        destination: &Destination,
+    ) -> Result<(Closer, std::sync::mpsc::Receiver<String>)> {
+        let (end, ended) = channel();
+        let forwarder = self.clone();
+        let home = self.lock().home.clone();
+        let carry = Word::Carry { id: home.id, links: home.links };
+        let hear = move |heard| forwarder.hear(number, heard, &end);
+        let Carrier { speaker, closer } = carrier::connect(destination, Some(carry), hear)?;
+        let mut state = self.lock();
+        let port = state.ports.iter_mut().find(|p| p.number == number);
+        let port = port.ok_or_else(|| anyhow!("it was given up"))?;
+        port.speaker = Some(speaker);
+        port.cutter = closer.cutter().ok();
+        port.heard = Instant::now();
+        port.why = String::new();
+        drop(state);
+        self.changed.notify_all();
+        Ok((closer, ended))
+    }
+
+    fn hear(
+        self: &Arc<Self>,
+        number: u64,
+        heard: Heard,
+        end: &std::sync::mpsc::Sender<String>,
+    ) -> bool {
+        {
+            let mut state = self.lock();
+            if let Some(port) = state.ports.iter_mut().find(|p| p.number == number) {
+                port.heard = Instant::now();
+            }
+        }
+        match heard {
+            Heard::Frame(Frame::Packet(bytes)) => self.take_in(number, &bytes),
+            Heard::Message(Message::Forward(word)) => {
+                if let Word::Ask { number: question, ask } = *word {
+                    let forwarder = self.clone();
+                    let answer = move || forwarder.answer_over(number, question, ask);
+                    let _ = std::thread::Builder::new().name("answer".into()).spawn(answer);
+                }
+            }
+            Heard::Gone(why) => {
+                let _ = end.send(why.unwrap_or_else(|| "the link was closed".into()));
+                return false;
+            }
+            _ => {}
+        }
+        true
+    }
+
+    fn answer_over(self: &Arc<Self>, port: u64, number: u64, ask: Ask) {
+        let over = std::cell::Cell::new(false);
+        let answer = self.answer(ask, Some(port), &|_| over.set(true));
+        let speaker = {
+            let state = self.lock();
+            state.ports.iter().find(|p| p.number == port).and_then(|p| p.speaker.clone())
+        };
+        if let Some(speaker) = speaker {
+            let _ = speaker.say(&Message::Forward(Box::new(Word::Answer { number, answer })));
+        }
+        if over.get() {
+            self.lock().over = true;
+        }
+    }
+
+    /// A frame of the container's goes out here. The first that comes from a newer port than the
+    /// active one says that the container is there now: before that its fence lets none out.
+    fn take_in(&self, number: u64, bytes: &[u8]) {
+        self.in_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        let Ok(frame) = keeper::decode(bytes) else { return };
+        let newer = {
+            let state = self.lock();
+            // At home again: only what was on its way is still to come.
+            let home = state.active.is_none() && state.home.active.is_some();
+            !home && state.active.is_none_or(|active| number > active)
+        };
+        if newer && let Err(e) = self.activate(number) {
+            tracing::error!("{e:#}");
+        }
+        // A link that is down or full loses it, as any link does.
+        let _ = self.wire.send(&frame);
+    }
+
+    /// From now on frames go to this port.
+    fn activate(&self, number: u64) -> Result<()> {
+        let mut state = self.lock();
+        if state.ear.is_none() {
+            state.ear = Some(Arc::new(self.wire.listen()?));
+        }
+        let port = state.ports.iter().find(|p| p.number == number);
+        let destination = port.ok_or_else(|| anyhow!("that link is gone"))?.destination.clone();
+        state.active = Some(number);
+        if state.home.active.as_ref() != Some(&destination) {
+            state.home.active = Some(destination);
+            state.home.since = crate::migration::journal::unix_time();
+            // For a new start; without it this one goes on all the same.
+            let _ = write(&self.directory, HOME, &state.home);
+        }
+        drop(state);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    fn switch(&self, migration: &str) -> Result<()> {
+        let (port, active) = {
+            let state = self.lock();
+            let port = state.ports.iter().find(|p| p.migration == migration).map(|p| p.number);
+            (port, state.active)
+        };
+        match port {
+            Some(port) if active.is_none_or(|active| port > active) => self.activate(port),
+            // It has been seen to be there; or it is at home.
+            _ => Ok(()),
+        }
+    }
+
+    fn leave(&self, migration: &str, asked_by: Option<u64>, claim: bool) -> Result<()> {
+        {
+            let mut state = self.lock();
+            let active = state.active;
+            state.ports.retain(|p| {
+                let drop = p.migration == migration && (claim || Some(p.number) != active);
+                if drop {
+                    p.cutter.iter().for_each(Cutter::cut);
+                }
+                !drop
+            });
+        }
+        match asked_by {
+            Some(port) if claim => self.activate(port),
+            _ => Ok(()),
+        }
+    }
+
+    /// The container was on its way home, and stayed where it was.
+    fn abroad(self: &Arc<Self>) -> Result<()> {
+        let (last, destination) = {
+            let state = self.lock();
+            (state.ports.iter().map(|p| p.number).max(), state.home.active.clone())
+        };
+        match (last, destination) {
+            (Some(port), _) => self.activate(port),
+            (None, Some(destination)) => self.activate(self.add(destination, "")?),
+            (None, None) => Ok(()),
+        }
+    }
+
+    /// What comes for the container goes to where it is. While there is no link it waits in the
+    /// kernel, and what does not fit is lost.
+    fn send_frames(&self) {
+        let mut buffer = forward::buffer();
+        let mut frames = Vec::new();
+        loop {
+            let ear = {
+                let mut state = self.lock();
+                loop {
+                    let port = state.ports.iter().find(|p| Some(p.number) == state.active);
+                    let linked = port.is_some_and(|p| p.speaker.is_some());
+                    if let Some(ear) = state.ear.clone().filter(|_| linked) {
+                        break ear;
+                    }
+                    let waited = self.changed.wait(state);
+                    state = waited.unwrap_or_else(PoisonError::into_inner);
+                }
+            };
+            // Not for ever: the port may be another one by then.
+            if wait_readable(&[ear.as_fd()], Some(Instant::now() + PULSE)).is_err() {
+                continue;
+            }
+            frames.clear();
+            let _ = ear.read(&mut buffer, &mut frames);
+            let speaker = {
+                let state = self.lock();
+                let port = state.ports.iter().find(|p| Some(p.number) == state.active);
+                port.and_then(|p| p.speaker.clone())
+            };
+            // At home again, or without a link.
+            let Some(speaker) = speaker else { continue };
+            // A link that breaks is made again by whoever listens to it.
+            if let Ok(bytes) = carrier::send(&speaker, &frames) {
+                self.out_bytes.fetch_add(bytes, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Cuts links that are dead, which a remote shell does not say.
+    fn watch(&self) {
+        loop {
+            std::thread::park_timeout(PULSE);
+            for port in &self.lock().ports {
+                if port.speaker.is_some() && port.heard.elapsed() > DEAD {
+                    port.cutter.iter().for_each(Cutter::cut);
+                }
+            }
+        }
+    }
+}
+
+/// How a host is reached, for people.
+fn way(destination: &Destination) -> String {
+    match destination {
+        Destination::Shell { host, rsh, .. } => match hops(rsh).last() {
+            Some(over) => format!("{host} (through {over})"),
+            None => host.clone(),
+        },
+        other => other.to_string(),
+    }
+}
+
+/// Stands between a host that is gone through and the shell that goes on from there; a shell takes it
+/// for nothing.
+const MARK: &str = "FERRY_THROUGH=1";
+
+/// The hosts on the way, from what [`through`] has made.
+fn hops(rsh: &[String]) -> Vec<&str> {
+    let marked = rsh.windows(3).filter(|w| w[1] == "env" && w[2] == MARK);
+    marked.map(|w| w[0].as_str()).collect()
+}
+
+/// The way to `to` through the host `over`: the remote shell there runs the one that goes on. None
+/// where there is no shell, or the chain would be too long.
+fn through(over: &Destination, to: &Destination) -> Option<Destination> {
+    let Destination::Shell { host: first, port, rsh, .. } = over else { return None };
+    let Destination::Shell { host, port: to_port, rsh: next, remote_ferry } = to else {
+        return None;
+    };
+    if hops(rsh).len() + 1 >= MAX_HOPS {
+        return None;
+    }
+    let mut command = rsh.clone();
+    if let Some(port) = port {
+        command.extend(["-p".into(), port.to_string()]);
+    }
+    command.push(first.clone());
+    // The first shell's other end takes words apart again.
+    command.extend(["env".into(), MARK.into()]);
+    command.extend(next.iter().map(|w| quoted(w)));
+    Some(Destination::Shell {
+        host: host.clone(),
+        port: *to_port,
+        rsh: command,
+        remote_ferry: remote_ferry.clone(),
+    })
+}
+
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@%+,".contains(c);
+    match !word.is_empty() && word.chars().all(plain) {
+        true => word.to_owned(),
+        false => format!("'{}'", word.replace('\'', r"'\''")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(host: &str, rsh: &[&str]) -> Destination {
+        Destination::Shell {
+            host: host.into(),
+            port: None,
+            rsh: rsh.iter().map(|w| (*w).to_owned()).collect(),
+            remote_ferry: "ferry".into(),
+        }
+    }
+
+    #[test]
+    fn the_way_through_a_host_is_one_command_and_not_longer() {
+        let b = shell("b", &["ssh"]);
+        let c = through(&b, &shell("c", &["ssh", "-o", "A B"])).unwrap();
+        let Destination::Shell { host, rsh, .. } = &c else { panic!("{c:?}") };
+        assert_eq!(host, "c");
+        assert_eq!(rsh.join(" "), "ssh b env FERRY_THROUGH=1 ssh -o 'A B'");
+        assert_eq!(way(&c), "c (through b)");
+        assert_eq!(way(&b), "b");
+        assert_eq!(through(&c, &shell("d", &["ssh"])), None);
+        assert_eq!(through(&Destination::Unix("/x".into()), &b), None);
+    }
+}

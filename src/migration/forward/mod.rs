@@ -1,0 +1,379 @@
+//! The container's address stays at home while the container goes elsewhere: frames are forwarded.
+//!
+//! ```text
+//!  home, where the address is                        away, where the container runs
+//!  ┌ its namespace, fence closed ┐                   ┌ its namespace ────────────────┐
+//!  │ eth0, the same MAC          │◀── forwarder ═════╪═ holder ──▶ eth0, a TAP device │
+//!  └─────────────────────────────┘      frames over the remote shell, both ways      ┘
+//! ```
+//!
+//! The [`home`] process connects to the host where the container is, as `ferry migrate` does, and
+//! again whenever that link breaks. `ferry receive` there hands the link to the [`away`] process,
+//! which holds the TAP devices. Both outlive the migration. When the container moves on, the source
+//! asks for it through the link there is: home connects to the next host, too, and sends frames there
+//! as soon as one has come from there: until then the fence there lets none out. So no chain grows.
+//! When the container comes home, it gets its old namespace back and both processes end.
+//!
+//! What they know is in `/run/ferry-forward/ID`, and goes with a reboot like the namespaces.
+
+pub mod away;
+pub mod carrier;
+pub mod control;
+pub mod home;
+pub mod steps;
+
+use std::fs;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use self::control::{Ask, Status};
+use super::journal::Record;
+use super::protocol::Plan;
+use crate::network::image::Kind;
+use crate::network::{Placement, forward};
+use crate::sys::netns::NetNs;
+use crate::transport::connect::Destination;
+
+/// Where all of it is.
+const BASE: &str = "/run/ferry-forward";
+/// In a forwarding's directory: the namespace that was kept.
+const NETWORK: &str = "network";
+
+/// `--forward`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Wish {
+    /// Where the address belongs to no network of the destination's.
+    #[default]
+    Auto,
+    /// Wherever it goes, but home.
+    Always,
+    /// The address moves.
+    Never,
+}
+
+/// What the destination hears of it before anything is done.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plans {
+    /// What the user wants.
+    pub wish: Wish,
+    /// The forwarding that the container is reached by now, and the name of its home.
+    pub from: Option<(String, String)>,
+}
+
+/// What becomes of the address, as the destination decides.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Course {
+    /// It moves there.
+    #[default]
+    Moves,
+    /// It stays where it is.
+    Stays,
+    /// It is there already: the container comes home.
+    Home,
+}
+
+/// What a migration does about forwarding on this host: for whoever has to undo or finish it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Part {
+    /// The container leaves home.
+    Leaves,
+    /// It moves on from here to another host that is not its home.
+    MovesOn,
+    /// It goes home from here.
+    GoesHome,
+    /// It goes from here to where its address moves, too: forwarding ends.
+    Ends,
+    /// It comes here from elsewhere.
+    Arrives,
+    /// It comes home.
+    ComesHome,
+}
+
+/// See [`Part`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Note {
+    /// The forwarding's ID: that of the migration that it began with.
+    pub id: String,
+    /// This host's part.
+    pub part: Part,
+}
+
+/// What the host that has the address knows.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Home {
+    /// The forwarding's ID.
+    pub id: String,
+    /// The container's.
+    pub container: String,
+    /// The container's addresses, for people.
+    pub addresses: Vec<String>,
+    /// Names of the links, in the order by which frames tell them.
+    pub links: Vec<String>,
+    /// Where the container is; none as long as it is at home.
+    pub active: Option<Destination>,
+    /// Since when, unix time.
+    pub since: u64,
+}
+
+/// What the host that has the container knows.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Away {
+    /// The forwarding's ID.
+    pub id: String,
+    /// The container's.
+    pub container: String,
+    /// What its home calls itself.
+    pub home: String,
+    /// The container's namespace.
+    pub path: PathBuf,
+    /// Its device and inode.
+    pub identity: (u64, u64),
+    /// The links, and what they are at home.
+    pub links: Vec<(String, Kind)>,
+}
+
+/// Whether this can be a forwarding's ID: it becomes a directory's name.
+pub fn is_id(id: &str) -> bool {
+    id.len() == 16 && id.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
+impl Plans {
+    /// Refuses what no honest source sends.
+    ///
+    /// # Errors
+    /// Says what is wrong.
+    pub fn validate(&self) -> Result<()> {
+        match &self.from {
+            Some((id, _)) if !is_id(id) => bail!("{id:?} is no forwarding's ID"),
+            Some((_, home)) if home.len() > 64 || home.contains(char::is_control) => {
+                bail!("{home:?} is no host's name")
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Note {
+    /// The source's part in what the destination has decided.
+    pub fn of_source(plan: &Plan, course: Course) -> Option<Note> {
+        let (id, part) = match (&plan.forward.from, course) {
+            (None, Course::Moves | Course::Home) => return None,
+            (None, Course::Stays) => (&plan.migration, Part::Leaves),
+            (Some((id, _)), Course::Stays) => (id, Part::MovesOn),
+            (Some((id, _)), Course::Home) => (id, Part::GoesHome),
+            (Some((id, _)), Course::Moves) => (id, Part::Ends),
+        };
+        Some(Note { id: id.clone(), part })
+    }
+
+    /// For people: what will become of the address.
+    pub fn words(&self) -> &'static str {
+        match self.part {
+            Part::Leaves => "its address stays here, packets are forwarded",
+            Part::MovesOn => "its address stays at home, packets are forwarded from there",
+            Part::GoesHome | Part::ComesHome => "it comes home to its address",
+            Part::Ends => "its address moves, and is not forwarded any more",
+            Part::Arrives => "its address stays where it is, packets are forwarded",
+        }
+    }
+
+    /// The destination's part in what it has decided itself.
+    pub fn of_destination(plan: &Plan, course: Course) -> Option<Note> {
+        let part = match course {
+            Course::Moves => return None,
+            Course::Stays => Part::Arrives,
+            Course::Home => Part::ComesHome,
+        };
+        let id = plan.forward.from.as_ref().map_or(&plan.migration, |f| &f.0);
+        Some(Note { id: id.clone(), part })
+    }
+}
+
+/// The destination decides what becomes of the address.
+pub fn decide(plan: &Plan, placement: &Placement, host: &NetNs) -> Course {
+    let Some(image) = &plan.network else { return Course::Moves };
+    if let Some((id, _)) = &plan.forward.from
+        && home_at(&directory(id)).is_ok()
+    {
+        return Course::Home;
+    }
+    if matches!(placement, Placement::Keep | Placement::None) || image.outward().next().is_none() {
+        return Course::Moves;
+    }
+    let stays = match plan.forward.wish {
+        Wish::Never => false,
+        Wish::Always => true,
+        // Where it cannot be said it is as it was: who has gone abroad stays abroad.
+        Wish::Auto => forward::is_elsewhere(image, placement, host)
+            .unwrap_or_else(|| plan.forward.from.is_some()),
+    };
+    if stays { Course::Stays } else { Course::Moves }
+}
+
+/// A forwarding's directory.
+fn directory(id: &str) -> PathBuf {
+    Path::new(BASE).join(id)
+}
+
+/// Makes a forwarding's directory, mode 0700.
+fn make_directory(id: &str) -> Result<PathBuf> {
+    let path = directory(id);
+    let what = || format!("cannot make {}", path.display());
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(BASE).with_context(what)?;
+    fs::DirBuilder::new().mode(0o700).create(&path).with_context(what)?;
+    Ok(path)
+}
+
+/// Removes a forwarding's directory; the namespace loses the name that it has there.
+fn remove_directory(directory: &Path) {
+    if directory.parent() != Some(Path::new(BASE)) {
+        return;
+    }
+    let _ = crate::sys::netns::remove_named(&directory.join(NETWORK));
+    let _ = fs::remove_dir_all(directory);
+}
+
+fn write<T: Serialize>(directory: &Path, name: &str, what: &T) -> Result<()> {
+    let fresh = directory.join(format!("{name}.new"));
+    fs::write(&fresh, serde_json::to_vec(what)?)?;
+    Ok(fs::rename(fresh, directory.join(name))?)
+}
+
+const HOME: &str = "home.json";
+const AWAY: &str = "away.json";
+
+fn home_at(directory: &Path) -> Result<Home> {
+    Ok(serde_json::from_slice(&fs::read(directory.join(HOME))?)?)
+}
+
+fn away_at(directory: &Path) -> Result<Away> {
+    Ok(serde_json::from_slice(&fs::read(directory.join(AWAY))?)?)
+}
+
+/// All directories, of whichever kind.
+fn directories() -> Vec<PathBuf> {
+    let list = fs::read_dir(BASE).into_iter().flatten().flatten();
+    list.map(|e| e.path()).filter(|p| p.is_dir()).collect()
+}
+
+/// How the container of this namespace is reached, if its address is elsewhere.
+pub fn away_of(namespace: &NetNs) -> Option<Away> {
+    let identity = namespace.identity().ok()?;
+    directories().iter().filter_map(|d| away_at(d).ok()).find(|a| a.identity == identity)
+}
+
+/// For `ferry migrations`: what goes on for a migration of this host's, in words and in JSON.
+pub fn describe(record: &Record) -> Option<(String, serde_json::Value)> {
+    let note = record.forward.as_ref()?;
+    let directory = directory(&note.id);
+    let here = match note.part {
+        Part::Leaves => home_at(&directory).ok()?.addresses.join(", "),
+        Part::Arrives => away_at(&directory).ok()?.home,
+        _ => return None,
+    };
+    let at_home = note.part == Part::Leaves;
+    let Some(status) = control::status(&directory) else {
+        let id = &record.container;
+        let words = match at_home {
+            true => format!(
+                "{here} is NOT forwarded: the process that did has died (ferry resolve {id})"
+            ),
+            false => format!(
+                "its address at {here} does not reach it: no process holds its interface; {here} will start it again"
+            ),
+        };
+        return Some((words, json!({"id": note.id, "home": at_home, "dead": true})));
+    };
+    let Status { to, since, out_bytes, in_bytes, connected, why, .. } = &status;
+    let moment =
+        crate::report::log::rfc3339(std::time::UNIX_EPOCH + std::time::Duration::from_secs(*since));
+    let mut words = match at_home {
+        true => format!(
+            "{here} is forwarded to {to} since {moment}: {out_bytes} bytes there, {in_bytes} back"
+        ),
+        false => format!(
+            "its address is at {here}, from where it is forwarded: {in_bytes} bytes from there, {out_bytes} back"
+        ),
+    };
+    if !connected {
+        words += &format!("; BROKEN, trying again: {why}");
+    }
+    let mut value = json!(status);
+    value["home"] = json!(at_home);
+    value["id"] = json!(note.id);
+    value["dead"] = json!(false);
+    Some((words, value))
+}
+
+/// The directories of a container's forwardings here, or of the one of that ID.
+fn of_container(id: &str) -> Vec<PathBuf> {
+    let is = |d: &PathBuf| {
+        let container =
+            home_at(d).map(|h| h.container).or_else(|_| away_at(d).map(|a| a.container));
+        container.is_ok_and(|c| c == id) || d.ends_with(id)
+    };
+    directories().into_iter().filter(is).collect()
+}
+
+/// `ferry resolve --no-forward`: the operator has moved the address, or does not need it any more.
+///
+/// # Errors
+/// When nothing of that ID is forwarded, or home cannot be told.
+pub fn end(id: &str) -> Result<&'static str> {
+    let mut said = None;
+    for directory in of_container(id) {
+        if home_at(&directory).is_ok() {
+            if control::ask(&directory, &Ask::End { dismantle: true }).is_err() {
+                // Nobody is there to do it.
+                home::dismantle(&directory);
+            }
+            said =
+                Some("its address is not forwarded any more, and this host does not answer for it");
+        } else {
+            control::ask(&directory, &Ask::End { dismantle: true })
+                .context("its home cannot be told\nhint: `ferry resolve --no-forward` there")?;
+            said = Some("its home does not forward its address any more");
+        }
+    }
+    said.with_context(|| {
+        format!("no address of a container {id} is forwarded from here or to here")
+    })
+}
+
+/// Starts again what has died; `None` when there is nothing like that.
+///
+/// # Errors
+/// When it cannot be started.
+pub fn revive(id: &str) -> Result<Option<&'static str>> {
+    let mut said = None;
+    for directory in of_container(id) {
+        if home_at(&directory).is_ok() && control::status(&directory).is_none() {
+            home::spawn(&directory)?;
+            said = Some("its address is forwarded again");
+        }
+    }
+    Ok(said)
+}
+
+/// `ferry __guard forward home|work|away DIRECTORY`: the processes that forward.
+///
+/// # Errors
+/// When they cannot begin.
+pub fn process(what: &str, directory: &Path) -> Result<()> {
+    if directory.parent() != Some(Path::new(BASE)) {
+        bail!("{} is no forwarding's directory", directory.display());
+    }
+    match what {
+        "home" => home::supervise(directory),
+        "work" => home::work(directory),
+        "away" => away::hold(directory),
+        _ => bail!("the guard is for ferry itself"),
+    }
+}

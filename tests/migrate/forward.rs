@@ -1,0 +1,350 @@
+//! Three hosts in three networks: the address stays where it is, and packets follow the container
+//! wherever it goes, and home again.
+
+use std::time::Duration;
+
+use libtest_mimic::Trial;
+use serde_json::Value;
+
+use crate::common::container::{ADDRESS, Container};
+use crate::common::facts::{exactly_one_copy, facts};
+use crate::common::lab::{Host, LONG, Lab, SHORT};
+use crate::common::probe::Probe;
+use crate::common::process::until;
+use crate::common::suite::in_lab_of;
+use crate::common::{Outcome, ensure};
+
+const LIMIT: Duration = Duration::from_secs(150);
+/// `client` is a neighbour of the container's first host; `far` is behind a router.
+const HOSTS: &[&str] = &["a", "b@1", "c@2", "client", "far@3"];
+
+/// The suite.
+pub fn trials() -> Vec<Trial> {
+    vec![
+        in_lab_of(HOSTS, "forward::round_the_world", LIMIT, round_the_world),
+        in_lab_of(HOSTS, "forward::killed_and_back", LIMIT, killed_and_back),
+        in_lab_of(HOSTS, "forward::given_up", LIMIT, given_up),
+        in_lab_of(HOSTS, "forward::through_the_last_host", LIMIT, through_the_last_host),
+        in_lab_of(HOSTS, "forward::ended", LIMIT, ended),
+    ]
+}
+
+/// A counter on `a` that is reached through a router, too, and its three hosts.
+fn start(lab: &Lab) -> Outcome<(Container, [Host; 3])> {
+    let hosts = ["a", "b", "c"].map(|name| lab.host(name));
+    let container = Container::networked("counter");
+    container.start(lab, &hosts[0])?;
+    hosts[0].sh(&format!("ip -n box route add default via {}", lab.address(1)))?;
+    Ok((container, hosts))
+}
+
+/// One probe next door, one from afar.
+fn probes(lab: &Lab, container: &Container) -> Outcome<[Probe; 2]> {
+    Ok([
+        Probe::start_on(&lab.host("client"), lab, container, 5, "2ms")?,
+        Probe::start_on(&lab.host("far"), lab, container, 5, "2ms")?,
+    ])
+}
+
+fn all_content(probes: &mut [Probe]) -> Outcome {
+    probes.iter_mut().try_for_each(Probe::is_content)
+}
+
+/// The same without a look at the server's memory, which takes a connection of its own.
+fn all_answered(probes: &mut [Probe]) -> Outcome {
+    for probe in probes {
+        probe.answers_again()?;
+        let report = probe.report("start")?;
+        ensure!(report["connections_lost"] == 0, "connections were lost: {}", report["lost"]);
+        ensure!(report["wrong_answers"] == 0, "answers were wrong: {}", report["wrong"]);
+    }
+    Ok(())
+}
+
+/// The processes that forward, on a host.
+fn forwarders(host: &Host, what: &str) -> Outcome<Vec<i32>> {
+    let wanted = format!("__guard forward {what}");
+    let all = facts(host)?.processes;
+    Ok(all.iter().filter(|p| p.state != "Z" && p.line.contains(&wanted)).map(|p| p.pid).collect())
+}
+
+/// What `ferry migrations` says of it.
+fn told(host: &Host) -> Outcome<Vec<Value>> {
+    let text = host.ferry(&["migrations", "--json"])?.ok()?;
+    let lines = text.lines().map(|l| serde_json::from_str::<Value>(l).map_err(|e| e.to_string()));
+    let all = lines.collect::<Outcome<Vec<_>>>()?;
+    Ok(all.iter().map(|m| m["forward"].clone()).filter(|f| !f.is_null()).collect())
+}
+
+/// The container runs on `place` and nowhere else, its home forwards to that very host, and nothing
+/// is left anywhere else.
+fn abroad(container: &Container, home: &Host, place: &Host, other: &Host) -> Outcome {
+    let mut last = String::new();
+    let settled = until("it is abroad", Duration::from_secs(15), || {
+        last = complaint(container, home, place, other)?.unwrap_or_default();
+        Ok(last.is_empty().then_some(()))
+    });
+    settled.map_err(|e| format!("{e}\n{last}"))
+}
+
+fn complaint(
+    container: &Container,
+    home: &Host,
+    place: &Host,
+    other: &Host,
+) -> Outcome<Option<String>> {
+    let count = |host: &Host, line: &str| -> Outcome<usize> {
+        let all = facts(host)?.processes;
+        let is = |line_of: &str| line_of.contains(line) && !line_of.starts_with("ssh ");
+        Ok(all.iter().filter(|p| p.state != "Z" && is(&p.line)).count())
+    };
+    for host in [home, place, other] {
+        let facts = facts(host)?;
+        let here = host.name == place.name;
+        let running = facts.containers.get(container.id).map(|c| c.status.as_str());
+        if running != here.then_some("running") {
+            return Ok(Some(format!("on {} the container is {running:?}", host.name)));
+        }
+        if facts.netns.iter().any(|n| n == "box") != here {
+            return Ok(Some(format!("namespaces on {}: {:?}", host.name, facts.netns)));
+        }
+        let left = (&facts.work, &facts.mounts, &facts.groups, facts.open());
+        if !(left.0.is_empty() && left.1.is_empty() && left.2.is_empty() && left.3.is_empty()) {
+            return Ok(Some(format!("left on {}: {left:?}", host.name)));
+        }
+        let kept = host.sh("ls /run/ferry-forward 2>/dev/null || true")?.lines().count();
+        if kept != usize::from(host.name != other.name) {
+            return Ok(Some(format!("{kept} forwardings on {}", host.name)));
+        }
+        for (line, on) in [
+            ("forward home", home),
+            ("forward work", home),
+            ("forward away", place),
+            ("ferry receive", place),
+        ] {
+            let (n, wanted) = (count(host, line)?, usize::from(host.name == on.name));
+            if n != wanted {
+                return Ok(Some(format!("{n} of {line} on {}", host.name)));
+            }
+        }
+    }
+    let said = told(home)?;
+    let to = said.first().map(|s| (s["to"].clone(), s["connected"].clone()));
+    if said.len() != 1 || to != Some((place.name.into(), true.into())) {
+        return Ok(Some(format!("ferry migrations on {} says {said:?}", home.name)));
+    }
+    Ok(None)
+}
+
+/// Notes everything that ends a connection, or says that the container cannot be reached.
+struct Wire<'a> {
+    host: &'a Host,
+}
+
+impl Wire<'_> {
+    fn tap<'a>(lab: &Lab, host: &'a Host) -> Outcome<Wire<'a>> {
+        let address = lab.address(ADDRESS);
+        host.sh(&format!(
+            "tcpdump -i eth0 -n -U -Z root -w /tmp/wire '(host {address} and \
+             tcp[tcpflags] & (tcp-rst|tcp-fin) != 0) or icmp[icmptype] == icmp-unreach' \
+             >/dev/null 2>/tmp/wire.said </dev/null & echo $! >/tmp/wire.pid"
+        ))?;
+        until("tcpdump listens", SHORT, || {
+            let said = host.exec(&["grep", "-q", "listening on", "/tmp/wire.said"])?;
+            Ok((said.code == 0).then_some(()))
+        })?;
+        Ok(Wire { host })
+    }
+
+    fn ends_clean(self) -> Outcome {
+        self.host.sh("pid=$(cat /tmp/wire.pid); kill -INT $pid
+             while kill -0 $pid 2>/dev/null; do sleep 0.01; done
+             grep -q '^0 packets dropped by kernel' /tmp/wire.said")?;
+        let list = self.host.sh("tcpdump -n -r /tmp/wire 2>/dev/null")?;
+        ensure!(list.is_empty(), "on the wire of {}:\n{list}", self.host.name);
+        Ok(())
+    }
+}
+
+fn round_the_world(lab: &Lab) -> Outcome {
+    let (container, [a, b, c]) = start(lab)?;
+    let (client, far) = (lab.host("client"), lab.host("far"));
+    let mut probes = probes(lab, &container)?;
+    let wires = [Wire::tap(lab, &client)?, Wire::tap(lab, &far)?];
+    let address = lab.address(ADDRESS);
+    // Whole frames get through, and out of the container, too.
+    let whole = |host: &Host| -> Outcome {
+        for from in [&client, &far] {
+            let ping = ["ping", "-c", "1", "-W", "5", "-M", "do", "-s", "1472", &address];
+            from.exec(&ping)?.ok().map_err(|e| format!("on {}: {e}", host.name))?;
+        }
+        let out = "ip netns exec box ping -c 1 -W 5 -M do -s 1472";
+        host.sh(&format!("{out} $(getent hosts client | cut -d ' ' -f 1)")).map(drop)?;
+        host.sh(&format!("{out} $(getent hosts far | cut -d ' ' -f 1)")).map(drop)
+    };
+    for round in 1..=2 {
+        let step = |e: String| format!("round {round}: {e}");
+        a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+        all_answered(&mut probes).map_err(step)?;
+        abroad(&container, &a, &b, &c).map_err(step)?;
+        whole(&b).map_err(step)?;
+        if round == 1 {
+            b.ferry(&["migrate", "box", "c"])?.exits(0)?;
+            all_answered(&mut probes).map_err(step)?;
+            abroad(&container, &a, &c, &b).map_err(step)?;
+            whole(&c).map_err(step)?;
+            c.ferry(&["migrate", "box", "a"])?.exits(0)?;
+        } else {
+            b.ferry(&["migrate", "box", "a"])?.exits(0)?;
+        }
+        all_answered(&mut probes).map_err(step)?;
+        exactly_one_copy(&container, &a, &b).map_err(step)?;
+        exactly_one_copy(&container, &a, &c).map_err(step)?;
+        whole(&a).map_err(step)?;
+    }
+    wires.into_iter().try_for_each(Wire::ends_clean)?;
+    all_content(&mut probes)
+}
+
+/// Whoever forwards may die: it comes back, or it is said that it does not.
+fn killed_and_back(lab: &Lab) -> Outcome {
+    let (container, [a, b, c]) = start(lab)?;
+    let mut probes = probes(lab, &container)?;
+    a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    abroad(&container, &a, &b, &c)?;
+    let kill = |host: &Host, whats: &[&str]| -> Outcome {
+        for what in whats {
+            for pid in forwarders(host, what)? {
+                host.sh(&format!("kill -KILL {pid}"))?;
+            }
+        }
+        Ok(())
+    };
+    for (host, what) in [(&a, "work"), (&b, "away")] {
+        kill(host, &[what])?;
+        all_content(&mut probes).map_err(|e| format!("{what} was killed: {e}"))?;
+        abroad(&container, &a, &b, &c).map_err(|e| format!("{what} was killed: {e}"))?;
+    }
+    a.sh("kill -KILL $(pgrep -x ssh)")?;
+    all_content(&mut probes).map_err(|e| format!("ssh was killed: {e}"))?;
+    lab.link(&["b", "--cut"])?;
+    until("the broken link is reported", Duration::from_secs(40), || {
+        let broken = told(&a)?.iter().any(|f| f["connected"] == false);
+        Ok(broken.then_some(()))
+    })?;
+    lab.link(&["b", "--mend"])?;
+    all_content(&mut probes).map_err(|e| format!("a cable was pulled: {e}"))?;
+    kill(&a, &["home", "work"])?;
+    let text = a.ferry(&["migrations"])?.ok()?;
+    ensure!(text.contains("is NOT forwarded") && text.contains("ferry resolve box"), "{text}");
+    ensure!(told(&a)?.iter().any(|f| f["dead"] == true), "{:?}", told(&a)?);
+    a.ferry(&["resolve", "box"])?.exits(0)?;
+    all_content(&mut probes).map_err(|e| format!("after ferry resolve: {e}"))?;
+    abroad(&container, &a, &b, &c)?;
+    b.ferry(&["migrate", "box", "a"])?.exits(0)?;
+    all_content(&mut probes)?;
+    exactly_one_copy(&container, &a, &b)
+}
+
+/// A migration that is given up leaves everything as it was, wherever the container is.
+fn given_up(lab: &Lab) -> Outcome {
+    let (container, [a, b, c]) = start(lab)?;
+    let mut probes = probes(lab, &container)?;
+    let fails = |from: &Host, to: &Host, point: &str, deed: &str| -> Outcome {
+        let fault = format!("FERRY_FAULT={point}:{deed}");
+        let said = from.start(&["env", &fault, "ferry", "migrate", "box", to.name])?.end(LONG)?;
+        let wanted = if deed == "kill" { 137 } else { 1 };
+        said.exits(wanted).map(drop).map_err(|e| format!("{point}:{deed}: {e}"))
+    };
+    for (point, deed) in [
+        ("forward.established", "error"),
+        ("forward.established", "kill"),
+        ("forward.joined", "error"),
+        ("dump.frozen", "kill"),
+        ("source.commit", "error"),
+        ("source.commit", "kill"),
+    ] {
+        fails(&a, &b, point, deed)?;
+        until("nobody forwards", SHORT, || {
+            let kept = a.sh("ls /run/ferry-forward 2>/dev/null || true")?;
+            Ok((kept.is_empty() && forwarders(&a, "")?.is_empty()).then_some(()))
+        })
+        .map_err(|e| format!("{point}:{deed}: {e}"))?;
+        exactly_one_copy(&container, &a, &b).map_err(|e| format!("{point}:{deed}: {e}"))?;
+        all_content(&mut probes).map_err(|e| format!("{point}:{deed}: {e}"))?;
+    }
+    a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    for (from, to, other) in [(&b, &c, &c), (&b, &a, &c)] {
+        for (point, deed) in
+            [("dump.frozen", "error"), ("source.commit", "error"), ("source.commit", "kill")]
+        {
+            let step = |e: String| format!("{} to {}, {point}:{deed}: {e}", from.name, to.name);
+            fails(from, to, point, deed).map_err(step)?;
+            all_content(&mut probes).map_err(step)?;
+            abroad(&container, &a, &b, other).map_err(step)?;
+        }
+    }
+    b.ferry(&["migrate", "box", "c"])?.exits(0)?;
+    all_content(&mut probes)?;
+    abroad(&container, &a, &c, &b)?;
+    c.ferry(&["migrate", "box", "a"])?.exits(0)?;
+    all_content(&mut probes)?;
+    exactly_one_copy(&container, &a, &c)
+}
+
+/// Home does not know the next host: the one where the container was stays on the way, and only
+/// until it goes on.
+fn through_the_last_host(lab: &Lab) -> Outcome {
+    let (container, [a, b, c]) = start(lab)?;
+    let mut probes = probes(lab, &container)?;
+    a.sh("sed -i '/ c$/d' /etc/hosts")?;
+    a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    b.ferry(&["migrate", "box", "c"])?.exits(0)?;
+    all_content(&mut probes)?;
+    let said = told(&a)?;
+    ensure!(said.len() == 1 && said[0]["to"] == "c (through b)", "{said:?}");
+    c.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    all_content(&mut probes)?;
+    abroad(&container, &a, &b, &c)?;
+    b.ferry(&["migrate", "box", "a"])?.exits(0)?;
+    all_content(&mut probes)?;
+    exactly_one_copy(&container, &a, &b)
+}
+
+/// It ends when the operator says so, on either host, and when the container ends. One that has lost
+/// its address so can still go where the address is.
+fn ended(lab: &Lab) -> Outcome {
+    let (container, [a, b, c]) = start(lab)?;
+    let mut probes = probes(lab, &container)?;
+    let over = |what: &str, hosts: &[&Host]| {
+        until(&format!("{what}: nobody forwards"), Duration::from_secs(40), || {
+            for host in hosts {
+                let kept = host.sh("ls /run/ferry-forward 2>/dev/null || true")?;
+                if !(kept.is_empty() && forwarders(host, "")?.is_empty() && told(host)?.is_empty())
+                {
+                    return Ok(None);
+                }
+            }
+            Ok(Some(()))
+        })
+    };
+    for host in [&a, &b] {
+        a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+        all_content(&mut probes)?;
+        abroad(&container, &a, &b, &c)?;
+        host.ferry(&["resolve", "--no-forward", "box"])?.exits(0)?;
+        over(host.name, &[&a])?;
+        let silent = a.exec(&["ping", "-c", "1", "-W", "1", &lab.address(ADDRESS)])?;
+        ensure!(silent.code != 0, "somebody still answers for the address");
+        let said = a.ferry(&["resolve", "--no-forward", "box"])?;
+        ensure!(said.code == 3 && said.err.contains("no address of a container box"), "{said}");
+        b.ferry(&["migrate", "box", "a"])?.exits(0)?;
+        all_content(&mut probes)?;
+        exactly_one_copy(&container, &a, &b)?;
+    }
+    drop(probes);
+    a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    abroad(&container, &a, &b, &c)?;
+    b.sh("ferry kill box KILL")?;
+    over("the container has ended", &[&a, &b])
+}
