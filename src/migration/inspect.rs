@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use super::away::AwayMark;
+use super::haul::Load;
+use super::layers::{self, Layered};
 use super::protocol::{How, Place, Plan, Probe, Stream};
 use super::{descriptors, host};
 use crate::files::{probe, tmpfs};
@@ -37,8 +39,10 @@ pub struct Subject {
     pub plan: Plan,
     /// Keeps the probe files until the destination has looked.
     pub probes: Vec<probe::Probe>,
+    /// Its root file system, where that is an overlay.
+    pub layered: Layered,
     /// What has to be copied, once the destination has said so.
-    pub copies: Vec<PathBuf>,
+    pub load: Option<Load>,
 }
 
 /// What the user asked for, as far as the plan depends on it.
@@ -151,12 +155,13 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
     let mut add = |what: String, place: Place, path: &Path, wish: How, read_only: bool| {
         let probe = probe::make(path, read_only)?;
         let (proof, directory) = (probe.proof.clone(), path.is_dir());
-        listed.push(Probe { what, place, proof, wish, directory, read_only });
         probes.push(probe);
-        anyhow::Ok(())
+        listed.push(Probe { what, place, proof: proof.clone(), wish, directory, read_only });
+        anyhow::Ok(proof)
     };
     let (root, fixed) = (bundle.rootfs()?, bundle.rootfs_read_only());
-    add("root file system".into(), Place::Rootfs, &root, wishes.rootfs, fixed)?;
+    let proof = add("root file system".into(), Place::Rootfs, &root, wishes.rootfs, fixed)?;
+    let layered = layers::look(&root, &proof)?;
     let mounts = bundle.bind_mounts();
     if let Some((place, _)) =
         wishes.volumes.iter().find(|(place, _)| mounts.iter().all(|m| m.destination != *place))
@@ -212,6 +217,7 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         kernel: host::kernel(),
         criu: host::criu().map_or(0, |c| c.1),
         probes: listed,
+        overlay: layered.over_there(&bundle.path, wishes.bundle.as_deref()),
         tmpfs,
         network: network.as_ref().map(|n| n.2.clone()),
         loopback,
@@ -219,7 +225,7 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         placement: wishes.placement.clone(),
     };
     let _ = runtime;
-    Ok(Subject { state, bundle, cgroup, network, plan, probes, copies: Vec::new() })
+    Ok(Subject { state, bundle, cgroup, network, plan, probes, layered, load: None })
 }
 
 /// Private anonymous memory of all tasks, in bytes.
