@@ -124,8 +124,7 @@ impl Mount {
                 "upperdir" => upper = Some(one()),
                 "workdir" => work = Some(one()),
                 "ro" => overlay.flags.push(name),
-                // The copy gets an identity of its own.
-                "rw" | "uuid" | "seclabel" => {}
+                "rw" | "seclabel" => {}
                 _ => {
                     shown.insert(name, String::from_utf8_lossy(value).into_owned());
                 }
@@ -220,6 +219,7 @@ fn known(option: &str) -> bool {
         "redirect_dir" => matches!(value, "on" | "off" | "follow" | "nofollow"),
         "metacopy" => matches!(value, "on" | "off"),
         "xino" => matches!(value, "on" | "off" | "auto"),
+        "uuid" => matches!(value, "on" | "off" | "null" | "auto"),
         "fsync" => matches!(value, "volatile" | "auto" | "strict"),
         _ => false,
     }

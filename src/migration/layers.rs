@@ -81,6 +81,8 @@ impl Layered {
     /// there, everything else at the same path.
     pub fn over_there(&self, bundle: &Path, there: Option<&Path>) -> Option<Overlay> {
         let mut overlay = self.overlay()?.clone();
+        // The copy is given an identity of its own.
+        overlay.options.retain(|o| !o.starts_with("uuid="));
         let moved = |path: &mut PathBuf| {
             if let (Some(there), Ok(below)) = (there, path.strip_prefix(bundle)) {
                 *path = there.join(below);

@@ -89,6 +89,14 @@ fn listing(host: &Host, root: &str) -> Outcome<String> {
     host.exec(&["python3", "-c", include_str!("listing.py"), root, "data"])?.ok()
 }
 
+/// What the source still has is what the destination has.
+fn same_trees(from: &Host, to: &Host) -> Outcome {
+    let (before, after) = (listing(from, ROOT)?, listing(to, ROOT)?);
+    let differ = before.lines().zip(after.lines()).find(|(b, a)| b != a);
+    ensure!(before == after, "first: {differ:?}\nit was\n{before}\nand is\n{after}");
+    Ok(())
+}
+
 /// Migrates, and returns how many layers were there, how many copied, and bytes of files.
 fn migrate(from: &Host, to: &Host, options: &[&str]) -> Outcome<(u64, u64, u64)> {
     let mut line = vec!["migrate", "--report", "/tmp/report", "box", to.name];
@@ -129,7 +137,7 @@ fn layers_are_copied_once(lab: &Lab) -> Outcome {
     ensure!((there, copied) == (0, 3), "{there} there, {copied} copied");
     exactly_one_copy(&container, &b, &a)?;
     has_checked(&mut probe)?;
-    ensure!(listing(&a, ROOT)? == listing(&b, ROOT)?, "the trees differ");
+    same_trees(&a, &b)?;
     for (low, number) in [("one", 0), ("two", 1), ("three", 2)] {
         let mounted =
             b.sh(&format!("grep -o 'lowerdir=[^,]*' /proc/self/mountinfo | grep {STATE}"))?;
@@ -166,18 +174,17 @@ fn layers_that_are_there(lab: &Lab) -> Outcome {
     let container = writer();
     let (a, b) = start(lab, &container, &upper())?;
     // A copy of one layer at its place, of another with one byte that differs.
-    let archive = "/srv/shared/layers.tar";
-    a.sh(&format!("tar -C {BUNDLE} --xattrs --xattrs-include='*' -cf {archive} low"))?;
+    a.sh(&format!("cp -a {BUNDLE}/low /srv/shared/low"))?;
     b.sh(&format!(
-        "mkdir -p {BUNDLE} && tar -C {BUNDLE} --xattrs --xattrs-include='*' -xpf {archive}
-         cd {BUNDLE}/low && touch -r three/three stamp && sed -i s/three/threE/ three/three && touch -r stamp three/three"
+        "mkdir -p {BUNDLE} && cp -a /srv/shared/low {BUNDLE}/low && cd {BUNDLE}/low
+         touch -r three/three stamp && sed -i s/three/threE/ three/three && touch -r stamp three/three"
     ))?;
     let mut probe = Probe::start(lab, &container, 5)?;
     let (there, copied, _) = migrate(&a, &b, &[])?;
     ensure!((there, copied) == (2, 1), "{there} there, {copied} copied");
     exactly_one_copy(&container, &b, &a)?;
     has_checked(&mut probe)?;
-    ensure!(listing(&a, ROOT)? == listing(&b, ROOT)?, "the trees differ");
+    same_trees(&a, &b)?;
     ensure!(b.sh(&format!("cat {BUNDLE}/low/three/three"))?.trim() == "threE", "it was changed");
     Ok(())
 }
@@ -199,8 +206,7 @@ fn there_and_back(lab: &Lab) -> Outcome {
             ensure!(!left.contains("upper") && !left.contains("work"), "left: {left}");
             ensure!(overlays(from)?.is_empty(), "still mounted: {}", overlays(from)?);
         } else {
-            let (before, after) = (listing(from, ROOT)?, listing(to, ROOT)?);
-            ensure!(before == after, "it was\n{before}\nand is\n{after}");
+            same_trees(from, to)?;
         }
         for host in [from, to] {
             let odd = host.sh("find /srv/local \\( -name '.ferry*' -o -name '*.before' \\)")?;
@@ -233,12 +239,10 @@ assert os.getxattr(\"odd/gone\", \"trusted.overlay.opaque\") == b\"y\"
 assert os.getxattr(\"odd/elsewhere\", \"trusted.overlay.redirect\")
 os.getxattr(\"odd/big\", \"trusted.overlay.metacopy\")'"
     ))?;
-    let before = listing(&a, ROOT)?;
     migrate(&a, &b, &[])?;
     exactly_one_copy(&container, &b, &a)?;
     has_checked(&mut probe)?;
-    let after = listing(&b, ROOT)?;
-    ensure!(before == after, "it was\n{before}\nand is\n{after}");
+    same_trees(&a, &b)?;
     b.sh(&format!(
         "cd {ROOT} && test ! -e hidden -a ! -e odd/gone/file -a ! -e odd/sparse
          cat odd/elsewhere/in/file && test $(stat -c %s odd/big) = 3000000
@@ -309,7 +313,7 @@ fn given_up_on_the_way_back(lab: &Lab) -> Outcome {
             let now = (files(&a)?, overlays(&a)?);
             Ok((now == (old.0.clone(), old.1.clone())).then_some(()))
         })
-        .map_err(|e| format!("{fault}: {e}: {:?}", (files(&a), overlays(&a))))?;
+        .map_err(|e| format!("{fault}: {e}: {:?}, not {:?}", overlays(&a), old.1))?;
         let upper = listing(&a, &format!("{BUNDLE}/upper"))?;
         ensure!(upper == old.2, "{fault}: it was\n{}\nand is\n{upper}", old.2);
         has_checked(&mut probe)?;
@@ -355,7 +359,7 @@ fn nobody_writes(lab: &Lab) -> Outcome {
         ensure!((there, copied) == wanted, "move {i}: {there} there, {copied} copied");
         exactly_one_copy(&container, to, from)?;
         probe.is_content()?;
-        ensure!(listing(from, ROOT)? == listing(to, ROOT)?, "the trees differ");
+        same_trees(from, to)?;
     }
     Ok(())
 }
