@@ -20,6 +20,8 @@ mod forward;
 mod memory;
 #[path = "migrate/moves.rs"]
 mod moves;
+#[path = "migrate/overlay.rs"]
+mod overlay;
 #[path = "migrate/refusals.rs"]
 mod refusals;
 #[path = "migrate/streams.rs"]
@@ -32,6 +34,7 @@ fn main() -> ExitCode {
     trials.extend(moves::trials());
     trials.extend(memory::trials());
     trials.extend(files::trials());
+    trials.extend(overlay::trials());
     trials.extend(streams::trials());
     trials.extend(forward::trials());
     trials.extend(refusals::trials());

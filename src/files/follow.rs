@@ -35,7 +35,7 @@ use crate::sys::fanotify::{self, Handle};
 
 /// Some file systems know seconds only, others the time of the last tick; and a write bears the time
 /// at which it began.
-const WINDOW: Duration = Duration::from_millis(2100);
+pub(super) const WINDOW: Duration = Duration::from_millis(2100);
 
 /// What a round found and sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -59,6 +59,8 @@ pub struct RoundStats {
 pub struct Follower {
     trees: Vec<Tree>,
     rounds: u32,
+    /// So many of the first trees never change.
+    fixed: usize,
     /// See [`WINDOW`].
     window: Duration,
     listener: Option<Listener>,
@@ -152,13 +154,19 @@ impl Follower {
         Follower::with_window(roots, listen, WINDOW)
     }
 
+    /// The first so many trees are copied in the first round, and not looked at again.
+    pub fn with_fixed(mut self, fixed: usize) -> Follower {
+        self.fixed = fixed;
+        self
+    }
+
     /// With another [`WINDOW`].
     pub(super) fn with_window(roots: Vec<PathBuf>, listen: bool, window: Duration) -> Follower {
         let listener = listen.then(|| Listener::start(&roots)).and_then(|started| {
             started.inspect_err(|e| tracing::debug!("changes of files are looked for: {e:#}")).ok()
         });
         let trees = roots.into_iter().map(Tree::new).collect();
-        Follower { trees, rounds: 0, window, listener }
+        Follower { trees, rounds: 0, fixed: 0, window, listener }
     }
 
     #[cfg(test)]
@@ -186,7 +194,8 @@ impl Follower {
         // What was heard before the first look at all is among what is seen then.
         let told = self.listener.as_ref().and_then(Listener::take).filter(|_| self.rounds > 1);
         let mut stats = RoundStats { told: told.is_some(), ..RoundStats::default() };
-        for (number, tree) in self.trees.iter_mut().enumerate() {
+        let skipped = if self.rounds > 1 { self.fixed } else { 0 };
+        for (number, tree) in self.trees.iter_mut().enumerate().skip(skipped) {
             ops::write(out, &Step::Tree(number as u32))?;
             let mut look = Look {
                 round: self.rounds,

@@ -2,21 +2,22 @@
 
 use std::collections::HashSet;
 use std::fs::{self, Metadata};
-use std::os::unix::fs::MetadataExt;
 
 use anyhow::Result;
 
+use super::overlay::Merged;
 use crate::sys::process::proc_text;
 
 /// Files by device and inode.
 pub type Inodes = HashSet<(u64, u64)>;
 
-/// Files that these processes may write to without a trace: mapped shared, and for writing.
+/// Files that these processes may write to without a trace: mapped shared, and for writing. Those of
+/// an overlay are told as they are in its upper layer.
 /// Processes that have just ended are left out.
 ///
 /// # Errors
 /// When `/proc` cannot be read.
-pub fn mapped(pids: &[i32]) -> Result<Inodes> {
+pub fn mapped(pids: &[i32], merged: &mut Merged) -> Result<Inodes> {
     let mut found = Inodes::new();
     for pid in pids {
         let Ok(maps) = proc_text(*pid, "maps") else { continue };
@@ -28,7 +29,8 @@ pub fn mapped(pids: &[i32]) -> Result<Inodes> {
             }
             // The device in the text is not always the one that stat(2) tells (btrfs, overlay).
             let link = format!("/proc/{pid}/map_files/{range}");
-            found.extend(fs::metadata(&link).ok().filter(Metadata::is_file).map(inode));
+            let meta = fs::metadata(&link).ok().filter(Metadata::is_file);
+            found.extend(meta.map(|m| merged.inode(link.as_ref(), &m)));
         }
     }
     Ok(found)
@@ -39,7 +41,7 @@ pub fn mapped(pids: &[i32]) -> Result<Inodes> {
 ///
 /// # Errors
 /// When one of them is gone.
-pub fn open_for_writing(pids: &[i32]) -> Result<Inodes> {
+pub fn open_for_writing(pids: &[i32], merged: &mut Merged) -> Result<Inodes> {
     let mut found = Inodes::new();
     for pid in pids {
         for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
@@ -50,13 +52,9 @@ pub fn open_for_writing(pids: &[i32]) -> Result<Inodes> {
             let flags = info.lines().find_map(|l| l.strip_prefix("flags:"));
             let flags = flags.and_then(|f| i32::from_str_radix(f.trim(), 8).ok()).unwrap_or(0);
             if flags & libc::O_ACCMODE != libc::O_RDONLY {
-                found.insert(inode(meta));
+                found.insert(merged.inode(&path, &meta));
             }
         }
     }
     Ok(found)
-}
-
-fn inode(meta: Metadata) -> (u64, u64) {
-    (meta.dev(), meta.ino())
 }

@@ -4,7 +4,9 @@
 //! judging by the path. What is not shared is copied while it is in use: [`follow`] finds what has
 //! changed since the last round, by what the kernel tells ([`changes`], [`writes`]) or by looking
 //! ([`walk`]), and of large files which parts ([`contents`]); [`ops`] is how it is said, [`apply`]
-//! does the same over there, and [`place`] brings it to its place or takes it away again. [`tmpfs`] carries the mounts that live
+//! does the same over there, and [`place`] brings it to its place or takes it away again. Of an
+//! [`overlay`] only the upper layer is copied, and those of its [`layers`] that the other host does
+//! not have; [`mounting`] is how it comes to its place. [`tmpfs`] carries the mounts that live
 //! in memory, as a [`tree`]; [`sockets`] keeps the names of unix sockets until it is known who owns
 //! them.
 
@@ -13,7 +15,10 @@ mod changes;
 mod contents;
 pub mod follow;
 pub mod inodes;
+pub mod layers;
+pub mod mounting;
 mod ops;
+pub mod overlay;
 pub mod place;
 pub mod probe;
 pub mod sockets;

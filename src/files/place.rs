@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow};
 use serde::{Deserialize, Serialize};
 
+use super::mounting::Mounting;
 use super::walk;
 
 /// Added to a name whose owner made room for what came.
@@ -28,6 +29,12 @@ pub struct Placing {
     /// be taken away.
     files: Vec<(PathBuf, PathBuf)>,
     trees: Vec<Placed>,
+    /// Where layers are staged that stay when they are whole.
+    #[serde(default)]
+    layers: Vec<PathBuf>,
+    /// What is mounted of the trees.
+    #[serde(default)]
+    mounting: Option<Mounting>,
 }
 
 /// One tree.
@@ -86,6 +93,23 @@ impl Placing {
         Ok(placing)
     }
 
+    /// With an overlay that is mounted of some of the trees, and layers for it.
+    pub fn with_overlay(mut self, mounting: Mounting, layers: Vec<PathBuf>) -> Placing {
+        let missing = mounting.place().ancestors().take_while(|p| !p.exists());
+        let mut missing: Vec<PathBuf> = missing.map(Path::to_owned).collect();
+        missing.retain(|dir| !self.made.contains(dir));
+        missing.reverse();
+        self.made.extend(missing);
+        self.layers = layers;
+        self.mounting = Some(mounting);
+        self
+    }
+
+    /// The overlay, where there is one.
+    pub fn mounting(&self) -> Option<&Mounting> {
+        self.mounting.as_ref()
+    }
+
     /// Makes the directories in which the trees are staged, private and empty; they, in the order
     /// of the plan.
     ///
@@ -122,8 +146,11 @@ impl Placing {
     /// Renames the staged trees to their places.
     ///
     /// # Errors
-    /// When one cannot be renamed.
+    /// When one cannot be renamed, or what is to be mounted cannot be.
     pub fn put(&self) -> Result<()> {
+        if let Some(mounting) = &self.mounting {
+            mounting.clear()?;
+        }
         for tree in &self.trees {
             let what = || format!("cannot put the copy at {}", tree.target.display());
             File::create_new(&tree.mark).with_context(what)?;
@@ -132,7 +159,7 @@ impl Placing {
             }
             fs::rename(&tree.staged, &tree.target).with_context(what)?;
         }
-        Ok(())
+        self.mounting.as_ref().map_or(Ok(()), Mounting::stand_in)
     }
 
     /// Brings what was copied to the disk.
@@ -152,6 +179,8 @@ impl Placing {
     /// # Errors
     /// Says what could not be undone; the rest was.
     pub fn undo(&self) -> Result<()> {
+        // Nothing that is mounted is renamed.
+        self.mounting.as_ref().map_or(Ok(()), Mounting::undo)?;
         let mut first = None;
         let mut note = |result: Result<()>| {
             if let Err(e) = result {
@@ -161,12 +190,18 @@ impl Placing {
         for tree in &self.trees {
             note(tree.undo());
         }
+        for staged in &self.layers {
+            note(remove(staged));
+        }
         for (file, beside) in &self.files {
             let inode = |path| fs::symlink_metadata(path).map(|m| (m.dev(), m.ino())).ok();
             if inode(beside).is_some() && inode(file) == inode(beside) {
                 note(remove(file));
             }
             note(remove(beside));
+        }
+        if let (Some(mounting), None) = (&self.mounting, &first) {
+            first = mounting.put_back().err();
         }
         for dir in self.made.iter().rev() {
             // Somebody may have put something there meanwhile, and keeps it.
@@ -182,7 +217,7 @@ impl Placing {
     /// # Errors
     /// Says what could not be done; the rest was.
     pub fn keep(&self, left: bool) -> Result<()> {
-        let mut first = None;
+        let mut first = self.mounting.as_ref().and_then(|m| m.keep().err());
         for (_, beside) in &self.files {
             first = first.or(remove(beside).err());
         }

@@ -223,12 +223,20 @@ fn attributes(path: &Path) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
         Err(e) => return Err(e.into()),
     };
     let mut found = Vec::new();
-    for name in names {
+    for name in names.filter(|n| !is_of_this_host(n)) {
         if let Some(value) = xattr::get(path, &name)? {
             found.push((name.as_bytes().to_vec(), value));
         }
     }
     Ok(found)
+}
+
+/// Notes of an overlay about inodes and disks of this very host, which mean nothing elsewhere, or
+/// something else. Documentation/filesystems/overlayfs.rst
+fn is_of_this_host(attribute: &OsStr) -> bool {
+    let name = attribute.as_bytes();
+    let own = name.strip_prefix(b"trusted.overlay.").or(name.strip_prefix(b"user.overlay."));
+    own.is_some_and(|n| matches!(n, b"origin" | b"impure" | b"nlink" | b"upper" | b"uuid"))
 }
 
 /// Makes the tree below `root`, a directory that is empty. Nothing outside it is touched, whatever

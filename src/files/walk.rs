@@ -73,6 +73,10 @@ impl Seen {
         self.mode & libc::S_IFMT
     }
 
+    pub(super) fn is_file(&self) -> bool {
+        self.kind() == libc::S_IFREG
+    }
+
     pub(super) fn is_dir(&self) -> bool {
         self.kind() == libc::S_IFDIR
     }

@@ -1,6 +1,7 @@
 //! The source's first conversation: a look at the container, the greeting, the plan, the answer. And
 //! the queue in which everything that happens from then on stands in line.
 
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -8,21 +9,25 @@ use anyhow::{Result, anyhow, bail};
 
 use super::carry::{self, MemoryEvent};
 use super::dump::DumpEvent;
-use super::haul::HaulEvent;
+use super::haul::{HaulEvent, Load};
 use super::inspect::{Subject, Wishes, inspect};
-use super::protocol::Message;
+use super::protocol::{Message, Place};
 use super::talk::{self, Heard, Speaker};
 use super::watch::Watch;
 use super::{forward, host};
+use crate::files::layers::Store;
+use crate::files::overlay::Overlay;
 use crate::files::walk;
 use crate::network::problem::Problem;
 use crate::oci::runtime::Runtime;
 use crate::report::exit::Failed;
-use crate::report::progress::Reporter;
+use crate::report::progress::{Layers, Reporter};
 use crate::transport::connect::{Closer, Cutter, Destination};
 
 /// Until the other Ferry has answered at all; ssh may ask for a key's passphrase.
 const ANSWER_LIMIT: Duration = Duration::from_secs(120);
+/// Until the destination has looked for layers: it may have to read them.
+const LAYERS_LIMIT: Duration = Duration::from_secs(900);
 /// How often a link is asked for a sign of life while clients wait.
 const PULSE: Duration = Duration::from_millis(500);
 /// A link without any for so long is dead: a cable is out, a host has stopped. ssh does not say so.
@@ -292,7 +297,7 @@ pub(super) fn ask(
     subject.probes.clear();
     let answer = match answer {
         Ok(Ok((warnings, shared, copies))) if !copies.is_empty() => {
-            announce(&mut subject, &speaker, &mut inputs, &copies, reporter)
+            announce(&mut subject, options, &speaker, &mut inputs, &copies, reporter)
                 .map(|refused| refused.map_or(Ok((warnings, shared)), Err))
         }
         Ok(Ok((warnings, shared, _))) => Ok(Ok((warnings, shared))),
@@ -336,26 +341,63 @@ pub(super) fn ask(
 /// Tells the destination how much there is to copy; what stands in the way of that.
 fn announce(
     subject: &mut Subject,
+    options: &Options,
     speaker: &Speaker,
     inputs: &mut Inputs,
     copies: &[usize],
     reporter: &mut Reporter,
 ) -> Result<Option<Vec<Problem>>> {
     let mut sizes = Vec::new();
+    let mut load = Load::default();
+    let root = subject.plan.probes.iter().position(|p| p.place == Place::Rootfs);
+    let root = root.filter(|root| copies.contains(root));
+    let overlay = subject.layered.overlay().filter(|_| root.is_some()).cloned();
+    if let (Some(overlay), Some(state_dir)) = (&overlay, &options.wishes.state_dir) {
+        let roots = &mut load.roots;
+        match announce_layers(overlay, state_dir, speaker, inputs, reporter, roots)? {
+            Ok(lacking) => load.layers = lacking,
+            Err(problems) => return Ok(Some(problems)),
+        }
+        for path in &load.roots {
+            sizes.push(walk::measure(path)?);
+        }
+    }
+    if let Some(why) = subject.layered.only_merged().filter(|_| root.is_some()) {
+        reporter.problem(
+            Problem::new("the root file system is copied as one tree, not layer by layer", why)
+                .warning(),
+        );
+    }
     for number in copies {
         let probe = subject.plan.probes.get(*number);
         let probe = probe.ok_or_else(|| anyhow!("the destination wants what is not there"))?;
         let path = probe.place.path(&subject.bundle);
         let path = path.ok_or_else(|| anyhow!("config.json does not have {}", probe.what))?;
+        let path = match &overlay {
+            Some(overlay) if Some(*number) == root => {
+                let Some(upper) = &overlay.upper else { continue };
+                load.merged = Some((path, upper.path.clone()));
+                upper.path.clone()
+            }
+            _ => path,
+        };
         let size = walk::measure(&path)?;
         let words =
             format!("{}: copied, {} MiB, {} files", probe.what, size.bytes >> 20, size.entries);
         reporter.phase("files", &words);
-        subject.copies.push(path);
-        subject.sizes.push((*number, size));
+        load.roots.push(path);
+        let mut all = size;
+        if Some(*number) == root {
+            for layer in &sizes[..load.layers] {
+                all.bytes += layer.bytes;
+                all.entries += layer.entries;
+            }
+        }
+        subject.sizes.push((*number, all));
         sizes.push(size);
         inputs.again();
     }
+    subject.load = Some(load);
     speaker.say(&Message::Trees { sizes })?;
     loop {
         match inputs.next()? {
@@ -366,6 +408,46 @@ fn announce(
             _ => {}
         }
     }
+}
+
+/// Tells the destination which layers the overlay has, and learns which it lacks: these are put among
+/// the roots. Reading one for the first time takes its while.
+fn announce_layers(
+    overlay: &Overlay,
+    state_dir: &Path,
+    speaker: &Speaker,
+    inputs: &mut Inputs,
+    reporter: &mut Reporter,
+    roots: &mut Vec<PathBuf>,
+) -> Result<Result<usize, Vec<Problem>>> {
+    let mut store = Store::open(state_dir);
+    let mut layers = Vec::new();
+    for lower in &overlay.lower {
+        layers.push(store.look(&lower.path)?);
+    }
+    store.save();
+    speaker.say(&Message::Layers { layers })?;
+    inputs.until(LAYERS_LIMIT);
+    let lacking = loop {
+        match inputs.next()? {
+            Input::Heard(Heard::Message(Message::Lacking { layers })) => break layers,
+            Input::Heard(Heard::Message(Message::Refuse { problems })) => {
+                return Ok(Err(problems));
+            }
+            _ => {}
+        }
+    };
+    inputs.until(ANSWER_LIMIT);
+    for (i, number) in lacking.iter().enumerate() {
+        let lower = overlay.lower.get(*number).filter(|_| i == 0 || lacking[i - 1] < *number);
+        let lower = lower.ok_or_else(|| anyhow!("the destination wants what is not there"))?;
+        roots.push(lower.path.clone());
+    }
+    let layers = Layers { there: overlay.lower.len() - lacking.len(), copied: lacking.len() };
+    reporter.report.layers = Some(layers);
+    let words = format!("layers: {} there, {} to be copied", layers.there, layers.copied);
+    reporter.phase("layers", &words);
+    Ok(Ok(lacking.len()))
 }
 
 fn greet(speaker: &Speaker, inputs: &mut Inputs) -> Result<()> {

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use super::away::AwayMark;
 use super::forward::{self, Course};
 use super::protocol::{How, Place, Plan, Probe};
-use super::{host, workdir};
+use super::{host, layers, workdir};
+use crate::files::overlay::Overlay;
 use crate::files::probe;
 use crate::files::walk::Size;
 use crate::network::problem::Problem;
@@ -202,7 +203,8 @@ fn bundle(plan: &Plan, found: &mut Vec<Problem>) -> Vec<usize> {
     }
     let mut copies: Vec<(usize, PathBuf)> = Vec::new();
     for (number, probe) in plan.probes.iter().enumerate() {
-        match relation(probe, probe.place.path(&here).as_deref()) {
+        let overlay = plan.overlay.as_ref().filter(|_| probe.place == Place::Rootfs);
+        match relation(probe, probe.place.path(&here).as_deref(), overlay) {
             Ok(None) => {}
             // Two mounts of the same directory are one copy, and so is one inside of another.
             Ok(Some(path)) if copies.iter().any(|(_, c)| path.starts_with(c)) => {}
@@ -218,7 +220,11 @@ fn bundle(plan: &Plan, found: &mut Vec<Problem>) -> Vec<usize> {
 }
 
 /// Where a copy has to be made; none if there is nothing to copy.
-fn relation(probe: &Probe, path: Option<&Path>) -> Result<Option<PathBuf>, Box<Problem>> {
+fn relation(
+    probe: &Probe,
+    path: Option<&Path>,
+    overlay: Option<&Overlay>,
+) -> Result<Option<PathBuf>, Box<Problem>> {
     let result = match path {
         Some(path) => probe::verify(path, &probe.proof),
         None => Err(anyhow::anyhow!("config.json here does not have it")),
@@ -229,6 +235,7 @@ fn relation(probe: &Probe, path: Option<&Path>) -> Result<Option<PathBuf>, Box<P
     let Some(path) = path else { return Err(Box::new(not_shared())) };
     if let (Ok(here), Some(Ok(above))) = (path.metadata(), path.parent().map(Path::metadata))
         && probe.wish != How::Shared
+        && overlay.is_none()
         && std::os::unix::fs::MetadataExt::dev(&here) != std::os::unix::fs::MetadataExt::dev(&above)
     {
         return Err(Box::new(not_shared().hint(format!(
@@ -243,6 +250,10 @@ fn relation(probe: &Probe, path: Option<&Path>) -> Result<Option<PathBuf>, Box<P
             "a single file is not copied: put it on storage that both hosts see, or, if it is \
              read-only, the same contents in its place there",
         ))),
+        How::Auto | How::Copy if overlay.is_some() => {
+            overlay.map_or(Ok(()), |overlay| layers::check(path, overlay, &probe.proof))?;
+            Ok(Some(path.to_owned()))
+        }
         How::Auto | How::Copy => match (&probe.place, probe.wish) {
             (Place::Mount(place), How::Auto) => Err(Box::new(not_shared().hint(format!(
                 "others than the container may use it: --volume {}=copy takes a copy along",
@@ -253,16 +264,16 @@ fn relation(probe: &Probe, path: Option<&Path>) -> Result<Option<PathBuf>, Box<P
     }
 }
 
-/// Whether the copies find room, each where it is to be.
+/// Whether copies find room, each where it is to be.
 ///
 /// # Errors
-/// Says where they do not.
-pub fn room_for(plan: &Plan, copies: &[usize], sizes: &[Size]) -> anyhow::Result<Vec<Problem>> {
-    let (here, _) = bundle_here(plan)?;
+/// When that cannot be found out.
+pub fn room_for<'a>(
+    copies: impl Iterator<Item = (&'a Path, &'a Size)>,
+) -> anyhow::Result<Vec<Problem>> {
     let mut found = Vec::new();
     let mut wanted: Vec<((u64, PathBuf), u64)> = Vec::new();
-    for (number, size) in copies.iter().zip(sizes) {
-        let Some(path) = plan.probes[*number].place.path(&here) else { continue };
+    for (path, size) in copies {
         let at = path.ancestors().skip(1).find(|p| p.exists()).unwrap_or(Path::new("/"));
         let device = std::os::unix::fs::MetadataExt::dev(&std::fs::metadata(at)?);
         match wanted.iter_mut().find(|w| w.0.0 == device) {

@@ -29,6 +29,7 @@ use super::forward::carrier::Word;
 use super::guards::PageGuard;
 use super::intake::{self, Backlog, Current, Stage};
 use super::journal::{self, Journal, Lock, Record, Role, State};
+use super::layers::{self, Coming};
 use super::parcels::{Images, STREAM};
 use super::protocol::{self, MAX_TASKS, Message, Plan, Standing, Verdict};
 use super::restore::{Go, RestoreEvent, RestoreJob, RestorePlan};
@@ -40,12 +41,14 @@ use super::{checks, forward, host, recover, workdir};
 use crate::criu::images;
 use crate::criu::interposer::Interposer;
 use crate::files::apply::{Applied, Applying};
+use crate::files::layers::validate as validate_layers;
 use crate::files::place::Placing;
 use crate::files::tmpfs::{Mounted, Tmpfs};
 use crate::files::tree;
 use crate::files::walk::Size;
 use crate::memory::serve::{Ended, Served, Server};
 use crate::memory::staging::Staging;
+use crate::network::problem::Problem;
 use crate::oci::runtime::Runtime;
 use crate::oci::warm::Warm;
 use crate::report::exit::Told;
@@ -57,6 +60,8 @@ use crate::transport::frame::{Frame, Run};
 
 /// How long a source may be silent before it is given up, while it still owns the container.
 const SILENCE: Duration = Duration::from_secs(300);
+/// The same while it reads layers.
+const LAYERS_LIMIT: Duration = Duration::from_secs(900);
 /// How long the restore may take.
 const RESTORE_LIMIT: Duration = Duration::from_secs(120);
 /// Most further links.
@@ -232,21 +237,13 @@ fn converse(
     let accept =
         Message::Accept { warnings, shared: shared.clone(), copies: copies.clone(), course };
     speaker.say(&accept)?;
-    let mut announced = Vec::new();
+    let mut incoming = Incoming::default();
     if !copies.is_empty() {
-        announced = match inputs.next(SILENCE) {
-            Ok(Input::Heard(Heard::Message(Message::Trees { sizes })))
-                if sizes.len() == copies.len() =>
-            {
-                sizes
-            }
-            Ok(_) => bail!("the source does not follow the protocol"),
-            // It changed its mind: nothing was made.
-            Err(_) => return Ok(()),
-        };
-        let problems = checks::room_for(&plan, &copies, &announced)?;
-        if !problems.is_empty() {
-            return speaker.say(&Message::Refuse { problems });
+        match announced(&plan, &copies, speaker, inputs, state_dir)? {
+            Announced::Room(all) => incoming = all,
+            Announced::Problems(problems) => return speaker.say(&Message::Refuse { problems }),
+            // Nothing was made.
+            Announced::Nothing => return Ok(()),
         }
         speaker.say(&Message::Room)?;
     }
@@ -261,9 +258,15 @@ fn converse(
         // It changed its mind: nothing was made.
         Err(_) => return Ok(()),
     }
-    let trees: Vec<_> = copies.into_iter().zip(announced).collect();
-    let guest = match Guest::new(*plan, &shared, trees, course, runtime, state_dir, backlog.clone())
-    {
+    let guest = match Guest::new(
+        *plan,
+        &shared,
+        incoming,
+        course,
+        runtime,
+        state_dir,
+        backlog.clone(),
+    ) {
         Ok(guest) => guest,
         Err(e) => {
             let why = format!("{e:#}");
@@ -272,6 +275,100 @@ fn converse(
         }
     };
     guest.take_in(speaker, inputs, tell, stage, current)
+}
+
+/// Files that are to come.
+#[derive(Debug, Default)]
+struct Incoming {
+    /// Where the trees go, and whether only the container uses what is there.
+    targets: Vec<(PathBuf, bool)>,
+    /// What was announced of them; first of lacking layers.
+    sizes: Vec<Size>,
+    /// The overlay that is mounted of some.
+    coming: Option<Coming>,
+}
+
+impl Incoming {
+    fn is_empty(&self) -> bool {
+        self.targets.is_empty() && self.coming.is_none()
+    }
+}
+
+/// What came of it when the source told what it has.
+enum Announced {
+    Room(Incoming),
+    Problems(Vec<Problem>),
+    /// It changed its mind.
+    Nothing,
+}
+
+/// Hears what there is to copy, looks for what is here already, and for room.
+fn announced(
+    plan: &Plan,
+    copies: &[usize],
+    speaker: &Speaker,
+    inputs: &mut Inputs,
+    state_dir: &Path,
+) -> Result<Announced> {
+    let mut incoming = Incoming::default();
+    let (mut staged, mut lacking) = (PathBuf::new(), 0);
+    if let Some(overlay) = layers::wanted(plan, copies) {
+        let all = match inputs.next(LAYERS_LIMIT) {
+            Ok(Input::Heard(Heard::Message(Message::Layers { layers })))
+                if layers.len() == overlay.lower.len() =>
+            {
+                layers
+            }
+            Ok(_) => bail!("the source does not follow the protocol"),
+            Err(_) => return Ok(Announced::Nothing),
+        };
+        validate_layers(&all)?;
+        let place = checks::bundle_here(plan)?.0.rootfs()?;
+        match Coming::plan(plan, overlay, &place, &all, state_dir) {
+            Ok((coming, numbers)) => {
+                (staged, lacking) = (coming.store().join("layer"), numbers.len());
+                speaker.say(&Message::Lacking { layers: numbers })?;
+                incoming.coming = Some(coming);
+            }
+            Err(problem) => return Ok(Announced::Problems(vec![*problem])),
+        }
+    }
+    incoming.targets = targets(plan, copies, incoming.coming.as_ref())?;
+    incoming.sizes = match inputs.next(SILENCE) {
+        Ok(Input::Heard(Heard::Message(Message::Trees { sizes })))
+            if sizes.len() == lacking + incoming.targets.len() =>
+        {
+            sizes
+        }
+        Ok(_) => bail!("the source does not follow the protocol"),
+        Err(_) => return Ok(Announced::Nothing),
+    };
+    let places = std::iter::repeat_n(staged.as_path(), lacking);
+    let places = places.chain(incoming.targets.iter().map(|t| t.0.as_path()));
+    let problems = checks::room_for(places.zip(&incoming.sizes))?;
+    Ok(match problems.is_empty() {
+        true => Announced::Room(incoming),
+        false => Announced::Problems(problems),
+    })
+}
+
+/// Where the trees go, and whether only the container uses what is there.
+fn targets(plan: &Plan, copies: &[usize], coming: Option<&Coming>) -> Result<Vec<(PathBuf, bool)>> {
+    let (here, _) = checks::bundle_here(plan)?;
+    let mut targets = Vec::new();
+    for number in copies {
+        let probe = &plan.probes[*number];
+        let root = probe.place == protocol::Place::Rootfs;
+        let path = match coming.filter(|_| root) {
+            Some(coming) => coming.upper.as_ref().map(|u| u.path.clone()),
+            None => {
+                let path = probe.place.path(&here);
+                Some(path.ok_or_else(|| anyhow!("config.json does not have {}", probe.what))?)
+            }
+        };
+        targets.extend(path.map(|path| (path, root)));
+    }
+    Ok(targets)
 }
 
 /// A container on its way in, and all that was made for it.
@@ -289,8 +386,8 @@ struct Guest {
     pages: Option<Ended>,
     guard: Option<PageGuard>,
     streams: Streams,
-    /// What is copied: probes by number, and what was announced of them.
-    trees: Vec<(usize, Size)>,
+    /// What is copied.
+    incoming: Incoming,
     /// Whoever makes the copies.
     applying: Option<Applying>,
     tmpfs: Option<Mounted>,
@@ -311,7 +408,7 @@ impl Guest {
     fn new(
         plan: Plan,
         shared: &[usize],
-        trees: Vec<(usize, Size)>,
+        incoming: Incoming,
         course: Course,
         runtime: Runtime,
         state_dir: &Path,
@@ -335,9 +432,10 @@ impl Guest {
             network_identity: None,
             network_ours: plan.network.is_some() && plan.placement != "keep",
             leave_mark: false,
-            placing: placing(&plan, &trees)?,
+            placing: placing(&plan, &incoming)?,
             forward: forward::Note::of_destination(&plan, course),
             remove: Vec::new(),
+            unmount: None,
             work: work.path().to_owned(),
             worker: journal::this_process(),
             begun: journal::unix_time(),
@@ -357,7 +455,7 @@ impl Guest {
             pages: None,
             guard: None,
             streams,
-            trees,
+            incoming,
             applying: None,
             tmpfs: None,
             images,
@@ -423,7 +521,7 @@ impl Guest {
             self.tmpfs = Some(Mounted::new(&base, &self.plan.tmpfs)?);
         }
         fault::point("destination.network")?;
-        if self.trees.is_empty() {
+        if self.incoming.is_empty() {
             self.start_restore(tell)?;
         } else {
             self.take_files(tell)?;
@@ -526,6 +624,7 @@ impl Guest {
             runtime: self.runtime.clone(),
             container: self.plan.container.clone(),
             bundle: self.plan.bundle.clone(),
+            root: self.journal.record.placing.mounting().map(|m| m.place().to_owned()),
             images: self.work.images(),
             work: self.work.work(),
             streams,
@@ -592,6 +691,9 @@ impl Guest {
         if let Some(applying) = self.applying.take() {
             applying.finish().context("taking files in")?;
         }
+        if let Some(mounting) = self.journal.record.placing.mounting() {
+            mounting.mount()?;
+        }
         self.mark("restore begins");
         self.tell_restore(Go::Restore)
     }
@@ -600,17 +702,25 @@ impl Guest {
     fn take_files(&mut self, tell: &Sender<Input>) -> Result<()> {
         self.phase = "taking files in";
         let placing = &self.journal.record.placing;
-        let staged = placing.stage()?;
+        let mut staged = Vec::new();
+        if let Some(coming) = &self.incoming.coming {
+            coming.stage()?;
+            staged = coming.staged();
+        }
+        staged.extend(placing.stage()?);
         let (_, there) = checks::bundle_here(&self.plan)?;
         if !there {
             let config = serde_json::to_vec_pretty(&self.plan.config)?;
             placing.write(&self.plan.bundle.join("config.json"), &config)?;
         }
-        let roots: Vec<_> = staged.into_iter().zip(self.trees.iter().map(|t| t.1)).collect();
+        let roots: Vec<_> = staged.into_iter().zip(self.incoming.sizes.iter().copied()).collect();
         let tell = tell.clone();
         // The hand-over may have ended already.
         let told = move |applied| drop(tell.send(Input::Files(applied)));
-        self.applying = Some(Applying::start(&roots, told)?);
+        self.applying = Some(match self.incoming.coming.take() {
+            Some(coming) => Applying::start(&roots, coming.after_first_round(told))?,
+            None => Applying::start(&roots, told)?,
+        });
         Ok(())
     }
 
@@ -750,7 +860,7 @@ impl Guest {
         let (mut running, mut ended) = (false, false);
         let mut finished = false;
         // Files that were copied, on the disk.
-        let mut synced = self.trees.is_empty();
+        let mut synced = self.incoming.is_empty();
         while !(running && ended && synced && served.is_some() && (finished || !link)) {
             match inputs.queue.recv_timeout(RESTORE_LIMIT) {
                 Ok(Input::Restore(RestoreEvent::Released(opened))) => {
@@ -894,7 +1004,7 @@ impl Guest {
     fn say_whole(&mut self, speaker: &Speaker, served: Served) -> bool {
         self.mark("whole");
         // The source may remove its files: what is here must outlast a loss of power by then.
-        let noted = match self.trees.is_empty() {
+        let noted = match self.incoming.is_empty() {
             true => self.journal.note(State::Whole),
             false => self.journal.write(State::Whole),
         };
@@ -947,20 +1057,21 @@ impl Guest {
 }
 
 /// Where copies are staged and put, and what else has to be made for them.
-fn placing(plan: &Plan, trees: &[(usize, Size)]) -> Result<Placing> {
-    if trees.is_empty() {
+fn placing(plan: &Plan, incoming: &Incoming) -> Result<Placing> {
+    if incoming.is_empty() {
         return Ok(Placing::default());
     }
-    let (here, there) = checks::bundle_here(plan)?;
-    let mut targets = Vec::new();
-    for (number, _) in trees {
-        let probe = &plan.probes[*number];
-        let path = probe.place.path(&here);
-        let path = path.ok_or_else(|| anyhow!("config.json does not have {}", probe.what))?;
-        targets.push((path, probe.place == protocol::Place::Rootfs));
-    }
+    let (_, there) = checks::bundle_here(plan)?;
     let config = (!there).then(|| plan.bundle.join("config.json"));
-    Placing::plan(&plan.migration, &targets, config.as_slice())
+    let mut targets = incoming.targets.clone();
+    let coming = incoming.coming.as_ref();
+    // Last, as nothing is announced of it: it comes to its place as it is staged, empty.
+    targets.extend(coming.and_then(|c| c.upper.as_ref()).map(|u| (u.work.clone(), true)));
+    let placing = Placing::plan(&plan.migration, &targets, config.as_slice())?;
+    Ok(match coming {
+        Some(coming) => placing.with_overlay(coming.mounting.clone(), coming.staged()),
+        None => placing,
+    })
 }
 
 /// Asks the source for pages that a task waits for.

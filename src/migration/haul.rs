@@ -16,6 +16,7 @@ use super::parcels::{STREAM, SpeakerFile};
 use super::talk::Speaker;
 use crate::files::follow::Follower;
 use crate::files::inodes::{self, Inodes};
+use crate::files::overlay::Merged;
 use crate::oci::cgroup::Cgroup;
 use crate::report::progress::FilesRound;
 use crate::transport::frame;
@@ -53,6 +54,17 @@ pub enum HaulEvent {
     Failed(String),
 }
 
+/// What there is to carry.
+#[derive(Clone, Debug, Default)]
+pub struct Load {
+    /// The trees, in the order that was agreed on.
+    pub roots: Vec<PathBuf>,
+    /// So many of the first are layers, which nobody changes.
+    pub layers: usize,
+    /// Where an upper layer is among them: the merged tree, and it.
+    pub merged: Option<(PathBuf, PathBuf)>,
+}
+
 /// The thread.
 pub struct Haul {
     /// To say [`Order`]s.
@@ -66,7 +78,7 @@ impl Haul {
     /// # Errors
     /// When there can be no thread.
     pub fn start(
-        roots: Vec<PathBuf>,
+        load: &Load,
         listen: bool,
         cgroup: &Cgroup,
         speaker: &Speaker,
@@ -74,7 +86,8 @@ impl Haul {
     ) -> Result<Haul> {
         let (orders, heard) = channel();
         let carrier = Carrier {
-            follower: Follower::new(roots, listen),
+            follower: Follower::new(load.roots.clone(), listen).with_fixed(load.layers),
+            merged: load.merged.as_ref().map(|(m, u)| Merged::new(m, u)).unwrap_or_default(),
             cgroup: cgroup.clone(),
             mapped: Inodes::new(),
             speaker: speaker.clone(),
@@ -94,6 +107,7 @@ impl Haul {
 
 struct Carrier {
     follower: Follower,
+    merged: Merged,
     cgroup: Cgroup,
     /// Whatever has ever been mapped for writing: a mapping that is gone may have left changes.
     mapped: Inodes,
@@ -140,10 +154,11 @@ impl Carrier {
     /// A round, and its way to the other side's disk; bytes of contents sent.
     fn round(&mut self, last: bool, tell: &dyn Fn(HaulEvent)) -> Result<u64> {
         let began = Instant::now();
-        self.mapped.extend(inodes::mapped(&self.cgroup.processes()?)?);
+        self.mapped.extend(inodes::mapped(&self.cgroup.processes()?, &mut self.merged)?);
         let mut compared = self.mapped.clone();
         if last {
-            compared.extend(inodes::open_for_writing(&self.cgroup.processes()?)?);
+            let processes = self.cgroup.processes()?;
+            compared.extend(inodes::open_for_writing(&processes, &mut self.merged)?);
         }
         let file = SpeakerFile { speaker: &self.speaker, name: STREAM.into(), at: self.at };
         let mut out = BufWriter::with_capacity(frame::MAX_FILE_PIECE, file);
@@ -162,7 +177,7 @@ impl Carrier {
         self.rounds += 1;
         if !last {
             // What was mapped meanwhile, too.
-            self.mapped.extend(inodes::mapped(&self.cgroup.processes()?)?);
+            self.mapped.extend(inodes::mapped(&self.cgroup.processes()?, &mut self.merged)?);
             while self.orders.recv().map_err(|_| anyhow!("the hand-over has ended"))?
                 != Order::Applied(self.rounds)
             {}

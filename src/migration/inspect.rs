@@ -9,6 +9,8 @@ use anyhow::{Context, Result};
 
 use super::away::AwayMark;
 use super::forward::{self, Plans, Wish};
+use super::haul::Load;
+use super::layers::{self, Layered};
 use super::protocol::{How, Place, Plan, Probe, Stream};
 use super::{descriptors, host};
 use crate::files::walk::Size;
@@ -39,9 +41,11 @@ pub struct Subject {
     pub plan: Plan,
     /// Keeps the probe files until the destination has looked.
     pub probes: Vec<probe::Probe>,
+    /// Its root file system, where that is an overlay.
+    pub layered: Layered,
     /// What has to be copied, once the destination has said so.
-    pub copies: Vec<PathBuf>,
-    /// Which of the plan's probes these are, and what they hold.
+    pub load: Option<Load>,
+    /// Which of the plan's probes are copied, and what they hold.
     pub sizes: Vec<(usize, Size)>,
     /// What becomes of the address, once the destination has said so.
     pub forward: Option<forward::Note>,
@@ -161,12 +165,13 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
     let mut add = |what: String, place: Place, path: &Path, wish: How, read_only: bool| {
         let probe = probe::make(path, read_only)?;
         let (proof, directory) = (probe.proof.clone(), path.is_dir());
-        listed.push(Probe { what, place, proof, wish, directory, read_only });
         probes.push(probe);
-        anyhow::Ok(())
+        listed.push(Probe { what, place, proof: proof.clone(), wish, directory, read_only });
+        anyhow::Ok(proof)
     };
     let (root, fixed) = (bundle.rootfs()?, bundle.rootfs_read_only());
-    add("root file system".into(), Place::Rootfs, &root, wishes.rootfs, fixed)?;
+    let proof = add("root file system".into(), Place::Rootfs, &root, wishes.rootfs, fixed)?;
+    let layered = layers::look(&root, &proof)?;
     let mounts = bundle.bind_mounts();
     if let Some((place, _)) =
         wishes.volumes.iter().find(|(place, _)| mounts.iter().all(|m| m.destination != *place))
@@ -222,6 +227,7 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         kernel: host::kernel(),
         criu: host::criu().map_or(0, |c| c.1),
         probes: listed,
+        overlay: layered.over_there(&bundle.path, wishes.bundle.as_deref()),
         tmpfs,
         network: network.as_ref().map(|n| n.2.clone()),
         loopback,
@@ -237,7 +243,8 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         network,
         plan,
         probes,
-        copies: Vec::new(),
+        layered,
+        load: None,
         sizes: Vec::new(),
         forward: None,
     })

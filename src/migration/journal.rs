@@ -117,6 +117,9 @@ pub struct Record {
     /// What has been copied from here and is to be removed when it runs there (source only).
     #[serde(default)]
     pub remove: Vec<PathBuf>,
+    /// The overlay that is mounted of it (source only).
+    #[serde(default)]
+    pub unmount: Option<PathBuf>,
     /// The private directory with sockets and images.
     pub work: PathBuf,
     /// Process that works on it, and when that started.
@@ -370,6 +373,7 @@ pub(crate) mod tests {
             placing: Placing::default(),
             forward: None,
             remove: Vec::new(),
+            unmount: None,
             migration: migration.into(),
             container: "web".into(),
             role: Role::Source,

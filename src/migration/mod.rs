@@ -18,6 +18,7 @@ pub mod intake;
 pub mod journal;
 pub mod keeper;
 pub mod lanes;
+pub mod layers;
 pub mod mend;
 pub mod parcels;
 pub mod protocol;

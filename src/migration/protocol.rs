@@ -6,6 +6,8 @@
 //!   ◀───────────────────────────── Hello ──
 //!   ── Plan ──────────────────────────────▶  checks
 //!   ◀─────────────────── Accept | Refuse ──                              source, running
+//!   ── Layers ────────────────────────────▶  looks for them (only of an overlay that is copied)
+//!   ◀────────────────────────── Lacking ──
 //!   ── Trees ─────────────────────────────▶  checks (only where files are copied)
 //!   ◀───────────────────── Room | Refuse ──
 //!   ── Prepare ───────────────────────────▶  namespace behind a fence, runtime held at RESTORE
@@ -40,6 +42,8 @@ use serde_json::Value;
 
 use super::forward::carrier::Word;
 use super::forward::{Course, Plans};
+use crate::files::layers::Layer;
+use crate::files::overlay::Overlay;
 use crate::files::probe::Proof;
 use crate::files::tmpfs::{self, Tmpfs};
 use crate::files::walk::Size;
@@ -78,8 +82,19 @@ pub enum Message {
         /// What becomes of the address.
         course: Course,
     },
-    /// To the destination: what the trees that are to be copied hold, in that order. The source owns
-    /// the container.
+    /// To the destination: the layers of the overlay that is to be copied, in the plan's order. The
+    /// source owns the container.
+    Layers {
+        /// Each of them.
+        layers: Vec<Layer>,
+    },
+    /// To the source: those that are not there, by number. The source owns the container.
+    Lacking {
+        /// Rising.
+        layers: Vec<usize>,
+    },
+    /// To the destination: what the trees that are to be copied hold, first those of lacking layers,
+    /// in that order. The source owns the container.
     Trees {
         /// Each of them.
         sizes: Vec<Size>,
@@ -268,6 +283,10 @@ pub struct Plan {
     pub criu: u32,
     /// What must be the same on both hosts, and how that is proved.
     pub probes: Vec<Probe>,
+    /// The root file system, where it is an overlay that can go layer by layer: paths of the
+    /// destination.
+    #[serde(default)]
+    pub overlay: Option<Overlay>,
     /// The tmpfs mounts that Ferry carries, numbered in this order.
     pub tmpfs: Vec<Tmpfs>,
     /// The network as captured; none where the container has none of its own.
@@ -421,6 +440,7 @@ impl Plan {
             }
         }
         self.forward.validate()?;
+        self.overlay.iter().try_for_each(Overlay::validate)?;
         tmpfs::validate(&self.tmpfs)?;
         for network in self.network.iter().chain(&self.loopback) {
             network.validate()?;

@@ -13,7 +13,7 @@ use super::away::AwayMark;
 use super::journal::{Journal, Record, Role, State};
 use super::mend::{self, Noted};
 use super::protocol::{Standing, Verdict};
-use super::{forward::steps as forward, settle, workdir};
+use super::{forward::steps as forward, layers, settle, workdir};
 use crate::files::place;
 use crate::files::sockets::Spares;
 use crate::memory::serve::{GUARD_DONE, GUARD_QUIT};
@@ -239,6 +239,9 @@ pub fn source_lets_go(journal: &mut Journal, before_network: impl FnOnce()) -> R
         remove_network(&namespace, path, &mut trouble);
     }
     trouble.note("deleting the container", delete(&runtime, &record, record.init));
+    if let Some(place) = record.unmount.as_deref().filter(|_| trouble.is_empty()) {
+        trouble.note("unmounting its root file system", layers::unmount(place, &record.remove));
+    }
     // Whoever could not be ended, or has come in its place, may use it.
     for path in record.remove.iter().filter(|_| trouble.is_empty()).collect::<Vec<_>>() {
         trouble.note("removing what was copied", place::remove(path));

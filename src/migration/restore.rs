@@ -87,6 +87,8 @@ pub struct RestorePlan {
     pub container: String,
     /// The bundle's directory.
     pub bundle: PathBuf,
+    /// Where the root file system is mounted by the time of the restore, if not before.
+    pub root: Option<PathBuf>,
     /// Where the images are.
     pub images: PathBuf,
     /// Where CRIU's log and sockets are.
@@ -211,6 +213,11 @@ fn job(
     opts.set_ext_unix_sk(true);
     opts.set_log_level(2);
     opts.network_lock = Some(Criu_network_lock_method::SKIP.into());
+    if let Some(root) = &plan.root {
+        // The runtime has bound elsewhere what stood in for it.
+        let root = root.to_str().ok_or_else(|| anyhow!("a root file system that is not UTF-8"))?;
+        opts.set_root(root.to_owned());
+    }
     for (place, here) in &plan.tmpfs {
         let here = here.to_str().ok_or_else(|| anyhow!("a work directory that is not UTF-8"))?;
         opts.ext_mnt.push(external_mount(place, here));

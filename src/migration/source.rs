@@ -111,6 +111,18 @@ pub fn migrate(
     }
 }
 
+/// What of the container's files is of no use here when it runs there. Layers may be others', too.
+fn removable(subject: &Subject) -> Vec<PathBuf> {
+    let load = subject.load.iter();
+    let mut list: Vec<PathBuf> = load.flat_map(|l| &l.roots[l.layers..]).cloned().collect();
+    if let Some(upper) = subject.layered.overlay().and_then(|o| o.upper.as_ref())
+        && list.contains(&upper.path)
+    {
+        list.push(upper.work.clone());
+    }
+    list
+}
+
 /// The migration has begun: there is a journal, and perhaps more to undo.
 struct Begun {
     subject: Subject,
@@ -166,7 +178,8 @@ impl Begun {
             leave_mark: options.leave_mark,
             placing: Placing::default(),
             forward: subject.forward.clone(),
-            remove: if options.remove_files { subject.copies.clone() } else { Vec::new() },
+            remove: if options.remove_files { removable(&subject) } else { Vec::new() },
+            unmount: subject.load.as_ref().and_then(|l| Some(l.merged.as_ref()?.0.clone())),
             work: work.path().to_owned(),
             worker: journal::this_process(),
             begun: journal::unix_time(),
@@ -261,9 +274,7 @@ impl Begun {
 
     /// Where files are copied: until little is left to copy, and what there is has its place.
     fn copy_files(&mut self, reporter: &mut Reporter) -> Result<()> {
-        if self.subject.copies.is_empty() {
-            return Ok(());
-        }
+        let Some(load) = self.subject.load.clone() else { return Ok(()) };
         let tell = self.inputs.tell.clone();
         let told = move |event| {
             // The hand-over may have ended already.
@@ -271,9 +282,10 @@ impl Begun {
         };
         self.inputs.until(FILES_LIMIT);
         self.obey_limit();
-        let (roots, cgroup) = (self.subject.copies.clone(), &self.subject.cgroup);
-        let listen = self.memory_wishes.tracking != Tracking::Hash;
-        self.haul = Some(Haul::start(roots, listen, cgroup, &self.speaker, told)?);
+        // What is written through an overlay, the kernel does not tell of the file system below.
+        let listen = self.memory_wishes.tracking != Tracking::Hash && load.merged.is_none();
+        let cgroup = &self.subject.cgroup;
+        self.haul = Some(Haul::start(&load, listen, cgroup, &self.speaker, told)?);
         while !matches!(self.next(reporter)?, Input::Files(HaulEvent::Settled)) {}
         reporter.files_settled();
         fault::point("source.copied")?;

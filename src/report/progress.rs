@@ -76,6 +76,15 @@ pub struct FilesRound {
     pub ms: f64,
 }
 
+/// The layers of an overlay.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Layers {
+    /// So many were on the other host.
+    pub there: usize,
+    /// So many were not.
+    pub copied: usize,
+}
+
 /// The whole story.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
@@ -100,6 +109,9 @@ pub struct Report {
     pub wire_bytes: u64,
     /// Frames that came in during the freeze and were sent along.
     pub packets: u64,
+    /// The layers of its root file system, where that is an overlay and was copied.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers: Option<Layers>,
     /// Files, round by round, where they were copied.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<FilesRound>,
