@@ -18,6 +18,8 @@ mod files;
 mod memory;
 #[path = "migrate/moves.rs"]
 mod moves;
+#[path = "migrate/networks.rs"]
+mod networks;
 #[path = "migrate/refusals.rs"]
 mod refusals;
 #[path = "migrate/streams.rs"]
@@ -30,6 +32,7 @@ fn main() -> ExitCode {
     trials.extend(moves::trials());
     trials.extend(memory::trials());
     trials.extend(files::trials());
+    trials.extend(networks::trials());
     trials.extend(streams::trials());
     trials.extend(refusals::trials());
     trials.extend(faults::trials());

@@ -8,8 +8,9 @@ use anyhow::{Result, anyhow};
 
 use super::protocol::Plan;
 use super::{keeper, recover};
-use crate::network::fence::Armed;
-use crate::network::{self, Announcer, Frame, Placement, Recreated, Replay, fence};
+use crate::network::{
+    self, Announcer, Frame, Gate, HostSide, Lead, Placement, Recreated, Replay, Uplinks, fence,
+};
 use crate::sys::netns::NetNs;
 
 /// Bytes of packets kept until the container can take them. Beyond it the senders' timers have to
@@ -31,6 +32,10 @@ struct Net {
     made: Recreated,
     replay: Replay,
     announcer: Announcer,
+    /// Where the host routes to the container: the routes, until the gate has them, and the
+    /// segments that have to hear of it.
+    lead: Option<Lead>,
+    uplinks: Option<Uplinks>,
 }
 
 impl Arrival {
@@ -40,16 +45,22 @@ impl Arrival {
     /// # Errors
     /// When it cannot be made as it was.
     pub fn make(&mut self, plan: &Plan, work: &Path) -> Result<()> {
-        let (Some(image), Some(path)) = (&plan.network, &plan.network_path) else {
+        let (Some(image), Some(path)) = (&plan.network, plan.network_place()) else {
             return Ok(());
         };
+        let host = NetNs::current()?;
         let placement: Placement = plan.placement.parse().map_err(|e| anyhow!("{e}"))?;
-        let made = network::recreate(image, &placement, path, &NetNs::current()?)?;
+        let made = network::recreate(image, &placement, &path, &host)?;
         let (device, inode) = made.namespace().identity()?;
         fs::write(work.join(recover::NETWORK), format!("{device} {inode}"))?;
         let replay = Replay::prepare(made.namespace(), image)?;
         let announcer = Announcer::prepare(made.namespace(), image)?;
-        self.net = Some(Net { made, replay, announcer });
+        if let Some(side) = HostSide::new(image, &plan.migration) {
+            recover::note_host_side(work, &side)?;
+        }
+        let lead = Lead::prepare(made.namespace(), image, &host)?;
+        let uplinks = Uplinks::prepare(image, &host)?;
+        self.net = Some(Net { made, replay, announcer, lead, uplinks });
         Ok(())
     }
 
@@ -82,9 +93,10 @@ impl Arrival {
         }
     }
 
-    /// The closed fence, for whoever opens it.
-    pub fn gate(&mut self) -> Option<Armed> {
-        self.net.as_mut()?.made.take_fence()
+    /// The closed gate, for whoever opens it.
+    pub fn gate(&mut self) -> Option<Gate> {
+        let net = self.net.as_mut()?;
+        Some(Gate { fence: net.made.take_fence()?, lead: net.lead.take() })
     }
 
     /// The fence should be open: tells everybody that the container is here.
@@ -101,6 +113,7 @@ impl Arrival {
     pub fn announce(&self) {
         if let Some(net) = &self.net {
             let _ = net.announcer.announce();
+            let _ = net.uplinks.as_ref().map(Uplinks::announce);
         }
     }
 

@@ -66,10 +66,10 @@ fn problems(plan: &Plan, runtime: &Runtime, copies: &mut Vec<usize>) -> Vec<Prob
     *copies = bundle(plan, &mut found);
     tracing::debug!("{} MiB of memory will be taken in at most", staging_bytes(plan) >> 20);
     room(plan, &mut found);
-    if let (Some(image), Some(path)) = (&plan.network, &plan.network_path) {
+    if let (Some(image), Some(path)) = (&plan.network, plan.network_place()) {
         match plan.placement.parse::<Placement>() {
             Ok(placement) => match NetNs::current() {
-                Ok(host) => found.extend(network::preflight(image, &placement, path, &host)),
+                Ok(host) => found.extend(network::preflight(image, &placement, &path, &host)),
                 Err(e) => found.push(Problem::new("cannot look at this host's network", e)),
             },
             Err(e) => found.push(Problem::new("the wish for the network is not understood", e)),

@@ -17,7 +17,7 @@ use super::{settle, workdir};
 use crate::files::place;
 use crate::files::sockets::Spares;
 use crate::memory::serve::{GUARD_DONE, GUARD_QUIT};
-use crate::network::{self, fence};
+use crate::network::{self, HostSide, fence};
 use crate::oci::runtime::Runtime;
 use crate::sys::netns::NetNs;
 use crate::sys::process;
@@ -82,9 +82,14 @@ pub fn source_runs_on(journal: &mut Journal) -> Result<()> {
         trouble.note("giving sockets their names back", spares.give_back(&root));
     }
     lift_fence(&record, &mut trouble);
+    let side = host_side(&record);
+    if let Some((side, host)) = &side {
+        trouble.note("letting this host answer again", side.restore(host));
+    }
     if journal.state() == State::Committed {
         // The destination may have told everybody that the address is there.
         take_address_back(&record);
+        let _ = side.map(|(side, host)| side.announce(&host));
     }
     if let Some(cgroup) = cgroup {
         let work = record.work.join("work");
@@ -201,6 +206,20 @@ fn take_address_back(record: &Record) {
         .and_then(|image| Ok(network::announce(&namespace, &image)?));
 }
 
+/// Notes what the host itself does for the container, before that is changed.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn note_host_side(work: &Path, side: &HostSide) -> Result<()> {
+    Ok(fs::write(work.join(HOST_SIDE), serde_json::to_vec(side)?)?)
+}
+
+/// What [`note_host_side`] has noted, and this host.
+fn host_side(record: &Record) -> Option<(HostSide, NetNs)> {
+    let text = fs::read(record.work.join(HOST_SIDE)).ok()?;
+    Some((serde_json::from_slice(&text).ok()?, NetNs::current().ok()?))
+}
+
 /// Takes the fence away, where there is a namespace to have one.
 fn lift_fence(record: &Record, trouble: &mut Trouble) {
     if let Some((namespace, _)) = own_network(record) {
@@ -222,13 +241,18 @@ pub fn source_lets_go(journal: &mut Journal, before_network: impl FnOnce()) -> R
     if let Some((spares, root)) = spares(&record) {
         trouble.note("removing spare names of sockets", spares.remove(&root));
     }
+    // One without a name can only be found as long as they are there.
+    let network = own_network(&record);
     if let Some(cgroup) = record.cgroup.as_ref().filter(|_| same) {
         trouble.note("ending the frozen tasks", cgroup.kill(KILL_TIMEOUT));
     }
     before_network();
-    if let Some((namespace, path)) = own_network(&record) {
+    if let Some((namespace, path)) = network {
         // The fence is closed and goes with the namespace: no kernel answers for the container.
         remove_network(&namespace, path, &mut trouble);
+    }
+    if let Some((side, host)) = host_side(&record) {
+        trouble.note("letting go of the address", side.clear(&host));
     }
     trouble.note("deleting the container", delete(&runtime, &record, record.init));
     // Whoever could not be ended, or has come in its place, may use it.
@@ -268,6 +292,9 @@ pub fn destination_discards(journal: &mut Journal) -> Result<()> {
         }
         None => {}
     }
+    if let Some((side, host)) = host_side(&record) {
+        trouble.note("letting go of the address", side.clear(&host));
+    }
     // Nobody uses it any more.
     runtime.clear_restore(&record.container);
     trouble.note("removing what was copied", record.placing.undo());
@@ -288,6 +315,8 @@ fn restored_init(record: &Record) -> Option<(i32, u64)> {
 pub const INIT: &str = "init";
 /// In the work directory of a source: see [`Spares`].
 const SOCKETS: &str = "sockets";
+/// See [`HostSide`].
+const HOST_SIDE: &str = "host-side";
 /// See [`INIT`].
 pub const NETWORK: &str = "network";
 /// CRIU's number, in its own work directory.
@@ -339,6 +368,9 @@ fn wait_for_criu(work: &Path) {
 pub fn destination_keeps(journal: &mut Journal) -> Result<()> {
     let mut trouble = Trouble::default();
     let record = journal.record.clone();
+    if let (Some((side, host)), Some((namespace, _))) = (host_side(&record), own_network(&record)) {
+        trouble.note("leading the address here", side.lead_here(&namespace, &host));
+    }
     lift_fence(&record, &mut trouble);
     workdir::remove(&record.work);
     let runtime = runtime(&record);

@@ -39,7 +39,8 @@ use crate::files::place::Placing;
 use crate::files::{tmpfs, tree};
 use crate::memory::pages;
 use crate::memory::rounds::Tracking;
-use crate::network::{Capture, fence};
+use crate::network::host_side::Silence;
+use crate::network::{Capture, HostSide, fence};
 use crate::oci::runtime::Runtime;
 use crate::report::exit::Failed;
 use crate::report::progress::Reporter;
@@ -107,6 +108,8 @@ struct Begun {
     work: WorkDir,
     guard: SourceGuard,
     dump: Option<DumpJob>,
+    /// Keeps this host from answering for the container, from the commit on.
+    silence: Option<Silence>,
     memory: Option<Memory>,
     haul: Option<Haul>,
     memory_wishes: carry::Wishes,
@@ -145,7 +148,7 @@ impl Begun {
             systemd_cgroup: options.wishes.systemd_cgroup,
             cgroup: Some(subject.cgroup.clone()),
             init: process::start_time(subject.state.pid).map(|t| (subject.state.pid, t)),
-            network_path: plan.network_path.clone(),
+            network_path: subject.network.as_ref().map(|n| n.1.clone()),
             network_identity: subject.network.as_ref().and_then(|n| n.0.identity().ok()),
             network_ours: true,
             leave_mark: options.leave_mark,
@@ -173,6 +176,7 @@ impl Begun {
             work,
             guard,
             dump: None,
+            silence: None,
             memory: None,
             haul: None,
             memory_wishes: options.memory,
@@ -291,6 +295,11 @@ impl Begun {
                 Some(Box::new((fence::arm(namespace)?, Capture::prepare(namespace, image)?)))
             }
         };
+        let side = self.subject.plan.network.as_ref();
+        if let Some(side) = side.and_then(|i| HostSide::new(i, &self.subject.plan.migration)) {
+            recover::note_host_side(self.work.path(), &side)?;
+            self.silence = Some(side.arm(&NetNs::current()?)?);
+        }
         let plan = DumpPlan {
             runtime: self.runtime.clone(),
             container: self.subject.plan.container.clone(),
@@ -655,6 +664,9 @@ impl Committed {
 
     /// Whether the destination has said that it runs.
     fn hand_on(begun: &mut Begun, reporter: &mut Reporter) -> bool {
+        if let Some(Err(e)) = begun.silence.as_mut().map(Silence::begin) {
+            reporter.warning(&format!("{e}"));
+        }
         if begun.speaker.say(&Message::Commit).is_err() {
             return false;
         }

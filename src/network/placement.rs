@@ -13,6 +13,7 @@ use super::announce::{ArpForm, arp_frame};
 use super::capture::address;
 use super::image::{Kind, Link, Mac, NetworkImage, ifname};
 use super::problem::{Problem, Trying};
+use super::routed;
 use super::rtnl::{LinkInfo, Rtnl};
 use crate::sys::netns::NetNs;
 use crate::sys::packet::PacketSocket;
@@ -69,13 +70,19 @@ impl fmt::Display for Placement {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Hook {
     Bridge(String),
-    Macvlan { parent: String, mode: u32 },
+    Macvlan {
+        parent: String,
+        mode: u32,
+    },
+    /// The host itself.
+    Routed,
 }
 
 impl Hook {
     pub(super) fn name(&self) -> &str {
         match self {
             Self::Bridge(name) | Self::Macvlan { parent: name, .. } => name,
+            Self::Routed => "",
         }
     }
 }
@@ -91,7 +98,8 @@ impl Placement {
             (Self::Macvlan(parent), Kind::Macvlan { mode, .. }) => {
                 Some(Hook::Macvlan { parent: parent.clone(), mode: *mode })
             }
-            (Self::Macvlan(parent), Kind::Veth { .. }) => {
+            (Self::Auto, Kind::Routed { .. }) => Some(Hook::Routed),
+            (Self::Macvlan(parent), Kind::Veth { .. } | Kind::Routed { .. }) => {
                 Some(Hook::Macvlan { parent: parent.clone(), mode: MODE_BRIDGE })
             }
             (Self::Auto, Kind::Macvlan { parent, mode }) => {
@@ -140,6 +148,10 @@ pub fn preflight(
             );
         }
         let Some(hook) = placement.hook(link) else { continue };
+        if let (Hook::Routed, Kind::Routed { end }) = (&hook, &link.kind) {
+            problems.extend(routed::problems(link, end, host));
+            continue;
+        }
         match fits(link, &hook, &links) {
             Ok(on) => problems.extend(asked(link, on, host)),
             Err(problem) => problems.push(problem),
@@ -195,7 +207,7 @@ pub(super) fn fits<'a>(
     let Some(on) = host.iter().find(|l| l.name == hook.name()) else {
         let (kind, option) = match hook {
             Hook::Bridge(_) => ("bridge", "bridge=BR"),
-            Hook::Macvlan { .. } => ("interface", "macvlan=IF"),
+            Hook::Macvlan { .. } | Hook::Routed => ("interface", "macvlan=IF"),
         };
         return Err(Problem::new(what, format!("this host has no {kind} {}", hook.name()))
             .hint(format!("say where to attach the container with --network {option}")));
@@ -209,7 +221,7 @@ pub(super) fn fits<'a>(
             return Err(Problem::new(what, format!("{} is not a bridge", on.name))
                 .hint(format!("--network macvlan={} attaches the container to it", on.name)));
         }
-        Hook::Bridge(_) => {}
+        Hook::Bridge(_) | Hook::Routed => {}
         Hook::Macvlan { .. } if on.master.is_some() => {
             return Err(Problem::new(what, format!("{} is a port of a bridge or bond", on.name))
                 .hint("attach the container to the bridge with --network bridge=BR"));

@@ -23,9 +23,14 @@ const LIMIT: Duration = Duration::from_secs(60);
 impl Probe {
     /// Connects from the host `client` to a container with an address.
     pub fn start(lab: &Lab, container: &Container, connections: usize) -> Outcome<Probe> {
-        let (to, count) = (container.server(lab), connections.to_string());
+        Probe::to(lab, &container.server(lab), connections)
+    }
+
+    /// Connects from the host `client` to an address and port.
+    pub fn to(lab: &Lab, to: &str, connections: usize) -> Outcome<Probe> {
+        let count = connections.to_string();
         let program = "/srv/shared/bin/ferry-probe";
-        let arguments = [program, "--to", &to, "--connections", &count, "--every", "2ms"];
+        let arguments = [program, "--to", to, "--connections", &count, "--every", "2ms"];
         Probe::launch(&lab.host("client"), &arguments)
     }
 
