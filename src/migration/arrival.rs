@@ -6,8 +6,10 @@ use std::path::Path;
 
 use anyhow::{Result, anyhow};
 
+use super::hooks::Hooks;
 use super::protocol::Plan;
 use super::{keeper, recover};
+use crate::network::hook::{About, Hook};
 use crate::network::{
     self, Announcer, Frame, Gate, HostSide, Lead, Placement, Recreated, Replay, Uplinks, fence,
 };
@@ -21,6 +23,7 @@ const MAX_PACKETS: usize = 32 << 20;
 #[derive(Debug, Default)]
 pub struct Arrival {
     net: Option<Net>,
+    hooks: Option<Hooks>,
     packets: Vec<Frame>,
     bytes: usize,
     /// Packets given to the container so far.
@@ -50,6 +53,17 @@ impl Arrival {
         };
         let host = NetNs::current()?;
         let placement: Placement = plan.placement.parse().map_err(|e| anyhow!("{e}"))?;
+        if let Placement::Hook(program) = &placement {
+            let about = About {
+                role: "destination",
+                migration: &plan.migration,
+                container: &plan.container,
+                peer: &plan.source,
+                netns: &path,
+            };
+            let hook = Hook::new(program, about, image);
+            self.hooks = Some(Hooks::prepare(hook, work)?);
+        }
         let made = network::recreate(image, &placement, &path, &host)?;
         let (device, inode) = made.namespace().identity()?;
         fs::write(work.join(recover::NETWORK), format!("{device} {inode}"))?;
@@ -107,6 +121,9 @@ impl Arrival {
             let _ = fence::remove(net.made.namespace());
         }
         self.announce();
+        if let Some(hooks) = &mut self.hooks {
+            hooks.switch();
+        }
     }
 
     /// Tells the neighbours where the container is now.
@@ -118,7 +135,10 @@ impl Arrival {
     }
 
     /// It belongs to the container from now on.
-    pub fn settle(self) {
+    pub fn settle(mut self) {
+        if let Some(e) = self.hooks.take().and_then(Hooks::switched) {
+            tracing::error!("{e}");
+        }
         let Some(mut net) = self.net else { return };
         drop(net.replay);
         // It has been open since the commit; taking it down takes milliseconds, so only now.

@@ -14,7 +14,7 @@ use crate::files::{probe, tmpfs};
 use crate::memory::pages;
 use crate::network::image::Kind;
 use crate::network::problem::Problem;
-use crate::network::{self, NetworkImage};
+use crate::network::{self, NetworkImage, Placement};
 use crate::oci::bundle::Bundle;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::{Runtime, State};
@@ -147,6 +147,9 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
     let mut probes = Vec::new();
     let streams = streams(state.pid, &bundle, wishes, &mut probes)?;
     let (network, loopback) = network(&bundle, state.pid)?;
+    if let Ok(Placement::Hook(program)) = wishes.placement.parse() {
+        network::hook::usable(&program)?;
+    }
     let destination = wishes.bundle.clone().unwrap_or_else(|| state.bundle.clone());
     let mut listed = Vec::new();
     let mut add = |what: String, place: Place, path: &Path, wish: How, read_only: bool| {

@@ -10,6 +10,7 @@ pub mod destination;
 pub mod dump;
 pub mod guards;
 pub mod haul;
+mod hooks;
 pub mod host;
 pub mod inspect;
 pub mod intake;

@@ -13,10 +13,11 @@ use super::away::AwayMark;
 use super::journal::{Journal, Record, Role, State};
 use super::mend::{self, Noted};
 use super::protocol::{Standing, Verdict};
-use super::{settle, workdir};
+use super::{hooks, settle, workdir};
 use crate::files::place;
 use crate::files::sockets::Spares;
 use crate::memory::serve::{GUARD_DONE, GUARD_QUIT};
+use crate::network::hook::Phase;
 use crate::network::{self, HostSide, fence};
 use crate::oci::runtime::Runtime;
 use crate::sys::netns::NetNs;
@@ -102,6 +103,8 @@ pub fn source_runs_on(journal: &mut Journal) -> Result<()> {
         }
     }
     trouble.note("lifting the away-mark", lift_mark(journal));
+    // Clients have been waiting: what may take its time comes last.
+    hooks::end(&record, Phase::Rollback);
     let undone = trouble.into_result();
     // What could not be undone stays open, for `ferry resolve` to try again.
     undone?;
@@ -254,6 +257,7 @@ pub fn source_lets_go(journal: &mut Journal, before_network: impl FnOnce()) -> R
     if let Some((side, host)) = host_side(&record) {
         trouble.note("letting go of the address", side.clear(&host));
     }
+    hooks::end(&record, Phase::Release);
     trouble.note("deleting the container", delete(&runtime, &record, record.init));
     // Whoever could not be ended, or has come in its place, may use it.
     for path in record.remove.iter().filter(|_| trouble.is_empty()).collect::<Vec<_>>() {
@@ -295,6 +299,7 @@ pub fn destination_discards(journal: &mut Journal) -> Result<()> {
     if let Some((side, host)) = host_side(&record) {
         trouble.note("letting go of the address", side.clear(&host));
     }
+    hooks::end(&record, Phase::Rollback);
     // Nobody uses it any more.
     runtime.clear_restore(&record.container);
     trouble.note("removing what was copied", record.placing.undo());
@@ -372,6 +377,7 @@ pub fn destination_keeps(journal: &mut Journal) -> Result<()> {
         trouble.note("leading the address here", side.lead_here(&namespace, &host));
     }
     lift_fence(&record, &mut trouble);
+    hooks::end(&record, Phase::Switch);
     workdir::remove(&record.work);
     let runtime = runtime(&record);
     runtime.clear_restore(&record.container);

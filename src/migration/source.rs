@@ -24,6 +24,7 @@ use super::carry::{self, Memory, MemoryEvent, Order};
 use super::dump::{DumpEvent, DumpJob, DumpPlan, Go};
 use super::guards::SourceGuard;
 use super::haul::{self, Haul, HaulEvent};
+use super::hooks::Hooks;
 use super::inspect::Subject;
 use super::journal::{self, Journal, Lock, Record, Role, State};
 use super::keeper::Keeper;
@@ -39,8 +40,9 @@ use crate::files::place::Placing;
 use crate::files::{tmpfs, tree};
 use crate::memory::pages;
 use crate::memory::rounds::Tracking;
+use crate::network::hook::About;
 use crate::network::host_side::Silence;
-use crate::network::{Capture, HostSide, fence};
+use crate::network::{Capture, Hook, HostSide, Placement, fence};
 use crate::oci::runtime::Runtime;
 use crate::report::exit::Failed;
 use crate::report::progress::Reporter;
@@ -110,6 +112,7 @@ struct Begun {
     dump: Option<DumpJob>,
     /// Keeps this host from answering for the container, from the commit on.
     silence: Option<Silence>,
+    hooks: Option<Hooks>,
     memory: Option<Memory>,
     haul: Option<Haul>,
     memory_wishes: carry::Wishes,
@@ -177,6 +180,7 @@ impl Begun {
             guard,
             dump: None,
             silence: None,
+            hooks: None,
             memory: None,
             haul: None,
             memory_wishes: options.memory,
@@ -208,6 +212,7 @@ impl Begun {
         self.open_lanes()?;
         // First, and alone: memory would only change while files go.
         self.copy_files(reporter)?;
+        self.prepare_hook()?;
         self.start_dump()?;
         let tell = self.inputs.tell.clone();
         let told = move |event| {
@@ -283,6 +288,25 @@ impl Begun {
             let tell = self.inputs.tell.clone();
             let told = move |echo| tell.send(Input::Lane(number, echo)).is_ok();
             self.lanes.push(Lane::open(&destination, migration, told)?);
+        }
+        Ok(())
+    }
+
+    /// Where the user has named a network hook.
+    fn prepare_hook(&mut self) -> Result<()> {
+        let placement = self.subject.plan.placement.parse();
+        if let (Ok(Placement::Hook(program)), Some((_, netns, image))) =
+            (placement, &self.subject.network)
+        {
+            let record = &self.journal.record;
+            let about = About {
+                role: "source",
+                migration: &record.migration,
+                container: &record.container,
+                peer: &record.peer,
+                netns,
+            };
+            self.hooks = Some(Hooks::prepare(Hook::new(&program, about, image), self.work.path())?);
         }
         Ok(())
     }
@@ -637,14 +661,19 @@ impl Committed {
             begun.closer.close();
         }
         let _ = fault::point("source.let-go");
-        let keeper = begun.keeper.take();
-        let mut packets = 0;
+        let (keeper, hooks) = (begun.keeper.take(), begun.hooks.take());
+        let (mut packets, mut trouble) = (0, None);
         let done = recover::source_lets_go(&mut begun.journal, || {
+            // Until packets are led elsewhere they come here, and are sent along.
+            trouble = hooks.and_then(Hooks::switched);
             if let Some(keeper) = keeper {
                 packets = keeper.stop();
             }
         });
         reporter.report.packets = packets;
+        if let Some(e) = trouble {
+            reporter.warning(&format!("{e}"));
+        }
         let _ = fault::point("source.finish");
         // The destination would find out by itself.
         let _ = begun.speaker.say(&Message::Finished);
@@ -669,6 +698,9 @@ impl Committed {
         }
         if begun.speaker.say(&Message::Commit).is_err() {
             return false;
+        }
+        if let Some(hooks) = &mut begun.hooks {
+            hooks.switch();
         }
         // Whoever has nothing left does not care.
         let _ = begun.tell_memory(Order::Serve);

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::announce::{ArpForm, arp_frame};
 use super::capture::address;
+use super::hook;
 use super::image::{Kind, Link, Mac, NetworkImage, ifname};
 use super::problem::{Problem, Trying};
 use super::routed;
@@ -36,6 +37,8 @@ pub enum Placement {
     Bridge(String),
     /// A macvlan over this interface.
     Macvlan(String),
+    /// As [`Placement::Auto`], and this program is called: see [`hook`].
+    Hook(PathBuf),
 }
 
 impl FromStr for Placement {
@@ -49,7 +52,10 @@ impl FromStr for Placement {
             ("none", _) => Ok(Self::None),
             (_, Some(("bridge", name))) => named(name).map(Self::Bridge),
             (_, Some(("macvlan", name))) => named(name).map(Self::Macvlan),
-            _ => Err(format!("{s:?} is none of auto, keep, none, bridge=BR, macvlan=IF")),
+            (_, Some(("hook", program))) => hook::command(program).map(Self::Hook),
+            _ => Err(format!(
+                "{s:?} is none of auto, keep, none, bridge=BR, macvlan=IF, hook=/PROGRAM"
+            )),
         }
     }
 }
@@ -62,6 +68,7 @@ impl fmt::Display for Placement {
             Self::None => f.write_str("none"),
             Self::Bridge(name) => write!(f, "bridge={name}"),
             Self::Macvlan(name) => write!(f, "macvlan={name}"),
+            Self::Hook(program) => write!(f, "hook={}", program.display()),
         }
     }
 }
@@ -94,15 +101,17 @@ impl Placement {
         match (self, &link.kind) {
             (_, Kind::Loopback) | (Self::None | Self::Keep, _) => None,
             (Self::Bridge(name), _) => Some(Hook::Bridge(name.clone())),
-            (Self::Auto, Kind::Veth { bridge, .. }) => Some(Hook::Bridge(bridge.clone())),
+            (Self::Auto | Self::Hook(_), Kind::Veth { bridge, .. }) => {
+                Some(Hook::Bridge(bridge.clone()))
+            }
             (Self::Macvlan(parent), Kind::Macvlan { mode, .. }) => {
                 Some(Hook::Macvlan { parent: parent.clone(), mode: *mode })
             }
-            (Self::Auto, Kind::Routed { .. }) => Some(Hook::Routed),
+            (Self::Auto | Self::Hook(_), Kind::Routed { .. }) => Some(Hook::Routed),
             (Self::Macvlan(parent), Kind::Veth { .. } | Kind::Routed { .. }) => {
                 Some(Hook::Macvlan { parent: parent.clone(), mode: MODE_BRIDGE })
             }
-            (Self::Auto, Kind::Macvlan { parent, mode }) => {
+            (Self::Auto | Self::Hook(_), Kind::Macvlan { parent, mode }) => {
                 Some(Hook::Macvlan { parent: parent.clone(), mode: *mode })
             }
         }
@@ -125,6 +134,9 @@ pub fn preflight(
     match placement {
         Placement::Keep => problems.extend(kept(image, netns_path).err()),
         _ => problems.extend(path_is_free(netns_path).err()),
+    }
+    if let Placement::Hook(program) = placement {
+        problems.extend(hook::usable(program).err());
     }
     let looked = Rtnl::open(host)
         .and_then(|mut s| Ok((s.links()?, s.addresses()?)))
@@ -334,10 +346,10 @@ mod tests {
 
     #[test]
     fn placements_are_read_and_written() {
-        for text in ["auto", "keep", "none", "bridge=br0", "macvlan=eth0"] {
+        for text in ["auto", "keep", "none", "bridge=br0", "macvlan=eth0", "hook=/h"] {
             assert_eq!(text.parse::<Placement>().map(|p| p.to_string()), Ok(text.to_owned()));
         }
-        for text in ["", "bridge", "bridge=", "bridge=a/b", "macvlan=..", "host"] {
+        for text in ["", "bridge", "bridge=", "bridge=a/b", "macvlan=..", "hook=h", "host"] {
             assert!(text.parse::<Placement>().is_err(), "{text}");
         }
     }

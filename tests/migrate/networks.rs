@@ -8,6 +8,7 @@ use crate::common::container::{ADDRESS, Container};
 use crate::common::facts::{exactly_one_copy, facts, pair};
 use crate::common::lab::{Host, Lab};
 use crate::common::probe::{Probe, verify_inside};
+use crate::common::process::write_script;
 use crate::common::suite::in_lab;
 use crate::common::wire::Wire;
 use crate::common::{Outcome, ensure};
@@ -23,6 +24,14 @@ pub fn trials() -> Vec<Trial> {
         in_lab("networks::unnamed_bridge_two_links", LIMIT, unnamed_bridge),
         in_lab("networks::routed", LIMIT, routed),
         in_lab("networks::routed_is_refused", LIMIT, routed_is_refused),
+        in_lab("networks::routed_after_failures", 2 * LIMIT, |lab| {
+            survives_failures(lab, &start_routed(lab)?)
+        }),
+        in_lab("networks::unnamed_after_failures", 2 * LIMIT, |lab| {
+            survives_failures(lab, &start_unnamed_macvlan(lab)?)
+        }),
+        in_lab("networks::hook_moves_a_route", LIMIT, hook_moves_a_route),
+        in_lab("networks::hook_refuses", LIMIT, hook_refuses),
     ]
 }
 
@@ -35,13 +44,16 @@ fn v6(lab: &Lab, last: u8) -> String {
 
 /// Both families under load while the container goes there and back.
 fn to_and_fro(lab: &Lab, container: &Container) -> Outcome {
+    to_and_fro_as(lab, container, [&lab.address(ADDRESS), &v6(lab, ADDRESS)], "auto")
+}
+
+fn to_and_fro_as(lab: &Lab, container: &Container, [ip, ip6]: [&str; 2], network: &str) -> Outcome {
     let (a, b) = pair(lab);
     let wire = Wire::watch(lab)?;
-    let mut probe = Probe::start(lab, container, CONNECTIONS)?;
-    let over_v6 = format!("[{}]:7000", v6(lab, ADDRESS));
-    let mut other = Probe::to(lab, &over_v6, CONNECTIONS)?;
+    let mut probe = Probe::to(lab, &format!("{ip}:7000"), CONNECTIONS)?;
+    let mut other = Probe::to(lab, &format!("[{ip6}]:7000"), CONNECTIONS)?;
     for (from, to) in [(&a, &b), (&b, &a), (&a, &b)] {
-        from.ferry(&["migrate", "box", to.name])?.exits(0)?;
+        from.ferry(&["migrate", "--network", network, "box", to.name])?.exits(0)?;
         probe.is_content()?;
         other.is_content()?;
         exactly_one_copy(container, to, from)?;
@@ -82,9 +94,9 @@ fn unnamed(lab: &Lab, script: &str) -> Outcome<Container> {
     Ok(container)
 }
 
-fn unnamed_macvlan(lab: &Lab) -> Outcome {
+fn start_unnamed_macvlan(lab: &Lab) -> Outcome<Container> {
     let (ip, ip6) = (lab.address(ADDRESS), v6(lab, ADDRESS));
-    let container = unnamed(
+    unnamed(
         lab,
         &format!(
             "ip link add link eth0 name box0 netns PID type macvlan mode bridge
@@ -94,7 +106,11 @@ fn unnamed_macvlan(lab: &Lab) -> Outcome {
                  ip addr add {ip6}/64 dev eth0 nodad
                  ip link set eth0 up'"
         ),
-    )?;
+    )
+}
+
+fn unnamed_macvlan(lab: &Lab) -> Outcome {
+    let container = start_unnamed_macvlan(lab)?;
     to_and_fro(lab, &container)?;
     // It has no more of a name than it had.
     let names = lab.host("b").sh("ls /run/netns 2>/dev/null || true")?;
@@ -175,15 +191,52 @@ fn routed_container() -> Container {
     Container::networked("counter").with(&["--arg", "--listen", "--arg", "[::]:7000"])
 }
 
-fn routed(lab: &Lab) -> Outcome {
+fn start_routed(lab: &Lab) -> Outcome<Container> {
     let (a, b) = pair(lab);
-    let (ip, ip6) = (lab.address(ADDRESS), v6(lab, ADDRESS));
     a.sh(ROUTER)?;
     b.sh(ROUTER)?;
-    a.sh(&make_routed(&ip, &ip6))?;
+    a.sh(&make_routed(&lab.address(ADDRESS), &v6(lab, ADDRESS)))?;
     let container = routed_container();
     container.make(&a)?;
     container.run_on(&a)?;
+    Ok(container)
+}
+
+/// Given up in the last moment, killed in the freeze, killed after the commit.
+fn survives_failures(lab: &Lab, container: &Container) -> Outcome {
+    let (a, b) = pair(lab);
+    let wire = Wire::watch(lab)?;
+    let mut probe = Probe::start(lab, container, CONNECTIONS)?;
+    let mut other = Probe::to(lab, &format!("[{}]:7000", v6(lab, ADDRESS)), CONNECTIONS)?;
+    for (fault, code) in
+        [("source.commit:error", 1), ("dump.dumped:kill", 137), ("source.committed:kill", 137)]
+    {
+        let said =
+            a.exec(&["env", &format!("FERRY_FAULT={fault}"), "ferry", "migrate", "box", "b"]);
+        said?.exits(code)?;
+        let (here, there) = match fault {
+            "source.committed:kill" => {
+                a.ferry(&["resolve", "box"])?.exits(0)?;
+                (&b, &a)
+            }
+            _ => (&a, &b),
+        };
+        let fine = exactly_one_copy(container, here, there)
+            .and_then(|()| probe.is_content())
+            .and_then(|()| other.is_content());
+        fine.map_err(|e| format!("after {fault}: {e}"))?;
+    }
+    b.ferry(&["migrate", "box", "a"])?.exits(0)?;
+    probe.is_content()?;
+    other.is_content()?;
+    exactly_one_copy(container, &a, &b)?;
+    wire.is_calm(2 * CONNECTIONS)
+}
+
+fn routed(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let (ip, ip6) = (lab.address(ADDRESS), v6(lab, ADDRESS));
+    let container = start_routed(lab)?;
     let outside = |host: &Host| {
         host.sh("ip route show dev cali0; ip -6 route show dev cali0; ip neigh show proxy
              ip -o addr show dev cali0 | cut -d' ' -f2-7; ip -6 neigh show proxy
@@ -219,4 +272,86 @@ fn routed_is_refused(lab: &Lab) -> Outcome {
     let said = a.ferry(&["migrate", "box", "b"])?.exits(3)?;
     ensure!(said.err.contains(&format!("has a route to {ip}/32 already")), "{said}");
     exactly_one_copy(&container, &a, &b)
+}
+
+const FAR: [&str; 2] = ["10.99.0.5", "fd99::5"];
+const HOOK: &str = "/srv/local/hook";
+
+/// As BGP would: tells the client, by way of ssh, which host is the way to the container.
+const SPEAKER: &str = r#"#!/bin/sh
+input=$(cat)
+echo "$input" >>/srv/local/hook.log
+case $input in
+    *'"phase":"switch"'*'"role":"destination"'*)
+        via=$(ip -o -4 addr show eth0 | awk '{ print $4; exit }')
+        via6=$(ip -o -6 addr show eth0 scope global | awk '{ print $4; exit }')
+        ssh client "ip route replace 10.99.0.5 via ${via%/*}; ip -6 route replace fd99::5 via ${via6%/*}"
+        ;;
+esac
+"#;
+
+/// The phases in which the hook of a host was called, in order.
+fn phases(host: &Host) -> Outcome<Vec<String>> {
+    let text = host.sh("cat /srv/local/hook.log; rm /srv/local/hook.log")?;
+    let calls = text.lines().map(|line| {
+        let call: serde_json::Value = serde_json::from_str(line).map_err(|e| e.to_string())?;
+        let link = &call["links"][0];
+        let told = call["version"] == 1
+            && call["container"] == "box"
+            && call["netns"] == "/run/netns/box"
+            && link["kind"] == "routed"
+            && link["addresses"].as_array().is_some_and(|a| a.len() >= 2);
+        ensure!(told, "it was told {call}");
+        Ok(format!("{} {}", call["role"], call["phase"]).replace('"', ""))
+    });
+    calls.collect()
+}
+
+/// A container behind routers, with a hook on both hosts.
+fn far_away(lab: &Lab) -> Outcome<Container> {
+    let (a, b) = pair(lab);
+    for host in [&a, &b] {
+        host.sh(ROUTER)?;
+        write_script(&host.path(HOOK)?, SPEAKER)?;
+    }
+    a.sh(&make_routed(FAR[0], FAR[1]))?;
+    let container = routed_container();
+    container.make(&a)?;
+    container.run_on(&a)?;
+    a.sh(&format!(
+        "echo '\"phase\":\"switch\" \"role\":\"destination\"' | {HOOK}; rm /srv/local/hook.log"
+    ))?;
+    Ok(container)
+}
+
+fn hook_moves_a_route(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = far_away(lab)?;
+    to_and_fro_as(lab, &container, FAR, &format!("hook={HOOK}"))?;
+    let source = ["source prepare", "source switch", "source release"];
+    let destination = ["destination prepare", "destination switch"];
+    let (here, there) = (phases(&a)?, phases(&b)?);
+    ensure!(here == [&source[..], &destination, &source].concat(), "on a: {here:?}");
+    ensure!(there == [&destination[..], &source, &destination].concat(), "on b: {there:?}");
+    Ok(())
+}
+
+fn hook_refuses(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = far_away(lab)?;
+    let wire = Wire::watch(lab)?;
+    let mut probe = Probe::to(lab, &format!("{}:7000", FAR[0]), CONNECTIONS)?;
+    let network = format!("hook={HOOK}");
+    let migrate = || a.ferry(&["migrate", "--network", &network, "box", "b"]);
+    b.sh(&format!("chmod o+w {HOOK}"))?;
+    let said = migrate()?.exits(3)?;
+    ensure!(said.err.contains("others than root may write to it"), "{said}");
+    b.sh(&format!("chmod o-w {HOOK}; echo 'echo no such network >&2; exit 3' >>{HOOK}"))?;
+    let said = migrate()?.exits(1)?;
+    ensure!(said.err.contains("no such network") && said.err.contains("(prepare)"), "{said}");
+    exactly_one_copy(&container, &a, &b)?;
+    probe.is_content()?;
+    let there = phases(&b)?;
+    ensure!(there == ["destination prepare", "destination rollback"], "on b: {there:?}");
+    wire.is_calm(CONNECTIONS)
 }
