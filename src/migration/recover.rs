@@ -223,6 +223,14 @@ fn host_side(record: &Record) -> Option<(HostSide, NetNs)> {
     Some((serde_json::from_slice(&text).ok()?, NetNs::current().ok()?))
 }
 
+/// The destination owns the container, or is about to be told so: this host answers for it no more.
+fn hush(record: &Record) -> Result<()> {
+    match host_side(record) {
+        Some((side, host)) => Ok(side.arm(&host)?.begin()?),
+        None => Ok(()),
+    }
+}
+
 /// Takes the fence away, where there is a namespace to have one.
 fn lift_fence(record: &Record, trouble: &mut Trouble) {
     if let Some((namespace, _)) = own_network(record) {
@@ -421,6 +429,7 @@ pub fn guard(journal: &Path) -> Result<()> {
     let held = journal.hold()?;
     let done = match (word, journal.record.role, journal.state()) {
         (None, Role::Source, State::Begun) => source_runs_on(&mut journal),
+        (None, Role::Source, State::Committed) => return hush(&journal.record),
         (Some(_), Role::Source, State::Aborted) => Ok(()),
         // Committed: the destination owns it; `ferry resolve` finishes here.
         _ => return Ok(()),
