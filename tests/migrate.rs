@@ -22,6 +22,8 @@ mod memory;
 mod moves;
 #[path = "migrate/overlay.rs"]
 mod overlay;
+#[path = "migrate/networks.rs"]
+mod networks;
 #[path = "migrate/refusals.rs"]
 mod refusals;
 #[path = "migrate/streams.rs"]
@@ -35,6 +37,7 @@ fn main() -> ExitCode {
     trials.extend(memory::trials());
     trials.extend(files::trials());
     trials.extend(overlay::trials());
+    trials.extend(networks::trials());
     trials.extend(streams::trials());
     trials.extend(forward::trials());
     trials.extend(refusals::trials());

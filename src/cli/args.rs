@@ -136,7 +136,8 @@ pub struct MigrateArgs {
     #[arg(long, value_name = "DIR")]
     pub bundle: Option<PathBuf>,
     /// How its network is made there: auto (as it is here), keep (the bundle's namespace is
-    /// there already), none, bridge=BRIDGE or macvlan=INTERFACE
+    /// there already), none, bridge=BRIDGE, macvlan=INTERFACE, or hook=/PROGRAM: as auto, and the
+    /// program, on both hosts, leads packets there (see README)
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = network)]
     pub network: Network,
     /// Where its address cannot move it stays, and its packets are forwarded to and fro: whenever it
@@ -507,6 +508,8 @@ pub enum Network {
     Bridge(String),
     /// A macvlan over this interface.
     Macvlan(String),
+    /// As on the source, with a program's help.
+    Hook(String),
 }
 
 fn network(text: &str) -> Result<Network, String> {
@@ -524,7 +527,8 @@ fn network(text: &str) -> Result<Network, String> {
         None if text == "none" => Ok(Network::None),
         Some(("bridge", name)) => interface(name).map(Network::Bridge),
         Some(("macvlan", name)) => interface(name).map(Network::Macvlan),
-        _ => Err("use auto, keep, none, bridge=BRIDGE or macvlan=INTERFACE".into()),
+        Some(("hook", program)) if program.starts_with('/') => Ok(Network::Hook(program.into())),
+        _ => Err("use auto, keep, none, bridge=BRIDGE, macvlan=INTERFACE or hook=/PROGRAM".into()),
     }
 }
 

@@ -65,6 +65,7 @@ fn placement(network: &Network) -> String {
         Network::None => "none".into(),
         Network::Bridge(name) => format!("bridge={name}"),
         Network::Macvlan(name) => format!("macvlan={name}"),
+        Network::Hook(program) => format!("hook={program}"),
     }
 }
 

@@ -7,10 +7,13 @@ use std::path::Path;
 use anyhow::{Result, anyhow};
 
 use super::forward::{Note, Part, steps};
+use super::hooks::Hooks;
 use super::protocol::Plan;
 use super::{keeper, recover};
-use crate::network::fence::Armed;
-use crate::network::{self, Announcer, Frame, Placement, Recreated, Replay, fence};
+use crate::network::hook::{About, Hook};
+use crate::network::{
+    self, Announcer, Frame, Gate, HostSide, Lead, Placement, Recreated, Replay, Uplinks, fence,
+};
 use crate::sys::netns::NetNs;
 
 /// Bytes of packets kept until the container can take them. Beyond it the senders' timers have to
@@ -21,6 +24,7 @@ const MAX_PACKETS: usize = 32 << 20;
 #[derive(Debug, Default)]
 pub struct Arrival {
     net: Option<Net>,
+    hooks: Option<Hooks>,
     packets: Vec<Frame>,
     bytes: usize,
     /// Packets given to the container so far.
@@ -34,6 +38,10 @@ struct Net {
     made: Recreated,
     replay: Replay,
     announcer: Announcer,
+    /// Where the host routes to the container: the routes, until the gate has them, and the
+    /// segments that have to hear of it.
+    lead: Option<Lead>,
+    uplinks: Option<Uplinks>,
 }
 
 impl Arrival {
@@ -43,14 +51,26 @@ impl Arrival {
     /// # Errors
     /// When it cannot be made as it was.
     pub fn make(&mut self, plan: &Plan, work: &Path, note: Option<&Note>) -> Result<()> {
-        let (Some(image), Some(path)) = (&plan.network, &plan.network_path) else {
+        let (Some(image), Some(path)) = (&plan.network, plan.network_place()) else {
             return Ok(());
         };
+        let host = NetNs::current()?;
         let placement: Placement = plan.placement.parse().map_err(|e| anyhow!("{e}"))?;
+        if let Placement::Hook(program) = &placement {
+            let about = About {
+                role: "destination",
+                migration: &plan.migration,
+                container: &plan.container,
+                peer: &plan.source,
+                netns: &path,
+            };
+            let hook = Hook::new(program, about, image);
+            self.hooks = Some(Hooks::prepare(hook, work)?);
+        }
         let mut made = match note {
-            None => network::recreate(image, &placement, path, &NetNs::current()?)?,
-            Some(Note { part: Part::ComesHome, id }) => steps::come_home(id, path, image)?,
-            Some(_) => network::recreate(image, &Placement::Forward, path, &NetNs::current()?)?,
+            None => network::recreate(image, &placement, &path, &host)?,
+            Some(Note { part: Part::ComesHome, id }) => steps::come_home(id, &path, image)?,
+            Some(_) => network::recreate(image, &Placement::Forward, &path, &host)?,
         };
         let (device, inode) = made.namespace().identity()?;
         fs::write(work.join(recover::NETWORK), format!("{device} {inode}"))?;
@@ -60,7 +80,12 @@ impl Arrival {
         self.note = note.cloned();
         let replay = Replay::prepare(made.namespace(), image)?;
         let announcer = Announcer::prepare(made.namespace(), image)?;
-        self.net = Some(Net { made, replay, announcer });
+        if let Some(side) = HostSide::new(image, &plan.migration) {
+            recover::note_host_side(work, &side)?;
+        }
+        let lead = Lead::prepare(made.namespace(), image, &host)?;
+        let uplinks = Uplinks::prepare(image, &host)?;
+        self.net = Some(Net { made, replay, announcer, lead, uplinks });
         Ok(())
     }
 
@@ -93,9 +118,10 @@ impl Arrival {
         }
     }
 
-    /// The closed fence, for whoever opens it.
-    pub fn gate(&mut self) -> Option<Armed> {
-        self.net.as_mut()?.made.take_fence()
+    /// The closed gate, for whoever opens it.
+    pub fn gate(&mut self) -> Option<Gate> {
+        let net = self.net.as_mut()?;
+        Some(Gate { fence: net.made.take_fence()?, lead: net.lead.take() })
     }
 
     /// The fence should be open: tells everybody that the container is here.
@@ -109,17 +135,24 @@ impl Arrival {
             steps::destination_opens(note);
         }
         self.announce();
+        if let Some(hooks) = &mut self.hooks {
+            hooks.switch();
+        }
     }
 
     /// Tells the neighbours where the container is now.
     pub fn announce(&self) {
         if let Some(net) = &self.net {
             let _ = net.announcer.announce();
+            let _ = net.uplinks.as_ref().map(Uplinks::announce);
         }
     }
 
     /// It belongs to the container from now on.
-    pub fn settle(self) {
+    pub fn settle(mut self) {
+        if let Some(e) = self.hooks.take().and_then(Hooks::switched) {
+            tracing::error!("{e}");
+        }
         let Some(mut net) = self.net else { return };
         drop(net.replay);
         // It has been open since the commit; taking it down takes milliseconds, so only now.

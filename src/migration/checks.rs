@@ -75,16 +75,26 @@ fn problems(
     *copies = bundle(plan, &mut found);
     tracing::debug!("{} MiB of memory will be taken in at most", staging_bytes(plan) >> 20);
     room(plan, &mut found);
-    if let (Some(image), Some(path)) = (&plan.network, &plan.network_path) {
+    if let (Some(image), Some(path)) = (&plan.network, plan.network_place()) {
         match plan.placement.parse::<Placement>() {
             Ok(placement) => match NetNs::current() {
                 Ok(host) => {
                     *course = forward::decide(plan, &placement, &host);
+                    let wanted = plan.forward.wish == forward::Wish::Always;
+                    if wanted && *course == Course::Moves {
+                        found.push(
+                            Problem::new(
+                                "the address cannot be forwarded",
+                                "that takes a namespace with a name, a macvlan or a veth on a bridge",
+                            )
+                            .hint("leave --forward away"),
+                        );
+                    }
                     let placement = match course {
                         Course::Moves => placement,
                         Course::Stays | Course::Home => Placement::Forward,
                     };
-                    found.extend(network::preflight(image, &placement, path, &host));
+                    found.extend(network::preflight(image, &placement, &path, &host));
                 }
                 Err(e) => found.push(Problem::new("cannot look at this host's network", e)),
             },

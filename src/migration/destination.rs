@@ -428,7 +428,7 @@ impl Guest {
             systemd_cgroup: plan.systemd_cgroup,
             cgroup: None,
             init: None,
-            network_path: plan.network_path.clone(),
+            network_path: plan.network_place(),
             network_identity: None,
             network_ours: plan.network.is_some() && plan.placement != "keep",
             leave_mark: false,

@@ -16,8 +16,9 @@ use super::{descriptors, host};
 use crate::files::walk::Size;
 use crate::files::{probe, tmpfs};
 use crate::memory::pages;
+use crate::network::image::Kind;
 use crate::network::problem::Problem;
-use crate::network::{self, NetworkImage};
+use crate::network::{self, NetworkImage, Placement};
 use crate::oci::bundle::Bundle;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::{Runtime, State};
@@ -160,6 +161,9 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
     let (network, loopback) = network(&bundle, state.pid)?;
     let away = network.as_ref().and_then(|n| forward::away_of(&n.0));
     let forward = Plans { wish: wishes.forward, from: away.map(|a| (a.id, a.home)) };
+    if let Ok(Placement::Hook(program)) = wishes.placement.parse() {
+        network::hook::usable(&program)?;
+    }
     let destination = wishes.bundle.clone().unwrap_or_else(|| state.bundle.clone());
     let mut listed = Vec::new();
     let mut add = |what: String, place: Place, path: &Path, wish: How, read_only: bool| {
@@ -231,7 +235,7 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         tmpfs,
         network: network.as_ref().map(|n| n.2.clone()),
         loopback,
-        network_path: network.as_ref().map(|n| n.1.clone()),
+        network_path: network.as_ref().and_then(|_| bundle.namespace("network").flatten()),
         placement: wishes.placement.clone(),
         forward,
     };
@@ -362,15 +366,19 @@ fn network(bundle: &Bundle, pid: i32) -> Result<(Network, Option<NetworkImage>)>
             let own = NetNs::of_pid(pid as u32)?;
             let path = PathBuf::from(format!("/proc/{pid}/ns/net"));
             let image = network::capture_at(&own, &NetNs::current()?, Some(&path))?;
-            if image.outward().next().is_some() {
+            if image.outward().next().is_none() {
+                return Ok((None, Some(image)));
+            }
+            // CRIU makes such a namespace anew, and empty, unless it is in one that is full.
+            if !image.links.iter().any(|l| l.kind == Kind::Loopback && l.up) {
                 return Err(Problem::new(
-                    "the container's network namespace has no name",
-                    "the runtime made it, and somebody put an interface into it",
+                    "the container's network namespace has no name, and its loopback is down",
+                    "CRIU cannot be started in it, and would make an empty one",
                 )
-                .hint(hint)
+                .hint(format!("`nsenter --net={} ip link set lo up`", path.display()))
                 .into());
             }
-            Ok((None, Some(image)))
+            Ok((Some((own, path, image)), None))
         }
         None => Err(Problem::new(
             "the container uses the host's network",

@@ -12,6 +12,7 @@ pub mod forecast;
 pub mod forward;
 pub mod guards;
 pub mod haul;
+mod hooks;
 pub mod host;
 pub mod inspect;
 pub mod intake;

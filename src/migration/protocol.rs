@@ -34,7 +34,7 @@
 //! over this link or a later one (`Settle`), or the operator's, decides.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -44,6 +44,7 @@ use super::forward::carrier::Word;
 use super::forward::{Course, Plans};
 use crate::files::layers::Layer;
 use crate::files::overlay::Overlay;
+use super::workdir;
 use crate::files::probe::Proof;
 use crate::files::tmpfs::{self, Tmpfs};
 use crate::files::walk::Size;
@@ -293,7 +294,7 @@ pub struct Plan {
     pub network: Option<NetworkImage>,
     /// The loopback device of a namespace without a name: runc has CRIU leave it out.
     pub loopback: Option<NetworkImage>,
-    /// The namespace's path.
+    /// The namespace's path, where it has one.
     pub network_path: Option<PathBuf>,
     /// `--network`, as on the command line.
     pub placement: String,
@@ -446,6 +447,14 @@ impl Plan {
             network.validate()?;
         }
         Ok(())
+    }
+
+    /// Where the destination makes the namespace: at the path that the container's configuration
+    /// names; one without a name gets one for as long as the migration takes.
+    pub fn network_place(&self) -> Option<PathBuf> {
+        self.network.as_ref()?;
+        let unnamed = || Path::new(workdir::BASE).join(&self.migration).join("netns");
+        Some(self.network_path.clone().unwrap_or_else(unnamed))
     }
 
     /// Whether CRIU runs in the container's network namespace, on both sides: what it writes on

@@ -13,11 +13,12 @@ use super::away::AwayMark;
 use super::journal::{Journal, Record, Role, State};
 use super::mend::{self, Noted};
 use super::protocol::{Standing, Verdict};
-use super::{forward::steps as forward, layers, settle, workdir};
+use super::{forward::steps as forward, hooks, layers, settle, workdir};
 use crate::files::place;
 use crate::files::sockets::Spares;
 use crate::memory::serve::{GUARD_DONE, GUARD_QUIT};
-use crate::network::{self, fence};
+use crate::network::hook::Phase;
+use crate::network::{self, HostSide, fence};
 use crate::oci::runtime::Runtime;
 use crate::sys::netns::{self, NetNs};
 use crate::sys::process;
@@ -83,9 +84,14 @@ pub fn source_runs_on(journal: &mut Journal) -> Result<()> {
         trouble.note("giving sockets their names back", spares.give_back(&root));
     }
     lift_fence(&record, &mut trouble);
+    let side = host_side(&record);
+    if let Some((side, host)) = &side {
+        trouble.note("letting this host answer again", side.restore(host));
+    }
     if journal.state() == State::Committed {
         // The destination may have told everybody that the address is there.
         take_address_back(&record);
+        let _ = side.map(|(side, host)| side.announce(&host));
     }
     if let Some(cgroup) = cgroup {
         let work = record.work.join("work");
@@ -98,6 +104,8 @@ pub fn source_runs_on(journal: &mut Journal) -> Result<()> {
         }
     }
     trouble.note("lifting the away-mark", lift_mark(journal));
+    // Clients have been waiting: what may take its time comes last.
+    hooks::end(&record, Phase::Rollback);
     let undone = trouble.into_result();
     // What could not be undone stays open, for `ferry resolve` to try again.
     undone?;
@@ -202,6 +210,28 @@ fn take_address_back(record: &Record) {
         .and_then(|image| Ok(network::announce(&namespace, &image)?));
 }
 
+/// Notes what the host itself does for the container, before that is changed.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn note_host_side(work: &Path, side: &HostSide) -> Result<()> {
+    Ok(fs::write(work.join(HOST_SIDE), serde_json::to_vec(side)?)?)
+}
+
+/// What [`note_host_side`] has noted, and this host.
+fn host_side(record: &Record) -> Option<(HostSide, NetNs)> {
+    let text = fs::read(record.work.join(HOST_SIDE)).ok()?;
+    Some((serde_json::from_slice(&text).ok()?, NetNs::current().ok()?))
+}
+
+/// The destination owns the container, or is about to be told so: this host answers for it no more.
+fn hush(record: &Record) -> Result<()> {
+    match host_side(record) {
+        Some((side, host)) => Ok(side.arm(&host)?.begin()?),
+        None => Ok(()),
+    }
+}
+
 /// Takes the fence away, where there is a namespace to have one.
 fn lift_fence(record: &Record, trouble: &mut Trouble) {
     if let Some((namespace, _)) = own_network(record) {
@@ -223,6 +253,8 @@ pub fn source_lets_go(journal: &mut Journal, before_network: impl FnOnce()) -> R
     if let Some((spares, root)) = spares(&record) {
         trouble.note("removing spare names of sockets", spares.remove(&root));
     }
+    // One without a name can only be found as long as they are there.
+    let network = own_network(&record);
     if let Some(cgroup) = record.cgroup.as_ref().filter(|_| same) {
         if record.forward.is_some() {
             mend::silence_sockets(cgroup);
@@ -234,10 +266,14 @@ pub fn source_lets_go(journal: &mut Journal, before_network: impl FnOnce()) -> R
     let kept = trouble.note("keeping the container's network", forward::source_gone(&record));
     if kept == Some(true) {
         // Behind its closed fence it goes on, for whoever forwards.
-    } else if let Some((namespace, path)) = own_network(&record) {
+    } else if let Some((namespace, path)) = network {
         // The fence is closed and goes with the namespace: no kernel answers for the container.
         remove_network(&namespace, path, &mut trouble);
     }
+    if let Some((side, host)) = host_side(&record) {
+        trouble.note("letting go of the address", side.clear(&host));
+    }
+    hooks::end(&record, Phase::Release);
     trouble.note("deleting the container", delete(&runtime, &record, record.init));
     if let Some(place) = record.unmount.as_deref().filter(|_| trouble.is_empty()) {
         trouble.note("unmounting its root file system", layers::unmount(place, &record.remove));
@@ -283,6 +319,10 @@ pub fn destination_discards(journal: &mut Journal) -> Result<()> {
         }
         None => {}
     }
+    if let Some((side, host)) = host_side(&record) {
+        trouble.note("letting go of the address", side.clear(&host));
+    }
+    hooks::end(&record, Phase::Rollback);
     // Nobody uses it any more.
     runtime.clear_restore(&record.container);
     trouble.note("removing what was copied", record.placing.undo());
@@ -303,6 +343,8 @@ fn restored_init(record: &Record) -> Option<(i32, u64)> {
 pub const INIT: &str = "init";
 /// In the work directory of a source: see [`Spares`].
 const SOCKETS: &str = "sockets";
+/// See [`HostSide`].
+const HOST_SIDE: &str = "host-side";
 /// See [`INIT`].
 pub const NETWORK: &str = "network";
 /// CRIU's number, in its own work directory.
@@ -354,10 +396,14 @@ fn wait_for_criu(work: &Path) {
 pub fn destination_keeps(journal: &mut Journal) -> Result<()> {
     let mut trouble = Trouble::default();
     let record = journal.record.clone();
+    if let (Some((side, host)), Some((namespace, _))) = (host_side(&record), own_network(&record)) {
+        trouble.note("leading the address here", side.lead_here(&namespace, &host));
+    }
     lift_fence(&record, &mut trouble);
     if let Some(note) = &record.forward {
         forward::destination_keeps(note);
     }
+    hooks::end(&record, Phase::Switch);
     workdir::remove(&record.work);
     let runtime = runtime(&record);
     runtime.clear_restore(&record.container);
@@ -401,6 +447,7 @@ pub fn guard(journal: &Path) -> Result<()> {
     let held = journal.hold()?;
     let done = match (word, journal.record.role, journal.state()) {
         (None, Role::Source, State::Begun) => source_runs_on(&mut journal),
+        (None, Role::Source, State::Committed) => return hush(&journal.record),
         (Some(_), Role::Source, State::Aborted) => Ok(()),
         // Committed: the destination owns it; `ferry resolve` finishes here.
         _ => return Ok(()),

@@ -31,8 +31,7 @@ use super::dump::external_mount;
 use super::recover;
 use super::workdir::criu_failed;
 use crate::criu::interposer::{Event, Interposer, Session};
-use crate::network::fence::Armed;
-use crate::network::{self, NetworkImage};
+use crate::network::{self, Gate, NetworkImage};
 use crate::oci::runtime::Runtime;
 use crate::sys::fault;
 use crate::sys::netns::NetNs;
@@ -101,8 +100,8 @@ pub struct RestorePlan {
     pub tmpfs: Vec<(String, PathBuf)>,
     /// Takes the terminal.
     pub console_socket: Option<PathBuf>,
-    /// The closed fence: opened when CRIU is released.
-    pub gate: Option<Armed>,
+    /// The closed gate: opened when CRIU is released.
+    pub gate: Option<Gate>,
     /// The interposer.
     pub interposer: Interposer,
 }
@@ -264,7 +263,7 @@ fn job(
                     if agreed {
                         // Here and at once: before CRIU wakes the sockets up, what they say first
                         // must find its way.
-                        let fence = gate.as_mut().map(Armed::open);
+                        let fence = gate.as_mut().map(Gate::open);
                         tell(RestoreEvent::Released(fence.is_none_or(|opened| opened.is_ok())));
                     }
                 }

@@ -24,6 +24,7 @@ use super::carry::{self, Memory, MemoryEvent, Order};
 use super::dump::{DumpEvent, DumpJob, DumpPlan, Go};
 use super::guards::SourceGuard;
 use super::haul::{self, Haul, HaulEvent};
+use super::hooks::Hooks;
 use super::inspect::Subject;
 use super::journal::{self, Journal, Lock, Record, Role, State};
 use super::keeper::Keeper;
@@ -39,7 +40,9 @@ use crate::files::place::Placing;
 use crate::files::{tmpfs, tree};
 use crate::memory::pages;
 use crate::memory::rounds::Tracking;
-use crate::network::{Capture, fence};
+use crate::network::hook::About;
+use crate::network::host_side::Silence;
+use crate::network::{Capture, Hook, HostSide, Placement, fence};
 use crate::oci::runtime::Runtime;
 use crate::report::exit::Failed;
 use crate::report::progress::Reporter;
@@ -134,6 +137,9 @@ struct Begun {
     work: WorkDir,
     guard: SourceGuard,
     dump: Option<DumpJob>,
+    /// Keeps this host from answering for the container, from the commit on.
+    silence: Option<Silence>,
+    hooks: Option<Hooks>,
     memory: Option<Memory>,
     haul: Option<Haul>,
     memory_wishes: carry::Wishes,
@@ -172,7 +178,7 @@ impl Begun {
             systemd_cgroup: options.wishes.systemd_cgroup,
             cgroup: Some(subject.cgroup.clone()),
             init: process::start_time(subject.state.pid).map(|t| (subject.state.pid, t)),
-            network_path: plan.network_path.clone(),
+            network_path: subject.network.as_ref().map(|n| n.1.clone()),
             network_identity: subject.network.as_ref().and_then(|n| n.0.identity().ok()),
             network_ours: true,
             leave_mark: options.leave_mark,
@@ -202,6 +208,8 @@ impl Begun {
             work,
             guard,
             dump: None,
+            silence: None,
+            hooks: None,
             memory: None,
             haul: None,
             memory_wishes: options.memory,
@@ -234,6 +242,7 @@ impl Begun {
         // First, and alone: memory would only change while files go.
         self.copy_files(reporter)?;
         let mut joined = !self.start_forwarding()?;
+        self.prepare_hook()?;
         self.start_dump()?;
         let tell = self.inputs.tell.clone();
         let told = move |event| {
@@ -329,6 +338,25 @@ impl Begun {
         Ok(())
     }
 
+    /// Where the user has named a network hook.
+    fn prepare_hook(&mut self) -> Result<()> {
+        let placement = self.subject.plan.placement.parse();
+        if let (Ok(Placement::Hook(program)), Some((_, netns, image))) =
+            (placement, &self.subject.network)
+        {
+            let record = &self.journal.record;
+            let about = About {
+                role: "source",
+                migration: &record.migration,
+                container: &record.container,
+                peer: &record.peer,
+                netns,
+            };
+            self.hooks = Some(Hooks::prepare(Hook::new(&program, about, image), self.work.path())?);
+        }
+        Ok(())
+    }
+
     fn start_dump(&mut self) -> Result<()> {
         let (criu, _) = host::criu()?;
         let network = match &self.subject.network {
@@ -337,6 +365,11 @@ impl Begun {
                 Some(Box::new((fence::arm(namespace)?, Capture::prepare(namespace, image)?)))
             }
         };
+        let side = self.subject.plan.network.as_ref();
+        if let Some(side) = side.and_then(|i| HostSide::new(i, &self.subject.plan.migration)) {
+            recover::note_host_side(self.work.path(), &side)?;
+            self.silence = Some(side.arm(&NetNs::current()?)?);
+        }
         let plan = DumpPlan {
             runtime: self.runtime.clone(),
             container: self.subject.plan.container.clone(),
@@ -674,14 +707,19 @@ impl Committed {
             begun.closer.close();
         }
         let _ = fault::point("source.let-go");
-        let keeper = begun.keeper.take();
-        let mut packets = 0;
+        let (keeper, hooks) = (begun.keeper.take(), begun.hooks.take());
+        let (mut packets, mut trouble) = (0, None);
         let done = recover::source_lets_go(&mut begun.journal, || {
+            // Until packets are led elsewhere they come here, and are sent along.
+            trouble = hooks.and_then(Hooks::switched);
             if let Some(keeper) = keeper {
                 packets = keeper.stop();
             }
         });
         reporter.report.packets = packets;
+        if let Some(e) = trouble {
+            reporter.warning(&format!("{e}"));
+        }
         let _ = fault::point("source.finish");
         // The destination would find out by itself.
         let _ = begun.speaker.say(&Message::Finished);
@@ -701,8 +739,14 @@ impl Committed {
 
     /// Whether the destination has said that it runs.
     fn hand_on(begun: &mut Begun, reporter: &mut Reporter) -> bool {
+        if let Some(Err(e)) = begun.silence.as_mut().map(Silence::begin) {
+            reporter.warning(&format!("{e}"));
+        }
         if begun.speaker.say(&Message::Commit).is_err() {
             return false;
+        }
+        if let Some(hooks) = &mut begun.hooks {
+            hooks.switch();
         }
         // Whoever has nothing left does not care.
         let _ = begun.tell_memory(Order::Serve);

@@ -41,8 +41,7 @@ impl Announcer {
             for address in &link.addresses {
                 match address.local {
                     IpAddr::V4(ip) => {
-                        frames.push((info.index, arp(mac, ip, ArpForm::Request)));
-                        frames.push((info.index, arp(mac, ip, ArpForm::Reply)));
+                        frames.extend(arp_both(mac, ip).map(|frame| (info.index, frame)));
                     }
                     IpAddr::V6(ip) => frames.push((info.index, advertisement(mac, ip))),
                 }
@@ -76,6 +75,11 @@ pub(super) enum ArpForm {
     Reply,
 }
 
+/// A gratuitous ARP in both forms.
+pub(super) fn arp_both(mac: Mac, ip: Ipv4Addr) -> [Vec<u8>; 2] {
+    [ArpForm::Request, ArpForm::Reply].map(|form| arp(mac, ip, form))
+}
+
 fn arp(mac: Mac, ip: Ipv4Addr, form: ArpForm) -> Vec<u8> {
     let target = match form {
         ArpForm::Request => [0; 6],
@@ -105,7 +109,8 @@ pub(super) fn arp_frame(
     frame
 }
 
-fn advertisement(mac: Mac, ip: Ipv6Addr) -> Vec<u8> {
+/// An unsolicited neighbour advertisement.
+pub(super) fn advertisement(mac: Mac, ip: Ipv6Addr) -> Vec<u8> {
     let all_nodes = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
     let mut message = vec![136, 0, 0, 0, 0x20, 0, 0, 0]; // override
     message.extend_from_slice(&ip.octets());

@@ -13,6 +13,7 @@ use super::image::{
 };
 use super::nft;
 use super::problem::{Problem, Trying};
+use super::routed;
 use super::rtnl::{self, AF_INET, AF_INET6, IFF_CARRIED, LinkInfo, Rtnl, ip_of};
 use super::sysctl;
 use crate::sys::netlink::{Message, Protocol, Socket};
@@ -192,17 +193,18 @@ fn read_sysctls(
 }
 
 /// The host's side of the container's links.
-struct Surroundings {
+struct Surroundings<'a> {
+    namespace: &'a NetNs,
     host: Vec<LinkInfo>,
     /// How the container's namespace calls the host's.
     id: Option<i32>,
 }
 
-impl Surroundings {
-    fn look(inside: &mut Rtnl, host: &NetNs) -> Result<Self, Problem> {
+impl<'a> Surroundings<'a> {
+    fn look(inside: &mut Rtnl, host: &'a NetNs) -> Result<Self, Problem> {
         let trying = || "cannot read the host's links".to_owned();
         let links = Rtnl::open(host).and_then(|mut s| s.links()).trying(trying)?;
-        Ok(Self { host: links, id: inside.id_of(host).trying(trying)? })
+        Ok(Self { namespace: host, host: links, id: inside.id_of(host).trying(trying)? })
     }
 
     fn by_index(&self, index: i32) -> Option<&LinkInfo> {
@@ -238,11 +240,22 @@ impl Surroundings {
                         host_mac: peer.mac.unwrap_or_default(),
                         bridge: bridge.name.clone(),
                     }),
-                    None => refuse(
-                        format!("its other end, {} on the host, is on no bridge", peer.name),
-                        "put it on a bridge (`ip link set … master …`), or attach the container \
-                         by macvlan",
+                    None if peer.master.is_some() => refuse(
+                        format!("its other end, {} on the host, is a port of no bridge", peer.name),
+                        "put it on a bridge, or let the host route to it",
                     ),
+                    None => match routed::capture_end(self.namespace, peer)? {
+                        Some(end) => Ok(Kind::Routed { end: Box::new(end) }),
+                        None => refuse(
+                            format!(
+                                "its other end, {} on the host, is on no bridge, and no route leads \
+                                 to it",
+                                peer.name
+                            ),
+                            "put it on a bridge (`ip link set … master …`), give the host a route \
+                             to it, or attach the container by macvlan",
+                        ),
+                    },
                 }
             }
             ("macvlan" | "veth", None) => refuse(
@@ -309,7 +322,10 @@ pub(super) fn routes(
 }
 
 /// From `struct rtmsg`.
-fn route(m: &Message, name_of: &dyn Fn(i32) -> Option<String>) -> Result<Option<Route>, Problem> {
+pub(super) fn route(
+    m: &Message,
+    name_of: &dyn Fn(i32) -> Option<String>,
+) -> Result<Option<Route>, Problem> {
     let &[family, prefix, src_len, tos, table, protocol, scope, kind, ..] = m.payload.as_slice()
     else {
         return Ok(None);

@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 use super::problem::Problem;
+use super::routed::HostEnd;
 
 /// Version of this format.
 pub const VERSION: u32 = 1;
@@ -81,7 +82,7 @@ pub struct Link {
     pub sysctls: Vec<LinkSysctl>,
 }
 
-/// Kinds of links that can be carried. Routed veth, host network and CNI will join them.
+/// Kinds of links that can be carried.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
@@ -102,6 +103,11 @@ pub enum Kind {
         host_mac: Mac,
         /// The bridge that the other end is a port of.
         bridge: String,
+    },
+    /// A cable to the host itself, which routes what comes for the container.
+    Routed {
+        /// The host's end.
+        end: Box<HostEnd>,
     },
 }
 
@@ -257,6 +263,14 @@ impl NetworkImage {
         self.links.iter().enumerate().filter(|(_, l)| l.kind != Kind::Loopback)
     }
 
+    /// Links that the host routes to, each with its other end.
+    pub fn routed(&self) -> impl Iterator<Item = (&Link, &HostEnd)> {
+        self.links.iter().filter_map(|link| match &link.kind {
+            Kind::Routed { end } => Some((link, &**end)),
+            _ => None,
+        })
+    }
+
     /// Refuses what no honest peer sends. To be called on everything that came over the wire.
     pub fn validate(&self) -> Result<(), Problem> {
         self.check().map_err(|why| {
@@ -326,8 +340,18 @@ impl Link {
                 ifname(host_ifname)?;
                 ifname(bridge)?;
             }
+            Kind::Routed { end } => {
+                end.check()?;
+                let other = end.as_link(&end.name, self.mtu);
+                other.check_values()?;
+            }
         }
-        if self.kind != Kind::Loopback {
+        self.check_values()
+    }
+
+    /// What it has, of whatever kind it is.
+    fn check_values(&self) -> Result<(), String> {
+        if self.name != "lo" {
             match self.mac {
                 Some(mac) if mac[0] & 1 == 0 && mac != [0; 6] => {}
                 mac => return Err(format!("{mac:?} is no hardware address of {}", self.name)),
@@ -364,7 +388,7 @@ impl Address {
 }
 
 impl Route {
-    fn check(&self) -> Result<(), String> {
+    pub(super) fn check(&self) -> Result<(), String> {
         let family = |a: IpAddr| match a.is_ipv6() == self.v6 {
             true => Ok(()),
             false => Err(format!("{a} in a route of the other family")),

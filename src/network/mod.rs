@@ -1,7 +1,8 @@
 //! The container's address: capture, fence, re-create, announce, replay.
 //!
-//! Done here: containers in a network namespace of their own, attached by macvlan or by a veth
-//! whose host end is on a bridge. In the order of a migration:
+//! Done here: containers in a network namespace of their own, attached by macvlan, by a veth whose
+//! host end is on a bridge, or by one that the host routes to ([`routed`], [`host_side`]). In the
+//! order of a migration:
 //!
 //! 1. [`capture()`] reads the source's namespace into a [`NetworkImage`]; [`preflight`] compares it
 //!    with the destination before anything is touched.
@@ -22,6 +23,9 @@ pub mod capture;
 pub mod fence;
 pub mod forward;
 pub mod frames;
+pub mod gate;
+pub mod hook;
+pub mod host_side;
 pub mod image;
 mod nft;
 pub mod placement;
@@ -29,6 +33,7 @@ pub mod problem;
 pub mod recreate;
 pub mod replay;
 mod restore;
+pub mod routed;
 mod rtnl;
 mod sysctl;
 pub mod usable;
@@ -36,8 +41,12 @@ pub mod usable;
 pub use announce::{Announcer, announce};
 pub use capture::{capture, capture_at, capture_forwarded};
 pub use frames::{Capture, Frame};
+pub use gate::Gate;
+pub use hook::Hook;
+pub use host_side::HostSide;
 pub use image::NetworkImage;
 pub use placement::{Placement, preflight};
 pub use problem::Problem;
 pub use recreate::{Recreated, come_home, dismantle, fill_loopback, recreate};
 pub use replay::Replay;
+pub use routed::{Lead, Uplinks};

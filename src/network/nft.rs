@@ -10,6 +10,8 @@ use crate::sys::netlink::{ACK, CREATE, Message, Prepared, Request, Result, Socke
 pub(super) const INET: u8 = 1;
 /// `NFPROTO_ARP`
 pub(super) const ARP: u8 = 3;
+/// `NFPROTO_IPV6`
+pub(super) const IPV6: u8 = 10;
 /// `NFPROTO_NETDEV`
 pub(super) const NETDEV: u8 = 5;
 
@@ -24,6 +26,8 @@ const GETCHAIN: u16 = 4;
 const NEWRULE: u16 = 6;
 const GETRULE: u16 = 7;
 const FIXED: usize = 4;
+/// `NLM_F_APPEND`
+const APPEND: u16 = 0x800;
 /// Before everything that others may have put there (netdev's filter priority is 0).
 const PRIORITY: i32 = -500;
 
@@ -114,31 +118,20 @@ impl Batch {
 
     /// Lets through what has this value of a `NFT_META_*` key.
     fn accept(&mut self, family: u8, table: &str, chain: &str, key: u32, value: u32) {
-        const REGISTER: u32 = 1;
-        const VERDICT: u32 = 0;
-        const ACCEPT: u32 = 1;
-        let mut request = message(NEWRULE, ACK | CREATE, family);
-        request.string(1, table).string(2, chain).nest(4, |expressions| {
-            let mut expression = |name: &str, fill: &dyn Fn(&mut Request)| {
-                expressions.nest(1, |e| {
-                    e.string(1, name).nest(2, fill);
+        let equal = Expression::Equal(value.to_ne_bytes().into());
+        let rule = [Expression::Meta(key), equal, Expression::Verdict(Policy::Accept)];
+        self.add_rule(family, table, chain, &rule);
+    }
+
+    /// A rule at the end of a chain.
+    pub fn add_rule(&mut self, family: u8, table: &str, chain: &str, rule: &[Expression]) {
+        let mut request = message(NEWRULE, ACK | CREATE | APPEND, family);
+        request.string(1, table).string(2, chain).nest(4, |list| {
+            for expression in rule {
+                list.nest(1, |e| {
+                    e.string(1, expression.name()).nest(2, |e| expression.fill(e));
                 });
-            };
-            expression("meta", &|e| {
-                e.be32(1, REGISTER).be32(2, key);
-            });
-            expression("cmp", &|e| {
-                e.be32(1, REGISTER).be32(2, 0).nest(3, |data| {
-                    data.attr(1, &value.to_ne_bytes());
-                });
-            });
-            expression("immediate", &|e| {
-                e.be32(1, VERDICT).nest(2, |data| {
-                    data.nest(2, |verdict| {
-                        verdict.be32(1, ACCEPT);
-                    });
-                });
-            });
+            }
         });
         self.0.push(request);
     }
@@ -147,6 +140,63 @@ impl Batch {
     pub fn prepare(mut self) -> Prepared {
         self.0.push(Request::new(BATCH_END, 0, &fixed(0, SUBSYSTEM)));
         Prepared::new(&self.0)
+    }
+}
+
+/// A step of a rule, nft(8); what is looked at goes through one register.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Expression {
+    /// `NFT_META_*`
+    Meta(u32),
+    /// Base (`NFT_PAYLOAD_*`), offset and length in bytes.
+    Payload(u32, u32, u32),
+    /// The rule goes on only if this was found.
+    Equal(Vec<u8>),
+    /// The end.
+    Verdict(Policy),
+}
+
+impl Expression {
+    pub const DROP: Self = Self::Verdict(Policy::Drop);
+    /// `NFT_META_L4PROTO`
+    pub const L4_PROTOCOL: Self = Self::Meta(16);
+
+    /// Of the network header, or of an ARP packet.
+    pub fn network(offset: u32, length: u32) -> Self {
+        Self::Payload(1, offset, length)
+    }
+
+    /// Of what follows the network header.
+    pub fn transport(offset: u32, length: u32) -> Self {
+        Self::Payload(2, offset, length)
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Meta(_) => "meta",
+            Self::Payload(..) => "payload",
+            Self::Equal(_) => "cmp",
+            Self::Verdict(_) => "immediate",
+        }
+    }
+
+    fn fill(&self, e: &mut Request) {
+        const REGISTER: u32 = 1;
+        const VERDICT: u32 = 0;
+        match self {
+            Self::Meta(key) => e.be32(1, REGISTER).be32(2, *key),
+            Self::Payload(base, offset, length) => {
+                e.be32(1, REGISTER).be32(2, *base).be32(3, *offset).be32(4, *length)
+            }
+            Self::Equal(value) => e.be32(1, REGISTER).be32(2, 0).nest(3, |data| {
+                data.attr(1, value);
+            }),
+            Self::Verdict(policy) => e.be32(1, VERDICT).nest(2, |data| {
+                data.nest(2, |verdict| {
+                    verdict.be32(1, *policy as u32);
+                });
+            }),
+        };
     }
 }
 

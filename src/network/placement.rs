@@ -3,7 +3,7 @@
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
@@ -11,8 +11,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::announce::{ArpForm, arp_frame};
 use super::capture::address;
+use super::hook;
 use super::image::{Kind, Link, Mac, NetworkImage, ifname};
 use super::problem::{Problem, Trying};
+use super::routed;
 use super::rtnl::{LinkInfo, Rtnl};
 use crate::sys::netns::NetNs;
 use crate::sys::packet::PacketSocket;
@@ -38,6 +40,8 @@ pub enum Placement {
     /// On TAP devices: frames go to and from the host that keeps the address. Nobody asks for this by
     /// name; see [`super::forward`].
     Forward,
+    /// As [`Placement::Auto`], and this program is called: see [`hook`].
+    Hook(PathBuf),
 }
 
 impl FromStr for Placement {
@@ -51,7 +55,10 @@ impl FromStr for Placement {
             ("none", _) => Ok(Self::None),
             (_, Some(("bridge", name))) => named(name).map(Self::Bridge),
             (_, Some(("macvlan", name))) => named(name).map(Self::Macvlan),
-            _ => Err(format!("{s:?} is none of auto, keep, none, bridge=BR, macvlan=IF")),
+            (_, Some(("hook", program))) => hook::command(program).map(Self::Hook),
+            _ => Err(format!(
+                "{s:?} is none of auto, keep, none, bridge=BR, macvlan=IF, hook=/PROGRAM"
+            )),
         }
     }
 }
@@ -65,6 +72,7 @@ impl fmt::Display for Placement {
             Self::Bridge(name) => write!(f, "bridge={name}"),
             Self::Macvlan(name) => write!(f, "macvlan={name}"),
             Self::Forward => f.write_str("forward"),
+            Self::Hook(program) => write!(f, "hook={}", program.display()),
         }
     }
 }
@@ -79,13 +87,15 @@ pub(super) enum Hook {
     },
     /// On nothing here.
     Tap,
+    /// The host itself.
+    Routed,
 }
 
 impl Hook {
     pub(super) fn name(&self) -> &str {
         match self {
             Self::Bridge(name) | Self::Macvlan { parent: name, .. } => name,
-            Self::Tap => "",
+            Self::Tap | Self::Routed => "",
         }
     }
 }
@@ -98,14 +108,17 @@ impl Placement {
             (_, Kind::Loopback) | (Self::None | Self::Keep, _) => None,
             (Self::Forward, _) => Some(Hook::Tap),
             (Self::Bridge(name), _) => Some(Hook::Bridge(name.clone())),
-            (Self::Auto, Kind::Veth { bridge, .. }) => Some(Hook::Bridge(bridge.clone())),
+            (Self::Auto | Self::Hook(_), Kind::Veth { bridge, .. }) => {
+                Some(Hook::Bridge(bridge.clone()))
+            }
             (Self::Macvlan(parent), Kind::Macvlan { mode, .. }) => {
                 Some(Hook::Macvlan { parent: parent.clone(), mode: *mode })
             }
-            (Self::Macvlan(parent), Kind::Veth { .. }) => {
+            (Self::Auto | Self::Hook(_), Kind::Routed { .. }) => Some(Hook::Routed),
+            (Self::Macvlan(parent), Kind::Veth { .. } | Kind::Routed { .. }) => {
                 Some(Hook::Macvlan { parent: parent.clone(), mode: MODE_BRIDGE })
             }
-            (Self::Auto, Kind::Macvlan { parent, mode }) => {
+            (Self::Auto | Self::Hook(_), Kind::Macvlan { parent, mode }) => {
                 Some(Hook::Macvlan { parent: parent.clone(), mode: *mode })
             }
         }
@@ -129,6 +142,9 @@ pub fn preflight(
         Placement::Keep => problems.extend(kept(image, netns_path).err()),
         _ => problems.extend(path_is_free(netns_path).err()),
     }
+    if let Placement::Hook(program) = placement {
+        problems.extend(hook::usable(program).err());
+    }
     let looked = Rtnl::open(host)
         .and_then(|mut s| Ok((s.links()?, s.addresses()?)))
         .trying(|| "cannot read this host's network".into());
@@ -151,6 +167,10 @@ pub fn preflight(
             );
         }
         let Some(hook) = placement.hook(link).filter(|h| *h != Hook::Tap) else { continue };
+        if let (Hook::Routed, Kind::Routed { end }) = (&hook, &link.kind) {
+            problems.extend(routed::problems(link, end, host));
+            continue;
+        }
         match fits(link, &hook, &links) {
             Ok(on) => problems.extend(asked(link, on, host)),
             Err(problem) => problems.push(problem),
@@ -206,7 +226,7 @@ pub(super) fn fits<'a>(
     let Some(on) = host.iter().find(|l| l.name == hook.name()) else {
         let (kind, option) = match hook {
             Hook::Bridge(_) => ("bridge", "bridge=BR"),
-            Hook::Macvlan { .. } | Hook::Tap => ("interface", "macvlan=IF"),
+            Hook::Macvlan { .. } | Hook::Tap | Hook::Routed => ("interface", "macvlan=IF"),
         };
         return Err(Problem::new(what, format!("this host has no {kind} {}", hook.name()))
             .hint(format!("say where to attach the container with --network {option}")));
@@ -220,7 +240,7 @@ pub(super) fn fits<'a>(
             return Err(Problem::new(what, format!("{} is not a bridge", on.name))
                 .hint(format!("--network macvlan={} attaches the container to it", on.name)));
         }
-        Hook::Bridge(_) => {}
+        Hook::Bridge(_) | Hook::Routed => {}
         Hook::Macvlan { .. } if on.master.is_some() => {
             return Err(Problem::new(what, format!("{} is a port of a bridge or bond", on.name))
                 .hint("attach the container to the bridge with --network bridge=BR"));
@@ -333,10 +353,10 @@ mod tests {
 
     #[test]
     fn placements_are_read_and_written() {
-        for text in ["auto", "keep", "none", "bridge=br0", "macvlan=eth0"] {
+        for text in ["auto", "keep", "none", "bridge=br0", "macvlan=eth0", "hook=/h"] {
             assert_eq!(text.parse::<Placement>().map(|p| p.to_string()), Ok(text.to_owned()));
         }
-        for text in ["", "bridge", "bridge=", "bridge=a/b", "macvlan=..", "host"] {
+        for text in ["", "bridge", "bridge=", "bridge=a/b", "macvlan=..", "hook=h", "host"] {
             assert!(text.parse::<Placement>().is_err(), "{text}");
         }
     }

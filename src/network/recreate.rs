@@ -18,6 +18,7 @@ use super::image::{Kind, Link, NetworkImage};
 use super::placement::{Hook, Placement, fits, kept};
 use super::problem::{Problem, Trying};
 use super::restore::Restoring;
+use super::routed;
 use super::rtnl::{self, IFF_UP, LinkInfo, Rtnl, ifinfo};
 use crate::sys::netlink::{CREATE, EXCL, Request};
 use crate::sys::netns::{self, NetNs};
@@ -203,7 +204,7 @@ fn furnish(
     let mut inside =
         Rtnl::open(&made.namespace).trying(|| "cannot open the new namespace".into())?;
     let mut links: Vec<&Link> = Vec::new();
-    let mut ports = Vec::new();
+    let (mut ports, mut routed) = (Vec::new(), Vec::new());
     for link in &image.links {
         let Some(hook) = placement.hook(link) else {
             links.extend((link.kind == Kind::Loopback).then_some(link));
@@ -216,10 +217,20 @@ fn furnish(
             continue;
         }
         let host_links = outside.links().trying(|| "cannot read this host's links".into())?;
+        if let (Hook::Routed, Kind::Routed { end }) = (&hook, &link.kind) {
+            let request = veth(link, &host_links, &made.namespace);
+            outside.change(&request).trying(|| format!("cannot make {}", link.name))?;
+            made.links.push(link.name.clone());
+            links.push(link);
+            routed.push((link, end));
+            continue;
+        }
         let on = fits(link, &hook, &host_links)?;
         let request = match &hook {
             Hook::Macvlan { mode, .. } => macvlan(link, on, *mode, &made.namespace),
-            Hook::Bridge(_) | Hook::Tap => veth(link, &host_links, &made.namespace),
+            Hook::Bridge(_) | Hook::Tap | Hook::Routed => {
+                veth(link, &host_links, &made.namespace)
+            }
         };
         outside.change(&request).trying(|| format!("cannot make {} on {}", link.name, on.name))?;
         made.links.push(link.name.clone());
@@ -242,9 +253,22 @@ fn furnish(
         outside.change(&up).trying(trying)?;
     }
 
+    let mut ends = Vec::new();
+    for (link, end) in routed {
+        let trying = || format!("cannot find the host's end of {}", link.name);
+        let far = inside.link(&link.name).trying(trying)?.and_then(|l| l.lower);
+        let host_links = outside.links().trying(trying)?;
+        let far = host_links.into_iter().find(|l| Some(l.index) == far);
+        let far = far.ok_or_else(|| Problem::new(trying(), "it has no other end"))?;
+        ends.push((end, far.name, link.mtu));
+    }
+
     let mut restoring = Restoring { namespace: &made.namespace, socket: &mut inside, links };
     restoring.parameters(image)?;
     restoring.up()?;
+    for (end, name, mtu) in ends {
+        routed::furnish(end, &name, mtu, &mut outside, host, image)?;
+    }
     wait_for_carriers(restoring.socket, &made.links)?;
     wait_for_ports(&mut outside, &indices)?;
     restoring.fill(image)?;
@@ -277,13 +301,18 @@ fn veth(link: &Link, host: &[LinkInfo], namespace: &NetNs) -> Request {
     // The name on the host matters to nobody but its owner; taken, the kernel finds another. The
     // hardware address is not the source's: a bridge takes the lowest of its ports' for its own, and
     // two hosts with one address cut each other off. One that begins with fe is never the lowest.
-    let name = match &link.kind {
-        Kind::Veth { host_ifname, .. } if !host.iter().any(|l| l.name == *host_ifname) => {
-            host_ifname.as_str()
-        }
-        _ => "veth%d",
+    let free = |name: &&str| !host.iter().any(|l| l.name == **name);
+    let wished = match &link.kind {
+        Kind::Veth { host_ifname, .. } => Some(host_ifname.as_str()),
+        Kind::Routed { end } => Some(end.name.as_str()),
+        _ => None,
     };
-    let mac = link.mac.map(|m| [0xfe, m[1], m[2], m[3], m[4], m[5]]);
+    let name = wished.filter(free).unwrap_or("veth%d");
+    let mac = match &link.kind {
+        // On no bridge; and the container knows its gateway by it.
+        Kind::Routed { end } => Some(end.mac),
+        _ => link.mac.map(|m| [0xfe, m[1], m[2], m[3], m[4], m[5]]),
+    };
     let mut request = Request::new(rtnl::NEWLINK, CREATE | EXCL, &ifinfo(0, 0, 0));
     describe(&mut request, link, namespace);
     request.nest(rtnl::IFLA_LINKINFO, |info| {

@@ -105,6 +105,14 @@ impl Restoring<'_> {
 
     /// Addresses, routes, rules and neighbours.
     pub fn fill(&mut self, image: &NetworkImage) -> Result<(), Problem> {
+        self.addresses()?;
+        self.routes(image)?;
+        self.rules(image)?;
+        self.neighbours(image)
+    }
+
+    /// Addresses, until they are usable.
+    pub fn addresses(&mut self) -> Result<(), Problem> {
         for link in self.links.clone() {
             let index = self.find(link)?.index;
             // Of IPv4 the kernel puts new addresses last, of IPv6 first; the order chooses the
@@ -117,10 +125,7 @@ impl Restoring<'_> {
                     .trying(|| format!("cannot add {} to {}", address.local, link.name))?;
             }
         }
-        self.wait_for_addresses()?;
-        self.routes(image)?;
-        self.rules(image)?;
-        self.neighbours(image)
+        self.wait_for_addresses()
     }
 
     /// The kernel looks later whether an address has to be probed; until then it is tentative, and
@@ -128,9 +133,11 @@ impl Restoring<'_> {
     fn wait_for_addresses(&mut self) -> Result<(), Problem> {
         let trying = || "cannot read the new addresses".to_owned();
         let end = Instant::now() + ADDRESS_WAIT;
+        let names: Vec<String> = self.links.iter().map(|l| l.name.clone()).collect();
+        let ours = |link: &LinkInfo| names.contains(&link.name);
         loop {
             let up: Vec<i32> =
-                self.infos()?.iter().filter(|l| l.is_up()).map(|l| l.index).collect();
+                self.infos()?.iter().filter(|l| l.is_up() && ours(l)).map(|l| l.index).collect();
             let list = self.socket.addresses().trying(trying)?;
             let waiting = list.iter().any(|m| {
                 capture::index_at(m, 4).is_some_and(|i| up.contains(&i))
@@ -329,7 +336,7 @@ fn address_request(kind: u16, flags: u16, index: i32, a: &Address) -> Request {
     request
 }
 
-fn route_request(kind: u16, flags: u16, index: Option<i32>, r: &Route) -> Request {
+pub(super) fn route_request(kind: u16, flags: u16, index: Option<i32>, r: &Route) -> Request {
     let src_len = r.source.map_or(0, |s| s.1);
     let table = u8::try_from(r.table).unwrap_or_default();
     let mut fixed =

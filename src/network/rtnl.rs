@@ -20,6 +20,7 @@ pub(super) const NEWROUTE: u16 = 24;
 pub(super) const DELROUTE: u16 = 25;
 const GETROUTE: u16 = 26;
 pub(super) const NEWNEIGH: u16 = 28;
+pub(super) const DELNEIGH: u16 = 29;
 const GETNEIGH: u16 = 30;
 pub(super) const NEWRULE: u16 = 32;
 pub(super) const DELRULE: u16 = 33;
@@ -164,6 +165,15 @@ impl Rtnl {
     pub fn neighbours(&mut self, family: u8) -> Result<Vec<Message>> {
         let mut fixed = [0; 12];
         fixed[0] = family;
+        self.0.dump(GETNEIGH, &fixed)
+    }
+
+    /// `struct ndmsg` with its attributes, of the addresses that are answered for by proxy.
+    pub fn proxies(&mut self, family: u8) -> Result<Vec<Message>> {
+        const NTF_PROXY: u8 = 0x08;
+        let mut fixed = [0; 12];
+        fixed[0] = family;
+        fixed[10] = NTF_PROXY;
         self.0.dump(GETNEIGH, &fixed)
     }
 

@@ -87,6 +87,23 @@ pub(super) fn sort_out(
     (rest, of_links)
 }
 
+/// The parameters of one link of the calling thread's namespace. Changed are those that a new link
+/// would not have.
+pub(super) fn of_link(link: &str) -> Vec<LinkSysctl> {
+    let mut list = Vec::new();
+    for tree in Tree::ALL {
+        let mut found = BTreeMap::new();
+        walk(&Path::new(ROOT).join(tree.path()).join(link), "", &mut found);
+        for (path, value) in found {
+            let name = path.trim_start_matches('/').to_owned();
+            let normal = fs::read_to_string(Path::new(ROOT).join(path_of(tree, "default", &name)));
+            let changed = normal.is_ok_and(|v| v.trim_end() != value);
+            list.push(LinkSysctl { tree, name, value, changed });
+        }
+    }
+    list
+}
+
 /// Sets a parameter unless it has the value already. `Ok` also if it cannot be set and `needed`
 /// is false.
 pub(super) fn set(path: &str, value: &str, needed: bool) -> io::Result<()> {

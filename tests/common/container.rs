@@ -97,7 +97,7 @@ impl Container {
         // In state LISTEN.
         let look = format!(
             "pid=$(runc state {} | grep -o '\"pid\": [0-9]*' | grep -o '[0-9]*')
-             grep -q ':{port:04X} 00000000:0000 0A' /proc/$pid/net/tcp",
+             grep -qE ':{port:04X} 0+:0000 0A' /proc/$pid/net/tcp /proc/$pid/net/tcp6",
             self.id
         );
         if matches!(self.workload, "stdio" | "echo") {

@@ -7,6 +7,7 @@ pub mod lab;
 pub mod probe;
 pub mod process;
 pub mod suite;
+pub mod wire;
 
 /// How a trial ends; the text is what the reader of a failed run sees.
 pub type Outcome<T = ()> = Result<T, String>;

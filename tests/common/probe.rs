@@ -26,6 +26,11 @@ impl Probe {
         Probe::start_on(&lab.host("client"), lab, container, connections, "2ms")
     }
 
+    /// Connects from the host `client` to an address and port.
+    pub fn to(lab: &Lab, to: &str, connections: usize) -> Outcome<Probe> {
+        Probe::to_on(&lab.host("client"), to, connections, "2ms")
+    }
+
     /// From another host, each connection asking so often.
     pub fn start_on(
         host: &Host,
@@ -34,9 +39,13 @@ impl Probe {
         connections: usize,
         every: &str,
     ) -> Outcome<Probe> {
-        let (to, count) = (container.server(lab), connections.to_string());
-        let program = "/srv/shared/bin/ferry-probe";
-        Probe::launch(host, &[program, "--to", &to, "--connections", &count, "--every", every])
+        Probe::to_on(host, &container.server(lab), connections, every)
+    }
+
+    fn to_on(host: &Host, to: &str, connections: usize, every: &str) -> Outcome<Probe> {
+        let (program, count) = ("/srv/shared/bin/ferry-probe", connections.to_string());
+        let arguments = [program, "--to", to, "--connections", &count, "--every", every];
+        Probe::launch(host, &arguments)
     }
 
     fn launch(host: &Host, arguments: &[&str]) -> Outcome<Probe> {

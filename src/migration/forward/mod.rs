@@ -204,7 +204,7 @@ pub fn decide(plan: &Plan, placement: &Placement, host: &NetNs) -> Course {
     {
         return Course::Home;
     }
-    if matches!(placement, Placement::Keep | Placement::None) || image.outward().next().is_none() {
+    if !can_stay(plan, placement) {
         return Course::Moves;
     }
     let stays = match plan.forward.wish {
@@ -215,6 +215,15 @@ pub fn decide(plan: &Plan, placement: &Placement, host: &NetNs) -> Course {
             .unwrap_or_else(|| plan.forward.from.is_some()),
     };
     if stays { Course::Stays } else { Course::Moves }
+}
+
+/// Whether the first host could keep the address and forward its frames: not what is led to it by
+/// routes, and not a namespace that would have no name to be kept under.
+pub fn can_stay(plan: &Plan, placement: &Placement) -> bool {
+    let Some(image) = &plan.network else { return false };
+    let routed = image.links.iter().any(|link| matches!(link.kind, Kind::Routed { .. }));
+    let elsewhere = matches!(placement, Placement::Keep | Placement::None | Placement::Hook(_));
+    !routed && !elsewhere && plan.network_path.is_some() && image.outward().next().is_some()
 }
 
 /// A forwarding's directory.

@@ -1,0 +1,23 @@
+//! What is opened when the container is released on the destination: the fence, and before it the
+//! routes that lead to it, so that its first words find their way and are answered.
+
+use super::fence::Armed;
+use super::problem::Problem;
+use super::routed::Lead;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Gate {
+    /// The closed fence.
+    pub fence: Armed,
+    /// Where the host has to route.
+    pub lead: Option<Lead>,
+}
+
+impl Gate {
+    /// Opens it. Tens of microseconds; the fence opens whatever becomes of the routes.
+    pub fn open(&mut self) -> Result<(), Problem> {
+        let led = self.lead.as_mut().map_or(Ok(()), Lead::lead_here);
+        self.fence.open().and(led)
+    }
+}
