@@ -17,6 +17,7 @@ pub mod intake;
 pub mod journal;
 pub mod keeper;
 pub mod lanes;
+pub mod lull;
 pub mod mend;
 pub mod parcels;
 pub mod protocol;

@@ -39,6 +39,7 @@ use crate::files::place::Placing;
 use crate::files::{tmpfs, tree};
 use crate::memory::pages;
 use crate::memory::rounds::Tracking;
+use crate::network::sockets::Lookout;
 use crate::network::{Capture, fence};
 use crate::oci::runtime::Runtime;
 use crate::report::exit::Failed;
@@ -300,10 +301,11 @@ impl Begun {
 
     fn start_dump(&mut self) -> Result<()> {
         let (criu, _) = host::criu()?;
-        let network = match &self.subject.network {
-            None => None,
+        let (network, lookout) = match &self.subject.network {
+            None => (None, None),
             Some((namespace, _, image)) => {
-                Some(Box::new((fence::arm(namespace)?, Capture::prepare(namespace, image)?)))
+                let both = (fence::arm(namespace)?, Capture::prepare(namespace, image)?);
+                (Some(Box::new(both)), Some(Lookout::new(namespace)?))
             }
         };
         let plan = DumpPlan {
@@ -315,6 +317,7 @@ impl Begun {
             tmpfs: self.subject.plan.tmpfs.iter().map(|t| t.place.clone()).collect(),
             external: self.subject.plan.streams.iter().filter_map(|s| s.external.clone()).collect(),
             network,
+            lookout,
             interposer: Interposer::new(self.work.path(), &criu, self.criu_namespace()?)?,
             namespace: self.criu_namespace()?,
         };

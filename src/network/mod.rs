@@ -26,6 +26,7 @@ pub mod recreate;
 pub mod replay;
 mod restore;
 mod rtnl;
+pub mod sockets;
 mod sysctl;
 pub mod usable;
 
