@@ -10,6 +10,8 @@
 // Each test program uses its own part of what they share.
 #[allow(dead_code)]
 mod common;
+#[path = "migrate/connections.rs"]
+mod connections;
 #[path = "migrate/faults.rs"]
 mod faults;
 #[path = "migrate/files.rs"]
@@ -34,6 +36,7 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let mut trials = Vec::new();
     trials.extend(moves::trials());
+    trials.extend(connections::trials());
     trials.extend(memory::trials());
     trials.extend(files::trials());
     trials.extend(overlay::trials());

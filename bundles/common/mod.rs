@@ -5,6 +5,7 @@
 //! Each program takes this module by `#[path]`, and none uses all of it.
 #![allow(dead_code)]
 
+pub mod crowd;
 pub mod pages;
 pub mod units;
 pub mod wire;

@@ -6,7 +6,8 @@
 //! whether they are thawed or killed.
 //!
 //! ```text
-//! pre-dump      held until the destination is ready  → freeze the control group, close the fence
+//! pre-dump      held until the destination is ready  → await a lull, freeze the control group,
+//!               close the fence
 //! post-dump     freeze the group again; held until the verdict
 //! status-ready  send CRIU's page server, which nobody needs, home
 //! ```
@@ -27,11 +28,13 @@ use rust_criu::rust_criu_protobuf::rpc::{
     Criu_network_lock_method, Criu_page_server_info, Criu_req, Ext_mount_map,
 };
 
+use super::lull::await_lull;
 use super::mend::Noted;
 use super::workdir::criu_failed;
 use crate::criu::interposer::{Event, Interposer, Session};
 use crate::network::fence::{Armed, Side};
 use crate::network::frames::Capture;
+use crate::network::sockets::Lookout;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
 use crate::sys::fault;
@@ -90,6 +93,8 @@ pub struct DumpPlan {
     pub external: Vec<String>,
     /// The fence, ready to close, and the capture, ready to start.
     pub network: Option<Box<(Armed, Capture)>>,
+    /// Looks for sockets that are nobody's, where there is a network.
+    pub lookout: Option<Lookout>,
     /// The network namespace that CRIU runs in, if not ours.
     pub namespace: Option<NetNs>,
     /// The interposer.
@@ -187,10 +192,9 @@ fn job(
                         session.answer(false)?;
                         continue;
                     }
-                    let since = Instant::now();
                     let done = stop(plan, &noted);
                     session.answer(done.is_ok())?;
-                    let network = done?;
+                    let (since, network) = done?;
                     fault::point("dump.frozen")?;
                     tell(DumpEvent::Frozen { since, network });
                     fault::point("dump.fenced")?;
@@ -249,16 +253,23 @@ fn guard_tasks(criu: i32, plan: &DumpPlan) -> NotedTasks {
     noted
 }
 
+/// The beginning of the freeze; and the network.
+type Stopped = (Instant, Option<Box<(Armed, Capture)>>);
+
 /// Stops the container, then its network: what came in before the fence has closed is in the
 /// sockets' queues, acknowledged, and goes along with them.
-fn stop(plan: &mut DumpPlan, noted: &NotedTasks) -> Result<Option<Box<(Armed, Capture)>>> {
+fn stop(plan: &mut DumpPlan, noted: &NotedTasks) -> Result<Stopped> {
+    if let (Some(network), Some(lookout)) = (plan.network.as_deref_mut(), &mut plan.lookout) {
+        await_lull(&mut network.0, &mut network.1, lookout)?;
+    }
+    let since = Instant::now();
     *noted.lock().unwrap_or_else(PoisonError::into_inner) = freeze(&plan.cgroup)?;
     let mut network = plan.network.take();
     if let Some((fence, capture)) = network.as_deref_mut() {
         capture.start()?;
         fence.close(Side::Both)?;
     }
-    Ok(network)
+    Ok((since, network))
 }
 
 impl DumpPlan {

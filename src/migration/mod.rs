@@ -20,6 +20,7 @@ pub mod journal;
 pub mod keeper;
 pub mod lanes;
 pub mod layers;
+pub mod lull;
 pub mod mend;
 pub mod parcels;
 pub mod protocol;

@@ -42,6 +42,7 @@ use crate::memory::pages;
 use crate::memory::rounds::Tracking;
 use crate::network::hook::About;
 use crate::network::host_side::Silence;
+use crate::network::sockets::Lookout;
 use crate::network::{Capture, Hook, HostSide, Placement, fence};
 use crate::oci::runtime::Runtime;
 use crate::report::exit::Failed;
@@ -359,10 +360,11 @@ impl Begun {
 
     fn start_dump(&mut self) -> Result<()> {
         let (criu, _) = host::criu()?;
-        let network = match &self.subject.network {
-            None => None,
+        let (network, lookout) = match &self.subject.network {
+            None => (None, None),
             Some((namespace, _, image)) => {
-                Some(Box::new((fence::arm(namespace)?, Capture::prepare(namespace, image)?)))
+                let both = (fence::arm(namespace)?, Capture::prepare(namespace, image)?);
+                (Some(Box::new(both)), Some(Lookout::new(namespace)?))
             }
         };
         let side = self.subject.plan.network.as_ref();
@@ -379,6 +381,7 @@ impl Begun {
             tmpfs: self.subject.plan.tmpfs.iter().map(|t| t.place.clone()).collect(),
             external: self.subject.plan.streams.iter().filter_map(|s| s.external.clone()).collect(),
             network,
+            lookout,
             interposer: Interposer::new(self.work.path(), &criu, self.criu_namespace()?)?,
             namespace: self.criu_namespace()?,
         };

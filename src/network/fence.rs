@@ -36,6 +36,9 @@ const NF_ARP_OUT: u32 = 1;
 /// What a closed fence stops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
+    /// New TCP connections, for those that are beginning or ending to come to their end: the
+    /// container runs on, and all others with it.
+    New,
     /// What comes in. Enough while the tasks are not frozen yet: what they still send is on its
     /// way, and a lost answer would cost them a retransmission timeout on the other host.
     In,
@@ -68,6 +71,10 @@ pub enum State {
 pub struct Armed {
     socket: Socket,
     open: Prepared,
+    close_new: Prepared,
+    open_new: Prepared,
+    /// New connections are stopped.
+    holds_new: bool,
     close_in: Prepared,
     close: Prepared,
     remove: Prepared,
@@ -77,15 +84,22 @@ impl Armed {
     /// Lets nothing (more) through. Tens of microseconds.
     pub fn close(&mut self, side: Side) -> Result<(), Problem> {
         let batch = match side {
+            Side::New => &self.close_new,
             Side::In => &self.close_in,
             Side::Both => &self.close,
         };
+        self.holds_new |= side == Side::New;
         self.socket.transact(batch).map(drop).trying(|| "cannot close the network fence".into())
     }
 
     /// Lets everything through. Tens of microseconds.
     pub fn open(&mut self) -> Result<(), Problem> {
-        self.socket.transact(&self.open).map(drop).trying(|| "cannot open the network fence".into())
+        let trying = || "cannot open the network fence".into();
+        self.socket.transact(&self.open).trying(trying)?;
+        if std::mem::take(&mut self.holds_new) {
+            self.socket.transact(&self.open_new).trying(trying)?;
+        }
+        Ok(())
     }
 
     /// Takes the fence away.
@@ -229,11 +243,19 @@ fn install_with(
 
     let names: Vec<_> = chains.iter().map(|&(family, name, _)| (family, name)).collect();
     let inward = &names[..names.len().min(1)];
+    let (mut close_new, mut open_new) = (Batch::new(), Batch::new());
+    for &(family, name) in inward {
+        close_new.drop_new_connections(family, TABLE, name);
+        open_new.flush_chain(family, TABLE, name);
+    }
     let mut removal = Batch::new();
     families.iter().for_each(|&family| removal.delete_table(family, TABLE));
     Ok(Armed {
         socket,
         open: flip(&names, Policy::Accept),
+        close_new: close_new.prepare(),
+        open_new: open_new.prepare(),
+        holds_new: false,
         close_in: flip(inward, Policy::Drop),
         close: flip(&names, Policy::Drop),
         remove: removal.prepare(),

@@ -71,6 +71,7 @@ pub struct Capture {
     /// Interface index and place in the image.
     links: Vec<(i32, u16)>,
     buffer: Vec<u8>,
+    listens: bool,
 }
 
 impl Capture {
@@ -89,15 +90,28 @@ impl Capture {
         socket.with_vnet_header().trying(trying)?;
         socket.ignore_outgoing().trying(trying)?;
         socket.receive_room(ROOM).trying(trying)?;
-        socket.filter(&FILTER).trying(trying)?;
-        Ok(Self { socket, links, buffer: vec![0; VNET_HDR + MAX_FRAME] })
+        Ok(Self { socket, links, buffer: vec![0; VNET_HDR + MAX_FRAME], listens: false })
     }
 
     /// Begins to keep frames. Right before the fence closes is best: what came earlier has
     /// reached the container, and doing it after would lose what comes between.
-    pub fn start(&self) -> io::Result<()> {
+    pub fn start(&mut self) -> io::Result<()> {
+        self.socket.filter(&FILTER)?;
+        self.listen()
+    }
+
+    /// Begins to keep the frames that [`Side::New`](super::fence::Side::New) stops, and no others.
+    pub fn start_new(&mut self) -> io::Result<()> {
+        self.socket.filter(&NEW)?;
+        self.listen()
+    }
+
+    fn listen(&mut self) -> io::Result<()> {
         // All protocols: handlers of one protocol come after the hook that the fence is on.
-        self.socket.listen(ETH_P_ALL, 0)
+        if !std::mem::replace(&mut self.listens, true) {
+            self.socket.listen(ETH_P_ALL, 0)?;
+        }
+        Ok(())
     }
 
     /// Moves what has come in to `frames`; returns how many. 0: nothing waits, poll again.
@@ -148,6 +162,50 @@ const FILTER: [Instruction; 11] = {
         Instruction(LOAD, 0, 0, AD),     // protocol
         Instruction(EQUAL, 1, 0, 0x0800),
         Instruction(EQUAL, 0, 1, 0x86dd),
+        Instruction(RETURN, 0, 0, u32::MAX),
+        Instruction(RETURN, 0, 0, 0),
+    ]
+};
+
+/// The same, but of TCP's first segments only, as nft.rs's `drop_new_connections` knows them.
+const NEW: [Instruction; 24] = {
+    const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
+    const HALF: u16 = 0x28; // BPF_LD | BPF_H | BPF_ABS
+    const BYTE: u16 = 0x30; // BPF_LD | BPF_B | BPF_ABS
+    const BYTE_BEHIND: u16 = 0x50; // BPF_LD | BPF_B | BPF_IND
+    const HEADER_LENGTH: u16 = 0xb1; // BPF_LDX | BPF_B | BPF_MSH
+    const AND: u16 = 0x54; // BPF_ALU | BPF_AND
+    const EQUAL: u16 = 0x15; // BPF_JMP | BPF_JEQ
+    const GREATER: u16 = 0x25; // BPF_JMP | BPF_JGT
+    const ANY_OF: u16 = 0x45; // BPF_JMP | BPF_JSET
+    const RETURN: u16 = 0x06;
+    const AD: u32 = (-0x1000_i32) as u32; // SKF_AD_OFF
+    const TCP: u32 = 6;
+    const SYN: u32 = 0x02;
+    const SYN_ACK: u32 = 0x12;
+    [
+        Instruction(LOAD, 0, 0, AD + 28), // hardware type
+        Instruction(EQUAL, 21, 0, 772),   // ARPHRD_LOOPBACK
+        Instruction(LOAD, 0, 0, AD + 48), // VLAN tag present
+        Instruction(EQUAL, 0, 19, 0),
+        Instruction(LOAD, 0, 0, AD + 4), // packet type
+        Instruction(GREATER, 17, 0, 2),  // beyond HOST, BROADCAST, MULTICAST
+        Instruction(LOAD, 0, 0, AD),     // protocol
+        Instruction(EQUAL, 1, 0, 0x0800),
+        Instruction(EQUAL, 8, 14, 0x86dd),
+        Instruction(BYTE, 0, 0, 23), // IPv4's protocol
+        Instruction(EQUAL, 0, 12, TCP),
+        Instruction(HALF, 0, 0, 20),
+        Instruction(ANY_OF, 10, 0, 0x1fff), // not the first fragment
+        Instruction(HEADER_LENGTH, 0, 0, 14),
+        Instruction(BYTE_BEHIND, 0, 0, 14 + 13),
+        Instruction(AND, 0, 0, SYN_ACK),
+        Instruction(EQUAL, 5, 6, SYN),
+        Instruction(BYTE, 0, 0, 20), // IPv6's next header
+        Instruction(EQUAL, 0, 4, TCP),
+        Instruction(BYTE, 0, 0, 14 + 40 + 13),
+        Instruction(AND, 0, 0, SYN_ACK),
+        Instruction(EQUAL, 0, 1, SYN),
         Instruction(RETURN, 0, 0, u32::MAX),
         Instruction(RETURN, 0, 0, 0),
     ]

@@ -35,6 +35,7 @@ pub mod replay;
 mod restore;
 pub mod routed;
 mod rtnl;
+pub mod sockets;
 mod sysctl;
 pub mod usable;
 

@@ -25,6 +25,7 @@ const NEWCHAIN: u16 = 3;
 const GETCHAIN: u16 = 4;
 const NEWRULE: u16 = 6;
 const GETRULE: u16 = 7;
+const DELRULE: u16 = 8;
 const FIXED: usize = 4;
 /// `NLM_F_APPEND`
 const APPEND: u16 = 0x800;
@@ -133,6 +134,61 @@ impl Batch {
                 });
             }
         });
+        self.0.push(request);
+    }
+
+    /// `meta l4proto tcp tcp flags & (syn | ack) == syn drop`: who has not begun yet may not begin.
+    pub fn drop_new_connections(&mut self, family: u8, table: &str, chain: &str) {
+        const L4PROTO: u32 = 16;
+        const TCP: u8 = 6;
+        const TRANSPORT: u32 = 2;
+        const FLAGS_AT: u32 = 13;
+        const SYN: u8 = 0x02;
+        const SYN_ACK: u8 = 0x12;
+        let mut request = message(NEWRULE, ACK | CREATE, family);
+        request.string(1, table).string(2, chain).nest(4, |expressions| {
+            let mut expression = |name: &str, fill: &dyn Fn(&mut Request)| {
+                expressions.nest(1, |e| {
+                    e.string(1, name).nest(2, fill);
+                });
+            };
+            let equals = |e: &mut Request, value: u8| {
+                e.be32(1, 1).be32(2, 0).nest(3, |data| {
+                    data.attr(1, &[value]);
+                });
+            };
+            expression("meta", &|e| {
+                e.be32(1, 1).be32(2, L4PROTO);
+            });
+            expression("cmp", &|e| equals(e, TCP));
+            expression("payload", &|e| {
+                e.be32(1, 1).be32(2, TRANSPORT).be32(3, FLAGS_AT).be32(4, 1);
+            });
+            expression("bitwise", &|e| {
+                e.be32(1, 1).be32(2, 1).be32(3, 1);
+                e.nest(4, |mask| {
+                    mask.attr(1, &[SYN_ACK]);
+                });
+                e.nest(5, |xor| {
+                    xor.attr(1, &[0]);
+                });
+            });
+            expression("cmp", &|e| equals(e, SYN));
+            expression("immediate", &|e| {
+                e.be32(1, 0).nest(2, |data| {
+                    data.nest(2, |verdict| {
+                        verdict.be32(1, 0);
+                    });
+                });
+            });
+        });
+        self.0.push(request);
+    }
+
+    /// Takes all rules out of a chain.
+    pub fn flush_chain(&mut self, family: u8, table: &str, chain: &str) {
+        let mut request = message(DELRULE, ACK, family);
+        request.string(1, table).string(2, chain);
         self.0.push(request);
     }
 

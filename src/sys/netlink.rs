@@ -90,6 +90,8 @@ pub enum Protocol {
     Route,
     /// nf_tables.
     Netfilter,
+    /// Lists of sockets: [sock_diag(7)](https://man7.org/linux/man-pages/man7/sock_diag.7.html).
+    SockDiag,
 }
 
 /// One request under construction: header, fixed part, attributes.
@@ -271,6 +273,7 @@ impl Socket {
         let protocol = match protocol {
             Protocol::Route => SockProtocol::NetlinkRoute,
             Protocol::Netfilter => SockProtocol::NetlinkNetFilter,
+            Protocol::SockDiag => SockProtocol::NetlinkSockDiag,
         };
         let fd = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?;
         // Old kernels lack these; then errors only lose their explanation.

@@ -93,7 +93,11 @@ impl Container {
 
     /// Waits until its server listens, where it has one.
     fn await_server(&self, host: &Host) -> Outcome {
-        let port = if self.workload == "web" { 80 } else { 7000 };
+        let port = match self.workload {
+            "web" => 80,
+            "crowd" => 7102,
+            _ => 7000,
+        };
         // In state LISTEN.
         let look = format!(
             "pid=$(runc state {} | grep -o '\"pid\": [0-9]*' | grep -o '[0-9]*')

@@ -117,6 +117,7 @@ impl Facts {
             "stdio" => "stdio-ticker",
             "echo" => "echo-server",
             "web" => "nginx",
+            "crowd" => "crowd-server",
             _ => "counter-server",
         };
         self.processes.iter().any(|p| p.line.contains(&format!("/{program}")) && p.state != "Z")

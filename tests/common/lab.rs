@@ -85,9 +85,11 @@ impl Lab {
         inner.net = address.trim().rsplit_once('.').map_or(String::new(), |a| a.0.to_owned());
         let lab = Lab(Arc::new(inner));
         let bin = lab.host(hosts[0]).path("/srv/shared/bin")?;
-        let copied = std::fs::create_dir_all(&bin)
-            .and_then(|()| std::fs::copy(tools().join("ferry-probe"), bin.join("ferry-probe")));
-        copied.map_err(|e| format!("{}: {e}", bin.display()))?;
+        std::fs::create_dir_all(&bin).map_err(|e| format!("{}: {e}", bin.display()))?;
+        for tool in ["ferry-probe", "ferry-crowd"] {
+            std::fs::copy(tools().join(tool), bin.join(tool))
+                .map_err(|e| format!("{tool}: {e}"))?;
+        }
         Ok(lab)
     }
 

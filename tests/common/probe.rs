@@ -11,8 +11,8 @@ use super::container::Container;
 use super::lab::{Host, Lab};
 use super::{Outcome, ensure};
 
-/// A probe that holds connections.
-pub struct Probe {
+/// A client that says JSON, a line each, and listens to words on its standard input.
+pub struct Talk {
     child: Child,
     input: ChildStdin,
     said: Receiver<Value>,
@@ -20,10 +20,68 @@ pub struct Probe {
 
 const LIMIT: Duration = Duration::from_secs(60);
 
+impl Talk {
+    /// Starts it on a host.
+    pub fn start(host: &Host, arguments: &[&str]) -> Outcome<Talk> {
+        let mut command = host.command(arguments);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut child = command.spawn().map_err(|e| e.to_string())?;
+        let (Some(input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
+            return Err("the client has no streams".into());
+        };
+        let (tell, said) = channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                if let Ok(value) = serde_json::from_str(&line)
+                    && tell.send(value).is_err()
+                {
+                    return;
+                }
+            }
+        });
+        Ok(Talk { child, input, said })
+    }
+
+    /// Says a word.
+    pub fn say(&mut self, line: &str) -> Outcome {
+        writeln!(self.input, "{line}").map_err(|e| format!("the client does not listen: {e}"))
+    }
+
+    /// The next that it says with this key.
+    pub fn expect(&mut self, key: &str) -> Outcome<Value> {
+        let until = Instant::now() + LIMIT;
+        loop {
+            match self.said.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(value) if value.get(key).is_some() => return Ok(value),
+                Ok(_) => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(format!("the client does not say {key}"));
+                }
+                Err(RecvTimeoutError::Disconnected) => return Err("the client has ended".into()),
+            }
+        }
+    }
+}
+
+impl Drop for Talk {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A probe that holds connections.
+pub struct Probe(Talk);
+
 impl Probe {
     /// Connects from the host `client` to a container with an address.
     pub fn start(lab: &Lab, container: &Container, connections: usize) -> Outcome<Probe> {
-        Probe::start_on(&lab.host("client"), lab, container, connections, "2ms")
+        Probe::every(lab, container, connections, "2ms")
+    }
+
+    /// The same; how often it asks on each connection is told.
+    pub fn every(lab: &Lab, container: &Container, count: usize, every: &str) -> Outcome<Probe> {
+        Probe::start_on(&lab.host("client"), lab, container, count, every)
     }
 
     /// Connects from the host `client` to an address and port.
@@ -31,7 +89,7 @@ impl Probe {
         Probe::to_on(&lab.host("client"), to, connections, "2ms")
     }
 
-    /// From another host, each connection asking so often.
+    /// From another host.
     pub fn start_on(
         host: &Host,
         lab: &Lab,
@@ -45,65 +103,27 @@ impl Probe {
     fn to_on(host: &Host, to: &str, connections: usize, every: &str) -> Outcome<Probe> {
         let (program, count) = ("/srv/shared/bin/ferry-probe", connections.to_string());
         let arguments = [program, "--to", to, "--connections", &count, "--every", every];
-        Probe::launch(host, &arguments)
-    }
-
-    fn launch(host: &Host, arguments: &[&str]) -> Outcome<Probe> {
-        let mut command = host.command(arguments);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
-        let mut child = command.spawn().map_err(|e| e.to_string())?;
-        let (Some(input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
-            return Err("the probe has no streams".into());
-        };
-        let (tell, said) = channel();
-        std::thread::spawn(move || {
-            for line in BufReader::new(output).lines().map_while(Result::ok) {
-                if let Ok(value) = serde_json::from_str(&line)
-                    && tell.send(value).is_err()
-                {
-                    return;
-                }
-            }
-        });
-        let mut probe = Probe { child, input, said };
-        probe.expect("ready")?;
+        let mut probe = Probe(Talk::start(host, &arguments)?);
+        probe.0.expect("ready")?;
         // So that every connection has been used before anything happens to it.
         probe.answers_again()?;
         Ok(probe)
     }
 
-    fn say(&mut self, line: &str) -> Outcome {
-        writeln!(self.input, "{line}").map_err(|e| format!("the probe does not listen: {e}"))
-    }
-
-    fn expect(&mut self, key: &str) -> Outcome<Value> {
-        let until = Instant::now() + LIMIT;
-        loop {
-            match self.said.recv_timeout(until.saturating_duration_since(Instant::now())) {
-                Ok(value) if value.get(key).is_some() => return Ok(value),
-                Ok(_) => {}
-                Err(RecvTimeoutError::Timeout) => {
-                    return Err(format!("the probe does not say {key}"));
-                }
-                Err(RecvTimeoutError::Disconnected) => return Err("the probe has ended".into()),
-            }
-        }
-    }
-
     /// Begins a window.
     pub fn mark(&mut self, name: &str) -> Outcome {
-        self.say(&format!("mark {name}"))?;
-        self.expect("mark").map(drop)
+        self.0.say(&format!("mark {name}"))?;
+        self.0.expect("mark").map(drop)
     }
 
     /// The window since a mark, or everything (`start`).
     pub fn report(&mut self, since: &str) -> Outcome<Value> {
-        self.say(&if since == "start" {
+        self.0.say(&if since == "start" {
             "report".into()
         } else {
             format!("report since {since}")
         })?;
-        self.expect("worst_pause_ms")
+        self.0.expect("worst_pause_ms")
     }
 
     /// Waits until every connection has had an answer from now on.
@@ -131,8 +151,8 @@ impl Probe {
         let report = self.report("start")?;
         ensure!(report["connections_lost"] == 0, "connections were lost: {}", report["lost"]);
         ensure!(report["wrong_answers"] == 0, "answers were wrong: {}", report["wrong"]);
-        self.say("verify")?;
-        let verdict = self.expect("verify")?;
+        self.0.say("verify")?;
+        let verdict = self.0.expect("verify")?;
         ensure!(verdict["verify"]["bad_pages"] == 0, "the server's memory is damaged: {verdict}");
         ensure!(
             verdict["verify"]["bad_in_threads"] == 0 && verdict["verify"]["bad_table"] == 0,
@@ -145,13 +165,6 @@ impl Probe {
     pub fn worst_pause(&mut self, since: &str) -> Outcome<f64> {
         let report = self.report(since)?;
         report["worst_pause_ms"].as_f64().ok_or_else(|| format!("no pause in {report}"))
-    }
-}
-
-impl Drop for Probe {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

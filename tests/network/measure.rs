@@ -37,7 +37,7 @@ pub fn measure(name: &'static str, attachment: Attachment) {
         drop(timed(&mut t[6], || fence::raise(&ns)).expect("raise"));
         timed(&mut t[7], || fence::remove(&ns)).expect("remove");
         timed(&mut t[8], || capture(&ns, &host)).expect("capture");
-        let kept = timed(&mut t[9], || Capture::prepare(&ns, &image)).expect("prepare");
+        let mut kept = timed(&mut t[9], || Capture::prepare(&ns, &image)).expect("prepare");
         timed(&mut t[10], || kept.start()).expect("start");
         timed(&mut t[11], || drop(kept));
     }

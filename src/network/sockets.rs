@@ -1,0 +1,139 @@
+//! What is between a namespace's connections and its tasks: nobody's sockets.
+//!
+//! A checkpoint carries sockets that some task has a descriptor of. The kernel has others: requests
+//! whose handshake is not over, connections that nobody has accepted yet, and those that were closed
+//! while there was something left to send. They are found here, through
+//! [sock_diag(7)](https://man7.org/linux/man-pages/man7/sock_diag.7.html), for whoever waits for
+//! them to come to their end.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use super::problem::{Problem, Trying};
+use crate::sys::netlink::{Message, Protocol, Socket};
+use crate::sys::netns::NetNs;
+
+/// `SOCK_DIAG_BY_FAMILY` of linux/sock_diag.h.
+const BY_FAMILY: u16 = 20;
+const FAMILIES: [u8; 2] = [libc::AF_INET as u8, libc::AF_INET6 as u8];
+/// `struct inet_diag_req_v2` of linux/inet_diag.h.
+const REQUEST: usize = 56;
+
+// Numbers of states, net/tcp_states.h.
+const SYN_RECV: u8 = 3;
+const FIN_WAIT1: u8 = 4;
+const FIN_WAIT2: u8 = 5;
+const TIME_WAIT: u8 = 6;
+const LAST_ACK: u8 = 9;
+const LISTEN: u8 = 10;
+const CLOSING: u8 = 11;
+
+/// The two ends of a connection, or of what is to be one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Flow {
+    /// Here.
+    pub local: SocketAddr,
+    /// There.
+    pub remote: SocketAddr,
+}
+
+/// What a checkpoint would leave behind.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Unowned {
+    /// Listening sockets with connections that nobody has accepted: where, and how many.
+    pub backlog: Vec<(SocketAddr, u32)>,
+    /// Handshakes that are not over.
+    pub beginning: Vec<Flow>,
+    /// Closed by the container, and something is left to be sent or to be confirmed.
+    pub ending: Vec<Flow>,
+}
+
+impl Unowned {
+    /// Nothing would be left behind.
+    pub fn is_empty(&self) -> bool {
+        self.backlog.is_empty() && self.beginning.is_empty() && self.ending.is_empty()
+    }
+}
+
+/// Looks for what is nobody's, again and again.
+#[derive(Debug)]
+pub struct Lookout(Socket);
+
+impl Lookout {
+    /// Makes ready to look into a namespace.
+    pub fn new(namespace: &NetNs) -> Result<Self, Problem> {
+        let socket = Socket::open_in(namespace, Protocol::SockDiag);
+        Ok(Self(socket.trying(|| "cannot list the container's sockets".into())?))
+    }
+
+    /// What there is of it right now.
+    pub fn look(&mut self) -> Result<Unowned, Problem> {
+        let mut found = Unowned::default();
+        let states = [LISTEN, SYN_RECV, FIN_WAIT1, LAST_ACK, CLOSING];
+        self.list(&states, |one| match one.state {
+            LISTEN if one.received > 0 => found.backlog.push((one.flow.local, one.received)),
+            SYN_RECV => found.beginning.push(one.flow),
+            FIN_WAIT1 | LAST_ACK | CLOSING if one.inode == 0 => found.ending.push(one.flow),
+            _ => {}
+        })?;
+        Ok(found)
+    }
+
+    /// Connections that the container has closed, and of which the kernel keeps nothing but the
+    /// answer to what may still come.
+    pub fn remembered(&mut self) -> Result<Vec<Flow>, Problem> {
+        let mut found = Vec::new();
+        self.list(&[FIN_WAIT2, TIME_WAIT], |one| {
+            if one.inode == 0 {
+                found.push(one.flow);
+            }
+        })?;
+        Ok(found)
+    }
+
+    fn list(&mut self, states: &[u8], mut each: impl FnMut(One)) -> Result<(), Problem> {
+        let states: u32 = states.iter().map(|s| 1 << s).sum();
+        for family in FAMILIES {
+            let mut request = [0; REQUEST];
+            request[0] = family;
+            request[1] = libc::IPPROTO_TCP as u8;
+            request[4..8].copy_from_slice(&states.to_ne_bytes());
+            let list = self.0.dump(BY_FAMILY, &request);
+            let list = list.trying(|| "cannot list the container's sockets".into())?;
+            list.iter().filter_map(one).for_each(&mut each);
+        }
+        Ok(())
+    }
+}
+
+/// What is wanted of `struct inet_diag_msg`.
+struct One {
+    state: u8,
+    flow: Flow,
+    /// Bytes, or of a listening socket connections, that wait to be taken.
+    received: u32,
+    /// 0 when there is no descriptor of it.
+    inode: u32,
+}
+
+fn one(message: &Message) -> Option<One> {
+    let bytes = message.payload.first_chunk::<72>()?;
+    let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|i| bytes[at + i]));
+    let port = |at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
+    let address = |at: usize| -> IpAddr {
+        if bytes[0] == libc::AF_INET as u8 {
+            Ipv4Addr::from(std::array::from_fn::<u8, 4, _>(|i| bytes[at + i])).into()
+        } else {
+            let address = Ipv6Addr::from(std::array::from_fn::<u8, 16, _>(|i| bytes[at + i]));
+            address.to_canonical()
+        }
+    };
+    Some(One {
+        state: bytes[1],
+        flow: Flow {
+            local: SocketAddr::new(address(8), port(4)),
+            remote: SocketAddr::new(address(24), port(6)),
+        },
+        received: word(56),
+        inode: word(68),
+    })
+}
