@@ -22,10 +22,10 @@ mod forward;
 mod memory;
 #[path = "migrate/moves.rs"]
 mod moves;
-#[path = "migrate/overlay.rs"]
-mod overlay;
 #[path = "migrate/networks.rs"]
 mod networks;
+#[path = "migrate/overlay.rs"]
+mod overlay;
 #[path = "migrate/refusals.rs"]
 mod refusals;
 #[path = "migrate/streams.rs"]

@@ -240,7 +240,7 @@ fn converse(
     let mut incoming = Incoming::default();
     if !copies.is_empty() {
         match announced(&plan, &copies, speaker, inputs, state_dir)? {
-            Announced::Room(all) => incoming = all,
+            Announced::Room(all) => incoming = *all,
             Announced::Problems(problems) => return speaker.say(&Message::Refuse { problems }),
             // Nothing was made.
             Announced::Nothing => return Ok(()),
@@ -258,22 +258,15 @@ fn converse(
         // It changed its mind: nothing was made.
         Err(_) => return Ok(()),
     }
-    let guest = match Guest::new(
-        *plan,
-        &shared,
-        incoming,
-        course,
-        runtime,
-        state_dir,
-        backlog.clone(),
-    ) {
-        Ok(guest) => guest,
-        Err(e) => {
-            let why = format!("{e:#}");
-            let told = speaker.say(&Message::Failed { phase: "preparing".into(), why }).is_ok();
-            return Err(if told { Told(e).into() } else { e });
-        }
-    };
+    let guest =
+        match Guest::new(*plan, &shared, incoming, course, runtime, state_dir, backlog.clone()) {
+            Ok(guest) => guest,
+            Err(e) => {
+                let why = format!("{e:#}");
+                let told = speaker.say(&Message::Failed { phase: "preparing".into(), why }).is_ok();
+                return Err(if told { Told(e).into() } else { e });
+            }
+        };
     guest.take_in(speaker, inputs, tell, stage, current)
 }
 
@@ -296,7 +289,7 @@ impl Incoming {
 
 /// What came of it when the source told what it has.
 enum Announced {
-    Room(Incoming),
+    Room(Box<Incoming>),
     Problems(Vec<Problem>),
     /// It changed its mind.
     Nothing,
@@ -347,7 +340,7 @@ fn announced(
     let places = places.chain(incoming.targets.iter().map(|t| t.0.as_path()));
     let problems = checks::room_for(places.zip(&incoming.sizes))?;
     Ok(match problems.is_empty() {
-        true => Announced::Room(incoming),
+        true => Announced::Room(Box::new(incoming)),
         false => Announced::Problems(problems),
     })
 }

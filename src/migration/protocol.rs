@@ -42,9 +42,9 @@ use serde_json::Value;
 
 use super::forward::carrier::Word;
 use super::forward::{Course, Plans};
+use super::workdir;
 use crate::files::layers::Layer;
 use crate::files::overlay::Overlay;
-use super::workdir;
 use crate::files::probe::Proof;
 use crate::files::tmpfs::{self, Tmpfs};
 use crate::files::walk::Size;

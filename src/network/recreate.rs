@@ -228,9 +228,7 @@ fn furnish(
         let on = fits(link, &hook, &host_links)?;
         let request = match &hook {
             Hook::Macvlan { mode, .. } => macvlan(link, on, *mode, &made.namespace),
-            Hook::Bridge(_) | Hook::Tap | Hook::Routed => {
-                veth(link, &host_links, &made.namespace)
-            }
+            Hook::Bridge(_) | Hook::Tap | Hook::Routed => veth(link, &host_links, &made.namespace),
         };
         outside.change(&request).trying(|| format!("cannot make {} on {}", link.name, on.name))?;
         made.links.push(link.name.clone());
