@@ -57,6 +57,7 @@ pub fn establish(
             links,
             active: None,
             since: crate::migration::journal::unix_time(),
+            shell: None,
         };
         write(&directory, HOME, &home)?;
         spawn(&directory)
@@ -221,8 +222,12 @@ impl Forwarder {
     fn answer(self: &Arc<Self>, asked: Ask, port: Option<u64>, end: &dyn Fn(bool)) -> Answer {
         match asked {
             Ask::Status => Answer { error: None, status: Some(self.status()) },
-            Ask::Probe(destination) => self.probe(&destination).into(),
-            Ask::Join { destination, migration } => self.join(&destination, &migration).into(),
+            Ask::Probe(destination) => {
+                self.ours(destination, port).and_then(|to| self.probe(&to)).into()
+            }
+            Ask::Join { destination, migration } => {
+                self.ours(destination, port).and_then(|to| self.join(&to, &migration)).into()
+            }
             Ask::Switch { migration } => self.switch(&migration).into(),
             Ask::Leave { migration, claim } => self.leave(&migration, port, claim).into(),
             Ask::Local => {
@@ -255,6 +260,22 @@ impl Forwarder {
             connected: port.is_some_and(|p| p.speaker.is_some()),
             why: port.map_or_else(|| "the container is at home".into(), |p| p.why.clone()),
         }
+    }
+
+    /// How we reach a host that is named here, or by the one where the container is.
+    fn ours(&self, destination: Destination, port: Option<u64>) -> Result<Destination> {
+        let mut state = self.lock();
+        if port.is_none() {
+            if let Destination::Shell { rsh, remote_ferry, .. } = &destination {
+                state.home.shell = Some((rsh.clone(), remote_ferry.clone()));
+                write(&self.directory, HOME, &state.home)?;
+            }
+            return Ok(destination);
+        }
+        if port != state.active {
+            bail!("the container is elsewhere");
+        }
+        reached_by(state.home.shell.as_ref(), destination)
     }
 
     /// The ways to a host: its own, and through the one where the container is.
@@ -585,6 +606,23 @@ impl Forwarder {
     }
 }
 
+/// A host that another one has named, reached as the operator here does it: the other one chooses no
+/// command that is run here or there.
+fn reached_by(
+    shell: Option<&(Vec<String>, String)>,
+    destination: Destination,
+) -> Result<Destination> {
+    let (Destination::Shell { host, port, .. }, Some((rsh, remote_ferry))) = (destination, shell)
+    else {
+        bail!("only a remote shell leads from the container's home to another host");
+    };
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._-@:%".contains(c);
+    if host.is_empty() || host.len() > 255 || host.starts_with('-') || !host.chars().all(plain) {
+        bail!("{host:?} is no host's name");
+    }
+    Ok(Destination::Shell { host, port, rsh: rsh.clone(), remote_ferry: remote_ferry.clone() })
+}
+
 /// How a host is reached, for people.
 fn way(destination: &Destination) -> String {
     match destination {
@@ -651,6 +689,18 @@ mod tests {
             rsh: rsh.iter().map(|w| (*w).to_owned()).collect(),
             remote_ferry: "ferry".into(),
         }
+    }
+
+    #[test]
+    fn another_host_names_a_host_and_no_command() {
+        let own = (vec!["ssh".to_owned()], "ferry".to_owned());
+        let named = reached_by(Some(&own), shell("root@c", &["sh", "-c", "evil"])).unwrap();
+        assert_eq!(named, shell("root@c", &["ssh"]));
+        for bad in ["", "-oProxyCommand=evil", "c evil", "c;evil"] {
+            assert!(reached_by(Some(&own), shell(bad, &["ssh"])).is_err(), "{bad}");
+        }
+        assert!(reached_by(Some(&own), Destination::Unix("/x".into())).is_err());
+        assert!(reached_by(None, shell("c", &["ssh"])).is_err());
     }
 
     #[test]

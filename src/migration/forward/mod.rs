@@ -120,6 +120,8 @@ pub struct Home {
     pub active: Option<Destination>,
     /// Since when, unix time.
     pub since: u64,
+    /// The remote shell with which the operator here reaches other hosts, and Ferry's path there.
+    pub shell: Option<(Vec<String>, String)>,
 }
 
 /// What the host that has the container knows.
