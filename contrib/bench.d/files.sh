@@ -38,7 +38,9 @@ files_container() { # MANY SIZE RATE
 rsync_rate() {
     # shellcheck disable=SC2016
     on "$from" bash -euc 'began=${EPOCHREALTIME/[.,]/}
-        rsync -aHAXS --numeric-ids "/srv/local/$1/rootfs/" "$2:/srv/local/by-rsync/"
+        # 24: what was there a moment ago was not any more.
+        rsync -aHAXS --numeric-ids "/srv/local/$1/rootfs/" "$2:/srv/local/by-rsync/" 2>/run/rsync.log ||
+            [ $? = 24 ] || { cat /run/rsync.log >&2; exit 1; }
         ssh "$2" sync -f /srv/local
         took=$((${EPOCHREALTIME/[.,]/} - began))
         bytes=$(du -s --block-size=1 "/srv/local/$1/rootfs" | cut -f 1)
