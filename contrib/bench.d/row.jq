@@ -5,7 +5,7 @@ $moved[0] as $m | $window[0] as $w | {
     tool: $tool, run: $run,
     memory_mib: $memory, dirty_pages_per_s: $dirty, content: $content, link_mbit: $link, rtt_ms: $rtt,
     downtime_ms: (if $failed then null else $w.worst_pause_ms end),
-    frozen_ms: $m.frozen_ms, total_ms: $m.total_ms, wire_bytes: $m.wire_bytes, bad_pages: $bad,
+    frozen_ms: $m.frozen_ms, criu_ms: $m.criu_ms, total_ms: $m.total_ms, wire_bytes: $m.wire_bytes, bad_pages: $bad,
     connections: $w.connections, connections_lost: $w.connections_lost, wrong_answers: $w.wrong_answers,
     # Of the time in which it was not frozen, how much was missing of the writes that were to be done.
     # The server makes up for 20 ms of any pause.

@@ -40,5 +40,12 @@ def groups(f): reduce .[] as $row ([]; ($row | f) as $key
 (map(select(.ferry_rss_mib != null)) | if length > 0 then
     "Ferry's own memory: at most \(map(.ferry_rss_mib.source) | max) MiB on the source, \(map(.ferry_rss_mib.destination) | max) MiB on the destination"
     else empty end),
+# What grows with memory, and how much of that is CRIU's own.
+(map(select(.criu_ms != null and (.failed | not))) | groups([.tool, (point | .[1:])])[] | .key[0] as $tool
+    | (.rows | groups(.memory_mib) | map({memory: .key,
+        pause: .rows | map(.downtime_ms) | median,
+        criu: .rows | map(.criu_ms.dump + .criu_ms.restore) | median}) | sort_by(.memory))
+    | select(length > 1)
+    | "\($tool): from \(.[0].memory) to \(.[-1].memory) MiB the pause grows by \(.[-1].pause - .[0].pause | round) ms, CRIU's dump and restore by \(.[-1].criu - .[0].criu | round)"),
 # The reasons, each once.
 (map(select(.error != null) | "\(.tool) failed: \(.error)") | unique[])

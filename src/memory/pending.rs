@@ -46,11 +46,10 @@ impl Pending {
         let mut all = Pending::default();
         let mut last: Option<(u64, Run)> = None;
         for entry in entries.iter().filter(|e| e.flags & PE_LAZY != 0) {
-            for i in 0..entry.pages {
-                let at = entry.vaddr + i * PAGE as u64;
-                let slot = staging
-                    .find(vpid, at)
-                    .ok_or_else(|| anyhow!("page {at:#x} of task {vpid} did not arrive"))?;
+            let slots = staging.find(vpid, entry.vaddr, entry.pages);
+            for (at, slot) in (entry.vaddr..).step_by(PAGE).zip(slots) {
+                let slot =
+                    slot.ok_or_else(|| anyhow!("page {at:#x} of task {vpid} did not arrive"))?;
                 if let Some((start, run)) = &mut last {
                     let follows = match (run.slot, slot) {
                         (Slot::At(a), Slot::At(b)) => b == a + run.pages,

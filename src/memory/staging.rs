@@ -134,15 +134,15 @@ impl Staging {
         Ok(())
     }
 
-    /// Where a page of a task is.
-    pub fn find(&self, vpid: i32, vaddr: u64) -> Option<Slot> {
-        let page = vaddr / PAGE as u64;
-        match self.index.get(vpid, page) {
+    /// Where `pages` pages of a task are, from the one at `vaddr` on.
+    pub fn find(&self, vpid: i32, vaddr: u64, pages: u64) -> impl Iterator<Item = Option<Slot>> {
+        let first = vaddr / PAGE as u64;
+        (first..).zip(self.index.values(vpid, first, pages)).map(|(page, entry)| match entry {
             NONE => None,
             ZERO => Some(Slot::Zero),
             REMOTE => Some(Slot::Remote(page)),
             slot => Some(Slot::At(slot - FIRST)),
-        }
+        })
     }
 
     /// Keeps a page that nothing in the index leads to; gives its slot.
@@ -187,19 +187,23 @@ fn numbers(vaddr: u64, pages: usize) -> Result<std::ops::Range<u64>> {
 mod tests {
     use super::*;
 
+    fn find(staging: &Staging, vpid: i32, vaddr: u64) -> Option<Slot> {
+        staging.find(vpid, vaddr, 1).next().unwrap()
+    }
+
     #[test]
     fn the_last_version_of_a_page_counts() {
         let mut staging = Staging::new(3).unwrap();
         staging.put(1, 0x1000, &[1; 2 * PAGE]).unwrap();
         staging.put(1, 0x2000, &[2; PAGE]).unwrap();
-        let Some(Slot::At(slot)) = staging.find(1, 0x2000) else { panic!("lost") };
+        let Some(Slot::At(slot)) = find(&staging, 1, 0x2000) else { panic!("lost") };
         assert_eq!(staging.bytes(slot, 1), [2; PAGE]);
         assert_eq!(staging.staged_bytes(), 2 * PAGE as u64);
         staging.put_zeros(1, 0x2000, 1).unwrap();
-        assert_eq!(staging.find(1, 0x2000), Some(Slot::Zero));
+        assert_eq!(find(&staging, 1, 0x2000), Some(Slot::Zero));
         staging.put_remote(1, 0x1000, 1).unwrap();
-        assert_eq!(staging.find(1, 0x1000), Some(Slot::Remote(1)));
-        assert_eq!(staging.find(2, 0x2000), None);
+        assert_eq!(find(&staging, 1, 0x1000), Some(Slot::Remote(1)));
+        assert_eq!(find(&staging, 2, 0x2000), None);
         assert_eq!(staging.staged_bytes(), 0);
     }
 
@@ -210,7 +214,7 @@ mod tests {
         assert!(staging.put(1, 0x3000, &[3; PAGE]).is_err());
         staging.put_remote(1, 0x1000, 1).unwrap();
         staging.put(1, 0x3000, &[3; PAGE]).unwrap();
-        let Some(Slot::At(slot)) = staging.find(1, 0x3000) else { panic!("lost") };
+        let Some(Slot::At(slot)) = find(&staging, 1, 0x3000) else { panic!("lost") };
         assert_eq!(staging.bytes(slot, 1), [3; PAGE]);
         assert!(staging.put(1, 0x1000, &[1; PAGE]).is_err());
     }
@@ -222,7 +226,7 @@ mod tests {
         staging.put_same((2, 0x9000), (1, 0x1000), 2).unwrap();
         // A later version of the one does not change the other.
         staging.put(1, 0x1000, &[8; PAGE]).unwrap();
-        let Some(Slot::At(slot)) = staging.find(2, 0x9000) else { panic!("lost") };
+        let Some(Slot::At(slot)) = find(&staging, 2, 0x9000) else { panic!("lost") };
         assert_eq!(staging.bytes(slot, 1), [7; PAGE]);
         assert!(staging.put_same((2, 0x9000), (1, 0x5000), 1).is_err());
     }
