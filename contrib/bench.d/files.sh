@@ -34,23 +34,23 @@ files_container() { # MANY SIZE RATE
     from=a to=b
 }
 
-# Megabytes a second from disk to disk, of the tree as it is.
-rsync_rate() {
+# Seconds that rsync takes from disk to disk, with the tree as it is.
+rsync_seconds() {
+    # What the file system still does for what was before is not in it, nor in the copy after it.
     # shellcheck disable=SC2016
-    on "$from" bash -euc 'began=${EPOCHREALTIME/[.,]/}
+    on "$from" bash -euc 'sync -f /srv/local
+        began=${EPOCHREALTIME/[.,]/}
         # 24: what was there a moment ago was not any more.
         rsync -aHAXS --numeric-ids "/srv/local/$1/rootfs/" "$2:/srv/local/by-rsync/" 2>/run/rsync.log ||
             [ $? = 24 ] || { cat /run/rsync.log >&2; exit 1; }
         ssh "$2" sync -f /srv/local
-        took=$((${EPOCHREALTIME/[.,]/} - began))
-        bytes=$(du -s --block-size=1 "/srv/local/$1/rootfs" | cut -f 1)
-        echo "$((bytes / took))"
-        ssh "$2" rm -rf /srv/local/by-rsync' bash "$NAME" "$to"
+        echo "$((${EPOCHREALTIME/[.,]/} - began))e-6"
+        ssh "$2" "rm -rf /srv/local/by-rsync; sync -f /srv/local"' bash "$NAME" "$to"
 }
 
 files_run() { # CASE RUN
     local rsync next
-    rsync=$(rsync_rate)
+    rsync=$(rsync_seconds)
     probe_start client "$address:7000" --connections "$connections" --every 2ms --give-up 10m
     probe_steady || die "the client gets no steady answers"
     probe_mark move
@@ -64,13 +64,12 @@ files_run() { # CASE RUN
         $moved[0] as $m | $m.files[0] as $first | $m.files[-1] as $last | {
             files: $files, run: $run, downtime_ms: $window[0].worst_pause_ms, frozen_ms: $m.frozen_ms,
             total_ms: $m.total_ms, entries: $first.entries, bytes: $first.bytes,
-            copy_mb_per_s: ($first.bytes / 1000 / $first.ms), rsync_mb_per_s: $rsync,
-            files_per_s: ($first.entries * 1000 / $first.ms),
+            copy_s: ($first.ms / 1000), rsync_s: $rsync,
             last_round: $last, connections_lost: $window[0].connections_lost,
             wrong_answers: $window[0].wrong_answers, bad: $bad
         }' | tee -a "$scratch/rows" | jq -r '
         "    run \(.run)  pause \(.downtime_ms | round) ms, frozen \(.frozen_ms | round) ms, total \(.total_ms | round) ms, "
-        + "first copy \(.copy_mb_per_s | round) MB/s (\(.files_per_s | round) files/s), rsync \(.rsync_mb_per_s) MB/s; "
+        + "first copy \(.copy_s * 10 | round / 10) s, rsync \(.rsync_s * 10 | round / 10) s; "
         + "in the freeze \(.last_round.entries) files looked at, \(.last_round.read / 1e6 | round) MB read, "
         + "\(.last_round.bytes / 1e6 * 10 | round / 10) MB sent"'
     next=$from from=$to to=$next
@@ -90,11 +89,12 @@ files() {
     echo
     jq -s -r '
         def median: sort | (.[((length - 1) / 2) | floor] + .[(length / 2) | floor]) / 2;
-        "            files       MB   pause ms     frozen  first copy MB/s   rsync MB/s",
+        def tenths: . * 10 | round / 10;
+        "              files         MB   pause ms     frozen     copy s    rsync s",
         (group_by(.files)[] | [
             (.[0].files | . + " " * (8 - length)), (.[0].entries, (.[0].bytes / 1e6 | round),
             (map(.downtime_ms) | median | round), (map(.frozen_ms) | median | round),
-            (map(.copy_mb_per_s) | median | round), (map(.rsync_mb_per_s) | median | round)
+            (map(.copy_s) | median | tenths), (map(.rsync_s) | median | tenths)
             | tostring | " " * (9 - length) + .)] | join("  "))' "$scratch/rows"
     jq -s -e 'all(.connections_lost == 0 and .wrong_answers == 0 and .bad == 0)' "$scratch/rows" >/dev/null
 }
