@@ -4,16 +4,35 @@
 # shellcheck disable=SC2154
 #
 # Each of three containers has its files on the host's own disk, and changes some of them all the
-# time. They move to and fro; in between rsync copies the same tree.
+# time. They move to and fro; before each move rsync copies the same tree to the same place.
 
 # How many small files, how large the large one, and how many of its pages are written every second.
 FILES="few:100:4M:200 many:100000:4M:200 large:100:2G:5000"
 
+# fresh_disk HOST: an empty file system at /srv/local/disk. Whoever copies gets one: where many files
+# were deleted within minutes, ext4 takes several times as long to make new ones, and the second
+# would pay for what the first has left.
+fresh_disk() {
+    local image device numbers
+    image=$(lab root "$1")/srv/local/disk.img
+    on "$1" sh -c '! mountpoint -q /srv/local/disk || umount /srv/local/disk; mkdir -p /srv/local/disk'
+    rm -f "$image"
+    truncate -s 16G "$image"
+    mkfs.ext4 -q -F "$image"
+    device=$(losetup -f --show "$image")
+    numbers=$(lsblk -n -d -o MAJ:MIN "$device" | tr -d ' ')
+    # shellcheck disable=SC2016
+    on "$1" sh -euc 'rm -f /dev/bench-disk
+        mknod -m 600 /dev/bench-disk b "${1%:*}" "${1#*:}"
+        mount /dev/bench-disk /srv/local/disk' sh "$numbers" || { losetup -d "$device"; die "no disk for $1"; }
+    # It is let go when it is unmounted.
+    losetup -d "$device"
+}
+
 files_container() { # MANY SIZE RATE
     local d=$shared/$NAME/rootfs/many
     clear_away
-    on a rm -rf "/srv/local/$NAME"
-    on b rm -rf "/srv/local/$NAME"
+    fresh_disk a
     container_make a "$NAME" counter "$address" --arg --files --arg /data --arg --files-size --arg "$2" \
         --arg --files-rate --arg "$3"
     # 2 KB each, in directories of 200.
@@ -27,30 +46,28 @@ files_container() { # MANY SIZE RATE
             open(my $f, ">", "$in/$i") or die "$in/$i: $!";
             print $f $text;
         }' "$d" "$1"
-    # On the same file system as what all hosts see, in the lab.
-    mv "$shared/$NAME" "$(lab root a)/srv/local/$NAME"
-    container_run a "$NAME" ferry "/srv/local/$NAME"
+    on a mv "/srv/shared/$NAME" "/srv/local/disk/$NAME"
+    container_run a "$NAME" ferry "/srv/local/disk/$NAME"
     wait_until 120 answers client "$address" 7000 || die "the server does not answer"
     from=a to=b
 }
 
 # Seconds that rsync takes from disk to disk, with the tree as it is.
 rsync_seconds() {
-    # What the file system still does for what was before is not in it, nor in the copy after it.
     # shellcheck disable=SC2016
-    on "$from" bash -euc 'sync -f /srv/local
-        began=${EPOCHREALTIME/[.,]/}
+    on "$from" bash -euc 'began=${EPOCHREALTIME/[.,]/}
         # 24: what was there a moment ago was not any more.
-        rsync -aHAXS --numeric-ids "/srv/local/$1/rootfs/" "$2:/srv/local/by-rsync/" 2>/run/rsync.log ||
+        rsync -aHAXS --numeric-ids "/srv/local/disk/$1/rootfs/" "$2:/srv/local/disk/by-rsync/" 2>/run/rsync.log ||
             [ $? = 24 ] || { cat /run/rsync.log >&2; exit 1; }
-        ssh "$2" sync -f /srv/local
-        echo "$((${EPOCHREALTIME/[.,]/} - began))e-6"
-        ssh "$2" "rm -rf /srv/local/by-rsync; sync -f /srv/local"' bash "$NAME" "$to"
+        ssh "$2" sync -f /srv/local/disk
+        echo "$((${EPOCHREALTIME/[.,]/} - began))e-6"' bash "$NAME" "$to"
 }
 
 files_run() { # CASE RUN
     local rsync next
+    fresh_disk "$to"
     rsync=$(rsync_seconds)
+    fresh_disk "$to"
     probe_start client "$address:7000" --connections "$connections" --every 2ms --give-up 10m
     probe_steady || die "the client gets no steady answers"
     probe_mark move
