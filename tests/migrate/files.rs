@@ -45,10 +45,10 @@ fn leftovers(host: &Host) -> Outcome<String> {
     host.sh("find /srv/local \\( -name '.ferry*' -o -name '*.before' \\) -not -path '*/rootfs/*'")
 }
 
-/// Of everything that can be read in the container, with what CRIU names for the restore left out.
+/// Of everything that can be read in the container, but for names that CRIU gives for the restore.
 fn contents(host: &Host) -> Outcome<String> {
     host.sh(&format!(
-        "cd {BUNDLE}/rootfs && find . -type f ! -name 'link_remap*' -print0 | sort -z |
+        "cd {BUNDLE}/rootfs && find . -type f ! -name 'link_remap*' ! -name '*.ghost' -print0 | sort -z |
              xargs -0 sha256sum"
     ))
 }
@@ -172,7 +172,7 @@ fn volumes(lab: &Lab) -> Outcome {
     let report = said.out.lines().last().unwrap_or_default();
     let report: serde_json::Value = serde_json::from_str(report).map_err(|e| e.to_string())?;
     let first = &report["files"][0];
-    let ms = first["files"]["bytes"].as_f64().unwrap_or(0.0) / 20e6 * 1000.0;
+    let ms = first["bytes"].as_f64().unwrap_or(0.0) / 20e6 * 1000.0;
     ensure!(ms > 200.0 && first["ms"].as_f64().unwrap_or(0.0) > ms * 0.9, "{report}");
     exactly_one_copy(&container, &b, &a)?;
     has_checked(&mut probe)
@@ -269,6 +269,8 @@ fn given_up(lab: &Lab) -> Outcome {
             until("nothing is left over there", SHORT, || {
                 Ok(b.sh("ls -A /srv/local")?.is_empty().then_some(()))
             })?;
+            let given = a.sh(&format!("find {BUNDLE} -name 'link_remap*'"))?;
+            ensure!(given.is_empty(), "names that CRIU gave stay: {given}");
             has_checked(&mut probe)
         })();
         all.map_err(|e| format!("{fault}: {e}\n{said}"))?;
