@@ -67,9 +67,10 @@ const WHOLE_LIMIT: Duration = Duration::from_secs(600);
 /// How long a lost destination is looked for after the commit.
 const SETTLE_LIMIT: Duration = Duration::from_secs(30);
 
-/// The image in which CRIU notes what it did about open files without their names; only if there are
-/// some.
+/// The image in which CRIU notes what it did about open files without their names.
 const REMAPS: &str = "remap-fpath.img";
+/// An image that holds nothing: two numbers that say what it is.
+const EMPTY_IMAGE: u64 = 8;
 
 /// `ferry check CONTAINER DESTINATION`, and with a `forecast` of what would go `migrate --dry-run`.
 ///
@@ -465,7 +466,8 @@ impl Begun {
         }
         // An open file that has lost the name it was opened by, and has another one, gets one more
         // of CRIU's for the restore. That has happened while the last files went.
-        if self.work.images().join(REMAPS).exists() && self.tell_haul(haul::Order::Named) {
+        let remaps = std::fs::metadata(self.work.images().join(REMAPS));
+        if remaps.is_ok_and(|m| m.len() > EMPTY_IMAGE) && self.tell_haul(haul::Order::Named) {
             while !matches!(self.next(reporter)?, Input::Files(HaulEvent::Done)) {}
             reporter.mark("names that CRIU gave are sent");
         }

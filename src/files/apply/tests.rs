@@ -610,7 +610,7 @@ fn what_is_in_a_renamed_directory_does_not_go_again() {
         fs::write(a.join("new/f4"), b"changed").unwrap();
         fs::remove_file(a.join("new/f5")).unwrap();
         fs::write(a.join("new/added"), b"added").unwrap();
-        fs::remove_file(a.join("new/f3/f1")).unwrap();
+        fs::remove_file(a.join("new/f3/f2")).unwrap();
         xattr::set(a.join("new"), "user.note", b"x").unwrap();
         later();
         let bytes = pair.round();
