@@ -45,6 +45,9 @@ fn leftovers(host: &Host) -> Outcome<String> {
     host.sh("find /srv/local \\( -name '.ferry*' -o -name '*.before' \\) -not -path '*/rootfs/*'")
 }
 
+/// What is told when the freeze has one round more.
+const NAMES_GIVEN: &str = "names that CRIU gave";
+
 /// Of everything that can be read in the container, but for names that CRIU gives for the restore.
 fn contents(host: &Host) -> Outcome<String> {
     host.sh(&format!(
@@ -87,13 +90,13 @@ fn to_and_fro_while_they_change(lab: &Lab) -> Outcome {
         let line = ["migrate", "--source-files", files, "box", to.name];
         if i == 0 {
             // Restored over there, and frozen here: byte for byte the same.
-            at(from, "source.commit", &line, || {
+            let said = at(from, "source.commit", &line, || {
                 let (there, here) = (contents(to)?, contents(from)?);
                 ensure!(here.lines().count() > 20, "little to compare: {here}");
                 ensure!(here == there, "it is\n{here}\nand over there\n{there}");
                 Ok(())
-            })?
-            .exits(0)?;
+            })?;
+            ensure!(said.exits(0)?.err.contains(NAMES_GIVEN), "files have lost no name");
         } else {
             from.ferry(&line)?.exits(0)?;
         }
@@ -216,11 +219,11 @@ fn single_files(lab: &Lab) -> Outcome {
     let there = b.sh("cd /srv/local/etc && ls -A && cat hosts")?;
     ensure!(there == "hosts\nnames\nnull\nmine\n", "it was not left as it was: {there}");
     // Changed while it goes, also by others than the container.
-    at(&a, "source.copied", &line(&["--source-files", "remove"]), || {
+    let said = at(&a, "source.copied", &line(&["--source-files", "remove"]), || {
         a.sh("cd /srv/local/etc && echo second >> hosts && touch -d '2001-02-03 04:05:06.7' hosts")
             .map(drop)
-    })?
-    .exits(0)?;
+    })?;
+    ensure!(!said.exits(0)?.err.contains(NAMES_GIVEN), "a round for nothing");
     exactly_one_copy(&container, &b, &a)?;
     let inside = "/proc/$(pidof stdio-ticker)/root";
     for place in ["/srv/local/etc", &format!("{inside}/etc")] {
