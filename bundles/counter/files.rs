@@ -3,17 +3,20 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::num::NonZeroUsize;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 
 use crate::common::pages::SplitMix;
 
@@ -22,6 +25,8 @@ const BLOCK: usize = 4096;
 const MAPPED: usize = 64;
 /// Blocks checked at a time.
 const LOOK: usize = 256;
+/// Where a file without a name ends.
+const NAMELESS: u64 = 3 << 20;
 /// Small files that exist at a time.
 const SMALL: u64 = 20;
 const REST: Duration = Duration::from_millis(5);
@@ -74,8 +79,16 @@ struct Work {
     map: &'static mut [u8],
     log: File,
     lines: u64,
-    /// Open, and without a name.
+    /// Open, and without a name; too long for what CRIU takes by itself.
     nameless: File,
+    /// Open under a name that is gone, while another one is there.
+    renamed: File,
+    /// Held under a lock, by this very descriptor.
+    locked: Flock<File>,
+    /// The directory itself.
+    open: File,
+    /// Always holds the latest line.
+    fifo: File,
     /// Small files come and go under numbers.
     small: u64,
     next_look: usize,
@@ -120,7 +133,19 @@ impl Work {
         let log = OpenOptions::new().append(true).create(true).open(directory.join("log"))?;
         log.set_len(0)?;
         let nameless = create("nameless".as_ref())?;
+        nameless.write_all_at(&block(seed, 0, 0), NAMELESS)?;
         fs::remove_file(directory.join("nameless"))?;
+        let renamed = create("before".as_ref())?;
+        let _ = fs::remove_file(directory.join("after"));
+        fs::hard_link(directory.join("before"), directory.join("after"))?;
+        fs::remove_file(directory.join("before"))?;
+        let locked = Flock::lock(create("locked".as_ref())?, FlockArg::LockExclusiveNonblock)
+            .map_err(|(_, e)| e)?;
+        let fifo = directory.join("fifo");
+        let _ = fs::remove_file(&fifo);
+        mkfifo(&fifo, Mode::S_IRUSR | Mode::S_IWUSR)?;
+        let mut fifo = File::options().read(true).write(true).open(fifo)?;
+        fifo.write_all(line(0).as_bytes())?;
         Ok(Work {
             directory: directory.to_owned(),
             walk: SplitMix(seed),
@@ -134,6 +159,10 @@ impl Work {
             log,
             lines: 0,
             nameless,
+            renamed,
+            locked,
+            open: File::open(directory)?,
+            fifo,
             small: 0,
             next_look: 0,
         })
@@ -165,6 +194,13 @@ impl Work {
         self.log.write_all(line(self.lines).as_bytes())?;
         self.lines += 1;
         self.nameless.write_all_at(&block(self.seed, usize::MAX, self.lines), 0)?;
+        self.renamed.write_all_at(line(self.lines).as_bytes(), 0)?;
+        self.fifo.write_all(line(self.lines).as_bytes())?;
+        let mut before = vec![0; line(0).len()];
+        self.fifo.read_exact(&mut before)?;
+        if before != line(self.lines - 1).as_bytes() {
+            return Ok(1);
+        }
 
         // Written beside, renamed into place; the oldest goes, and its directory with the last.
         let (new, number) = (self.small(self.small), self.small);
@@ -201,6 +237,17 @@ impl Work {
         bad += u64::from(!log.ends_with(last.as_bytes()));
         self.nameless.read_exact_at(&mut found, 0)?;
         bad += u64::from(found != block(self.seed, usize::MAX, self.lines));
+        self.nameless.read_exact_at(&mut found, NAMELESS)?;
+        bad += u64::from(found != block(self.seed, 0, 0));
+        // Under its other name it is the same file.
+        bad += u64::from(fs::read(self.directory.join("after"))? != line(self.lines).as_bytes());
+        let named = |name: &str| fs::metadata(self.directory.join(name)).map(|m| m.ino());
+        bad += u64::from(self.renamed.metadata()?.ino() != named("after")?);
+        bad += u64::from(self.open.metadata()?.ino() != named("")?);
+        bad += u64::from(self.locked.metadata()?.ino() != named("locked")?);
+        // Whoever else wants the lock does not get it.
+        let other = File::options().write(true).open(self.directory.join("locked"))?;
+        bad += u64::from(Flock::lock(other, FlockArg::LockExclusiveNonblock).is_ok());
         let mut names = Vec::new();
         for directory in fs::read_dir(self.directory.join("small"))? {
             for file in fs::read_dir(directory?.path())? {

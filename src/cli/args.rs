@@ -15,6 +15,7 @@ use crate::memory::rounds::Tracking;
 use crate::migration::away;
 use crate::migration::carry::Wishes;
 use crate::migration::forward::Wish;
+use crate::migration::pace::Pace;
 use crate::migration::protocol::How;
 use crate::report::log::{ErrorLog, Format};
 use crate::transport::codec::{self, Codec};
@@ -276,7 +277,7 @@ pub struct MemoryArgs {
     #[arg(long, value_name = "N", default_value_t = 10,
         value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub max_rounds: u32,
-    /// Memory takes no more of the link than this: 100Mbit, 20M [default: all it can get]
+    /// Memory and files take no more of the link than this: 100Mbit, 20M [default: all they can get]
     #[arg(long, value_name = "RATE", value_parser = bandwidth)]
     pub bandwidth: Option<u64>,
     /// Compression: whatever is quickest (auto), zstd, lz4 or none
@@ -356,7 +357,7 @@ impl MemoryArgs {
                 Compress::Lz4 => codec::Wish::Always(Codec::Lz4),
                 Compress::None => codec::Wish::Always(Codec::None),
             },
-            bandwidth: self.bandwidth,
+            pace: Pace::new(self.bandwidth),
             streams: usize::from(self.streams),
         }
     }

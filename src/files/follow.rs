@@ -9,28 +9,35 @@
 //! and compared anyway, as are those that are open for writing when all stands still.
 //!
 //! Everything must be on one file system: what is mounted below is refused, not left out.
+//!
+//! A tree may be a single file, as one that is bound to a place in the container by itself. The
+//! container has that very file, whatever its name leads to by now: one that was replaced is refused.
+
+mod moves;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::ffi::OsStr;
+use std::ffi::{CString, OsStr, OsString};
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use serde::Serialize;
 use xxhash_rust::xxh3::Xxh3Builder;
 
+use self::moves::Moves;
 use super::changes::{Listener, Names};
 use super::contents::{self, Sums, Touched};
 use super::inodes::Inodes;
-use super::ops::{self, Step};
+use super::ops::{self, SINGLE, Step};
 use super::tree::{self, Entry, Kind};
-use super::walk::{Seen, reach, shown, visit_one, walk};
+use super::walk::{Seen, look_at, reach, shown, visit_one, walk};
 use crate::sys::fanotify::{self, Handle};
 
 /// Some file systems know seconds only, others the time of the last tick; and a write bears the time
@@ -68,7 +75,10 @@ pub struct Follower {
 
 #[derive(Debug)]
 struct Tree {
+    /// Of a single file the directory that it is in.
     root: PathBuf,
+    /// Its name there, and its inode.
+    single: Option<(OsString, u64)>,
     known: HashMap<Vec<u8>, Known, Xxh3Builder>,
     /// Of large files, by inode: which inode of the copy, and what it holds.
     sums: HashMap<u64, (u64, Sums)>,
@@ -81,12 +91,22 @@ struct Tree {
     several: BTreeSet<Vec<u8>>,
     /// Something of it the kernel cannot tell about.
     blind: bool,
+    /// See [`moves::numbered`].
+    numbered: bool,
 }
 
 impl Tree {
-    fn new(root: PathBuf) -> Tree {
+    fn new(path: PathBuf) -> Tree {
+        let meta = fs::metadata(&path).ok().filter(Metadata::is_file);
+        let single = meta.and_then(|m| Some((path.file_name()?.to_owned(), m.ino())));
+        let root = match (&single, path.parent()) {
+            (Some(_), Some(parent)) => parent.to_owned(),
+            _ => path,
+        };
         Tree {
+            numbered: moves::numbered(&root),
             root,
+            single,
             known: HashMap::default(),
             sums: HashMap::new(),
             groups: 0,
@@ -215,7 +235,12 @@ impl Follower {
                 emptied: HashSet::new(),
                 asked: HashSet::new(),
                 summed: HashSet::new(),
+                moves: Moves::default(),
             };
+            if let Some((name, ino)) = tree.single.clone() {
+                look.single(tree, &name, ino)?;
+                continue;
+            }
             match told.as_ref().filter(|_| look.partial) {
                 Some(told) => look.some(tree, told)?,
                 None => {
@@ -257,6 +282,8 @@ struct Look<'a, W> {
     asked: HashSet<Vec<u8>>,
     /// Large files that were sent.
     summed: HashSet<u64>,
+    /// Directories that have got other names.
+    moves: Moves,
 }
 
 /// What a look has found.
@@ -270,6 +297,21 @@ enum Found {
 }
 
 impl<W: Write> Look<'_, W> {
+    /// Looks at a tree that is one file.
+    fn single(&mut self, tree: &mut Tree, name: &OsStr, ino: u64) -> Result<()> {
+        let what = tree.root.join(name).display().to_string();
+        let top = self.top.clone();
+        let seen = look_at(top.as_fd(), &CString::new(name.as_bytes())?)?;
+        let seen = seen.filter(|seen| seen.is_file() && seen.ino == ino);
+        let found = seen.map(|seen| self.one(tree, SINGLE, &reach(&*top, name), &seen));
+        match found.transpose().with_context(|| what.clone())? {
+            Some(Found::There | Found::NewDirectory) => Ok(()),
+            Some(Found::Gone) | None => {
+                bail!("{what} was replaced: the container still has the file that was there before")
+            }
+        }
+    }
+
     /// Looks at everything.
     fn all(&mut self, tree: &mut Tree) -> Result<()> {
         let root = tree.root.clone();
@@ -348,6 +390,7 @@ impl<W: Write> Look<'_, W> {
 
     /// Takes away what is gone, and says last what is to be said of directories.
     fn end(&mut self, tree: &mut Tree) -> Result<()> {
+        self.nowhere(tree);
         let mut gone = std::mem::take(&mut self.gone);
         gone.sort_unstable();
         gone.dedup();
@@ -404,11 +447,16 @@ impl<W: Write> Look<'_, W> {
         self.stats.entries += 1;
         let several = !seen.is_dir() && seen.names > 1;
         let compared = !self.mapped.is_empty() && self.mapped.contains(&(seen.device, seen.ino));
-        let found =
-            match self.listener.is_some() && seen.is_dir() && tree.is_new_directory(path, full) {
-                true => Found::NewDirectory,
-                false => Found::There,
-            };
+        let known = tree.known.get(path);
+        let another = known.is_none_or(|k| k.kind != seen.kind() || k.ino != seen.ino);
+        if another {
+            self.meet(tree, path, seen)?;
+        }
+        let heard = self.listener.is_some() && seen.is_dir();
+        let found = match heard && (tree.is_new_directory(path, full) || another) {
+            true => Found::NewDirectory,
+            false => Found::There,
+        };
         // Most of all files, most of the time.
         if let Some(known) = tree.known.get_mut(path)
             && known.is(seen)

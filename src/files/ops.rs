@@ -13,6 +13,9 @@ const MAX_STEP: usize = 1 << 20;
 /// Bytes of a file that go in one piece, and that are compared as one.
 pub const BLOCK: usize = 128 << 10;
 
+/// What the file of a tree that is a single one is called in the copy, wherever it comes from.
+pub(super) const SINGLE: &[u8] = b"file";
+
 /// One step.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Step {
@@ -30,6 +33,8 @@ pub(super) enum Step {
     Hole(u64, u64),
     /// A round is over; whether it was the last.
     Round(u32, bool),
+    /// What has the first name gets the second, in the place of whatever is there.
+    Rename(Vec<u8>, Vec<u8>),
 }
 
 /// Writes a step.

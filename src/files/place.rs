@@ -1,11 +1,14 @@
 //! Where copied trees are staged, how they come to their places, and how all of that is undone.
 //!
 //! A tree is made beside its place, under a name that begins with a dot, and renamed when it is
-//! whole; what stood there is renamed out of its way. Both can be undone by the names alone, by
-//! another process and after a reboot.
+//! whole; what stood there is renamed out of its way. A single file is made in a directory of its own,
+//! and gets its place as a second name. All of that can be undone by the names alone, by another process
+//! and after a reboot.
 
+use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File};
 use std::io::{ErrorKind, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -13,10 +16,22 @@ use anyhow::{Context, Result, anyhow};
 use serde::{Deserialize, Serialize};
 
 use super::mounting::Mounting;
+use super::ops::SINGLE;
 use super::walk;
 
 /// Added to a name whose owner made room for what came.
 const BEFORE: &str = "before";
+
+/// Where a copy is to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// The place.
+    pub path: PathBuf,
+    /// Nobody but the container uses what is there.
+    pub own: bool,
+    /// It is a single file.
+    pub single: bool,
+}
 
 /// Everything that a migration makes in the file system of the destination.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,25 +63,24 @@ struct Placed {
     mark: PathBuf,
     /// Nobody but the container uses what is at the place.
     own: bool,
+    /// The directory in which a single file is staged: changes of it come in there to the end, so
+    /// the place gets another name of the same file.
+    #[serde(default)]
+    nest: Option<PathBuf>,
 }
 
 impl Placing {
-    /// Plans for trees at these places, of each whether only the container uses it, and for files
-    /// that are not there yet. Nothing is made.
+    /// Plans for copies at these places, and for files that are not there yet. Nothing is made.
     ///
     /// # Errors
     /// When a place has no directory.
-    pub fn plan(
-        migration: &str,
-        targets: &[(PathBuf, bool)],
-        files: &[PathBuf],
-    ) -> Result<Placing> {
+    pub fn plan(migration: &str, targets: &[Target], files: &[PathBuf]) -> Result<Placing> {
         let mut placing = Placing { migration: migration.to_owned(), ..Placing::default() };
         for (i, file) in files.iter().enumerate() {
             let beside = file.with_file_name(format!(".ferry-{migration}-file-{i}"));
             placing.files.push((file.clone(), beside));
         }
-        for (i, (target, own)) in targets.iter().enumerate() {
+        for (i, Target { path: target, own, single }) in targets.iter().enumerate() {
             let name = target.file_name().and_then(|n| n.to_str());
             let (Some(parent), Some(_)) = (target.parent(), name) else {
                 return Err(anyhow!("{} cannot be the place of a copy", target.display()));
@@ -74,13 +88,17 @@ impl Placing {
             let beside = |what: &str| parent.join(format!(".ferry-{migration}-{i}{what}"));
             placing.trees.push(Placed {
                 target: target.clone(),
-                staged: beside(""),
+                staged: match single {
+                    true => beside("").join(OsStr::from_bytes(SINGLE)),
+                    false => beside(""),
+                },
+                nest: single.then(|| beside("")),
                 before: fs::symlink_metadata(target).is_ok().then(|| beside("-before")),
                 mark: beside("-mark"),
                 own: *own,
             });
         }
-        for path in targets.iter().map(|t| &t.0).chain(files) {
+        for path in targets.iter().map(|t| &t.path).chain(files) {
             let missing = path.ancestors().skip(1).take_while(|p| !p.exists());
             let mut missing: Vec<PathBuf> = missing.map(Path::to_owned).collect();
             missing.reverse();
@@ -124,10 +142,12 @@ impl Placing {
             }
         }
         for tree in &self.trees {
-            let what = || format!("cannot make {}", tree.staged.display());
-            DirBuilder::new().mode(0o700).create(&tree.staged).with_context(what)?;
+            let dir = tree.nest.as_ref().unwrap_or(&tree.staged);
+            let what = || format!("cannot make {}", dir.display());
+            DirBuilder::new().mode(0o700).create(dir).with_context(what)?;
         }
-        Ok(self.trees.iter().map(|t| t.staged.clone()).collect())
+        let dirs = self.trees.iter().map(|t| t.nest.as_ref().unwrap_or(&t.staged));
+        Ok(dirs.cloned().collect())
     }
 
     /// Writes one of the files.
@@ -157,7 +177,10 @@ impl Placing {
             if let Some(before) = &tree.before {
                 fs::rename(&tree.target, before).with_context(what)?;
             }
-            fs::rename(&tree.staged, &tree.target).with_context(what)?;
+            match &tree.nest {
+                Some(_) => fs::hard_link(&tree.staged, &tree.target).with_context(what)?,
+                None => fs::rename(&tree.staged, &tree.target).with_context(what)?,
+            }
         }
         self.mounting.as_ref().map_or(Ok(()), Mounting::stand_in)
     }
@@ -194,8 +217,7 @@ impl Placing {
             note(remove(staged));
         }
         for (file, beside) in &self.files {
-            let inode = |path| fs::symlink_metadata(path).map(|m| (m.dev(), m.ino())).ok();
-            if inode(beside).is_some() && inode(file) == inode(beside) {
+            if are_one(beside, file) {
                 note(remove(file));
             }
             note(remove(beside));
@@ -231,6 +253,9 @@ impl Placing {
 impl Placed {
     fn keep(&self, migration: &str, left: bool) -> Result<()> {
         remove(&self.mark)?;
+        if let Some(nest) = &self.nest {
+            remove(nest)?;
+        }
         let Some(before) = self.before.as_ref().filter(|b| fs::symlink_metadata(b).is_ok()) else {
             return Ok(());
         };
@@ -258,7 +283,11 @@ impl Placed {
                 Some(before) => there(before),
                 None => there(&self.target),
             };
-        if ours {
+        if self.nest.is_some() {
+            if there(&self.mark) && are_one(&self.staged, &self.target) {
+                remove(&self.target)?;
+            }
+        } else if ours {
             ignore_missing(fs::rename(&self.target, &self.staged)).with_context(what)?;
         }
         if let Some(before) = self.before.as_ref().filter(|b| there(b)) {
@@ -266,8 +295,14 @@ impl Placed {
         }
         // Without it nothing counts as ours any more.
         remove(&self.mark)?;
-        remove(&self.staged)
+        remove(self.nest.as_ref().unwrap_or(&self.staged))
     }
+}
+
+/// Whether two names, which are there, are names of one file.
+fn are_one(a: &Path, b: &Path) -> bool {
+    let inode = |path| fs::symlink_metadata(path).map(|m| (m.dev(), m.ino())).ok();
+    inode(a).is_some() && inode(a) == inode(b)
 }
 
 /// Takes a tree or a file away, if it is there.
@@ -306,63 +341,109 @@ mod tests {
         names
     }
 
+    fn target(path: &Path, own: bool, single: bool) -> Target {
+        Target { path: path.to_owned(), own, single }
+    }
+
+    /// A tree and a file that stand in the way, and a tree and a file that do not.
     #[test]
     fn undone_at_every_step_it_leaves_all_as_it_was() {
-        for steps in 0..=5 {
+        for steps in 0..=10 {
             let dir = tempfile::tempdir().unwrap();
-            let old = dir.path().join("old");
-            fs::create_dir(&old).unwrap();
-            fs::write(old.join("mine"), b"x").unwrap();
-            let new = dir.path().join("deep/er/new");
-            let config = dir.path().join("deep/config.json");
-            let targets = [(old.clone(), true), (new.clone(), false)];
+            let at = |name: &str| dir.path().join(name);
+            fs::create_dir(at("old")).unwrap();
+            fs::write(at("old/mine"), b"x").unwrap();
+            fs::write(at("hosts"), b"mine").unwrap();
+            let config = at("deep/config.json");
+            let targets = [
+                target(&at("old"), true, false),
+                target(&at("deep/er/new"), false, false),
+                target(&at("hosts"), false, true),
+                target(&at("deep/resolv"), false, true),
+            ];
             let placing = Placing::plan("0123", &targets, std::slice::from_ref(&config)).unwrap();
             // As another process reads it from a journal.
             let text = serde_json::to_vec(&placing).unwrap();
             let other: Placing = serde_json::from_slice(&text).unwrap();
             if steps > 0 {
                 for staged in placing.stage().unwrap() {
-                    fs::write(staged.join("theirs"), b"y").unwrap();
+                    // As `SINGLE` is called, the trees may have it too.
+                    fs::write(staged.join("file"), b"theirs").unwrap();
                 }
             }
             if steps > 1 {
                 placing.write(&config, b"{}").unwrap();
             }
-            let tree = &placing.trees[0];
+            let (tree, hosts) = (&placing.trees[0], &placing.trees[2]);
             match steps {
-                3 => {
+                3..=5 => {
                     fs::write(&tree.mark, b"").unwrap();
-                    fs::rename(&old, tree.before.as_ref().unwrap()).unwrap();
+                    if steps > 3 {
+                        fs::rename(at("old"), tree.before.as_ref().unwrap()).unwrap();
+                    }
+                    if steps > 4 {
+                        fs::rename(&tree.staged, at("old")).unwrap();
+                    }
                 }
-                4 => {
-                    fs::write(&tree.mark, b"").unwrap();
-                    fs::rename(&old, tree.before.as_ref().unwrap()).unwrap();
-                    fs::rename(&tree.staged, &old).unwrap();
+                6..=8 => {
+                    fs::write(&hosts.mark, b"").unwrap();
+                    if steps > 6 {
+                        fs::rename(at("hosts"), hosts.before.as_ref().unwrap()).unwrap();
+                    }
+                    if steps > 7 {
+                        fs::hard_link(&hosts.staged, at("hosts")).unwrap();
+                    }
                 }
-                5 => placing.put().unwrap(),
+                9 => placing.put().unwrap(),
+                10 => {
+                    placing.put().unwrap();
+                    // What is staged is what is in its place.
+                    fs::write(&hosts.staged, b"changed").unwrap();
+                    assert_eq!(fs::read(at("hosts")).unwrap(), b"changed");
+                    assert_eq!(fs::read(at("deep/resolv")).unwrap(), b"theirs");
+                }
                 _ => {}
             }
             for _ in 0..2 {
                 other.undo().unwrap();
-                assert_eq!(names(dir.path()), ["old"], "after {steps} steps");
-                assert_eq!(names(&old), ["mine"]);
+                assert_eq!(names(dir.path()), ["hosts", "old"], "after {steps} steps");
+                assert_eq!(names(&at("old")), ["mine"]);
+                assert_eq!(fs::read(at("hosts")).unwrap(), b"mine");
             }
         }
+    }
+
+    #[test]
+    fn a_single_file_is_kept_with_one_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let hosts = dir.path().join("hosts");
+        fs::write(&hosts, b"mine").unwrap();
+        let placing = Placing::plan("0123", &[target(&hosts, false, true)], &[]).unwrap();
+        for staged in placing.stage().unwrap() {
+            fs::write(staged.join("file"), b"theirs").unwrap();
+        }
+        placing.put().unwrap();
+        placing.sync().unwrap();
+        placing.keep(true).unwrap();
+        assert_eq!(names(dir.path()), ["hosts", "hosts.before"]);
+        assert_eq!(fs::read(&hosts).unwrap(), b"theirs");
+        assert_eq!(fs::metadata(&hosts).unwrap().nlink(), 1);
+        assert_eq!(fs::read(dir.path().join("hosts.before")).unwrap(), b"mine");
     }
 
     #[test]
     fn what_stood_in_the_way_is_kept_or_not() {
         for (left, own) in [(false, true), (true, false), (true, true)] {
             let dir = tempfile::tempdir().unwrap();
-            let target = dir.path().join("t");
+            let place = dir.path().join("t");
             for round in 0..2 {
-                fs::create_dir_all(&target).unwrap();
-                fs::write(target.join(format!("old{round}")), b"x").unwrap();
-                let placing = Placing::plan("0123", &[(target.clone(), own)], &[]).unwrap();
+                fs::create_dir_all(&place).unwrap();
+                fs::write(place.join(format!("old{round}")), b"x").unwrap();
+                let placing = Placing::plan("0123", &[target(&place, own, false)], &[]).unwrap();
                 placing.stage().unwrap();
                 placing.put().unwrap();
                 placing.keep(left).unwrap();
-                assert!(names(&target).is_empty());
+                assert!(names(&place).is_empty());
                 if !left || !own {
                     let all = ["t", "t.before", "t.before-0123"];
                     assert_eq!(names(dir.path()), all[..round + 2]);

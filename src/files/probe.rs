@@ -11,6 +11,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_128;
 
@@ -91,6 +92,17 @@ pub fn make(path: &Path, read_only: bool) -> Result<Probe> {
     let meta = fs::metadata(path).with_context(what)?;
     let inode = (meta.ino(), meta.size(), meta.ctime(), meta.ctime_nsec());
     Ok(Probe { proof: Proof { file, inode, contents }, made })
+}
+
+/// Device and inode of what a container has at a place, found without leaving its root: openat2(2).
+/// None if there is nothing.
+pub fn inode_in(root: &Path, place: &Path) -> Option<(u64, u64)> {
+    let root = fs::File::open(root).ok()?;
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    let meta = fs::File::from(openat2(&root, place, how).ok()?).metadata().ok()?;
+    Some((meta.dev(), meta.ino()))
 }
 
 /// Whether a path on this host is what the proof was made of.

@@ -23,6 +23,7 @@ use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, LinkatFlags, Uid, Whence, fchownat, linkat, lseek, symlinkat};
 use serde::{Deserialize, Serialize};
 
+use super::walk::reach;
 use crate::sys::process;
 
 /// Longest description of one entry: names, link targets and attributes are far below.
@@ -95,6 +96,15 @@ impl Entry {
         let attributes = if mounted { Vec::new() } else { attributes(full)? };
         let mtime = (meta.mtime(), meta.mtime_nsec());
         Ok(Entry { path, kind, mode, uid, gid, mtime, attributes })
+    }
+}
+
+impl Entry {
+    /// Bytes that it takes beside the contents of a file.
+    pub(super) fn said(&self) -> u64 {
+        let target = if let Kind::Symlink(target) = &self.kind { target.len() } else { 0 };
+        let attributes = self.attributes.iter().map(|(name, value)| name.len() + value.len());
+        (target + attributes.sum::<usize>()) as u64
     }
 }
 
@@ -370,6 +380,10 @@ pub(super) fn describe(parent: BorrowedFd, name: &Path, entry: &Entry) -> Result
     let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
     fchownat(&thing, "", Some(uid), Some(gid), AtFlags::AT_EMPTY_PATH)?;
     if is_link {
+        // The path of a descriptor would lead on.
+        for (attribute, value) in &entry.attributes {
+            xattr::set(reach(&parent, name.as_os_str()), OsStr::from_bytes(attribute), value)?;
+        }
         return set_time(parent, name, entry);
     }
     let path = process::path_of(&thing);

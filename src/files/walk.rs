@@ -4,9 +4,10 @@
 //! descriptor of the one that it is in, and never by its path.
 
 use std::ffi::{CStr, CString, OsStr};
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -27,20 +28,25 @@ pub struct Size {
     pub entries: u64,
 }
 
-/// Counts what a tree holds.
+/// Counts what a tree holds, which may be a single file.
 ///
 /// # Errors
 /// When it cannot be read.
 pub fn measure(root: &Path) -> Result<Size> {
     let mut size = Size::default();
-    walk(root, &mut |_, _, seen| {
+    let mut add = |bytes: u64, blocks: u64| {
         size.entries += 1;
-        let on_disk = seen.blocks * 512;
+        let on_disk = blocks * 512;
         // Compressed, it takes less room here than it may take there; far less, it is sparse.
-        let all = if seen.size / 8 <= on_disk { seen.size.max(on_disk) } else { on_disk };
-        size.bytes += all;
-        Ok(true)
-    })?;
+        size.bytes += if bytes / 8 <= on_disk { bytes.max(on_disk) } else { on_disk };
+    };
+    match fs::metadata(root).with_context(|| root.display().to_string())? {
+        meta if meta.is_dir() => walk(root, &mut |_, _, seen| {
+            add(seen.size, seen.blocks);
+            Ok(true)
+        })?,
+        meta => add(meta.size(), meta.blocks()),
+    }
     Ok(size)
 }
 
@@ -197,7 +203,8 @@ fn look_into(dir: &mut Dir) -> Result<Vec<(CString, Seen)>> {
     Ok(found)
 }
 
-fn look_at(dir: BorrowedFd, name: &CStr) -> Result<Option<Seen>> {
+/// What bears a name in a directory.
+pub(super) fn look_at(dir: BorrowedFd, name: &CStr) -> Result<Option<Seen>> {
     match fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
         Ok(stat) => Ok(Some(Seen::new(&stat))),
         Err(Errno::ENOENT) => Ok(None),

@@ -1,6 +1,8 @@
 //! The source's first conversation: a look at the container, the greeting, the plan, the answer. And
 //! the queue in which everything that happens from then on stands in line.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
@@ -11,12 +13,13 @@ use super::carry::{self, MemoryEvent};
 use super::dump::DumpEvent;
 use super::haul::{HaulEvent, Load};
 use super::inspect::{Subject, Wishes, inspect};
-use super::protocol::{Message, Place};
+use super::protocol::{Message, Place, Probe};
 use super::talk::{self, Heard, Speaker};
 use super::watch::Watch;
 use super::{forward, host};
 use crate::files::layers::Store;
 use crate::files::overlay::Overlay;
+use crate::files::probe::inode_in;
 use crate::files::walk;
 use crate::network::problem::Problem;
 use crate::oci::runtime::Runtime;
@@ -379,6 +382,12 @@ fn announce(
                 load.merged = Some((path, upper.path.clone()));
                 upper.path.clone()
             }
+            _ if probe.file => {
+                if let Some(problem) = replaced(subject.state.pid, probe, &path) {
+                    return Ok(Some(vec![problem]));
+                }
+                fs::canonicalize(&path)?
+            }
             _ => path,
         };
         let size = walk::measure(&path)?;
@@ -408,6 +417,21 @@ fn announce(
             _ => {}
         }
     }
+}
+
+/// Whether a single file is not the one any more that the container has.
+fn replaced(init: i32, probe: &Probe, path: &Path) -> Option<Problem> {
+    let Place::Mount(place) = &probe.place else { return None };
+    let bound = inode_in(Path::new(&format!("/proc/{init}/root")), place)?;
+    let here = fs::metadata(path).ok()?;
+    (bound != (here.dev(), here.ino())).then(|| {
+        Problem::new(
+            format!("the {} is not what is at {}", probe.what, path.display()),
+            "that was replaced since the container was started: it still has the file that was \
+             there before",
+        )
+        .hint("start the container anew; or write to such a file instead of replacing it")
+    })
 }
 
 /// Tells the destination which layers the overlay has, and learns which it lacks: these are put among

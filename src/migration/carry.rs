@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow, bail};
 
 use super::lanes::{Lane, LaneSender, Packer};
+use super::pace::Pace;
 use super::protocol::Message;
 use super::talk::Speaker;
 use crate::memory::converge::{self, Goal, Next, Seen};
@@ -32,7 +33,7 @@ use crate::transport::codec::Wish;
 use crate::transport::frame::{Run, Same};
 
 /// How memory is to go.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Wishes {
     /// When to stop copying and freeze.
     pub goal: Goal,
@@ -40,8 +41,8 @@ pub struct Wishes {
     pub tracking: Tracking,
     /// Compression.
     pub compress: Wish,
-    /// Bytes a second on the links, at most.
-    pub bandwidth: Option<u64>,
+    /// How fast all that goes over the links may go together.
+    pub pace: Pace,
     /// Links to use.
     pub streams: usize,
 }
@@ -52,7 +53,7 @@ impl Default for Wishes {
             goal: Goal::default(),
             tracking: Tracking::WriteProtect,
             compress: Wish::Auto,
-            bandwidth: None,
+            pace: Pace::default(),
             streams: 1,
         }
     }
@@ -111,7 +112,7 @@ impl Memory {
         tell: impl Fn(MemoryEvent) + Send + Sync + 'static,
     ) -> Result<Memory> {
         let cgroup = cgroup.clone();
-        let sender = PageSender::new(speaker.clone(), wishes, lanes, Arc::new(tell))?;
+        let sender = PageSender::new(speaker.clone(), &wishes, lanes, Arc::new(tell))?;
         Memory::spawn(sender, wishes, move |carrier| carrier.carry(&cgroup))
     }
 
@@ -129,7 +130,7 @@ impl Memory {
     ) -> Result<Memory> {
         let tasks = pages::tasks(&cgroup.processes()?)?;
         let rest = Rest::new(&tasks, missing.into_iter())?;
-        let sender = PageSender::new(speaker.clone(), wishes, &[], Arc::new(tell))?;
+        let sender = PageSender::new(speaker.clone(), &wishes, &[], Arc::new(tell))?;
         Memory::spawn(sender, wishes, move |carrier| carrier.serve(rest))
     }
 
@@ -457,16 +458,15 @@ const TELL_EVERY: Duration = Duration::from_millis(100);
 const LARGE: usize = 512 << 10;
 
 impl PageSender {
-    fn new(speaker: Speaker, wishes: Wishes, lanes: &[Lane], tell: Tell) -> Result<PageSender> {
-        let share = wishes.bandwidth.map(|b| (b / (lanes.len() as u64 + 1)).max(1));
+    fn new(speaker: Speaker, wishes: &Wishes, lanes: &[Lane], tell: Tell) -> Result<PageSender> {
         let senders = lanes.iter().map(|lane| {
             let tell = tell.clone();
             let failed = move |e| tell(MemoryEvent::Failed(format!("{e:#}")));
-            lane.carry(wishes.compress, share, failed)
+            lane.carry(wishes.compress, wishes.pace.clone(), failed)
         });
         Ok(PageSender {
             lanes: senders.collect::<Result<_>>()?,
-            main: Packer::new(speaker, wishes.compress, share),
+            main: Packer::new(speaker, wishes.compress, wishes.pace.clone()),
             turn: 0,
             raw: 0,
             main_wire: 0,

@@ -229,6 +229,14 @@ fn bundle(plan: &Plan, found: &mut Vec<Problem>) -> Vec<usize> {
     copies.into_iter().map(|(number, _)| number).collect()
 }
 
+/// The option that says what is to become of it.
+fn volume(place: &Place) -> String {
+    match place {
+        Place::Rootfs => "--rootfs".to_owned(),
+        Place::Mount(place) => format!("--volume {}", place.display()),
+    }
+}
+
 /// Where a copy has to be made; none if there is nothing to copy.
 fn relation(
     probe: &Probe,
@@ -256,18 +264,25 @@ fn relation(
     match probe.wish {
         How::Shared if path.exists() => Ok(None),
         How::Shared => Err(Box::new(not_shared())),
-        How::Auto | How::Copy if !probe.directory => Err(Box::new(not_shared().hint(
-            "a single file is not copied: put it on storage that both hosts see, or, if it is \
-             read-only, the same contents in its place there",
-        ))),
+        How::Auto | How::Copy if !probe.directory && !probe.file => {
+            Err(Box::new(not_shared().hint(format!(
+                "it is a device, a FIFO or a socket, and another one there: {}=shared says that \
+                 the one there will do",
+                volume(&probe.place)
+            ))))
+        }
         How::Auto | How::Copy if overlay.is_some() => {
             overlay.map_or(Ok(()), |overlay| layers::check(path, overlay, &probe.proof))?;
             Ok(Some(path.to_owned()))
         }
         How::Auto | How::Copy => match (&probe.place, probe.wish) {
-            (Place::Mount(place), How::Auto) => Err(Box::new(not_shared().hint(format!(
-                "others than the container may use it: --volume {}=copy takes a copy along",
-                place.display()
+            (Place::Mount(_), How::Auto) => Err(Box::new(not_shared().hint(format!(
+                "others than the container may use it: {}=copy takes a copy along{}",
+                volume(&probe.place),
+                match probe.file && probe.read_only {
+                    true => "; or put the same contents in its place there",
+                    false => "",
+                }
             )))),
             _ => Ok(Some(path.to_owned())),
         },

@@ -42,7 +42,7 @@ use crate::criu::images;
 use crate::criu::interposer::Interposer;
 use crate::files::apply::{Applied, Applying};
 use crate::files::layers::validate as validate_layers;
-use crate::files::place::Placing;
+use crate::files::place::{Placing, Target};
 use crate::files::tmpfs::{Mounted, Tmpfs};
 use crate::files::tree;
 use crate::files::walk::Size;
@@ -273,8 +273,8 @@ fn converse(
 /// Files that are to come.
 #[derive(Debug, Default)]
 struct Incoming {
-    /// Where the trees go, and whether only the container uses what is there.
-    targets: Vec<(PathBuf, bool)>,
+    /// Where the trees go.
+    targets: Vec<Target>,
     /// What was announced of them; first of lacking layers.
     sizes: Vec<Size>,
     /// The overlay that is mounted of some.
@@ -337,7 +337,7 @@ fn announced(
         Err(_) => return Ok(Announced::Nothing),
     };
     let places = std::iter::repeat_n(staged.as_path(), lacking);
-    let places = places.chain(incoming.targets.iter().map(|t| t.0.as_path()));
+    let places = places.chain(incoming.targets.iter().map(|t| t.path.as_path()));
     let problems = checks::room_for(places.zip(&incoming.sizes))?;
     Ok(match problems.is_empty() {
         true => Announced::Room(Box::new(incoming)),
@@ -345,8 +345,8 @@ fn announced(
     })
 }
 
-/// Where the trees go, and whether only the container uses what is there.
-fn targets(plan: &Plan, copies: &[usize], coming: Option<&Coming>) -> Result<Vec<(PathBuf, bool)>> {
+/// Where the trees go.
+fn targets(plan: &Plan, copies: &[usize], coming: Option<&Coming>) -> Result<Vec<Target>> {
     let (here, _) = checks::bundle_here(plan)?;
     let mut targets = Vec::new();
     for number in copies {
@@ -359,7 +359,7 @@ fn targets(plan: &Plan, copies: &[usize], coming: Option<&Coming>) -> Result<Vec
                 Some(path.ok_or_else(|| anyhow!("config.json does not have {}", probe.what))?)
             }
         };
-        targets.extend(path.map(|path| (path, root)));
+        targets.extend(path.map(|path| Target { path, own: root, single: probe.file }));
     }
     Ok(targets)
 }
@@ -1059,7 +1059,8 @@ fn placing(plan: &Plan, incoming: &Incoming) -> Result<Placing> {
     let mut targets = incoming.targets.clone();
     let coming = incoming.coming.as_ref();
     // Last, as nothing is announced of it: it comes to its place as it is staged, empty.
-    targets.extend(coming.and_then(|c| c.upper.as_ref()).map(|u| (u.work.clone(), true)));
+    let work = coming.and_then(|c| c.upper.as_ref()).map(|u| u.work.clone());
+    targets.extend(work.map(|path| Target { path, own: true, single: false }));
     let placing = Placing::plan(&plan.migration, &targets, config.as_slice())?;
     Ok(match coming {
         Some(coming) => placing.with_overlay(coming.mounting.clone(), coming.staged()),

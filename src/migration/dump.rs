@@ -28,6 +28,7 @@ use rust_criu::rust_criu_protobuf::rpc::{
     Criu_network_lock_method, Criu_page_server_info, Criu_req, Ext_mount_map,
 };
 
+use super::descriptors::MAX_NAMELESS;
 use super::lull::await_lull;
 use super::mend::Noted;
 use super::workdir::criu_failed;
@@ -301,6 +302,8 @@ fn edit(request: &mut Criu_req, plan: &DumpPlan, images: i32, work: i32) -> Resu
     opts.set_lazy_pages(true);
     opts.set_tcp_established(true);
     opts.set_file_locks(true);
+    opts.set_ghost_limit(MAX_NAMELESS);
+    opts.set_link_remap(true);
     opts.set_ext_unix_sk(true);
     opts.set_log_level(2);
     opts.network_lock = Some(Criu_network_lock_method::SKIP.into());

@@ -20,12 +20,12 @@ const MOST: u64 = 64 << 20;
 const FILES_RATE: f64 = 15_000.0;
 const DISK_RATE: f64 = 300e6;
 
-/// Tries the link out, and reckons.
+/// Tries the link out, and reckons; no more than `limit` bytes a second will go over it.
 ///
 /// # Errors
 /// When it breaks.
-pub(super) fn forecast(accepted: &mut Accepted) -> Result<Forecast> {
-    let rate = try_link(accepted)?;
+pub(super) fn forecast(accepted: &mut Accepted, limit: Option<u64>) -> Result<Forecast> {
+    let rate = try_link(accepted)?.min(limit.map_or(f64::INFINITY, |limit| limit as f64));
     let plan = &accepted.subject.plan;
     let tree = |(i, what): (usize, &String)| {
         let copied = accepted.subject.sizes.iter().find(|(number, _)| *number == i).map(|s| s.1);

@@ -3,15 +3,18 @@
 //!
 //! ```text
 //! rounds ──▶ Settled ──Again──▶ a round ──▶ Settled ──Frozen──▶ the last round ──▶ Done
+//!                                                                                    │ Named
+//!                                                            what CRIU made ──▶ Done ◀┘
 //! ```
 
 use std::io::BufWriter;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 
+use super::pace::Pace;
 use super::parcels::{STREAM, SpeakerFile};
 use super::talk::Speaker;
 use crate::files::follow::Follower;
@@ -27,6 +30,8 @@ const MAX_ROUNDS: usize = 8;
 const LITTLE: u64 = 1 << 20;
 /// Bytes between two words about progress.
 const TELL_EVERY: u64 = 8 << 20;
+/// The longest time between two, while anything goes.
+const TELL_AFTER: Duration = Duration::from_secs(5);
 
 /// What the hand-over tells the thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +42,8 @@ pub enum Order {
     Again,
     /// The tasks stand still.
     Frozen,
+    /// CRIU has given names to files that have lost theirs.
+    Named,
 }
 
 /// What it tells the hand-over.
@@ -81,7 +88,7 @@ impl Haul {
         load: &Load,
         listen: bool,
         cgroup: &Cgroup,
-        speaker: &Speaker,
+        (speaker, pace): (&Speaker, &Pace),
         tell: impl Fn(HaulEvent) + Send + 'static,
     ) -> Result<Haul> {
         let (orders, heard) = channel();
@@ -91,6 +98,7 @@ impl Haul {
             cgroup: cgroup.clone(),
             mapped: Inodes::new(),
             speaker: speaker.clone(),
+            pace: pace.clone(),
             orders: heard,
             rounds: 0,
             sent: 0,
@@ -112,6 +120,7 @@ struct Carrier {
     /// Whatever has ever been mapped for writing: a mapping that is gone may have left changes.
     mapped: Inodes,
     speaker: Speaker,
+    pace: Pace,
     orders: Receiver<Order>,
     rounds: u32,
     /// Bytes of contents, and of the stream, that have gone.
@@ -126,13 +135,19 @@ fn run(mut carrier: Carrier, tell: &dyn Fn(HaulEvent)) -> Result<()> {
         match carrier.orders.recv() {
             Ok(Order::Again) => carrier.settle(tell)?,
             Ok(Order::Frozen) => break,
-            Ok(Order::Applied(_)) => {}
+            Ok(Order::Applied(_) | Order::Named) => {}
             // The hand-over has ended.
             Err(_) => return Ok(()),
         }
     }
     carrier.round(true, tell)?;
     tell(HaulEvent::Done);
+    while let Ok(order) = carrier.orders.recv() {
+        if order == Order::Named {
+            carrier.round(true, tell)?;
+            tell(HaulEvent::Done);
+        }
+    }
     Ok(())
 }
 
@@ -160,13 +175,14 @@ impl Carrier {
             let processes = self.cgroup.processes()?;
             compared.extend(inodes::open_for_writing(&processes, &mut self.merged)?);
         }
-        let file = SpeakerFile { speaker: &self.speaker, name: STREAM.into(), at: self.at };
+        let (speaker, pace) = (&self.speaker, &self.pace);
+        let file = SpeakerFile { speaker, name: STREAM.into(), at: self.at, pace };
         let mut out = BufWriter::with_capacity(frame::MAX_FILE_PIECE, file);
-        let (mut sent, mut told) = (self.sent, self.sent);
+        let (mut sent, mut told, mut told_at) = (self.sent, self.sent, began);
         let mut went = |bytes| {
             sent += bytes;
-            if sent - told >= TELL_EVERY {
-                told = sent;
+            if sent - told >= TELL_EVERY || told_at.elapsed() >= TELL_AFTER {
+                (told, told_at) = (sent, Instant::now());
                 tell(HaulEvent::Progress(sent));
             }
         };

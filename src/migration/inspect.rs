@@ -168,9 +168,10 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
     let mut listed = Vec::new();
     let mut add = |what: String, place: Place, path: &Path, wish: How, read_only: bool| {
         let probe = probe::make(path, read_only)?;
-        let (proof, directory) = (probe.proof.clone(), path.is_dir());
+        let (proof, directory, file) = (probe.proof.clone(), path.is_dir(), path.is_file());
         probes.push(probe);
-        listed.push(Probe { what, place, proof: proof.clone(), wish, directory, read_only });
+        let probe = Probe { what, place, proof: proof.clone(), wish, directory, file, read_only };
+        listed.push(probe);
         anyhow::Ok(proof)
     };
     let (root, fixed) = (bundle.rootfs()?, bundle.rootfs_read_only());

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
+use super::pace::Pace;
 use super::protocol::Message;
 use super::talk::{self, Heard, Speaker};
 use crate::transport::codec::{Chooser, Codec, Wish};
@@ -18,18 +19,13 @@ use crate::transport::connect::{Closer, Destination};
 
 /// How long the other side may take to take a further link.
 const LIMIT: Duration = Duration::from_secs(60);
-/// What a limit of the bandwidth allows at once.
-const BURST: Duration = Duration::from_millis(20);
 
 /// Packs pages and puts them on one link, no faster than is wanted.
 pub struct Packer {
     /// The link.
     pub speaker: Speaker,
     chooser: Chooser,
-    /// Bytes a second, at most.
-    bandwidth: Option<u64>,
-    /// With a limit: when the bytes sent so far are paid for.
-    paid: Instant,
+    pace: Pace,
     packed: Vec<u8>,
     /// What the latest piece was packed with.
     pub latest: Codec,
@@ -37,12 +33,11 @@ pub struct Packer {
 
 impl Packer {
     /// For a link.
-    pub fn new(speaker: Speaker, compress: Wish, bandwidth: Option<u64>) -> Packer {
+    pub fn new(speaker: Speaker, compress: Wish, pace: Pace) -> Packer {
         Packer {
             speaker,
             chooser: Chooser::new(compress),
-            bandwidth,
-            paid: Instant::now(),
+            pace,
             packed: Vec::new(),
             latest: Codec::None,
         }
@@ -68,18 +63,8 @@ impl Packer {
         self.speaker.pages(vpid, vaddr, bytes, packed)?;
         let wire = packed.map_or(bytes.len(), |p| p.1.len());
         self.chooser.written(wire, began.elapsed());
-        self.pay(wire);
+        self.pace.pay(wire);
         Ok(wire as u64)
-    }
-
-    /// A rate is kept by waiting.
-    fn pay(&mut self, wire: usize) {
-        if let Some(rate) = self.bandwidth {
-            let now = Instant::now();
-            self.paid = self.paid.max(now.checked_sub(BURST).unwrap_or(now));
-            self.paid += Duration::from_secs_f64(wire as f64 / rate as f64);
-            std::thread::sleep(self.paid.saturating_duration_since(now));
-        }
     }
 }
 
@@ -148,13 +133,13 @@ impl Lane {
     pub fn carry(
         &self,
         compress: Wish,
-        bandwidth: Option<u64>,
+        pace: Pace,
         failed: impl Fn(anyhow::Error) + Send + 'static,
     ) -> Result<LaneSender> {
         let (queue, pieces) = sync_channel::<Piece>(2);
         let wire = Arc::new(AtomicU64::new(0));
         let sum = wire.clone();
-        let mut packer = Packer::new(self.speaker.clone(), compress, bandwidth);
+        let mut packer = Packer::new(self.speaker.clone(), compress, pace);
         std::thread::Builder::new().name("lane".into()).spawn(move || {
             for piece in pieces {
                 let sent = match piece {

@@ -22,6 +22,7 @@ pub mod lanes;
 pub mod layers;
 pub mod lull;
 pub mod mend;
+pub mod pace;
 pub mod parcels;
 pub mod protocol;
 pub mod recover;

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
+use super::pace::Pace;
 use super::protocol::MAX_FILES;
 use super::talk::Speaker;
 use crate::transport::frame;
@@ -23,6 +24,8 @@ pub struct SpeakerFile<'a> {
     pub name: String,
     /// Bytes written so far.
     pub at: u64,
+    /// How fast.
+    pub pace: &'a Pace,
 }
 
 impl Write for SpeakerFile<'_> {
@@ -30,6 +33,7 @@ impl Write for SpeakerFile<'_> {
         let most = &bytes[..bytes.len().min(frame::MAX_FILE_PIECE)];
         self.speaker.file(&self.name, self.at, most).map_err(std::io::Error::other)?;
         self.at += most.len() as u64;
+        self.pace.pay(most.len());
         Ok(most.len())
     }
     fn flush(&mut self) -> std::io::Result<()> {

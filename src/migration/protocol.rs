@@ -55,7 +55,7 @@ use crate::oci::bundle::Bundle;
 use crate::transport::frame;
 
 /// Version of this protocol: both sides must speak the same one.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 
 /// Most image files of one checkpoint.
 pub const MAX_FILES: usize = 100_000;
@@ -336,6 +336,9 @@ pub struct Probe {
     pub wish: How,
     /// Whether it is a directory.
     pub directory: bool,
+    /// Whether it is a regular file.
+    #[serde(default)]
+    pub file: bool,
     /// Whether the container cannot write there.
     pub read_only: bool,
 }

@@ -44,7 +44,7 @@ pub fn bring(
     let mut last = String::new();
     loop {
         let began = Instant::now();
-        match attempt(record, wishes, told) {
+        match attempt(record, &wishes, told) {
             Ok(Some(end)) => return end,
             Ok(None) => {}
             Err(e) => {
@@ -75,7 +75,7 @@ enum Event {
 /// One link. Nothing came of it where the destination is only about to run.
 fn attempt(
     record: &Record,
-    wishes: Wishes,
+    wishes: &Wishes,
     told: &mut dyn FnMut(Option<&str>) -> bool,
 ) -> Result<Option<Brought>> {
     let destination =
@@ -125,9 +125,15 @@ fn attempt(
                 Event::Heard(Heard::Message(Message::Missing { .. })) => {
                     let tell = tell.clone();
                     let list = std::mem::take(&mut missing);
-                    memory = Some(Memory::resume(cgroup, &speaker, wishes, list, move |event| {
-                        let _ = tell.send(Event::Memory(event));
-                    })?);
+                    memory = Some(Memory::resume(
+                        cgroup,
+                        &speaker,
+                        wishes.clone(),
+                        list,
+                        move |event| {
+                            let _ = tell.send(Event::Memory(event));
+                        },
+                    )?);
                 }
                 Event::Heard(Heard::Message(Message::Echo { number })) => {
                     order(&memory, Order::Echoed(0, number));

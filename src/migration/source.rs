@@ -67,6 +67,11 @@ const WHOLE_LIMIT: Duration = Duration::from_secs(600);
 /// How long a lost destination is looked for after the commit.
 const SETTLE_LIMIT: Duration = Duration::from_secs(30);
 
+/// The image in which CRIU notes what it did about open files without their names.
+const REMAPS: &str = "remap-fpath.img";
+/// An image that holds nothing: two numbers that say what it is.
+const EMPTY_IMAGE: u64 = 8;
+
 /// `ferry check CONTAINER DESTINATION`, and with a `forecast` of what would go `migrate --dry-run`.
 ///
 /// # Errors
@@ -79,7 +84,7 @@ pub fn check(
 ) -> Result<(), Failed> {
     let mut accepted = ask(runtime, options, reporter)?;
     if forecast {
-        match forecast::forecast(&mut accepted) {
+        match forecast::forecast(&mut accepted, options.memory.pace.rate()) {
             Ok(forecast) => reporter.report.forecast = Some(forecast),
             Err(e) => {
                 accepted.closer.close();
@@ -213,7 +218,7 @@ impl Begun {
             hooks: None,
             memory: None,
             haul: None,
-            memory_wishes: options.memory,
+            memory_wishes: options.memory.clone(),
             lanes: Vec::new(),
             left: 0,
             keeper: None,
@@ -250,7 +255,7 @@ impl Begun {
             // The hand-over may have ended already.
             let _ = tell.send(Input::Memory(event));
         };
-        let (wishes, cgroup) = (self.memory_wishes, &self.subject.cgroup);
+        let (wishes, cgroup) = (self.memory_wishes.clone(), &self.subject.cgroup);
         self.memory = Some(Memory::start(cgroup, &self.speaker, &self.lanes, wishes, told)?);
         self.send_streams(false)?;
         let (mut prepared, mut at_freeze, mut settled) = (false, false, false);
@@ -295,7 +300,8 @@ impl Begun {
         // What is written through an overlay, the kernel does not tell of the file system below.
         let listen = self.memory_wishes.tracking != Tracking::Hash && load.merged.is_none();
         let cgroup = &self.subject.cgroup;
-        self.haul = Some(Haul::start(&load, listen, cgroup, &self.speaker, told)?);
+        let pace = &self.memory_wishes.pace;
+        self.haul = Some(Haul::start(&load, listen, cgroup, (&self.speaker, pace), told)?);
         while !matches!(self.next(reporter)?, Input::Files(HaulEvent::Settled)) {}
         reporter.files_settled();
         fault::point("source.copied")?;
@@ -458,6 +464,13 @@ impl Begun {
                 _ => {}
             }
         }
+        // An open file that has lost the name it was opened by, and has another one, gets one more
+        // of CRIU's for the restore. That has happened while the last files went.
+        let remaps = std::fs::metadata(self.work.images().join(REMAPS));
+        if remaps.is_ok_and(|m| m.len() > EMPTY_IMAGE) && self.tell_haul(haul::Order::Named) {
+            while !matches!(self.next(reporter)?, Input::Files(HaulEvent::Done)) {}
+            reporter.mark("names that CRIU gave are sent");
+        }
         Ok(())
     }
 
@@ -488,7 +501,8 @@ impl Begun {
             // The container may have put something in the way since it was looked at.
             let place = tmpfs::open_in(&root, &one.place)
                 .with_context(|| format!("opening the tmpfs {}", one.place))?;
-            let file = SpeakerFile { speaker: &self.speaker, name: format!("tmpfs-{i}"), at: 0 };
+            let (speaker, pace) = (&self.speaker, &self.memory_wishes.pace);
+            let file = SpeakerFile { speaker, name: format!("tmpfs-{i}"), at: 0, pace };
             let mut out = BufWriter::with_capacity(frame::MAX_FILE_PIECE, file);
             tree::pack(&process::path_of(&place), &mut out)
                 .with_context(|| format!("reading the tmpfs {}", one.place))?;
@@ -784,7 +798,7 @@ impl Committed {
     /// The link broke while the destination runs and pages are here: brings them over new ones.
     fn bring_rest(begun: &mut Begun, reporter: &mut Reporter) -> Standing {
         begun.closer.close();
-        let (record, wishes) = (begun.journal.record.clone(), begun.memory_wishes);
+        let (record, wishes) = (begun.journal.record.clone(), begun.memory_wishes.clone());
         let queue = &begun.inputs.queue;
         let end = rest::bring(&record, wishes, &mut |why| {
             if let Some(why) = why {

@@ -8,7 +8,7 @@ use crate::common::container::Container;
 use crate::common::facts::{exactly_one_copy, pair};
 use crate::common::lab::{Host, LONG, Lab, SHORT};
 use crate::common::probe::Probe;
-use crate::common::process::{until, write_script};
+use crate::common::process::{Output, until, write_script};
 use crate::common::suite::in_lab;
 use crate::common::{Outcome, ensure};
 
@@ -22,6 +22,7 @@ pub fn trials() -> Vec<Trial> {
         in_lab("files::to_and_fro_while_they_change", LIMIT, to_and_fro_while_they_change),
         in_lab("files::everything_that_a_file_has", LIMIT, everything_that_a_file_has),
         in_lab("files::volumes", LIMIT, volumes),
+        in_lab("files::single_files", LIMIT, single_files),
         in_lab("files::given_up", LIMIT, given_up),
         in_lab("files::what_was_there_is_kept", LIMIT, what_was_there_is_kept),
         in_lab("files::no_room", LIMIT, no_room),
@@ -44,6 +45,31 @@ fn leftovers(host: &Host) -> Outcome<String> {
     host.sh("find /srv/local \\( -name '.ferry*' -o -name '*.before' \\) -not -path '*/rootfs/*'")
 }
 
+/// What is told when the freeze has one round more.
+const NAMES_GIVEN: &str = "names that CRIU gave";
+
+/// Of everything that can be read in the container, but for names that CRIU gives for the restore.
+fn contents(host: &Host) -> Outcome<String> {
+    host.sh(&format!(
+        "cd {BUNDLE}/rootfs && find . -type f ! -name 'link_remap*' ! -name '*.ghost' -print0 | sort -z |
+             xargs -0 sha256sum"
+    ))
+}
+
+/// Stops a command at a point of the source, does something, and lets it go on.
+fn at(host: &Host, point: &str, line: &[&str], act: impl FnOnce() -> Outcome) -> Outcome<Output> {
+    let fault = format!("FERRY_FAULT={point}:hold");
+    let command: Vec<&str> = ["env", &fault, "ferry"].iter().chain(line).copied().collect();
+    let running = host.start(&command)?;
+    let file = host.path(&format!("/run/ferry-fault/{point}"))?;
+    let held = until(point, LONG, || Ok(file.exists().then_some(())));
+    let done = held.and_then(|()| act());
+    let _ = std::fs::remove_file(&file);
+    let ended = running.end(LONG)?;
+    done.map_err(|e| format!("{e}\n{ended}"))?;
+    Ok(ended)
+}
+
 /// It has gone over all of its files since.
 fn has_checked(probe: &mut Probe) -> Outcome {
     let began = Instant::now();
@@ -61,7 +87,19 @@ fn to_and_fro_while_they_change(lab: &Lab) -> Outcome {
     for (i, (from, to)) in [(&a, &b), (&b, &a), (&a, &b), (&b, &a)].into_iter().enumerate() {
         let last = i == 3;
         let files = if last { "remove" } else { "keep" };
-        from.ferry(&["migrate", "--source-files", files, "box", to.name])?.exits(0)?;
+        let line = ["migrate", "--source-files", files, "box", to.name];
+        if i == 0 {
+            // Restored over there, and frozen here: byte for byte the same.
+            let said = at(from, "source.commit", &line, || {
+                let (there, here) = (contents(to)?, contents(from)?);
+                ensure!(here.lines().count() > 20, "little to compare: {here}");
+                ensure!(here == there, "it is\n{here}\nand over there\n{there}");
+                Ok(())
+            })?;
+            ensure!(said.exits(0)?.err.contains(NAMES_GIVEN), "files have lost no name");
+        } else {
+            from.ferry(&line)?.exits(0)?;
+        }
         exactly_one_copy(&container, to, from)?;
         has_checked(&mut probe)?;
         for host in [from, to] {
@@ -95,6 +133,10 @@ fn everything_that_a_file_has(lab: &Lab) -> Outcome {
          python3 - <<'END'
 import os
 os.setxattr('plain', 'user.note', b'n\\x00te')
+os.setxattr('deep/link', 'trusted.note', b'of a link', follow_symlinks=False)
+os.setxattr('big', 'system.posix_acl_access', bytes.fromhex('02000000 01000600ffffffff 02000400 0c000000 04000400ffffffff 10000400ffffffff 20000000ffffffff'.replace(' ', '')))
+import socket
+socket.socket(socket.AF_UNIX).bind('socket')
 os.setxattr('big', 'security.capability', bytes.fromhex('0100000200040000000000000000000000000000'))
 os.setxattr('deep', 'system.posix_acl_default', bytes.fromhex('02000000 01000700ffffffff 02000700 0c000000 04000500ffffffff 10000700ffffffff 20000500ffffffff'.replace(' ', '')))
 END
@@ -127,9 +169,80 @@ fn volumes(lab: &Lab) -> Outcome {
     let said = a.ferry(&["migrate", "--dry-run", "--volume", "/vol=copy", "box", "b"])?.exits(0)?;
     ensure!(said.out.contains("bind mount /vol: copied, 5 MiB"), "no forecast: {said}");
     ensure!(b.sh("ls -A /srv/local")?.is_empty(), "a dry run has made something");
-    a.ferry(&["migrate", "--volume", "/vol=copy", "box", "b"])?.exits(0)?;
+    // No faster than is allowed.
+    let line = ["migrate", "--json", "--bandwidth", "20M", "--volume", "/vol=copy", "box", "b"];
+    let said = a.ferry(&line)?.exits(0)?;
+    let report = said.out.lines().last().unwrap_or_default();
+    let report: serde_json::Value = serde_json::from_str(report).map_err(|e| e.to_string())?;
+    let first = &report["files"][0];
+    let ms = first["bytes"].as_f64().unwrap_or(0.0) / 20e6 * 1000.0;
+    ensure!(ms > 200.0 && first["ms"].as_f64().unwrap_or(0.0) > ms * 0.9, "{report}");
     exactly_one_copy(&container, &b, &a)?;
     has_checked(&mut probe)
+}
+
+/// Files that are bound by themselves, from a disk that only one host has.
+fn single_files(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::plain("stdio").with(&[
+        "--bind",
+        "/srv/local/etc/hosts:/etc/hosts",
+        "--bind",
+        "/srv/local/etc/lines:/lines",
+        "--bind",
+        "/srv/local/etc/names:/etc/names:ro",
+        "--bind",
+        "/srv/local/etc/null:/null",
+        "--arg",
+        "--file=/lines",
+    ]);
+    a.sh("mkdir -p /srv/local/etc && cd /srv/local/etc && echo first > hosts && chmod 4604 hosts
+          touch lines && seq 200 > names && mkfifo null")?;
+    container.start(lab, &a)?;
+    let said = a.ferry(&["migrate", "box", "b"])?.exits(3)?;
+    for hint in ["--volume /etc/hosts=copy", "or put the same contents", "--volume /null=shared"] {
+        ensure!(said.err.contains(hint), "no {hint:?}: {said}");
+    }
+    // One of them is there already, another stands in the way.
+    b.sh("mkdir -p /srv/local/etc && cd /srv/local/etc && echo mine > hosts && seq 200 > names
+          mkfifo null")?;
+    let volumes = ["/etc/hosts=copy", "/lines=copy", "/null=shared"].map(|v| ["--volume", v]);
+    let line = |more: &[&'static str]| -> Vec<&'static str> {
+        [&["migrate"], volumes.as_flattened(), more, &["box", "b"]].concat()
+    };
+    let said = a.ferry(&line(&["--dry-run"]))?.exits(0)?;
+    ensure!(said.out.contains("bind mount /etc/hosts: copied, 1 MiB, 1 files"), "{said}");
+    ensure!(said.out.contains("bind mount /etc/names: is there"), "{said}");
+    let command = [&["env", "FERRY_FAULT=source.commit:error", "ferry"], &*line(&[])].concat();
+    a.start(&command)?.end(LONG)?.exits(1)?;
+    exactly_one_copy(&container, &a, &b)?;
+    let there = b.sh("cd /srv/local/etc && ls -A && cat hosts")?;
+    ensure!(there == "hosts\nnames\nnull\nmine\n", "it was not left as it was: {there}");
+    // Changed while it goes, also by others than the container.
+    let said = at(&a, "source.copied", &line(&["--source-files", "remove"]), || {
+        a.sh("cd /srv/local/etc && echo second >> hosts && touch -d '2001-02-03 04:05:06.7' hosts")
+            .map(drop)
+    })?;
+    ensure!(!said.exits(0)?.err.contains(NAMES_GIVEN), "a round for nothing");
+    exactly_one_copy(&container, &b, &a)?;
+    let inside = "/proc/$(pidof stdio-ticker)/root";
+    for place in ["/srv/local/etc", &format!("{inside}/etc")] {
+        let text = b.sh(&format!("cd {place} && cat hosts && stat -c '%a %h %.Y' hosts"))?;
+        ensure!(text == "first\nsecond\n4604 1 981173106.700000000\n", "{place}: {text}");
+    }
+    let lines = b.sh(&format!("head -n -1 {inside}/lines"))?;
+    let wrong = lines.lines().enumerate().find(|(i, l)| *l != format!("tick {}", i + 1));
+    ensure!(wrong.is_none() && lines.lines().count() > 20, "{wrong:?} of {lines}");
+    let there = b.sh("cd /srv/local/etc && ls -A && cat hosts.before")?;
+    ensure!(there == "hosts\nhosts.before\nlines\nnames\nnull\nmine\n", "{there}");
+    let here = a.sh("ls -A /srv/local/etc")?;
+    ensure!(here == "names\nnull\n", "not removed: {here}");
+    // What was replaced is not what the container has.
+    b.sh("cd /srv/local/etc && cp hosts new && mv new hosts")?;
+    let back = [&["migrate"], volumes.as_flattened(), &["box", "a"]].concat();
+    let said = b.ferry(&back)?.exits(3)?;
+    ensure!(said.err.contains("is not what is at /srv/local/etc/hosts"), "{said}");
+    exactly_one_copy(&container, &b, &a)
 }
 
 /// Whatever happens before the commit, it runs on at the source, and nothing is left over there.
@@ -159,6 +272,8 @@ fn given_up(lab: &Lab) -> Outcome {
             until("nothing is left over there", SHORT, || {
                 Ok(b.sh("ls -A /srv/local")?.is_empty().then_some(()))
             })?;
+            let given = a.sh(&format!("find {BUNDLE} -name 'link_remap*'"))?;
+            ensure!(given.is_empty(), "names that CRIU gave stay: {given}");
             has_checked(&mut probe)
         })();
         all.map_err(|e| format!("{fault}: {e}\n{said}"))?;
@@ -191,5 +306,19 @@ fn no_room(lab: &Lab) -> Outcome {
     let said = a.ferry(&["migrate", "box", "b"])?.exits(3)?;
     ensure!(said.err.contains("has no room for the copy"), "{said}");
     ensure!(b.sh("ls -A /srv/local")?.is_empty(), "something was made");
-    exactly_one_copy(&container, &a, &b)
+    exactly_one_copy(&container, &a, &b)?;
+    // Later it is found by what cannot be written.
+    b.sh("umount /srv/local && mount -t tmpfs -o size=200M tmpfs /srv/local")?;
+    for point in ["source.copied", "source.freeze"] {
+        let said = at(&a, point, &["migrate", "box", "b"], || {
+            b.sh("dd if=/dev/zero of=/srv/local/full bs=16k 2>/dev/null || :").map(drop)
+        })?;
+        let said = said.exits(1)?;
+        ensure!(said.err.contains("No space left"), "{point}: {said}");
+        let there = b.sh("ls -A /srv/local && rm /srv/local/full")?;
+        ensure!(there == "full\n", "{point}: left over there: {there}");
+        exactly_one_copy(&container, &a, &b)?;
+    }
+    a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    exactly_one_copy(&container, &b, &a)
 }
