@@ -29,7 +29,11 @@ crowd_end() {
     local fd name
     for fd in "${crowd_fds[@]}"; do echo 'mark end' >&"$fd"; done
     for name in "${crowds[@]}"; do wait_until 60 crowd_answered "$name" || warn "not all connections are answered"; done
-    for fd in "${crowd_fds[@]}"; do exec {fd}>&-; done
+    # Their ends of file would not come: whoever was started later has inherited the pipes.
+    for fd in "${crowd_fds[@]}"; do
+        echo quit >&"$fd"
+        exec {fd}>&-
+    done
     [ ${#crowd_pids[@]} = 0 ] || wait "${crowd_pids[@]}" || true
     crowd_pids=() crowd_fds=()
 }
@@ -58,16 +62,16 @@ connections_run() { # COUNT RUN
     probe_report move >"$scratch/window"
     jq -n -c --argjson count "$1" --argjson run "$2" --slurpfile report "$scratch/report" \
         --slurpfile moved "$scratch/moved" --slurpfile window "$scratch/window" '
-        $report[0] as $m | ($m.source | map({key: .name, value: .at_ms}) | from_entries) as $at | {
+        $report[0] as $m | ($m.arrival | map({key: .[0], value: .[1]}) | from_entries) as $at
+        # After the commit CRIU wakes the sockets, one by one.
+        | ($at["sockets alive"] - $at["fence open"]) as $wake | {
             connections: $count, run: $run, pause_ms: $window[0].worst_pause_ms, frozen_ms: $m.frozen_ms,
             criu_dump_ms: $m.criu_ms.dump, criu_restore_ms: $m.criu_ms.restore,
-            rest_ms: ($m.frozen_ms - $m.criu_ms.dump - $m.criu_ms.restore),
-            images_ms: ($at["images are sent"] - $at["dumped"]),
-            resume_ms: ($at["runs there"] - $at["destination has restored"]),
+            criu_wake_ms: $wake, rest_ms: ($m.frozen_ms - $m.criu_ms.dump - $m.criu_ms.restore - $wake),
             total_ms: $m.total_ms, ferry_rss_mib: $moved[0].ferry_rss_mib,
             connections_lost: $window[0].connections_lost, wrong_answers: $window[0].wrong_answers
         }' | tee -a "$scratch/rows" | jq -r '
-        "    run \(.run)  pause \(.pause_ms | round) ms, frozen \(.frozen_ms | round): CRIU dumps \(.criu_dump_ms | round), restores \(.criu_restore_ms | round), the rest \(.rest_ms | round)"'
+        "    run \(.run)  pause \(.pause_ms | round) ms, frozen \(.frozen_ms | round): CRIU dumps \(.criu_dump_ms | round), restores \(.criu_restore_ms | round), wakes \(.criu_wake_ms | round), the rest \(.rest_ms | round)"'
     next=$from from=$to to=$next
 }
 
@@ -102,13 +106,14 @@ connections() {
         def median: sort | (.[((length - 1) / 2) | floor] + .[(length / 2) | floor]) / 2;
         def of(f): map(f) | median;
         def row: {n: .[0].connections, pause: of(.pause_ms), frozen: of(.frozen_ms), dump: of(.criu_dump_ms),
-            restore: of(.criu_restore_ms), rest: of(.rest_ms)};
+            restore: of(.criu_restore_ms), wake: of(.criu_wake_ms), rest: of(.rest_ms)};
         (group_by(.connections) | map(row)) as $rows | $rows[0] as $least
-        | "  connections   pause ms     frozen  CRIU dump    restore   the rest   each adds, us:  to the pause   CRIU dump  restore  the rest",
+        | "                  milliseconds                                                    each connection adds, microseconds",
+          "    connections      pause     frozen  CRIU: dump  restore  waking up   the rest      pause   CRIU: dump   restore  waking up   the rest",
         ($rows[] | . as $r
             | def each(f): if $r.n > $least.n then (($r | f) - ($least | f)) * 1000 / ($r.n - $least.n) * 10 | round / 10 else "" end;
-            [ ([.n, (.pause, .frozen, .dump, .restore, .rest | . * 10 | round / 10)] | .[] | tostring | " " * (9 - length) + .),
-              (if .n > $least.n then each(.pause), each(.dump), each(.restore), each(.rest) else empty end | tostring | " " * (11 - length) + .)
+            [ ([.n, (.pause, .frozen, .dump, .restore, .wake, .rest | . * 10 | round / 10)] | .[] | tostring | " " * (9 - length) + .),
+              (if .n > $least.n then each(.pause), each(.dump), each(.restore), each(.wake), each(.rest) else empty end | tostring | " " * (9 - length) + .)
             ] | join("  ")),
         "  Ferry'\''s own memory: at most \(map(.ferry_rss_mib.source) | max) MiB on the source, \(map(.ferry_rss_mib.destination) | max) MiB on the destination"' "$scratch/rows"
     jq -s -r '.[] | "  of \(.connections) connections \(.lost) lost, \(.wrong) wrong answers, \(.rst) RST on the wire (\(.dropped) packets missed)"' "$scratch/lost"

@@ -35,7 +35,7 @@ use super::protocol::{Message, Standing, Verdict};
 use super::rest::Brought;
 use super::talk::{Heard, Speaker};
 use super::workdir::WorkDir;
-use super::{forecast, forward, host, recover, rest, settle, watched};
+use super::{descriptors, forecast, forward, host, recover, rest, settle, watched};
 use crate::criu::interposer::Interposer;
 use crate::files::place::Placing;
 use crate::files::{tmpfs, tree};
@@ -422,6 +422,7 @@ impl Begun {
         let rate = telling.map(|r| r.wire_bytes as f64 * 1000.0 / r.ms.max(1.0));
         self.inputs.feel_pulse(&self.speaker, rate);
         self.speaker.say(&Message::Freezing)?;
+        descriptors::warm(&self.subject.cgroup.processes()?);
         self.early = Some(Early::start(self.work.images(), self.speaker.clone())?);
         self.go(Go::Freeze)?;
         loop {
@@ -472,7 +473,7 @@ impl Begun {
         self.send_streams(true)?;
         self.send_tmpfs()?;
         let tasks = pages::tasks(&self.subject.cgroup.processes()?)?;
-        let sent = self.early.take().map(Early::end).transpose()?.unwrap_or_default();
+        let sent = self.early.as_mut().map(Early::end).transpose()?.unwrap_or_default();
         let mut buffer = vec![0; frame::MAX_FILE_PIECE];
         for entry in std::fs::read_dir(self.work.images())? {
             let entry = entry?;

@@ -47,8 +47,8 @@ fn many(lab: &Lab, all: usize) -> Outcome {
         let said = from.ferry(&["migrate", "--json", "box", to.name])?.exits(0)?;
         exactly_one_copy(&container, to, from)?;
         are_content()?;
-        let lines = said.out.lines().filter_map(|l| serde_json::from_str::<Value>(l).ok());
-        let report = lines.last().ok_or("no report")?;
+        let mut lines = said.out.lines().filter_map(|l| serde_json::from_str::<Value>(l).ok());
+        let report = lines.next_back().ok_or("no report")?;
         let peak = report["peak_kib"].as_u64().unwrap_or(u64::MAX);
         ensure!(peak <= MOST_KIB, "Ferry had {peak} KiB on the source");
         println!("    frozen {} ms, CRIU {}", report["frozen_ms"], report["criu_ms"]);
