@@ -6,8 +6,8 @@
 # The same server holds few connections, or many, most of them idle, and moves to and fro. Ten more
 # connections, which ask all the time, tell how long it was away.
 
-# Of each crowd so many ask every 20 ms, the others every 10 s.
-BUSY=200
+# One of so many asks every 20 ms, the others every 10 s.
+BUSY=50
 COUNTS="0 100 10000"
 
 # crowd_start NAME COUNT EVERY: a client that holds connections until `crowd_end`.
@@ -25,10 +25,13 @@ crowd_start() {
 }
 
 # Every one of them has to have an answer, once more, since the last migration.
-crowd_end() {
+crowd_await() {
     local fd name
     for fd in "${crowd_fds[@]}"; do echo 'mark end' >&"$fd"; done
-    for name in "${crowds[@]}"; do wait_until 60 crowd_answered "$name" || warn "not all connections are answered"; done
+    for name in "${crowds[@]}"; do wait_until 60 crowd_answered "$name" || die "not all connections are answered"; done
+}
+crowd_end() {
+    local fd
     # Their ends of file would not come: whoever was started later has inherited the pipes.
     for fd in "${crowd_fds[@]}"; do
         echo quit >&"$fd"
@@ -88,15 +91,17 @@ connections() {
         crowds=()
         EDIT_MORE='| .process.rlimits = [{type: "RLIMIT_NOFILE", soft: 16384, hard: 16384}]' container_anew runc
         wire_watch
-        busy=$((count < BUSY ? count / 2 : BUSY))
+        busy=$((count / BUSY))
         [ $busy = 0 ] || crowd_start busy "$busy" 20ms
         [ "$count" = 0 ] || crowd_start idle "$((count - busy))" 10s
         probe_start client "$address:7000" --connections 10 --every 2ms --give-up 2m
         probe_steady || die "the client gets no steady answers"
         for ((run = 1; run <= runs; run++)); do connections_run "$count" "$run"; done
-        crowd_end
+        crowd_await
+        # Whoever hangs up with an answer on its way gets a RST.
         wire_end
         rst=$(wire_count tcp-rst)
+        crowd_end
         probe_end 2>/dev/null || true
         crowd_lost | jq -c --argjson rst "$rst" --argjson dropped "$(wire_dropped)" '. + {rst: $rst, dropped: $dropped}' >>"$scratch/lost"
         [ -z "$json" ] || jq -s . "$scratch/rows" >"$json"
@@ -108,11 +113,11 @@ connections() {
         def row: {n: .[0].connections, pause: of(.pause_ms), frozen: of(.frozen_ms), dump: of(.criu_dump_ms),
             restore: of(.criu_restore_ms), wake: of(.criu_wake_ms), rest: of(.rest_ms)};
         (group_by(.connections) | map(row)) as $rows | $rows[0] as $least
-        | "                  milliseconds                                                    each connection adds, microseconds",
-          "    connections      pause     frozen  CRIU: dump  restore  waking up   the rest      pause   CRIU: dump   restore  waking up   the rest",
+        | "             milliseconds                                                      each adds, microseconds",
+          "connections    pause     frozen  CRIU dump    restore   wakes up   the rest      pause  CRIU dump    restore   wakes up   the rest",
         ($rows[] | . as $r
             | def each(f): if $r.n > $least.n then (($r | f) - ($least | f)) * 1000 / ($r.n - $least.n) * 10 | round / 10 else "" end;
-            [ ([.n, (.pause, .frozen, .dump, .restore, .wake, .rest | . * 10 | round / 10)] | .[] | tostring | " " * (9 - length) + .),
+            [ ([(.n | "  \(.)"), (.pause, .frozen, .dump, .restore, .wake, .rest | . * 10 | round / 10)] | .[] | tostring | " " * (9 - length) + .),
               (if .n > $least.n then each(.pause), each(.dump), each(.restore), each(.wake), each(.rest) else empty end | tostring | " " * (9 - length) + .)
             ] | join("  ")),
         "  Ferry'\''s own memory: at most \(map(.ferry_rss_mib.source) | max) MiB on the source, \(map(.ferry_rss_mib.destination) | max) MiB on the destination"' "$scratch/rows"
