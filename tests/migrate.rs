@@ -5,7 +5,8 @@
 //! cargo test --release --test migrate -- [FILTER]
 //! ```
 //!
-//! `FERRY_BIN` names another ferry; `FERRY_FULL=1` runs the whole matrix of faults.
+//! `FERRY_BIN` names another ferry; `FERRY_FULL=1` runs the whole matrix of faults, and holds
+//! 10,000 connections.
 
 // Each test program uses its own part of what they share.
 #[allow(dead_code)]

@@ -41,6 +41,7 @@ pub struct Interposer {
     listener: UnixListener,
     /// The network namespace that criu is to run in, if not ours.
     namespace: Option<NetNs>,
+    vouched: bool,
 }
 
 impl Interposer {
@@ -62,7 +63,13 @@ impl Interposer {
         let socket = directory.join("criu.sock");
         let listener = UnixListener::bind(&socket)
             .with_context(|| format!("cannot listen on {}", socket.display()))?;
-        Ok(Interposer { bin, socket, real: real.to_owned(), listener, namespace })
+        Ok(Interposer { bin, socket, real: real.to_owned(), listener, namespace, vouched: false })
+    }
+
+    /// Has criu believe that what its tasks watch with epoll is what its number says. Whoever asks
+    /// for this must see to it. Only for a dump: tasks that are restored would inherit it.
+    pub fn vouch_for_epolls(&mut self) {
+        self.vouched = true;
     }
 
     /// Makes the runtime that `command` starts find the shim.
@@ -98,7 +105,8 @@ impl Interposer {
             let (ours, for_criu) = scm::seqpacket_pair()?;
             let mut fds = vec![for_criu.as_raw_fd()];
             fds.extend(self.namespace.as_ref().map(|n| n.as_fd().as_raw_fd()));
-            scm::send(&hub, b"c", &fds)?;
+            let word = if self.vouched { shim::VOUCHED } else { shim::GO };
+            scm::send(&hub, word, &fds)?;
             drop(for_criu);
             let session = Session { runtime: theirs, criu: ours, criu_pid };
             let Some((bytes, _)) = session.receive_from_runtime(Some(deadline))? else { continue };

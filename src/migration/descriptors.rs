@@ -86,6 +86,15 @@ fn who(pid: i32) -> String {
     format!("process {pid} ({})", name.trim())
 }
 
+/// Has the kernel make ready what CRIU asks of each descriptor in the freeze: it makes the files of
+/// `/proc/PID/fdinfo` when they are first seen, and keeps them.
+pub fn warm(pids: &[i32]) {
+    for pid in pids {
+        // Whoever has ended meanwhile has none.
+        let _ = fs::read_dir(format!("/proc/{pid}/fdinfo")).map(|list| list.count());
+    }
+}
+
 fn problem(
     pid: i32,
     target: &Path,

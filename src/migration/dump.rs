@@ -31,6 +31,7 @@ use rust_criu::rust_criu_protobuf::rpc::{
 use super::descriptors::MAX_NAMELESS;
 use super::lull::await_lull;
 use super::mend::Noted;
+use super::watched;
 use super::workdir::criu_failed;
 use crate::criu::interposer::{Event, Interposer, Session};
 use crate::network::fence::{Armed, Side};
@@ -100,6 +101,8 @@ pub struct DumpPlan {
     pub namespace: Option<NetNs>,
     /// The interposer.
     pub interposer: Interposer,
+    /// Whether CRIU is told that all epolls are well: it has to be true.
+    pub vouched: bool,
 }
 
 /// A dump under way.
@@ -142,6 +145,9 @@ fn run(mut plan: DumpPlan, tell: &dyn Fn(DumpEvent), orders: &Receiver<Go>) -> R
     command.stderr(File::create(plan.work.join("runc.stderr"))?);
     plan.interposer.configure(&mut command);
     process::in_new_session(&mut command);
+    if plan.vouched {
+        plan.interposer.vouch_for_epolls();
+    }
     let mut child = command
         .spawn()
         .with_context(|| format!("cannot run {}", plan.runtime.program().display()))?;
@@ -183,6 +189,7 @@ fn job(
     let _ = fs::write(format!("/proc/{}/oom_score_adj", session.criu_pid), "-1000");
     let noted = guard_tasks(session.criu_pid, plan);
     session.send_request(&request)?;
+    let (mut vouching, mut wrong) = (None::<JoinHandle<Result<()>>>, None);
     let result = loop {
         let event = session.next(Some(Instant::now() + STEP_TIMEOUT));
         match event.context("CRIU's dump")? {
@@ -196,6 +203,7 @@ fn job(
                     let done = stop(plan, &noted);
                     session.answer(done.is_ok())?;
                     let (since, network) = done?;
+                    vouching = plan.vouched.then(|| vouch(&plan.cgroup)).transpose()?;
                     fault::point("dump.frozen")?;
                     tell(DumpEvent::Frozen { since, network });
                     fault::point("dump.fenced")?;
@@ -204,6 +212,11 @@ fn job(
                     // CRIU has thawed the group once every task was seized. From here on they stand
                     // still even if CRIU is killed.
                     plan.cgroup.tell_freeze()?;
+                    if let Some(Err(e)) = vouching.take().and_then(|v| v.join().ok()) {
+                        wrong = Some(e);
+                        session.answer(false)?;
+                        continue;
+                    }
                     fault::point("dump.dumped")?;
                     tell(DumpEvent::Dumped);
                     let agreed = matches!(orders.recv(), Ok(Go::Verdict(true)));
@@ -227,8 +240,23 @@ fn job(
             Event::Hangup => break Err(anyhow!("CRIU ended in the middle of the dump")),
         }
     };
+    if let Some(e) = wrong {
+        return Err(e);
+    }
     result
         .map_err(|e| criu_failed("CRIU cannot dump the container", &plan.work.join("dump.log"), e))
+}
+
+/// Sees, beside CRIU's work, whether it is true what CRIU was told.
+fn vouch(cgroup: &Cgroup) -> Result<JoinHandle<Result<()>>> {
+    let pids = cgroup.processes()?;
+    let look = move || {
+        watched::vouch(&pids).context(
+            "CRIU has been told that the container's epolls are as they were\n\
+             hint: try again; it will look for itself then",
+        )
+    };
+    Ok(std::thread::Builder::new().name("vouch".into()).spawn(look)?)
 }
 
 /// What the tasks need to go on without CRIU, once they stand still.

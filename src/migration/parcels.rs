@@ -63,7 +63,8 @@ pub fn send_file(
             speaker.file(name, at, &buffer[..n])?;
         }
         at += n as u64;
-        if n == 0 {
+        // A regular file gives all that fits.
+        if n < buffer.len() {
             return Ok(at);
         }
     }

@@ -22,6 +22,7 @@ use anyhow::{Context, Result, anyhow};
 use super::ask::{Accepted, Input, Inputs, Options, ask};
 use super::carry::{self, Memory, MemoryEvent, Order};
 use super::dump::{DumpEvent, DumpJob, DumpPlan, Go};
+use super::early::Early;
 use super::guards::SourceGuard;
 use super::haul::{self, Haul, HaulEvent};
 use super::hooks::Hooks;
@@ -34,7 +35,7 @@ use super::protocol::{Message, Standing, Verdict};
 use super::rest::Brought;
 use super::talk::{Heard, Speaker};
 use super::workdir::WorkDir;
-use super::{forecast, forward, host, recover, rest, settle};
+use super::{descriptors, forecast, forward, host, recover, rest, settle, watched};
 use crate::criu::interposer::Interposer;
 use crate::files::place::Placing;
 use crate::files::{tmpfs, tree};
@@ -148,6 +149,7 @@ struct Begun {
     hooks: Option<Hooks>,
     memory: Option<Memory>,
     haul: Option<Haul>,
+    early: Option<Early>,
     memory_wishes: carry::Wishes,
     /// Further links for memory.
     lanes: Vec<Lane>,
@@ -218,6 +220,7 @@ impl Begun {
             hooks: None,
             memory: None,
             haul: None,
+            early: None,
             memory_wishes: options.memory.clone(),
             lanes: Vec::new(),
             left: 0,
@@ -390,6 +393,7 @@ impl Begun {
             lookout,
             interposer: Interposer::new(self.work.path(), &criu, self.criu_namespace()?)?,
             namespace: self.criu_namespace()?,
+            vouched: watched::worth_vouching(&self.subject.cgroup.processes()?),
         };
         let tell = self.inputs.tell.clone();
         self.dump = Some(DumpJob::start(plan, move |event| {
@@ -424,6 +428,8 @@ impl Begun {
         let rate = telling.map(|r| r.wire_bytes as f64 * 1000.0 / r.ms.max(1.0));
         self.inputs.feel_pulse(&self.speaker, rate);
         self.speaker.say(&Message::Freezing)?;
+        descriptors::warm(&self.subject.cgroup.processes()?);
+        self.early = Some(Early::start(self.work.images(), self.speaker.clone())?);
         self.go(Go::Freeze)?;
         loop {
             if let Input::Dump(DumpEvent::Frozen { since, network }) = self.next(reporter)? {
@@ -480,10 +486,14 @@ impl Begun {
         self.send_streams(true)?;
         self.send_tmpfs()?;
         let tasks = pages::tasks(&self.subject.cgroup.processes()?)?;
+        let sent = self.early.as_mut().map(Early::end).transpose()?.unwrap_or_default();
         let mut buffer = vec![0; frame::MAX_FILE_PIECE];
         for entry in std::fs::read_dir(self.work.images())? {
             let entry = entry?;
             let name = entry.file_name();
+            if sent.contains(&name) {
+                continue;
+            }
             let name = name.to_str().ok_or_else(|| anyhow!("an image file with a strange name"))?;
             send_file(&self.speaker, name, &entry.path(), 0, &mut buffer)?;
         }

@@ -14,6 +14,7 @@ pub mod netns;
 pub mod packet;
 pub mod process;
 pub mod scm;
+pub mod seccomp;
 pub mod socket;
 pub mod stopped;
 pub mod tmpfs;

@@ -126,6 +126,21 @@ pub fn wait_readable(fds: &[BorrowedFd], deadline: Option<Instant>) -> io::Resul
     }
 }
 
+/// Whether what a process has under the number `target` is what its epoll watches under that number.
+/// The kernel looks through all that the epoll watches, one by one. kcmp(2), `KCMP_EPOLL_TFD`.
+///
+/// # Errors
+/// `ENOENT` when it watches nothing of that number; when the process is gone.
+pub fn watches(pid: i32, epoll: RawFd, target: RawFd) -> io::Result<bool> {
+    const EPOLL_TARGET: libc::c_int = 7;
+    // struct kcmp_epoll_slot: the epoll, the number, which of several of this number.
+    let slot = [epoll as u32, target as u32, 0];
+    // SAFETY: the pointer is to three numbers that live as long as the call takes.
+    let order =
+        unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, EPOLL_TARGET, target, &raw const slot) };
+    if order < 0 { Err(io::Error::last_os_error()) } else { Ok(order == 0) }
+}
+
 /// Most memory that this process has had, in KiB. proc_pid_status(5), `VmHWM`.
 pub fn peak_kib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();

@@ -31,6 +31,11 @@ impl Wire {
             "-n",
             "-U",
             "--immediate-mode",
+            // Thousands of connections may begin in a moment.
+            "-s",
+            "128",
+            "-B",
+            "8192",
             "-Z",
             "root",
             "-w",

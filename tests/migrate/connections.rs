@@ -8,16 +8,53 @@ use serde_json::Value;
 
 use crate::common::container::{ADDRESS, Container};
 use crate::common::facts::{exactly_one_copy, pair};
-use crate::common::lab::{Host, Lab};
-use crate::common::probe::Talk;
+use crate::common::lab::{Host, LONG, Lab};
+use crate::common::probe::{Probe, Talk};
 use crate::common::suite::in_lab;
+use crate::common::wire::Wire;
 use crate::common::{Outcome, ensure};
 
 const LIMIT: Duration = Duration::from_secs(60);
+/// What Ferry itself may have in memory.
+const MOST_KIB: u64 = 64 << 10;
 
 /// The suite.
 pub fn trials() -> Vec<Trial> {
-    vec![in_lab("connections::every_kind", LIMIT, every_kind)]
+    let full = std::env::var_os("FERRY_FULL").is_some_and(|v| v == "1");
+    let (each, all) = if full { (200, 10_000) } else { (10, 2_000) };
+    vec![
+        in_lab("connections::every_kind", LIMIT, move |lab| every_kind(lab, each)),
+        in_lab("connections::many", 2 * LIMIT, move |lab| many(lab, all)),
+    ]
+}
+
+/// Most of them idle, given up and carried there and back: each has its right answers afterwards, and
+/// nothing on the wire says that one is over.
+fn many(lab: &Lab, all: usize) -> Outcome {
+    const BUSY: usize = 200;
+    let (a, b) = pair(lab);
+    let container = Container::networked("connections");
+    container.start(lab, &a)?;
+    let wire = Wire::watch(lab)?;
+    let mut idle = Probe::every(lab, &container, all - BUSY, "3s")?;
+    let mut busy = Probe::every(lab, &container, BUSY, "20ms")?;
+    let mut are_content = || idle.answers_again().and_then(|()| busy.is_content());
+    let error = ["env", "FERRY_FAULT=source.commit:error", "ferry", "migrate", "box", "b"];
+    a.start(&error)?.end(LONG)?.exits(1)?;
+    exactly_one_copy(&container, &a, &b)?;
+    are_content().map_err(|e| format!("after the rollback: {e}"))?;
+    for (from, to) in [(&a, &b), (&b, &a)] {
+        let said = from.ferry(&["migrate", "--json", "box", to.name])?.exits(0)?;
+        exactly_one_copy(&container, to, from)?;
+        are_content()?;
+        let mut lines = said.out.lines().filter_map(|l| serde_json::from_str::<Value>(l).ok());
+        let report = lines.next_back().ok_or("no report")?;
+        let peak = report["peak_kib"].as_u64().unwrap_or(u64::MAX);
+        ensure!(peak <= MOST_KIB, "Ferry had {peak} KiB on the source");
+        println!("    frozen {} ms, CRIU {}", report["frozen_ms"], report["criu_ms"]);
+    }
+    idle.is_content()?;
+    wire.is_calm(all)
 }
 
 /// How many sockets of the container are in each state, and how many of them have something in
@@ -37,11 +74,10 @@ fn states(host: &Host) -> Outcome<BTreeMap<String, (usize, usize)>> {
 
 /// Idle, busy, half-closed, with data in either queue or both, closing; and visitors who come and
 /// go all the time, so that there are handshakes, a backlog, and farewells at any moment.
-fn every_kind(lab: &Lab) -> Outcome {
+fn every_kind(lab: &Lab, each: usize) -> Outcome {
     let (a, b) = pair(lab);
     let container = Container::networked("crowd");
     container.start(lab, &a)?;
-    let each = 10;
     let (address, count) = (lab.address(ADDRESS), each.to_string());
     let arguments = ["/srv/shared/bin/ferry-crowd", "--to", &address, "--each", &count];
     let mut crowd = Talk::start(&lab.host("client"), &arguments)?;
