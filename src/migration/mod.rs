@@ -8,6 +8,7 @@ pub mod checks;
 pub mod descriptors;
 pub mod destination;
 pub mod dump;
+pub mod floating;
 pub mod forecast;
 pub mod forward;
 pub mod guards;
