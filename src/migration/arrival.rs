@@ -55,7 +55,7 @@ impl Arrival {
     /// When it cannot be made as it was.
     pub fn make(&mut self, plan: &Plan, work: &Path, note: Option<&Note>) -> Result<()> {
         if let Some(floating) = &plan.floating {
-            self.floating = Some(Arrived::make(floating, &plan.migration, work)?);
+            self.floating = Some(Arrived::prepare(floating, &plan.migration, work)?);
         }
         let (Some(image), Some(path)) = (&plan.network, plan.network_place()) else {
             return Ok(());
@@ -93,6 +93,14 @@ impl Arrival {
         let uplinks = Uplinks::prepare(image, &host)?;
         self.net = Some(Net { made, replay, announcer, lead, uplinks });
         Ok(())
+    }
+
+    /// The container is being frozen. Addresses of the host that move can be here only from now on.
+    ///
+    /// # Errors
+    /// When they cannot be had.
+    pub fn take(&mut self, work: &Path) -> Result<()> {
+        self.floating.as_mut().map_or(Ok(()), |floating| floating.take(work))
     }
 
     /// Where it is.

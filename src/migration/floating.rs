@@ -151,7 +151,7 @@ pub fn replay_here(floating: &Floating, migration: &str) -> Result<Replay> {
     Ok(Replay::on_host(&NetNs::current()?, &interfaces, migration)?)
 }
 
-/// The addresses on the destination, from the closed fence until they are the container's.
+/// The addresses on the destination, until they are the container's.
 #[derive(Debug)]
 pub struct Arrived {
     stay: Stay,
@@ -163,28 +163,38 @@ pub struct Arrived {
 }
 
 impl Arrived {
-    /// Takes the addresses, behind the closed fence. Whoever discards the migration takes both away.
+    /// Makes everything ready for the addresses; the fence is open, and programs of this host reach
+    /// them where they still are.
     ///
     /// # Errors
-    /// When they cannot be had.
-    pub fn make(floating: &Floating, migration: &str, work: &Path) -> Result<Arrived> {
+    /// When it cannot be made.
+    pub fn prepare(floating: &Floating, migration: &str, work: &Path) -> Result<Arrived> {
         let host = NetNs::current()?;
-        let mut stay = Stay::new(floating, Side::Destination, migration);
+        let stay = Stay::new(floating, Side::Destination, migration);
         note(work, &stay)?;
-        let fence = stay.raise(&host)?;
-        stay.taken = true;
-        note(work, &stay)?;
-        if let Err(problem) = stay.take(&host) {
-            // What is here of them is somebody else's.
-            stay.taken = false;
-            note(work, &stay)?;
-            return Err(problem.into());
-        }
+        let gate = Some(Gate { fence: stay.arm(&host)?, lead: Some(stay.entitle(&host)?) });
         let interfaces = floating.interfaces(Side::Destination);
         let replay = Replay::on_host(&host, &interfaces, migration)?;
         let announcer = stay.announcer(&host)?;
-        let gate = Some(Gate { fence, lead: Some(stay.entitle(&host)?) });
         Ok(Arrived { stay, host, gate, replay, announcer })
+    }
+
+    /// Takes the addresses, behind the fence, which is closed from here on: the container is being
+    /// frozen. Whoever discards the migration takes both away.
+    ///
+    /// # Errors
+    /// When they cannot be had.
+    pub fn take(&mut self, work: &Path) -> Result<()> {
+        self.stay.close(&self.host)?;
+        self.stay.taken = true;
+        note(work, &self.stay)?;
+        if let Err(problem) = self.stay.take(&self.host) {
+            // What is here of them is somebody else's.
+            self.stay.taken = false;
+            note(work, &self.stay)?;
+            return Err(problem.into());
+        }
+        Ok(())
     }
 
     /// The closed gate, for whoever opens it.

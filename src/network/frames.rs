@@ -292,3 +292,63 @@ const NEW: [Instruction; 24] = {
         Instruction(RETURN, 0, 0, 0),
     ]
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the kernel makes of a program for a frame that is for this host, not in a VLAN.
+    fn passes(program: &[Instruction], frame: &[u8]) -> bool {
+        let (mut at, mut value) = (0, 0_u32);
+        loop {
+            let Instruction(code, yes, no, k) = program[at];
+            at += 1;
+            let jump = |holds: bool| usize::from(if holds { yes } else { no });
+            match code {
+                LOAD if k >= AD => {
+                    let protocol = u32::from(frame[12]) << 8 | u32::from(frame[13]);
+                    value = [(0, protocol), (4, 0), (28, 1), (48, 0)]
+                        .into_iter()
+                        .find(|(what, _)| AD + what == k)
+                        .map(|(_, value)| value)
+                        .expect("something that is known of a frame");
+                }
+                LOAD => {
+                    let Some(bytes) = frame.get(k as usize..k as usize + 4) else { return false };
+                    value = u32::from_be_bytes(bytes.try_into().expect("four"));
+                }
+                EQUAL => at += jump(value == k),
+                GREATER => at += jump(value > k),
+                RETURN => return k != 0,
+                other => panic!("instruction {other:#x}"),
+            }
+        }
+    }
+
+    #[test]
+    fn only_what_is_for_the_addresses_is_kept() {
+        let packet = |kind: [u8; 2], offset: usize, to: &str| {
+            let mut frame = vec![0; 80];
+            frame[12..14].copy_from_slice(&kind);
+            let to = rtnl::octets(to.parse().expect("an address"));
+            frame[offset..offset + to.len()].copy_from_slice(&to);
+            frame
+        };
+        let v4 = |to| packet([0x08, 0], 30, to);
+        let v6 = |to| packet([0x86, 0xdd], 38, to);
+        let moved = ["10.0.0.5", "fd00::5", "10.0.0.6", "fd00::1:5"];
+        let moved: Vec<IpAddr> = moved.iter().map(|a| a.parse().expect("an address")).collect();
+        let program = filter_of(&moved);
+        for frame in [v4("10.0.0.5"), v4("10.0.0.6"), v6("fd00::5"), v6("fd00::1:5")] {
+            assert!(passes(&program, &frame), "{frame:?}");
+            let frame = Frame { link: 0, vnet_hdr: [0; VNET_HDR], bytes: frame };
+            assert!(frame.destination().is_some_and(|to| moved.contains(&to)));
+        }
+        for frame in [v4("10.0.0.1"), v4("5.0.0.10"), v6("fd00::6"), v6("fd00::1:6")] {
+            assert!(!passes(&program, &frame), "{frame:?}");
+            assert!(passes(&FILTER, &frame), "{frame:?}");
+        }
+        assert!(!passes(&program, &packet([0x08, 0x06], 38, "10.0.0.5")));
+        assert!(!passes(&filter_of(&moved[..1]), &v6("fd00::5")));
+    }
+}

@@ -60,7 +60,7 @@ fn message(kind: u16, flags: u16, family: u8) -> Request {
 }
 
 /// Changes that are done together.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Batch(Vec<Request>);
 
 impl Batch {

@@ -25,6 +25,7 @@ pub fn trials() -> Vec<Trial> {
     vec![
         in_lab("floating::to_and_fro", LIMIT, to_and_fro),
         in_lab("floating::first_of_its_network", LIMIT, first_of_its_network),
+        in_lab("floating::silent_until_the_commit", LIMIT, silent_until_the_commit),
         in_lab("floating::after_failures", 2 * LIMIT, after_failures),
         in_lab("floating::refused", LIMIT, refused),
     ]
@@ -45,8 +46,10 @@ fn own_address(host: &Host) -> Outcome<String> {
     Ok(host.sh("ip -o -4 address show eth0 | awk '{ print $4; exit }'")?.trim().to_owned())
 }
 
+/// A counter with little memory.
 fn container() -> Container {
-    Container::plain("counter").with(&["--host-network", "--arg", "--listen", "--arg", "[::]:7000"])
+    let options = ["--host-network", "--arg", "--listen", "--arg", "[::]:7000"];
+    Container::plain("connections").with(&options)
 }
 
 /// The container on `a`, and the addresses there.
@@ -100,19 +103,39 @@ fn end(host: &Host, server: Running, port: u16) -> Outcome {
 struct Neighbour {
     _server: Running,
     probe: Probe,
+    at: String,
+    host: Host,
+    client: Host,
 }
 
 impl Neighbour {
     fn on(lab: &Lab, host: &Host) -> Outcome<Neighbour> {
         let at = format!("{}:{PORT}", bare(&own_address(host)?));
         let server = serve(host, &at)?;
-        Ok(Neighbour { _server: server, probe: Probe::to(lab, &at, CONNECTIONS)? })
+        let probe = Probe::to(lab, &at, CONNECTIONS)?;
+        Ok(Neighbour { _server: server, probe, at, host: host.clone(), client: lab.host("client") })
     }
 
-    /// It has lost nothing, and nothing has even been late: a packet that is dropped comes again after
-    /// 200 ms at the earliest.
+    /// It has lost nothing, and was never stopped: a fence that holds its packets back, too, would
+    /// have each of its connections send something again.
     fn is_untouched(&mut self) -> Outcome {
-        self.probe.is_content()
+        self.probe.is_content()?;
+        let sent_again = |host: &Host, what: &str| -> Outcome<Vec<String>> {
+            let list = host.sh(&format!("ss -HtniO state established '{what} = {}'", self.at))?;
+            let lines = list.lines().filter(|l| l.contains(" bytes_retrans:"));
+            // A client's port is what both ends know.
+            let port = if what == "src" { 3 } else { 2 };
+            let port = |l: &str| {
+                l.split_whitespace().nth(port).and_then(|a| a.rsplit(':').next().map(str::to_owned))
+            };
+            Ok(lines.filter_map(port).collect())
+        };
+        let mut ports = sent_again(&self.client, "dst")?;
+        ports.extend(sent_again(&self.host, "src")?);
+        ports.sort();
+        ports.dedup();
+        ensure!(ports.len() < CONNECTIONS, "all of {} have sent again: {ports:?}", self.at);
+        Ok(())
     }
 }
 
@@ -156,6 +179,8 @@ fn to_and_fro(lab: &Lab) -> Outcome {
     let wire = Wire::watch(lab)?;
     let mut probe = Probe::to(lab, &format!("{}:7000", bare(&ip)), CONNECTIONS)?;
     let mut other = Probe::to(lab, &format!("[{}]:7000", bare(&ip6)), CONNECTIONS)?;
+    // On the host that it goes to and comes from: a client like any other.
+    let mut local = Probe::start_on(&b, lab, &container, 2, "2ms")?;
     let mut neighbours = [Neighbour::on(lab, &a)?, Neighbour::on(lab, &b)?];
     let said = migrate_with(&a, &b, &floating(lab), &["--dry-run"])?.exits(0)?;
     for address in floating(lab) {
@@ -167,6 +192,7 @@ fn to_and_fro(lab: &Lab) -> Outcome {
         exactly_one_copy(&container, to, from)?;
         probe.is_content()?;
         other.is_content()?;
+        local.is_content()?;
         neighbours.iter_mut().try_for_each(Neighbour::is_untouched)?;
         moved(lab, to, from)?;
     }
@@ -218,6 +244,76 @@ fn first_of_its_network(lab: &Lab) -> Outcome {
     }
     let left = b.sh("ip route; ip address")?;
     ensure!(!left.contains("10.99.0"), "left on b: {left}");
+    wire.is_calm(2 * CONNECTIONS)
+}
+
+/// While both hosts have the addresses, neither answers for them, whoever asks; the new one begins
+/// when the container is its own, with what was asked meanwhile.
+fn silent_until_the_commit(lab: &Lab) -> Outcome {
+    let (a, b, client) = (lab.host("a"), lab.host("b"), lab.host("client"));
+    let container = start(lab)?;
+    let all = floating(lab);
+    let wire = Wire::watch(lab)?;
+    let mut probe = Probe::to(lab, &format!("{}:7000", bare(&all[0])), CONNECTIONS)?;
+    let mut other = Probe::to(lab, &format!("[{}]:7000", bare(&all[1])), CONNECTIONS)?;
+    let mac = b.sh("cat /sys/class/net/eth0/address")?;
+    let (file, filter) = ("/srv/shared/b.pcap", format!("ether src {}", mac.trim()));
+    let heard =
+        ["tcpdump", "-i", "eth0", "-U", "--immediate-mode", "-Z", "root", "-w", file, &filter];
+    let _capture = client.start(&heard)?;
+    let path = client.path(file)?;
+    until("the capture is on", SHORT, || {
+        Ok(path.metadata().is_ok_and(|m| m.len() >= 24).then_some(()))
+    })?;
+    let said_by_b = || -> Outcome<Vec<String>> {
+        let said = client.exec(&["tcpdump", "-n", "-r", file])?;
+        // The probe of the checks, RFC 5227, says nothing of who has it.
+        let lines = said.out.lines().filter(|l| !l.contains("tell 0.0.0.0"));
+        let named = |l: &&str| all.iter().any(|address| l.contains(bare(address)));
+        Ok(lines.filter(named).map(str::to_owned).collect())
+    };
+
+    let options = all.each_ref().map(|a| format!("--move-address {a}@eth0")).join(" ");
+    let line = format!("FERRY_FAULT=source.commit:hold exec ferry migrate {options} box b");
+    let mut running = a.start(&["sh", "-c", &line])?;
+    let held = a.path("/run/ferry-fault/source.commit")?;
+    until("it is restored, and not committed", SHORT, || {
+        ensure!(!running.has_ended(), "it was over before");
+        Ok(held.exists().then_some(()))
+    })?;
+    for host in [&a, &b] {
+        let list = addresses(host)?;
+        for address in &all {
+            let ip = bare(address);
+            ensure!(list.iter().any(|a| bare(&a.0) == ip), "{ip} is not on {}", host.name);
+        }
+    }
+    // To the one that they know.
+    for address in &all {
+        let said = client.exec(&["ping", "-c", "1", "-W", "0.3", bare(address)])?;
+        ensure!(said.code != 0, "somebody is {address}: {said}");
+    }
+    // Asked by ARP and by neighbour discovery, of all.
+    client.sh("ip neigh flush dev eth0")?;
+    for address in &all {
+        let said = client.exec(&["ping", "-c", "2", "-i", "0.2", "-W", "0.3", bare(address)])?;
+        ensure!(said.code != 0, "somebody has {address}: {said}");
+    }
+    let said = said_by_b()?;
+    ensure!(said.is_empty(), "b has said\n{}", said.join("\n"));
+    std::fs::remove_file(&held).map_err(|e| e.to_string())?;
+    running.end(SHORT)?.exits(0)?;
+    exactly_one_copy(&container, &b, &a)?;
+    probe.is_content()?;
+    other.is_content()?;
+    moved(lab, &b, &a)?;
+    // What had come to the other host for it was kept, sent along, and is answered.
+    let answers = ["is-at", "neighbor advertisement", "ICMP echo reply", "ICMP6, echo reply"];
+    until("b has told all that it has them, and answered", SHORT, || {
+        let said = said_by_b()?;
+        Ok(answers.iter().all(|a| said.iter().any(|l| l.contains(a))).then_some(()))
+    })
+    .map_err(|e| format!("{e}: {:?}", said_by_b()))?;
     wire.is_calm(2 * CONNECTIONS)
 }
 

@@ -41,7 +41,36 @@ const CHAINS: [(u8, &str, u32); 8] = {
     ]
 };
 
+/// What of [`IN`] stops new connections only.
+const NEW: &str = "new";
+
 type Rule = Vec<Expression>;
+
+/// What is in the chains of a closed fence: chain, family, rule.
+struct Rules(Vec<(&'static str, u8, Rule)>);
+
+impl Rules {
+    fn new(addresses: &[IpAddr], doors: &[u16]) -> Self {
+        let mut all = Vec::new();
+        for ip in addresses {
+            all.extend(inward(*ip).map(|(family, rule)| (IN, family, rule)));
+            all.extend(outward(*ip).map(|(family, rule)| (OUT, family, rule)));
+            let (family, rule) = beginning(*ip);
+            all.push((NEW, family, rule));
+        }
+        for port in doors {
+            all.extend(door(*port).map(|(family, rule)| (DOORS, family, rule)));
+        }
+        Self(all)
+    }
+
+    fn add(&self, batch: &mut Batch, table: &str, which: &[&str]) {
+        for (of, family, rule) in self.0.iter().filter(|r| which.contains(&r.0)) {
+            let chain = if *of == NEW { IN } else { of };
+            batch.add_rule(*family, table, chain, rule);
+        }
+    }
+}
 
 /// Puts it up, open or closed, in the place of one that is there.
 pub(super) fn put_up(
@@ -74,27 +103,15 @@ fn install(
         let policy = Policy::Accept;
         tables.add_chain(&NewChain { family, table, name, hook, devices: &[], policy });
     }
-    let inward: Vec<_> = addresses.iter().flat_map(|ip| inward(*ip)).collect();
-    let outward: Vec<_> = addresses.iter().flat_map(|ip| outward(*ip)).collect();
-    let add = |batch: &mut Batch, chain: &str, rules: &[(u8, Rule)]| {
-        for (family, rule) in rules {
-            batch.add_rule(*family, table, chain, rule);
-        }
-    };
-    let doors: Vec<_> = doors.iter().flat_map(|port| door(*port)).collect();
-    let mut close_in = Batch::new();
-    add(&mut close_in, IN, &inward);
-    add(&mut close_in, DOORS, &doors);
+    let rules = Rules::new(addresses, doors);
     let mut close_new = Batch::new();
-    let beginnings: Vec<_> = addresses.iter().map(|ip| beginning(*ip)).collect();
-    add(&mut close_new, IN, &beginnings);
-    add(&mut close_new, DOORS, &doors);
-    let mut close = close_in.clone();
-    add(&mut close, OUT, &outward);
+    rules.add(&mut close_new, table, &[NEW, DOORS]);
+    let mut close_in = Batch::new();
+    rules.add(&mut close_in, table, &[IN, DOORS]);
+    let mut close = Batch::new();
+    rules.add(&mut close, table, &[IN, DOORS, OUT]);
     if closed {
-        add(&mut tables, IN, &inward);
-        add(&mut tables, DOORS, &doors);
-        add(&mut tables, OUT, &outward);
+        rules.add(&mut tables, table, &[IN, DOORS, OUT]);
     }
     socket.transact(&tables.prepare()).trying(trying).map_err(|p| {
         p.hint("the kernel needs nf_tables with CONFIG_NF_TABLES_ARP, _IPV4, _IPV6")
@@ -118,6 +135,16 @@ fn install(
         close: close.prepare(),
         remove: remove.prepare(),
     })
+}
+
+/// Closes one that is there, and open.
+pub(super) fn close(floating: &Floating, table: &str, host: &NetNs) -> Result<(), Problem> {
+    let trying = || "cannot close the fence round the address".to_owned();
+    let mut socket = Socket::open_in(host, Protocol::Netfilter).trying(trying)?;
+    let mut batch = Batch::new();
+    let rules = Rules::new(&floating.addresses(), &floating.doors());
+    rules.add(&mut batch, table, &[IN, DOORS, OUT]);
+    socket.transact(&batch.prepare()).map(drop).trying(trying)
 }
 
 /// Takes it away by its name; it is no error if there is none.

@@ -8,10 +8,12 @@
 //! 1. [`capture()`] finds the addresses on the source, and looks at all sockets: what the container
 //!    has on other addresses, or others have on these, is refused. [`preflight`] looks at the
 //!    destination: whether the addresses and ports are free there.
-//! 2. The destination closes its fence and takes the addresses ([`Stay::take`]), so that sockets can
-//!    be bound to them. Nobody hears of it: the kernel announces nothing by itself, and what is asked
-//!    is not answered. They lead to no network yet and are no source for anybody's new connections.
-//! 3. On the source the fence closes for the freeze; frames that come for the addresses are kept and
+//! 2. When the freeze begins, and not before, as its own programs may have connections to the
+//!    container, the destination closes its fence and takes the addresses ([`Stay::take`]), so that
+//!    sockets can be bound to them. Nobody hears of it: the kernel announces nothing by itself, and
+//!    what is asked is not answered. They lead to no network yet and are no source for anybody's new
+//!    connections.
+//! 3. On the source the fence closes for the freeze, too; frames that come for the addresses are kept and
 //!    sent along as of other containers, see [`Capture::of_addresses`](super::Capture::of_addresses)
 //!    and [`Replay::on_host`](super::Replay::on_host).
 //! 4. After the commit the destination gives the addresses their networks ([`Stay::entitle`]), opens

@@ -58,6 +58,11 @@ impl Stay {
         fence::put_up(&self.floating, &self.table, host, false)
     }
 
+    /// Closes the open fence.
+    pub fn close(&self, host: &NetNs) -> Result<(), Problem> {
+        fence::close(&self.floating, &self.table, host)
+    }
+
     /// Puts up the closed fence.
     pub fn raise(&self, host: &NetNs) -> Result<Armed, Problem> {
         fence::put_up(&self.floating, &self.table, host, true)
@@ -115,7 +120,9 @@ impl Stay {
                     && capture::address(m)
                         .is_some_and(|a| (a.local, a.prefix) == (now.local, now.prefix))
             };
-            if now.prefix != address.prefix && present.iter().any(narrow) {
+            // Not yet taken, it will be there by then.
+            let there = !self.taken || present.iter().any(narrow);
+            if now.prefix != address.prefix && there {
                 // The address itself stays all the while, and with it what is bound to it.
                 requests.push((request(rtnl::DELADDR, 0, &now), what));
             }
