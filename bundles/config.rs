@@ -24,6 +24,9 @@ struct Options {
     /// Join this network namespace; without it the container gets a new one
     #[arg(long, value_name = "PATH")]
     netns: Option<String>,
+    /// Let it use the host's network
+    #[arg(long, conflicts_with = "netns")]
+    host_network: bool,
     /// Add an argument to the program's
     #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
     arg: Vec<String>,
@@ -98,7 +101,9 @@ fn adjust(config: &mut Value, options: &Options) -> io::Result<()> {
     if let Some(path) = &options.netns {
         network["path"] = json!(path);
     }
-    array(config, "/linux/namespaces")?.push(network);
+    if !options.host_network {
+        array(config, "/linux/namespaces")?.push(network);
+    }
     array(config, "/process/args")?.extend(options.arg.iter().map(|arg| json!(arg)));
     array(config, "/process/env")?.extend(options.env.iter().map(|env| json!(env)));
     for bind in &options.bind {

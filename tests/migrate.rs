@@ -17,6 +17,8 @@ mod connections;
 mod faults;
 #[path = "migrate/files.rs"]
 mod files;
+#[path = "migrate/floating.rs"]
+mod floating;
 #[path = "migrate/forward.rs"]
 mod forward;
 #[path = "migrate/memory.rs"]
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
     trials.extend(files::trials());
     trials.extend(overlay::trials());
     trials.extend(networks::trials());
+    trials.extend(floating::trials());
     trials.extend(streams::trials());
     trials.extend(forward::trials());
     trials.extend(refusals::trials());

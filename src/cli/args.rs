@@ -17,6 +17,7 @@ use crate::migration::carry::Wishes;
 use crate::migration::forward::Wish;
 use crate::migration::pace::Pace;
 use crate::migration::protocol::How;
+use crate::network::floating::Wish as MoveAddress;
 use crate::report::log::{ErrorLog, Format};
 use crate::transport::codec::{self, Codec};
 
@@ -113,6 +114,8 @@ Examples:
         log in with a key of your own, and give up after half a minute
   ferry migrate --network macvlan=eth1 web host2
         its address goes on host2's eth1
+  ferry migrate --move-address 10.0.0.5/24@eth0 web host2
+        it uses this host's network, and 10.0.0.5 is its alone: that goes to host2's eth0
 
 The container runs on here until the other host has all of it. Whatever fails before that
 leaves it running here; once it runs there it cannot start here again, until
@@ -141,6 +144,11 @@ pub struct MigrateArgs {
     /// program, on both hosts, leads packets there (see README)
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = network)]
     pub network: Network,
+    /// For a container with the host's network: this address of the host goes along, to that
+    /// interface there, as keepalived would move it. Nobody else may use it. May be given several
+    /// times
+    #[arg(long, value_name = "ADDRESS/PREFIX@INTERFACE")]
+    pub move_address: Vec<MoveAddress>,
     /// Where its address cannot move it stays, and its packets are forwarded to and fro: whenever it
     /// belongs to no network of the other host (auto), always, or never
     #[arg(long, value_name = "WHEN", default_value = "auto")]
@@ -430,6 +438,9 @@ pub struct CheckArgs {
     /// How its network would be made there, as in `ferry migrate`
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = network)]
     pub network: Network,
+    /// Addresses of the host that would go along, as in `ferry migrate`
+    #[arg(long, value_name = "ADDRESS/PREFIX@INTERFACE")]
+    pub move_address: Vec<MoveAddress>,
     /// Whether its address would stay, as in `ferry migrate`
     #[arg(long, value_name = "WHEN", default_value = "auto")]
     pub forward: ForwardWhen,

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::{Result, anyhow};
 
+use super::floating::Arrived;
 use super::forward::{Note, Part, steps};
 use super::hooks::Hooks;
 use super::protocol::Plan;
@@ -24,6 +25,8 @@ const MAX_PACKETS: usize = 32 << 20;
 #[derive(Debug, Default)]
 pub struct Arrival {
     net: Option<Net>,
+    /// Where it uses the host's.
+    floating: Option<Arrived>,
     hooks: Option<Hooks>,
     packets: Vec<Frame>,
     bytes: usize,
@@ -51,6 +54,9 @@ impl Arrival {
     /// # Errors
     /// When it cannot be made as it was.
     pub fn make(&mut self, plan: &Plan, work: &Path, note: Option<&Note>) -> Result<()> {
+        if let Some(floating) = &plan.floating {
+            self.floating = Some(Arrived::prepare(floating, &plan.migration, work)?);
+        }
         let (Some(image), Some(path)) = (&plan.network, plan.network_place()) else {
             return Ok(());
         };
@@ -89,6 +95,14 @@ impl Arrival {
         Ok(())
     }
 
+    /// The container is being frozen. Addresses of the host that move can be here only from now on.
+    ///
+    /// # Errors
+    /// When they cannot be had.
+    pub fn take(&mut self, work: &Path) -> Result<()> {
+        self.floating.as_mut().map_or(Ok(()), |floating| floating.take(work))
+    }
+
     /// Where it is.
     pub fn namespace(&self) -> Option<&NetNs> {
         self.net.as_ref().map(|net| net.made.namespace())
@@ -108,11 +122,12 @@ impl Arrival {
 
     /// Gives the container the packets that have come.
     pub fn replay(&mut self) {
-        let Some(net) = &self.net else { return };
+        let floating = self.floating.as_ref().map(|f| &f.replay);
+        let Some(replay) = self.net.as_ref().map(|n| &n.replay).or(floating) else { return };
         self.bytes = 0;
         for packet in self.packets.drain(..) {
             // Only a help: the sender's timer brings again what does not get through.
-            if net.replay.inject(&packet).is_ok() {
+            if replay.inject(&packet).is_ok() {
                 self.replayed += 1;
             }
         }
@@ -120,16 +135,22 @@ impl Arrival {
 
     /// The closed gate, for whoever opens it.
     pub fn gate(&mut self) -> Option<Gate> {
+        if let Some(floating) = &mut self.floating {
+            return floating.gate();
+        }
         let net = self.net.as_mut()?;
         Some(Gate { fence: net.made.take_fence()?, lead: net.lead.take() })
     }
 
     /// The fence should be open: tells everybody that the container is here.
     pub fn open(&mut self, opened: bool) {
-        if let (Some(net), false) = (&self.net, opened) {
+        if !opened {
             // Too late to give up: a container that cannot be reached can still be mended.
             tracing::error!("the fence does not open: it is taken down");
-            let _ = fence::remove(net.made.namespace());
+            if let Some(net) = &self.net {
+                let _ = fence::remove(net.made.namespace());
+            }
+            self.floating.iter().for_each(Arrived::lift);
         }
         if let Some(note) = &self.note {
             steps::destination_opens(note);
@@ -146,12 +167,16 @@ impl Arrival {
             let _ = net.announcer.announce();
             let _ = net.uplinks.as_ref().map(Uplinks::announce);
         }
+        self.floating.iter().for_each(Arrived::announce);
     }
 
     /// It belongs to the container from now on.
     pub fn settle(mut self) {
         if let Some(e) = self.hooks.take().and_then(Hooks::switched) {
             tracing::error!("{e}");
+        }
+        if let Some(floating) = self.floating.take() {
+            floating.settle();
         }
         let Some(mut net) = self.net else { return };
         drop(net.replay);

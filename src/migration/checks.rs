@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use super::away::AwayMark;
+use super::floating;
 use super::forward::{self, Course};
 use super::protocol::{How, Place, Plan, Probe};
 use super::{host, layers, workdir};
@@ -46,7 +47,7 @@ fn problems(
     copies: &mut Vec<usize>,
     course: &mut Course,
 ) -> Vec<Problem> {
-    let networked = plan.network.is_some() && plan.placement != "none";
+    let networked = plan.floating.is_some() || plan.network.is_some() && plan.placement != "none";
     // Beside the rest, as both take their time in the kernel.
     let mut found = std::thread::scope(|scope| {
         let receiving = scope.spawn(|| host::receiving_problems(networked));
@@ -100,6 +101,9 @@ fn problems(
             },
             Err(e) => found.push(Problem::new("the wish for the network is not understood", e)),
         }
+    }
+    if let Ok((bundle, _)) = bundle_here(plan) {
+        found.extend(floating::problems(plan, &bundle));
     }
     if let Some(socket) = &plan.console_socket
         && !socket.exists()

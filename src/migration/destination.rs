@@ -542,7 +542,10 @@ impl Guest {
                 Input::Call(Call::Lane(input, output, held)) => {
                     self.join(input, output, held, stage, tell)?;
                 }
-                Input::Heard(Heard::Message(Message::Freezing)) => warm = Some(Warm::start()?),
+                Input::Heard(Heard::Message(Message::Freezing)) => {
+                    warm = Some(Warm::start()?);
+                    self.network.take(self.work.path())?;
+                }
                 Input::Heard(Heard::Message(Message::Dumped { tasks })) => {
                     if tasks.len() > MAX_TASKS {
                         bail!("a container of {} tasks", tasks.len());

@@ -9,6 +9,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::ask::{Accepted, Input};
 use super::protocol::Message;
 use super::talk::Heard;
+use crate::network::Floating;
 use crate::report::forecast::{Forecast, Tree};
 
 /// How long the link is tried out.
@@ -37,7 +38,9 @@ pub(super) fn forecast(accepted: &mut Accepted, limit: Option<u64>) -> Result<Fo
     };
     let files = plan.probes.iter().map(|p| &p.what).enumerate().map(tree).collect();
     let memory_bytes = plan.resident_bytes;
+    let addresses = plan.floating.as_ref().map_or_else(Vec::new, Floating::lines);
     Ok(Forecast {
+        addresses,
         link_bytes_per_s: rate,
         files,
         memory_bytes,

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use super::away::AwayMark;
+use super::floating;
 use super::forward::{self, Plans, Wish};
 use super::haul::Load;
 use super::layers::{self, Layered};
@@ -16,6 +17,7 @@ use super::{descriptors, host};
 use crate::files::walk::Size;
 use crate::files::{probe, tmpfs};
 use crate::memory::pages;
+use crate::network::floating::Wish as MoveAddress;
 use crate::network::image::Kind;
 use crate::network::problem::Problem;
 use crate::network::{self, NetworkImage, Placement};
@@ -61,6 +63,8 @@ pub struct Wishes {
     pub bundle: Option<PathBuf>,
     /// `--network`.
     pub placement: String,
+    /// `--move-address`.
+    pub move_address: Vec<MoveAddress>,
     /// `--console-socket`.
     pub console_socket: Option<PathBuf>,
     /// The runtime's global flags, as the user gave them.
@@ -158,7 +162,11 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
     })?;
     let mut probes = Vec::new();
     let streams = streams(state.pid, &bundle, wishes, &mut probes)?;
-    let (network, loopback) = network(&bundle, state.pid)?;
+    let floating = floating::look(&bundle, &cgroup, wishes)?;
+    let (network, loopback) = match floating {
+        Some(_) => (None, None),
+        None => network(&bundle, state.pid)?,
+    };
     let away = network.as_ref().and_then(|n| forward::away_of(&n.0));
     let forward = Plans { wish: wishes.forward, from: away.map(|a| (a.id, a.home)) };
     if let Ok(Placement::Hook(program)) = wishes.placement.parse() {
@@ -235,6 +243,7 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         overlay: layered.over_there(&bundle.path, wishes.bundle.as_deref()),
         tmpfs,
         network: network.as_ref().map(|n| n.2.clone()),
+        floating,
         loopback,
         network_path: network.as_ref().and_then(|_| bundle.namespace("network").flatten()),
         placement: wishes.placement.clone(),
@@ -343,8 +352,6 @@ type Network = Option<(NetNs, PathBuf, NetworkImage)>;
 /// The container's network, where it has one of its own that Ferry can carry; or what the runtime
 /// has given it, where that is nothing but a loopback device.
 fn network(bundle: &Bundle, pid: i32) -> Result<(Network, Option<NetworkImage>)> {
-    let hint = "give the container a named namespace: `ip netns add NAME`, and its path \
-                /run/netns/NAME in config.json's linux.namespaces";
     match bundle.namespace("network") {
         Some(Some(path)) => {
             let namespace = NetNs::open(&path).map_err(|e| {
@@ -381,11 +388,7 @@ fn network(bundle: &Bundle, pid: i32) -> Result<(Network, Option<NetworkImage>)>
             }
             Ok((Some((own, path, image)), None))
         }
-        None => Err(Problem::new(
-            "the container uses the host's network",
-            "its address belongs to the host and cannot go along yet",
-        )
-        .hint(hint)
-        .into()),
+        // The host's.
+        None => Ok((None, None)),
     }
 }

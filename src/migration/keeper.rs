@@ -7,14 +7,12 @@
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::thread::JoinHandle;
 
 use anyhow::{Result, bail};
 
 use super::talk::Speaker;
-use crate::network::{Capture, Frame, NetworkImage, Replay};
-use crate::sys::netns::NetNs;
+use crate::network::{Capture, Frame, Replay};
 use crate::sys::process::wait_readable;
 
 /// Most bytes kept for a rollback. Beyond it the senders' timers have to do.
@@ -79,11 +77,13 @@ impl Keeper {
     }
 
     /// Ends, and gives the frames to the container here, whose fence is open again.
-    pub fn give_back(self, network: Option<&(NetNs, PathBuf, NetworkImage)>) {
+    pub fn give_back(self, prepare: impl FnOnce() -> Result<Replay>) {
         let (frames, _) = self.end();
-        let Some((namespace, _, image)) = network.filter(|_| !frames.is_empty()) else { return };
+        if frames.is_empty() {
+            return;
+        }
         // Only a help: without it the senders' timers bring everything again.
-        if let Ok(replay) = Replay::prepare(namespace, image) {
+        if let Ok(replay) = prepare() {
             for frame in &frames {
                 let _ = replay.inject(frame);
             }

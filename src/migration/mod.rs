@@ -9,6 +9,7 @@ pub mod descriptors;
 pub mod destination;
 pub mod dump;
 pub mod early;
+pub mod floating;
 pub mod forecast;
 pub mod forward;
 pub mod guards;

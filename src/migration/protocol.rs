@@ -49,6 +49,7 @@ use crate::files::probe::Proof;
 use crate::files::tmpfs::{self, Tmpfs};
 use crate::files::walk::Size;
 use crate::memory::serve::Served;
+use crate::network::Floating;
 use crate::network::image::{Kind, NetworkImage};
 use crate::network::problem::Problem;
 use crate::oci::bundle::Bundle;
@@ -292,6 +293,9 @@ pub struct Plan {
     pub tmpfs: Vec<Tmpfs>,
     /// The network as captured; none where the container has none of its own.
     pub network: Option<NetworkImage>,
+    /// What goes along of the host's network, where the container uses that.
+    #[serde(default)]
+    pub floating: Option<Floating>,
     /// The loopback device of a namespace without a name: runc has CRIU leave it out.
     pub loopback: Option<NetworkImage>,
     /// The namespace's path, where it has one.
@@ -449,6 +453,10 @@ impl Plan {
         for network in self.network.iter().chain(&self.loopback) {
             network.validate()?;
         }
+        if self.floating.is_some() && self.network.is_some() {
+            bail!("a container with the host's network and one of its own");
+        }
+        self.floating.iter().try_for_each(Floating::validate)?;
         Ok(())
     }
 

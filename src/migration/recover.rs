@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::away::AwayMark;
+use super::floating::Noted as Addresses;
 use super::journal::{Journal, Record, Role, State};
 use super::mend::{self, Noted};
 use super::protocol::{Standing, Verdict};
@@ -84,6 +85,10 @@ pub fn source_runs_on(journal: &mut Journal) -> Result<()> {
         trouble.note("giving sockets their names back", spares.give_back(&root));
     }
     lift_fence(&record, &mut trouble);
+    if let Some(addresses) = Addresses::of(&record) {
+        // The destination may have told everybody that they are there.
+        addresses.stays(journal.state() == State::Committed, &mut trouble);
+    }
     let side = host_side(&record);
     if let Some((side, host)) = &side {
         trouble.note("letting this host answer again", side.restore(host));
@@ -255,11 +260,12 @@ pub fn source_lets_go(journal: &mut Journal, before_network: impl FnOnce()) -> R
     }
     // One without a name can only be found as long as they are there.
     let network = own_network(&record);
+    let (addresses, mut ended) = (Addresses::of(&record), true);
     if let Some(cgroup) = record.cgroup.as_ref().filter(|_| same) {
-        if record.forward.is_some() {
+        if record.forward.is_some() || addresses.is_some() {
             mend::silence_sockets(cgroup);
         }
-        trouble.note("ending the frozen tasks", cgroup.kill(KILL_TIMEOUT));
+        ended = trouble.note("ending the frozen tasks", cgroup.kill(KILL_TIMEOUT)).is_some();
     }
     forward::source_goes(&record);
     before_network();
@@ -269,6 +275,10 @@ pub fn source_lets_go(journal: &mut Journal, before_network: impl FnOnce()) -> R
     } else if let Some((namespace, path)) = network {
         // The fence is closed and goes with the namespace: no kernel answers for the container.
         remove_network(&namespace, path, &mut trouble);
+    }
+    // Whoever is there still must not be heard.
+    if let Some(addresses) = addresses.filter(|_| ended) {
+        addresses.goes(&mut trouble);
     }
     if let Some((side, host)) = host_side(&record) {
         trouble.note("letting go of the address", side.clear(&host));
@@ -305,7 +315,14 @@ pub fn destination_discards(journal: &mut Journal) -> Result<()> {
         // It may have run, with an open fence: its sockets must end unheard.
         trouble.note("closing the fence", fence::raise(namespace));
     }
+    let addresses = Addresses::of(&record);
+    if let Some(addresses) = &addresses {
+        addresses.close(&mut trouble);
+    }
     trouble.note("deleting the container", delete(&runtime, &record, init));
+    if let Some(addresses) = addresses {
+        addresses.discard(&mut trouble);
+    }
     let was_here = record.forward.as_ref().is_some_and(forward::destination_discards);
     match network {
         Some((_, path)) if was_here => {
@@ -400,6 +417,9 @@ pub fn destination_keeps(journal: &mut Journal) -> Result<()> {
         trouble.note("leading the address here", side.lead_here(&namespace, &host));
     }
     lift_fence(&record, &mut trouble);
+    if let Some(addresses) = Addresses::of(&record) {
+        addresses.keep(&mut trouble);
+    }
     if let Some(note) = &record.forward {
         forward::destination_keeps(note);
     }

@@ -35,7 +35,7 @@ use super::protocol::{Message, Standing, Verdict};
 use super::rest::Brought;
 use super::talk::{Heard, Speaker};
 use super::workdir::WorkDir;
-use super::{descriptors, forecast, forward, host, recover, rest, settle, watched};
+use super::{descriptors, floating, forecast, forward, host, recover, rest, settle, watched};
 use crate::criu::interposer::Interposer;
 use crate::files::place::Placing;
 use crate::files::{tmpfs, tree};
@@ -44,7 +44,7 @@ use crate::memory::rounds::Tracking;
 use crate::network::hook::About;
 use crate::network::host_side::Silence;
 use crate::network::sockets::Lookout;
-use crate::network::{Capture, Hook, HostSide, Placement, fence};
+use crate::network::{Capture, Hook, HostSide, Placement, Replay, fence};
 use crate::oci::runtime::Runtime;
 use crate::report::exit::Failed;
 use crate::report::progress::Reporter;
@@ -369,12 +369,18 @@ impl Begun {
 
     fn start_dump(&mut self) -> Result<()> {
         let (criu, _) = host::criu()?;
-        let (network, lookout) = match &self.subject.network {
-            None => (None, None),
-            Some((namespace, _, image)) => {
+        let plan = &self.subject.plan;
+        let (network, lookout) = match (&self.subject.network, &plan.floating) {
+            (Some((namespace, _, image)), _) => {
                 let both = (fence::arm(namespace)?, Capture::prepare(namespace, image)?);
                 (Some(Box::new(both)), Some(Lookout::new(namespace)?))
             }
+            (None, Some(all)) => {
+                let (work, cgroup) = (self.work.path(), &self.subject.cgroup);
+                let (fence, capture, lookout) = floating::arm(all, &plan.migration, work, cgroup)?;
+                (Some(Box::new((fence, capture))), Some(lookout))
+            }
+            (None, None) => (None, None),
         };
         let side = self.subject.plan.network.as_ref();
         if let Some(side) = side.and_then(|i| HostSide::new(i, &self.subject.plan.migration)) {
@@ -661,7 +667,12 @@ impl Begun {
             if !told.is_finished() {
                 self.closer.close();
             }
-            keeper.give_back(self.subject.network.as_ref());
+            let subject = &self.subject;
+            keeper.give_back(|| match (&subject.network, &subject.plan.floating) {
+                (Some((namespace, _, image)), _) => Ok(Replay::prepare(namespace, image)?),
+                (None, Some(all)) => floating::replay_here(all, &subject.plan.migration),
+                (None, None) => Err(anyhow!("there is no network")),
+            });
         }
         if let Some(since) = self.frozen_since {
             reporter.mark("runs on here");

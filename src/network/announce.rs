@@ -50,6 +50,23 @@ impl Announcer {
         Ok(Self { socket, frames })
     }
 
+    /// The same for addresses that a host has on its own interfaces.
+    pub fn on_host(host: &NetNs, addresses: &[(&str, IpAddr)]) -> Result<Self, Problem> {
+        let trying = || "cannot prepare the announcement of the address".to_owned();
+        let infos = Rtnl::open(host).and_then(|mut s| s.links()).trying(trying)?;
+        let socket = host.run(PacketSocket::open).and_then(|s| s).trying(trying)?;
+        let mut frames = Vec::new();
+        for (interface, address) in addresses {
+            let info = infos.iter().find(|i| i.name == *interface);
+            let Some((index, mac)) = info.and_then(|i| Some((i.index, i.mac?))) else { continue };
+            match address {
+                IpAddr::V4(ip) => frames.extend(arp_both(mac, *ip).map(|frame| (index, frame))),
+                IpAddr::V6(ip) => frames.push((index, advertisement(mac, *ip))),
+            }
+        }
+        Ok(Self { socket, frames })
+    }
+
     /// Sends everything once. All frames are tried; the first error is told.
     pub fn announce(&self) -> Result<(), Problem> {
         let mut result = Ok(());

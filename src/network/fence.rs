@@ -69,15 +69,15 @@ pub enum State {
 /// A fence whose chains are in place, with everything ready to flip it.
 #[derive(Debug)]
 pub struct Armed {
-    socket: Socket,
-    open: Prepared,
-    close_new: Prepared,
-    open_new: Prepared,
+    pub(super) socket: Socket,
+    pub(super) open: Prepared,
+    pub(super) close_new: Prepared,
+    pub(super) open_new: Prepared,
     /// New connections are stopped.
-    holds_new: bool,
-    close_in: Prepared,
-    close: Prepared,
-    remove: Prepared,
+    pub(super) holds_new: bool,
+    pub(super) close_in: Prepared,
+    pub(super) close: Prepared,
+    pub(super) remove: Prepared,
 }
 
 impl Armed {
@@ -146,19 +146,8 @@ pub fn open(namespace: &NetNs) -> Result<(), Problem> {
 pub fn remove(namespace: &NetNs) -> Result<(), Problem> {
     let trying = || "cannot remove the network fence".into();
     let mut socket = Socket::open_in(namespace, Protocol::Netfilter).trying(trying)?;
-    let tables = nft::tables(&mut socket).trying(trying)?;
-    let mut batch = Batch::new();
-    let mut any = false;
-    for (family, name) in &tables {
-        if name == TABLE && FAMILIES.contains(family) {
-            batch.delete_table(*family, name);
-            any = true;
-        }
-    }
-    match any {
-        true => socket.transact(&batch.prepare()).map(drop).trying(trying),
-        false => Ok(()),
-    }
+    nft::delete_tables(&mut socket, |family, name| name == TABLE && FAMILIES.contains(&family))
+        .trying(trying)
 }
 
 /// Looks what there is.

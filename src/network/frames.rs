@@ -6,13 +6,14 @@
 //! [`Replay`](super::replay::Replay).
 
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use serde::{Deserialize, Serialize};
 
 use super::image::{MAX_LINKS, NetworkImage};
 use super::problem::{Problem, Trying};
-use super::rtnl::Rtnl;
+use super::rtnl::{self, Rtnl};
 use crate::sys::netns::NetNs;
 use crate::sys::packet::{Instruction, PacketSocket, VNET_HDR};
 
@@ -56,6 +57,15 @@ impl Frame {
         }
     }
 
+    /// Where its packet is going.
+    fn destination(&self) -> Option<IpAddr> {
+        match self.bytes.get(12..14)? {
+            [0x08, 0x00] => rtnl::ip(self.bytes.get(30..34)?),
+            [0x86, 0xdd] => rtnl::ip(self.bytes.get(38..54)?),
+            _ => None,
+        }
+    }
+
     /// Neighbour discovery answers for the place where a container is, not for the container.
     fn is_neighbour_discovery(&self) -> bool {
         const ICMPV6: u8 = 58;
@@ -70,6 +80,8 @@ pub struct Capture {
     socket: PacketSocket,
     /// Interface index and place in the image.
     links: Vec<(i32, u16)>,
+    /// What is for these, where not all that comes is the container's.
+    addresses: Vec<IpAddr>,
     buffer: Vec<u8>,
     listens: bool,
 }
@@ -86,17 +98,46 @@ impl Capture {
                 Some((info.index, u16::try_from(i).ok()?))
             })
             .collect();
-        let socket = container.run(PacketSocket::open).and_then(|s| s).trying(trying)?;
+        Self::on(container, links, Vec::new())
+    }
+
+    /// The same for some addresses of a host: what comes for them through these interfaces, whose
+    /// place in the list is the frames' link.
+    pub fn of_addresses(
+        host: &NetNs,
+        interfaces: &[&str],
+        addresses: Vec<IpAddr>,
+    ) -> Result<Self, Problem> {
+        let trying = || "cannot listen on the host's network".to_owned();
+        let infos = Rtnl::open(host).and_then(|mut s| s.links()).trying(trying)?;
+        let links = (0..).zip(interfaces).filter_map(|(i, name)| {
+            let info = infos.iter().find(|info| info.name == **name)?;
+            Some((info.index, i))
+        });
+        Self::on(host, links.collect(), addresses)
+    }
+
+    fn on(
+        namespace: &NetNs,
+        links: Vec<(i32, u16)>,
+        addresses: Vec<IpAddr>,
+    ) -> Result<Self, Problem> {
+        let trying = || "cannot listen on the container's network".to_owned();
+        let socket = namespace.run(PacketSocket::open).and_then(|s| s).trying(trying)?;
         socket.with_vnet_header().trying(trying)?;
         socket.ignore_outgoing().trying(trying)?;
         socket.receive_room(ROOM).trying(trying)?;
-        Ok(Self { socket, links, buffer: vec![0; VNET_HDR + MAX_FRAME], listens: false })
+        let buffer = vec![0; VNET_HDR + MAX_FRAME];
+        Ok(Self { socket, links, addresses, buffer, listens: false })
     }
 
     /// Begins to keep frames. Right before the fence closes is best: what came earlier has
     /// reached the container, and doing it after would lose what comes between.
     pub fn start(&mut self) -> io::Result<()> {
-        self.socket.filter(&FILTER)?;
+        match self.addresses.is_empty() {
+            true => self.socket.filter(&FILTER)?,
+            false => self.socket.filter(&filter_of(&self.addresses))?,
+        }
         self.listen()
     }
 
@@ -126,7 +167,10 @@ impl Capture {
             let mut vnet_hdr = [0; VNET_HDR];
             vnet_hdr.copy_from_slice(&self.buffer[..VNET_HDR]);
             let frame = Frame { link: *link, vnet_hdr, bytes: bytes.to_vec() };
-            if frame.validate().is_ok() && !frame.is_neighbour_discovery() {
+            // While only new connections are kept, the socket's filter knows no addresses.
+            let wanted = self.addresses.is_empty()
+                || frame.destination().is_some_and(|to| self.addresses.contains(&to));
+            if wanted && frame.validate().is_ok() && !frame.is_neighbour_discovery() {
                 frames.push(frame);
             }
         }
@@ -145,13 +189,56 @@ impl AsFd for Capture {
     }
 }
 
+const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
+const EQUAL: u16 = 0x15; // BPF_JMP | BPF_JEQ
+const GREATER: u16 = 0x25; // BPF_JMP | BPF_JGT
+const RETURN: u16 = 0x06;
+const AD: u32 = (-0x1000_i32) as u32; // SKF_AD_OFF
+
+/// [`FILTER`], and of it only what is for these addresses.
+fn filter_of(addresses: &[IpAddr]) -> Vec<Instruction> {
+    const NO: Instruction = Instruction(RETURN, 0, 0, 0);
+    const YES: Instruction = Instruction(RETURN, 0, 0, u32::MAX);
+    let word = |bytes: &[u8]| bytes.iter().fold(0, |word, b| word << 8 | u32::from(*b));
+    let (mut v4, mut v6) = (vec![Instruction(LOAD, 0, 0, 30)], Vec::new());
+    for address in addresses {
+        match address {
+            IpAddr::V4(ip) => {
+                v4.extend([Instruction(EQUAL, 0, 1, word(&ip.octets())), YES]);
+            }
+            IpAddr::V6(ip) => {
+                // Four words, and beyond the end of this address when one of them differs.
+                for (i, bytes) in (0_u8..).zip(ip.octets().chunks(4)) {
+                    v6.push(Instruction(LOAD, 0, 0, 38 + 4 * u32::from(i)));
+                    v6.push(Instruction(EQUAL, 0, 7 - 2 * i, word(bytes)));
+                }
+                v6.push(YES);
+            }
+        }
+    }
+    v4.push(NO);
+    v6.push(NO);
+    let mut all = vec![
+        Instruction(LOAD, 0, 0, AD + 28), // hardware type
+        Instruction(EQUAL, 0, 1, 772),    // ARPHRD_LOOPBACK
+        NO,
+        Instruction(LOAD, 0, 0, AD + 48), // VLAN tag present
+        Instruction(EQUAL, 1, 0, 0),
+        NO,
+        Instruction(LOAD, 0, 0, AD + 4), // packet type
+        Instruction(GREATER, 0, 1, 2),   // beyond HOST, BROADCAST, MULTICAST
+        NO,
+        Instruction(LOAD, 0, 0, AD), // protocol
+        Instruction(EQUAL, 0, v4.len() as u8, 0x0800),
+    ];
+    all.append(&mut v4);
+    all.extend([Instruction(EQUAL, 1, 0, 0x86dd), NO]);
+    all.append(&mut v6);
+    all
+}
+
 /// Lets IPv4 and IPv6 pass that is for this host or for all, not on loopback, not in a VLAN.
 const FILTER: [Instruction; 11] = {
-    const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
-    const EQUAL: u16 = 0x15; // BPF_JMP | BPF_JEQ
-    const GREATER: u16 = 0x25; // BPF_JMP | BPF_JGT
-    const RETURN: u16 = 0x06;
-    const AD: u32 = (-0x1000_i32) as u32; // SKF_AD_OFF
     [
         Instruction(LOAD, 0, 0, AD + 28), // hardware type
         Instruction(EQUAL, 8, 0, 772),    // ARPHRD_LOOPBACK
@@ -169,17 +256,12 @@ const FILTER: [Instruction; 11] = {
 
 /// The same, but of TCP's first segments only, as nft.rs's `drop_new_connections` knows them.
 const NEW: [Instruction; 24] = {
-    const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
     const HALF: u16 = 0x28; // BPF_LD | BPF_H | BPF_ABS
     const BYTE: u16 = 0x30; // BPF_LD | BPF_B | BPF_ABS
     const BYTE_BEHIND: u16 = 0x50; // BPF_LD | BPF_B | BPF_IND
     const HEADER_LENGTH: u16 = 0xb1; // BPF_LDX | BPF_B | BPF_MSH
     const AND: u16 = 0x54; // BPF_ALU | BPF_AND
-    const EQUAL: u16 = 0x15; // BPF_JMP | BPF_JEQ
-    const GREATER: u16 = 0x25; // BPF_JMP | BPF_JGT
     const ANY_OF: u16 = 0x45; // BPF_JMP | BPF_JSET
-    const RETURN: u16 = 0x06;
-    const AD: u32 = (-0x1000_i32) as u32; // SKF_AD_OFF
     const TCP: u32 = 6;
     const SYN: u32 = 0x02;
     const SYN_ACK: u32 = 0x12;
@@ -210,3 +292,63 @@ const NEW: [Instruction; 24] = {
         Instruction(RETURN, 0, 0, 0),
     ]
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the kernel makes of a program for a frame that is for this host, not in a VLAN.
+    fn passes(program: &[Instruction], frame: &[u8]) -> bool {
+        let (mut at, mut value) = (0, 0_u32);
+        loop {
+            let Instruction(code, yes, no, k) = program[at];
+            at += 1;
+            let jump = |holds: bool| usize::from(if holds { yes } else { no });
+            match code {
+                LOAD if k >= AD => {
+                    let protocol = u32::from(frame[12]) << 8 | u32::from(frame[13]);
+                    value = [(0, protocol), (4, 0), (28, 1), (48, 0)]
+                        .into_iter()
+                        .find(|(what, _)| AD + what == k)
+                        .map(|(_, value)| value)
+                        .expect("something that is known of a frame");
+                }
+                LOAD => {
+                    let Some(bytes) = frame.get(k as usize..k as usize + 4) else { return false };
+                    value = u32::from_be_bytes(bytes.try_into().expect("four"));
+                }
+                EQUAL => at += jump(value == k),
+                GREATER => at += jump(value > k),
+                RETURN => return k != 0,
+                other => panic!("instruction {other:#x}"),
+            }
+        }
+    }
+
+    #[test]
+    fn only_what_is_for_the_addresses_is_kept() {
+        let packet = |kind: [u8; 2], offset: usize, to: &str| {
+            let mut frame = vec![0; 80];
+            frame[12..14].copy_from_slice(&kind);
+            let to = rtnl::octets(to.parse().expect("an address"));
+            frame[offset..offset + to.len()].copy_from_slice(&to);
+            frame
+        };
+        let v4 = |to| packet([0x08, 0], 30, to);
+        let v6 = |to| packet([0x86, 0xdd], 38, to);
+        let moved = ["10.0.0.5", "fd00::5", "10.0.0.6", "fd00::1:5"];
+        let moved: Vec<IpAddr> = moved.iter().map(|a| a.parse().expect("an address")).collect();
+        let program = filter_of(&moved);
+        for frame in [v4("10.0.0.5"), v4("10.0.0.6"), v6("fd00::5"), v6("fd00::1:5")] {
+            assert!(passes(&program, &frame), "{frame:?}");
+            let frame = Frame { link: 0, vnet_hdr: [0; VNET_HDR], bytes: frame };
+            assert!(frame.destination().is_some_and(|to| moved.contains(&to)));
+        }
+        for frame in [v4("10.0.0.1"), v4("5.0.0.10"), v6("fd00::6"), v6("fd00::1:6")] {
+            assert!(!passes(&program, &frame), "{frame:?}");
+            assert!(passes(&FILTER, &frame), "{frame:?}");
+        }
+        assert!(!passes(&program, &packet([0x08, 0x06], 38, "10.0.0.5")));
+        assert!(!passes(&filter_of(&moved[..1]), &v6("fd00::5")));
+    }
+}

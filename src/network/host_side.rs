@@ -139,17 +139,6 @@ impl HostSide {
     fn speak(&self, host: &NetNs) -> Result<(), Problem> {
         let trying = || "cannot remove what kept this host silent".to_owned();
         let mut socket = Socket::open_in(host, Protocol::Netfilter).trying(trying)?;
-        let mut batch = Batch::new();
-        let mut any = false;
-        for (family, name) in nft::tables(&mut socket).trying(trying)? {
-            if name == self.table {
-                batch.delete_table(family, &name);
-                any = true;
-            }
-        }
-        match any {
-            true => socket.transact(&batch.prepare()).map(drop).trying(trying),
-            false => Ok(()),
-        }
+        nft::delete_tables(&mut socket, |_, name| name == self.table).trying(trying)
     }
 }

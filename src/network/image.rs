@@ -375,7 +375,7 @@ impl Link {
 }
 
 impl Address {
-    fn check(&self) -> Result<(), String> {
+    pub(super) fn check(&self) -> Result<(), String> {
         prefix(self.local, self.prefix)?;
         if self.peer.is_some_and(|p| p.is_ipv4() != self.local.is_ipv4()) {
             return Err(format!("the peer of {} is of another family", self.local));
@@ -422,7 +422,7 @@ fn bounded(what: &str, count: usize, most: usize) -> Result<(), String> {
     }
 }
 
-fn prefix(address: IpAddr, bits: u8) -> Result<(), String> {
+pub(super) fn prefix(address: IpAddr, bits: u8) -> Result<(), String> {
     match bits <= if address.is_ipv4() { 32 } else { 128 } {
         true => Ok(()),
         false => Err(format!("{address} has a prefix of {bits} bits")),

@@ -16,11 +16,14 @@
 //! Where the address cannot move, the first host keeps it: [`forward`] has what its frames go in and
 //! out by, on both hosts.
 //!
+//! Containers that use the host's network have addresses of the host move with them: [`floating`].
+//!
 //! Nothing here knows of CRIU, of runc or of the protocol between the hosts.
 
 pub mod announce;
 pub mod capture;
 pub mod fence;
+pub mod floating;
 pub mod forward;
 pub mod frames;
 pub mod gate;
@@ -41,6 +44,7 @@ pub mod usable;
 
 pub use announce::{Announcer, announce};
 pub use capture::{capture, capture_at, capture_forwarded};
+pub use floating::Floating;
 pub use frames::{Capture, Frame};
 pub use gate::Gate;
 pub use hook::Hook;

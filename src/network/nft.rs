@@ -8,6 +8,8 @@ use crate::sys::netlink::{ACK, CREATE, Message, Prepared, Request, Result, Socke
 
 /// `NFPROTO_INET`
 pub(super) const INET: u8 = 1;
+/// `NFPROTO_IPV4`
+pub(super) const IPV4: u8 = 2;
 /// `NFPROTO_ARP`
 pub(super) const ARP: u8 = 3;
 /// `NFPROTO_IPV6`
@@ -137,52 +139,11 @@ impl Batch {
         self.0.push(request);
     }
 
-    /// `meta l4proto tcp tcp flags & (syn | ack) == syn drop`: who has not begun yet may not begin.
+    /// Who has not begun yet may not begin.
     pub fn drop_new_connections(&mut self, family: u8, table: &str, chain: &str) {
-        const L4PROTO: u32 = 16;
-        const TCP: u8 = 6;
-        const TRANSPORT: u32 = 2;
-        const FLAGS_AT: u32 = 13;
-        const SYN: u8 = 0x02;
-        const SYN_ACK: u8 = 0x12;
-        let mut request = message(NEWRULE, ACK | CREATE, family);
-        request.string(1, table).string(2, chain).nest(4, |expressions| {
-            let mut expression = |name: &str, fill: &dyn Fn(&mut Request)| {
-                expressions.nest(1, |e| {
-                    e.string(1, name).nest(2, fill);
-                });
-            };
-            let equals = |e: &mut Request, value: u8| {
-                e.be32(1, 1).be32(2, 0).nest(3, |data| {
-                    data.attr(1, &[value]);
-                });
-            };
-            expression("meta", &|e| {
-                e.be32(1, 1).be32(2, L4PROTO);
-            });
-            expression("cmp", &|e| equals(e, TCP));
-            expression("payload", &|e| {
-                e.be32(1, 1).be32(2, TRANSPORT).be32(3, FLAGS_AT).be32(4, 1);
-            });
-            expression("bitwise", &|e| {
-                e.be32(1, 1).be32(2, 1).be32(3, 1);
-                e.nest(4, |mask| {
-                    mask.attr(1, &[SYN_ACK]);
-                });
-                e.nest(5, |xor| {
-                    xor.attr(1, &[0]);
-                });
-            });
-            expression("cmp", &|e| equals(e, SYN));
-            expression("immediate", &|e| {
-                e.be32(1, 0).nest(2, |data| {
-                    data.nest(2, |verdict| {
-                        verdict.be32(1, 0);
-                    });
-                });
-            });
-        });
-        self.0.push(request);
+        let mut rule = Expression::new_connection();
+        rule.push(Expression::DROP);
+        self.add_rule(family, table, chain, &rule);
     }
 
     /// Takes all rules out of a chain.
@@ -206,6 +167,8 @@ pub(super) enum Expression {
     Meta(u32),
     /// Base (`NFT_PAYLOAD_*`), offset and length in bytes.
     Payload(u32, u32, u32),
+    /// Only these bits of it count.
+    Masked(Vec<u8>),
     /// The rule goes on only if this was found.
     Equal(Vec<u8>),
     /// The end.
@@ -227,10 +190,26 @@ impl Expression {
         Self::Payload(2, offset, length)
     }
 
+    /// `meta l4proto tcp tcp flags & (syn | ack) == syn`: the first segment of a connection.
+    pub fn new_connection() -> Vec<Self> {
+        const TCP: u8 = 6;
+        const FLAGS_AT: u32 = 13;
+        const SYN: u8 = 0x02;
+        const SYN_ACK: u8 = 0x12;
+        vec![
+            Self::L4_PROTOCOL,
+            Self::Equal(vec![TCP]),
+            Self::transport(FLAGS_AT, 1),
+            Self::Masked(vec![SYN_ACK]),
+            Self::Equal(vec![SYN]),
+        ]
+    }
+
     fn name(&self) -> &'static str {
         match self {
             Self::Meta(_) => "meta",
             Self::Payload(..) => "payload",
+            Self::Masked(_) => "bitwise",
             Self::Equal(_) => "cmp",
             Self::Verdict(_) => "immediate",
         }
@@ -243,6 +222,15 @@ impl Expression {
             Self::Meta(key) => e.be32(1, REGISTER).be32(2, *key),
             Self::Payload(base, offset, length) => {
                 e.be32(1, REGISTER).be32(2, *base).be32(3, *offset).be32(4, *length)
+            }
+            Self::Masked(mask) => {
+                e.be32(1, REGISTER).be32(2, REGISTER).be32(3, mask.len() as u32);
+                e.nest(4, |data| {
+                    data.attr(1, mask);
+                })
+                .nest(5, |xor| {
+                    xor.attr(1, &vec![0; mask.len()]);
+                })
             }
             Self::Equal(value) => e.be32(1, REGISTER).be32(2, 0).nest(3, |data| {
                 data.attr(1, value);
@@ -287,6 +275,22 @@ pub(super) fn tables(socket: &mut Socket) -> Result<Vec<(u8, String)>> {
     let read = |m: Message| Some((*m.payload.first()?, m.attributes(FIXED).string(1)?));
     let list = socket.dump(SUBSYSTEM << 8 | GETTABLE, &fixed(0, 0))?;
     Ok(list.into_iter().filter_map(read).collect())
+}
+
+/// Takes away the tables that are `ours`, by family and name; it is no error if there is none.
+pub(super) fn delete_tables(socket: &mut Socket, ours: impl Fn(u8, &str) -> bool) -> Result<()> {
+    let mut batch = Batch::new();
+    let mut any = false;
+    for (family, name) in tables(socket)? {
+        if ours(family, &name) {
+            batch.delete_table(family, &name);
+            any = true;
+        }
+    }
+    match any {
+        true => socket.transact(&batch.prepare()).map(drop),
+        false => Ok(()),
+    }
 }
 
 /// Family and name of the tables that have any rule, one entry a rule.

@@ -264,18 +264,28 @@ pub(super) fn fits<'a>(
     Ok(on)
 }
 
-/// Asks the network who has the link's addresses. The container on the source answers, as it must:
-/// so what counts is whether somebody with another hardware address answers.
+/// Asks the network who has the link's addresses.
 fn asked(link: &Link, on: &LinkInfo, host: &NetNs) -> Vec<Problem> {
-    let addresses: Vec<Ipv4Addr> = link
-        .addresses
+    let addresses: Vec<IpAddr> = link.addresses.iter().map(|a| a.local).collect();
+    asked_for(&addresses, link.mac, on, host)
+}
+
+/// Asks the network who has these addresses. The container on the source answers, as it must: so
+/// what counts is whether somebody with another hardware address than `mac` answers.
+pub(super) fn asked_for(
+    addresses: &[IpAddr],
+    mac: Option<Mac>,
+    on: &LinkInfo,
+    host: &NetNs,
+) -> Vec<Problem> {
+    let addresses: Vec<Ipv4Addr> = addresses
         .iter()
-        .filter_map(|a| match a.local {
-            IpAddr::V4(ip) => Some(ip),
+        .filter_map(|a| match a {
+            IpAddr::V4(ip) => Some(*ip),
             IpAddr::V6(_) => None,
         })
         .collect();
-    let (Some(own), Some(mac)) = (on.mac, link.mac) else { return Vec::new() };
+    let (Some(own), Some(mac)) = (on.mac, mac) else { return Vec::new() };
     if addresses.is_empty() {
         return Vec::new();
     }

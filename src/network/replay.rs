@@ -10,7 +10,7 @@
 //! The TAP has no address, has IPv6 off, and goes with this value or with the process.
 
 use super::frames::Frame;
-use super::image::NetworkImage;
+use super::image::{Mac, NetworkImage};
 use super::problem::{Problem, Trying};
 use super::rtnl::{self, IFF_UP, Rtnl, ifinfo};
 use super::sysctl;
@@ -20,6 +20,9 @@ use crate::sys::tun::Tap;
 
 /// First letters of the TAP devices' names.
 pub const DEVICE_PREFIX: &str = "ferry-in";
+
+/// So many letters of a tag are in the name of a host's device.
+const TAG: usize = 7;
 
 const NEWQDISC: u16 = 36;
 const NEWTFILTER: u16 = 44;
@@ -37,6 +40,8 @@ const ETH_P_ALL: u16 = 3;
 pub struct Replay {
     /// By the place of the link in the image.
     taps: Vec<Option<Tap>>,
+    /// Hardware addresses of the links, where they are others than on the source.
+    macs: Vec<Mac>,
 }
 
 impl Replay {
@@ -47,36 +52,26 @@ impl Replay {
         let mut taps: Vec<Option<Tap>> = image.links.iter().map(|_| None).collect();
         for (i, link) in image.outward() {
             let name = format!("{DEVICE_PREFIX}{i}");
-            let trying = || format!("cannot prepare {} for the frames kept on the way", link.name);
-            let tap = container
-                .run(|| {
-                    let tap = Tap::create(&name)?;
-                    // Coming up must not send anything of its own.
-                    sysctl::set(&format!("ipv6/conf/{name}/disable_ipv6"), "1", false)?;
-                    Ok::<_, std::io::Error>(tap)
-                })
-                .and_then(|tap| tap)
-                .trying(trying)
-                .map_err(|p| {
-                    p.hint("the kernel needs CONFIG_TUN, and /dev/net/tun must be there")
-                })?;
-            let links = socket.links().trying(trying)?;
-            let find = |name: &str| links.iter().find(|l| l.name == name);
-            let (Some(device), Some(target)) = (find(&name), find(&link.name)) else {
-                return Err(Problem::new(trying(), "the link is not in the namespace"));
-            };
-            // With the same address the kernel finds that the frames are for this host.
-            let mut up = Request::new(rtnl::NEWLINK, 0, &ifinfo(device.index, 0, 0));
-            up.attr(rtnl::IFLA_ADDRESS, &link.mac.unwrap_or_default());
-            socket.change(&up).trying(trying)?;
-            redirect(&mut socket, device.index, target.index).trying(trying).map_err(|p| {
-                p.hint("the kernel needs the modules sch_ingress, cls_bpf and act_mirred")
-            })?;
-            let up = Request::new(rtnl::NEWLINK, 0, &ifinfo(device.index, IFF_UP, IFF_UP));
-            socket.change(&up).trying(trying)?;
-            taps[i] = Some(tap);
+            let mac = link.mac.unwrap_or_default();
+            taps[i] = Some(device(container, &mut socket, &name, &link.name, mac)?);
         }
-        Ok(Self { taps })
+        Ok(Self { taps, macs: Vec::new() })
+    }
+
+    /// The same for interfaces of a host, which have hardware addresses of their own: frames are for
+    /// the place in this list. `tag` makes the devices' names this migration's.
+    pub fn on_host(host: &NetNs, interfaces: &[&str], tag: &str) -> Result<Self, Problem> {
+        let trying = || "cannot open the host's network".to_owned();
+        let mut socket = Rtnl::open(host).trying(trying)?;
+        let links = socket.links().trying(trying)?;
+        let (mut taps, mut macs) = (Vec::new(), Vec::new());
+        for (i, interface) in interfaces.iter().enumerate() {
+            let mac = links.iter().find(|l| l.name == **interface).and_then(|l| l.mac);
+            macs.push(mac.unwrap_or_default());
+            let name = format!("ferry-{}{i}", tag.get(..TAG).unwrap_or_default());
+            taps.push(Some(device(host, &mut socket, &name, interface, macs[i])?));
+        }
+        Ok(Self { taps, macs })
     }
 
     /// Lets one frame come in, at once: when this returns, the namespace's stack has had it. The
@@ -85,10 +80,53 @@ impl Replay {
         frame.validate()?;
         let trying = || format!("cannot replay {frame:?}");
         match self.taps.get(usize::from(frame.link)) {
-            Some(Some(tap)) => tap.write(&frame.vnet_hdr, &frame.bytes).trying(trying),
+            Some(Some(tap)) => match self.macs.get(usize::from(frame.link)) {
+                None => tap.write(&frame.vnet_hdr, &frame.bytes).trying(trying),
+                Some(mac) => {
+                    let mut bytes = frame.bytes.clone();
+                    bytes[..mac.len()].copy_from_slice(mac);
+                    tap.write(&frame.vnet_hdr, &bytes).trying(trying)
+                }
+            },
             _ => Err(Problem::new(trying(), "there is no such link")),
         }
     }
+}
+
+/// A TAP device whose frames come in on the link called `target`.
+fn device(
+    namespace: &NetNs,
+    socket: &mut Rtnl,
+    name: &str,
+    target: &str,
+    mac: Mac,
+) -> Result<Tap, Problem> {
+    let trying = || format!("cannot prepare {target} for the frames kept on the way");
+    let tap = namespace
+        .run(|| {
+            let tap = Tap::create(name)?;
+            // Coming up must not send anything of its own.
+            sysctl::set(&format!("ipv6/conf/{name}/disable_ipv6"), "1", false)?;
+            Ok::<_, std::io::Error>(tap)
+        })
+        .and_then(|tap| tap)
+        .trying(trying)
+        .map_err(|p| p.hint("the kernel needs CONFIG_TUN, and /dev/net/tun must be there"))?;
+    let links = socket.links().trying(trying)?;
+    let find = |name: &str| links.iter().find(|l| l.name == name);
+    let (Some(device), Some(target)) = (find(name), find(target)) else {
+        return Err(Problem::new(trying(), "the link is not in the namespace"));
+    };
+    // With the same address the kernel finds that the frames are for this host.
+    let mut up = Request::new(rtnl::NEWLINK, 0, &ifinfo(device.index, 0, 0));
+    up.attr(rtnl::IFLA_ADDRESS, &mac);
+    socket.change(&up).trying(trying)?;
+    redirect(socket, device.index, target.index)
+        .trying(trying)
+        .map_err(|p| p.hint("the kernel needs the modules sch_ingress, cls_bpf and act_mirred"))?;
+    let up = Request::new(rtnl::NEWLINK, 0, &ifinfo(device.index, IFF_UP, IFF_UP));
+    socket.change(&up).trying(trying)?;
+    Ok(tap)
 }
 
 /// `tc qdisc add dev … clsact; tc filter add dev … ingress bpf bytecode '1,6 0 0 -1' action

@@ -312,7 +312,7 @@ fn family(v6: bool) -> u8 {
     if v6 { AF_INET6 } else { AF_INET }
 }
 
-fn address_request(kind: u16, flags: u16, index: i32, a: &Address) -> Request {
+pub(super) fn address_request(kind: u16, flags: u16, index: i32, a: &Address) -> Request {
     let mut fixed = [family(a.local.is_ipv6()), a.prefix, 0, a.scope, 0, 0, 0, 0];
     fixed[4..8].copy_from_slice(&index.to_ne_bytes());
     let mut request = Request::new(kind, flags, &fixed);

@@ -240,6 +240,11 @@ pub struct Lead {
 }
 
 impl Lead {
+    /// Of requests that are ready, with what they add.
+    pub(super) fn of(socket: Rtnl, requests: Vec<(Request, String)>) -> Self {
+        Self { socket, requests }
+    }
+
     /// Prepares the routes and proxy entries for the routed links of `container`, which is made;
     /// `None` where there are none.
     pub fn prepare(
@@ -378,7 +383,7 @@ impl Uplinks {
     }
 }
 
-fn same_network(a: IpAddr, b: IpAddr, prefix: u8) -> bool {
+pub(super) fn same_network(a: IpAddr, b: IpAddr, prefix: u8) -> bool {
     let (a, b) = (octets(a), octets(b));
     let (whole, rest) = (usize::from(prefix / 8), prefix % 8);
     let bits = |o: &[u8]| match rest {

@@ -6,6 +6,7 @@
 //! [sock_diag(7)](https://man7.org/linux/man-pages/man7/sock_diag.7.html), for whoever waits for
 //! them to come to their end.
 
+use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::problem::{Problem, Trying};
@@ -54,22 +55,60 @@ impl Unowned {
     }
 }
 
+/// A socket of the namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Known {
+    /// UDP rather than TCP.
+    pub udp: bool,
+    /// It takes connections.
+    pub listens: bool,
+    /// Its ends; the remote one is unspecified where there is none.
+    pub flow: Flow,
+    /// What `/proc/PID/fd` calls it; 0 when there is no descriptor of it.
+    pub inode: u32,
+}
+
+/// Which sockets count, where others than the container have theirs in the same namespace.
+#[derive(Debug, Clone, Default)]
+pub struct Only {
+    /// Connections on these addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Listening sockets with these numbers.
+    pub inodes: HashSet<u32>,
+}
+
 /// Looks for what is nobody's, again and again.
 #[derive(Debug)]
-pub struct Lookout(Socket);
+pub struct Lookout {
+    socket: Socket,
+    only: Option<Only>,
+}
 
 impl Lookout {
     /// Makes ready to look into a namespace.
     pub fn new(namespace: &NetNs) -> Result<Self, Problem> {
         let socket = Socket::open_in(namespace, Protocol::SockDiag);
-        Ok(Self(socket.trying(|| "cannot list the container's sockets".into())?))
+        let socket = socket.trying(|| "cannot list the container's sockets".into())?;
+        Ok(Self { socket, only: None })
+    }
+
+    /// The same where not all sockets are the container's.
+    pub fn among(namespace: &NetNs, only: Only) -> Result<Self, Problem> {
+        Ok(Self { only: Some(only), ..Self::new(namespace)? })
     }
 
     /// What there is of it right now.
     pub fn look(&mut self) -> Result<Unowned, Problem> {
         let mut found = Unowned::default();
         let states = [LISTEN, SYN_RECV, FIN_WAIT1, LAST_ACK, CLOSING];
-        self.list(&states, |one| match one.state {
+        let only = self.only.clone();
+        let counts = |one: &One| match &only {
+            None => true,
+            Some(only) if one.state == LISTEN => only.inodes.contains(&one.inode),
+            Some(only) => only.addresses.contains(&one.flow.local.ip()),
+        };
+        self.list(libc::IPPROTO_TCP, &states, |one| match one.state {
+            _ if !counts(&one) => {}
             LISTEN if one.received > 0 => found.backlog.push((one.flow.local, one.received)),
             SYN_RECV => found.beginning.push(one.flow),
             FIN_WAIT1 | LAST_ACK | CLOSING if one.inode == 0 => found.ending.push(one.flow),
@@ -82,7 +121,7 @@ impl Lookout {
     /// answer to what may still come.
     pub fn remembered(&mut self) -> Result<Vec<Flow>, Problem> {
         let mut found = Vec::new();
-        self.list(&[FIN_WAIT2, TIME_WAIT], |one| {
+        self.list(libc::IPPROTO_TCP, &[FIN_WAIT2, TIME_WAIT], |one| {
             if one.inode == 0 {
                 found.push(one.flow);
             }
@@ -90,14 +129,32 @@ impl Lookout {
         Ok(found)
     }
 
-    fn list(&mut self, states: &[u8], mut each: impl FnMut(One)) -> Result<(), Problem> {
+    /// All TCP and UDP sockets that are more than a memory of one.
+    pub fn all(&mut self) -> Result<Vec<Known>, Problem> {
+        let states: Vec<u8> = (1..=CLOSING).filter(|s| *s != TIME_WAIT).collect();
+        let mut found = Vec::new();
+        for (protocol, udp) in [(libc::IPPROTO_TCP, false), (libc::IPPROTO_UDP, true)] {
+            self.list(protocol, &states, |one| {
+                let listens = !udp && one.state == LISTEN;
+                found.push(Known { udp, listens, flow: one.flow, inode: one.inode });
+            })?;
+        }
+        Ok(found)
+    }
+
+    fn list(
+        &mut self,
+        protocol: libc::c_int,
+        states: &[u8],
+        mut each: impl FnMut(One),
+    ) -> Result<(), Problem> {
         let states: u32 = states.iter().map(|s| 1 << s).sum();
         for family in FAMILIES {
             let mut request = [0; REQUEST];
             request[0] = family;
-            request[1] = libc::IPPROTO_TCP as u8;
+            request[1] = protocol as u8;
             request[4..8].copy_from_slice(&states.to_ne_bytes());
-            let list = self.0.dump(BY_FAMILY, &request);
+            let list = self.socket.dump(BY_FAMILY, &request);
             let list = list.trying(|| "cannot list the container's sockets".into())?;
             list.iter().filter_map(one).for_each(&mut each);
         }

@@ -104,6 +104,11 @@ pub(super) fn of_link(link: &str) -> Vec<LinkSysctl> {
     list
 }
 
+/// The value of a parameter.
+pub(super) fn get(path: &str) -> io::Result<String> {
+    Ok(fs::read_to_string(Path::new(ROOT).join(path))?.trim_end().to_owned())
+}
+
 /// Sets a parameter unless it has the value already. `Ok` also if it cannot be set and `needed`
 /// is false.
 pub(super) fn set(path: &str, value: &str, needed: bool) -> io::Result<()> {

@@ -9,6 +9,9 @@ use crate::files::walk::Size;
 pub struct Forecast {
     /// Bytes that the link carries in a second.
     pub link_bytes_per_s: f64,
+    /// Addresses of the host that would move, a line each.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<String>,
     /// Root file system and bind mounts.
     pub files: Vec<Tree>,
     /// Bytes of the container's memory, without what it shares with files.
@@ -38,7 +41,7 @@ impl Forecast {
             s if s < 120.0 => format!("about {s:.0} s"),
             s => format!("about {:.0} min", s / 60.0),
         };
-        let mut lines = Vec::new();
+        let mut lines = self.addresses.clone();
         for tree in &self.files {
             lines.push(match &tree.copied {
                 None => format!("{}: is there", tree.what),

@@ -7,9 +7,9 @@ use super::process::{Running, until};
 use super::{Outcome, ensure};
 
 const FILE: &str = "/srv/shared/wire.pcap";
-/// Connections that begin (seen, or nothing was watched); RST and FIN of them, ICMP's unreachable.
+/// Connections to containers, and to other servers that a trial has at port 7001, that begin (seen, or nothing was watched); RST and FIN of them, ICMP's unreachable.
 const BEGINS: &str = "(tcp[13] & 18 = 18) or (ip6[6] = 6 and ip6[53] & 18 = 18)";
-const BREAKS: &str = "(port 7000 and (tcp[13] & 5 != 0 or (ip6[6] = 6 and ip6[53] & 5 != 0))) \
+const BREAKS: &str = "(portrange 7000-7001 and (tcp[13] & 5 != 0 or (ip6[6] = 6 and ip6[53] & 5 != 0))) \
                       or (icmp[0] = 3) or (ip6[6] = 58 and ip6[40] = 1)";
 
 /// A capture on the client.
@@ -76,6 +76,6 @@ fn is_answer(seen: &[String], at: usize) -> bool {
         fin.then(|| ((*from).to_owned(), to.to_owned()))
     };
     let Some((from, to)) = ends(&seen[at]) else { return false };
-    let own = to.ends_with(".7000");
+    let own = to.ends_with(".7000") || to.ends_with(".7001");
     own || seen[..at].iter().any(|line| ends(line) == Some((to.clone(), from.clone())))
 }

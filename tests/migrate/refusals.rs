@@ -230,18 +230,11 @@ fn no_permission(lab: &Lab) -> Outcome {
 
 fn host_network(lab: &Lab) -> Outcome {
     let a = lab.host("a");
-    let container = Container::plain("counter");
-    container.make(&a)?;
-    a.sh("python3 -c '
-import json
-path = \"/srv/shared/box/config.json\"
-config = json.load(open(path))
-spaces = config[\"linux\"][\"namespaces\"]
-config[\"linux\"][\"namespaces\"] = [s for s in spaces if s[\"type\"] != \"network\"]
-json.dump(config, open(path, \"w\"))'")?;
-    container.run_on(&a)?;
+    let container = Container::plain("counter").with(&["--host-network"]);
+    container.start(lab, &a)?;
     let pid = facts(&a)?.containers["box"].pid;
-    refused(&a, &["box", "b"], &["host's network", "hint:", "ip netns add"])?;
+    let words = ["host's network", "hint:", "--move-address ADDRESS", "ip netns add"];
+    refused(&a, &["box", "b"], &words)?;
     untouched(lab, &container, pid)
 }
 
