@@ -31,5 +31,6 @@ pub mod settle;
 pub mod source;
 pub mod streams;
 pub mod talk;
+pub mod unread;
 pub mod watch;
 pub mod workdir;

@@ -43,6 +43,7 @@ use crate::memory::rounds::Tracking;
 use crate::network::hook::About;
 use crate::network::host_side::Silence;
 use crate::network::sockets::Lookout;
+use crate::network::unread::Homes;
 use crate::network::{Capture, Hook, HostSide, Placement, fence};
 use crate::oci::runtime::Runtime;
 use crate::report::exit::Failed;
@@ -382,6 +383,7 @@ impl Begun {
             external: self.subject.plan.streams.iter().filter_map(|s| s.external.clone()).collect(),
             network,
             lookout,
+            homes: self.subject.network.as_ref().map(|n| Homes::of(&n.2)).unwrap_or_default(),
             interposer: Interposer::new(self.work.path(), &criu, self.criu_namespace()?)?,
             namespace: self.criu_namespace()?,
         };
@@ -420,13 +422,13 @@ impl Begun {
         self.speaker.say(&Message::Freezing)?;
         self.go(Go::Freeze)?;
         loop {
-            if let Input::Dump(DumpEvent::Frozen { since, network }) = self.next(reporter)? {
+            if let Input::Dump(DumpEvent::Frozen { since, network, came }) = self.next(reporter)? {
                 self.frozen_since = Some(since);
                 reporter.mark_at("freeze", since);
                 reporter.mark("frozen, fence closed");
                 if let Some(network) = network {
                     let (_, capture) = *network;
-                    self.keeper = Some(Keeper::start(capture, self.speaker.clone())?);
+                    self.keeper = Some(Keeper::start(capture, came, self.speaker.clone())?);
                 }
                 break;
             }

@@ -1,4 +1,4 @@
-//! What is between a namespace's connections and its tasks: nobody's sockets.
+//! What is between a namespace's connections and its tasks: nobody's sockets, and what nobody has read.
 //!
 //! A checkpoint carries sockets that some task has a descriptor of. The kernel has others: requests
 //! whose handshake is not over, connections that nobody has accepted yet, and those that were closed
@@ -90,12 +90,31 @@ impl Lookout {
         Ok(found)
     }
 
-    fn list(&mut self, states: &[u8], mut each: impl FnMut(One)) -> Result<(), Problem> {
-        let states: u32 = states.iter().map(|s| 1 << s).sum();
+    /// UDP sockets in which something waits to be read: inode and port.
+    pub fn unread(&mut self) -> Result<Vec<(u32, u16)>, Problem> {
+        let mut found = Vec::new();
+        self.list_of(libc::IPPROTO_UDP, u32::MAX, |one| {
+            if one.received > 0 && one.inode != 0 {
+                found.push((one.inode, one.flow.local.port()));
+            }
+        })?;
+        Ok(found)
+    }
+
+    fn list(&mut self, states: &[u8], each: impl FnMut(One)) -> Result<(), Problem> {
+        self.list_of(libc::IPPROTO_TCP, states.iter().map(|s| 1 << s).sum(), each)
+    }
+
+    fn list_of(
+        &mut self,
+        protocol: libc::c_int,
+        states: u32,
+        mut each: impl FnMut(One),
+    ) -> Result<(), Problem> {
         for family in FAMILIES {
             let mut request = [0; REQUEST];
             request[0] = family;
-            request[1] = libc::IPPROTO_TCP as u8;
+            request[1] = protocol as u8;
             request[4..8].copy_from_slice(&states.to_ne_bytes());
             let list = self.0.dump(BY_FAMILY, &request);
             let list = list.trying(|| "cannot list the container's sockets".into())?;
