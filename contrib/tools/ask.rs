@@ -6,6 +6,7 @@
 //! mark      forgets the slowest answer and the longest silence so far
 //! report    {"sent":…,"unanswered":…}
 //! finish    asks no more, awaits what is missing, reports
+//! quit      ends without a word
 //! ```
 
 use std::io;
@@ -131,19 +132,22 @@ pub fn run(options: &Options) -> io::Result<()> {
         return Err(io::Error::other("the server does not answer"));
     }
     println!("{}", json!({ "ready": true }));
-    asker.go_on(&Words::listen(options.length));
-    asker.listen(Instant::now() + PATIENCE, true);
-    println!("{}", asker.report());
+    if asker.go_on(&Words::listen(options.length)) {
+        asker.listen(Instant::now() + PATIENCE, true);
+        println!("{}", asker.report());
+    }
     Ok(())
 }
 
 impl Asker<'_> {
-    fn go_on(&mut self, words: &Words) {
+    /// Whether there is to be a report at the end.
+    fn go_on(&mut self, words: &Words) -> bool {
         let mut next = Instant::now();
         loop {
             while let Some(word) = words.next() {
                 match word.split_once(' ').unwrap_or((&word, "")) {
-                    ("finish", _) => return,
+                    ("finish", _) => return true,
+                    ("quit", _) => return false,
                     ("report", _) => println!("{}", self.report()),
                     ("mark", _) => {
                         (self.slowest, self.silence) = Default::default();
