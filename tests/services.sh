@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Real services under their own clients, migrated in the middle of the load: redis under
-# redis-benchmark, nginx under wrk and ab, an echo server, dnsmasq and a game server over UDP. Nothing may fail on the client.
+# redis-benchmark, nginx under wrk and ab; over UDP an echo server, dnsmasq, and a game server under a
+# player. Nothing may fail on the client.
 # Needs root. Prints "N passed, N failed" and fails when something failed.
 set -uo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.." || exit 1
