@@ -94,11 +94,15 @@ probe_pid=''
 probe_start() {
     local host=$1 to=$2
     shift 2
+    talk_start "$host" /srv/shared/ferry-probe --to "$to" "$@"
+}
+
+# talk_start HOST COMMAND...: the same with another client that obeys words and says JSON.
+talk_start() {
     rm -f "$scratch/probe.in" "$scratch/probe.out"
     mkfifo "$scratch/probe.in" "$scratch/probe.out"
     # Not `on`: a function in the background would put a shell in between, whose end is not the probe's.
-    "$top/contrib/lab" exec "$host" /srv/shared/ferry-probe --to "$to" "$@" \
-        <"$scratch/probe.in" >"$scratch/probe.out" 2>"$scratch/probe.err" &
+    "$top/contrib/lab" exec "$@" <"$scratch/probe.in" >"$scratch/probe.out" 2>"$scratch/probe.err" &
     probe_pid=$!
     exec {probe_in}>"$scratch/probe.in" {probe_out}<"$scratch/probe.out"
     probe_hear ready 30 >/dev/null || { cat "$scratch/probe.err" >&2; return 1; }

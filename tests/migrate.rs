@@ -13,6 +13,8 @@
 mod common;
 #[path = "migrate/connections.rs"]
 mod connections;
+#[path = "migrate/datagrams.rs"]
+mod datagrams;
 #[path = "migrate/faults.rs"]
 mod faults;
 #[path = "migrate/files.rs"]
@@ -40,6 +42,7 @@ fn main() -> ExitCode {
     let mut trials = Vec::new();
     trials.extend(moves::trials());
     trials.extend(connections::trials());
+    trials.extend(datagrams::trials());
     trials.extend(memory::trials());
     trials.extend(files::trials());
     trials.extend(overlay::trials());

@@ -31,12 +31,14 @@ use rust_criu::rust_criu_protobuf::rpc::{
 use super::descriptors::MAX_NAMELESS;
 use super::lull::await_lull;
 use super::mend::Noted;
+use super::unread::Came;
 use super::watched;
 use super::workdir::criu_failed;
 use crate::criu::interposer::{Event, Interposer, Session};
 use crate::network::fence::{Armed, Side};
 use crate::network::frames::Capture;
 use crate::network::sockets::Lookout;
+use crate::network::unread::Homes;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
 use crate::sys::fault;
@@ -61,6 +63,8 @@ pub enum DumpEvent {
         since: Instant,
         /// Sees what the fence stops, and opens it again.
         network: Option<Box<(Armed, Capture)>>,
+        /// What had come before, and which of it is in the container's sockets.
+        came: Came,
     },
     /// All images are written: say the verdict.
     Dumped,
@@ -97,6 +101,8 @@ pub struct DumpPlan {
     pub network: Option<Box<(Armed, Capture)>>,
     /// Looks for sockets that are nobody's, where there is a network.
     pub lookout: Option<Lookout>,
+    /// What brings its datagrams.
+    pub homes: Homes,
     /// The network namespace that CRIU runs in, if not ours.
     pub namespace: Option<NetNs>,
     /// The interposer.
@@ -202,10 +208,10 @@ fn job(
                     }
                     let done = stop(plan, &noted);
                     session.answer(done.is_ok())?;
-                    let (since, network) = done?;
+                    let (since, network, came) = done?;
                     vouching = plan.vouched.then(|| vouch(&plan.cgroup)).transpose()?;
                     fault::point("dump.frozen")?;
-                    tell(DumpEvent::Frozen { since, network });
+                    tell(DumpEvent::Frozen { since, network, came });
                     fault::point("dump.fenced")?;
                 }
                 "post-dump" => {
@@ -282,11 +288,11 @@ fn guard_tasks(criu: i32, plan: &DumpPlan) -> NotedTasks {
     noted
 }
 
-/// The beginning of the freeze; and the network.
-type Stopped = (Instant, Option<Box<(Armed, Capture)>>);
+/// The beginning of the freeze; the network; and what came to it.
+type Stopped = (Instant, Option<Box<(Armed, Capture)>>, Came);
 
 /// Stops the container, then its network: what came in before the fence has closed is in the
-/// sockets' queues, acknowledged, and goes along with them.
+/// sockets' queues. That of TCP is acknowledged, and goes along with them; that of UDP is read out.
 fn stop(plan: &mut DumpPlan, noted: &NotedTasks) -> Result<Stopped> {
     if let (Some(network), Some(lookout)) = (plan.network.as_deref_mut(), &mut plan.lookout) {
         await_lull(&mut network.0, &mut network.1, lookout)?;
@@ -294,11 +300,15 @@ fn stop(plan: &mut DumpPlan, noted: &NotedTasks) -> Result<Stopped> {
     let since = Instant::now();
     *noted.lock().unwrap_or_else(PoisonError::into_inner) = freeze(&plan.cgroup)?;
     let mut network = plan.network.take();
+    let mut came = Came::default();
     if let Some((fence, capture)) = network.as_deref_mut() {
         capture.start()?;
         fence.close(Side::Both)?;
+        if let Some(lookout) = &mut plan.lookout {
+            came = Came::until_now(capture, lookout, &plan.homes, &plan.cgroup)?;
+        }
     }
-    Ok((since, network))
+    Ok((since, network, came))
 }
 
 impl DumpPlan {

@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use anyhow::{Result, bail};
 
 use super::talk::Speaker;
+use super::unread::Came;
 use crate::network::{Capture, Frame, Replay};
 use crate::sys::process::wait_readable;
 
@@ -53,15 +54,15 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// Starts to keep what `capture` sees and to send it along.
+    /// Starts to keep what `capture` sees and to send it along, after what came before.
     ///
     /// # Errors
     /// When there can be no thread.
-    pub fn start(capture: Capture, speaker: Speaker) -> Result<Keeper> {
+    pub fn start(capture: Capture, came: Came, speaker: Speaker) -> Result<Keeper> {
         let (stop, stopped) = UnixStream::pair()?;
         let thread = std::thread::Builder::new()
             .name("keep".into())
-            .spawn(move || keep(capture, &speaker, &stopped))?;
+            .spawn(move || keep(capture, came, &speaker, &stopped))?;
         Ok(Keeper { stop, thread })
     }
 
@@ -91,24 +92,28 @@ impl Keeper {
     }
 }
 
-fn keep(mut capture: Capture, speaker: &Speaker, stopped: &UnixStream) -> (Vec<Frame>, u64) {
-    let (mut kept, mut size, mut count) = (Vec::new(), 0, 0);
-    let mut link_works = true;
-    while let Ok(ready) = wait_readable(&[capture.as_fd(), stopped.as_fd()], None) {
-        let mut fresh = Vec::new();
-        if capture.read(&mut fresh).is_err() {
-            break;
-        }
-        for frame in fresh {
+fn keep(
+    mut capture: Capture,
+    came: Came,
+    speaker: &Speaker,
+    stopped: &UnixStream,
+) -> (Vec<Frame>, u64) {
+    let (mut kept, mut size) = (Vec::new(), 0);
+    let mut count = came.unread.len() as u64;
+    // The dump notices a broken link; here it only means that nobody listens any more.
+    let mut link_works = came.unread.iter().all(|frame| speaker.packet(&encode(frame)).is_ok());
+    let mut fresh = came.caught;
+    loop {
+        for frame in fresh.drain(..) {
             count += 1;
-            // The dump notices a broken link; here it only means that nobody listens any more.
             link_works = link_works && speaker.packet(&encode(&frame)).is_ok();
             size += frame.bytes.len();
             if size <= MOST {
                 kept.push(frame);
             }
         }
-        if ready.contains(&1) {
+        let Ok(ready) = wait_readable(&[capture.as_fd(), stopped.as_fd()], None) else { break };
+        if capture.read(&mut fresh).is_err() || (ready.contains(&1) && fresh.is_empty()) {
             break;
         }
     }

@@ -234,33 +234,48 @@ fn descriptors_of_criu(pid: i32, work: &Path) -> Result<Vec<i32>> {
 
 /// Takes sockets out of repair mode that a killed CRIU has left there. The tasks must be frozen.
 pub fn sockets(cgroup: &Cgroup) {
-    each_socket(cgroup, |fd| {
-        // Not a TCP socket: it cannot be in repair mode.
-        let _ = socket::leave_repair(fd);
-    });
+    each_socket(
+        cgroup,
+        |_| true,
+        |_, fd| {
+            // Not a TCP socket: it cannot be in repair mode.
+            let _ = socket::leave_repair(fd);
+        },
+    );
 }
 
 /// Has the TCP sockets of frozen tasks that are about to be killed end without a word, and at once:
 /// what is left of one would stand in the way of the same connection if it came back to this
 /// namespace.
 pub fn silence_sockets(cgroup: &Cgroup) {
-    each_socket(cgroup, |fd| {
-        let _ = socket::enter_repair(fd);
-    });
+    each_socket(
+        cgroup,
+        |_| true,
+        |_, fd| {
+            let _ = socket::enter_repair(fd);
+        },
+    );
 }
 
-fn each_socket(cgroup: &Cgroup, deed: impl Fn(&OwnedFd)) {
+/// Does something with a duplicate of each socket that is wanted, by its inode, as often as there are
+/// descriptors of it.
+pub fn each_socket(
+    cgroup: &Cgroup,
+    wanted: impl Fn(u32) -> bool,
+    mut deed: impl FnMut(u32, OwnedFd),
+) {
     for pid in cgroup.processes().unwrap_or_default() {
         let Ok(pidfd) = process::pidfd_open(pid) else { continue };
         let Ok(list) = fs::read_dir(format!("/proc/{pid}/fd")) else { continue };
         for entry in list.flatten() {
-            let is_socket = fs::read_link(entry.path())
-                .is_ok_and(|t| t.to_string_lossy().starts_with("socket:"));
+            let target = fs::read_link(entry.path()).unwrap_or_default();
+            let inode = target.to_str().and_then(|t| t.strip_prefix("socket:[")?.strip_suffix(']'));
+            let inode = inode.and_then(|text| text.parse().ok()).filter(|inode| wanted(*inode));
             let number = entry.file_name().to_str().and_then(|n| n.parse().ok());
-            if let (true, Some(number)) = (is_socket, number)
+            if let (Some(inode), Some(number)) = (inode, number)
                 && let Ok(fd) = process::pidfd_getfd(&pidfd, number)
             {
-                deed(&fd);
+                deed(inode, fd);
             }
         }
     }

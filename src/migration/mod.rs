@@ -34,6 +34,7 @@ pub mod settle;
 pub mod source;
 pub mod streams;
 pub mod talk;
+pub mod unread;
 pub mod watch;
 pub mod watched;
 pub mod workdir;

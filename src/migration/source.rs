@@ -44,6 +44,7 @@ use crate::memory::rounds::Tracking;
 use crate::network::hook::About;
 use crate::network::host_side::Silence;
 use crate::network::sockets::Lookout;
+use crate::network::unread::Homes;
 use crate::network::{Capture, Hook, HostSide, Placement, Replay, fence};
 use crate::oci::runtime::Runtime;
 use crate::report::exit::Failed;
@@ -397,6 +398,11 @@ impl Begun {
             external: self.subject.plan.streams.iter().filter_map(|s| s.external.clone()).collect(),
             network,
             lookout,
+            homes: match (&self.subject.network, &plan.floating) {
+                (Some((_, _, image)), _) => Homes::of(image),
+                (None, Some(all)) => all.homes(),
+                (None, None) => Homes::default(),
+            },
             interposer: Interposer::new(self.work.path(), &criu, self.criu_namespace()?)?,
             namespace: self.criu_namespace()?,
             vouched: watched::worth_vouching(&self.subject.cgroup.processes()?),
@@ -438,13 +444,13 @@ impl Begun {
         self.early = Some(Early::start(self.work.images(), self.speaker.clone())?);
         self.go(Go::Freeze)?;
         loop {
-            if let Input::Dump(DumpEvent::Frozen { since, network }) = self.next(reporter)? {
+            if let Input::Dump(DumpEvent::Frozen { since, network, came }) = self.next(reporter)? {
                 self.frozen_since = Some(since);
                 reporter.mark_at("freeze", since);
                 reporter.mark("frozen, fence closed");
                 if let Some(network) = network {
                     let (_, capture) = *network;
-                    self.keeper = Some(Keeper::start(capture, self.speaker.clone())?);
+                    self.keeper = Some(Keeper::start(capture, came, self.speaker.clone())?);
                 }
                 break;
             }

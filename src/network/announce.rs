@@ -148,7 +148,7 @@ pub(super) fn advertisement(mac: Mac, ip: Ipv6Addr) -> Vec<u8> {
     frame
 }
 
-fn ethernet(to: Mac, from: Mac, kind: u16) -> Vec<u8> {
+pub(super) fn ethernet(to: Mac, from: Mac, kind: u16) -> Vec<u8> {
     let mut frame = Vec::with_capacity(128);
     frame.extend_from_slice(&to);
     frame.extend_from_slice(&from);
@@ -156,9 +156,10 @@ fn ethernet(to: Mac, from: Mac, kind: u16) -> Vec<u8> {
     frame
 }
 
-/// The Internet checksum of an even number of bytes.
-fn checksum(bytes: &[u8]) -> u16 {
-    let mut sum: u32 = bytes.chunks(2).map(|p| u32::from(p[0]) << 8 | u32::from(p[1])).sum();
+/// The Internet checksum.
+pub(super) fn checksum(bytes: &[u8]) -> u16 {
+    let half = |p: &[u8]| u32::from(p[0]) << 8 | u32::from(p.get(1).copied().unwrap_or(0));
+    let mut sum: u32 = bytes.chunks(2).map(half).sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }

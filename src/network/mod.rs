@@ -40,6 +40,7 @@ pub mod routed;
 mod rtnl;
 pub mod sockets;
 mod sysctl;
+pub mod unread;
 pub mod usable;
 
 pub use announce::{Announcer, announce};

@@ -1,4 +1,4 @@
-//! What is between a namespace's connections and its tasks: nobody's sockets.
+//! What is between a namespace's connections and its tasks: nobody's sockets, and what nobody has read.
 //!
 //! A checkpoint carries sockets that some task has a descriptor of. The kernel has others: requests
 //! whose handshake is not over, connections that nobody has accepted yet, and those that were closed
@@ -20,10 +20,12 @@ const FAMILIES: [u8; 2] = [libc::AF_INET as u8, libc::AF_INET6 as u8];
 const REQUEST: usize = 56;
 
 // Numbers of states, net/tcp_states.h.
+const ESTABLISHED: u8 = 1;
 const SYN_RECV: u8 = 3;
 const FIN_WAIT1: u8 = 4;
 const FIN_WAIT2: u8 = 5;
 const TIME_WAIT: u8 = 6;
+const CLOSE: u8 = 7;
 const LAST_ACK: u8 = 9;
 const LISTEN: u8 = 10;
 const CLOSING: u8 = 11;
@@ -139,6 +141,17 @@ impl Lookout {
                 found.push(Known { udp, listens, flow: one.flow, inode: one.inode });
             })?;
         }
+        Ok(found)
+    }
+
+    /// UDP sockets in which something waits to be read: inode and port.
+    pub fn unread(&mut self) -> Result<Vec<(u32, u16)>, Problem> {
+        let mut found = Vec::new();
+        self.list(libc::IPPROTO_UDP, &[ESTABLISHED, CLOSE], |one| {
+            if one.received > 0 && one.inode != 0 {
+                found.push((one.inode, one.flow.local.port()));
+            }
+        })?;
         Ok(found)
     }
 

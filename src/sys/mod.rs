@@ -4,6 +4,7 @@
 //! migration is.
 
 pub mod arch;
+pub mod datagrams;
 pub mod entry;
 pub mod fanotify;
 pub mod fault;

@@ -86,7 +86,7 @@ impl Lab {
         let lab = Lab(Arc::new(inner));
         let bin = lab.host(hosts[0]).path("/srv/shared/bin")?;
         std::fs::create_dir_all(&bin).map_err(|e| format!("{}: {e}", bin.display()))?;
-        for tool in ["ferry-probe", "ferry-crowd"] {
+        for tool in ["ferry-probe", "ferry-crowd", "ferry-datagrams"] {
             std::fs::copy(tools().join(tool), bin.join(tool))
                 .map_err(|e| format!("{tool}: {e}"))?;
         }

@@ -36,7 +36,7 @@ pub fn trials() -> Vec<Trial> {
 }
 
 /// The container's second address, of IPv6, is the first's in the lab's other network.
-fn v6(lab: &Lab, last: u8) -> String {
+pub fn v6(lab: &Lab, last: u8) -> String {
     let net = lab.address(0);
     let number = net.split('.').nth(2).unwrap_or_default();
     format!("fd77:{number}::{last}")

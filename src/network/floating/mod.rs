@@ -39,6 +39,7 @@ use super::image::{Address, Mac, ifname};
 use super::problem::{Problem, Trying};
 use super::rtnl::{self, AF_INET, AF_INET6, LinkInfo, Rtnl, ip_of};
 use super::sockets;
+use super::unread::Homes;
 use crate::sys::netns::NetNs;
 
 pub use preflight::preflight;
@@ -124,6 +125,15 @@ impl Floating {
     /// The addresses alone.
     pub fn addresses(&self) -> Vec<IpAddr> {
         self.moved.iter().map(|m| m.address.local).collect()
+    }
+
+    /// What brings datagrams to them that wait unread on the source.
+    pub fn homes(&self) -> Homes {
+        let interfaces = self.interfaces(Side::Source);
+        Homes::lent(self.moved.iter().filter_map(|moved| {
+            let at = interfaces.iter().position(|name| *name == moved.from)?;
+            Some((moved.address.local, u16::try_from(at).ok()?, moved.mac?))
+        }))
     }
 
     /// Names of the interfaces on one side, each once; frames are for a place in this list, which has

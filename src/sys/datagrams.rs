@@ -1,0 +1,205 @@
+//! Datagrams that wait in a socket, looked at without being taken: udp(7), ip(7), ipv6(7), and
+//! `SO_PEEK_OFF` of socket(7).
+
+use std::io::{self, IoSliceMut};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg};
+
+/// More than UDP can bring at once, also where the kernel has put several into one.
+const LONGEST: usize = 1 << 17;
+/// Room for whatever the socket's owner has asked for beside: times, marks, errors.
+const CONTROL: usize = 1024;
+
+/// One datagram.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Datagram {
+    /// Who sent it.
+    pub from: SocketAddr,
+    /// The address that it was sent to.
+    pub to: IpAddr,
+    /// What it says.
+    pub payload: Vec<u8>,
+}
+
+/// Those that wait in a UDP socket, oldest first, and no more than `most` bytes of them.
+///
+/// They stay where they are. Options of the socket are changed for it and put back; nobody else may
+/// read from it meanwhile. The kernel shows an empty one to the first who looks only.
+///
+/// # Errors
+/// When the socket cannot be looked into. An error that it held for its owner is one, too, and is
+/// taken by that.
+pub fn waiting(socket: impl AsFd, most: usize) -> io::Result<Vec<Datagram>> {
+    let socket = socket.as_fd();
+    let (level, name) = match get(socket, libc::SOL_SOCKET, libc::SO_DOMAIN)? {
+        libc::AF_INET => (libc::IPPROTO_IP, libc::IP_PKTINFO),
+        libc::AF_INET6 => (libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO),
+        _ => return Err(Errno::EAFNOSUPPORT.into()),
+    };
+    let _destination = Changed::to(socket, level, name, 1)?;
+    let _offset = Changed::to(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 0)?;
+    let (mut found, mut bytes) = (Vec::new(), 0);
+    let (mut buffer, mut control) = (vec![0; LONGEST], vec![0; CONTROL]);
+    while bytes < most {
+        let (from, to, piece, length) = {
+            let mut room = [IoSliceMut::new(&mut buffer)];
+            let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+            let got = recvmsg::<SockaddrStorage>(
+                socket.as_raw_fd(),
+                &mut room,
+                Some(&mut control),
+                flags,
+            );
+            let got = match got {
+                Ok(got) => got,
+                Err(Errno::EAGAIN) => break,
+                Err(e) => return Err(e.into()),
+            };
+            let (mut to, mut piece) = (None, usize::MAX);
+            for message in got.cmsgs()? {
+                match message {
+                    ControlMessageOwned::Ipv4PacketInfo(info) => {
+                        to = Some(IpAddr::from(Ipv4Addr::from(info.ipi_addr.s_addr.to_ne_bytes())));
+                    }
+                    ControlMessageOwned::Ipv6PacketInfo(info) => {
+                        to = Some(Ipv6Addr::from(info.ipi6_addr.s6_addr).to_canonical());
+                    }
+                    ControlMessageOwned::UdpGroSegments(size) => {
+                        piece = usize::try_from(size).unwrap_or(usize::MAX).max(1);
+                    }
+                    _ => {}
+                }
+            }
+            (got.address.as_ref().and_then(address), to, piece, got.bytes)
+        };
+        bytes += length.max(1);
+        let (Some(from), Some(to)) = (from, to) else { continue };
+        let mut add = |payload: &[u8]| {
+            found.push(Datagram { from, to, payload: payload.to_vec() });
+        };
+        match length {
+            0 => add(&[]),
+            _ => buffer[..length].chunks(piece).for_each(add),
+        }
+    }
+    Ok(found)
+}
+
+fn address(from: &SockaddrStorage) -> Option<SocketAddr> {
+    if let Some(v4) = from.as_sockaddr_in() {
+        return Some(SocketAddr::from((v4.ip(), v4.port())));
+    }
+    let v6 = from.as_sockaddr_in6()?;
+    Some(SocketAddr::from((v6.ip().to_canonical(), v6.port())))
+}
+
+/// An option that has another value as long as this lives.
+struct Changed<'a> {
+    socket: BorrowedFd<'a>,
+    level: libc::c_int,
+    name: libc::c_int,
+    was: libc::c_int,
+}
+
+impl<'a> Changed<'a> {
+    fn to(
+        socket: BorrowedFd<'a>,
+        level: libc::c_int,
+        name: libc::c_int,
+        value: libc::c_int,
+    ) -> io::Result<Self> {
+        let was = get(socket, level, name)?;
+        set(socket, level, name, value)?;
+        Ok(Self { socket, level, name, was })
+    }
+}
+
+impl Drop for Changed<'_> {
+    fn drop(&mut self) {
+        // It took another value a moment ago.
+        let _ = set(self.socket, self.level, self.name, self.was);
+    }
+}
+
+fn get(socket: BorrowedFd, level: libc::c_int, name: libc::c_int) -> io::Result<libc::c_int> {
+    let mut value: libc::c_int = 0;
+    let mut length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: both pointers are to live variables of the stated size.
+    let r = unsafe {
+        let value = (&raw mut value).cast();
+        libc::getsockopt(socket.as_raw_fd(), level, name, value, &raw mut length)
+    };
+    Errno::result(r)?;
+    Ok(value)
+}
+
+fn set(
+    socket: BorrowedFd,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
+    let length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the pointer is to a live variable of the stated size.
+    let r = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), length)
+    };
+    Ok(Errno::result(r).map(drop)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+
+    use super::*;
+
+    fn looks(server: &UdpSocket, to: SocketAddr) {
+        let from = match to {
+            SocketAddr::V4(_) => "127.0.0.1:0",
+            SocketAddr::V6(_) => "[::1]:0",
+        };
+        let client = UdpSocket::bind(from).unwrap();
+        let from = client.local_addr().unwrap();
+        let said: [&[u8]; 5] = [b"one", b"", &[7; 9000], b"", b"last"];
+        for payload in said {
+            client.send_to(payload, to).unwrap();
+        }
+        // Twice, as nothing is taken; and it waits for its owner as if nobody had looked.
+        let said_by = |p: &[u8]| Datagram { from, to: to.ip(), payload: p.to_vec() };
+        assert_eq!(waiting(server, usize::MAX).unwrap(), said.map(said_by));
+        let full = said.into_iter().filter(|p| !p.is_empty());
+        assert_eq!(waiting(server, usize::MAX).unwrap(), full.map(said_by).collect::<Vec<_>>());
+        // The one that goes beyond is the last.
+        assert_eq!(waiting(server, 5).unwrap().len(), 2);
+        server.set_nonblocking(true).unwrap();
+        let mut buffer = [0; 10_000];
+        assert_eq!(server.peek(&mut buffer).unwrap(), 3);
+        assert_eq!(server.peek(&mut buffer).unwrap(), 3);
+        for payload in said {
+            let length = server.recv(&mut buffer).unwrap();
+            assert_eq!(&buffer[..length], payload);
+        }
+        assert_eq!(waiting(server, usize::MAX).unwrap(), []);
+        assert_eq!(get(server.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF).unwrap(), -1);
+    }
+
+    #[test]
+    fn what_waits_is_seen_and_stays() {
+        let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+        looks(&server, server.local_addr().unwrap());
+        let server = UdpSocket::bind("0.0.0.0:0").unwrap();
+        looks(&server, (Ipv4Addr::LOCALHOST, server.local_addr().unwrap().port()).into());
+    }
+
+    #[test]
+    fn both_families_in_one_socket() {
+        // Not every machine has IPv6.
+        let Ok(server) = UdpSocket::bind("[::]:0") else { return };
+        let port = server.local_addr().unwrap().port();
+        looks(&server, (Ipv6Addr::LOCALHOST, port).into());
+        looks(&server, (Ipv4Addr::LOCALHOST, port).into());
+    }
+}
