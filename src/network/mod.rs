@@ -30,6 +30,7 @@ pub mod image;
 mod nft;
 pub mod placement;
 pub mod problem;
+pub mod qdisc;
 pub mod recreate;
 pub mod replay;
 mod restore;
@@ -37,6 +38,7 @@ pub mod routed;
 mod rtnl;
 pub mod sockets;
 mod sysctl;
+pub mod translated;
 pub mod usable;
 
 pub use announce::{Announcer, announce};
