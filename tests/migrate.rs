@@ -26,6 +26,8 @@ mod moves;
 mod networks;
 #[path = "migrate/overlay.rs"]
 mod overlay;
+#[path = "migrate/published.rs"]
+mod published;
 #[path = "migrate/refusals.rs"]
 mod refusals;
 #[path = "migrate/streams.rs"]
@@ -43,6 +45,7 @@ fn main() -> ExitCode {
     trials.extend(networks::trials());
     trials.extend(streams::trials());
     trials.extend(forward::trials());
+    trials.extend(published::trials());
     trials.extend(refusals::trials());
     trials.extend(faults::trials());
     common::suite::run(trials)

@@ -467,6 +467,8 @@ Examples:
         the other host owns web: what is left of it here goes away
   ferry resolve web --no-forward
         web runs on another network, and its old address is needed no more
+  ferry resolve web --no-forward --when-idle
+        the same as soon as its last connection over the old address has ended
 
 --keep and --discard are your word that the other host does not run it. If it does, there
 will be two copies.";
@@ -487,6 +489,10 @@ pub struct ResolveArgs {
     /// Its address is not to be forwarded any more: it has moved, or nobody needs it
     #[arg(long, conflicts_with_all = ["keep", "discard"])]
     pub no_forward: bool,
+    /// Not before it had no open TCP connection over that address for so long
+    #[arg(long, value_name = "DURATION", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "30s", requires = "no_forward", value_parser = units::duration)]
+    pub when_idle: Option<Duration>,
     /// How the other host is reached.
     #[command(flatten)]
     pub remote: RemoteArgs,

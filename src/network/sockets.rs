@@ -8,6 +8,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use serde::{Deserialize, Serialize};
+
 use super::problem::{Problem, Trying};
 use crate::sys::netlink::{Message, Protocol, Socket};
 use crate::sys::netns::NetNs;
@@ -19,16 +21,18 @@ const FAMILIES: [u8; 2] = [libc::AF_INET as u8, libc::AF_INET6 as u8];
 const REQUEST: usize = 56;
 
 // Numbers of states, net/tcp_states.h.
+const ESTABLISHED: u8 = 1;
 const SYN_RECV: u8 = 3;
 const FIN_WAIT1: u8 = 4;
 const FIN_WAIT2: u8 = 5;
 const TIME_WAIT: u8 = 6;
+const CLOSE_WAIT: u8 = 8;
 const LAST_ACK: u8 = 9;
 const LISTEN: u8 = 10;
 const CLOSING: u8 = 11;
 
 /// The two ends of a connection, or of what is to be one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Flow {
     /// Here.
     pub local: SocketAddr,
@@ -84,6 +88,18 @@ impl Lookout {
         let mut found = Vec::new();
         self.list(&[FIN_WAIT2, TIME_WAIT], |one| {
             if one.inode == 0 {
+                found.push(one.flow);
+            }
+        })?;
+        Ok(found)
+    }
+
+    /// Connections of the container over these addresses of its own, to anywhere else.
+    pub fn connections(&mut self, over: &[IpAddr]) -> Result<Vec<Flow>, Problem> {
+        let mut found = Vec::new();
+        self.list(&[ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT], |one| {
+            let Flow { local, remote } = one.flow;
+            if one.inode != 0 && over.contains(&local.ip()) && !over.contains(&remote.ip()) {
                 found.push(one.flow);
             }
         })?;
