@@ -141,7 +141,8 @@ pub struct MigrateArgs {
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = network)]
     pub network: Network,
     /// Where its address cannot move it stays, and its packets are forwarded to and fro: whenever it
-    /// belongs to no network of the other host (auto), always, or never
+    /// belongs to no network of the other host, or this host translates addresses for it (auto),
+    /// always, or never
     #[arg(long, value_name = "WHEN", default_value = "auto")]
     pub forward: ForwardWhen,
     /// A socket on the other host that receives the container's terminal

@@ -185,8 +185,15 @@ impl Note {
     }
 
     /// For people: what will become of the address.
-    pub fn words(&self) -> &'static str {
+    pub fn words(&self, plan: &Plan) -> &'static str {
+        let Translated { flows, published } = &plan.forward.translated;
         match self.part {
+            Part::Leaves if !flows.is_empty() => {
+                "its address stays here, as connections live by this host's address translation; packets are forwarded"
+            }
+            Part::Leaves if *published => {
+                "its address stays here, as this host publishes a port of it; packets are forwarded"
+            }
             Part::Leaves => "its address stays here, packets are forwarded",
             Part::MovesOn => "its address stays at home, packets are forwarded from there",
             Part::GoesHome | Part::ComesHome => "it comes home to its address",
@@ -382,7 +389,7 @@ pub fn describe(record: &Record) -> Option<(String, serde_json::Value)> {
         ),
     };
     if let Some(n) = connections {
-        words += &format!(", {n} connections");
+        words += &format!(", connections: {n}");
     }
     if let Some(seconds) = until_idle {
         words += &format!("; ends when there was none for {seconds} s");
