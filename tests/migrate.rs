@@ -5,7 +5,8 @@
 //! cargo test --release --test migrate -- [FILTER]
 //! ```
 //!
-//! `FERRY_BIN` names another ferry; `FERRY_FULL=1` runs the whole matrix of faults.
+//! `FERRY_BIN` names another ferry; `FERRY_FULL=1` runs the whole matrix of faults, and trials that take
+//! long.
 
 // Each test program uses its own part of what they share.
 #[allow(dead_code)]

@@ -335,3 +335,34 @@ fn names(steps: &[Attributes<'_>], address: &[u8]) -> bool {
         }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attr(kind: u16, value: &[u8]) -> Vec<u8> {
+        let mut bytes = ((value.len() + 4) as u16).to_ne_bytes().to_vec();
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    }
+
+    /// A rule of iptables' as nf_tables tells it: `struct nf_nat_range2` holds the address.
+    #[test]
+    fn iptables_targets_are_read() {
+        let address = [10, 88, 0, 5];
+        let range = [&[3, 0, 0, 0], &address[..], &[0; 12], &address, &[0; 12], &[0; 8]].concat();
+        for (name, info, found) in [
+            (&b"DNAT\0"[..], &range[..], true),
+            (b"SNAT\0", &range, false),
+            (b"DNAT\0", &range[1..], false),
+        ] {
+            let data = [attr(1, name), attr(3, info)].concat();
+            let step = [attr(1, b"target\0"), attr(2, &data)].concat();
+            let steps = [Attributes::parse(&step)];
+            let leads = is_destination_nat(&steps) && names(&steps, &address);
+            assert_eq!(leads, found, "{name:?}");
+        }
+    }
+}

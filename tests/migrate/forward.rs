@@ -11,7 +11,7 @@ use crate::common::facts::{exactly_one_copy, facts};
 use crate::common::lab::{Host, LONG, Lab, SHORT};
 use crate::common::probe::Probe;
 use crate::common::process::until;
-use crate::common::suite::in_lab_of;
+use crate::common::suite::{full, in_lab_of};
 use crate::common::{Outcome, ensure};
 
 const LIMIT: Duration = Duration::from_secs(150);
@@ -20,15 +20,19 @@ const HOSTS: &[&str] = &["a", "b@1", "c@2", "client", "far@3"];
 
 /// The suite.
 pub fn trials() -> Vec<Trial> {
-    vec![
+    let mut trials = vec![
         in_lab_of(HOSTS, "forward::round_the_world", LIMIT, round_the_world),
         in_lab_of(HOSTS, "forward::killed_and_back", LIMIT, killed_and_back),
         in_lab_of(HOSTS, "forward::given_up", LIMIT, given_up),
         in_lab_of(HOSTS, "forward::through_the_last_host", LIMIT, through_the_last_host),
         in_lab_of(HOSTS, "forward::ended", LIMIT, ended),
         in_lab_of(HOSTS, "forward::until_idle", LIMIT, until_idle),
-        in_lab_of(&["a", "b@1", "d", "client"], "forward::as_wished", LIMIT, as_wished),
-    ]
+    ];
+    if full() {
+        let hosts = &["a", "b@1", "d", "client"];
+        trials.push(in_lab_of(hosts, "forward::as_wished", LIMIT, as_wished));
+    }
+    trials
 }
 
 /// A counter on `a` that is reached through a router, too, and its three hosts.

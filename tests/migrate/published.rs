@@ -10,7 +10,7 @@ use crate::common::facts::exactly_one_copy;
 use crate::common::lab::{Host, Lab, SHORT};
 use crate::common::probe::Probe;
 use crate::common::process::until;
-use crate::common::suite::in_lab_of;
+use crate::common::suite::{full, in_lab_of};
 use crate::common::{Outcome, ensure};
 use crate::forward::{abroad, told};
 
@@ -22,10 +22,13 @@ const CONNECTIONS: usize = 5;
 
 /// The suite.
 pub fn trials() -> Vec<Trial> {
-    vec![
-        in_lab_of(&["a", "b@1", "c@2", "client"], "published::from_home", LIMIT, from_home),
-        in_lab_of(&["a", "c", "client"], "published::on_a_segment", LIMIT, on_a_segment),
-    ]
+    let hosts = &["a", "b@1", "c@2", "client"];
+    let mut trials = vec![in_lab_of(hosts, "published::from_home", LIMIT, from_home)];
+    if full() {
+        let hosts = &["a", "c", "client"];
+        trials.push(in_lab_of(hosts, "published::on_a_segment", LIMIT, on_a_segment));
+    }
+    trials
 }
 
 /// Port 8080 of the host leads to an address.
