@@ -90,6 +90,7 @@ fn from_home(lab: &Lab) -> Outcome {
              ip -n box route add default via fd88::1"
         ),
     )?;
+    a.sh("tc -n box qdisc add dev eth0 root handle 1: tbf rate 800mbit burst 100kb latency 70ms")?;
     client.sh("ip -6 route add fd88::/64 via $(getent hosts a6 | cut -d ' ' -f 1)")?;
     let (port, v6) = (format!("{}:8080", address_of(&a)?), format!("[{IP6}]:7000"));
     let mut probes = vec![Probe::to(lab, &port, CONNECTIONS)?, Probe::to(lab, &v6, CONNECTIONS)?];
@@ -110,6 +111,8 @@ fn from_home(lab: &Lab) -> Outcome {
         } else {
             abroad(&container, &a, to, other).map_err(step)?;
         }
+        let queue = to.sh("tc -n box qdisc show dev eth0")?;
+        ensure!(queue.contains("tbf 1: root"), "on {}: {queue}", to.name);
         // Out of the container, under the home's name: there and back.
         let ping = format!("ip netns exec box ping -c 1 -W 5 {}", address_of(&client)?);
         to.sh(&ping).map_err(step)?;
