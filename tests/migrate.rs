@@ -5,8 +5,8 @@
 //! cargo test --release --test migrate -- [FILTER]
 //! ```
 //!
-//! `FERRY_BIN` names another ferry; `FERRY_FULL=1` runs the whole matrix of faults, and holds
-//! 10,000 connections.
+//! `FERRY_BIN` names another ferry; `FERRY_FULL=1` runs the whole matrix of faults, trials that take
+//! long, and holds 10,000 connections.
 
 // Each test program uses its own part of what they share.
 #[allow(dead_code)]
@@ -31,6 +31,8 @@ mod moves;
 mod networks;
 #[path = "migrate/overlay.rs"]
 mod overlay;
+#[path = "migrate/published.rs"]
+mod published;
 #[path = "migrate/refusals.rs"]
 mod refusals;
 #[path = "migrate/streams.rs"]
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
     trials.extend(floating::trials());
     trials.extend(streams::trials());
     trials.extend(forward::trials());
+    trials.extend(published::trials());
     trials.extend(refusals::trials());
     trials.extend(faults::trials());
     common::suite::run(trials)

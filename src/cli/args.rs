@@ -150,7 +150,8 @@ pub struct MigrateArgs {
     #[arg(long, value_name = "ADDRESS/PREFIX@INTERFACE")]
     pub move_address: Vec<MoveAddress>,
     /// Where its address cannot move it stays, and its packets are forwarded to and fro: whenever it
-    /// belongs to no network of the other host (auto), always, or never
+    /// belongs to no network of the other host, or this host translates addresses for it (auto),
+    /// always, or never
     #[arg(long, value_name = "WHEN", default_value = "auto")]
     pub forward: ForwardWhen,
     /// A socket on the other host that receives the container's terminal
@@ -479,6 +480,8 @@ Examples:
         the other host owns web: what is left of it here goes away
   ferry resolve web --no-forward
         web runs on another network, and its old address is needed no more
+  ferry resolve web --no-forward --when-idle
+        the same as soon as its last connection over the old address has ended
 
 --keep and --discard are your word that the other host does not run it. If it does, there
 will be two copies.";
@@ -499,6 +502,10 @@ pub struct ResolveArgs {
     /// Its address is not to be forwarded any more: it has moved, or nobody needs it
     #[arg(long, conflicts_with_all = ["keep", "discard"])]
     pub no_forward: bool,
+    /// Not before it had no open TCP connection over that address for so long
+    #[arg(long, value_name = "DURATION", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "30s", requires = "no_forward", value_parser = units::duration)]
+    pub when_idle: Option<Duration>,
     /// How the other host is reached.
     #[command(flatten)]
     pub remote: RemoteArgs,

@@ -91,3 +91,16 @@ fn receive_takes_its_options_together() {
         assert!(parse(line).is_ok(), "{line}");
     }
 }
+
+#[test]
+fn forwarding_ends_now_or_when_idle() {
+    let idle = |line: &str| match parse(line).map(|c| c.verb) {
+        Ok(Verb::Resolve(args)) => Ok(args.when_idle),
+        Ok(other) => panic!("{other:?}"),
+        Err(e) => Err(e.kind()),
+    };
+    assert_eq!(idle("resolve --no-forward web"), Ok(None));
+    assert_eq!(idle("resolve web --no-forward --when-idle"), Ok(Some(Duration::from_secs(30))));
+    assert_eq!(idle("resolve --no-forward --when-idle=2m web"), Ok(Some(Duration::from_secs(120))));
+    assert!(idle("resolve --when-idle web").is_err());
+}

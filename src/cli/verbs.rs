@@ -368,7 +368,7 @@ fn standing_here(journal: &Journal, under_way: bool) -> &'static str {
 /// `ferry resolve`.
 pub fn resolve(globals: &Globals, args: &ResolveArgs) -> Result<(), Failed> {
     if args.no_forward {
-        say(forward::end(&args.id).map_err(Failed::refused)?);
+        say(forward::end(&args.id, args.when_idle).map_err(Failed::refused)?);
         return Ok(());
     }
     if let Some(said) = forward::revive(&args.id)? {

@@ -316,7 +316,7 @@ pub(super) fn ask(
                 return Err(Failed::refused(e));
             }
             if let Some(note) = &subject.forward {
-                reporter.phase("forward", note.words());
+                reporter.phase("forward", note.words(&subject.plan));
             }
             // What both hosts see need not be sent, nor what two streams share a second time.
             let mut seen = Vec::new();

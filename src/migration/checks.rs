@@ -91,6 +91,7 @@ fn problems(
                             .hint("leave --forward away"),
                         );
                     }
+                    found.extend(forward::ties(plan, *course));
                     let placement = match course {
                         Course::Moves => placement,
                         Course::Stays | Course::Home => Placement::Forward,

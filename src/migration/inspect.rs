@@ -168,7 +168,10 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         None => network(&bundle, state.pid)?,
     };
     let away = network.as_ref().and_then(|n| forward::away_of(&n.0));
-    let forward = Plans { wish: wishes.forward, from: away.map(|a| (a.id, a.home)) };
+    let ties = |n: &(NetNs, PathBuf, NetworkImage)| forward::translated(&n.0, &n.2, away.as_ref());
+    let translated = network.as_ref().map(ties).unwrap_or_default();
+    let from = away.map(|a| (a.id, a.home));
+    let forward = Plans { wish: wishes.forward, from, translated };
     if let Ok(Placement::Hook(program)) = wishes.placement.parse() {
         network::hook::usable(&program)?;
     }

@@ -13,6 +13,7 @@ use super::image::{
 };
 use super::nft;
 use super::problem::{Problem, Trying};
+use super::qdisc;
 use super::routed;
 use super::rtnl::{self, AF_INET, AF_INET6, IFF_CARRIED, LinkInfo, Rtnl, ip_of};
 use super::sysctl;
@@ -85,6 +86,7 @@ pub fn capture_forwarded(
 
     let surroundings = Surroundings::look(&mut inside, host)?;
     let addresses = inside.addresses().trying(trying)?;
+    let qdiscs = inside.qdiscs().trying(trying)?;
     let mut links = Vec::new();
     for (info, sysctls) in infos.iter().zip(of_links) {
         links.push(Link {
@@ -105,6 +107,7 @@ pub fn capture_forwarded(
                 .filter_map(address)
                 .collect(),
             sysctls,
+            qdiscs: qdisc::capture(&mut inside, &qdiscs, info, path)?,
         });
     }
 
@@ -152,7 +155,7 @@ fn refuse_filters(container: &NetNs, path: Option<&Path>) -> Result<(), Problem>
 }
 
 /// How a command is run in the namespace at a path.
-fn enter(path: Option<&Path>) -> String {
+pub(super) fn enter(path: Option<&Path>) -> String {
     let named =
         path.and_then(|p| p.strip_prefix("/run/netns").or(p.strip_prefix("/var/run/netns")).ok());
     match (named, path) {

@@ -20,6 +20,7 @@ use super::image::{Link, NetworkImage};
 use super::placement::{Hook, Placement};
 use super::problem::{Problem, Trying};
 use super::rtnl::{self, Rtnl, ifinfo};
+use super::sockets::Lookout;
 use crate::sys::netlink::Request;
 use crate::sys::netns::NetNs;
 use crate::sys::packet::{Instruction, PacketSocket, VNET_HDR};
@@ -164,6 +165,36 @@ pub fn frame(link: u16, bytes: &[u8]) -> Option<Frame> {
     let vnet_hdr = *bytes.first_chunk::<VNET_HDR>()?;
     let frame = Frame { link, vnet_hdr, bytes: bytes[VNET_HDR..].to_vec() };
     frame.validate().is_ok().then_some(frame)
+}
+
+/// Counts the container's connections over its links of some names.
+#[derive(Debug)]
+pub struct Meter {
+    lookout: Lookout,
+    links: Rtnl,
+    names: Vec<String>,
+}
+
+impl Meter {
+    /// Makes ready to look into a namespace.
+    pub fn new(namespace: &NetNs, names: Vec<String>) -> Result<Self, Problem> {
+        let links = Rtnl::open(namespace).trying(|| "cannot open the namespace".into())?;
+        Ok(Self { lookout: Lookout::new(namespace)?, links, names })
+    }
+
+    /// TCP connections that are open over an address of these links, as these are now.
+    pub fn connections(&mut self) -> Result<u32, Problem> {
+        let trying = || "cannot read the forwarded addresses".to_owned();
+        let infos = self.links.links().trying(trying)?;
+        let ours = infos.iter().filter(|l| self.names.contains(&l.name)).map(|l| l.index);
+        let ours: Vec<i32> = ours.collect();
+        let all = self.links.addresses().trying(trying)?;
+        let all = all
+            .iter()
+            .filter(|m| super::capture::index_at(m, 4).is_some_and(|i| ours.contains(&i)));
+        let addresses: Vec<IpAddr> = all.filter_map(address).map(|a| a.local).collect();
+        Ok(self.lookout.connections(&addresses)?.len() as u32)
+    }
 }
 
 /// Whether the container's addresses belong to none of the networks that its links would hang on

@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 use super::problem::Problem;
+use super::qdisc::{self, Qdisc};
 use super::routed::HostEnd;
 
 /// Version of this format.
@@ -80,6 +81,8 @@ pub struct Link {
     pub addresses: Vec<Address>,
     /// Parameters of this link.
     pub sysctls: Vec<LinkSysctl>,
+    /// What somebody has put in the way of what goes out, tc(8); parents first.
+    pub qdiscs: Vec<Qdisc>,
 }
 
 /// Kinds of links that can be carried.
@@ -370,7 +373,7 @@ impl Link {
             sysctl_name(&sysctl.name)?;
             sysctl_value(&sysctl.value)?;
         }
-        Ok(())
+        qdisc::check(&self.qdiscs).map_err(|why| format!("{why} on {}", self.name))
     }
 }
 

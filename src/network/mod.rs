@@ -33,6 +33,7 @@ pub mod image;
 mod nft;
 pub mod placement;
 pub mod problem;
+pub mod qdisc;
 pub mod recreate;
 pub mod replay;
 mod restore;
@@ -40,6 +41,7 @@ pub mod routed;
 mod rtnl;
 pub mod sockets;
 mod sysctl;
+pub mod translated;
 pub mod unread;
 pub mod usable;
 

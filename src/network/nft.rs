@@ -1,10 +1,14 @@
-//! As much of the nf_tables protocol as the fence needs: one table, base chains without rules.
+//! As much of the nf_tables protocol as the fence needs: one table, base chains without rules; and
+//! what others' rules have to do with an address.
 //!
 //! All changes go in one batch, which the kernel does wholly or not at all. The numbers are those
 //! of linux/netfilter/nf_tables.h and linux/netfilter/nfnetlink.h; nftables' own page on the
 //! hooks is [nft(8)](https://www.netfilter.org/projects/nftables/manpage.html).
 
-use crate::sys::netlink::{ACK, CREATE, Message, Prepared, Request, Result, Socket};
+use std::net::IpAddr;
+
+use super::rtnl::octets;
+use crate::sys::netlink::{ACK, Attributes, CREATE, Message, Prepared, Request, Result, Socket};
 
 /// `NFPROTO_INET`
 pub(super) const INET: u8 = 1;
@@ -298,4 +302,71 @@ pub(super) fn tables_with_rules(socket: &mut Socket) -> Result<Vec<(u8, String)>
     let read = |m: Message| Some((*m.payload.first()?, m.attributes(FIXED).string(1)?));
     let list = socket.dump(SUBSYSTEM << 8 | GETRULE, &fixed(0, 0))?;
     Ok(list.into_iter().filter_map(read).collect())
+}
+
+/// Whether a rule makes one of these addresses the destination of packets that are for another.
+/// Addresses in maps are not seen.
+pub(super) fn leads_to(socket: &mut Socket, addresses: &[IpAddr]) -> Result<bool> {
+    const EXPRESSIONS: u16 = 4;
+    let list = socket.dump(SUBSYSTEM << 8 | GETRULE, &fixed(0, 0))?;
+    Ok(list.iter().any(|m| {
+        let rule = m.attributes(FIXED).nest(EXPRESSIONS);
+        let steps: Vec<_> = rule.iter().map(|(_, e)| Attributes::parse(e)).collect();
+        is_destination_nat(&steps) && addresses.iter().any(|a| names(&steps, &octets(*a)))
+    }))
+}
+
+/// nft's own expression, or iptables' target in nft's clothes.
+fn is_destination_nat(steps: &[Attributes<'_>]) -> bool {
+    const DESTINATION: u32 = 1;
+    steps.iter().any(|step| match step.string(1).as_deref() {
+        Some("nat") => step.nest(2).be32(1) == Some(DESTINATION),
+        Some("target") => step.nest(2).string(1).as_deref() == Some("DNAT"),
+        _ => false,
+    })
+}
+
+/// Whether an address is loaded by one step, or among the words of iptables' target.
+fn names(steps: &[Attributes<'_>], address: &[u8]) -> bool {
+    steps.iter().any(|step| {
+        let data = step.nest(2);
+        match step.string(1).as_deref() {
+            Some("immediate") => data.nest(2).get(1) == Some(address),
+            Some("target") => data.get(3).is_some_and(|info| {
+                (0..info.len()).step_by(4).any(|at| info[at..].starts_with(address))
+            }),
+            _ => false,
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attr(kind: u16, value: &[u8]) -> Vec<u8> {
+        let mut bytes = ((value.len() + 4) as u16).to_ne_bytes().to_vec();
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    }
+
+    /// A rule of iptables' as nf_tables tells it: `struct nf_nat_range2` holds the address.
+    #[test]
+    fn iptables_targets_are_read() {
+        let address = [10, 88, 0, 5];
+        let range = [&[3, 0, 0, 0], &address[..], &[0; 12], &address, &[0; 12], &[0; 8]].concat();
+        for (name, info, found) in [
+            (&b"DNAT\0"[..], &range[..], true),
+            (b"SNAT\0", &range, false),
+            (b"DNAT\0", &range[1..], false),
+        ] {
+            let data = [attr(1, name), attr(3, info)].concat();
+            let step = [attr(1, b"target\0"), attr(2, &data)].concat();
+            let steps = [Attributes::parse(&step)];
+            let leads = is_destination_nat(&steps) && names(&steps, &address);
+            assert_eq!(leads, found, "{name:?}");
+        }
+    }
 }

@@ -12,7 +12,7 @@
 use super::frames::Frame;
 use super::image::{Mac, NetworkImage};
 use super::problem::{Problem, Trying};
-use super::rtnl::{self, IFF_UP, Rtnl, ifinfo};
+use super::rtnl::{self, IFF_UP, NEWQDISC, Rtnl, TCA_KIND, TCA_OPTIONS, ifinfo, tcmsg};
 use super::sysctl;
 use crate::sys::netlink::{CREATE, EXCL, Request};
 use crate::sys::netns::NetNs;
@@ -24,10 +24,7 @@ pub const DEVICE_PREFIX: &str = "ferry-in";
 /// So many letters of a tag are in the name of a host's device.
 const TAG: usize = 7;
 
-const NEWQDISC: u16 = 36;
 const NEWTFILTER: u16 = 44;
-const TCA_KIND: u16 = 1;
-const TCA_OPTIONS: u16 = 2;
 /// `TC_H_CLSACT`, also the handle of the qdisc.
 const CLSACT: u32 = 0xffff_0000;
 const INGRESS_PARENT: u32 = 0xffff_fff1;
@@ -151,16 +148,6 @@ pub(super) fn redirect(socket: &mut Rtnl, from: i32, to: i32) -> crate::sys::net
         options.attr(4, &1_u16.to_ne_bytes()).attr(5, &sock_filter(everything));
     });
     socket.change(&filter)
-}
-
-/// `struct tcmsg` of linux/rtnetlink.h.
-fn tcmsg(ifindex: i32, handle: u32, parent: u32, info: u32) -> [u8; 20] {
-    let mut fixed = [0; 20];
-    fixed[4..8].copy_from_slice(&ifindex.to_ne_bytes());
-    fixed[8..12].copy_from_slice(&handle.to_ne_bytes());
-    fixed[12..16].copy_from_slice(&parent.to_ne_bytes());
-    fixed[16..20].copy_from_slice(&info.to_ne_bytes());
-    fixed
 }
 
 /// `struct tc_mirred` of linux/tc_act/tc_mirred.h: the frame is stolen and comes in at `to`.

@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use super::capture;
 use super::image::{Address, Link, LinkSysctl, NetworkImage, Route, Rule};
 use super::problem::{Problem, Trying};
+use super::qdisc;
 use super::rtnl::{self, AF_INET, AF_INET6, IFF_CARRIED, IFF_UP, LinkInfo, Rtnl, ifinfo, octets};
 use super::sysctl;
 use crate::sys::netlink::{CREATE, EXCL, REPLACE, Request};
@@ -103,12 +104,22 @@ impl Restoring<'_> {
         Ok(())
     }
 
-    /// Addresses, routes, rules and neighbours.
+    /// Queueing disciplines, addresses, routes, rules and neighbours.
     pub fn fill(&mut self, image: &NetworkImage) -> Result<(), Problem> {
+        self.qdiscs()?;
         self.addresses()?;
         self.routes(image)?;
         self.rules(image)?;
         self.neighbours(image)
+    }
+
+    fn qdiscs(&mut self) -> Result<(), Problem> {
+        let present = self.socket.qdiscs().trying(|| "cannot read the traffic control".into())?;
+        for link in self.links.clone() {
+            let info = self.find(link)?;
+            qdisc::restore(self.socket, &present, &info, &link.qdiscs)?;
+        }
+        Ok(())
     }
 
     /// Addresses, until they are usable.

@@ -87,6 +87,8 @@ impl HostEnd {
             addr_gen_mode: self.addr_gen_mode,
             addresses: self.addresses.clone(),
             sysctls: self.sysctls.clone(),
+            // What limits it there is the host's.
+            qdiscs: Vec::new(),
         }
     }
 }

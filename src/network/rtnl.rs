@@ -25,7 +25,14 @@ const GETNEIGH: u16 = 30;
 pub(super) const NEWRULE: u16 = 32;
 pub(super) const DELRULE: u16 = 33;
 const GETRULE: u16 = 34;
+pub(super) const NEWQDISC: u16 = 36;
+pub(super) const DELQDISC: u16 = 37;
+const GETQDISC: u16 = 38;
+const GETTFILTER: u16 = 46;
 const GETNSID: u16 = 90;
+
+pub(super) const TCA_KIND: u16 = 1;
+pub(super) const TCA_OPTIONS: u16 = 2;
 
 pub(super) const IFF_UP: u32 = 0x1;
 pub(super) const IFF_LOOPBACK: u32 = 0x8;
@@ -161,6 +168,16 @@ impl Rtnl {
         self.0.dump(GETRULE, &fixed)
     }
 
+    /// `struct tcmsg` with its attributes: queueing disciplines of all links.
+    pub fn qdiscs(&mut self) -> Result<Vec<Message>> {
+        self.0.dump(GETQDISC, &tcmsg(0, 0, 0, 0))
+    }
+
+    /// The same: filters of one link, below a discipline or one of its classes.
+    pub fn filters(&mut self, index: i32, parent: u32) -> Result<Vec<Message>> {
+        self.0.dump(GETTFILTER, &tcmsg(index, 0, parent, 0))
+    }
+
     /// `struct ndmsg` with its attributes.
     pub fn neighbours(&mut self, family: u8) -> Result<Vec<Message>> {
         let mut fixed = [0; 12];
@@ -215,5 +232,15 @@ pub(super) fn ifinfo(index: i32, flags: u32, change: u32) -> [u8; 16] {
     fixed[4..8].copy_from_slice(&index.to_ne_bytes());
     fixed[8..12].copy_from_slice(&flags.to_ne_bytes());
     fixed[12..16].copy_from_slice(&change.to_ne_bytes());
+    fixed
+}
+
+/// `struct tcmsg` of linux/rtnetlink.h.
+pub(super) fn tcmsg(ifindex: i32, handle: u32, parent: u32, info: u32) -> [u8; 20] {
+    let mut fixed = [0; 20];
+    fixed[4..8].copy_from_slice(&ifindex.to_ne_bytes());
+    fixed[8..12].copy_from_slice(&handle.to_ne_bytes());
+    fixed[12..16].copy_from_slice(&parent.to_ne_bytes());
+    fixed[16..20].copy_from_slice(&info.to_ne_bytes());
     fixed
 }

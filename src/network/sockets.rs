@@ -9,6 +9,8 @@
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use serde::{Deserialize, Serialize};
+
 use super::problem::{Problem, Trying};
 use crate::sys::netlink::{Message, Protocol, Socket};
 use crate::sys::netns::NetNs;
@@ -26,12 +28,13 @@ const FIN_WAIT1: u8 = 4;
 const FIN_WAIT2: u8 = 5;
 const TIME_WAIT: u8 = 6;
 const CLOSE: u8 = 7;
+const CLOSE_WAIT: u8 = 8;
 const LAST_ACK: u8 = 9;
 const LISTEN: u8 = 10;
 const CLOSING: u8 = 11;
 
 /// The two ends of a connection, or of what is to be one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Flow {
     /// Here.
     pub local: SocketAddr,
@@ -150,6 +153,19 @@ impl Lookout {
         self.list(libc::IPPROTO_UDP, &[ESTABLISHED, CLOSE], |one| {
             if one.received > 0 && one.inode != 0 {
                 found.push((one.inode, one.flow.local.port()));
+            }
+        })?;
+        Ok(found)
+    }
+
+    /// Connections of the container over these addresses of its own, to anywhere else.
+    pub fn connections(&mut self, over: &[IpAddr]) -> Result<Vec<Flow>, Problem> {
+        let mut found = Vec::new();
+        let states = [ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT];
+        self.list(libc::IPPROTO_TCP, &states, |one| {
+            let Flow { local, remote } = one.flow;
+            if one.inode != 0 && over.contains(&local.ip()) && !over.contains(&remote.ip()) {
+                found.push(one.flow);
             }
         })?;
         Ok(found)

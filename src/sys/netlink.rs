@@ -331,8 +331,13 @@ impl Socket {
 
     /// Sends a dump request and returns the whole list.
     pub fn dump(&mut self, kind: u16, fixed: &[u8]) -> Result<Vec<Message>> {
+        self.list(&Request::new(kind, DUMP, fixed))
+    }
+
+    /// The same with attributes; the request has [`DUMP`] in its flags.
+    pub fn list(&mut self, request: &Request) -> Result<Vec<Message>> {
         for _ in 0..DUMP_TRIES {
-            if let Some(messages) = self.dump_once(&Request::new(kind, DUMP, fixed))? {
+            if let Some(messages) = self.dump_once(request)? {
                 return Ok(messages);
             }
         }

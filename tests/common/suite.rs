@@ -19,6 +19,11 @@ pub fn in_lab(
     in_lab_of(&["a", "b", "client"], name, limit, body)
 }
 
+/// Whether the trials that take long are to run, too.
+pub fn full() -> bool {
+    std::env::var_os("FERRY_FULL").is_some_and(|v| v == "1")
+}
+
 /// The same with other hosts, as `contrib/lab up` takes them.
 pub fn in_lab_of(
     hosts: &'static [&'static str],

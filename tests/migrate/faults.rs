@@ -14,7 +14,7 @@ use crate::common::facts::{exactly_one_copy, exactly_one_copy_within, facts, pai
 use crate::common::lab::{Host, LONG, Lab, SHORT};
 use crate::common::probe::Probe;
 use crate::common::process::{Output, until, write_script};
-use crate::common::suite::in_lab;
+use crate::common::suite::{full, in_lab};
 use crate::common::{Outcome, ensure};
 
 /// How long a cable stays out after the commit.
@@ -143,7 +143,7 @@ const LOSES_CONNECTIONS: &[(&str, &str)] = &[
 
 /// The suite.
 pub fn trials() -> Vec<Trial> {
-    let full = std::env::var_os("FERRY_FULL").is_some_and(|v| v == "1");
+    let full = full();
     let mut trials = Vec::new();
     for &(point, at) in POINTS {
         for &(deed, name) in DEEDS {

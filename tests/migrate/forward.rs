@@ -1,7 +1,7 @@
 //! Three hosts in three networks: the address stays where it is, and packets follow the container
 //! wherever it goes, and home again.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use libtest_mimic::Trial;
 use serde_json::Value;
@@ -11,7 +11,7 @@ use crate::common::facts::{exactly_one_copy, facts};
 use crate::common::lab::{Host, LONG, Lab, SHORT};
 use crate::common::probe::Probe;
 use crate::common::process::until;
-use crate::common::suite::in_lab_of;
+use crate::common::suite::{full, in_lab_of};
 use crate::common::{Outcome, ensure};
 
 const LIMIT: Duration = Duration::from_secs(150);
@@ -20,13 +20,19 @@ const HOSTS: &[&str] = &["a", "b@1", "c@2", "client", "far@3"];
 
 /// The suite.
 pub fn trials() -> Vec<Trial> {
-    vec![
+    let mut trials = vec![
         in_lab_of(HOSTS, "forward::round_the_world", LIMIT, round_the_world),
         in_lab_of(HOSTS, "forward::killed_and_back", LIMIT, killed_and_back),
         in_lab_of(HOSTS, "forward::given_up", LIMIT, given_up),
         in_lab_of(HOSTS, "forward::through_the_last_host", LIMIT, through_the_last_host),
         in_lab_of(HOSTS, "forward::ended", LIMIT, ended),
-    ]
+        in_lab_of(HOSTS, "forward::until_idle", LIMIT, until_idle),
+    ];
+    if full() {
+        let hosts = &["a", "b@1", "d", "client"];
+        trials.push(in_lab_of(hosts, "forward::as_wished", LIMIT, as_wished));
+    }
+    trials
 }
 
 /// A counter on `a` that is reached through a router, too, and its three hosts.
@@ -69,7 +75,7 @@ fn forwarders(host: &Host, what: &str) -> Outcome<Vec<i32>> {
 }
 
 /// What `ferry migrations` says of it.
-fn told(host: &Host) -> Outcome<Vec<Value>> {
+pub fn told(host: &Host) -> Outcome<Vec<Value>> {
     let text = host.ferry(&["migrations", "--json"])?.ok()?;
     let lines = text.lines().map(|l| serde_json::from_str::<Value>(l).map_err(|e| e.to_string()));
     let all = lines.collect::<Outcome<Vec<_>>>()?;
@@ -78,7 +84,7 @@ fn told(host: &Host) -> Outcome<Vec<Value>> {
 
 /// The container runs on `place` and nowhere else, its home forwards to that very host, and nothing
 /// is left anywhere else.
-fn abroad(container: &Container, home: &Host, place: &Host, other: &Host) -> Outcome {
+pub fn abroad(container: &Container, home: &Host, place: &Host, other: &Host) -> Outcome {
     let mut last = String::new();
     let settled = until("it is abroad", Duration::from_secs(15), || {
         last = complaint(container, home, place, other)?.unwrap_or_default();
@@ -311,23 +317,24 @@ fn through_the_last_host(lab: &Lab) -> Outcome {
     exactly_one_copy(&container, &a, &b)
 }
 
+/// Nobody forwards on these hosts any more.
+fn over(what: &str, hosts: &[&Host]) -> Outcome {
+    until(&format!("{what}: nobody forwards"), Duration::from_secs(40), || {
+        for host in hosts {
+            let kept = host.sh("ls /run/ferry-forward 2>/dev/null || true")?;
+            if !(kept.is_empty() && forwarders(host, "")?.is_empty() && told(host)?.is_empty()) {
+                return Ok(None);
+            }
+        }
+        Ok(Some(()))
+    })
+}
+
 /// It ends when the operator says so, on either host, and when the container ends. One that has lost
 /// its address so can still go where the address is.
 fn ended(lab: &Lab) -> Outcome {
     let (container, [a, b, c]) = start(lab)?;
     let mut probes = probes(lab, &container)?;
-    let over = |what: &str, hosts: &[&Host]| {
-        until(&format!("{what}: nobody forwards"), Duration::from_secs(40), || {
-            for host in hosts {
-                let kept = host.sh("ls /run/ferry-forward 2>/dev/null || true")?;
-                if !(kept.is_empty() && forwarders(host, "")?.is_empty() && told(host)?.is_empty())
-                {
-                    return Ok(None);
-                }
-            }
-            Ok(Some(()))
-        })
-    };
     for host in [&a, &b] {
         a.ferry(&["migrate", "box", "b"])?.exits(0)?;
         all_content(&mut probes)?;
@@ -347,4 +354,62 @@ fn ended(lab: &Lab) -> Outcome {
     abroad(&container, &a, &b, &c)?;
     b.sh("ferry kill box KILL")?;
     over("the container has ended", &[&a, &b])
+}
+
+/// It ends when the last connection has ended, and not before; a further migration does not forget.
+fn until_idle(lab: &Lab) -> Outcome {
+    let (container, [a, b, c]) = start(lab)?;
+    let mut probes = probes(lab, &container)?;
+    a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    b.ferry(&["resolve", "--no-forward", "--when-idle=2s", "box"])?.exits(0)?;
+    b.ferry(&["migrate", "box", "c"])?.exits(0)?;
+    abroad(&container, &a, &c, &b)?;
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_secs(4) {
+        all_answered(&mut probes)?;
+    }
+    let said = told(&a)?;
+    ensure!(said.len() == 1 && said[0]["until_idle"] == 2, "{said:?}");
+    ensure!(said[0]["connections"].as_u64() >= Some(10), "{said:?}");
+    let text = a.ferry(&["migrations"])?.ok()?;
+    ensure!(text.contains("ends when there was none for 2 s"), "{text}");
+    drop(probes);
+    over("it is idle", &[&a])?;
+    let silent = a.exec(&["ping", "-c", "1", "-W", "1", &lab.address(ADDRESS)])?;
+    ensure!(silent.code != 0, "somebody still answers for the address");
+    // The container runs on, and goes where its address is.
+    c.ferry(&["migrate", "box", "a"])?.exits(0)?;
+    Probe::start(lab, &container, 2)?.is_content()?;
+    exactly_one_copy(&container, &a, &c)
+}
+
+/// The operator's word: forwarded although it could move; then moved from abroad, and nothing is left
+/// at home. Both families.
+fn as_wished(lab: &Lab) -> Outcome {
+    let [a, b, d] = ["a", "b", "d"].map(|name| lab.host(name));
+    let container =
+        Container::networked("counter").with(&["--arg", "--listen", "--arg", "[::]:7000"]);
+    container.make(&a)?;
+    container.make_network(lab, &a)?;
+    let net = lab.address(0).split('.').nth(2).unwrap_or_default().to_owned();
+    let v6 = format!("fd77:{net}::{ADDRESS}");
+    a.sh(&format!("ip -n box addr add {v6}/64 dev box0 nodad"))?;
+    container.run_on(&a)?;
+    let mut probes =
+        [Probe::start(lab, &container, 5)?, Probe::to(lab, &format!("[{v6}]:7000"), 5)?];
+    a.ferry(&["migrate", "--forward", "always", "box", "d"])?.exits(0)?;
+    all_content(&mut probes)?;
+    abroad(&container, &a, &d, &b)?;
+    d.ferry(&["migrate", "box", "a"])?.exits(0)?;
+    all_content(&mut probes)?;
+    exactly_one_copy(&container, &a, &d)?;
+
+    a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    all_content(&mut probes)?;
+    abroad(&container, &a, &b, &d)?;
+    b.ferry(&["migrate", "--forward", "never", "box", "d"])?.exits(0)?;
+    all_content(&mut probes)?;
+    exactly_one_copy(&container, &d, &b)?;
+    over("it has moved", &[&a, &b, &d])?;
+    exactly_one_copy(&container, &d, &a)
 }

@@ -99,6 +99,25 @@ fn furnish(lab: &Lab, ns: &NetNs) {
     for (path, value) in SYSCTLS {
         set_sysctl(ns, path, value);
     }
+    tc(lab, "web", "qdisc add dev eth0 root handle 1: tbf rate 800mbit burst 100kb latency 70ms");
+    tc(lab, "web", "qdisc add dev eth0 parent 1:1 handle 20: pfifo limit 77");
+    tc(lab, "web", "qdisc add dev lo root bfifo limit 5000");
+    // Without filters it does nothing, and stays behind.
+    tc(lab, "web", "qdisc add dev eth0 clsact");
+}
+
+fn tc(lab: &Lab, who: &str, arguments: &str) -> String {
+    let mut command = std::process::Command::new("tc");
+    crate::lab::run(command.args(["-n", &lab.named(who)]).args(arguments.split_whitespace()))
+}
+
+/// Queueing disciplines that somebody has chosen.
+fn queues(lab: &Lab, who: &str) -> Vec<String> {
+    let all = tc(lab, who, "qdisc show");
+    let chosen = all.lines().filter(|l| !l.contains("clsact") && !l.contains(" 0: "));
+    let mut list: Vec<_> = chosen.map(|l| l.trim().to_owned()).collect();
+    list.sort();
+    list
 }
 
 fn described(lab: &Lab, who: &str) -> Vec<(&'static str, Value)> {
@@ -153,6 +172,9 @@ pub fn round_trip(name: &'static str, attachment: Attachment) {
         assert_eq!(lost, new, "ip {what}");
         assert_eq!(before, after, "the order of ip {what}");
     }
+    let queued = queues(&lab, "web");
+    assert!(queued.len() == 3 && queued.iter().any(|q| q.contains("rate 800Mbit")), "{queued:?}");
+    assert_eq!(queues(&lab, "copy"), queued, "queueing disciplines");
     let addresses = lab.json("copy", "address show").to_string();
     assert!(!addresses.contains("tentative"), "no address waits for an answer that cannot come");
     for (path, _) in SYSCTLS {
@@ -345,6 +367,25 @@ pub fn capture_refuses() {
     nft("add chain inet mine in { policy drop; }");
     refused("packet filter");
     nft("delete table inet mine");
+    for (add, delete, what) in [
+        (
+            "qdisc add dev eth0 root handle 1: htb",
+            "qdisc del dev eth0 root",
+            "discipline htb of eth0",
+        ),
+        ("qdisc add dev eth0 ingress", "qdisc del dev eth0 ingress", "discipline ingress of eth0"),
+    ] {
+        tc(&lab, "web", add);
+        if what.contains("ingress") {
+            capture(&source, &host).expect("nothing is filtered");
+            let all = "match u32 0 0 flowid :1";
+            tc(&lab, "web", &format!("filter add dev eth0 ingress protocol ip u32 {all}"));
+        }
+        refused(what);
+        let problem = capture_at(&source, &host, Some(&lab.path("web"))).expect_err(what);
+        assert!(problem.hint.contains(&format!("ip netns exec {web} tc {delete}")), "{problem}");
+        tc(&lab, "web", delete);
+    }
     let problem = capture(&host, &host).expect_err("the host itself");
     assert!(problem.what.contains("host's network"));
     // A parent in a third place: seen from here the container hangs on nothing.

@@ -19,7 +19,7 @@ use crate::migration::journal::Journal;
 use crate::migration::keeper;
 use crate::migration::protocol::Message;
 use crate::migration::talk::{self, Heard, Speaker};
-use crate::network::forward;
+use crate::network::forward::{self, Meter};
 use crate::sys::netns::NetNs;
 use crate::sys::process::wait_readable;
 use crate::sys::scm;
@@ -101,6 +101,8 @@ struct Holder {
     out_bytes: AtomicU64,
     in_bytes: AtomicU64,
     number: AtomicU64,
+    /// Open connections, when it was last looked.
+    connections: Mutex<Option<u32>>,
     away: Away,
     since: u64,
 }
@@ -147,6 +149,7 @@ pub fn hold(directory: &Path) -> Result<()> {
         out_bytes: AtomicU64::new(0),
         in_bytes: AtomicU64::new(0),
         number: AtomicU64::new(0),
+        connections: Mutex::default(),
         away,
         since: crate::migration::journal::unix_time(),
     });
@@ -173,20 +176,26 @@ impl Holder {
         self.link.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn count(&self) -> MutexGuard<'_, Option<u32>> {
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn answer(self: &Arc<Self>, asked: Ask, handed: Option<Handed>, quit: &dyn Fn()) -> Answer {
         match (asked, handed) {
             (Ask::Link(names), Some(handed)) => self.take(names, handed).into(),
             (Ask::Status, _) => {
-                let connected = self.lock().speaker.is_some();
+                let (connected, connections) = (self.lock().speaker.is_some(), *self.count());
                 let status = Status {
                     to: self.away.home.clone(),
                     since: self.since,
                     out_bytes: self.out_bytes.load(Ordering::Relaxed),
                     in_bytes: self.in_bytes.load(Ordering::Relaxed),
+                    connections,
+                    until_idle: None,
                     connected,
                     why: if connected { String::new() } else { "no link from there".into() },
                 };
-                Answer { error: None, status: Some(status) }
+                Answer { status: Some(status), ..Answer::default() }
             }
             (Ask::Quit, _) => {
                 quit();
@@ -307,12 +316,17 @@ impl Holder {
         }
     }
 
-    /// Tells home that this process lives.
+    /// Tells home that this process lives, and how many connections the container has.
     fn live(&self) {
+        let names = self.taps.iter().map(|t| t.0.clone()).collect();
+        let meter = NetNs::open(&self.away.path).map_err(anyhow::Error::from);
+        let mut meter = meter.and_then(|ns| Ok(Meter::new(&ns, names)?)).ok();
         loop {
+            let connections = meter.as_mut().and_then(|m| m.connections().ok());
+            *self.count() = connections;
             let speaker = self.lock().speaker.clone();
             if let Some(speaker) = speaker {
-                let _ = speaker.say(&Message::Echo { number: 0 });
+                let _ = speaker.say(&Message::Forward(Box::new(Word::Alive { connections })));
             }
             std::thread::park_timeout(PULSE);
         }

@@ -8,7 +8,7 @@
 //!  ◀───────────────────────── Carried ──
 //!  ◀═══════════ packets ═══════════════▶
 //!  ◀──────────────────── Ask, Answer ───▶  (questions only from there)
-//!  ◀──────────────────────────── Echo ──  every second: a sign of life
+//!  ◀─────────────────────────── Alive ──  every second: a sign of life
 //! ```
 
 use std::sync::mpsc::channel;
@@ -46,6 +46,11 @@ pub enum Word {
     },
     /// To home: it does.
     Carried,
+    /// To home: so does the container, or not.
+    Alive {
+        /// Its open connections, where they are known.
+        connections: Option<u32>,
+    },
     /// To home.
     Ask {
         /// Which one, to find its answer.

@@ -13,6 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::network::translated::Translated;
 use crate::sys::scm;
 use crate::transport::connect::Destination;
 
@@ -53,6 +54,10 @@ pub enum Ask {
     Local,
     /// It is not, after all.
     Abroad,
+    /// What ties the container to this host?
+    Translated,
+    /// It is over when the container had no connection for so long, seconds.
+    EndWhenIdle(u64),
     /// It is over.
     End {
         /// What was kept of the container's network goes, too.
@@ -71,11 +76,13 @@ pub struct Answer {
     pub error: Option<String>,
     /// To [`Ask::Status`].
     pub status: Option<Status>,
+    /// To [`Ask::Translated`].
+    pub translated: Option<Translated>,
 }
 
 impl From<Result<()>> for Answer {
     fn from(result: Result<()>) -> Answer {
-        Answer { error: result.err().map(|e| format!("{e:#}")), status: None }
+        Answer { error: result.err().map(|e| format!("{e:#}")), ..Answer::default() }
     }
 }
 
@@ -100,6 +107,10 @@ pub struct Status {
     pub out_bytes: u64,
     /// Bytes of frames that came from there.
     pub in_bytes: u64,
+    /// Open connections of the container's, where they are known.
+    pub connections: Option<u32>,
+    /// It ends when there was none for so long, seconds.
+    pub until_idle: Option<u64>,
     /// The link to it works.
     pub connected: bool,
     /// Why not.
@@ -117,6 +128,17 @@ pub fn ask(directory: &Path, what: &Ask) -> Result<()> {
 /// How it goes; `None` when nobody works there.
 pub fn status(directory: &Path) -> Option<Status> {
     question(directory, &Ask::Status).ok()?.status
+}
+
+/// What ties the container to its home.
+///
+/// # Errors
+/// When home does not say.
+pub fn translated(directory: &Path) -> Result<Translated> {
+    let answer = question(directory, &Ask::Translated)?;
+    let translated = answer.translated.clone();
+    answer.into_result()?;
+    translated.context("home does not say")
 }
 
 fn connect(directory: &Path) -> Result<UnixStream> {

@@ -17,6 +17,7 @@ use crate::migration::keeper;
 use crate::migration::protocol::Message;
 use crate::migration::talk::{Heard, Speaker};
 use crate::network::forward::{self, Ear, Wire};
+use crate::network::translated::{self, Translated};
 use crate::network::{self, NetworkImage};
 use crate::sys::netns::{self, NetNs};
 use crate::sys::process::{self, wait_readable};
@@ -57,6 +58,7 @@ pub fn establish(
             links,
             active: None,
             since: crate::migration::journal::unix_time(),
+            until_idle: None,
             shell: None,
         };
         write(&directory, HOME, &home)?;
@@ -156,6 +158,9 @@ struct Port {
     cutter: Option<Cutter>,
     /// Last sign of life.
     heard: Instant,
+    /// Open connections of the container's, where they are known, and since when there is none.
+    connections: Option<u32>,
+    idle_since: Option<Instant>,
     why: String,
 }
 
@@ -195,7 +200,7 @@ pub fn work(directory: &Path) -> Result<()> {
         match ended.recv_timeout(PULSE) {
             Ok(dismantled) => break dismantled,
             // Said over a link.
-            Err(_) if forwarder.lock().over => break true,
+            Err(_) if forwarder.lock().over || forwarder.is_deserted() => break true,
             Err(_) => {}
         }
     };
@@ -221,7 +226,12 @@ impl Forwarder {
     /// Answers a question, of this host or over a port.
     fn answer(self: &Arc<Self>, asked: Ask, port: Option<u64>, end: &dyn Fn(bool)) -> Answer {
         match asked {
-            Ask::Status => Answer { error: None, status: Some(self.status()) },
+            Ask::Status => Answer { status: Some(self.status()), ..Answer::default() },
+            Ask::Translated => match self.translated() {
+                Ok(found) => Answer { translated: Some(found), ..Answer::default() },
+                Err(e) => Err(e).into(),
+            },
+            Ask::EndWhenIdle(seconds) => self.end_when_idle(seconds, port).into(),
             Ask::Probe(destination) => {
                 self.ours(destination, port).and_then(|to| self.probe(&to)).into()
             }
@@ -249,6 +259,33 @@ impl Forwarder {
         }
     }
 
+    /// What of this host's tables the container's connections live by.
+    fn translated(&self) -> Result<Translated> {
+        let addresses = self.lock().home.addresses.clone();
+        let addresses: Vec<_> = addresses.iter().filter_map(|a| a.parse().ok()).collect();
+        Ok(translated::look(&NetNs::current()?, &addresses)?)
+    }
+
+    fn end_when_idle(&self, seconds: u64, port: Option<u64>) -> Result<()> {
+        let mut state = self.lock();
+        if port.is_some() && port != state.active {
+            bail!("the container is elsewhere");
+        }
+        state.home.until_idle = Some(seconds);
+        // It starts from now, whatever was before.
+        state.ports.iter_mut().for_each(|p| p.idle_since = None);
+        write(&self.directory, HOME, &state.home)
+    }
+
+    /// Whether it is to end when there is no connection, and there was none for long enough.
+    fn is_deserted(&self) -> bool {
+        let state = self.lock();
+        let port = state.ports.iter().find(|p| Some(p.number) == state.active);
+        let idle = port.filter(|p| p.speaker.is_some()).and_then(|p| p.idle_since);
+        let limit = state.home.until_idle.map(Duration::from_secs);
+        idle.zip(limit).is_some_and(|(since, limit)| since.elapsed() >= limit)
+    }
+
     fn status(&self) -> Status {
         let state = self.lock();
         let port = state.ports.iter().find(|p| Some(p.number) == state.active);
@@ -257,6 +294,8 @@ impl Forwarder {
             since: state.home.since,
             out_bytes: self.out_bytes.load(Ordering::Relaxed),
             in_bytes: self.in_bytes.load(Ordering::Relaxed),
+            connections: port.and_then(|p| p.connections),
+            until_idle: state.home.until_idle,
             connected: port.is_some_and(|p| p.speaker.is_some()),
             why: port.map_or_else(|| "the container is at home".into(), |p| p.why.clone()),
         }
@@ -329,6 +368,8 @@ impl Forwarder {
                 speaker: None,
                 cutter: None,
                 heard: Instant::now(),
+                connections: None,
+                idle_since: None,
                 why: "connecting".into(),
             });
             number
@@ -392,6 +433,7 @@ impl Forwarder {
                 };
                 port.speaker = None;
                 port.cutter = None;
+                (port.connections, port.idle_since) = (None, None);
                 port.why = why.or(failed).unwrap_or_else(|| "the link broke".into());
                 // After a new start it becomes active right after this thread has begun.
                 if over || !active && !port.migration.is_empty() {
@@ -442,13 +484,15 @@ impl Forwarder {
         }
         match heard {
             Heard::Frame(Frame::Packet(bytes)) => self.take_in(number, &bytes),
-            Heard::Message(Message::Forward(word)) => {
-                if let Word::Ask { number: question, ask } = *word {
+            Heard::Message(Message::Forward(word)) => match *word {
+                Word::Ask { number: question, ask } => {
                     let forwarder = self.clone();
                     let answer = move || forwarder.answer_over(number, question, ask);
                     let _ = std::thread::Builder::new().name("answer".into()).spawn(answer);
                 }
-            }
+                Word::Alive { connections } => self.count(number, connections),
+                _ => {}
+            },
             Heard::Gone(why) => {
                 let _ = end.send(why.unwrap_or_else(|| "the link was closed".into()));
                 return false;
@@ -456,6 +500,17 @@ impl Forwarder {
             _ => {}
         }
         true
+    }
+
+    fn count(&self, number: u64, connections: Option<u32>) {
+        let mut state = self.lock();
+        if let Some(port) = state.ports.iter_mut().find(|p| p.number == number) {
+            port.connections = connections;
+            port.idle_since = match connections {
+                Some(0) => port.idle_since.or_else(|| Some(Instant::now())),
+                _ => None,
+            };
+        }
     }
 
     fn answer_over(self: &Arc<Self>, port: u64, number: u64, ask: Ask) {

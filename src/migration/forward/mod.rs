@@ -25,6 +25,7 @@ pub mod steps;
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -34,7 +35,9 @@ use self::control::{Ask, Status};
 use super::journal::Record;
 use super::protocol::Plan;
 use crate::network::image::Kind;
-use crate::network::{Placement, forward};
+use crate::network::sockets::Lookout;
+use crate::network::translated::{self, Translated};
+use crate::network::{NetworkImage, Placement, Problem, forward};
 use crate::sys::netns::NetNs;
 use crate::transport::connect::Destination;
 
@@ -63,6 +66,8 @@ pub struct Plans {
     pub wish: Wish,
     /// The forwarding that the container is reached by now, and the name of its home.
     pub from: Option<(String, String)>,
+    /// What depends on the host that has the address: it goes nowhere.
+    pub translated: Translated,
 }
 
 /// What becomes of the address, as the destination decides.
@@ -120,6 +125,9 @@ pub struct Home {
     pub active: Option<Destination>,
     /// Since when, unix time.
     pub since: u64,
+    /// It ends when the container had no connection for so long, seconds.
+    #[serde(default)]
+    pub until_idle: Option<u64>,
     /// The remote shell with which the operator here reaches other hosts, and Ferry's path there.
     pub shell: Option<(Vec<String>, String)>,
 }
@@ -153,6 +161,7 @@ impl Plans {
     /// Says what is wrong.
     pub fn validate(&self) -> Result<()> {
         match &self.from {
+            _ if self.translated.flows.len() > translated::MOST => bail!("too many connections"),
             Some((id, _)) if !is_id(id) => bail!("{id:?} is no forwarding's ID"),
             Some((_, home)) if home.len() > 64 || home.contains(char::is_control) => {
                 bail!("{home:?} is no host's name")
@@ -176,8 +185,15 @@ impl Note {
     }
 
     /// For people: what will become of the address.
-    pub fn words(&self) -> &'static str {
+    pub fn words(&self, plan: &Plan) -> &'static str {
+        let Translated { flows, published } = &plan.forward.translated;
         match self.part {
+            Part::Leaves if !flows.is_empty() => {
+                "its address stays here, as connections live by this host's address translation; packets are forwarded"
+            }
+            Part::Leaves if *published => {
+                "its address stays here, as this host publishes a port of it; packets are forwarded"
+            }
             Part::Leaves => "its address stays here, packets are forwarded",
             Part::MovesOn => "its address stays at home, packets are forwarded from there",
             Part::GoesHome | Part::ComesHome => "it comes home to its address",
@@ -213,10 +229,69 @@ pub fn decide(plan: &Plan, placement: &Placement, host: &NetNs) -> Course {
         Wish::Never => false,
         Wish::Always => true,
         // Where it cannot be said it is as it was: who has gone abroad stays abroad.
-        Wish::Auto => forward::is_elsewhere(image, placement, host)
-            .unwrap_or_else(|| plan.forward.from.is_some()),
+        Wish::Auto => {
+            let Translated { flows, published } = &plan.forward.translated;
+            *published
+                || !flows.is_empty()
+                || forward::is_elsewhere(image, placement, host)
+                    .unwrap_or_else(|| plan.forward.from.is_some())
+        }
     };
     if stays { Course::Stays } else { Course::Moves }
+}
+
+/// Why the container cannot go where its address would move: connections would end.
+pub fn ties(plan: &Plan, course: Course) -> Option<Problem> {
+    let (Some(image), Course::Moves) = (&plan.network, course) else { return None };
+    let flows = &plan.forward.translated.flows;
+    let first = flows.first().filter(|_| plan.placement != "none")?;
+    let home = plan.forward.from.as_ref().map_or(&plan.source, |f| &f.1);
+    let named = plan.network_path.is_some();
+    let plain = image.routed().next().is_none() && named;
+    let others = match flows.len() - 1 {
+        0 => String::new(),
+        n => format!(", and {n} more"),
+    };
+    Some(
+        Problem::new(
+            "the address cannot move: connections depend on its host",
+            format!(
+                "{home} translates addresses for {} of the container's connections ({} with {}{others})",
+                flows.len(),
+                first.local,
+                first.remote,
+            ),
+        )
+        .hint(format!(
+            "{}wait until they end, or end them on {home}: `conntrack -D --reply-src {ip}; \
+             conntrack -D --orig-src {ip}`",
+            if plain { "have packets forwarded (--forward auto, --network auto), " } else { "" },
+            ip = first.local.ip(),
+        )),
+    )
+}
+
+/// What ties a container to the host that has its address.
+pub fn translated(namespace: &NetNs, image: &NetworkImage, away: Option<&Away>) -> Translated {
+    let addresses: Vec<_> = image.outward().flat_map(|(_, l)| &l.addresses).collect();
+    let addresses: Vec<_> =
+        addresses.iter().map(|a| a.local).filter(|ip| !forward::is_link_local(*ip)).collect();
+    let looked = (|| {
+        let mut found = match away {
+            None => translated::look(&NetNs::current()?, &addresses)?,
+            Some(away) => control::translated(&directory(&away.id))?,
+        };
+        // What the host remembers of a container before this one, or of a broken connection, is none.
+        let open = Lookout::new(namespace)?.connections(&addresses)?;
+        found.flows.retain(|flow| open.contains(flow));
+        anyhow::Ok(found)
+    })();
+    looked.unwrap_or_else(|e| {
+        // A kernel without connection tracking; or a home that nobody reaches, and so none of them
+        // is alive.
+        tracing::debug!("address translation: {e:#}");
+        Translated::default()
+    })
 }
 
 /// Whether the first host could keep the address and forward its frames: not what is led to it by
@@ -303,8 +378,8 @@ pub fn describe(record: &Record) -> Option<(String, serde_json::Value)> {
         return Some((words, json!({"id": note.id, "home": at_home, "dead": true})));
     };
     let Status { to, since, out_bytes, in_bytes, connected, why, .. } = &status;
-    let moment =
-        crate::report::log::rfc3339(std::time::UNIX_EPOCH + std::time::Duration::from_secs(*since));
+    let Status { connections, until_idle, .. } = &status;
+    let moment = crate::report::log::rfc3339(std::time::UNIX_EPOCH + Duration::from_secs(*since));
     let mut words = match at_home {
         true => format!(
             "{here} is forwarded to {to} since {moment}: {out_bytes} bytes there, {in_bytes} back"
@@ -313,6 +388,12 @@ pub fn describe(record: &Record) -> Option<(String, serde_json::Value)> {
             "its address is at {here}, from where it is forwarded: {in_bytes} bytes from there, {out_bytes} back"
         ),
     };
+    if let Some(n) = connections {
+        words += &format!(", connections: {n}");
+    }
+    if let Some(seconds) = until_idle {
+        words += &format!("; ends when there was none for {seconds} s");
+    }
     if !connected {
         words += &format!("; BROKEN, trying again: {why}");
     }
@@ -333,14 +414,19 @@ fn of_container(id: &str) -> Vec<PathBuf> {
     directories().into_iter().filter(is).collect()
 }
 
-/// `ferry resolve --no-forward`: the operator has moved the address, or does not need it any more.
+/// `ferry resolve --no-forward`: the operator has moved the address, or does not need it any more; now,
+/// or when the container had no connection for a while.
 ///
 /// # Errors
 /// When nothing of that ID is forwarded, or home cannot be told.
-pub fn end(id: &str) -> Result<&'static str> {
+pub fn end(id: &str, idle: Option<Duration>) -> Result<&'static str> {
     let mut said = None;
     for directory in of_container(id) {
-        if home_at(&directory).is_ok() {
+        if let Some(idle) = idle {
+            control::ask(&directory, &Ask::EndWhenIdle(idle.as_secs().max(1)))
+                .context("its home cannot be told\nhint: `ferry migrations` tells how it stands")?;
+            said = Some("its address is forwarded until its connections have ended");
+        } else if home_at(&directory).is_ok() {
             if control::ask(&directory, &Ask::End { dismantle: true }).is_err() {
                 // Nobody is there to do it.
                 home::dismantle(&directory);

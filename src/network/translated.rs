@@ -1,0 +1,107 @@
+//! What a host's address translation has to do with a container: connections that live by it, and
+//! ports of the host that lead to the container.
+//!
+//! Such a connection is known to its other end by an address of the host's. The host's connection
+//! tracking holds both of its faces, and goes nowhere: the connection lasts as long as its packets
+//! pass that host.
+
+use std::net::{IpAddr, SocketAddr};
+
+use serde::{Deserialize, Serialize};
+
+use super::nft;
+use super::problem::{Problem, Trying};
+use super::rtnl::{AF_INET, AF_INET6, ip_of, octets};
+use super::sockets::Flow;
+use crate::sys::netlink::{Attributes, DUMP, Message, Protocol, Request, Socket};
+use crate::sys::netns::NetNs;
+
+/// Most connections that are told; the rest would say nothing new.
+pub const MOST: usize = 256;
+
+// linux/netfilter/nfnetlink_conntrack.h and nf_conntrack_tcp.h.
+const CT_GET: u16 = 1 << 8 | 1;
+const CTA_TUPLE_ORIG: u16 = 1;
+const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_STATUS: u16 = 3;
+const CTA_PROTOINFO: u16 = 4;
+const CTA_FILTER: u16 = 25;
+/// `IPS_SRC_NAT`, `IPS_DST_NAT`
+const TRANSLATED: u32 = 1 << 4 | 1 << 5;
+/// `TCP_CONNTRACK_ESTABLISHED`, and half closed: `FIN_WAIT`, `CLOSE_WAIT`.
+const OPEN: std::ops::RangeInclusive<u8> = 3..=5;
+/// `struct nfgenmsg`
+const FIXED: usize = 4;
+
+/// A host's translation for some addresses.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Translated {
+    /// Open TCP connections, as the container sees them; not more than [`MOST`].
+    pub flows: Vec<Flow>,
+    /// Rules of nftables lead packets for the host to one of the addresses: a published port.
+    pub published: bool,
+}
+
+/// Looks at the host's tables.
+///
+/// # Errors
+/// When they cannot be read.
+pub fn look(host: &NetNs, addresses: &[IpAddr]) -> Result<Translated, Problem> {
+    let trying = || "cannot read this host's address translation".to_owned();
+    let mut socket = Socket::open_in(host, Protocol::Netfilter).trying(trying)?;
+    let mut flows = Vec::new();
+    for address in addresses {
+        for (tuple, flags) in [(CTA_TUPLE_ORIG, 1), (CTA_TUPLE_REPLY, 2)] {
+            let list = socket.list(&request(*address, tuple, flags)).trying(trying)?;
+            flows.extend(list.iter().filter_map(|m| flow(m, *address)));
+        }
+    }
+    flows.sort_unstable();
+    flows.dedup();
+    flows.truncate(MOST);
+    let published = nft::leads_to(&mut socket, addresses).trying(trying)?;
+    Ok(Translated { flows, published })
+}
+
+/// Entries with this address as the source of one direction: the kernel picks them, as a busy host
+/// has a million others.
+fn request(address: IpAddr, tuple: u16, flags: u16) -> Request {
+    let (family, source) = match address {
+        IpAddr::V4(_) => (AF_INET, 1),
+        IpAddr::V6(_) => (AF_INET6, 3),
+    };
+    const BY_SOURCE: u32 = 1;
+    let mut request = Request::new(CT_GET, DUMP, &[family, 0, 0, 0]);
+    request
+        .nest(CTA_FILTER, |filter| {
+            filter.u32(flags, BY_SOURCE);
+        })
+        .nest(tuple, |tuple| {
+            tuple.nest(1, |ip| {
+                ip.attr(source, &octets(address));
+            });
+        });
+    request
+}
+
+/// An open TCP connection under translation, from the container's side.
+fn flow(message: &Message, address: IpAddr) -> Option<Flow> {
+    let a = message.attributes(FIXED);
+    let state = a.nest(CTA_PROTOINFO).nest(1).get(1)?.first().copied()?;
+    if a.be32(CTA_STATUS)? & TRANSLATED == 0 || !OPEN.contains(&state) {
+        return None;
+    }
+    let faces = [a.nest(CTA_TUPLE_ORIG), a.nest(CTA_TUPLE_REPLY)];
+    let mut faces = faces.iter().filter_map(face);
+    faces.find(|flow| flow.local.ip() == address)
+}
+
+/// One direction: who sends, and to whom.
+fn face(tuple: &Attributes<'_>) -> Option<Flow> {
+    let (ip, ports) = (tuple.nest(1), tuple.nest(2));
+    let end = |v4, v6, port| {
+        let port = ports.get(port).and_then(|p| p.try_into().ok()).map(u16::from_be_bytes)?;
+        Some(SocketAddr::new(ip_of(&ip, v4).or(ip_of(&ip, v6))?, port))
+    };
+    Some(Flow { local: end(1, 3, 2)?, remote: end(2, 4, 3)? })
+}

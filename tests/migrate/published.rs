@@ -1,0 +1,171 @@
+//! Ports that a host publishes for a container, as engines and CNI plugins do: connections that
+//! live by the host's address translation.
+
+use std::time::Duration;
+
+use libtest_mimic::Trial;
+
+use crate::common::container::{ADDRESS, Container};
+use crate::common::facts::exactly_one_copy;
+use crate::common::lab::{Host, Lab, SHORT};
+use crate::common::probe::Probe;
+use crate::common::process::until;
+use crate::common::suite::{full, in_lab_of};
+use crate::common::{Outcome, ensure};
+use crate::forward::{abroad, told};
+
+const LIMIT: Duration = Duration::from_secs(90);
+/// On every bridge; not in the lab's own networks.
+const IP: &str = "10.88.0.5";
+const IP6: &str = "fd88::5";
+const CONNECTIONS: usize = 5;
+
+/// The suite.
+pub fn trials() -> Vec<Trial> {
+    let hosts = &["a", "b@1", "c@2", "client"];
+    let mut trials = vec![in_lab_of(hosts, "published::from_home", LIMIT, from_home)];
+    if full() {
+        let hosts = &["a", "c", "client"];
+        trials.push(in_lab_of(hosts, "published::on_a_segment", LIMIT, on_a_segment));
+    }
+    trials
+}
+
+/// Port 8080 of the host leads to an address.
+fn publish(host: &Host, address: &str, masquerade: &str) -> Outcome {
+    host.sh(&format!(
+        "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1
+         nft -f - <<END
+table ip engine {{
+    chain published {{
+        type nat hook prerouting priority dstnat
+        tcp dport 8080 dnat to {address}:7000
+    }}
+    chain leaving {{
+        type nat hook postrouting priority srcnat
+        {masquerade} masquerade
+    }}
+}}
+END"
+    ))
+    .map(drop)
+}
+
+/// A counter on `a`, its veth on a bridge there.
+fn start(a: &Host, addresses: &str) -> Outcome<Container> {
+    let container =
+        Container::networked("counter").with(&["--arg", "--listen", "--arg", "[::]:7000"]);
+    container.make(a)?;
+    a.sh(&format!(
+        "ip netns add box
+         ip link add vbox type veth peer name eth0 netns box
+         ip link set vbox master br0 up
+         ip -n box link set lo up
+         ip -n box link set eth0 up
+         {addresses}"
+    ))?;
+    container.run_on(a)?;
+    Ok(container)
+}
+
+fn address_of(host: &Host) -> Outcome<String> {
+    Ok(host.sh("getent hosts $(hostname) | cut -d ' ' -f 1")?.trim().to_owned())
+}
+
+/// On a bridge that only its own host has: with the container in another network, connections
+/// through the published port and to its address of IPv6 go on, and new ones are made.
+fn from_home(lab: &Lab) -> Outcome {
+    let [a, b, c, client] = ["a", "b", "c", "client"].map(|name| lab.host(name));
+    a.sh("ip link add br0 type bridge mcast_snooping 0
+          ip addr add 10.88.0.1/24 dev br0
+          ip addr add fd88::1/64 dev br0 nodad
+          ip link set br0 up")?;
+    publish(&a, IP, "ip saddr 10.88.0.0/24 oifname != br0")?;
+    let container = start(
+        &a,
+        &format!(
+            "ip -n box addr add {IP}/24 dev eth0
+             ip -n box addr add {IP6}/64 dev eth0 nodad
+             ip -n box route add default via 10.88.0.1
+             ip -n box route add default via fd88::1"
+        ),
+    )?;
+    a.sh("tc -n box qdisc add dev eth0 root handle 1: tbf rate 800mbit burst 100kb latency 70ms")?;
+    client.sh("ip -6 route add fd88::/64 via $(getent hosts a6 | cut -d ' ' -f 1)")?;
+    let (port, v6) = (format!("{}:8080", address_of(&a)?), format!("[{IP6}]:7000"));
+    let mut probes = vec![Probe::to(lab, &port, CONNECTIONS)?, Probe::to(lab, &v6, CONNECTIONS)?];
+
+    let said = a.ferry(&["check", "--forward", "never", "box", "b"])?;
+    let (count, hint) = (format!("{CONNECTIONS} of the container's"), format!("--reply-src {IP}"));
+    ensure!(said.code == 3 && said.to_string().contains(&count), "{said}");
+    ensure!(said.to_string().contains(&hint), "{said}");
+    for (from, to, other) in [(&a, &b, &c), (&b, &c, &b), (&c, &a, &b)] {
+        let step = |e: String| format!("{} to {}: {e}", from.name, to.name);
+        from.ferry(&["migrate", "box", to.name])?.exits(0).map_err(step)?;
+        for to in [&port, &v6] {
+            probes.push(Probe::to(lab, to, CONNECTIONS).map_err(step)?);
+        }
+        probes.iter_mut().try_for_each(Probe::is_content).map_err(step)?;
+        if to.name == "a" {
+            exactly_one_copy(&container, &a, from).map_err(step)?;
+        } else {
+            abroad(&container, &a, to, other).map_err(step)?;
+        }
+        let queue = to.sh("tc -n box qdisc show dev eth0")?;
+        ensure!(queue.contains("tbf 1: root"), "on {}: {queue}", to.name);
+        // Out of the container, under the home's name: there and back.
+        let ping = format!("ip netns exec box ping -c 1 -W 5 {}", address_of(&client)?);
+        to.sh(&ping).map_err(step)?;
+    }
+    Ok(())
+}
+
+/// On a bridge that both hosts have a port of: the address could move, and those that live by the
+/// first host's translation could not.
+fn on_a_segment(lab: &Lab) -> Outcome {
+    let [a, c] = ["a", "c"].map(|name| lab.host(name));
+    for host in [&a, &c] {
+        host.sh("ip link add br0 type bridge mcast_snooping 0
+                 addr=$(ip -o -4 addr show eth0 | awk '{print $4}')
+                 ip addr flush dev eth0
+                 ip link set eth0 master br0
+                 ip addr add $addr dev br0
+                 ip link set br0 up")?;
+    }
+    let ip = lab.address(ADDRESS);
+    let container = start(&a, &format!("ip -n box addr add {ip}/24 dev eth0"))?;
+    let direct = format!("{ip}:7000");
+    let mut straight = Probe::to(lab, &direct, CONNECTIONS)?;
+    // Nothing is translated: it moves.
+    for (from, to) in [(&a, &c), (&c, &a)] {
+        from.ferry(&["migrate", "box", to.name])?.exits(0)?;
+        straight.is_content().map_err(|e| format!("{} to {}: {e}", from.name, to.name))?;
+        exactly_one_copy(&container, to, from)?;
+    }
+
+    // Frames that are bridged may pass these rules, too: only what was led here is translated.
+    publish(&a, &ip, &format!("ip daddr {ip} ct status dnat"))?;
+    let port = format!("{}:8080", address_of(&a)?);
+    let mut published = Probe::to(lab, &port, CONNECTIONS)?;
+    let said = a.ferry(&["migrate", "--forward", "never", "box", "c"])?.exits(3)?;
+    let count = format!("{CONNECTIONS} of the container's");
+    ensure!(said.to_string().contains(&count), "{said}");
+    a.ferry(&["migrate", "box", "c"])?.exits(0)?;
+    straight.is_content().map_err(|e| format!("straight, abroad: {e}"))?;
+    published.is_content().map_err(|e| format!("published, abroad: {e}"))?;
+    ensure!(told(&a)?.iter().any(|f| f["to"] == "c"), "it is not forwarded: {:?}", told(&a)?);
+    let said = c.ferry(&["migrate", "--forward", "never", "box", "a"])?.exits(0)?;
+    straight.is_content().map_err(|e| format!("{said}\n{e}"))?;
+    published.is_content().map_err(|e| format!("published, at home: {e}"))?;
+    exactly_one_copy(&container, &a, &c)?;
+
+    // With the last of those connections gone the address moves, where that is wanted.
+    drop(published);
+    until("the server has closed them", SHORT, || {
+        let said = a.ferry(&["check", "--forward", "never", "box", "c"])?;
+        Ok((said.code == 0).then_some(()))
+    })?;
+    let said = a.ferry(&["migrate", "--forward", "never", "box", "c"])?.exits(0)?;
+    straight.is_content().map_err(|e| format!("{said}\n{e}"))?;
+    exactly_one_copy(&container, &c, &a)
+}
