@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What each established connection adds to the pause: read by contrib/bench, which has `prepare` and
 # the rest, and the variables that seem to come from nowhere.
-# shellcheck disable=SC2154
+# shellcheck disable=SC2034,SC2154
 #
 # The same server holds few connections, or many, most of them idle, and moves to and fro. Ten more
 # connections, which ask all the time, tell how long it was away.

@@ -65,11 +65,12 @@ rsync_seconds() {
 
 files_run() { # CASE RUN
     local rsync next
+    # Under the same client, which takes its part of the processors.
+    probe_start client "$address:7000" --connections "$connections" --every 2ms --give-up 10m
+    probe_steady || die "the client gets no steady answers"
     fresh_disk "$to"
     rsync=$(rsync_seconds)
     fresh_disk "$to"
-    probe_start client "$address:7000" --connections "$connections" --every 2ms --give-up 10m
-    probe_steady || die "the client gets no steady answers"
     probe_mark move
     migrate "$NAME" "$from" "$to" "$scratch/report" --source-files remove || die "it did not move"
     probe_steady || die "the client gets no steady answers afterwards"
