@@ -13,11 +13,13 @@
 //! consumes it. [`Committed`] has no way back: nothing in it can thaw the container or lift the
 //! fence, and its functions return no error that anybody could take for a reason to.
 
-use std::io::{BufWriter, Write};
+mod committed;
+mod frozen;
+
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Result, anyhow};
 
 use super::ask::{Accepted, Input, Inputs, Options, ask};
 use super::carry::{self, Memory, MemoryEvent, Order};
@@ -30,16 +32,12 @@ use super::inspect::Subject;
 use super::journal::{self, Journal, Lock, Record, Role, State};
 use super::keeper::Keeper;
 use super::lanes::Lane;
-use super::parcels::{SpeakerFile, send_file};
-use super::protocol::{Message, Standing, Verdict};
-use super::rest::Brought;
+use super::protocol::Message;
 use super::talk::{Heard, Speaker};
 use super::workdir::WorkDir;
-use super::{descriptors, floating, forecast, forward, host, recover, rest, settle, watched};
+use super::{floating, forecast, forward, host, recover, settle, watched};
 use crate::criu::interposer::Interposer;
 use crate::files::place::Placing;
-use crate::files::{tmpfs, tree};
-use crate::memory::pages;
 use crate::memory::rounds::Tracking;
 use crate::network::hook::About;
 use crate::network::host_side::Silence;
@@ -49,11 +47,11 @@ use crate::network::{Capture, Hook, HostSide, Placement, Replay, fence};
 use crate::oci::runtime::Runtime;
 use crate::report::exit::Failed;
 use crate::report::progress::Reporter;
-use crate::sys::fault;
 use crate::sys::netns::NetNs;
-use crate::sys::process;
+use crate::sys::{fault, process};
 use crate::transport::connect::Closer;
-use crate::transport::frame::{self, Frame, Run};
+use crate::transport::frame::{Frame, Run};
+use committed::Committed;
 
 /// From the freeze to the commit: a hand-over that takes longer is given up.
 const FREEZE_LIMIT: Duration = Duration::from_secs(30);
@@ -429,141 +427,6 @@ impl Begun {
         job.go.send(go).map_err(|_| anyhow!("the dump has ended"))
     }
 
-    fn freeze(&mut self, reporter: &mut Reporter) -> Result<()> {
-        fault::point("source.freeze")?;
-        recover::leave_mark(&self.journal)?;
-        self.inputs.until(FREEZE_LIMIT);
-        self.obey_limit();
-        let rounds = &reporter.report.rounds;
-        // Rounds of less tell nothing of the link.
-        let telling = rounds.iter().rev().find(|r| r.wire_bytes > 1 << 20);
-        let rate = telling.map(|r| r.wire_bytes as f64 * 1000.0 / r.ms.max(1.0));
-        self.inputs.feel_pulse(&self.speaker, rate);
-        self.speaker.say(&Message::Freezing)?;
-        descriptors::warm(&self.subject.cgroup.processes()?);
-        self.early = Some(Early::start(self.work.images(), self.speaker.clone())?);
-        self.go(Go::Freeze)?;
-        loop {
-            if let Input::Dump(DumpEvent::Frozen { since, network, came }) = self.next(reporter)? {
-                self.frozen_since = Some(since);
-                reporter.mark_at("freeze", since);
-                reporter.mark("frozen, fence closed");
-                if let Some(network) = network {
-                    let (_, capture) = *network;
-                    self.keeper = Some(Keeper::start(capture, came, self.speaker.clone())?);
-                }
-                break;
-            }
-        }
-        self.tell_haul(haul::Order::Frozen);
-        self.tell_memory(Order::Frozen)
-    }
-
-    fn tell_memory(&self, order: Order) -> Result<()> {
-        let memory = self.memory.as_ref().ok_or_else(|| anyhow!("memory is not being sent"))?;
-        memory.orders.send(order).map_err(|_| anyhow!("memory is not being sent any more"))
-    }
-
-    fn dump(&mut self, reporter: &mut Reporter) -> Result<()> {
-        fault::point("source.dump")?;
-        // While CRIU works.
-        recover::note_sockets(&self.journal.record, &self.subject.cgroup.processes()?)?;
-        let (mut dumped, mut hauled) = (false, self.haul.is_none());
-        while !(dumped && hauled) {
-            match self.next(reporter)? {
-                Input::Dump(DumpEvent::Dumped) => {
-                    reporter.mark("dumped");
-                    dumped = true;
-                }
-                Input::Files(HaulEvent::Done) => {
-                    reporter.mark("last file is sent");
-                    hauled = true;
-                }
-                _ => {}
-            }
-        }
-        // An open file that has lost the name it was opened by, and has another one, gets one more
-        // of CRIU's for the restore. That has happened while the last files went.
-        let remaps = std::fs::metadata(self.work.images().join(REMAPS));
-        if remaps.is_ok_and(|m| m.len() > EMPTY_IMAGE) && self.tell_haul(haul::Order::Named) {
-            while !matches!(self.next(reporter)?, Input::Files(HaulEvent::Done)) {}
-            reporter.mark("names that CRIU gave are sent");
-        }
-        Ok(())
-    }
-
-    fn transfer(&mut self, reporter: &mut Reporter) -> Result<()> {
-        fault::point("source.transfer")?;
-        self.tell_memory(Order::Dumped)?;
-        self.send_streams(true)?;
-        self.send_tmpfs()?;
-        let tasks = pages::tasks(&self.subject.cgroup.processes()?)?;
-        let sent = self.early.as_mut().map(Early::end).transpose()?.unwrap_or_default();
-        let mut buffer = vec![0; frame::MAX_FILE_PIECE];
-        for entry in std::fs::read_dir(self.work.images())? {
-            let entry = entry?;
-            let name = entry.file_name();
-            if sent.contains(&name) {
-                continue;
-            }
-            let name = name.to_str().ok_or_else(|| anyhow!("an image file with a strange name"))?;
-            send_file(&self.speaker, name, &entry.path(), 0, &mut buffer)?;
-        }
-        recover::keep_sockets(&self.journal.record)?;
-        self.speaker.say(&Message::Dumped { tasks: tasks.iter().map(|t| t.vpid).collect() })?;
-        reporter.mark("images are sent");
-        Ok(())
-    }
-
-    /// The contents of the tmpfs mounts that CRIU leaves to us, as they are after it has made its
-    /// link remaps.
-    fn send_tmpfs(&self) -> Result<()> {
-        let root = PathBuf::from(format!("/proc/{}/root", self.subject.state.pid));
-        for (i, one) in self.subject.plan.tmpfs.iter().enumerate() {
-            // The container may have put something in the way since it was looked at.
-            let place = tmpfs::open_in(&root, &one.place)
-                .with_context(|| format!("opening the tmpfs {}", one.place))?;
-            let (speaker, pace) = (&self.speaker, &self.memory_wishes.pace);
-            let file = SpeakerFile { speaker, name: format!("tmpfs-{i}"), at: 0, pace };
-            let mut out = BufWriter::with_capacity(frame::MAX_FILE_PIECE, file);
-            tree::pack(&process::path_of(&place), &mut out)
-                .with_context(|| format!("reading the tmpfs {}", one.place))?;
-            out.flush()?;
-        }
-        Ok(())
-    }
-
-    /// Logs outside the container: all of it before the freeze, in the freeze what came since.
-    fn send_streams(&mut self, rest: bool) -> Result<()> {
-        let mut buffer = vec![0; frame::MAX_FILE_PIECE];
-        for (i, stream) in self.subject.plan.streams.iter_mut().enumerate() {
-            if !stream.sent {
-                continue;
-            }
-            let path = PathBuf::from(format!("/proc/{}/fd/{i}", self.subject.state.pid));
-            let from = if rest { stream.size } else { 0 };
-            stream.size =
-                send_file(&self.speaker, &format!("stream-{i}"), &path, from, &mut buffer)?;
-        }
-        Ok(())
-    }
-
-    fn await_ready(&mut self, reporter: &mut Reporter) -> Result<()> {
-        fault::point("source.sent")?;
-        loop {
-            if matches!(self.next(reporter)?, Input::Heard(Heard::Message(Message::Ready))) {
-                break;
-            }
-        }
-        reporter.mark("destination has restored");
-        fault::point("source.commit")?;
-        // Bad news that came meanwhile is the last that can stop it.
-        while let Some(input) = self.inputs.pending()? {
-            self.take_note(input, reporter);
-        }
-        Ok(())
-    }
-
     /// The next thing that the hand-over itself must do something about.
     fn next(&mut self, reporter: &mut Reporter) -> Result<Input> {
         loop {
@@ -708,163 +571,5 @@ impl Begun {
             )),
         };
         Failed::from(text)
-    }
-}
-
-/// After the commit: the destination owns the container. There is no way back from here.
-struct Committed(Begun);
-
-impl Committed {
-    /// Tells the destination, learns that it runs, and clears away what is frozen here.
-    fn finish(self, reporter: &mut Reporter) -> Result<(), Failed> {
-        let mut begun = self.0;
-        reporter.mark("committed");
-        let _ = fault::point("source.committed");
-        begun.inputs.until(FREEZE_LIMIT);
-        let running = Committed::hand_on(&mut begun, reporter);
-        if let Some(job) = begun.dump.take() {
-            // CRIU leaves the tasks as they are: frozen.
-            let _ = job.go.send(Go::Verdict(true));
-            job.join();
-        }
-        let standing = match running {
-            true => Standing::Running,
-            false if begun.left > 0 => Committed::bring_rest(&mut begun, reporter),
-            false => Committed::look_for(&begun, reporter),
-        };
-        if standing != Standing::Running {
-            begun.guard.dismiss();
-            begun.closer.close();
-            begun.work.keep();
-            let id = &begun.journal.record.container;
-            return Err(Failed::in_doubt(anyhow!(
-                "the container was handed over to {peer}, and {peer} does not answer that it runs: \
-                 its copy {what}.\nWhat is here stays frozen and unreachable.\nhint: `ferry resolve \
-                 {id}` when {peer} can be reached again; if it is gone for good, `ferry resolve {id} \
-                 --keep` lets it run on here",
-                peer = begun.journal.record.peer,
-                what = standing.describe(),
-            )));
-        }
-        if !running {
-            // What the keeper still writes to this link, nobody reads.
-            begun.closer.close();
-        }
-        let _ = fault::point("source.let-go");
-        let (keeper, hooks) = (begun.keeper.take(), begun.hooks.take());
-        let (mut packets, mut trouble) = (0, None);
-        let done = recover::source_lets_go(&mut begun.journal, || {
-            // Until packets are led elsewhere they come here, and are sent along.
-            trouble = hooks.and_then(Hooks::switched);
-            if let Some(keeper) = keeper {
-                packets = keeper.stop();
-            }
-        });
-        reporter.report.packets = packets;
-        if let Some(e) = trouble {
-            reporter.warning(&format!("{e}"));
-        }
-        let _ = fault::point("source.finish");
-        // The destination would find out by itself.
-        let _ = begun.speaker.say(&Message::Finished);
-        begun.guard.dismiss();
-        let lanes: u64 = begun.lanes.iter().map(Lane::bytes).sum();
-        reporter.report.wire_bytes = begun.speaker.bytes() + lanes;
-        drop(begun.speaker);
-        begun.closer.wait(GOODBYE_LIMIT);
-        begun.work.keep();
-        reporter.mark("cleared away here");
-        if let Err(e) = done {
-            reporter
-                .warning(&format!("it runs there, but not everything here is cleared away: {e:#}"));
-        }
-        Ok(())
-    }
-
-    /// Whether the destination has said that it runs.
-    fn hand_on(begun: &mut Begun, reporter: &mut Reporter) -> bool {
-        if let Some(Err(e)) = begun.silence.as_mut().map(Silence::begin) {
-            reporter.warning(&format!("{e}"));
-        }
-        if begun.speaker.say(&Message::Commit).is_err() {
-            return false;
-        }
-        if let Some(hooks) = &mut begun.hooks {
-            hooks.switch();
-        }
-        // Whoever has nothing left does not care.
-        let _ = begun.tell_memory(Order::Serve);
-        loop {
-            match begun.next(reporter) {
-                Ok(Input::Heard(Heard::Message(Message::Running(arrival)))) => {
-                    reporter.mark("runs there");
-                    reporter.report.frozen_ms =
-                        begun.frozen_since.map(|s| s.elapsed().as_secs_f64() * 1000.0);
-                    reporter.report.arrival = arrival.marks;
-                    // What is frozen here stays until the last page is in over there.
-                    begun.inputs.until(WHOLE_LIMIT);
-                }
-                Ok(Input::Heard(Heard::Message(Message::Whole(served)))) => {
-                    reporter.mark("all of it is there");
-                    reporter.report.served = Some(served);
-                    return true;
-                }
-                Ok(_) => {}
-                // Too late for Ctrl-C: what is decided is carried through.
-                Err(_) if std::mem::take(&mut begun.inputs.interrupted) => {
-                    reporter.warning("the container has been handed over: finishing");
-                }
-                Err(e) => {
-                    reporter.warning(&format!("{e:#}; looking for the destination"));
-                    return false;
-                }
-            }
-        }
-    }
-
-    /// The link broke while the destination runs and pages are here: brings them over new ones.
-    fn bring_rest(begun: &mut Begun, reporter: &mut Reporter) -> Standing {
-        begun.closer.close();
-        let (record, wishes) = (begun.journal.record.clone(), begun.memory_wishes.clone());
-        let queue = &begun.inputs.queue;
-        let end = rest::bring(&record, wishes, &mut |why| {
-            if let Some(why) = why {
-                reporter.warning(&format!("{why}; trying again"));
-            }
-            // Too late to give up, but nobody has to stand by: `ferry resolve` goes on with it.
-            !queue.try_iter().any(|input| matches!(input, Input::Signal(_)))
-        });
-        match end {
-            Brought::Whole(served) => {
-                reporter.mark("all of it is there");
-                reporter.report.served = served;
-                Standing::Running
-            }
-            Brought::Gone => Standing::Gone,
-            Brought::Stopped => Standing::Partial,
-        }
-    }
-
-    /// The link broke at the worst moment: asks over new ones.
-    fn look_for(begun: &Begun, reporter: &mut Reporter) -> Standing {
-        let until = Instant::now() + SETTLE_LIMIT;
-        let mut pause = Duration::from_millis(100);
-        loop {
-            match settle::ask(&begun.journal.record, Some(Verdict::Commit)) {
-                Ok(Standing::Waiting) => {}
-                Ok(standing) => return standing,
-                Err(e) if Instant::now() > until => {
-                    reporter.warning(&format!("{e:#}"));
-                    return Standing::Waiting;
-                }
-                Err(_) => {}
-            }
-            if Instant::now() > until {
-                return Standing::Waiting;
-            }
-            // Between two tries to reach a host there is nothing to wait on but time.
-            std::thread::park_timeout(pause);
-            pause = (pause * 2).min(Duration::from_secs(5));
-        }
     }
 }

@@ -1,0 +1,109 @@
+//! What the source says that it will copy, and what of it is here already.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, anyhow, bail};
+
+use super::{Input, Inputs, LAYERS_LIMIT, SILENCE};
+use crate::files::layers::validate as validate_layers;
+use crate::files::place::Target;
+use crate::files::walk::Size;
+use crate::migration::checks;
+use crate::migration::layers::{self, Coming};
+use crate::migration::protocol::{self, Message, Plan};
+use crate::migration::talk::{Heard, Speaker};
+use crate::network::problem::Problem;
+
+/// Files that are to come.
+#[derive(Debug, Default)]
+pub(super) struct Incoming {
+    /// Where the trees go.
+    pub(super) targets: Vec<Target>,
+    /// What was announced of them; first of lacking layers.
+    pub(super) sizes: Vec<Size>,
+    /// The overlay that is mounted of some.
+    pub(super) coming: Option<Coming>,
+}
+
+impl Incoming {
+    pub(super) fn is_empty(&self) -> bool {
+        self.targets.is_empty() && self.coming.is_none()
+    }
+}
+
+/// What came of it when the source told what it has.
+pub(super) enum Announced {
+    Room(Box<Incoming>),
+    Problems(Vec<Problem>),
+    /// It changed its mind.
+    Nothing,
+}
+
+/// Hears what there is to copy, looks for what is here already, and for room.
+pub(super) fn announced(
+    plan: &Plan,
+    copies: &[usize],
+    speaker: &Speaker,
+    inputs: &mut Inputs,
+    state_dir: &Path,
+) -> Result<Announced> {
+    let mut incoming = Incoming::default();
+    let (mut staged, mut lacking) = (PathBuf::new(), 0);
+    if let Some(overlay) = layers::wanted(plan, copies) {
+        let all = match inputs.next(LAYERS_LIMIT) {
+            Ok(Input::Heard(Heard::Message(Message::Layers { layers })))
+                if layers.len() == overlay.lower.len() =>
+            {
+                layers
+            }
+            Ok(_) => bail!("the source does not follow the protocol"),
+            Err(_) => return Ok(Announced::Nothing),
+        };
+        validate_layers(&all)?;
+        let place = checks::bundle_here(plan)?.0.rootfs()?;
+        match Coming::plan(plan, overlay, &place, &all, state_dir) {
+            Ok((coming, numbers)) => {
+                (staged, lacking) = (coming.store().join("layer"), numbers.len());
+                speaker.say(&Message::Lacking { layers: numbers })?;
+                incoming.coming = Some(coming);
+            }
+            Err(problem) => return Ok(Announced::Problems(vec![*problem])),
+        }
+    }
+    incoming.targets = targets(plan, copies, incoming.coming.as_ref())?;
+    incoming.sizes = match inputs.next(SILENCE) {
+        Ok(Input::Heard(Heard::Message(Message::Trees { sizes })))
+            if sizes.len() == lacking + incoming.targets.len() =>
+        {
+            sizes
+        }
+        Ok(_) => bail!("the source does not follow the protocol"),
+        Err(_) => return Ok(Announced::Nothing),
+    };
+    let places = std::iter::repeat_n(staged.as_path(), lacking);
+    let places = places.chain(incoming.targets.iter().map(|t| t.path.as_path()));
+    let problems = checks::room_for(places.zip(&incoming.sizes))?;
+    Ok(match problems.is_empty() {
+        true => Announced::Room(Box::new(incoming)),
+        false => Announced::Problems(problems),
+    })
+}
+
+/// Where the trees go.
+fn targets(plan: &Plan, copies: &[usize], coming: Option<&Coming>) -> Result<Vec<Target>> {
+    let (here, _) = checks::bundle_here(plan)?;
+    let mut targets = Vec::new();
+    for number in copies {
+        let probe = &plan.probes[*number];
+        let root = probe.place == protocol::Place::Rootfs;
+        let path = match coming.filter(|_| root) {
+            Some(coming) => coming.upper.as_ref().map(|u| u.path.clone()),
+            None => {
+                let path = probe.place.path(&here);
+                Some(path.ok_or_else(|| anyhow!("config.json does not have {}", probe.what))?)
+            }
+        };
+        targets.extend(path.map(|path| Target { path, own: root, single: probe.file }));
+    }
+    Ok(targets)
+}

@@ -1,0 +1,455 @@
+//! The destination's role: [`receive`] takes one migration in over a link.
+//!
+//! ```text
+//!            Plan              Prepare            Dumped, MemoryDone       Commit
+//!  ─────────▶ Asked ──────────▶ Preparing ───────▶ Restoring ────────────▶ Ready ─────────▶ Running
+//!               │ Refuse          │ any error        │ any error             │ Abort
+//!               ▼                 ▼                  ▼                       ▼
+//!            nothing made      all undone         all undone              all undone
+//! ```
+//!
+//! Until `Ready` a lost link means that the source runs on: everything is undone. From `Ready` on
+//! the source may have committed without our knowing: the copy is held, runs no instruction, and
+//! waits for the verdict over the link, over a later one (`Settle`), or from the operator.
+
+mod announced;
+mod ready;
+mod verdict;
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+use super::arrival::Arrival;
+use super::forward::Course;
+use super::forward::carrier::Word;
+use super::guards::PageGuard;
+use super::intake::{self, Backlog, Current, Stage};
+use super::journal::{self, Journal, Lock, Record, Role, State};
+use super::parcels::Images;
+use super::protocol::{Message, Plan, Verdict};
+use super::restore::{RestoreEvent, RestoreJob};
+use super::settle::{self, Call};
+use super::streams::Streams;
+use super::talk::{self, Heard, Speaker};
+use super::workdir::WorkDir;
+use super::{checks, forward, recover};
+use crate::files::apply::{Applied, Applying};
+use crate::files::place::{Placing, Target};
+use crate::files::tmpfs::Mounted;
+use crate::memory::serve::{Ended, Server};
+use crate::memory::staging::Staging;
+use crate::oci::runtime::Runtime;
+use crate::report::exit::Told;
+use crate::sys::fault;
+use crate::sys::memory::PAGE;
+use crate::transport::connect::{Closer, Link};
+use announced::{Announced, Incoming, announced};
+
+/// How long a source may be silent before it is given up, while it still owns the container.
+const SILENCE: Duration = Duration::from_secs(300);
+/// The same while it reads layers.
+const LAYERS_LIMIT: Duration = Duration::from_secs(900);
+/// How long the restore may take.
+const RESTORE_LIMIT: Duration = Duration::from_secs(120);
+/// Most further links.
+const MAX_LANES: usize = 64;
+
+#[derive(Debug)]
+enum Input {
+    Heard(Heard),
+    Restore(RestoreEvent),
+    Call(Call),
+    Pages(Ended),
+    /// From whoever makes copies of trees.
+    Files(Applied),
+    /// The copies are on the disk.
+    Synced,
+    /// A task waits for pages that are on the source.
+    Want(i32, u64, usize),
+    /// A further link has ended.
+    LaneEnded(String),
+    Signal(i32),
+}
+
+/// Takes one migration, or one question, in over a link.
+///
+/// # Errors
+/// When the container is not taken in; the source has been told, if it could be.
+pub fn receive(link: Link, runtime: &Runtime, state_dir: &Path) -> Result<()> {
+    let (speaker, reader, mut closer) = talk::split(link);
+    let (tell, queue) = channel();
+    let (stage, current, backlog) = (Stage::default(), Current::default(), Backlog::default());
+    let heard = tell.clone();
+    intake::listen(reader, &speaker, &stage, &current, &backlog, move |h| {
+        heard.send(Input::Heard(h)).is_ok()
+    })?;
+    let caught = tell.clone();
+    talk::catch_signals(move |signal| caught.send(Input::Signal(signal)).is_ok())?;
+    let mut inputs = Inputs { queue };
+    let place = Place { runtime, state_dir, stage, current, backlog };
+    let result = converse(&speaker, &mut inputs, &tell, &place, &closer);
+    closer.close();
+    result
+}
+
+/// Where a migration is taken in.
+struct Place<'a> {
+    runtime: &'a Runtime,
+    state_dir: &'a Path,
+    stage: Stage,
+    current: Current,
+    backlog: Backlog,
+}
+
+struct Inputs {
+    queue: Receiver<Input>,
+}
+
+impl Inputs {
+    /// The next thing that happens; the source's giving up is an error.
+    fn next(&mut self, limit: Duration) -> Result<Input> {
+        match self.queue.recv_timeout(limit) {
+            Ok(input) => judge(input),
+            Err(RecvTimeoutError::Timeout) => bail!("the source is silent"),
+            Err(RecvTimeoutError::Disconnected) => bail!("nobody is left to do it"),
+        }
+    }
+
+    /// What has happened already, without waiting.
+    fn pending(&mut self) -> Result<Option<Input>> {
+        self.queue.try_recv().ok().map(judge).transpose()
+    }
+}
+
+fn judge(input: Input) -> Result<Input> {
+    match input {
+        Input::Heard(Heard::Gone(why)) => {
+            bail!("the link to the source broke: {}", why.unwrap_or("it was closed".into()))
+        }
+        Input::Heard(Heard::Message(Message::Abort { why })) => {
+            bail!("the source gave up: {why}")
+        }
+        // Whoever asks learns from the journal when everything is undone.
+        Input::Call(Call::Verdict(Some(Verdict::Abort), _)) => bail!("the source has given up"),
+        Input::LaneEnded(why) => bail!("a further link to the source broke: {why}"),
+        Input::Files(Applied::Failed(why)) => bail!("taking files in: {why}"),
+        Input::Restore(RestoreEvent::Ended(Err(e))) => Err(e),
+        Input::Restore(RestoreEvent::Died) => bail!("CRIU was killed when it had restored"),
+        // Nothing has run yet: closing what is held lets nobody read zeros.
+        Input::Pages(Ended { result: Err(e), .. }) => Err(e),
+        Input::Signal(signal) if signal != libc::SIGHUP => {
+            bail!("interrupted by {}", talk::signal_name(signal))
+        }
+        input => Ok(input),
+    }
+}
+
+fn converse(
+    speaker: &Speaker,
+    inputs: &mut Inputs,
+    tell: &Sender<Input>,
+    place: &Place,
+    closer: &Closer,
+) -> Result<()> {
+    let Place { runtime, state_dir, stage, current, backlog } = place;
+    speaker.say(&talk::hello())?;
+    let plan = loop {
+        match inputs.next(SILENCE)? {
+            Input::Heard(Heard::Message(Message::Hello(theirs))) => talk::check_hello(&theirs)?,
+            Input::Heard(Heard::Message(Message::Plan(plan))) => break plan,
+            Input::Heard(Heard::Message(Message::Settle { migration, verdict })) => {
+                let said = match settle::answer(state_dir, &migration, verdict) {
+                    Ok(standing) => Message::Settled { standing },
+                    Err(e) => Message::Failed { phase: "settling".into(), why: format!("{e:#}") },
+                };
+                return speaker.say(&said);
+            }
+            Input::Heard(Heard::Message(
+                again @ (Message::Resume { .. } | Message::Join { .. }),
+            )) => {
+                let further = matches!(again, Message::Join { .. });
+                let (Message::Resume { migration } | Message::Join { migration }) = again else {
+                    bail!("no other message is meant here");
+                };
+                let Closer::Stdio(input, output) = closer else {
+                    bail!("this link cannot be handed on");
+                };
+                let standing = settle::hand_link(
+                    state_dir,
+                    &migration,
+                    further,
+                    input.as_fd(),
+                    output.as_fd(),
+                )?;
+                return match standing {
+                    Some(standing) => speaker.say(&Message::Settled { standing }),
+                    None => Ok(()),
+                };
+            }
+            Input::Heard(Heard::Message(Message::Forward(word))) => {
+                let (Word::Carry { id, links }, Closer::Stdio(input, output)) = (*word, closer)
+                else {
+                    bail!("this link cannot be handed on");
+                };
+                let taken = forward::away::take_link(state_dir, &id, links, input, output);
+                return taken.or_else(|e| {
+                    let why = format!("{e:#}");
+                    speaker.say(&Message::Failed { phase: "forwarding".into(), why })
+                });
+            }
+            _ => bail!("the source begins with something else than a plan"),
+        }
+    };
+    plan.validate()?;
+    let runtime =
+        Runtime::new(runtime.program().to_owned(), plan.root.clone(), plan.systemd_cgroup);
+    if !plan.check_only {
+        settle::sweep(state_dir, runtime.root(), &plan.container)?;
+    }
+    let found = checks::look(&plan, &runtime);
+    let (copies, course) = (found.copies, found.course);
+    let (fatal, warnings): (Vec<_>, Vec<_>) = found.problems.into_iter().partition(|p| p.fatal);
+    if !fatal.is_empty() {
+        return speaker.say(&Message::Refuse { problems: fatal });
+    }
+    if !plan.check_only {
+        // Before the source is told to go on: its first pages follow right after `Prepare`, and
+        // the reading thread takes them in whether or not this one has got that far.
+        let pages = usize::try_from(checks::staging_bytes(&plan))? / PAGE;
+        let fresh = Staging::new(pages)?;
+        stage.keep(fresh);
+    }
+    // Now, as the source takes its probes away when it has our answer.
+    let shared = Streams::shared(&plan.streams);
+    let accept =
+        Message::Accept { warnings, shared: shared.clone(), copies: copies.clone(), course };
+    speaker.say(&accept)?;
+    let mut incoming = Incoming::default();
+    if !copies.is_empty() {
+        match announced(&plan, &copies, speaker, inputs, state_dir)? {
+            Announced::Room(all) => incoming = *all,
+            Announced::Problems(problems) => return speaker.say(&Message::Refuse { problems }),
+            // Nothing was made.
+            Announced::Nothing => return Ok(()),
+        }
+        speaker.say(&Message::Room)?;
+    }
+    if plan.check_only {
+        // It may try the link out. It has seen enough when that ends.
+        while inputs.next(SILENCE).is_ok() {}
+        return Ok(());
+    }
+    match inputs.next(SILENCE) {
+        Ok(Input::Heard(Heard::Message(Message::Prepare))) => {}
+        Ok(_) => bail!("the source does not follow the protocol"),
+        // It changed its mind: nothing was made.
+        Err(_) => return Ok(()),
+    }
+    let guest =
+        match Guest::new(*plan, &shared, incoming, course, runtime, state_dir, backlog.clone()) {
+            Ok(guest) => guest,
+            Err(e) => {
+                let why = format!("{e:#}");
+                let told = speaker.say(&Message::Failed { phase: "preparing".into(), why }).is_ok();
+                return Err(if told { Told(e).into() } else { e });
+            }
+        };
+    guest.take_in(speaker, inputs, tell, stage, current)
+}
+
+/// A container on its way in, and all that was made for it.
+struct Guest {
+    plan: Plan,
+    runtime: Runtime,
+    journal: Journal,
+    work: WorkDir,
+    state_dir: PathBuf,
+    network: Arrival,
+    restore: Option<RestoreJob>,
+    server: Option<Server>,
+    /// Pages are being installed; told when they are all in.
+    serving: bool,
+    pages: Option<Ended>,
+    guard: Option<PageGuard>,
+    streams: Streams,
+    /// What is copied.
+    incoming: Incoming,
+    /// Whoever makes the copies.
+    applying: Option<Applying>,
+    tmpfs: Option<Mounted>,
+    images: Images,
+    lanes: Vec<UnixStream>,
+    backlog: Backlog,
+    phase: &'static str,
+    began: Instant,
+    marks: Vec<(String, f64)>,
+    /// Pages that stay on the source until after the commit.
+    left: u64,
+    /// The link to the source works, as far as is known.
+    link: bool,
+    _lock: Lock,
+}
+
+impl Guest {
+    fn new(
+        plan: Plan,
+        shared: &[usize],
+        incoming: Incoming,
+        course: Course,
+        runtime: Runtime,
+        state_dir: &Path,
+        backlog: Backlog,
+    ) -> Result<Guest> {
+        let lock = Lock::take(state_dir, runtime.root(), &plan.container)?;
+        let work = WorkDir::create(&plan.migration)?;
+        let streams = Streams::open(&plan, shared)?;
+        let record = Record {
+            migration: plan.migration.clone(),
+            container: plan.container.clone(),
+            role: Role::Destination,
+            peer: plan.source.clone(),
+            destination: None,
+            runtime: runtime.program().to_owned(),
+            root: plan.root.clone(),
+            systemd_cgroup: plan.systemd_cgroup,
+            cgroup: None,
+            init: None,
+            network_path: plan.network_place(),
+            network_identity: None,
+            network_ours: plan.network.is_some() && plan.placement != "keep",
+            leave_mark: false,
+            placing: placing(&plan, &incoming)?,
+            forward: forward::Note::of_destination(&plan, course),
+            remove: Vec::new(),
+            unmount: None,
+            work: work.path().to_owned(),
+            worker: journal::this_process(),
+            begun: journal::unix_time(),
+        };
+        let journal = Journal::create(state_dir, record)?;
+        let images = Images::new(work.images());
+        Ok(Guest {
+            plan,
+            runtime,
+            journal,
+            work,
+            state_dir: state_dir.to_owned(),
+            network: Arrival::default(),
+            restore: None,
+            server: None,
+            serving: false,
+            pages: None,
+            guard: None,
+            streams,
+            incoming,
+            applying: None,
+            tmpfs: None,
+            images,
+            lanes: Vec::new(),
+            backlog,
+            phase: "preparing",
+            began: Instant::now(),
+            marks: Vec::new(),
+            left: 0,
+            link: true,
+            _lock: lock,
+        })
+    }
+
+    fn mark(&mut self, name: &str) {
+        let ms = self.began.elapsed().as_secs_f64() * 1000.0;
+        self.marks.push((name.into(), (ms * 1000.0).round() / 1000.0));
+    }
+
+    /// From `Prepare` to the end.
+    fn take_in(
+        mut self,
+        speaker: &Speaker,
+        inputs: &mut Inputs,
+        tell: &Sender<Input>,
+        stage: &Stage,
+        current: &Current,
+    ) -> Result<()> {
+        let ready = self.until_ready(speaker, inputs, tell, stage);
+        let verdict = match ready {
+            Ok(()) => self.await_verdict(speaker, inputs),
+            Err(e) => {
+                let failed = Message::Failed { phase: self.phase.into(), why: format!("{e:#}") };
+                // Undone first: a second try must find the place free. The source does not wait
+                // for us, it runs on when it hears, or when the link is cut.
+                let undone = self.undo();
+                let told = speaker.say(&failed).is_ok();
+                return undone.and(Err(if told { Told(e).into() } else { e }));
+            }
+        };
+        match verdict {
+            Verdict::Abort => self.undo(),
+            Verdict::Commit => self.run(speaker.clone(), inputs, tell, stage, current),
+        }
+    }
+
+    fn dismiss_guard(&mut self) {
+        if let Some(guard) = self.guard.take() {
+            guard.dismiss();
+        }
+    }
+
+    /// The container runs: waits for its last pages, and leaves.
+    fn settle_in(mut self) -> Result<()> {
+        if let Some(job) = self.restore.take() {
+            job.join();
+        }
+        std::mem::take(&mut self.network).settle();
+        let _ = fault::point("destination.finish");
+        drop(self.tmpfs.take());
+        let cleared = checks::clear_mark(&self.plan, &self.runtime, &self.state_dir);
+        let came_back = cleared.as_ref().is_ok_and(|was| *was);
+        let kept = recover::settle_files(&self.journal.record, came_back);
+        // What could not be done stays open, for `ferry resolve` to try again.
+        let written = kept.and_then(|()| self.journal.write(State::Finished));
+        self.dismiss_guard();
+        written.and(cleared.map(|_| ()))
+    }
+
+    /// Nothing of it stays here.
+    fn undo(mut self) -> Result<()> {
+        let _ = fault::point("destination.undo");
+        // Nothing more is written to what is taken away.
+        drop(self.applying.take());
+        // CRIU may be waiting for pages that will never come: with nobody to ask it gives up.
+        drop(self.server.take());
+        if let Some(job) = self.restore.take() {
+            job.join();
+        }
+        drop(std::mem::take(&mut self.network));
+        drop(self.tmpfs.take());
+        self.streams.undo();
+        let undone = recover::destination_discards(&mut self.journal);
+        self.dismiss_guard();
+        undone
+    }
+}
+
+/// Where copies are staged and put, and what else has to be made for them.
+fn placing(plan: &Plan, incoming: &Incoming) -> Result<Placing> {
+    if incoming.is_empty() {
+        return Ok(Placing::default());
+    }
+    let (_, there) = checks::bundle_here(plan)?;
+    let config = (!there).then(|| plan.bundle.join("config.json"));
+    let mut targets = incoming.targets.clone();
+    let coming = incoming.coming.as_ref();
+    // Last, as nothing is announced of it: it comes to its place as it is staged, empty.
+    let work = coming.and_then(|c| c.upper.as_ref()).map(|u| u.work.clone());
+    targets.extend(work.map(|path| Target { path, own: true, single: false }));
+    let placing = Placing::plan(&plan.migration, &targets, config.as_slice())?;
+    Ok(match coming {
+        Some(coming) => placing.with_overlay(coming.mounting.clone(), coming.staged()),
+        None => placing,
+    })
+}

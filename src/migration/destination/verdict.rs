@@ -1,0 +1,276 @@
+//! What becomes of the copy that is held, and how it is let run.
+
+use std::sync::mpsc::{RecvTimeoutError, Sender};
+
+use anyhow::Result;
+
+use super::ready::want;
+use super::{Guest, Input, Inputs, RESTORE_LIMIT, SILENCE};
+use crate::memory::serve::{Ended, Served};
+use crate::migration::intake::{self, Current, Stage};
+use crate::migration::journal::State;
+use crate::migration::protocol::{self, Message, Standing, Verdict};
+use crate::migration::restore::{Go, RestoreEvent};
+use crate::migration::settle::Call;
+use crate::migration::talk::{self, Heard, Speaker};
+use crate::sys::fault;
+use crate::transport::connect;
+use crate::transport::frame::{Frame, Run};
+
+impl Guest {
+    /// Restored and held: the source decides, however long it takes.
+    pub(super) fn await_verdict(&mut self, speaker: &Speaker, inputs: &mut Inputs) -> Verdict {
+        loop {
+            let input = match inputs.queue.recv_timeout(SILENCE) {
+                Ok(input) => input,
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => return Verdict::Abort,
+            };
+            match input {
+                Input::Heard(Heard::Message(Message::Commit)) => return Verdict::Commit,
+                Input::Heard(Heard::Message(Message::Abort { .. })) => return Verdict::Abort,
+                Input::Heard(Heard::Frame(Frame::Packet(bytes))) => {
+                    // A damaged one is the sender's timer's business.
+                    let _ = self.network.keep(&bytes);
+                }
+                Input::Call(Call::Verdict(Some(verdict), reply)) => {
+                    let standing = match verdict {
+                        Verdict::Commit => Standing::Running,
+                        Verdict::Abort => Standing::Gone,
+                    };
+                    // Told before it is so: from here on it can only come true or, with this
+                    // process, be undone. The source asks again before it lets go of anything.
+                    let _ = reply.send(if verdict == Verdict::Commit {
+                        Standing::Waiting
+                    } else {
+                        standing
+                    });
+                    return verdict;
+                }
+                Input::Call(Call::Verdict(None, reply)) => {
+                    let _ = reply.send(Standing::Waiting);
+                }
+                Input::Pages(Ended { result: Ok(served), held }) => {
+                    self.pages = Some(Ended { result: Ok(served), held });
+                }
+                // Its memory cannot be put into it; there is nothing that could run.
+                Input::Pages(Ended { result: Err(e), .. }) => {
+                    let phase = self.phase.to_owned();
+                    let _ = speaker.say(&Message::Failed { phase, why: format!("{e:#}") });
+                    return Verdict::Abort;
+                }
+                // The copy has died while it was held; there is nothing to run any more.
+                Input::Restore(RestoreEvent::Ended(_) | RestoreEvent::Died) => {
+                    let why = "the restored copy was killed while it waited".to_owned();
+                    let phase = self.phase.to_owned();
+                    let _ = speaker.say(&Message::Failed { phase, why });
+                    return Verdict::Abort;
+                }
+                Input::Want(vpid, at, pages) => drop(want(speaker, vpid, at, pages)),
+                // A later link, or the operator, brings the verdict.
+                Input::Heard(Heard::Gone(_)) => self.link = false,
+                // A signal is no verdict either.
+                Input::Heard(_)
+                | Input::Restore(_)
+                | Input::Signal(_)
+                | Input::LaneEnded(_)
+                | Input::Files(_)
+                | Input::Synced
+                | Input::Call(Call::Link(..) | Call::Lane(..)) => {}
+            }
+        }
+    }
+
+    /// It is ours: opens the fence, lets it run, tells everybody. No way back.
+    pub(super) fn run(
+        mut self,
+        mut speaker: Speaker,
+        inputs: &mut Inputs,
+        tell: &Sender<Input>,
+        stage: &Stage,
+        current: &Current,
+    ) -> Result<()> {
+        self.mark("commit");
+        let _ = fault::point("destination.commit");
+        if let Err(e) = self.journal.note(State::Committed) {
+            // The source's journal has it on disk: whoever asks there learns the same.
+            tracing::error!("{e:#}");
+        }
+        // From here on what was made is the container's: no error may take it away again but one
+        // that says that there is no container.
+        self.streams.keep();
+        let _ = fault::point("destination.committed");
+        // If it has ended, that stands in the queue.
+        let _ = self.tell_restore(Go::Verdict(true));
+        let mut link = self.link;
+        let mut served = self.pages.take().and_then(|ended| ended.result.ok());
+        // As long as the latest link is ours to use, whoever brought it waits.
+        let mut brought = None;
+        let (mut running, mut ended) = (false, false);
+        let mut finished = false;
+        // Files that were copied, on the disk.
+        let mut synced = self.incoming.is_empty();
+        while !(running && ended && synced && served.is_some() && (finished || !link)) {
+            match inputs.queue.recv_timeout(RESTORE_LIMIT) {
+                Ok(Input::Restore(RestoreEvent::Released(opened))) => {
+                    self.network.open(opened);
+                    self.mark("fence open");
+                    let _ = fault::point("destination.open");
+                }
+                Ok(Input::Restore(RestoreEvent::AtResume)) => {
+                    self.mark("sockets alive");
+                    self.network.replay();
+                    let _ = self.tell_restore(Go::Resume);
+                }
+                Ok(Input::Restore(RestoreEvent::Running)) => {
+                    running = true;
+                    self.mark("running");
+                    let _ = fault::point("destination.running");
+                    self.network.replay();
+                    self.network.announce();
+                    let arrival = protocol::Arrival {
+                        pid: self.journal.record.init.map_or(0, |i| i.0),
+                        marks: self.marks.clone(),
+                        packets: self.network.replayed,
+                    };
+                    link &= speaker.say(&Message::Running(Box::new(arrival))).is_ok();
+                    if !synced {
+                        self.sync(tell);
+                    }
+                    if let Some(served) = served.filter(|_| synced) {
+                        link &= self.say_whole(&speaker, served);
+                    }
+                }
+                Ok(Input::Synced) => {
+                    synced = true;
+                    if let Some(served) = served.filter(|_| running) {
+                        link &= self.say_whole(&speaker, served);
+                    }
+                }
+                Ok(Input::Pages(Ended { result: Ok(all), .. })) => {
+                    served = Some(all);
+                    if running && synced {
+                        link &= self.say_whole(&speaker, all);
+                    }
+                }
+                Ok(Input::Want(vpid, at, pages)) => {
+                    link &= want(&speaker, vpid, at, pages).is_ok();
+                }
+                Ok(Input::Call(Call::Link(input, output, held))) => {
+                    tracing::info!("the source is back over a new link");
+                    let heard = tell.clone();
+                    let hear = move |h| heard.send(Input::Heard(h)).is_ok();
+                    let backlog = &self.backlog;
+                    let taken = connect::adopt(input, output).and_then(|new| {
+                        let (other, reader, _) = talk::split(new);
+                        intake::listen(reader, &other, stage, current, backlog, hear)?;
+                        Ok(other)
+                    });
+                    match taken {
+                        Ok(other) => speaker = other,
+                        Err(e) => {
+                            // It hears nothing, and comes again.
+                            tracing::error!("the new link to the source: {e:#}");
+                            continue;
+                        }
+                    }
+                    drop(brought.replace(held));
+                    link = match served {
+                        Some(served) if running && synced => self.say_whole(&speaker, served),
+                        _ => say_missing(&speaker, stage).is_ok(),
+                    };
+                }
+                Ok(Input::Pages(Ended { result: Err(e), held })) => {
+                    let failed = e.context("not all of its memory can be put into the container");
+                    let why = format!("{failed:#}");
+                    // Ended while whoever misses a page still waits for it.
+                    let undone = self.undo();
+                    drop(held);
+                    let _ = speaker.say(&Message::Failed { phase: "starting".into(), why });
+                    undone?;
+                    return Err(failed);
+                }
+                Ok(Input::Restore(RestoreEvent::Ended(result))) => {
+                    ended = true;
+                    if let Err(e) = result
+                        && !running
+                    {
+                        let failed = e.context("the copy died after the commit");
+                        let why = format!("{failed:#}");
+                        // First of all so that nobody takes what is left of it for a container
+                        // that runs. The source still has it, frozen.
+                        let undone = self.undo();
+                        let _ = speaker.say(&Message::Failed { phase: "starting".into(), why });
+                        undone?;
+                        return Err(failed);
+                    }
+                }
+                Ok(Input::Heard(Heard::Frame(Frame::Packet(bytes)))) => {
+                    let _ = self.network.keep(&bytes);
+                    if running {
+                        self.network.replay();
+                    }
+                }
+                Ok(Input::Heard(Heard::Message(Message::Finished))) => finished = true,
+                Ok(Input::Heard(Heard::Gone(_))) => link = false,
+                Ok(Input::Call(Call::Verdict(_, reply))) => {
+                    let now = match (running, served.is_some() && synced) {
+                        (true, true) => Standing::Running,
+                        (true, false) if self.left > 0 => Standing::Partial,
+                        _ => Standing::Waiting,
+                    };
+                    let _ = reply.send(now);
+                }
+                Ok(_) => {}
+                // Pages that are still on the source may take as long as they like.
+                Err(_) if served.is_none() && self.left > 0 => {}
+                Err(_) => link = false,
+            }
+        }
+        drop(brought);
+        self.settle_in()
+    }
+
+    /// Brings the copies to the disk, while the container runs.
+    fn sync(&self, tell: &Sender<Input>) {
+        let (placing, tell) = (self.journal.record.placing.clone(), tell.clone());
+        let work = move || {
+            if let Err(e) = placing.sync() {
+                // The container runs on them all the same; the journal's own disk may be another.
+                tracing::error!("what was copied may not be on the disk: {e:#}");
+            }
+            let _ = tell.send(Input::Synced);
+        };
+        // Without a thread of its own, it takes this one's time.
+        let threaded = std::thread::Builder::new().name("sync".into()).spawn(work.clone());
+        if threaded.is_err() {
+            work();
+        }
+    }
+
+    /// Tells the source that what is frozen there is needed no more; whether it could be told. The
+    /// journal knows it first: who asks later must not be told otherwise.
+    fn say_whole(&mut self, speaker: &Speaker, served: Served) -> bool {
+        self.mark("whole");
+        // The source may remove its files: what is here must outlast a loss of power by then.
+        let noted = match self.incoming.is_empty() {
+            true => self.journal.note(State::Whole),
+            false => self.journal.write(State::Whole),
+        };
+        if let Err(e) = noted {
+            tracing::error!("{e:#}");
+        }
+        speaker.say(&Message::Whole(served)).is_ok()
+    }
+}
+
+/// Tells a source that is back what is missing here.
+fn say_missing(speaker: &Speaker, stage: &Stage) -> Result<()> {
+    let missing = stage.missing()?;
+    let mut pages = 0;
+    for (vpid, at, n) in missing {
+        speaker.run(Run::Want, vpid, at, n)?;
+        pages += n as u64;
+    }
+    speaker.say(&Message::Missing { pages })
+}

@@ -1,0 +1,160 @@
+//! The container stands still: what it is and what is left of it goes to the destination.
+
+use std::io::{BufWriter, Write};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, anyhow};
+
+use super::{Begun, EMPTY_IMAGE, FREEZE_LIMIT, REMAPS};
+use crate::files::{tmpfs, tree};
+use crate::memory::pages;
+use crate::migration::ask::Input;
+use crate::migration::carry::Order;
+use crate::migration::dump::{DumpEvent, Go};
+use crate::migration::early::Early;
+use crate::migration::haul::{self, HaulEvent};
+use crate::migration::keeper::Keeper;
+use crate::migration::parcels::{SpeakerFile, send_file};
+use crate::migration::protocol::Message;
+use crate::migration::talk::Heard;
+use crate::migration::{descriptors, recover};
+use crate::report::progress::Reporter;
+use crate::sys::{fault, process};
+use crate::transport::frame;
+
+impl Begun {
+    pub(super) fn freeze(&mut self, reporter: &mut Reporter) -> Result<()> {
+        fault::point("source.freeze")?;
+        recover::leave_mark(&self.journal)?;
+        self.inputs.until(FREEZE_LIMIT);
+        self.obey_limit();
+        let rounds = &reporter.report.rounds;
+        // Rounds of less tell nothing of the link.
+        let telling = rounds.iter().rev().find(|r| r.wire_bytes > 1 << 20);
+        let rate = telling.map(|r| r.wire_bytes as f64 * 1000.0 / r.ms.max(1.0));
+        self.inputs.feel_pulse(&self.speaker, rate);
+        self.speaker.say(&Message::Freezing)?;
+        descriptors::warm(&self.subject.cgroup.processes()?);
+        self.early = Some(Early::start(self.work.images(), self.speaker.clone())?);
+        self.go(Go::Freeze)?;
+        loop {
+            if let Input::Dump(DumpEvent::Frozen { since, network, came }) = self.next(reporter)? {
+                self.frozen_since = Some(since);
+                reporter.mark_at("freeze", since);
+                reporter.mark("frozen, fence closed");
+                if let Some(network) = network {
+                    let (_, capture) = *network;
+                    self.keeper = Some(Keeper::start(capture, came, self.speaker.clone())?);
+                }
+                break;
+            }
+        }
+        self.tell_haul(haul::Order::Frozen);
+        self.tell_memory(Order::Frozen)
+    }
+
+    pub(super) fn tell_memory(&self, order: Order) -> Result<()> {
+        let memory = self.memory.as_ref().ok_or_else(|| anyhow!("memory is not being sent"))?;
+        memory.orders.send(order).map_err(|_| anyhow!("memory is not being sent any more"))
+    }
+
+    pub(super) fn dump(&mut self, reporter: &mut Reporter) -> Result<()> {
+        fault::point("source.dump")?;
+        // While CRIU works.
+        recover::note_sockets(&self.journal.record, &self.subject.cgroup.processes()?)?;
+        let (mut dumped, mut hauled) = (false, self.haul.is_none());
+        while !(dumped && hauled) {
+            match self.next(reporter)? {
+                Input::Dump(DumpEvent::Dumped) => {
+                    reporter.mark("dumped");
+                    dumped = true;
+                }
+                Input::Files(HaulEvent::Done) => {
+                    reporter.mark("last file is sent");
+                    hauled = true;
+                }
+                _ => {}
+            }
+        }
+        // An open file that has lost the name it was opened by, and has another one, gets one more
+        // of CRIU's for the restore. That has happened while the last files went.
+        let remaps = std::fs::metadata(self.work.images().join(REMAPS));
+        if remaps.is_ok_and(|m| m.len() > EMPTY_IMAGE) && self.tell_haul(haul::Order::Named) {
+            while !matches!(self.next(reporter)?, Input::Files(HaulEvent::Done)) {}
+            reporter.mark("names that CRIU gave are sent");
+        }
+        Ok(())
+    }
+
+    pub(super) fn transfer(&mut self, reporter: &mut Reporter) -> Result<()> {
+        fault::point("source.transfer")?;
+        self.tell_memory(Order::Dumped)?;
+        self.send_streams(true)?;
+        self.send_tmpfs()?;
+        let tasks = pages::tasks(&self.subject.cgroup.processes()?)?;
+        let sent = self.early.as_mut().map(Early::end).transpose()?.unwrap_or_default();
+        let mut buffer = vec![0; frame::MAX_FILE_PIECE];
+        for entry in std::fs::read_dir(self.work.images())? {
+            let entry = entry?;
+            let name = entry.file_name();
+            if sent.contains(&name) {
+                continue;
+            }
+            let name = name.to_str().ok_or_else(|| anyhow!("an image file with a strange name"))?;
+            send_file(&self.speaker, name, &entry.path(), 0, &mut buffer)?;
+        }
+        recover::keep_sockets(&self.journal.record)?;
+        self.speaker.say(&Message::Dumped { tasks: tasks.iter().map(|t| t.vpid).collect() })?;
+        reporter.mark("images are sent");
+        Ok(())
+    }
+
+    /// The contents of the tmpfs mounts that CRIU leaves to us, as they are after it has made its
+    /// link remaps.
+    fn send_tmpfs(&self) -> Result<()> {
+        let root = PathBuf::from(format!("/proc/{}/root", self.subject.state.pid));
+        for (i, one) in self.subject.plan.tmpfs.iter().enumerate() {
+            // The container may have put something in the way since it was looked at.
+            let place = tmpfs::open_in(&root, &one.place)
+                .with_context(|| format!("opening the tmpfs {}", one.place))?;
+            let (speaker, pace) = (&self.speaker, &self.memory_wishes.pace);
+            let file = SpeakerFile { speaker, name: format!("tmpfs-{i}"), at: 0, pace };
+            let mut out = BufWriter::with_capacity(frame::MAX_FILE_PIECE, file);
+            tree::pack(&process::path_of(&place), &mut out)
+                .with_context(|| format!("reading the tmpfs {}", one.place))?;
+            out.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Logs outside the container: all of it before the freeze, in the freeze what came since.
+    pub(super) fn send_streams(&mut self, rest: bool) -> Result<()> {
+        let mut buffer = vec![0; frame::MAX_FILE_PIECE];
+        for (i, stream) in self.subject.plan.streams.iter_mut().enumerate() {
+            if !stream.sent {
+                continue;
+            }
+            let path = PathBuf::from(format!("/proc/{}/fd/{i}", self.subject.state.pid));
+            let from = if rest { stream.size } else { 0 };
+            stream.size =
+                send_file(&self.speaker, &format!("stream-{i}"), &path, from, &mut buffer)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn await_ready(&mut self, reporter: &mut Reporter) -> Result<()> {
+        fault::point("source.sent")?;
+        loop {
+            if matches!(self.next(reporter)?, Input::Heard(Heard::Message(Message::Ready))) {
+                break;
+            }
+        }
+        reporter.mark("destination has restored");
+        fault::point("source.commit")?;
+        // Bad news that came meanwhile is the last that can stop it.
+        while let Some(input) = self.inputs.pending()? {
+            self.take_note(input, reporter);
+        }
+        Ok(())
+    }
+}
