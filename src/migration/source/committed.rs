@@ -61,20 +61,22 @@ impl Committed {
         let _ = fault::point("source.let-go");
         let (keeper, hooks) = (begun.keeper.take(), begun.hooks.take());
         let (mut packets, mut trouble) = (0, None);
+        let speaker = &begun.speaker;
         let done = recover::source_lets_go(&mut begun.journal, || {
             // Until packets are led elsewhere they come here, and are sent along.
             trouble = hooks.and_then(Hooks::switched);
             if let Some(keeper) = keeper {
                 packets = keeper.stop();
             }
+            // Nothing more comes from here: the destination's end and ours need not wait for each
+            // other. Without the word it would find out by itself.
+            let _ = speaker.say(&Message::Finished);
         });
         reporter.report.packets = packets;
         if let Some(e) = trouble {
             reporter.warning(&format!("{e}"));
         }
         let _ = fault::point("source.finish");
-        // The destination would find out by itself.
-        let _ = begun.speaker.say(&Message::Finished);
         begun.guard.dismiss();
         let lanes: u64 = begun.lanes.iter().map(Lane::bytes).sum();
         reporter.report.wire_bytes = begun.speaker.bytes() + lanes;
