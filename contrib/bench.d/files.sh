@@ -81,6 +81,8 @@ files_run() { # CASE RUN
         --slurpfile moved "$scratch/report" --slurpfile window "$scratch/window" '
         $moved[0] as $m | $m.files[0] as $first | $m.files[-1] as $last | {
             files: $files, run: $run, downtime_ms: $window[0].worst_pause_ms, frozen_ms: $m.frozen_ms,
+            pause_began_ms: $window[0].worst_pause_began_ms,
+            freeze_began_ms: ($m.source | map(select(.name == "freeze")) | .[0].at_ms),
             total_ms: $m.total_ms, entries: $first.entries, bytes: $first.bytes,
             copy_s: ($first.ms / 1000), rsync_s: $rsync,
             last_round: $last, connections_lost: $window[0].connections_lost,

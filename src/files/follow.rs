@@ -20,7 +20,7 @@ use std::ffi::{CString, OsStr, OsString};
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -585,7 +585,7 @@ impl<W: Write> Look<'_, W> {
             self.described.insert(path.to_vec());
             Kind::Directory
         } else if kind.is_symlink() {
-            Kind::Symlink(fs::read_link(full)?.as_os_str().as_bytes().to_vec())
+            Kind::Symlink(target(full)?.into_os_string().into_vec())
         } else if kind.is_char_device() {
             Kind::Character(meta.rdev())
         } else if kind.is_block_device() {
@@ -686,6 +686,15 @@ fn stamp(seen: &Seen, window: Duration) -> Option<(i64, i64, u64)> {
     let changed = Duration::new(seen.changed.0.try_into().ok()?, seen.changed.1 as u32);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
     (changed + window < now).then_some((seen.changed.0, seen.changed.1, seen.size))
+}
+
+/// Where a symbolic link leads.
+fn target(link: &Path) -> io::Result<PathBuf> {
+    fs::read_link(link).map_err(|e| match e.raw_os_error() {
+        // It is no link any more.
+        Some(libc::EINVAL) => io::ErrorKind::NotFound.into(),
+        _ => e,
+    })
 }
 
 fn vanished(e: &anyhow::Error) -> bool {

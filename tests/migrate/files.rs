@@ -169,14 +169,14 @@ fn volumes(lab: &Lab) -> Outcome {
     let said = a.ferry(&["migrate", "--dry-run", "--volume", "/vol=copy", "box", "b"])?.exits(0)?;
     ensure!(said.out.contains("bind mount /vol: copied, 5 MiB"), "no forecast: {said}");
     ensure!(b.sh("ls -A /srv/local")?.is_empty(), "a dry run has made something");
-    // No faster than is allowed.
+    // No faster than is allowed, but for what may go at once and the last piece, 20 ms of it each.
     let line = ["migrate", "--json", "--bandwidth", "20M", "--volume", "/vol=copy", "box", "b"];
     let said = a.ferry(&line)?.exits(0)?;
     let report = said.out.lines().last().unwrap_or_default();
     let report: serde_json::Value = serde_json::from_str(report).map_err(|e| e.to_string())?;
     let first = &report["files"][0];
     let ms = first["bytes"].as_f64().unwrap_or(0.0) / 20e6 * 1000.0;
-    ensure!(ms > 200.0 && first["ms"].as_f64().unwrap_or(0.0) > ms * 0.9, "{report}");
+    ensure!(ms > 200.0 && first["ms"].as_f64().unwrap_or(0.0) > ms - 40.0, "{report}");
     exactly_one_copy(&container, &b, &a)?;
     has_checked(&mut probe)
 }
