@@ -84,13 +84,13 @@ pub fn take_link(
 /// When it does not come up.
 pub fn spawn(directory: &Path, taps: Vec<(String, Tap)>) -> Result<()> {
     let (socket, theirs) = scm::seqpacket_pair()?;
-    super::home::start(directory, "away", theirs.into())?;
+    super::process::start(directory, "away", theirs.into())?;
     for (name, tap) in &taps {
         use std::os::fd::AsRawFd;
         scm::send(&socket, name.as_bytes(), &[tap.as_fd().as_raw_fd()])?;
     }
     drop(socket);
-    super::home::await_start(directory)
+    super::process::await_start(directory)
 }
 
 /// What the holder's threads share.

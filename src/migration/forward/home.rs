@@ -1,8 +1,7 @@
-//! The host that has the address: the process that forwards, and whoever starts it again.
+//! The host that has the address: the process that forwards.
 
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -12,119 +11,21 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use super::carrier::{self, Carrier, DEAD, PULSE, Word};
 use super::control::{self, Answer, Ask, Status};
-use super::{HOME, Home, NETWORK, home_at, make_directory, remove_directory, write};
+use super::process::dismantle;
+use super::way::{reached_by, through, way};
+use super::{HOME, Home, NETWORK, home_at, remove_directory, write};
 use crate::migration::keeper;
 use crate::migration::protocol::Message;
 use crate::migration::talk::{Heard, Speaker};
 use crate::network::forward::{self, Ear, Wire};
 use crate::network::translated::{self, Translated};
-use crate::network::{self, NetworkImage};
-use crate::sys::netns::{self, NetNs};
-use crate::sys::process::{self, wait_readable};
+use crate::sys::netns::NetNs;
+use crate::sys::process::wait_readable;
 use crate::transport::connect::{Closer, Cutter, Destination};
 use crate::transport::frame::Frame;
 
-/// How long a process may take to come up.
-const START: Duration = Duration::from_secs(10);
 /// Between two tries to reach the other host, at first and at most.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
-/// A process that ends sooner than this after its start is not started again at once.
-const HASTE: Duration = Duration::from_secs(1);
-/// Most hosts through which another one is reached.
-const MAX_HOPS: usize = 2;
-
-/// Keeps the container's network for what is to come, and starts the process that forwards.
-///
-/// # Errors
-/// When it cannot be made; nothing is left then.
-pub fn establish(
-    id: &str,
-    container: &str,
-    namespace: &NetNs,
-    image: &NetworkImage,
-) -> Result<PathBuf> {
-    let directory = make_directory(id)?;
-    let done = (|| {
-        netns::bind_named(namespace, &directory.join(NETWORK))
-            .context("cannot keep the container's network")?;
-        let links: Vec<String> = image.outward().map(|(_, l)| l.name.clone()).collect();
-        let addresses = image.outward().flat_map(|(_, l)| &l.addresses);
-        let told = |a: &&network::image::Address| !forward::is_link_local(a.local);
-        let addresses = addresses.filter(told).map(|a| a.local.to_string()).collect();
-        let home = Home {
-            id: id.to_owned(),
-            container: container.to_owned(),
-            addresses,
-            links,
-            active: None,
-            since: crate::migration::journal::unix_time(),
-            until_idle: None,
-            shell: None,
-        };
-        write(&directory, HOME, &home)?;
-        spawn(&directory)
-    })();
-    if done.is_err() {
-        remove_directory(&directory);
-    }
-    done.map(|()| directory)
-}
-
-/// Starts the process that forwards, and waits until it can be asked.
-///
-/// # Errors
-/// When it does not come up.
-pub fn spawn(directory: &Path) -> Result<()> {
-    start(directory, "home", Stdio::null())?;
-    await_start(directory)
-}
-
-/// Starts one of the processes of a forwarding, in a session of its own.
-pub(super) fn start(directory: &Path, what: &str, input: Stdio) -> Result<Child> {
-    let mut command = Command::new("/proc/self/exe");
-    command.args(["__guard", "forward", what]).arg(directory);
-    command.stdin(input).stdout(Stdio::null()).stderr(Stdio::null()).current_dir("/");
-    process::in_new_session(&mut command);
-    command.spawn().context("cannot start the process that forwards")
-}
-
-/// Waits until it answers.
-pub(super) fn await_start(directory: &Path) -> Result<()> {
-    let until = Instant::now() + START;
-    while control::status(directory).is_none() {
-        if Instant::now() > until {
-            bail!("the process that forwards does not come up");
-        }
-        // It tells nobody when it has made its socket.
-        std::thread::park_timeout(Duration::from_millis(5));
-    }
-    Ok(())
-}
-
-/// What was kept goes: no kernel answers for the container here any more.
-pub(super) fn dismantle(directory: &Path) {
-    if let Ok(namespace) = NetNs::open(&directory.join(NETWORK)) {
-        for problem in network::dismantle(&namespace, None, None).err().unwrap_or_default() {
-            tracing::warn!("removing the kept network: {problem}");
-        }
-    }
-    remove_directory(directory);
-}
-
-/// `ferry __guard forward home DIRECTORY`: starts the process that works again when it dies.
-///
-/// # Errors
-/// When it cannot be started.
-pub fn supervise(directory: &Path) -> Result<()> {
-    loop {
-        let began = Instant::now();
-        let status = start(directory, "work", Stdio::null())?.wait()?;
-        if status.success() || home_at(directory).is_err() {
-            return Ok(());
-        }
-        std::thread::park_timeout(HASTE.saturating_sub(began.elapsed()));
-    }
-}
 
 /// What the threads share.
 struct Forwarder {
@@ -658,116 +559,5 @@ impl Forwarder {
                 }
             }
         }
-    }
-}
-
-/// A host that another one has named, reached as the operator here does it: the other one chooses no
-/// command that is run here or there.
-fn reached_by(
-    shell: Option<&(Vec<String>, String)>,
-    destination: Destination,
-) -> Result<Destination> {
-    let (Destination::Shell { host, port, .. }, Some((rsh, remote_ferry))) = (destination, shell)
-    else {
-        bail!("only a remote shell leads from the container's home to another host");
-    };
-    let plain = |c: char| c.is_ascii_alphanumeric() || "._-@:%".contains(c);
-    if host.is_empty() || host.len() > 255 || host.starts_with('-') || !host.chars().all(plain) {
-        bail!("{host:?} is no host's name");
-    }
-    Ok(Destination::Shell { host, port, rsh: rsh.clone(), remote_ferry: remote_ferry.clone() })
-}
-
-/// How a host is reached, for people.
-fn way(destination: &Destination) -> String {
-    match destination {
-        Destination::Shell { host, rsh, .. } => match hops(rsh).last() {
-            Some(over) => format!("{host} (through {over})"),
-            None => host.clone(),
-        },
-        other => other.to_string(),
-    }
-}
-
-/// Stands between a host that is gone through and the shell that goes on from there; a shell takes it
-/// for nothing.
-const MARK: &str = "FERRY_THROUGH=1";
-
-/// The hosts on the way, from what [`through`] has made.
-fn hops(rsh: &[String]) -> Vec<&str> {
-    let marked = rsh.windows(3).filter(|w| w[1] == "env" && w[2] == MARK);
-    marked.map(|w| w[0].as_str()).collect()
-}
-
-/// The way to `to` through the host `over`: the remote shell there runs the one that goes on. None
-/// where there is no shell, or the chain would be too long.
-fn through(over: &Destination, to: &Destination) -> Option<Destination> {
-    let Destination::Shell { host: first, port, rsh, .. } = over else { return None };
-    let Destination::Shell { host, port: to_port, rsh: next, remote_ferry } = to else {
-        return None;
-    };
-    if hops(rsh).len() + 1 >= MAX_HOPS {
-        return None;
-    }
-    let mut command = rsh.clone();
-    if let Some(port) = port {
-        command.extend(["-p".into(), port.to_string()]);
-    }
-    command.push(first.clone());
-    // The first shell's other end takes words apart again.
-    command.extend(["env".into(), MARK.into()]);
-    command.extend(next.iter().map(|w| quoted(w)));
-    Some(Destination::Shell {
-        host: host.clone(),
-        port: *to_port,
-        rsh: command,
-        remote_ferry: remote_ferry.clone(),
-    })
-}
-
-fn quoted(word: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@%+,".contains(c);
-    match !word.is_empty() && word.chars().all(plain) {
-        true => word.to_owned(),
-        false => format!("'{}'", word.replace('\'', r"'\''")),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn shell(host: &str, rsh: &[&str]) -> Destination {
-        Destination::Shell {
-            host: host.into(),
-            port: None,
-            rsh: rsh.iter().map(|w| (*w).to_owned()).collect(),
-            remote_ferry: "ferry".into(),
-        }
-    }
-
-    #[test]
-    fn another_host_names_a_host_and_no_command() {
-        let own = (vec!["ssh".to_owned()], "ferry".to_owned());
-        let named = reached_by(Some(&own), shell("root@c", &["sh", "-c", "evil"])).unwrap();
-        assert_eq!(named, shell("root@c", &["ssh"]));
-        for bad in ["", "-oProxyCommand=evil", "c evil", "c;evil"] {
-            assert!(reached_by(Some(&own), shell(bad, &["ssh"])).is_err(), "{bad}");
-        }
-        assert!(reached_by(Some(&own), Destination::Unix("/x".into())).is_err());
-        assert!(reached_by(None, shell("c", &["ssh"])).is_err());
-    }
-
-    #[test]
-    fn the_way_through_a_host_is_one_command_and_not_longer() {
-        let b = shell("b", &["ssh"]);
-        let c = through(&b, &shell("c", &["ssh", "-o", "A B"])).unwrap();
-        let Destination::Shell { host, rsh, .. } = &c else { panic!("{c:?}") };
-        assert_eq!(host, "c");
-        assert_eq!(rsh.join(" "), "ssh b env FERRY_THROUGH=1 ssh -o 'A B'");
-        assert_eq!(way(&c), "c (through b)");
-        assert_eq!(way(&b), "b");
-        assert_eq!(through(&c, &shell("d", &["ssh"])), None);
-        assert_eq!(through(&Destination::Unix("/x".into()), &b), None);
     }
 }

@@ -20,7 +20,9 @@ pub mod away;
 pub mod carrier;
 pub mod control;
 pub mod home;
+pub mod process;
 pub mod steps;
+mod way;
 
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;
@@ -429,7 +431,7 @@ pub fn end(id: &str, idle: Option<Duration>) -> Result<&'static str> {
         } else if home_at(&directory).is_ok() {
             if control::ask(&directory, &Ask::End { dismantle: true }).is_err() {
                 // Nobody is there to do it.
-                home::dismantle(&directory);
+                process::dismantle(&directory);
             }
             said =
                 Some("its address is not forwarded any more, and this host does not answer for it");
@@ -452,7 +454,7 @@ pub fn revive(id: &str) -> Result<Option<&'static str>> {
     let mut said = None;
     for directory in of_container(id) {
         if home_at(&directory).is_ok() && control::status(&directory).is_none() {
-            home::spawn(&directory)?;
+            process::spawn(&directory)?;
             said = Some("its address is forwarded again");
         }
     }
@@ -468,7 +470,7 @@ pub fn process(what: &str, directory: &Path) -> Result<()> {
         bail!("{} is no forwarding's directory", directory.display());
     }
     match what {
-        "home" => home::supervise(directory),
+        "home" => process::supervise(directory),
         "work" => home::work(directory),
         "away" => away::hold(directory),
         _ => bail!("the guard is for ferry itself"),

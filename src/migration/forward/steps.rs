@@ -7,7 +7,8 @@ use anyhow::{Context, Result};
 
 use super::control::{self, Ask};
 use super::{
-    AWAY, Away, NETWORK, Note, Part, away, directory, home, make_directory, remove_directory, write,
+    AWAY, Away, NETWORK, Note, Part, away, directory, make_directory, process, remove_directory,
+    write,
 };
 use crate::migration::journal::Record;
 use crate::migration::protocol::Plan;
@@ -42,7 +43,7 @@ pub fn check(plan: &Plan, note: &Note, destination: &Destination) -> Result<()> 
 pub fn establish(record: &Record, namespace: &NetNs, image: &NetworkImage) -> Result<bool> {
     let Some(note) = &record.forward else { return Ok(false) };
     if note.part == Part::Leaves {
-        home::establish(&note.id, &record.container, namespace, image)?;
+        process::establish(&note.id, &record.container, namespace, image)?;
     }
     fault::point("forward.established")?;
     Ok(matches!(note.part, Part::Leaves | Part::MovesOn))
