@@ -286,7 +286,7 @@ pub struct MemoryArgs {
     #[arg(long, value_name = "N", default_value_t = 10,
         value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub max_rounds: u32,
-    /// Memory and files take no more of the link than this: 100Mbit, 20M [default: all they can get]
+    /// Memory, and files while it runs, take no more of the link: 100Mbit, 20M [default: all they can]
     #[arg(long, value_name = "RATE", value_parser = bandwidth)]
     pub bandwidth: Option<u64>,
     /// Compression: whatever is quickest (auto), zstd, lz4 or none

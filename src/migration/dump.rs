@@ -218,7 +218,10 @@ fn job(
                     // CRIU has thawed the group once every task was seized. From here on they stand
                     // still even if CRIU is killed.
                     plan.cgroup.tell_freeze()?;
-                    if let Some(Err(e)) = vouching.take().and_then(|v| v.join().ok()) {
+                    let seen = vouching.take().map_or(Ok(()), |vouching| {
+                        vouching.join().unwrap_or_else(|_| Err(anyhow!("the thread has died")))
+                    });
+                    if let Err(e) = seen {
                         wrong = Some(e);
                         session.answer(false)?;
                         continue;

@@ -42,7 +42,12 @@ fn uses_host(bundle: &Bundle, host: &NetNs) -> Result<bool> {
 ///
 /// # Errors
 /// When it cannot go, or nobody has said which addresses are its own.
-pub fn look(bundle: &Bundle, cgroup: &Cgroup, wishes: &Wishes) -> Result<Option<Floating>> {
+pub fn look(
+    bundle: &Bundle,
+    init: i32,
+    cgroup: &Cgroup,
+    wishes: &Wishes,
+) -> Result<Option<Floating>> {
     let host = NetNs::current()?;
     if !uses_host(bundle, &host)? {
         if let Some(wish) = wishes.move_address.first() {
@@ -54,6 +59,16 @@ pub fn look(bundle: &Bundle, cgroup: &Cgroup, wishes: &Wishes) -> Result<Option<
             .into());
         }
         return Ok(None);
+    }
+    // Without a namespace in its configuration it has that of whoever has started it.
+    let real = NetNs::open(Path::new(&format!("/proc/{init}/ns/net")))?;
+    if real.identity()? != host.identity()? {
+        return Err(Problem::new(
+            "the container is in a network namespace that is neither its own nor this host's",
+            "config.json names none, so it has that in which it was started",
+        )
+        .hint("name it in config.json's linux.namespaces: its path is in /run/netns")
+        .into());
     }
     let own = sockets_of(cgroup)?;
     if wishes.move_address.is_empty() {

@@ -175,7 +175,9 @@ impl Carrier {
             let processes = self.cgroup.processes()?;
             compared.extend(inodes::open_for_writing(&processes, &mut self.merged)?);
         }
-        let (speaker, pace) = (&self.speaker, &self.pace);
+        let (speaker, unlimited) = (&self.speaker, Pace::default());
+        // The container stands still as long as the last of it takes.
+        let pace = if last { &unlimited } else { &self.pace };
         let file = SpeakerFile { speaker, name: STREAM.into(), at: self.at, pace };
         let mut out = BufWriter::with_capacity(frame::MAX_FILE_PIECE, file);
         let (mut sent, mut told, mut told_at) = (self.sent, self.sent, began);

@@ -162,7 +162,7 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
     })?;
     let mut probes = Vec::new();
     let streams = streams(state.pid, &bundle, wishes, &mut probes)?;
-    let floating = floating::look(&bundle, &cgroup, wishes)?;
+    let floating = floating::look(&bundle, state.pid, &cgroup, wishes)?;
     let (network, loopback) = match floating {
         Some(_) => (None, None),
         None => network(&bundle, state.pid)?,

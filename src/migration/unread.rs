@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use super::mend::each_socket;
 use crate::network::Capture;
-use crate::network::frames::Frame;
+use crate::network::frames::{Frame, ROOM};
 use crate::network::problem::{Problem, Trying};
 use crate::network::sockets::Lookout;
 use crate::network::unread::{Homes, once};
@@ -40,8 +40,6 @@ impl Came {
         cgroup: &Cgroup,
     ) -> Result<Came, Problem> {
         let began = Instant::now();
-        let mut caught = Vec::new();
-        while capture.read(&mut caught).trying(|| "cannot read what comes in".into())? > 0 {}
         // UDP may lose: no reason to stay.
         let unread = match lookout.unread() {
             Ok(ports) if ports.is_empty() => Vec::new(),
@@ -51,7 +49,19 @@ impl Came {
                 Vec::new()
             }
         };
-        once(&mut caught, &unread);
+        // Some of it may have been caught as well, before the fence was closed. However much comes
+        // now, that is among what the kernel had room for.
+        let mut caught = Vec::new();
+        if !unread.is_empty() {
+            let (mut room, mut seen) = (ROOM as usize, 0);
+            while room > 0
+                && capture.read(&mut caught).trying(|| "cannot read what comes in".into())? > 0
+            {
+                let fresh: usize = caught[seen..].iter().map(|frame| frame.bytes.len()).sum();
+                (room, seen) = (room.saturating_sub(fresh), caught.len());
+            }
+            once(&mut caught, &unread);
+        }
         tracing::debug!(
             "{} datagrams wait in sockets, {} frames were caught: {} us",
             unread.len(),

@@ -24,7 +24,7 @@ pub const MAX_FRAME: usize = 65_535 + ETHERNET;
 const MIN_FRAME: usize = ETHERNET + 1;
 const ETHERNET: usize = 14;
 /// Room in the kernel for frames not read yet, bytes.
-const ROOM: i32 = 32 << 20;
+pub const ROOM: i32 = 32 << 20;
 /// Frames handed out by one [`Capture::read`], so that the reader can do something else between.
 const BATCH: usize = 256;
 const ETH_P_ALL: u16 = 3;

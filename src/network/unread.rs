@@ -4,6 +4,8 @@
 //! can take the same way as those that came during the freeze: [`Replay`](super::replay::Replay)
 //! gives them to the sockets on the other host.
 
+use std::cell::Cell;
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 
 use super::announce::{checksum, ethernet};
@@ -133,11 +135,15 @@ fn datagram(frame: &Frame) -> Option<(SocketAddr, SocketAddr, &[u8])> {
 /// Takes out of `caught` what is in `unread` already: what came when frames were being caught and the
 /// fence was not closed yet, and is in the container's sockets.
 pub fn once(caught: &mut Vec<Frame>, unread: &[Frame]) {
+    let mut twins: HashMap<_, Cell<usize>> = HashMap::new();
     for one in unread.iter().filter_map(datagram) {
-        if let Some(twin) = caught.iter().position(|frame| datagram(frame) == Some(one)) {
-            caught.remove(twin);
-        }
+        *twins.entry(one).or_default().get_mut() += 1;
     }
+    let twins = &twins;
+    caught.retain(|frame| {
+        let left = datagram(frame).and_then(|one| twins.get(&one)).filter(|left| left.get() > 0);
+        left.map(|left| left.set(left.get() - 1)).is_none()
+    });
 }
 
 #[cfg(test)]

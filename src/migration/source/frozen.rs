@@ -14,6 +14,7 @@ use crate::migration::dump::{DumpEvent, Go};
 use crate::migration::early::Early;
 use crate::migration::haul::{self, HaulEvent};
 use crate::migration::keeper::Keeper;
+use crate::migration::pace::Pace;
 use crate::migration::parcels::{SpeakerFile, send_file};
 use crate::migration::protocol::Message;
 use crate::migration::talk::Heard;
@@ -117,7 +118,8 @@ impl Begun {
             // The container may have put something in the way since it was looked at.
             let place = tmpfs::open_in(&root, &one.place)
                 .with_context(|| format!("opening the tmpfs {}", one.place))?;
-            let (speaker, pace) = (&self.speaker, &self.memory_wishes.pace);
+            // The container stands still meanwhile.
+            let (speaker, pace) = (&self.speaker, &Pace::default());
             let file = SpeakerFile { speaker, name: format!("tmpfs-{i}"), at: 0, pace };
             let mut out = BufWriter::with_capacity(frame::MAX_FILE_PIECE, file);
             tree::pack(&process::path_of(&place), &mut out)
