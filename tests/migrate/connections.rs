@@ -10,7 +10,7 @@ use crate::common::container::{ADDRESS, Container};
 use crate::common::facts::{exactly_one_copy, pair};
 use crate::common::lab::{Host, LONG, Lab};
 use crate::common::probe::{Probe, Talk};
-use crate::common::suite::in_lab;
+use crate::common::suite::{self, in_lab};
 use crate::common::wire::Wire;
 use crate::common::{Outcome, ensure};
 
@@ -20,7 +20,7 @@ const MOST_KIB: u64 = 64 << 10;
 
 /// The suite.
 pub fn trials() -> Vec<Trial> {
-    let full = std::env::var_os("FERRY_FULL").is_some_and(|v| v == "1");
+    let full = suite::full();
     let (each, all) = if full { (200, 10_000) } else { (10, 2_000) };
     vec![
         in_lab("connections::every_kind", LIMIT, move |lab| every_kind(lab, each)),

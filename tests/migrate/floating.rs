@@ -11,7 +11,7 @@ use crate::common::facts::{exactly_one_copy, facts, pair};
 use crate::common::lab::{Host, Lab, SHORT};
 use crate::common::probe::Probe;
 use crate::common::process::{Output, Running, until, write_script};
-use crate::common::suite::in_lab;
+use crate::common::suite::{self, in_lab};
 use crate::common::wire::Wire;
 use crate::common::{Outcome, ensure};
 
@@ -90,7 +90,9 @@ fn serve(host: &Host, at: &str) -> Outcome<Running> {
 /// Ends it, and waits until the kernel has forgotten it.
 fn end(host: &Host, server: Running, port: u16) -> Outcome {
     drop(server);
-    host.exec(&["pkill", "neighbour"])?;
+    host.sh(&format!(
+        "kill $(ss -Hltnp 'sport = :{port}' | grep -o 'pid=[0-9]*' | cut -d= -f2 | sort -u)"
+    ))?;
     until("the server is gone", SHORT, || {
         let left = host.sh(&format!(
             "ss -Htnl 'sport = :{port}'; ss -Htn state established 'sport = :{port}'"
@@ -331,9 +333,7 @@ fn after_failures(lab: &Lab) -> Outcome {
     let always = [("destination.ready:kill", 1), ("source.committed:kill", 137)];
     let full =
         [("destination.network:error", 1), ("source.commit:error", 1), ("dump.dumped:kill", 137)];
-    let full =
-        full.into_iter().filter(|_| std::env::var_os("FERRY_FULL").is_some_and(|v| v == "1"));
-    for (fault, code) in full.chain(always) {
+    for (fault, code) in full.into_iter().filter(|_| suite::full()).chain(always) {
         let script = format!("#!/bin/sh\nexport FERRY_FAULT={fault}; exec ferry \"$@\"\n");
         write_script(&a.path(faulty)?, &script)?;
         let (here, there) = match fault.starts_with("destination") {
@@ -392,6 +392,13 @@ fn refused(lab: &Lab) -> Outcome {
         ensure!(begun.is_empty(), "something had begun: {begun:?}");
         moved(lab, &a, &b)
     };
+    // Somebody's network, but neither its own nor the host's.
+    a.sh("ip netns add lost
+          ip netns exec lost ferry run -d -b /srv/shared/box lost </dev/null >/dev/null 2>&1")?;
+    let said =
+        a.ferry(&["migrate", &format!("--move-address={ip}@eth0"), "lost", "b"])?.exits(3)?;
+    ensure!(said.err.contains("neither its own nor this host's"), "{said}");
+    a.sh("ferry delete --force lost && ip netns del lost")?;
     // The error teaches the option, of addresses that are in use.
     let mut probe = Probe::to(lab, &format!("{}:7000", bare(&ip)), CONNECTIONS)?;
     let option = format!("--move-address {ip}@eth0");
