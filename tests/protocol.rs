@@ -62,7 +62,7 @@ fn all_messages() -> Vec<Message> {
         Message::Prepare,
         Message::Prepared,
         Message::Freezing,
-        Message::Dumped { tasks: vec![1, 7] },
+        Message::Dumped { tasks: vec![1, 7], connections: 3 },
         Message::Echo { number: 3 },
         Message::MemoryDone { left: 7 },
         Message::Ready,

@@ -443,7 +443,7 @@ fn resolve_source(
         (State::Begun | State::Ready, None | Some(true)) => {
             // The destination may hold a copy that waits; if it cannot be told now it can ask us.
             let _ = settle::ask(&journal.record, Some(Verdict::Abort));
-            recover::source_runs_on(journal)?;
+            recover::source_runs_on(journal, None)?;
             Ok("it runs on here")
         }
         (State::Begun | State::Ready, Some(false)) => Err(Failed::refused(anyhow!(
@@ -453,7 +453,7 @@ fn resolve_source(
             journal.record.container
         ))),
         (_, Some(true)) => {
-            recover::source_runs_on(journal)?;
+            recover::source_runs_on(journal, None)?;
             Ok("it runs on here, by your word that the other host does not run it")
         }
         (_, Some(false)) => {

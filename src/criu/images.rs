@@ -1,12 +1,15 @@
-//! The image files that Ferry reads: which pages of which task CRIU left to us.
+//! The image files that Ferry reads: which pages of which task CRIU left to us, and which descriptors
+//! a task has.
 //!
 //! `pagemap-<pid>.img`: u32 LE magics `0x54564319`, `0x56084025`, then records of a u32 length and
 //! a protobuf message; first `pagemap_head {1: pages_id}`, then `pagemap_entry {1: vaddr,
 //! 2: compat_nr_pages, 4: flags, 5: nr_pages}`; CRIU 4.1 and older count in field 2.
-//! Source: CRIU images/pagemap.proto, criu/include/magic.h.
+//! `ids-<pid>.img`: one record, in which field 2 is the number of a table of descriptors;
+//! `fdinfo-<table>.img`: a record `fdinfo_entry {1: file, 2: flags, 3: type, 4: fd}` for each.
+//! Source: CRIU images/pagemap.proto, core.proto, fdinfo.proto, criu/include/magic.h.
 
 use anyhow::{Result, anyhow, bail};
-use protobuf::CodedInputStream;
+use protobuf::{CodedInputStream, CodedOutputStream};
 
 /// Pages of the entry lie in the pages image.
 pub const PE_PRESENT: u32 = 1 << 2;
@@ -16,6 +19,10 @@ pub const PE_LAZY: u32 = 1 << 1;
 const MAGIC: [u32; 2] = [0x5456_4319, 0x5608_4025];
 /// A pagemap with more entries than this is refused: 16 million separate runs of pages.
 const MAX_ENTRIES: usize = 1 << 24;
+
+const COMMON: u32 = 0x5456_4319;
+const IDS: u32 = 0x5443_2030;
+const FDINFO: u32 = 0x5621_3732;
 
 /// A run of pages in a task's pagemap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +79,67 @@ pub fn parse_pagemap(bytes: &[u8]) -> Result<(u32, Vec<PagemapEntry>)> {
         }
     }
     Ok((pages_id, entries))
+}
+
+/// The number of a task's table of descriptors, out of its `ids` image.
+///
+/// # Errors
+/// When it is not one, or cut short.
+pub fn parse_table(bytes: &[u8]) -> Result<u32> {
+    let mut rest = after_magics(bytes, IDS)?;
+    let record = fields(take_record(&mut rest)?)?;
+    let table = record.iter().find(|field| field.0 == 2);
+    table.map(|field| field.1 as u32).ok_or_else(|| anyhow!("a task without descriptors"))
+}
+
+/// The image of a table of descriptors, with more of them: each of `numbers`, rising, is another one of
+/// what `like` stands for.
+///
+/// # Errors
+/// When it is none, or cut short, has no `like`, or has one of the numbers already.
+pub fn with_descriptors(bytes: &[u8], like: i32, numbers: &[i32]) -> Result<Vec<u8>> {
+    let mut rest = after_magics(bytes, FDINFO)?;
+    let (mut all, mut pattern) = (Vec::new(), None);
+    while !rest.is_empty() {
+        let record = take_record(&mut rest)?;
+        let entry = fields(record)?;
+        let field = |number| entry.iter().find(|f| f.0 == number).map(|f| f.1);
+        let number = field(4).ok_or_else(|| anyhow!("a descriptor without a number"))? as i32;
+        if number == like {
+            pattern = field(1).zip(field(3));
+        }
+        all.push((number, record.to_vec()));
+    }
+    let (file, kind) = pattern.ok_or_else(|| anyhow!("there is no descriptor {like}"))?;
+    for &number in numbers {
+        let mut record = Vec::new();
+        let mut out = CodedOutputStream::vec(&mut record);
+        for (field, value) in [(1, file), (2, 0), (3, kind), (4, number as u64)] {
+            out.write_uint64(field, value)?;
+        }
+        out.flush()?;
+        drop(out);
+        all.push((number, record));
+    }
+    // CRIU puts them in order; it is quick where they are.
+    all.sort_by_key(|(number, _)| *number);
+    if all.windows(2).any(|two| two[0].0 == two[1].0) {
+        bail!("two descriptors of one number");
+    }
+    let mut whole = [COMMON, FDINFO].map(u32::to_le_bytes).concat();
+    for (_, record) in all {
+        whole.extend((record.len() as u32).to_le_bytes());
+        whole.extend(record);
+    }
+    Ok(whole)
+}
+
+fn after_magics(bytes: &[u8], kind: u32) -> Result<&[u8]> {
+    let mut rest = bytes;
+    if [take_u32(&mut rest)?, take_u32(&mut rest)?] != [COMMON, kind] {
+        bail!("an image of another kind");
+    }
+    Ok(rest)
 }
 
 fn take_u32(rest: &mut &[u8]) -> Result<u32> {
@@ -149,6 +217,35 @@ mod tests {
             assert_eq!(entries[0], PagemapEntry { vaddr: 0x1000, pages: 3, flags: PE_LAZY });
             assert_eq!(entries[1].pages, 1);
         }
+    }
+
+    #[test]
+    fn descriptors_are_added_in_order() {
+        // As CRIU writes them: standard input, a listening socket, an epoll.
+        let entry = |file: u8, flags: u8, kind: u8, number: u8| {
+            [8, 0, 0, 0, 0x08, file, 0x10, flags, 0x18, kind, 0x20, number].to_vec()
+        };
+        let head = [COMMON, FDINFO].map(u32::to_le_bytes).concat();
+        let old = [head.clone(), entry(1, 0, 1, 0), entry(2, 1, 4, 5), entry(3, 1, 7, 9)].concat();
+        let new = with_descriptors(&old, 9, &[4, 7, 12]).unwrap();
+        let wanted = [
+            entry(1, 0, 1, 0),
+            entry(3, 0, 7, 4),
+            entry(2, 1, 4, 5),
+            entry(3, 0, 7, 7),
+            entry(3, 1, 7, 9),
+            entry(3, 0, 7, 12),
+        ];
+        assert_eq!(new, [vec![head], wanted.to_vec()].concat().concat());
+        assert!(with_descriptors(&old, 9, &[5]).is_err());
+        assert!(with_descriptors(&old, 8, &[4]).is_err());
+        for cut in 0..old.len() {
+            let _ = with_descriptors(&old[..cut], 0, &[4]);
+        }
+        let ids = [COMMON, IDS].map(u32::to_le_bytes).concat();
+        let ids = [ids, vec![4, 0, 0, 0, 0x08, 1, 0x10, 77]].concat();
+        assert_eq!(parse_table(&ids).unwrap(), 77);
+        assert!(parse_table(&old).is_err() && parse_table(&ids[..10]).is_err());
     }
 
     #[test]

@@ -28,9 +28,11 @@ use rust_criu::rust_criu_protobuf::rpc::{
     Criu_network_lock_method, Criu_page_server_info, Criu_req, Ext_mount_map,
 };
 
+use super::connections::{Lifted, Lifting};
 use super::descriptors::MAX_NAMELESS;
 use super::lull::await_lull;
 use super::mend::Noted;
+use super::talk::Speaker;
 use super::unread::Came;
 use super::watched;
 use super::workdir::criu_failed;
@@ -66,6 +68,8 @@ pub enum DumpEvent {
         /// What had come before, and which of it is in the container's sockets.
         came: Came,
     },
+    /// Connections were taken out of the tasks, and are on their way.
+    Lifted(Lifted),
     /// All images are written: say the verdict.
     Dumped,
     /// It is over. An error before `Dumped` means that there is nothing to restore from.
@@ -73,10 +77,10 @@ pub enum DumpEvent {
 }
 
 /// What the hand-over tells the dump. A dropped sender means the same as `Verdict(false)`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Go {
-    /// Freeze.
-    Freeze,
+    /// Freeze, and take these connections out of the tasks before CRIU sees them.
+    Freeze(Option<Box<Lifting>>),
     /// The container belongs to the destination, or (`false`) stays.
     Verdict(bool),
 }
@@ -109,6 +113,8 @@ pub struct DumpPlan {
     pub interposer: Interposer,
     /// Whether CRIU is told that all epolls are well: it has to be true.
     pub vouched: bool,
+    /// Tells the destination of connections.
+    pub speaker: Speaker,
 }
 
 /// A dump under way.
@@ -202,16 +208,24 @@ fn job(
             Event::Notify(notify) => match notify.script.as_str() {
                 "pre-dump" => {
                     tell(DumpEvent::AtFreeze);
-                    if !matches!(orders.recv(), Ok(Go::Freeze)) {
+                    let Ok(Go::Freeze(lifting)) = orders.recv() else {
                         session.answer(false)?;
                         continue;
-                    }
+                    };
                     let done = stop(plan, &noted);
-                    session.answer(done.is_ok())?;
+                    // What has many connections begins with them, and CRIU waits.
+                    if lifting.is_none() || done.is_err() {
+                        session.answer(done.is_ok())?;
+                    }
                     let (since, network, came) = done?;
-                    vouching = plan.vouched.then(|| vouch(&plan.cgroup)).transpose()?;
                     fault::point("dump.frozen")?;
                     tell(DumpEvent::Frozen { since, network, came });
+                    if let Some(lifting) = lifting {
+                        let lifted = lifting.lift(&plan.cgroup, &plan.speaker);
+                        session.answer(lifted.is_ok())?;
+                        tell(DumpEvent::Lifted(lifted?));
+                    }
+                    vouching = plan.vouched.then(|| vouch(&plan.cgroup)).transpose()?;
                     fault::point("dump.fenced")?;
                 }
                 "post-dump" => {

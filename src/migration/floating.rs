@@ -152,9 +152,16 @@ pub fn arm(
     note(work, &stay)?;
     let interfaces = floating.interfaces(Side::Source);
     let capture = Capture::of_addresses(&host, &interfaces, floating.addresses())?;
+    Ok((stay.arm(&host)?, capture, lookout(floating, cgroup)?))
+}
+
+/// Looks for sockets that are the container's among this host's.
+///
+/// # Errors
+/// When it cannot be made.
+pub fn lookout(floating: &Floating, cgroup: &Cgroup) -> Result<Lookout> {
     let only = Only { addresses: floating.addresses(), inodes: sockets_of(cgroup)? };
-    let lookout = Lookout::among(&host, only)?;
-    Ok((stay.arm(&host)?, capture, lookout))
+    Ok(Lookout::among(&NetNs::current()?, only)?)
 }
 
 /// Through which the source's own frames come in again, when the container stays.

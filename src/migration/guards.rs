@@ -6,6 +6,7 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result};
 
+use super::connections::Vault;
 use super::journal::Journal;
 use crate::memory::serve::GUARD_QUIT;
 use crate::sys::{process, scm};
@@ -16,14 +17,15 @@ pub struct SourceGuard {
 }
 
 impl SourceGuard {
-    /// Starts it.
+    /// Starts it. Its standard output is where the vault's contents come out.
     ///
     /// # Errors
     /// When there can be no process.
-    pub fn spawn(journal: &Journal) -> Result<SourceGuard> {
+    pub fn spawn(journal: &Journal, vault: &Vault) -> Result<SourceGuard> {
         let mut command = Command::new("/proc/self/exe");
         command.arg("__guard").arg(journal.path());
-        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.stdin(Stdio::piped()).stderr(Stdio::null());
+        command.stdout(vault.exit().try_clone_to_owned()?);
         process::in_new_session(&mut command);
         Ok(SourceGuard { child: command.spawn().context("cannot start the guard process")? })
     }

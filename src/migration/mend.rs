@@ -37,6 +37,8 @@ const PARASITE: &str = "/memfd:CRIUMFD";
 const PARASITE_PEER: &[u8] = b"/crtools-pr-";
 /// CRIU borrows the first bytes of the first executable mapping to make system calls.
 const BORROWED: usize = 64;
+/// How long tasks that are held may take to be frozen.
+const FREEZE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a thread of a frozen task may take to be seen standing.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -89,8 +91,8 @@ impl Noted {
         serde_json::from_slice(&fs::read(work.join(FILE)).ok()?).ok()
     }
 
-    /// Puts the tasks back to where they stood, and lets the control group, which is frozen, run.
-    /// `work` is CRIU's work directory.
+    /// Puts the tasks of a frozen control group back to where they stood; it stays frozen. `work` is
+    /// CRIU's work directory.
     ///
     /// # Errors
     /// What could not be put back; the rest was.
@@ -113,6 +115,7 @@ impl Noted {
                 trouble.note(&step, process.clear(thread, work));
             }
         }
+        trouble.note("freezing the container again", cgroup.freeze(FREEZE_TIMEOUT));
         drop(held);
         trouble.into_result()
     }
@@ -167,7 +170,7 @@ impl NotedProcess {
                     continue;
                 }
                 if from < low {
-                    thread.call(at, libc::SYS_munmap, [from, low - from, 0])?;
+                    thread.call(at, libc::SYS_munmap, [from, low - from])?;
                 }
                 if could != may {
                     let arguments = [low, high - low, protection(could)];
@@ -176,11 +179,11 @@ impl NotedProcess {
                 from = high;
             }
             if from < end {
-                thread.call(at, libc::SYS_munmap, [from, end - from, 0])?;
+                thread.call(at, libc::SYS_munmap, [from, end - from])?;
             }
         }
         for number in descriptors_of_criu(self.pid, work)? {
-            thread.call(at, libc::SYS_close, [number as u64, 0, 0])?;
+            thread.call(at, libc::SYS_close, [number as u64])?;
         }
         Ok(())
     }

@@ -14,9 +14,11 @@
 //!   ══ files, round by round ═════════════▶  staged (◀ Applied); in their places after Copied
 //!   ══ pages, round by round ═════════════▶  staged
 //!   ◀────────────────────────── Prepared ──                              source, running
+//!   ── Connections ───────────────────────▶  sockets for them (only where there are many)
+//!   ◀─────────────────────────── Awaited ──                              source, running
 //!   ── Freezing ──────────────────────────▶                              source, frozen
 //!   ══ pages, packets ════════════════════▶
-//!   ══ image files ═══════════════════════▶
+//!   ══ image files, connections ══════════▶
 //!   ── Dumped ────────────────────────────▶  restore begins
 //!   ── MemoryDone ────────────────────────▶  pages are installed
 //!   ◀───────────────────────────── Ready ──  restored, no instruction run; source, frozen
@@ -40,6 +42,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::connections::Coming;
 use super::forward::carrier::Word;
 use super::forward::{Course, Plans};
 use super::workdir;
@@ -56,7 +59,7 @@ use crate::oci::bundle::Bundle;
 use crate::transport::frame;
 
 /// Version of this protocol: both sides must speak the same one.
-pub const PROTOCOL: u32 = 4;
+pub const PROTOCOL: u32 = 5;
 
 /// Most image files of one checkpoint.
 pub const MAX_FILES: usize = 100_000;
@@ -121,6 +124,17 @@ pub enum Message {
     /// To the destination: what will change in the trees before the freeze is little: bring them to
     /// their places. The source owns the container.
     Copied,
+    /// To the destination: connections that will come beside the images. The source owns the
+    /// container.
+    Connections {
+        /// At most [`BATCH`](super::connections::BATCH).
+        list: Vec<Coming>,
+    },
+    /// To the source: they are expected. The source owns the container.
+    Awaited {
+        /// By their places among all that were announced: those that cannot be taken.
+        lacking: Vec<u32>,
+    },
     /// To the destination: the freeze begins; images come in some tens of milliseconds. The source
     /// owns the container.
     Freezing,
@@ -129,6 +143,8 @@ pub enum Message {
     Dumped {
         /// The container's tasks, as it numbers them.
         tasks: Vec<i32>,
+        /// How many connections have come beside the images.
+        connections: usize,
     },
     /// Both ways, at any time: sent back as it came. Says nothing about who owns the container.
     Echo {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::away::AwayMark;
+use super::connections::{self, Vault};
 use super::floating::Noted as Addresses;
 use super::journal::{Journal, Record, Role, State};
 use super::mend::{self, Noted};
@@ -20,6 +21,7 @@ use crate::files::sockets::Spares;
 use crate::memory::serve::{GUARD_DONE, GUARD_QUIT};
 use crate::network::hook::Phase;
 use crate::network::{self, HostSide, fence};
+use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
 use crate::sys::netns::{self, NetNs};
 use crate::sys::process;
@@ -60,11 +62,12 @@ impl Trouble {
     }
 }
 
-/// The source, before the commit: the container runs on as if nothing had happened.
+/// The source, before the commit: the container runs on as if nothing had happened. `vault`: where its
+/// connections are, if they were taken out of it.
 ///
 /// # Errors
 /// Says which steps failed; the others were done.
-pub fn source_runs_on(journal: &mut Journal) -> Result<()> {
+pub fn source_runs_on(journal: &mut Journal, vault: Option<&Vault>) -> Result<()> {
     let mut trouble = Trouble::default();
     let record = journal.record.clone();
     forward::source_stays(&record, journal.state() == State::Committed);
@@ -78,6 +81,11 @@ pub fn source_runs_on(journal: &mut Journal) -> Result<()> {
         // A CRIU that was killed leaves the tasks running, with their sockets in repair mode. Mending
         // wants them to stand still; if they cannot, they run on as they are.
         if cgroup.freeze(Duration::from_secs(2)).is_ok() {
+            let work = record.work.join("work");
+            if let Some(noted) = Noted::read(&work) {
+                trouble.note("mending what CRIU worked in", noted.put_back(cgroup, &work));
+            }
+            put_back(&record, vault, true, &mut trouble);
             mend::sockets(cgroup);
         }
     }
@@ -99,12 +107,8 @@ pub fn source_runs_on(journal: &mut Journal) -> Result<()> {
         let _ = side.map(|(side, host)| side.announce(&host));
     }
     if let Some(cgroup) = cgroup {
-        let work = record.work.join("work");
-        if let Some(noted) = Noted::read(&work) {
-            trouble.note("mending what CRIU worked in", noted.put_back(cgroup, &work));
-        }
         trouble.note("thawing the container", cgroup.thaw());
-        if work.join(CRIU_PID).exists() {
+        if record.work.join("work").join(CRIU_PID).exists() {
             mend::mappings(cgroup);
         }
     }
@@ -116,6 +120,24 @@ pub fn source_runs_on(journal: &mut Journal) -> Result<()> {
     undone?;
     workdir::remove(&record.work);
     journal.write(State::Aborted)
+}
+
+/// The source, when it is not known that the destination runs: what is frozen here is whole again, for
+/// the operator to let it run. Its connections stay silent.
+///
+/// # Errors
+/// Says what could not be put back.
+pub fn source_keeps(record: &Record, vault: &Vault) -> Result<()> {
+    let mut trouble = Trouble::default();
+    put_back(record, Some(vault), false, &mut trouble);
+    trouble.into_result()
+}
+
+fn put_back(record: &Record, vault: Option<&Vault>, wake: bool, trouble: &mut Trouble) {
+    if let (Some(vault), Some(cgroup)) = (vault, &record.cgroup) {
+        let done = connections::put_back(vault, cgroup, &record.work, wake);
+        trouble.note("putting connections back", done);
+    }
 }
 
 /// Notes the unix sockets whose names the destination will bind anew: before anything is done with
@@ -420,6 +442,10 @@ pub fn destination_keeps(journal: &mut Journal) -> Result<()> {
     if let Some(addresses) = Addresses::of(&record) {
         addresses.keep(&mut trouble);
     }
+    // He may not have come to waking the connections that he had made.
+    if let Some(cgroup) = restored_init(&record).and_then(|(pid, _)| Cgroup::of_process(pid).ok()) {
+        mend::sockets(&cgroup);
+    }
     if let Some(note) = &record.forward {
         forward::destination_keeps(note);
     }
@@ -452,7 +478,8 @@ pub fn settle_files(record: &Record, came_back: bool) -> Result<()> {
 ///
 /// It reads its standard input until the end. `d`: done, nothing to do. `t`: the container runs on,
 /// and the destination has to be told. An end without either means that Ferry died: then the
-/// journal says whether the container is still the source's.
+/// journal says whether the container is still the source's. Its standard output is the exit of the
+/// [`Vault`].
 ///
 /// # Errors
 /// When undoing failed.
@@ -463,11 +490,16 @@ pub fn guard(journal: &Path) -> Result<()> {
     if word == Some(b'd') {
         return Ok(());
     }
+    let vault = Vault::from_exit(std::io::stdout().as_fd().try_clone_to_owned()?);
     let mut journal = Journal::open(journal)?;
     let held = journal.hold()?;
     let done = match (word, journal.record.role, journal.state()) {
-        (None, Role::Source, State::Begun) => source_runs_on(&mut journal),
-        (None, Role::Source, State::Committed) => return hush(&journal.record),
+        (None, Role::Source, State::Begun) => source_runs_on(&mut journal, Some(&vault)),
+        (None, Role::Source, State::Committed) => {
+            let hushed = hush(&journal.record);
+            wait_for_criu(&journal.record.work);
+            return source_keeps(&journal.record, &vault).and(hushed);
+        }
         (Some(_), Role::Source, State::Aborted) => Ok(()),
         // Committed: the destination owns it; `ferry resolve` finishes here.
         _ => return Ok(()),

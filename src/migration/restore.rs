@@ -210,6 +210,9 @@ fn job(
     opts.set_tcp_established(true);
     opts.set_file_locks(true);
     opts.set_ext_unix_sk(true);
+    // CRIU's own child rather than the runtime's, so that CRIU need not trace it before it lets it go:
+    // until then we may.
+    opts.set_rst_sibling(false);
     opts.set_log_level(2);
     opts.network_lock = Some(Criu_network_lock_method::SKIP.into());
     if let Some(root) = &plan.root {

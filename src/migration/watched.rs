@@ -47,13 +47,23 @@ pub fn vouch(pids: &[i32]) -> Result<()> {
     Ok(())
 }
 
-/// A descriptor's number, and the inode of the file that an epoll watches under it.
-type Watched = (i32, u64);
+/// What an epoll watches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// The number that it had when it was added.
+    pub number: i32,
+    /// Its file's inode.
+    pub inode: u64,
+    /// As in `struct epoll_event`.
+    pub events: u32,
+    /// See `events`.
+    pub data: u64,
+}
 
 #[derive(Debug, Default)]
 struct Task {
     open: HashMap<i32, PathBuf>,
-    epolls: Vec<(i32, Vec<Watched>)>,
+    epolls: Vec<(i32, Vec<Target>)>,
 }
 
 fn look(pid: i32) -> Result<Task> {
@@ -64,29 +74,44 @@ fn look(pid: i32) -> Result<Task> {
         };
         // Closed in this moment, where the task runs.
         let Ok(target) = fs::read_link(entry.path()) else { continue };
-        if target.as_os_str() == EPOLL {
-            let list = process::proc_text(pid, &format!("fdinfo/{number}")).unwrap_or_default();
-            task.epolls.push((number, parse(&list)?));
+        if is_epoll(&target) {
+            task.epolls.push((number, targets(pid, number)?));
         }
         task.open.insert(number, target);
     }
     Ok(task)
 }
 
+/// Whether a link in `/proc/PID/fd` shows an epoll.
+pub fn is_epoll(target: &Path) -> bool {
+    target.as_os_str() == EPOLL
+}
+
+/// What a process's epoll watches; nothing if it has been closed.
+///
+/// # Errors
+/// When the kernel says it in other words than those that are known.
+pub fn targets(pid: i32, epoll: i32) -> Result<Vec<Target>> {
+    parse(&process::proc_text(pid, &format!("fdinfo/{epoll}")).unwrap_or_default())
+}
+
 /// `tfd: 5 events: 19 data: 5 pos:0 ino:1e240 sdev:8`, a line for each.
-fn parse(list: &str) -> Result<Vec<Watched>> {
+fn parse(list: &str) -> Result<Vec<Target>> {
     let lines = list.lines().filter_map(|line| line.strip_prefix("tfd:"));
     let one = |line: &str| {
         let mut words = line.split_ascii_whitespace();
         let number = words.next()?.parse().ok()?;
+        let (_, events, _, data) = (words.next()?, words.next()?, words.next()?, words.next()?);
         let inode = words.find_map(|word| word.strip_prefix("ino:"))?;
-        Some((number, u64::from_str_radix(inode, 16).ok()?))
+        let hex = |text| u64::from_str_radix(text, 16).ok();
+        let events = u32::from_str_radix(events, 16).ok()?;
+        Some(Target { number, inode: hex(inode)?, events, data: hex(data)? })
     };
     lines.map(|line| one(line).ok_or_else(|| anyhow!("an epoll with a line {line:?}"))).collect()
 }
 
-fn check(pid: i32, epoll: i32, watched: &[Watched], open: &HashMap<i32, PathBuf>) -> Result<()> {
-    for (number, inode) in watched {
+fn check(pid: i32, epoll: i32, watched: &[Target], open: &HashMap<i32, PathBuf>) -> Result<()> {
+    for Target { number, inode, .. } in watched {
         let right = open.get(number).is_some_and(|target| match socket(target) {
             Some(own) => own == *inode,
             // Several files may have one inode; there are few of these.
@@ -122,7 +147,7 @@ mod tests {
 
     use super::*;
 
-    fn found(epoll: &Epoll) -> (Task, Vec<Watched>) {
+    fn found(epoll: &Epoll) -> (Task, Vec<Target>) {
         let task = look(std::process::id() as i32).unwrap();
         let number = epoll.0.as_raw_fd();
         let watched = task.epolls.iter().find(|(n, _)| *n == number).unwrap().1.clone();
@@ -163,7 +188,8 @@ mod tests {
     fn lines_that_are_none_are_an_error() {
         let text =
             "pos:\t0\ntfd:       63 events:       19 data:               3f  pos:0 ino:1a sdev:8\n";
-        assert_eq!(parse(text).unwrap(), [(63, 26)]);
+        let target = Target { number: 63, inode: 26, events: 0x19, data: 0x3f };
+        assert_eq!(parse(text).unwrap(), [target]);
         assert!(parse("tfd: x ino:1\n").is_err());
         assert!(parse("tfd: 1 pos:0\n").is_err());
     }

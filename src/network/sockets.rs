@@ -73,6 +73,17 @@ pub struct Known {
     pub inode: u32,
 }
 
+/// A connection that some task has a descriptor of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Established {
+    /// Its ends as the socket has them: IPv4 may stand in addresses of IPv6.
+    pub ends: Flow,
+    /// What `/proc/PID/fd` calls it.
+    pub inode: u32,
+    /// `SO_COOKIE`, socket(7).
+    pub cookie: u64,
+}
+
 /// Which sockets count, where others than the container have theirs in the same namespace.
 #[derive(Debug, Clone, Default)]
 pub struct Only {
@@ -171,6 +182,25 @@ impl Lookout {
         Ok(found)
     }
 
+    /// Established connections that are bound to no device.
+    pub fn established(&mut self) -> Result<Vec<Established>, Problem> {
+        let only = self.only.clone();
+        let counts = |one: &One| match (&only, one.ends.local) {
+            // Its address means something only together with a device.
+            (_, SocketAddr::V6(address)) if address.ip().is_unicast_link_local() => false,
+            (Some(only), _) => only.addresses.contains(&one.flow.local.ip()),
+            (None, _) => true,
+        };
+        let mut found = Vec::new();
+        self.list(libc::IPPROTO_TCP, &[ESTABLISHED], |one| {
+            if one.inode != 0 && one.device == 0 && counts(&one) {
+                let One { ends, inode, cookie, .. } = one;
+                found.push(Established { ends, inode, cookie });
+            }
+        })?;
+        Ok(found)
+    }
+
     fn list(
         &mut self,
         protocol: libc::c_int,
@@ -194,7 +224,12 @@ impl Lookout {
 /// What is wanted of `struct inet_diag_msg`.
 struct One {
     state: u8,
+    /// As IPv4 where it is that.
     flow: Flow,
+    /// As the socket has it.
+    ends: Flow,
+    device: u32,
+    cookie: u64,
     /// Bytes, or of a listening socket connections, that wait to be taken.
     received: u32,
     /// 0 when there is no descriptor of it.
@@ -209,16 +244,20 @@ fn one(message: &Message) -> Option<One> {
         if bytes[0] == libc::AF_INET as u8 {
             Ipv4Addr::from(std::array::from_fn::<u8, 4, _>(|i| bytes[at + i])).into()
         } else {
-            let address = Ipv6Addr::from(std::array::from_fn::<u8, 16, _>(|i| bytes[at + i]));
-            address.to_canonical()
+            Ipv6Addr::from(std::array::from_fn::<u8, 16, _>(|i| bytes[at + i])).into()
         }
     };
+    let ends = Flow {
+        local: SocketAddr::new(address(8), port(4)),
+        remote: SocketAddr::new(address(24), port(6)),
+    };
+    let plainly = |end: SocketAddr| SocketAddr::new(end.ip().to_canonical(), end.port());
     Some(One {
         state: bytes[1],
-        flow: Flow {
-            local: SocketAddr::new(address(8), port(4)),
-            remote: SocketAddr::new(address(24), port(6)),
-        },
+        flow: Flow { local: plainly(ends.local), remote: plainly(ends.remote) },
+        ends,
+        device: word(40),
+        cookie: u64::from(word(44)) | u64::from(word(48)) << 32,
         received: word(56),
         inode: word(68),
     })

@@ -109,6 +109,9 @@ pub struct Report {
     pub wire_bytes: u64,
     /// Frames that came in during the freeze and were sent along.
     pub packets: u64,
+    /// Connections that Ferry carried itself, as there were many.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connections: Option<usize>,
     /// The layers of its root file system, where that is an overlay and was copied.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layers: Option<Layers>,

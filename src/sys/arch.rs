@@ -22,11 +22,12 @@ mod imp {
     pub const INSTRUCTION: &[u8] = &[0x0f, 0x05];
 
     /// Registers that make a call when the instruction at `at` runs.
-    pub fn call(saved: &Registers, at: u64, number: i64, arguments: [u64; 3]) -> Registers {
+    pub fn call(saved: &Registers, at: u64, number: i64, arguments: [u64; 6]) -> Registers {
         let mut registers = *saved;
         registers.rip = at;
         registers.rax = number as u64;
-        [registers.rdi, registers.rsi, registers.rdx] = arguments;
+        [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9] =
+            arguments;
         // Not in a system call: the kernel must not restart the one that was interrupted now.
         registers.orig_rax = u64::MAX;
         registers
@@ -72,7 +73,7 @@ mod imp {
     pub const INSTRUCTION: &[u8] = &[0];
 
     /// See x86-64.
-    pub fn call(saved: &Registers, _: u64, _: i64, _: [u64; 3]) -> Registers {
+    pub fn call(saved: &Registers, _: u64, _: i64, _: [u64; 6]) -> Registers {
         *saved
     }
 

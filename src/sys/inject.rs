@@ -24,10 +24,10 @@ pub fn userfaultfd_of<T>(
 ) -> io::Result<T> {
     let at = instruction(tid)?;
     let mut stopped = Stopped::new(tid)?;
-    let fd = stopped.call(at, libc::SYS_userfaultfd, [flags, 0, 0])?;
+    let fd = stopped.call(at, libc::SYS_userfaultfd, [flags])?;
     let taken = take(fd as i32);
     // It stays open in the target if this fails, which nothing but the target's end can cause.
-    stopped.call(at, libc::SYS_close, [fd as u64, 0, 0])?;
+    stopped.call(at, libc::SYS_close, [fd as u64])?;
     taken
 }
 
@@ -45,7 +45,7 @@ pub fn unmap_in(pid: i32, start: u64, end: u64) -> io::Result<bool> {
         return Ok(false);
     }
     let Some(first) = stopped.first_mut() else { return Err(io::ErrorKind::NotFound.into()) };
-    first.call(at, libc::SYS_munmap, [start, end - start, 0])?;
+    first.call(at, libc::SYS_munmap, [start, end - start])?;
     Ok(true)
 }
 

@@ -4,12 +4,15 @@
 //! migration is.
 
 pub mod arch;
+pub mod connection;
 pub mod datagrams;
+pub mod door;
 pub mod entry;
 pub mod fanotify;
 pub mod fault;
 pub mod inject;
 pub mod memory;
+pub mod mirror;
 pub mod netlink;
 pub mod netns;
 pub mod packet;

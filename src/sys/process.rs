@@ -141,6 +141,18 @@ pub fn watches(pid: i32, epoll: RawFd, target: RawFd) -> io::Result<bool> {
     if order < 0 { Err(io::Error::last_os_error()) } else { Ok(order == 0) }
 }
 
+/// From which number on a process gets no descriptors. proc_pid_limits(5): prlimit(2) tells it of
+/// another user's process only with `CAP_SYS_RESOURCE`.
+///
+/// # Errors
+/// When it is gone.
+pub fn file_limit(pid: i32) -> io::Result<u64> {
+    let text = proc_text(pid, "limits")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Max open files"));
+    let soft = line.and_then(|line| line.split_ascii_whitespace().next()).unwrap_or_default();
+    Ok(if soft == "unlimited" { u64::MAX } else { soft.parse().map_err(io::Error::other)? })
+}
+
 /// Most memory that this process has had, in KiB. proc_pid_status(5), `VmHWM`.
 pub fn peak_kib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();

@@ -13,6 +13,9 @@ use nix::sys::socket::{
 /// Most descriptors that one packet may carry; CRIU and runc never send more than one.
 const MAX_FDS: usize = 8;
 
+/// Most descriptors that the kernel carries with one packet: `SCM_MAX_FD`, unix(7).
+pub const MOST_FDS: usize = 253;
+
 /// The longest packet accepted: runc's requests stay below 40 KiB even with hundreds of mounts.
 pub const MAX_PACKET: usize = 1 << 20;
 
@@ -69,33 +72,55 @@ pub fn receive_stream(
     receive_up_to(socket.as_fd().as_raw_fd(), length)
 }
 
+/// A packet that brings as many descriptors as one may; `None` when no more has come.
+///
+/// # Errors
+/// The system's error.
+pub fn receive_many(socket: impl AsFd) -> io::Result<Option<Vec<OwnedFd>>> {
+    let (raw, mut control) = (socket.as_fd().as_raw_fd(), cmsg_space!([RawFd; MOST_FDS]));
+    match receive_into(raw, &mut [0], &mut control, MsgFlags::MSG_DONTWAIT) {
+        Ok((0, fds)) if fds.is_empty() => Ok(None),
+        Ok((_, fds)) => Ok(Some(fds)),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
 fn receive_up_to(raw: RawFd, length: usize) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
     let mut buffer = vec![0u8; length];
     let mut control = cmsg_space!([RawFd; MAX_FDS]);
-    let (n, fds) = {
-        let mut iov = [IoSliceMut::new(&mut buffer)];
-        let message = loop {
-            match recvmsg::<()>(raw, &mut iov, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC) {
-                Ok(m) => break m,
-                Err(Errno::EINTR) => continue,
-                Err(e) => return Err(e.into()),
-            }
-        };
-        let mut fds = Vec::new();
-        for item in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(list) = item {
-                // SAFETY: the kernel has just installed these descriptors for us and nobody else
-                // knows their numbers.
-                fds.extend(list.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-            }
-        }
-        (message.bytes, fds)
-    };
+    let (n, fds) = receive_into(raw, &mut buffer, &mut control, MsgFlags::empty())?;
     if n == 0 && fds.is_empty() {
         return Ok(None);
     }
     buffer.truncate(n);
     Ok(Some((buffer, fds)))
+}
+
+fn receive_into(
+    raw: RawFd,
+    buffer: &mut [u8],
+    control: &mut [u8],
+    flags: MsgFlags,
+) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let mut iov = [IoSliceMut::new(buffer)];
+    let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = loop {
+        match recvmsg::<()>(raw, &mut iov, Some(control), flags) {
+            Ok(m) => break m,
+            Err(Errno::EINTR) => continue,
+            Err(e) => return Err(e.into()),
+        }
+    };
+    let mut fds = Vec::new();
+    for item in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(list) = item {
+            // SAFETY: the kernel has just installed these descriptors for us and nobody else
+            // knows their numbers.
+            fds.extend(list.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    Ok((message.bytes, fds))
 }
 
 #[cfg(test)]

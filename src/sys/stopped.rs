@@ -127,12 +127,20 @@ impl Stopped {
     ///
     /// # Errors
     /// What the call failed with; `ESRCH` when it has been killed.
-    pub fn call(&mut self, at: u64, number: i64, arguments: [u64; 3]) -> io::Result<i64> {
+    pub fn call<const N: usize>(
+        &mut self,
+        at: u64,
+        number: i64,
+        arguments: [u64; N],
+    ) -> io::Result<i64> {
+        const { assert!(N <= 6) };
+        let mut all = [0; 6];
+        all[..N].copy_from_slice(&arguments);
         self.changed = true;
         // SIGTRAP stays open: the trap of a single step that finds it blocked resets the process's
         // handler for it.
         set_signal_mask(self.tid, !(1 << (libc::SIGTRAP - 1)))?;
-        let mut registers = arch::call(&self.general, at, number, arguments);
+        let mut registers = arch::call(&self.general, at, number, all);
         set_general(self.tid, &mut registers)?;
         loop {
             ptrace::step(self.tid, None)?;

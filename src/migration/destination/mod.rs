@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 use super::arrival::Arrival;
+use super::connections::{Landed, Landing};
 use super::forward::Course;
 use super::forward::carrier::Word;
 use super::guards::PageGuard;
@@ -69,6 +70,8 @@ enum Input {
     Files(Applied),
     /// The copies are on the disk.
     Synced,
+    /// Sockets for connections are prepared, but for these.
+    Awaited(Vec<u32>),
     /// A task waits for pages that are on the source.
     Want(i32, u64, usize),
     /// A further link has ended.
@@ -282,6 +285,9 @@ struct Guest {
     /// Whoever makes the copies.
     applying: Option<Applying>,
     tmpfs: Option<Mounted>,
+    /// Connections that come, and those that have.
+    landing: Option<Landing>,
+    landed: Option<Landed>,
     images: Images,
     lanes: Vec<UnixStream>,
     backlog: Backlog,
@@ -349,6 +355,8 @@ impl Guest {
             incoming,
             applying: None,
             tmpfs: None,
+            landing: None,
+            landed: None,
             images,
             lanes: Vec::new(),
             backlog,
@@ -423,6 +431,8 @@ impl Guest {
         drop(self.applying.take());
         // CRIU may be waiting for pages that will never come: with nobody to ask it gives up.
         drop(self.server.take());
+        // Whatever ends now, ends without a word.
+        drop((self.landing.take(), self.landed.take()));
         if let Some(job) = self.restore.take() {
             job.join();
         }

@@ -18,6 +18,7 @@ use crate::files::apply::{Applied, Applying};
 use crate::files::tmpfs::{Mounted, Tmpfs};
 use crate::files::tree;
 use crate::memory::serve::Server;
+use crate::migration::connections::{self, Coming, Landing};
 use crate::migration::guards::PageGuard;
 use crate::migration::intake::{self, Stage};
 use crate::migration::journal::State;
@@ -27,7 +28,9 @@ use crate::migration::restore::{Go, RestoreEvent, RestoreJob, RestorePlan};
 use crate::migration::settle::{self, Call};
 use crate::migration::talk::{self, Heard, Speaker};
 use crate::migration::{checks, host, workdir};
+use crate::oci::cgroup::Cgroup;
 use crate::oci::warm::Warm;
+use crate::sys::netns::NetNs;
 use crate::sys::{fault, process};
 use crate::transport::connect;
 use crate::transport::frame::{Frame, Run};
@@ -58,7 +61,7 @@ impl Guest {
             self.take_files(tell)?;
         }
         let (mut dumped, mut memory_done, mut restored) = (None, false, false);
-        let mut warm = None;
+        let (mut warm, mut came) = (None, 0);
         while !restored {
             match inputs.next(SILENCE)? {
                 Input::Restore(RestoreEvent::AtRequest) => {
@@ -84,13 +87,18 @@ impl Guest {
                     warm = Some(Warm::start()?);
                     self.network.take(self.work.path())?;
                 }
-                Input::Heard(Heard::Message(Message::Dumped { tasks })) => {
+                Input::Heard(Heard::Message(Message::Connections { list })) => {
+                    self.await_connections(list, tell)?;
+                }
+                Input::Awaited(lacking) => speaker.say(&Message::Awaited { lacking })?,
+                Input::Heard(Heard::Message(Message::Dumped { tasks, connections })) => {
                     if tasks.len() > MAX_TASKS {
                         bail!("a container of {} tasks", tasks.len());
                     }
                     fault::point("destination.restore")?;
                     self.begin_restore()?;
                     dumped = Some(tasks);
+                    came = connections;
                 }
                 Input::Heard(Heard::Message(Message::MemoryDone { left })) => {
                     self.left = left;
@@ -100,6 +108,7 @@ impl Guest {
                     let init = process::start_time(pid).map(|t| (pid, t));
                     self.journal.record.init = init;
                     self.mark("restored");
+                    self.land_connections(pid, came)?;
                     fault::point("destination.restored")?;
                     restored = true;
                     drop(warm.take());
@@ -176,6 +185,44 @@ impl Guest {
         Ok(())
     }
 
+    /// Prepares for connections that will come beside the images.
+    fn await_connections(&mut self, list: Vec<Coming>, tell: &Sender<Input>) -> Result<()> {
+        if list.len() > connections::BATCH {
+            bail!("{} connections in one message", list.len());
+        }
+        if self.landing.is_none() {
+            let namespace = self.network.namespace().map(NetNs::try_clone).transpose()?;
+            let floating = self.plan.floating.is_some();
+            if namespace.is_none() && !floating {
+                bail!("connections of a container without a network");
+            }
+            let tell = tell.clone();
+            // The hand-over may have ended already.
+            let prepared = move |lacking| drop(tell.send(Input::Awaited(lacking)));
+            self.landing = Some(Landing::start(namespace, floating, prepared)?);
+        }
+        self.landing.as_ref().map_or(Ok(()), |landing| landing.announce(list))
+    }
+
+    /// Puts connections into the tasks that CRIU has restored.
+    fn land_connections(&mut self, init: i32, came: usize) -> Result<()> {
+        let Some(landing) = self.landing.take() else {
+            if came > 0 {
+                bail!("connections that were not announced");
+            }
+            return Ok(());
+        };
+        let landed = landing.finish()?;
+        self.mark("connections made");
+        if landed.count() != came {
+            bail!("{came} connections were sent, {} have come", landed.count());
+        }
+        landed.land(&Cgroup::of_process(init)?.processes()?)?;
+        self.landed = Some(landed);
+        self.mark("connections landed");
+        Ok(())
+    }
+
     /// One more link that brings memory. Whoever brought it waits until it is dropped.
     fn join(
         &mut self,
@@ -202,6 +249,11 @@ impl Guest {
     /// A piece of an image file, or of a log.
     fn file(&mut self, name: &str, at: u64, bytes: &[u8]) -> Result<()> {
         self.backlog.done(bytes.len());
+        if name == connections::STREAM {
+            let landing = self.landing.as_ref();
+            let landing = landing.ok_or_else(|| anyhow!("connections that were not announced"))?;
+            return landing.feed(bytes.to_vec());
+        }
         if name == STREAM {
             let applying = self.applying.as_ref();
             return applying.ok_or_else(|| anyhow!("files that were not announced"))?.feed(bytes);

@@ -7,6 +7,7 @@ use anyhow::Result;
 use super::ready::want;
 use super::{Guest, Input, Inputs, RESTORE_LIMIT, SILENCE};
 use crate::memory::serve::{Ended, Served};
+use crate::migration::connections::Landed;
 use crate::migration::intake::{self, Current, Stage};
 use crate::migration::journal::State;
 use crate::migration::protocol::{self, Message, Standing, Verdict};
@@ -76,6 +77,7 @@ impl Guest {
                 | Input::LaneEnded(_)
                 | Input::Files(_)
                 | Input::Synced
+                | Input::Awaited(_)
                 | Input::Call(Call::Link(..) | Call::Lane(..)) => {}
             }
         }
@@ -100,6 +102,8 @@ impl Guest {
         // that says that there is no container.
         self.streams.keep();
         let _ = fault::point("destination.committed");
+        // Before anything can run that would find them asleep.
+        self.landed.iter().for_each(Landed::wake);
         // If it has ended, that stands in the queue.
         let _ = self.tell_restore(Go::Verdict(true));
         let mut link = self.link;
@@ -115,6 +119,7 @@ impl Guest {
                 Ok(Input::Restore(RestoreEvent::Released(opened))) => {
                     self.network.open(opened);
                     self.mark("fence open");
+                    self.landed.iter().for_each(Landed::nudge);
                     let _ = fault::point("destination.open");
                 }
                 Ok(Input::Restore(RestoreEvent::AtResume)) => {
@@ -134,6 +139,8 @@ impl Guest {
                         packets: self.network.replayed,
                     };
                     link &= speaker.say(&Message::Running(Box::new(arrival))).is_ok();
+                    // What the container closes is to be closed.
+                    self.landed.take().into_iter().for_each(Landed::settle);
                     if !synced {
                         self.sync(tell);
                     }

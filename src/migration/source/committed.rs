@@ -41,6 +41,10 @@ impl Committed {
             false => Committed::look_for(&begun, reporter),
         };
         if standing != Standing::Running {
+            // Nobody will hold its connections any more.
+            if let Err(e) = recover::source_keeps(&begun.journal.record, &begun.vault) {
+                reporter.warning(&format!("what is frozen here is not whole: {e:#}"));
+            }
             begun.guard.dismiss();
             begun.closer.close();
             begun.work.keep();
@@ -59,6 +63,10 @@ impl Committed {
             begun.closer.close();
         }
         let _ = fault::point("source.let-go");
+        // In repair mode they end without a word, and nobody else has them.
+        if let Err(e) = begun.vault.empty() {
+            reporter.warning(&format!("connections stay open here for a moment: {e:#}"));
+        }
         let (keeper, hooks) = (begun.keeper.take(), begun.hooks.take());
         let (mut packets, mut trouble) = (0, None);
         let speaker = &begun.speaker;

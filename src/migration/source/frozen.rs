@@ -10,6 +10,7 @@ use crate::files::{tmpfs, tree};
 use crate::memory::pages;
 use crate::migration::ask::Input;
 use crate::migration::carry::Order;
+use crate::migration::connections::Lifted;
 use crate::migration::dump::{DumpEvent, Go};
 use crate::migration::early::Early;
 use crate::migration::haul::{self, HaulEvent};
@@ -37,7 +38,9 @@ impl Begun {
         self.speaker.say(&Message::Freezing)?;
         descriptors::warm(&self.subject.cgroup.processes()?);
         self.early = Some(Early::start(self.work.images(), self.speaker.clone())?);
-        self.go(Go::Freeze)?;
+        self.look_for_connections()?;
+        let lifting = self.lifting.take().map(|(lifting, _)| lifting);
+        self.go(Go::Freeze(lifting))?;
         loop {
             if let Input::Dump(DumpEvent::Frozen { since, network, came }) = self.next(reporter)? {
                 self.frozen_since = Some(since);
@@ -66,6 +69,10 @@ impl Begun {
         let (mut dumped, mut hauled) = (false, self.haul.is_none());
         while !(dumped && hauled) {
             match self.next(reporter)? {
+                Input::Dump(DumpEvent::Lifted(lifted)) => {
+                    reporter.mark("connections are taken out");
+                    self.lifted = Some(lifted);
+                }
                 Input::Dump(DumpEvent::Dumped) => {
                     reporter.mark("dumped");
                     dumped = true;
@@ -93,6 +100,7 @@ impl Begun {
         self.send_streams(true)?;
         self.send_tmpfs()?;
         let tasks = pages::tasks(&self.subject.cgroup.processes()?)?;
+        self.lifted.as_ref().map_or(Ok(()), |lifted| lifted.reserve(&self.work.images()))?;
         let sent = self.early.as_mut().map(Early::end).transpose()?.unwrap_or_default();
         let mut buffer = vec![0; frame::MAX_FILE_PIECE];
         for entry in std::fs::read_dir(self.work.images())? {
@@ -105,7 +113,10 @@ impl Begun {
             send_file(&self.speaker, name, &entry.path(), 0, &mut buffer)?;
         }
         recover::keep_sockets(&self.journal.record)?;
-        self.speaker.say(&Message::Dumped { tasks: tasks.iter().map(|t| t.vpid).collect() })?;
+        let lifted = self.lifted.as_mut().map(Lifted::sent).transpose()?;
+        reporter.report.connections = lifted;
+        let tasks = tasks.iter().map(|t| t.vpid).collect();
+        self.speaker.say(&Message::Dumped { tasks, connections: lifted.unwrap_or(0) })?;
         reporter.mark("images are sent");
         Ok(())
     }

@@ -17,12 +17,14 @@ mod committed;
 mod frozen;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 
 use super::ask::{Accepted, Input, Inputs, Options, ask};
 use super::carry::{self, Memory, MemoryEvent, Order};
+use super::connections::{self, Lifted, Lifting, Vault};
 use super::dump::{DumpEvent, DumpJob, DumpPlan, Go};
 use super::early::Early;
 use super::guards::SourceGuard;
@@ -44,11 +46,12 @@ use crate::network::host_side::Silence;
 use crate::network::sockets::Lookout;
 use crate::network::unread::Homes;
 use crate::network::{Capture, Hook, HostSide, Placement, Replay, fence};
+use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
 use crate::report::exit::Failed;
 use crate::report::progress::Reporter;
 use crate::sys::netns::NetNs;
-use crate::sys::{fault, process};
+use crate::sys::{arch, fault, process};
 use crate::transport::connect::Closer;
 use crate::transport::frame::{Frame, Run};
 use committed::Committed;
@@ -143,6 +146,11 @@ struct Begun {
     work: WorkDir,
     guard: SourceGuard,
     dump: Option<DumpJob>,
+    /// Where connections are between being taken out of the tasks and the end, whatever that is.
+    vault: Arc<Vault>,
+    /// Those that will be taken out, and where they are looked for.
+    lifting: Option<(Box<Lifting>, Lookout)>,
+    lifted: Option<Lifted>,
     /// Keeps this host from answering for the container, from the commit on.
     silence: Option<Silence>,
     hooks: Option<Hooks>,
@@ -198,8 +206,10 @@ impl Begun {
             begun: journal::unix_time(),
         };
         let mut journal = Journal::create(state_dir, record).map_err(Failed::refused)?;
-        let guard = match SourceGuard::spawn(&journal) {
-            Ok(guard) => guard,
+        let started = Vault::new()
+            .and_then(|vault| Ok((SourceGuard::spawn(&journal, &vault)?, Arc::new(vault))));
+        let (guard, vault) = match started {
+            Ok(both) => both,
             Err(e) => {
                 let _ = journal.write(State::Aborted);
                 return Err(Failed::from(e));
@@ -215,6 +225,9 @@ impl Begun {
             work,
             guard,
             dump: None,
+            vault,
+            lifting: None,
+            lifted: None,
             silence: None,
             hooks: None,
             memory: None,
@@ -261,7 +274,8 @@ impl Begun {
         self.memory = Some(Memory::start(cgroup, &self.speaker, &self.lanes, wishes, told)?);
         self.send_streams(false)?;
         let (mut prepared, mut at_freeze, mut settled) = (false, false, false);
-        while !(prepared && at_freeze && settled && joined) {
+        let mut awaited = true;
+        while !(prepared && at_freeze && settled && joined && awaited) {
             match self.next(reporter)? {
                 Input::Joined(_) => {
                     reporter.mark("the way to forward stands");
@@ -270,6 +284,12 @@ impl Begun {
                 Input::Heard(Heard::Message(Message::Prepared)) => {
                     reporter.mark("destination is ready");
                     prepared = true;
+                    awaited = !self.announce_connections()?;
+                }
+                Input::Heard(Heard::Message(Message::Awaited { lacking })) => {
+                    reporter.mark("destination awaits connections");
+                    self.lifting.iter_mut().for_each(|(lifting, _)| lifting.leave(&lacking));
+                    awaited = true;
                 }
                 Input::Dump(DumpEvent::AtFreeze) => at_freeze = true,
                 Input::Files(HaulEvent::Settled) => {}
@@ -403,6 +423,7 @@ impl Begun {
             },
             interposer: Interposer::new(self.work.path(), &criu, self.criu_namespace()?)?,
             namespace: self.criu_namespace()?,
+            speaker: self.speaker.clone(),
             vouched: watched::worth_vouching(&self.subject.cgroup.processes()?),
         };
         let tell = self.inputs.tell.clone();
@@ -420,6 +441,41 @@ impl Begun {
             }
             _ => Ok(None),
         }
+    }
+
+    /// Tells the destination of the connections that we shall carry, where there are many; whether it
+    /// is to answer.
+    fn announce_connections(&mut self) -> Result<bool> {
+        let subject = &self.subject;
+        let namespace = subject.network.as_ref().map(|(namespace, ..)| namespace);
+        // Where it has no address nobody is connected; elsewhere nothing can be done to frozen tasks.
+        let may = namespace.is_some() || subject.plan.floating.is_some();
+        if !may || !arch::SUPPORTED || !matches!(subject.cgroup, Cgroup::V2(_)) {
+            return Ok(false);
+        }
+        let lookout = match &subject.plan.floating {
+            Some(all) => floating::lookout(all, &subject.cgroup)?,
+            None => Lookout::new(namespace.ok_or_else(|| anyhow!("there is no network"))?)?,
+        };
+        let lifting = Lifting::new(namespace, self.vault.clone(), self.work.path())?;
+        self.lifting = Some((Box::new(lifting), lookout));
+        if self.look_for_connections()? < connections::MANY {
+            self.lifting = None;
+            return Ok(false);
+        }
+        Ok(true)
+    }
+
+    /// Announces those that have come since; how many there are.
+    fn look_for_connections(&mut self) -> Result<usize> {
+        let Some((lifting, lookout)) = &mut self.lifting else { return Ok(0) };
+        let coming = lifting.look(lookout, &self.subject.cgroup.processes()?)?;
+        if lifting.count() >= connections::MANY {
+            for some in coming.chunks(connections::BATCH) {
+                self.speaker.say(&Message::Connections { list: some.to_vec() })?;
+            }
+        }
+        Ok(lifting.count())
     }
 
     fn go(&self, go: Go) -> Result<()> {
@@ -526,7 +582,8 @@ impl Begun {
             let _ = job.go.send(Go::Verdict(false));
             job.join();
         }
-        let undone = recover::source_runs_on(&mut self.journal);
+        drop(self.lifted.take());
+        let undone = recover::source_runs_on(&mut self.journal, Some(&self.vault));
         if let Some(keeper) = self.keeper.take() {
             // It may be writing into a link that is stuck.
             let patience = Instant::now() + Duration::from_millis(200);

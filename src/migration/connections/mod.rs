@@ -1,0 +1,164 @@
+//! Established connections that Ferry carries by itself, where there are many: CRIU takes 76 µs for
+//! each, one after the other, in the freeze.
+//!
+//! ```text
+//! source                                           destination
+//!   look for them            ── Connections ─────▶ a socket for each, bound, in repair mode
+//!                            ◀──────── Awaited ──
+//!   freeze
+//!   lift: those that are still there, and have
+//!     nothing in their queues, are taken out of
+//!     the tasks: CRIU sees none of them
+//!   CRIU dumps; take_down    ══ connections ═════▶ build_up, beside CRIU's restore
+//!                                                  land: into the tasks, when CRIU has restored them
+//!   commit                                         wake: out of repair mode; then the fence opens
+//!   silent end, or put_back                        nudge: those that may have missed something
+//! ```
+//!
+//! In CRIU's images something else stands in their places until they land.
+//!
+//! **Taken out** means: what watches them by epoll(7) watches them no more, and their descriptors are
+//! closed in the tasks ([`crate::sys::door`]). Other descriptors of them are on their way in a socket,
+//! the [`Vault`], whose other end both this process and the guard hold; what was taken is written down
+//! before anything is. Whoever undoes the migration, or brings back what was handed over in vain,
+//! [puts them back](put_back()) from there.
+//!
+//! All else that is open, and every connection of which anything is out of the ordinary, is CRIU's.
+
+mod land;
+mod lift;
+mod put_back;
+
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+
+use anyhow::{Result, bail};
+use serde::{Deserialize, Serialize};
+
+pub use land::{Landed, Landing};
+pub use lift::{Lifted, Lifting};
+pub use put_back::put_back;
+
+use crate::sys::connection::Connection;
+use crate::sys::mirror::FIRST;
+use crate::sys::scm;
+
+/// Fewer are left to CRIU: 5 ms.
+pub const MANY: usize = 64;
+/// Most of them; the others are left to CRIU.
+pub const MOST: usize = 1 << 18;
+/// Most in one message.
+pub const BATCH: usize = 8192;
+/// Under which name they come.
+pub const STREAM: &str = "connections";
+/// Most free numbers between those of a process: each costs as much as a connection.
+const MOST_HOLES: usize = 4096;
+/// Numbers that a process has left for the socket through which they come back, and for CRIU.
+const SPARE: usize = 16;
+
+/// A connection that will come. Its place among all that were announced is its number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Coming {
+    /// The process that has it, as the container numbers it.
+    pub vpid: i32,
+    /// The descriptor.
+    pub number: RawFd,
+    /// The socket's own end.
+    pub local: SocketAddr,
+    /// The peer's.
+    pub remote: SocketAddr,
+}
+
+impl Coming {
+    /// Whether it can be one.
+    ///
+    /// # Errors
+    /// Says what it is instead.
+    fn validate(&self) -> Result<()> {
+        let same = self.local.is_ipv4() == self.remote.is_ipv4();
+        if self.vpid <= 0 || self.number < FIRST || self.number > 1 << 24 || !same {
+            bail!("no connection is like {self:?}");
+        }
+        Ok(())
+    }
+}
+
+/// What comes in the freeze, in pieces of at most [`crate::transport::frame::MAX_FILE_PIECE`] bytes.
+#[derive(Debug, Serialize, Deserialize)]
+enum Piece {
+    /// Connections by their numbers; whether execve(2) closes them.
+    Connections(Vec<(u32, bool, Connection)>),
+    /// What the epoll under this number in that process watches.
+    Watched { vpid: i32, epoll: RawFd, list: Vec<Watched> },
+}
+
+/// A descriptor that an epoll watches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Watched {
+    number: RawFd,
+    events: u32,
+    data: u64,
+}
+
+/// What was taken out of the tasks: whoever puts it back reads it. The descriptors in the vault come in
+/// this order.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Taken(Vec<TakenOut>);
+
+#[derive(Debug, Serialize, Deserialize)]
+struct TakenOut {
+    pid: i32,
+    /// With the number, a name that is not used twice.
+    started: Option<u64>,
+    /// By their numbers rising: closed by execve(2), `SO_REUSEADDR`.
+    places: Vec<(RawFd, bool, bool)>,
+    epolls: Vec<(RawFd, Vec<Watched>)>,
+}
+
+impl TakenOut {
+    /// Above all of them.
+    fn above(&self) -> RawFd {
+        self.places.last().map_or(FIRST, |place| place.0 + 1)
+    }
+}
+
+/// Where descriptors are that were taken out of the tasks: on their way from one end of a pair of
+/// sockets to the other. As long as anybody has an end, they are open.
+#[derive(Debug)]
+pub struct Vault {
+    entrance: Option<OwnedFd>,
+    exit: OwnedFd,
+}
+
+impl Vault {
+    /// An empty one.
+    ///
+    /// # Errors
+    /// When there can be no sockets.
+    pub fn new() -> Result<Vault> {
+        let (entrance, exit) = scm::seqpacket_pair()?;
+        Ok(Vault { entrance: Some(entrance), exit })
+    }
+
+    /// Somebody else's.
+    pub fn from_exit(exit: OwnedFd) -> Vault {
+        Vault { entrance: None, exit }
+    }
+
+    /// Where they come out again, for whoever is to have it as well.
+    pub fn exit(&self) -> BorrowedFd<'_> {
+        self.exit.as_fd()
+    }
+
+    /// All that are in it; it is empty then.
+    ///
+    /// # Errors
+    /// When this process has no room for them.
+    pub fn empty(&self) -> Result<Vec<OwnedFd>> {
+        let mut all = Vec::new();
+        while let Some(some) = scm::receive_many(&self.exit)? {
+            all.extend(some);
+        }
+        Ok(all)
+    }
+}

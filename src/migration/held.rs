@@ -1,0 +1,58 @@
+//! The tasks of a frozen container, each thread of them held by itself, so that one can be made to do
+//! something while none runs.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow};
+
+use crate::oci::cgroup::Cgroup;
+use crate::sys::inject;
+use crate::sys::stopped::Stopped;
+
+/// How long a thread of a frozen task may take to be seen standing.
+const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long those that stand already may take to be frozen.
+const FREEZE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Threads by their process.
+pub type Held = BTreeMap<i32, Vec<Stopped>>;
+
+/// Does something with the tasks of a frozen control group, which is frozen again afterwards.
+///
+/// # Errors
+/// When a thread cannot be stopped, the group not be frozen again, or `deed` fails.
+pub fn while_held<T: Send>(
+    cgroup: &Cgroup,
+    deed: impl FnOnce(&mut Held) -> Result<T> + Send,
+) -> Result<T> {
+    // Only the thread that has stopped them can do anything with them; and see `Stopped::within`.
+    std::thread::scope(|scope| {
+        let work = || {
+            let mut held = hold(&cgroup.processes()?)?;
+            // Frozen, they could make no call for us.
+            cgroup.thaw()?;
+            let done = deed(&mut held);
+            // Before they are let go: none of them runs in between.
+            let frozen = cgroup.freeze(FREEZE_TIMEOUT);
+            drop(held);
+            frozen.and(done)
+        };
+        let thread = std::thread::Builder::new().name("hold".into()).spawn_scoped(scope, work)?;
+        thread.join().unwrap_or_else(|_| Err(anyhow!("the thread that holds the tasks has died")))
+    })
+}
+
+fn hold(pids: &[i32]) -> Result<Held> {
+    let until = Some(Instant::now() + STOP_TIMEOUT);
+    let mut held = Held::new();
+    for &pid in pids {
+        let mut threads = Vec::new();
+        for tid in inject::threads(pid)? {
+            let stopped = Stopped::within(tid, until);
+            threads.push(stopped.with_context(|| format!("thread {tid} cannot be held"))?);
+        }
+        held.insert(pid, threads);
+    }
+    Ok(held)
+}

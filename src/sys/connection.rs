@@ -1,0 +1,481 @@
+//! An established TCP connection taken down from one socket and built up in another: repair mode,
+//! tcp(7), linux/tcp.h. The kernel's part of it is told in net/ipv4/tcp.c (`do_tcp_setsockopt`).
+//!
+//! Only connections with nothing in their queues, and with nothing about them that is not named here:
+//! see [`plain`]. What differs from that is for CRIU.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use nix::sys::socket::{SockaddrStorage, bind, connect};
+use serde::{Deserialize, Serialize};
+
+use super::socket::{enter_repair, leave_repair};
+
+/// `TCP_ESTABLISHED` of net/tcp_states.h.
+const ESTABLISHED: u8 = 1;
+// linux/tcp.h; libc has them for some targets only.
+const TCP_REPAIR_QUEUE: libc::c_int = 20;
+const TCP_QUEUE_SEQ: libc::c_int = 21;
+const TCP_REPAIR_OPTIONS: libc::c_int = 22;
+const TCP_TIMESTAMP: libc::c_int = 24;
+const TCP_REPAIR_WINDOW: libc::c_int = 29;
+const TCP_ULP: libc::c_int = 31;
+const RECEIVED: libc::c_int = 1;
+const SENT: libc::c_int = 2;
+// `tcpi_options`
+const WITH_TIMESTAMPS: u8 = 1;
+const WITH_SACK: u8 = 2;
+const WITH_SCALES: u8 = 4;
+// Options of a SYN, net/tcp.h.
+const OPTION_MSS: u32 = 2;
+const OPTION_SCALES: u32 = 3;
+const OPTION_SACK: u32 = 4;
+const OPTION_TIMESTAMPS: u32 = 8;
+/// `SIOCOUTQ` of linux/sockios.h: bytes that are not confirmed. `SIOCINQ` is `FIONREAD`.
+const OUTQ: libc::c_ulong = libc::TIOCOUTQ;
+const SO_BUF_LOCK: libc::c_int = 72;
+/// Room for the longest of [`OPTIONS`]: a `struct timeval`, the name of a congestion control.
+const LONGEST: usize = 16;
+
+/// What goes along where it is not as in a fresh socket. Its place in this list is its number on the
+/// wire: a change is one of the protocol.
+const OPTIONS: &[(libc::c_int, libc::c_int)] = &[
+    (libc::SOL_SOCKET, libc::SO_KEEPALIVE),
+    (libc::SOL_SOCKET, libc::SO_LINGER),
+    (libc::SOL_SOCKET, libc::SO_OOBINLINE),
+    (libc::SOL_SOCKET, libc::SO_PRIORITY),
+    (libc::SOL_SOCKET, libc::SO_MARK),
+    (libc::SOL_SOCKET, libc::SO_RCVLOWAT),
+    (libc::SOL_SOCKET, libc::SO_RCVTIMEO),
+    (libc::SOL_SOCKET, libc::SO_SNDTIMEO),
+    (libc::SOL_SOCKET, libc::SO_DONTROUTE),
+    (libc::SOL_SOCKET, libc::SO_REUSEPORT),
+    (libc::SOL_SOCKET, libc::SO_BUSY_POLL),
+    (libc::SOL_SOCKET, libc::SO_MAX_PACING_RATE),
+    (libc::SOL_SOCKET, libc::SO_ZEROCOPY),
+    (libc::SOL_SOCKET, libc::SO_TIMESTAMP),
+    (libc::IPPROTO_TCP, libc::TCP_NODELAY),
+    (libc::IPPROTO_TCP, libc::TCP_CORK),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPCNT),
+    (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT),
+    (libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT),
+    (libc::IPPROTO_TCP, libc::TCP_LINGER2),
+    (libc::IPPROTO_TCP, libc::TCP_THIN_LINEAR_TIMEOUTS),
+    CONGESTION,
+    (libc::IPPROTO_IP, libc::IP_TOS),
+    (libc::IPPROTO_IP, libc::IP_TTL),
+    (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER),
+    (libc::IPPROTO_IP, libc::IP_RECVERR),
+    (libc::IPPROTO_IP, libc::IP_TRANSPARENT),
+    (libc::IPPROTO_IP, libc::IP_FREEBIND),
+    (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
+    (libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS),
+    (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVERR),
+];
+/// The other host may lack it: then the connection goes on with what it has.
+const CONGESTION: (libc::c_int, libc::c_int) = (libc::IPPROTO_TCP, libc::TCP_CONGESTION);
+
+/// The values of [`OPTIONS`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options(Vec<Value>);
+
+/// As long as the first number says; none where the socket has no such option.
+type Value = (u8, [u8; LONGEST]);
+
+/// A connection, taken down.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Connection {
+    /// Sequence number of the next byte to be sent, and of the next to come.
+    sequence: (u32, u32),
+    /// What was agreed upon in the beginning: `tcpi_options`, both scales, the longest segment.
+    agreed: (u8, u8, u32),
+    /// The clock that the peer knows, where it knows one.
+    timestamp: u32,
+    /// `struct tcp_repair_window`
+    window: [u32; 5],
+    /// `SO_SNDBUF`, `SO_RCVBUF`, and which of them the program has set.
+    buffers: (u32, u32, u32),
+    /// `SO_REUSEADDR`. Repair mode has its own.
+    pub reuse: bool,
+    /// `O_NONBLOCK`
+    nonblocking: bool,
+    /// Bytes came or went within the last second: what says so may still be under way.
+    pub lively: bool,
+    options: Vec<(u8, Vec<u8>)>,
+}
+
+/// What [`plain`] has seen.
+#[derive(Clone, Copy, Debug)]
+pub struct Plain {
+    /// `SO_REUSEADDR`. Repair mode has its own.
+    pub reuse: bool,
+    /// Of IPv6, also where its peer is not.
+    pub v6: bool,
+    options: u8,
+    scales: u8,
+    nonblocking: bool,
+    lively: bool,
+}
+
+/// A socket's number that no other has had since the host started. socket(7), `SO_COOKIE`.
+///
+/// # Errors
+/// When it is no socket.
+pub fn cookie(socket: impl AsFd) -> io::Result<u64> {
+    get(socket.as_fd(), libc::SOL_SOCKET, libc::SO_COOKIE)
+}
+
+/// Whether this is a connection that can be taken down: established, with nothing in its queues, no
+/// filter, no other protocol upon it, and nobody who wants a signal.
+///
+/// # Errors
+/// When it is no TCP socket.
+pub fn plain(socket: impl AsFd) -> io::Result<Option<Plain>> {
+    const RECENT_MS: u32 = 1000;
+    let fd = socket.as_fd();
+    // `struct tcp_info` up to `tcpi_last_ack_recv`.
+    let info: [u8; 60] = get(fd, libc::IPPROTO_TCP, libc::TCP_INFO)?;
+    let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|i| info[at + i]));
+    if info[0] != ESTABLISHED || waiting(fd, libc::FIONREAD)? != 0 || waiting(fd, OUTQ)? != 0 {
+        return Ok(None);
+    }
+    // SAFETY: these take and return numbers.
+    let (flags, owner) = unsafe {
+        let raw = fd.as_raw_fd();
+        (libc::fcntl(raw, libc::F_GETFL), libc::fcntl(raw, libc::F_GETOWN))
+    };
+    // Of neither there is anything.
+    let filter = length(fd, libc::SOL_SOCKET, libc::SO_GET_FILTER) != Some(0);
+    let upon = length(fd, libc::IPPROTO_TCP, TCP_ULP) != Some(0);
+    if flags < 0 || flags & libc::O_ASYNC != 0 || owner != 0 || filter || upon {
+        return Ok(None);
+    }
+    Ok(Some(Plain {
+        reuse: get::<libc::c_int>(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR)? != 0,
+        v6: get::<libc::c_int>(fd, libc::SOL_SOCKET, libc::SO_DOMAIN)? == libc::AF_INET6,
+        options: info[5],
+        scales: info[6],
+        nonblocking: flags & libc::O_NONBLOCK != 0,
+        lively: [44, 48, 52].into_iter().any(|at| word(at) < RECENT_MS),
+    }))
+}
+
+/// What the options of a fresh socket are, here.
+///
+/// # Errors
+/// When there can be none.
+pub fn fresh_options(v6: bool) -> io::Result<Options> {
+    let socket = fresh(v6)?;
+    Ok(Options(OPTIONS.iter().map(|option| value(socket.as_fd(), *option)).collect()))
+}
+
+/// Takes a connection down whose socket nobody uses. It stays as it is, in repair mode: silent, also
+/// when it is closed.
+///
+/// # Errors
+/// When it is not what [`plain`] has seen.
+pub fn take_down(socket: impl AsFd, seen: Plain, fresh: &Options) -> io::Result<Connection> {
+    let fd = socket.as_fd();
+    let options = OPTIONS.iter().zip(&fresh.0).enumerate();
+    let options = options.filter_map(|(number, (option, fresh))| {
+        let (length, bytes) = value(fd, *option);
+        let own = (length, bytes) != *fresh && length > 0;
+        own.then(|| (number as u8, bytes[..usize::from(length)].to_vec()))
+    });
+    let options = options.collect();
+    let size = |name| get::<u32>(fd, libc::SOL_SOCKET, name);
+    let buffers = (size(libc::SO_SNDBUF)?, size(libc::SO_RCVBUF)?, size(SO_BUF_LOCK).unwrap_or(0));
+    enter_repair(fd)?;
+    let tcp = |name| get::<u32>(fd, libc::IPPROTO_TCP, name);
+    let next = |queue: libc::c_int| {
+        set(fd, libc::IPPROTO_TCP, TCP_REPAIR_QUEUE, &queue)?;
+        tcp(TCP_QUEUE_SEQ)
+    };
+    Ok(Connection {
+        sequence: (next(SENT)?, next(RECEIVED)?),
+        agreed: (seen.options, seen.scales, tcp(libc::TCP_MAXSEG)?),
+        timestamp: if seen.options & WITH_TIMESTAMPS != 0 { tcp(TCP_TIMESTAMP)? } else { 0 },
+        window: get(fd, libc::IPPROTO_TCP, TCP_REPAIR_WINDOW)?,
+        buffers,
+        reuse: seen.reuse,
+        nonblocking: seen.nonblocking,
+        lively: seen.lively,
+        options,
+    })
+}
+
+/// A socket, in repair mode, that will be a connection of this local address, in the calling thread's
+/// network namespace. `early`: the address may come only later.
+///
+/// # Errors
+/// When there can be none, or the address is not there.
+pub fn prepare(local: SocketAddr, early: bool) -> io::Result<OwnedFd> {
+    let socket = fresh(local.is_ipv6())?;
+    enter_repair(&socket)?;
+    if early {
+        set(socket.as_fd(), libc::IPPROTO_IP, libc::IP_FREEBIND, &1)?;
+    }
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(local))?;
+    if early {
+        set(socket.as_fd(), libc::IPPROTO_IP, libc::IP_FREEBIND, &0)?;
+    }
+    Ok(socket)
+}
+
+/// Makes a [prepared](prepare) socket the connection that was taken down. It stays in repair mode.
+///
+/// # Errors
+/// When the kernel has such a connection already, has no way to `remote`, or does not know an option.
+pub fn build_up(socket: impl AsFd, remote: SocketAddr, was: &Connection) -> io::Result<()> {
+    let fd = socket.as_fd();
+    let tcp = |name, value: u32| set(fd, libc::IPPROTO_TCP, name, &value);
+    for (queue, next) in [(RECEIVED, was.sequence.1), (SENT, was.sequence.0)] {
+        tcp(TCP_REPAIR_QUEUE, queue as u32)?;
+        tcp(TCP_QUEUE_SEQ, next)?;
+    }
+    connect(fd.as_raw_fd(), &SockaddrStorage::from(remote))?;
+    let (agreed, scales, mss) = was.agreed;
+    // How they stand in `tcpi_snd_wscale` and `tcpi_rcv_wscale`.
+    let scales = u32::from(scales & 15) | u32::from(scales >> 4) << 16;
+    // `struct tcp_repair_opt`
+    let mut options = vec![[OPTION_MSS, mss]];
+    options.extend((agreed & WITH_SACK != 0).then_some([OPTION_SACK, 0]));
+    options.extend((agreed & WITH_SCALES != 0).then_some([OPTION_SCALES, scales]));
+    options.extend((agreed & WITH_TIMESTAMPS != 0).then_some([OPTION_TIMESTAMPS, 0]));
+    set_slice(fd, libc::IPPROTO_TCP, TCP_REPAIR_OPTIONS, &options)?;
+    if agreed & WITH_TIMESTAMPS != 0 {
+        tcp(TCP_TIMESTAMP, was.timestamp)?;
+    }
+    set(fd, libc::IPPROTO_TCP, TCP_REPAIR_WINDOW, &was.window)?;
+    for (number, value) in &was.options {
+        let option = OPTIONS.get(usize::from(*number)).copied();
+        let (level, name) = option.ok_or(io::ErrorKind::InvalidData)?;
+        let done = set_slice(fd, level, name, value);
+        if (level, name) != CONGESTION {
+            done?;
+        }
+    }
+    let (send, receive, locked) = was.buffers;
+    let mut changed = false;
+    for (name, force, wanted) in [
+        (libc::SO_SNDBUF, libc::SO_SNDBUFFORCE, send),
+        (libc::SO_RCVBUF, libc::SO_RCVBUFFORCE, receive),
+    ] {
+        if get::<u32>(fd, libc::SOL_SOCKET, name)? < wanted || locked != 0 {
+            // What is asked for is doubled. socket(7)
+            set(fd, libc::SOL_SOCKET, force, &(wanted / 2))?;
+            changed = true;
+        }
+    }
+    if changed {
+        // Unknown before Linux 5.14: they are not adapted any more then.
+        let _ = set(fd, libc::SOL_SOCKET, SO_BUF_LOCK, &locked);
+    }
+    if was.nonblocking {
+        // SAFETY: it takes numbers.
+        if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// Lets a connection live, without a word to its peer.
+///
+/// # Errors
+/// When it is no TCP socket.
+pub fn wake(socket: impl AsFd, reuse: bool) -> io::Result<()> {
+    if leave_repair(&socket)? && reuse {
+        set(socket.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, &1)?;
+    }
+    Ok(())
+}
+
+/// Has a connection that nobody uses tell its peer how far it is: what either has said and the other
+/// may have missed, it then says again without waiting for a timer.
+///
+/// # Errors
+/// When it is no TCP socket.
+pub fn nudge(socket: impl AsFd, reuse: bool) -> io::Result<()> {
+    const OFF: libc::c_int = 0;
+    let fd = socket.as_fd();
+    enter_repair(fd)?;
+    // Leaving it like this sends a window probe.
+    set(fd, libc::IPPROTO_TCP, libc::TCP_REPAIR, &OFF)?;
+    if reuse { set(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, &1) } else { Ok(()) }
+}
+
+fn fresh(v6: bool) -> io::Result<OwnedFd> {
+    let family = if v6 { libc::AF_INET6 } else { libc::AF_INET };
+    // SAFETY: no pointers; a non-negative result is a new descriptor that is ours alone.
+    let fd = unsafe { libc::socket(family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: see above.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn waiting(fd: BorrowedFd, what: libc::c_ulong) -> io::Result<libc::c_int> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: both requests write an int to where the pointer leads.
+    let r = unsafe { libc::ioctl(fd.as_raw_fd(), what, &raw mut bytes) };
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(bytes) }
+}
+
+/// How long an option is whose contents are not of interest.
+fn length(fd: BorrowedFd, level: libc::c_int, name: libc::c_int) -> Option<u32> {
+    let mut nothing = 0u8;
+    let mut length: libc::socklen_t = 0;
+    let place = (&raw mut nothing).cast();
+    // SAFETY: the kernel writes at most the length that is passed, which is none.
+    let r = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, place, &raw mut length) };
+    (r >= 0).then_some(length)
+}
+
+fn value(fd: BorrowedFd, (level, name): (libc::c_int, libc::c_int)) -> Value {
+    let mut bytes = [0; LONGEST];
+    let mut length = LONGEST as libc::socklen_t;
+    let place = bytes.as_mut_ptr().cast();
+    // SAFETY: the kernel writes at most as many bytes as the length says, which the array has.
+    let r = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, place, &raw mut length) };
+    if r < 0 { (0, [0; LONGEST]) } else { (length.min(LONGEST as u32) as u8, bytes) }
+}
+
+/// Numbers that any bytes make, without padding.
+trait Plainly: Copy {
+    const ZERO: Self;
+}
+impl Plainly for u8 {
+    const ZERO: Self = 0;
+}
+impl Plainly for u32 {
+    const ZERO: Self = 0;
+}
+impl Plainly for libc::c_int {
+    const ZERO: Self = 0;
+}
+impl Plainly for u64 {
+    const ZERO: Self = 0;
+}
+impl<const N: usize> Plainly for [u32; N] {
+    const ZERO: Self = [0; N];
+}
+impl<const N: usize> Plainly for [u8; N] {
+    const ZERO: Self = [0; N];
+}
+
+fn get<T: Plainly>(fd: BorrowedFd, level: libc::c_int, name: libc::c_int) -> io::Result<T> {
+    let mut value = T::ZERO;
+    let mut length = size_of::<T>() as libc::socklen_t;
+    let place = (&raw mut value).cast();
+    // SAFETY: the kernel writes at most as many bytes as the type has, and any are a value of it.
+    let r = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, place, &raw mut length) };
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(value) }
+}
+
+fn set<T: Plainly>(
+    fd: BorrowedFd,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: &T,
+) -> io::Result<()> {
+    set_slice(fd, level, name, std::slice::from_ref(value))
+}
+
+fn set_slice<T: Plainly>(
+    fd: BorrowedFd,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: &[T],
+) -> io::Result<()> {
+    let (place, length) = (value.as_ptr().cast(), size_of_val(value) as libc::socklen_t);
+    // SAFETY: the kernel reads as many bytes as the length says, all of them initialised.
+    let r = unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, place, length) };
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::time::Duration;
+
+    use super::super::netns::NetNs;
+    use super::*;
+
+    /// Moves one end of a connection into another socket, with its peer talking before and after.
+    fn moved(at: &str, by: &str) {
+        let listener = TcpListener::bind(at).unwrap();
+        let mut client = TcpStream::connect(by).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        let (mut server, peer) = listener.accept().unwrap();
+        let local = server.local_addr().unwrap();
+        let fresh = fresh_options(local.is_ipv6()).unwrap();
+        server.set_nodelay(true).unwrap();
+        set(server.as_fd(), libc::SOL_SOCKET, libc::SO_KEEPALIVE, &1).unwrap();
+        set(server.as_fd(), libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, &77).unwrap();
+        set(server.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUF, &50_000).unwrap();
+        set(server.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, &1).unwrap();
+        client.write_all(b"early").unwrap();
+        assert!(plain(&server).unwrap().is_none(), "something is in its queue");
+        server.read_exact(&mut [0; 5]).unwrap();
+        server.write_all(b"soon").unwrap();
+        client.read_exact(&mut [0; 4]).unwrap();
+        server.set_nonblocking(true).unwrap();
+        let all = |socket: &TcpStream| -> Vec<Value> {
+            OPTIONS.iter().map(|option| value(socket.as_fd(), *option)).collect()
+        };
+        let seen = plain(&server).unwrap().expect("it is plain");
+        let (was, before) = (take_down(&server, seen, &fresh).unwrap(), all(&server));
+        assert!(cookie(&server).unwrap() != cookie(&client).unwrap() && seen.lively);
+        // Silent, as it is in repair mode.
+        drop(server);
+        let again = prepare(local, false).unwrap();
+        build_up(&again, peer, &was).unwrap();
+        wake(&again, was.reuse).unwrap();
+        nudge(&again, was.reuse).unwrap();
+        let mut server = TcpStream::from(again);
+        assert_eq!(all(&server), before);
+        let flag = |name| get::<u32>(server.as_fd(), libc::SOL_SOCKET, name).unwrap();
+        assert_eq!((flag(libc::SO_RCVBUF), flag(libc::SO_REUSEADDR)), (100_000, 1));
+        let would = server.read(&mut [0]).unwrap_err();
+        assert_eq!(would.kind(), io::ErrorKind::WouldBlock);
+        server.set_nonblocking(false).unwrap();
+        server.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        let mut big = vec![7; 300_000];
+        std::thread::scope(|scope| {
+            scope.spawn(|| client.write_all(&[7; 300_000]).unwrap());
+            server.read_exact(&mut big).unwrap();
+        });
+        server.write_all(b"late").unwrap();
+        client.read_exact(&mut [0; 4]).unwrap();
+        assert!(big.iter().all(|b| *b == 7));
+        drop(server);
+        assert_eq!(client.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_connection_goes_on_in_another_socket() {
+        let Ok(space) = NetNs::fresh() else {
+            eprintln!("skipped: this needs CAP_SYS_ADMIN");
+            return;
+        };
+        space
+            .run(|| {
+                let up =
+                    std::process::Command::new("ip").args(["link", "set", "lo", "up"]).status();
+                assert!(up.unwrap().success());
+                moved("127.0.0.1:7000", "127.0.0.1:7000");
+                moved("[::1]:7001", "[::1]:7001");
+                // A peer of the old protocol at a socket of the new.
+                moved("[::]:7002", "127.0.0.1:7002");
+            })
+            .unwrap();
+    }
+}
