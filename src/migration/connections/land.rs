@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::lift::{of_first_space, raise_limit};
+use super::lift::{of_first_space, raise_limit, room};
 use super::{Coming, MOST, Piece, Watched};
 use crate::sys::connection::{self, Connection};
 use crate::sys::door::{self, Place};
@@ -43,9 +43,9 @@ impl Landing {
         early: bool,
         prepared: impl Fn(Vec<u32>) + Send + 'static,
     ) -> Result<Landing> {
-        raise_limit()?;
+        let limit = raise_limit()?;
         let (orders, ordered) = channel();
-        let work = move || take_in(&ordered, early, &prepared);
+        let work = move || take_in(&ordered, limit, early, &prepared);
         let thread =
             thread::Builder::new().name("landing".into()).spawn(move || match namespace {
                 Some(namespace) => namespace.run(work)?,
@@ -93,7 +93,12 @@ struct Slot {
     socket: Option<OwnedFd>,
 }
 
-fn take_in(orders: &Receiver<Order>, early: bool, prepared: &dyn Fn(Vec<u32>)) -> Result<Landed> {
+fn take_in(
+    orders: &Receiver<Order>,
+    limit: RawFd,
+    early: bool,
+    prepared: &dyn Fn(Vec<u32>),
+) -> Result<Landed> {
     let mut slots = Vec::new();
     let mut landed = Landed::default();
     let (mut watched, mut spent) = (0, std::time::Duration::ZERO);
@@ -106,12 +111,18 @@ fn take_in(orders: &Receiver<Order>, early: bool, prepared: &dyn Fn(Vec<u32>)) -
                 }
                 let mut lacking = Vec::new();
                 for coming in list {
-                    let socket = connection::prepare(coming.local, early)
-                        .inspect_err(|e| tracing::debug!("no socket for {coming:?}: {e}"));
-                    if socket.is_err() {
+                    // A mirror must have its number, too, and some above.
+                    let fits = slots.len() < room(limit) && (coming.number as usize) < room(limit);
+                    let socket = fits.then(|| connection::prepare(coming.local, early));
+                    let failed = socket.as_ref().and_then(|socket| socket.as_ref().err());
+                    if let Some(e) = failed {
+                        tracing::debug!("no socket for {coming:?}: {e}");
+                    }
+                    let socket = socket.and_then(Result::ok);
+                    if socket.is_none() {
                         lacking.push(slots.len() as u32);
                     }
-                    slots.push(Slot { coming, socket: socket.ok() });
+                    slots.push(Slot { coming, socket });
                 }
                 prepared(lacking);
                 continue;

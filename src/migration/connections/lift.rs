@@ -28,19 +28,31 @@ use crate::sys::{door, fault, process, scm};
 
 /// In the migration's directory: what was taken out of the tasks.
 pub const FILE: &str = "connections.taken";
+/// Descriptors that a process of Ferry needs for all else.
+const OWN: RawFd = 512;
 /// Most connections that go in one piece.
 const SOME: usize = 256;
 /// Most watched descriptors that go in one piece.
 const SOME_WATCHED: usize = 16 << 10;
 
-/// Lets this process have as many descriptors as it may.
+/// Lets this process have as many descriptors as it may; from which number on it gets none.
 ///
 /// # Errors
 /// When the kernel does not say how many that is.
-pub fn raise_limit() -> Result<u64> {
+pub fn raise_limit() -> Result<RawFd> {
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
-    Ok(most)
+    let wanted = 2 * MOST as u64;
+    // More than the limit of the limit is for CAP_SYS_RESOURCE. setrlimit(2)
+    if most >= wanted || setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted).is_err() {
+        setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
+        return Ok(RawFd::try_from(most).unwrap_or(RawFd::MAX));
+    }
+    Ok(wanted as RawFd)
+}
+
+/// How many connections a process can hold that gets no descriptors from `limit` on.
+pub fn room(limit: RawFd) -> usize {
+    usize::try_from(limit - OWN).unwrap_or(0).min(MOST)
 }
 
 /// A connection that was seen while the container ran.
@@ -64,7 +76,8 @@ pub struct Lifting {
     work: PathBuf,
     /// Of a fresh socket of IPv4, and of IPv6, as far as there are.
     fresh: [Option<Options>; 2],
-    most: usize,
+    /// See [`raise_limit`].
+    limit: RawFd,
     stop: Arc<AtomicBool>,
 }
 
@@ -80,11 +93,10 @@ impl Lifting {
             Some(namespace) => namespace.run(look)?,
             None => look(),
         };
-        // Twice as many, and some more, are needed for a moment.
-        let most = usize::try_from(raise_limit()? / 3).unwrap_or(MOST).min(MOST);
+        let limit = raise_limit()?;
         let (known, cookies, work) = (BTreeMap::new(), HashSet::new(), work.to_owned());
         let stop = Arc::new(AtomicBool::new(false));
-        Ok(Lifting { known, cookies, announced: 0, vault, work, fresh, most, stop })
+        Ok(Lifting { known, cookies, announced: 0, vault, work, fresh, limit, stop })
     }
 
     /// Those that were not known yet, in the order in which they are to be announced.
@@ -114,15 +126,17 @@ impl Lifting {
             }
         }
         let mut coming = Vec::new();
+        let most = room(self.limit);
         for task in of_first_space(pids)? {
             let Some(mut list) = own.remove(&task.pid) else { continue };
             list.sort_unstable();
-            let limit = process::file_limit(task.pid)?;
+            // A mirror must have its numbers, too.
+            let limit = process::file_limit(task.pid)?.min(self.limit as u64);
             let numbers = open.get(&task.pid).map_or(&[][..], Vec::as_slice);
             let until = reach(numbers, &list, limit);
             for (number, inode) in list.into_iter().take_while(|(number, _)| *number < until) {
                 let Established { ends, cookie, .. } = *all[&inode];
-                let full = self.announced + coming.len() >= self.most;
+                let full = self.announced + coming.len() >= most;
                 if full || number < FIRST || !self.cookies.insert(cookie) {
                     continue;
                 }
