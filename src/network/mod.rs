@@ -37,6 +37,7 @@ pub mod qdisc;
 pub mod recreate;
 pub mod replay;
 mod restore;
+pub mod room;
 pub mod routed;
 mod rtnl;
 pub mod sockets;

@@ -1,5 +1,5 @@
-//! Datagrams that wait in a socket, looked at without being taken: udp(7), ip(7), ipv6(7), and
-//! `SO_PEEK_OFF` of socket(7).
+//! Datagrams that wait in a socket, looked at without being taken, and how many may: udp(7), ip(7),
+//! ipv6(7), and `SO_PEEK_OFF` and `SO_RCVBUF` of socket(7).
 
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -86,6 +86,56 @@ pub fn waiting(socket: impl AsFd, most: usize) -> io::Result<Vec<Datagram>> {
         }
     }
     Ok(found)
+}
+
+/// How much may wait in a socket to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limit {
+    /// Bytes, with what the kernel needs beside.
+    bytes: libc::c_int,
+    /// Which limits the owner has set himself; none where the kernel (before 5.14) does not tell.
+    locked: Option<libc::c_int>,
+}
+
+impl Limit {
+    /// That of a socket.
+    ///
+    /// # Errors
+    /// When it does not tell.
+    pub fn of(socket: impl AsFd) -> io::Result<Limit> {
+        let socket = socket.as_fd();
+        Ok(Limit {
+            bytes: get(socket, libc::SOL_SOCKET, libc::SO_RCVBUF)?,
+            locked: get(socket, libc::SOL_SOCKET, libc::SO_BUF_LOCK).ok(),
+        })
+    }
+
+    /// Allows so many bytes beyond that, and returns what the limit is then. Needs `CAP_NET_ADMIN`.
+    ///
+    /// # Errors
+    /// When it cannot be set.
+    pub fn raise(self, socket: impl AsFd, more: usize) -> io::Result<Limit> {
+        let more = libc::c_int::try_from(more).unwrap_or(libc::c_int::MAX);
+        set_room(socket.as_fd(), self.bytes.saturating_add(more))?;
+        Limit::of(socket)
+    }
+
+    /// Sets it as it was. What waits stays, however much it is. A limit that is odd, which only a host's
+    /// default can be, becomes one less.
+    ///
+    /// # Errors
+    /// When it cannot be set.
+    pub fn put_back(self, socket: impl AsFd) -> io::Result<()> {
+        let socket = socket.as_fd();
+        set_room(socket, self.bytes)?;
+        self.locked
+            .map_or(Ok(()), |locked| set(socket, libc::SOL_SOCKET, libc::SO_BUF_LOCK, locked))
+    }
+}
+
+/// The kernel takes twice what it is told.
+fn set_room(socket: BorrowedFd, bytes: libc::c_int) -> io::Result<()> {
+    set(socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, bytes / 2)
 }
 
 fn address(from: &SockaddrStorage) -> Option<SocketAddr> {
@@ -192,6 +242,36 @@ mod tests {
         looks(&server, server.local_addr().unwrap());
         let server = UdpSocket::bind("0.0.0.0:0").unwrap();
         looks(&server, (Ipv4Addr::LOCALHOST, server.local_addr().unwrap().port()).into());
+    }
+
+    #[test]
+    fn a_limit_is_raised_and_put_back_and_what_waits_stays() {
+        const COUNT: usize = 2000;
+        let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+        client.connect(server.local_addr().unwrap()).unwrap();
+        let send = || (0..COUNT).for_each(|_| assert!(client.send(b"small").is_ok()));
+        let was = Limit::of(&server).unwrap();
+        // What this needs is asked for before: without it there is nothing to be seen.
+        if let Err(e) = was.raise(&server, 0) {
+            assert_eq!(e.raw_os_error(), Some(libc::EPERM));
+            return;
+        }
+        was.put_back(&server).unwrap();
+        assert_eq!(Limit::of(&server).unwrap(), was);
+        send();
+        let few = waiting(&server, usize::MAX).unwrap().len();
+        assert!(0 < few && few < COUNT, "{few}");
+
+        let raised = was.raise(&server, 8 << 20).unwrap();
+        assert_ne!(raised, was);
+        send();
+        was.put_back(&server).unwrap();
+        assert_eq!(Limit::of(&server).unwrap(), was);
+        assert_eq!(waiting(&server, usize::MAX).unwrap().len(), few + COUNT);
+        // No more comes in than before.
+        send();
+        assert_eq!(waiting(&server, usize::MAX).unwrap().len(), few + COUNT);
     }
 
     #[test]
