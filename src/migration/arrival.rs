@@ -14,7 +14,8 @@ use super::room::Room;
 use super::{keeper, recover};
 use crate::network::hook::{About, Hook};
 use crate::network::{
-    self, Announcer, Frame, Gate, HostSide, Lead, Placement, Recreated, Replay, Uplinks, fence,
+    self, Announcer, Frame, Gate, HostSide, Lead, Neighbours, Placement, Recreated, Replay,
+    Uplinks, fence,
 };
 use crate::oci::cgroup::Cgroup;
 use crate::sys::netns::NetNs;
@@ -49,6 +50,8 @@ struct Net {
     /// segments that have to hear of it.
     lead: Option<Lead>,
     uplinks: Option<Uplinks>,
+    /// Whom it knows, until the gate has them.
+    neighbours: Option<Neighbours>,
 }
 
 impl Arrival {
@@ -95,7 +98,8 @@ impl Arrival {
         }
         let lead = Lead::prepare(made.namespace(), image, &host)?;
         let uplinks = Uplinks::prepare(image, &host)?;
-        self.net = Some(Net { made, replay, announcer, lead, uplinks });
+        let neighbours = Some(Neighbours::prepare(made.namespace(), image)?);
+        self.net = Some(Net { made, replay, announcer, lead, uplinks, neighbours });
         Ok(())
     }
 
@@ -153,7 +157,8 @@ impl Arrival {
             return floating.gate();
         }
         let net = self.net.as_mut()?;
-        Some(Gate { fence: net.made.take_fence()?, lead: net.lead.take() })
+        let fence = net.made.take_fence()?;
+        Some(Gate { fence, lead: net.lead.take(), neighbours: net.neighbours.take() })
     }
 
     /// The fence should be open: tells everybody that the container is here.
