@@ -24,7 +24,9 @@ pub struct Datagram {
     pub payload: Vec<u8>,
 }
 
-/// Those that wait in a UDP socket, oldest first, and no more than `most` bytes of them.
+/// Those that wait in a UDP socket, oldest first, and no more than `most` bytes of them and `many` of
+/// what the kernel keeps. For each the kernel looks at all before it: this takes as long as the square
+/// of how many there are.
 ///
 /// They stay where they are. Options of the socket are changed for it and put back; nobody else may
 /// read from it meanwhile. The kernel shows an empty one to the first who looks only.
@@ -32,7 +34,7 @@ pub struct Datagram {
 /// # Errors
 /// When the socket cannot be looked into. An error that it held for its owner is one, too, and is
 /// taken by that.
-pub fn waiting(socket: impl AsFd, most: usize) -> io::Result<Vec<Datagram>> {
+pub fn waiting(socket: impl AsFd, most: usize, many: usize) -> io::Result<Vec<Datagram>> {
     let socket = socket.as_fd();
     let (level, name) = match get(socket, libc::SOL_SOCKET, libc::SO_DOMAIN)? {
         libc::AF_INET => (libc::IPPROTO_IP, libc::IP_PKTINFO),
@@ -43,7 +45,10 @@ pub fn waiting(socket: impl AsFd, most: usize) -> io::Result<Vec<Datagram>> {
     let _offset = Changed::to(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 0)?;
     let (mut found, mut bytes) = (Vec::new(), 0);
     let (mut buffer, mut control) = (vec![0; LONGEST], vec![0; CONTROL]);
-    while bytes < most {
+    for _ in 0..many {
+        if bytes >= most {
+            break;
+        }
         let (from, to, piece, length) = {
             let mut room = [IoSliceMut::new(&mut buffer)];
             let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
@@ -206,6 +211,10 @@ mod tests {
 
     use super::*;
 
+    fn all(socket: impl AsFd) -> Vec<Datagram> {
+        waiting(socket, usize::MAX, usize::MAX).unwrap()
+    }
+
     fn looks(server: &UdpSocket, to: SocketAddr) {
         let from = match to {
             SocketAddr::V4(_) => "127.0.0.1:0",
@@ -219,11 +228,12 @@ mod tests {
         }
         // Twice, as nothing is taken; and it waits for its owner as if nobody had looked.
         let said_by = |p: &[u8]| Datagram { from, to: to.ip(), payload: p.to_vec() };
-        assert_eq!(waiting(server, usize::MAX).unwrap(), said.map(said_by));
+        assert_eq!(all(server), said.map(said_by));
         let full = said.into_iter().filter(|p| !p.is_empty());
-        assert_eq!(waiting(server, usize::MAX).unwrap(), full.map(said_by).collect::<Vec<_>>());
+        assert_eq!(all(server), full.map(said_by).collect::<Vec<_>>());
         // The one that goes beyond is the last.
-        assert_eq!(waiting(server, 5).unwrap().len(), 2);
+        assert_eq!(waiting(server, 5, usize::MAX).unwrap().len(), 2);
+        assert_eq!(waiting(server, usize::MAX, 2).unwrap().len(), 2);
         server.set_nonblocking(true).unwrap();
         let mut buffer = [0; 10_000];
         assert_eq!(server.peek(&mut buffer).unwrap(), 3);
@@ -232,7 +242,7 @@ mod tests {
             let length = server.recv(&mut buffer).unwrap();
             assert_eq!(&buffer[..length], payload);
         }
-        assert_eq!(waiting(server, usize::MAX).unwrap(), []);
+        assert_eq!(all(server), []);
         assert_eq!(get(server.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF).unwrap(), -1);
     }
 
@@ -260,7 +270,7 @@ mod tests {
         was.put_back(&server).unwrap();
         assert_eq!(Limit::of(&server).unwrap(), was);
         send();
-        let few = waiting(&server, usize::MAX).unwrap().len();
+        let few = all(&server).len();
         assert!(0 < few && few < COUNT, "{few}");
 
         let raised = was.raise(&server, 8 << 20).unwrap();
@@ -268,10 +278,10 @@ mod tests {
         send();
         was.put_back(&server).unwrap();
         assert_eq!(Limit::of(&server).unwrap(), was);
-        assert_eq!(waiting(&server, usize::MAX).unwrap().len(), few + COUNT);
+        assert_eq!(all(&server).len(), few + COUNT);
         // No more comes in than before.
         send();
-        assert_eq!(waiting(&server, usize::MAX).unwrap().len(), few + COUNT);
+        assert_eq!(all(&server).len(), few + COUNT);
     }
 
     #[test]
