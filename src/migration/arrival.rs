@@ -194,7 +194,7 @@ impl Arrival {
         if let Some(e) = self.hooks.take().and_then(Hooks::switched) {
             tracing::error!("{e}");
         }
-        // By now it has read what it is going to read: what comes meanwhile finds room, too.
+        // Not before: what came while the container read all that finds room, too.
         self.room.take().into_iter().for_each(Room::put_back);
         if let Some(floating) = self.floating.take() {
             floating.settle();

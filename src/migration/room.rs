@@ -2,7 +2,7 @@
 //!
 //! All of it comes at once, and mostly before the container runs. So the sockets that it would not
 //! fit into are allowed to take more for a while, and as much as before when it is over: what waits by
-//! then stays.
+//! then stays. A Ferry that is killed meanwhile leaves them so.
 
 use std::collections::HashMap;
 

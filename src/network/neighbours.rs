@@ -7,7 +7,7 @@
 //! thrown away with it. What is lost so is sent again when TCP thinks fit: it has just measured a round
 //! trip of as long as the container was held, and waits for three times that.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 
 use super::image::NetworkImage;
@@ -29,7 +29,7 @@ const HEAD: usize = 12;
 pub struct Neighbours {
     socket: Rtnl,
     /// By link and address, what makes them known; those set by hand do not get lost.
-    known: Vec<(i32, IpAddr, Request)>,
+    known: HashMap<(i32, IpAddr), Request>,
 }
 
 impl Neighbours {
@@ -40,7 +40,7 @@ impl Neighbours {
         let links = socket.links().trying(trying)?;
         let known = image.neighbours.iter().filter(|n| !n.permanent).filter_map(|n| {
             let index = links.iter().find(|l| l.name == n.link)?.index;
-            Some((index, n.address, neighbour_request(index, n)))
+            Some(((index, n.address), neighbour_request(index, n)))
         });
         Ok(Self { known: known.collect(), socket })
     }
@@ -51,7 +51,6 @@ impl Neighbours {
     /// When the kernel does not tell, or does not take it; the rest is done.
     pub fn remember(&mut self) -> Result<(), Problem> {
         let trying = || "cannot restore what the container knew of its neighbours".to_owned();
-        let known: HashSet<_> = self.known.iter().map(|(i, a, _)| (*i, *a)).collect();
         let (mut calm, mut changes) = (HashSet::new(), Vec::new());
         for family in [AF_INET, AF_INET6] {
             for message in self.socket.neighbours(family).trying(trying)? {
@@ -61,15 +60,15 @@ impl Neighbours {
                 let name = (i32::from_ne_bytes([head[4], head[5], head[6], head[7]]), address);
                 if state & CALM != 0 {
                     calm.insert(name);
-                } else if state & PROBE == 0 && !known.contains(&name) {
+                } else if state & PROBE == 0 && !self.known.contains_key(&name) {
                     let mut request = Request::new(rtnl::DELNEIGH, 0, head);
                     request.attr(1, &rtnl::octets(address));
                     changes.push(request);
                 }
             }
         }
-        let lost = self.known.iter().filter(|(index, a, _)| !calm.contains(&(*index, *a)));
-        changes.extend(lost.map(|(.., request)| request.clone()));
+        let lost = self.known.iter().filter(|(name, _)| !calm.contains(name));
+        changes.extend(lost.map(|(_, request)| request.clone()));
         // One after the other: the kernel may have forgotten one by itself.
         let done: Vec<_> = changes.iter().map(|change| self.socket.change(change)).collect();
         done.into_iter().collect::<Result<(), _>>().trying(trying)
