@@ -32,6 +32,8 @@ fn main() {
         trial("placement_bridge_to_macvlan", carry::other_placement),
         trial("hand_over_macvlan", || carry::hand_over("hom", Macvlan)),
         trial("hand_over_bridge", || carry::hand_over("hob", Bridge)),
+        trial("neighbours_after_a_hold_macvlan", || carry::hold("nhm", Macvlan)),
+        trial("neighbours_after_a_hold_bridge", || carry::hold("nhb", Bridge)),
         trial("bridge_with_spanning_tree", carry::spanning_tree),
         trial("keep_a_prepared_namespace", carry::keep),
         trial("rollback_leaves_nothing", carry::rollback),

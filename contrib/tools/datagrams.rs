@@ -21,6 +21,10 @@ use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
 use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::socket::{setsockopt, sockopt};
+
+/// For answers that wait to be read: some thousand.
+const ROOM: usize = 8 << 20;
 
 /// Speak UDP to a server, and count what is lost.
 #[derive(Parser)]
@@ -89,6 +93,8 @@ fn connect(to: &str) -> io::Result<UdpSocket> {
     let socket = UdpSocket::bind((any, 0))?;
     socket.connect(to)?;
     socket.set_nonblocking(true)?;
+    // What it counts as lost must not be lost here. Needs root.
+    let _ = setsockopt(&socket, sockopt::RcvBufForce, &ROOM);
     Ok(socket)
 }
 

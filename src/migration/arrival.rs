@@ -10,11 +10,14 @@ use super::floating::Arrived;
 use super::forward::{Note, Part, steps};
 use super::hooks::Hooks;
 use super::protocol::Plan;
+use super::room::Room;
 use super::{keeper, recover};
 use crate::network::hook::{About, Hook};
 use crate::network::{
-    self, Announcer, Frame, Gate, HostSide, Lead, Placement, Recreated, Replay, Uplinks, fence,
+    self, Announcer, Frame, Gate, HostSide, Lead, Neighbours, Placement, Recreated, Replay,
+    Uplinks, fence,
 };
+use crate::oci::cgroup::Cgroup;
 use crate::sys::netns::NetNs;
 
 /// Bytes of packets kept until the container can take them. Beyond it the senders' timers have to
@@ -34,6 +37,8 @@ pub struct Arrival {
     pub replayed: u64,
     /// What is done about forwarding its address.
     note: Option<Note>,
+    /// What its sockets were given beyond their own.
+    room: Option<Room>,
 }
 
 #[derive(Debug)]
@@ -45,6 +50,8 @@ struct Net {
     /// segments that have to hear of it.
     lead: Option<Lead>,
     uplinks: Option<Uplinks>,
+    /// Whom it knows, until the gate has them.
+    neighbours: Option<Neighbours>,
 }
 
 impl Arrival {
@@ -91,7 +98,8 @@ impl Arrival {
         }
         let lead = Lead::prepare(made.namespace(), image, &host)?;
         let uplinks = Uplinks::prepare(image, &host)?;
-        self.net = Some(Net { made, replay, announcer, lead, uplinks });
+        let neighbours = Some(Neighbours::prepare(made.namespace(), image)?);
+        self.net = Some(Net { made, replay, announcer, lead, uplinks, neighbours });
         Ok(())
     }
 
@@ -120,6 +128,16 @@ impl Arrival {
         Ok(())
     }
 
+    /// Makes room in the sockets of the container, whose first process this is, for the packets that
+    /// have come. It does not run yet.
+    pub fn make_room(&mut self, init: i32) {
+        let floating = self.floating.as_mut().map(|f| &mut f.replay);
+        let Some(replay) = self.net.as_mut().map(|n| &mut n.replay).or(floating) else { return };
+        // Without one it could not have been frozen where it came from.
+        let Ok(cgroup) = Cgroup::of_process(init) else { return };
+        self.room = Room::make(&cgroup, replay, &self.packets);
+    }
+
     /// Gives the container the packets that have come.
     pub fn replay(&mut self) {
         let floating = self.floating.as_ref().map(|f| &f.replay);
@@ -139,7 +157,8 @@ impl Arrival {
             return floating.gate();
         }
         let net = self.net.as_mut()?;
-        Some(Gate { fence: net.made.take_fence()?, lead: net.lead.take() })
+        let fence = net.made.take_fence()?;
+        Some(Gate { fence, lead: net.lead.take(), neighbours: net.neighbours.take() })
     }
 
     /// The fence should be open: tells everybody that the container is here.
@@ -175,6 +194,8 @@ impl Arrival {
         if let Some(e) = self.hooks.take().and_then(Hooks::switched) {
             tracing::error!("{e}");
         }
+        // Not before: what came while the container read all that finds room, too.
+        self.room.take().into_iter().for_each(Room::put_back);
         if let Some(floating) = self.floating.take() {
             floating.settle();
         }

@@ -194,7 +194,8 @@ impl Arrived {
         let host = NetNs::current()?;
         let stay = Stay::new(floating, Side::Destination, migration);
         note(work, &stay)?;
-        let gate = Some(Gate { fence: stay.arm(&host)?, lead: Some(stay.entitle(&host)?) });
+        let (fence, lead) = (stay.arm(&host)?, Some(stay.entitle(&host)?));
+        let gate = Some(Gate { fence, lead, neighbours: None });
         let interfaces = floating.interfaces(Side::Destination);
         let replay = Replay::on_host(&host, &interfaces, migration)?;
         let announcer = stay.announcer(&host)?;

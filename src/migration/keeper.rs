@@ -11,9 +11,11 @@ use std::thread::JoinHandle;
 
 use anyhow::{Result, bail};
 
+use super::room::Room;
 use super::talk::Speaker;
 use super::unread::Came;
 use crate::network::{Capture, Frame, Replay};
+use crate::oci::cgroup::Cgroup;
 use crate::sys::process::wait_readable;
 
 /// Most bytes kept for a rollback. Beyond it the senders' timers have to do.
@@ -77,17 +79,20 @@ impl Keeper {
         self.end().1
     }
 
-    /// Ends, and gives the frames to the container here, whose fence is open again.
-    pub fn give_back(self, prepare: impl FnOnce() -> Result<Replay>) {
+    /// Ends, and gives the frames to the container here, whose fence is open again and which has this
+    /// control group.
+    pub fn give_back(self, cgroup: Option<&Cgroup>, prepare: impl FnOnce() -> Result<Replay>) {
         let (frames, _) = self.end();
         if frames.is_empty() {
             return;
         }
         // Only a help: without it the senders' timers bring everything again.
-        if let Ok(replay) = prepare() {
+        if let Ok(mut replay) = prepare() {
+            let room = cgroup.and_then(|cgroup| Room::make(cgroup, &mut replay, &frames));
             for frame in &frames {
                 let _ = replay.inject(frame);
             }
+            room.into_iter().for_each(Room::put_back);
         }
     }
 }

@@ -32,6 +32,7 @@ pub mod protocol;
 pub mod recover;
 pub mod rest;
 pub mod restore;
+pub mod room;
 pub mod settle;
 pub mod source;
 pub mod streams;

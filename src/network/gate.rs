@@ -1,7 +1,9 @@
 //! What is opened when the container is released on the destination: the fence, and before it the
-//! routes that lead to it, so that its first words find their way and are answered.
+//! routes that lead to it and what it knows of its neighbours, so that its first words find their way
+//! and are answered.
 
 use super::fence::Armed;
+use super::neighbours::Neighbours;
 use super::problem::Problem;
 use super::routed::Lead;
 
@@ -12,11 +14,17 @@ pub struct Gate {
     pub fence: Armed,
     /// Where the host has to route.
     pub lead: Option<Lead>,
+    /// Where the neighbours are the container's own.
+    pub neighbours: Option<Neighbours>,
 }
 
 impl Gate {
-    /// Opens it. Tens of microseconds; the fence opens whatever becomes of the routes.
+    /// Opens it. Tens of microseconds; the fence opens whatever becomes of the rest.
     pub fn open(&mut self) -> Result<(), Problem> {
+        if let Some(Err(e)) = self.neighbours.as_mut().map(Neighbours::remember) {
+            // Only a help: the kernel asks for them.
+            tracing::warn!("{e}");
+        }
         let led = self.lead.as_mut().map_or(Ok(()), Lead::lead_here);
         self.fence.open().and(led)
     }

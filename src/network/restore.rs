@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use super::capture;
-use super::image::{Address, Link, LinkSysctl, NetworkImage, Route, Rule};
+use super::image::{Address, Link, LinkSysctl, Neighbour, NetworkImage, Route, Rule};
 use super::problem::{Problem, Trying};
 use super::qdisc;
 use super::rtnl::{self, AF_INET, AF_INET6, IFF_CARRIED, IFF_UP, LinkInfo, Rtnl, ifinfo, octets};
@@ -248,14 +248,7 @@ impl Restoring<'_> {
                 continue;
             }
             let Some(info) = infos.iter().find(|l| l.name == n.link) else { continue };
-            let state = if n.permanent { NUD_PERMANENT } else { NUD_STALE };
-            let mut fixed = [0; 12];
-            fixed[0] = family(n.address.is_ipv6());
-            fixed[4..8].copy_from_slice(&info.index.to_ne_bytes());
-            fixed[8..10].copy_from_slice(&state.to_ne_bytes());
-            let mut request = Request::new(rtnl::NEWNEIGH, CREATE | REPLACE, &fixed);
-            request.attr(1, &octets(n.address)).attr(2, &n.mac);
-            let result = self.socket.change(&request);
+            let result = self.socket.change(&neighbour_request(info.index, n));
             if n.permanent {
                 result.trying(|| format!("cannot add the neighbour {}", n.address))?;
             }
@@ -321,6 +314,18 @@ fn same_route(a: &Route, b: &Route) -> bool {
 
 fn family(v6: bool) -> u8 {
     if v6 { AF_INET6 } else { AF_INET }
+}
+
+/// Makes a neighbour known, whatever is known of it.
+pub(super) fn neighbour_request(index: i32, n: &Neighbour) -> Request {
+    let state = if n.permanent { NUD_PERMANENT } else { NUD_STALE };
+    let mut fixed = [0; 12];
+    fixed[0] = family(n.address.is_ipv6());
+    fixed[4..8].copy_from_slice(&index.to_ne_bytes());
+    fixed[8..10].copy_from_slice(&state.to_ne_bytes());
+    let mut request = Request::new(rtnl::NEWNEIGH, CREATE | REPLACE, &fixed);
+    request.attr(1, &octets(n.address)).attr(2, &n.mac);
+    request
 }
 
 pub(super) fn address_request(kind: u16, flags: u16, index: i32, a: &Address) -> Request {

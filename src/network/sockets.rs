@@ -20,6 +20,10 @@ const BY_FAMILY: u16 = 20;
 const FAMILIES: [u8; 2] = [libc::AF_INET as u8, libc::AF_INET6 as u8];
 /// `struct inet_diag_req_v2` of linux/inet_diag.h.
 const REQUEST: usize = 56;
+/// `struct inet_diag_msg`.
+const ANSWER: usize = 72;
+/// `INET_DIAG_SKMEMINFO`: what waits in a socket, and how much may, are the first two numbers.
+const MEMORY: u16 = 7;
 
 // Numbers of states, net/tcp_states.h.
 const ESTABLISHED: u8 = 1;
@@ -169,6 +173,26 @@ impl Lookout {
         Ok(found)
     }
 
+    /// UDP sockets at these ports in which `more` bytes would not find room, by inode.
+    pub fn tight(&mut self, ports: &HashSet<u16>, more: usize) -> Result<HashSet<u32>, Problem> {
+        let mut found = HashSet::new();
+        self.ask(libc::IPPROTO_UDP, &[ESTABLISHED, CLOSE], Some(MEMORY), |message| {
+            let Some(one) = one(message).filter(|one| one.inode != 0) else { return };
+            let attributes = message.attributes(ANSWER);
+            let memory = attributes.get(MEMORY).unwrap_or_default();
+            let number = |at: usize| {
+                let bytes = memory.get(4 * at..)?.first_chunk();
+                bytes.map(|bytes| u32::from_ne_bytes(*bytes) as usize)
+            };
+            let has_room =
+                number(0).zip(number(1)).is_some_and(|(waits, most)| waits + more <= most);
+            if ports.contains(&one.flow.local.port()) && !has_room {
+                found.insert(one.inode);
+            }
+        })?;
+        Ok(found)
+    }
+
     /// Connections of the container over these addresses of its own, to anywhere else.
     pub fn connections(&mut self, over: &[IpAddr]) -> Result<Vec<Flow>, Problem> {
         let mut found = Vec::new();
@@ -207,15 +231,27 @@ impl Lookout {
         states: &[u8],
         mut each: impl FnMut(One),
     ) -> Result<(), Problem> {
+        self.ask(protocol, states, None, |message| one(message).into_iter().for_each(&mut each))
+    }
+
+    /// The same, with what else is to be told of each.
+    fn ask(
+        &mut self,
+        protocol: libc::c_int,
+        states: &[u8],
+        what: Option<u16>,
+        mut each: impl FnMut(&Message),
+    ) -> Result<(), Problem> {
         let states: u32 = states.iter().map(|s| 1 << s).sum();
         for family in FAMILIES {
             let mut request = [0; REQUEST];
             request[0] = family;
             request[1] = protocol as u8;
+            request[2] = what.map_or(0, |what| 1 << (what - 1));
             request[4..8].copy_from_slice(&states.to_ne_bytes());
             let list = self.socket.dump(BY_FAMILY, &request);
             let list = list.trying(|| "cannot list the container's sockets".into())?;
-            list.iter().filter_map(one).for_each(&mut each);
+            list.iter().for_each(&mut each);
         }
         Ok(())
     }
@@ -237,7 +273,7 @@ struct One {
 }
 
 fn one(message: &Message) -> Option<One> {
-    let bytes = message.payload.first_chunk::<72>()?;
+    let bytes = message.payload.first_chunk::<ANSWER>()?;
     let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|i| bytes[at + i]));
     let port = |at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
     let address = |at: usize| -> IpAddr {

@@ -1,5 +1,5 @@
-//! Datagrams that wait in a socket, looked at without being taken: udp(7), ip(7), ipv6(7), and
-//! `SO_PEEK_OFF` of socket(7).
+//! Datagrams that wait in a socket, looked at without being taken, and how many may: udp(7), ip(7),
+//! ipv6(7), and `SO_PEEK_OFF` and `SO_RCVBUF` of socket(7).
 
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -24,7 +24,9 @@ pub struct Datagram {
     pub payload: Vec<u8>,
 }
 
-/// Those that wait in a UDP socket, oldest first, and no more than `most` bytes of them.
+/// Those that wait in a UDP socket, oldest first, and no more than `most` bytes of them and `many` of
+/// what the kernel keeps. For each the kernel looks at all before it: this takes as long as the square
+/// of how many there are.
 ///
 /// They stay where they are. Options of the socket are changed for it and put back; nobody else may
 /// read from it meanwhile. The kernel shows an empty one to the first who looks only.
@@ -32,7 +34,7 @@ pub struct Datagram {
 /// # Errors
 /// When the socket cannot be looked into. An error that it held for its owner is one, too, and is
 /// taken by that.
-pub fn waiting(socket: impl AsFd, most: usize) -> io::Result<Vec<Datagram>> {
+pub fn waiting(socket: impl AsFd, most: usize, many: usize) -> io::Result<Vec<Datagram>> {
     let socket = socket.as_fd();
     let (level, name) = match get(socket, libc::SOL_SOCKET, libc::SO_DOMAIN)? {
         libc::AF_INET => (libc::IPPROTO_IP, libc::IP_PKTINFO),
@@ -43,7 +45,10 @@ pub fn waiting(socket: impl AsFd, most: usize) -> io::Result<Vec<Datagram>> {
     let _offset = Changed::to(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 0)?;
     let (mut found, mut bytes) = (Vec::new(), 0);
     let (mut buffer, mut control) = (vec![0; LONGEST], vec![0; CONTROL]);
-    while bytes < most {
+    for _ in 0..many {
+        if bytes >= most {
+            break;
+        }
         let (from, to, piece, length) = {
             let mut room = [IoSliceMut::new(&mut buffer)];
             let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
@@ -86,6 +91,56 @@ pub fn waiting(socket: impl AsFd, most: usize) -> io::Result<Vec<Datagram>> {
         }
     }
     Ok(found)
+}
+
+/// How much may wait in a socket to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limit {
+    /// Bytes, with what the kernel needs beside.
+    bytes: libc::c_int,
+    /// Which limits the owner has set himself; none where the kernel (before 5.14) does not tell.
+    locked: Option<libc::c_int>,
+}
+
+impl Limit {
+    /// That of a socket.
+    ///
+    /// # Errors
+    /// When it does not tell.
+    pub fn of(socket: impl AsFd) -> io::Result<Limit> {
+        let socket = socket.as_fd();
+        Ok(Limit {
+            bytes: get(socket, libc::SOL_SOCKET, libc::SO_RCVBUF)?,
+            locked: get(socket, libc::SOL_SOCKET, libc::SO_BUF_LOCK).ok(),
+        })
+    }
+
+    /// Allows so many bytes beyond that, and returns what the limit is then. Needs `CAP_NET_ADMIN`.
+    ///
+    /// # Errors
+    /// When it cannot be set.
+    pub fn raise(self, socket: impl AsFd, more: usize) -> io::Result<Limit> {
+        let more = libc::c_int::try_from(more).unwrap_or(libc::c_int::MAX);
+        set_room(socket.as_fd(), self.bytes.saturating_add(more))?;
+        Limit::of(socket)
+    }
+
+    /// Sets it as it was. What waits stays, however much it is. A limit that is odd, which only a host's
+    /// default can be, becomes one less.
+    ///
+    /// # Errors
+    /// When it cannot be set.
+    pub fn put_back(self, socket: impl AsFd) -> io::Result<()> {
+        let socket = socket.as_fd();
+        set_room(socket, self.bytes)?;
+        self.locked
+            .map_or(Ok(()), |locked| set(socket, libc::SOL_SOCKET, libc::SO_BUF_LOCK, locked))
+    }
+}
+
+/// The kernel takes twice what it is told.
+fn set_room(socket: BorrowedFd, bytes: libc::c_int) -> io::Result<()> {
+    set(socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, bytes / 2)
 }
 
 fn address(from: &SockaddrStorage) -> Option<SocketAddr> {
@@ -156,6 +211,10 @@ mod tests {
 
     use super::*;
 
+    fn all(socket: impl AsFd) -> Vec<Datagram> {
+        waiting(socket, usize::MAX, usize::MAX).unwrap()
+    }
+
     fn looks(server: &UdpSocket, to: SocketAddr) {
         let from = match to {
             SocketAddr::V4(_) => "127.0.0.1:0",
@@ -169,11 +228,12 @@ mod tests {
         }
         // Twice, as nothing is taken; and it waits for its owner as if nobody had looked.
         let said_by = |p: &[u8]| Datagram { from, to: to.ip(), payload: p.to_vec() };
-        assert_eq!(waiting(server, usize::MAX).unwrap(), said.map(said_by));
+        assert_eq!(all(server), said.map(said_by));
         let full = said.into_iter().filter(|p| !p.is_empty());
-        assert_eq!(waiting(server, usize::MAX).unwrap(), full.map(said_by).collect::<Vec<_>>());
+        assert_eq!(all(server), full.map(said_by).collect::<Vec<_>>());
         // The one that goes beyond is the last.
-        assert_eq!(waiting(server, 5).unwrap().len(), 2);
+        assert_eq!(waiting(server, 5, usize::MAX).unwrap().len(), 2);
+        assert_eq!(waiting(server, usize::MAX, 2).unwrap().len(), 2);
         server.set_nonblocking(true).unwrap();
         let mut buffer = [0; 10_000];
         assert_eq!(server.peek(&mut buffer).unwrap(), 3);
@@ -182,7 +242,7 @@ mod tests {
             let length = server.recv(&mut buffer).unwrap();
             assert_eq!(&buffer[..length], payload);
         }
-        assert_eq!(waiting(server, usize::MAX).unwrap(), []);
+        assert_eq!(all(server), []);
         assert_eq!(get(server.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF).unwrap(), -1);
     }
 
@@ -192,6 +252,36 @@ mod tests {
         looks(&server, server.local_addr().unwrap());
         let server = UdpSocket::bind("0.0.0.0:0").unwrap();
         looks(&server, (Ipv4Addr::LOCALHOST, server.local_addr().unwrap().port()).into());
+    }
+
+    #[test]
+    fn a_limit_is_raised_and_put_back_and_what_waits_stays() {
+        const COUNT: usize = 2000;
+        let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+        client.connect(server.local_addr().unwrap()).unwrap();
+        let send = || (0..COUNT).for_each(|_| assert!(client.send(b"small").is_ok()));
+        let was = Limit::of(&server).unwrap();
+        // What this needs is asked for before: without it there is nothing to be seen.
+        if let Err(e) = was.raise(&server, 0) {
+            assert_eq!(e.raw_os_error(), Some(libc::EPERM));
+            return;
+        }
+        was.put_back(&server).unwrap();
+        assert_eq!(Limit::of(&server).unwrap(), was);
+        send();
+        let few = all(&server).len();
+        assert!(0 < few && few < COUNT, "{few}");
+
+        let raised = was.raise(&server, 8 << 20).unwrap();
+        assert_ne!(raised, was);
+        send();
+        was.put_back(&server).unwrap();
+        assert_eq!(Limit::of(&server).unwrap(), was);
+        assert_eq!(all(&server).len(), few + COUNT);
+        // No more comes in than before.
+        send();
+        assert_eq!(all(&server).len(), few + COUNT);
     }
 
     #[test]

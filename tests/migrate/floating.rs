@@ -90,8 +90,9 @@ fn serve(host: &Host, at: &str) -> Outcome<Running> {
 /// Ends it, and waits until the kernel has forgotten it.
 fn end(host: &Host, server: Running, port: u16) -> Outcome {
     drop(server);
+    // It may have ended with the command that has started it.
     host.sh(&format!(
-        "kill $(ss -Hltnp 'sport = :{port}' | grep -o 'pid=[0-9]*' | cut -d= -f2 | sort -u)"
+        "ss -Hltnp 'sport = :{port}' | grep -o 'pid=[0-9]*' | cut -d= -f2 | sort -u | xargs -r kill || true"
     ))?;
     until("the server is gone", SHORT, || {
         let left = host.sh(&format!(
@@ -392,9 +393,10 @@ fn refused(lab: &Lab) -> Outcome {
         ensure!(begun.is_empty(), "something had begun: {begun:?}");
         moved(lab, &a, &b)
     };
-    // Somebody's network, but neither its own nor the host's.
+    // Somebody's network, but neither its own nor the host's. By `ip netns exec` it would have another
+    // /sys, without control groups.
     a.sh("ip netns add lost
-          ip netns exec lost ferry run -d -b /srv/shared/box lost </dev/null >/dev/null 2>&1")?;
+          nsenter --net=/run/netns/lost ferry run -d -b /srv/shared/box lost </dev/null >/dev/null 2>&1")?;
     let said =
         a.ferry(&["migrate", &format!("--move-address={ip}@eth0"), "lost", "b"])?.exits(3)?;
     ensure!(said.err.contains("neither its own nor this host's"), "{said}");

@@ -261,6 +261,56 @@ pub fn hand_over(name: &'static str, attachment: Attachment) {
     assert_eq!(&got, b"hello");
 }
 
+/// The copy is held for so long that its kernel has forgotten the neighbours and asks for them in vain:
+/// when the fence opens, its first words arrive.
+pub fn hold(name: &'static str, attachment: Attachment) {
+    const NOBODY: &str = "10.77.0.77";
+    let lab = Lab::new(name, attachment);
+    let source = lab.container("web");
+    let mac = lab.json("c", "link show dev eth0")[0]["address"].clone();
+    let clients = ["10.77.0.103", "fd77::103"];
+    for client in clients {
+        let mac = mac.as_str().expect("an address");
+        lab.at("web", &format!("neigh replace {client} lladdr {mac} dev eth0 nud stale"));
+    }
+    let image = over_the_wire(&capture(&source, &lab.ns("a")).expect("a captured network"));
+    let path = lab.path("copy");
+    let mut made =
+        recreate(&image, &Placement::Auto, &path, &lab.ns("b")).expect("a network made again");
+    let neighbours = network::Neighbours::prepare(made.namespace(), &image).expect("neighbours");
+    let fence = made.take_fence().expect("a fence");
+    let mut gate = network::Gate { fence, lead: None, neighbours: Some(neighbours) };
+
+    let state = |ip: &str| lab.json("copy", &format!("neigh show {ip}"))[0]["state"][0].clone();
+    let say = |ip: &str| {
+        let ip: IpAddr = ip.parse().expect("an address");
+        let any = if ip.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        let send = || UdpSocket::bind(any)?.send_to(b"hello", (ip, 81));
+        made.namespace().run(send).expect("namespace").expect("send");
+    };
+    for ip in clients.into_iter().chain([NOBODY]) {
+        // As the kernel does it when the cable is pulled.
+        lab.at("copy", &format!("neigh replace {ip} dev eth0 nud failed"));
+        lab.at("copy", &format!("neigh del {ip} dev eth0"));
+        say(ip);
+        assert_eq!(state(ip), "INCOMPLETE", "{ip}");
+    }
+    let servers = clients.map(|ip| {
+        let ip: IpAddr = ip.parse().expect("an address");
+        let server = lab.ns("c").run(|| UdpSocket::bind((ip, 81))).expect("client");
+        server.expect("a server on the client")
+    });
+
+    gate.open().expect("an open gate");
+    for (ip, server) in clients.into_iter().zip(servers) {
+        say(ip);
+        server.set_nonblocking(true).expect("not blocking");
+        // What is sent to a neighbour that is known is there when the call returns.
+        assert_eq!(server.recv(&mut [0; 8]).ok(), Some(5), "{ip} is {}", state(ip));
+    }
+    assert_eq!(lab.json("copy", &format!("neigh show {NOBODY}")), json!([]));
+}
+
 /// With the spanning tree protocol a new port is deaf and dumb at first.
 pub fn spanning_tree() {
     let lab = Lab::new("stp", Attachment::Bridge);

@@ -124,6 +124,7 @@ impl Guest {
                 }
                 Ok(Input::Restore(RestoreEvent::AtResume)) => {
                     self.mark("sockets alive");
+                    self.network.make_room(self.journal.record.init.map_or(0, |i| i.0));
                     self.network.replay();
                     let _ = self.tell_restore(Go::Resume);
                 }

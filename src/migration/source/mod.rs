@@ -594,7 +594,8 @@ impl Begun {
                 self.closer.close();
             }
             let subject = &self.subject;
-            keeper.give_back(|| match (&subject.network, &subject.plan.floating) {
+            let cgroup = self.journal.record.cgroup.as_ref();
+            keeper.give_back(cgroup, || match (&subject.network, &subject.plan.floating) {
                 (Some((namespace, _, image)), _) => Ok(Replay::prepare(namespace, image)?),
                 (None, Some(all)) => floating::replay_here(all, &subject.plan.migration),
                 (None, None) => Err(anyhow!("there is no network")),
