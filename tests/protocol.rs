@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use ferry::files::walk::Size;
 use ferry::memory::serve::Served;
+use ferry::migration::connections::Coming;
 use ferry::migration::forward::Course;
 use ferry::migration::forward::carrier::Word;
 use ferry::migration::protocol::{self, Hello, Message, PROTOCOL, Plan, Standing, Verdict};
@@ -61,6 +62,15 @@ fn all_messages() -> Vec<Message> {
         Message::Refuse { problems: vec![problem] },
         Message::Prepare,
         Message::Prepared,
+        Message::Connections {
+            list: vec![Coming {
+                vpid: 1,
+                number: 9,
+                local: "10.0.0.9:7000".parse().expect("an address"),
+                remote: "[::ffff:10.0.0.1]:40000".parse().expect("an address"),
+            }],
+        },
+        Message::Awaited { lacking: vec![0, 9] },
         Message::Freezing,
         Message::Dumped { tasks: vec![1, 7], connections: 3 },
         Message::Echo { number: 3 },

@@ -131,6 +131,27 @@ const SOME: &[(&str, &[&str])] = &[
     ("destination.finish", &["kill"]),
 ];
 
+/// So many connections Ferry carries by itself, and has them out of the tasks for a while.
+const CARRIED: usize = 200;
+
+/// Where it takes them out, all before the commit.
+const LIFTING: &[(&str, At)] =
+    &[("lift.noted", Source), ("lift.kept", Source), ("lift.taken", Source)];
+
+/// What is tried by default with so many.
+const SOME_CARRIED: &[(&str, &[&str])] = &[
+    ("lift.noted", &["kill"]),
+    ("lift.kept", &["kill", "error"]),
+    ("lift.taken", &["kill", "error", "kill-criu", "kill-ssh"]),
+    ("source.dump", &["kill-criu"]),
+    ("dump.dumped", &["kill"]),
+    ("restore.restored", &["kill"]),
+    ("destination.restored", &["error"]),
+    ("source.commit", &["error"]),
+    ("source.committed", &["kill", "kill-other"]),
+    ("destination.commit", &["kill-other"]),
+];
+
 /// What is known to cost more than a pause; milliseconds each. `FERRY_FULL=1` shows them as failures.
 const LOSES_CONNECTIONS: &[(&str, &str)] = &[
     // There is one copy, but clients are lost. It has answered them, or was about to, and is ended as
@@ -145,15 +166,18 @@ const LOSES_CONNECTIONS: &[(&str, &str)] = &[
 pub fn trials() -> Vec<Trial> {
     let full = full();
     let mut trials = Vec::new();
-    for &(point, at) in POINTS {
+    let carried = POINTS.iter().chain(LIFTING).map(|at| (at, SOME_CARRIED, "carried::", CARRIED));
+    let all = POINTS.iter().map(|at| (at, SOME, "", 5)).chain(carried);
+    for (&(point, at), list, group, connections) in all {
         for &(deed, name) in DEEDS {
             // After the commit no step returns an error that anybody could act upon.
             let nothing = deed == Deed::Error && matches!(at, SourceAfter | DestinationAfter);
             let known = !full && LOSES_CONNECTIONS.contains(&(point, name));
-            let some = SOME.iter().any(|(p, list)| *p == point && list.contains(&name));
+            let some = list.iter().any(|(p, list)| *p == point && list.contains(&name));
             if !nothing && !known && (full || some) {
-                let trial = format!("faults::{point}::{name}");
-                trials.push(in_lab(trial, LIMIT, move |lab| fault(lab, point, at, deed)));
+                let trial = format!("faults::{group}{point}::{name}");
+                let body = move |lab: &Lab| fault(lab, point, at, deed, connections);
+                trials.push(in_lab(trial, LIMIT, body));
             }
         }
     }
@@ -235,11 +259,12 @@ fn at_commit(point: &str) -> bool {
     matches!(point, "source.commit" | "destination.said-ready")
 }
 
-fn fault(lab: &Lab, point: &'static str, at: At, deed: Deed) -> Outcome {
+fn fault(lab: &Lab, point: &'static str, at: At, deed: Deed, connections: usize) -> Outcome {
     let (a, b) = pair(lab);
     let container = Container::networked("counter");
     container.start(lab, &a)?;
-    let mut probe = Probe::start(lab, &container, 5)?;
+    let every = if connections < CARRIED { "2ms" } else { "50ms" };
+    let mut probe = Probe::every(lab, &container, connections, every)?;
 
     let ended = migrate_with(lab, point, at, deed)?;
     // What breaks in the very moment of the commit may be noticed before or after it.
