@@ -125,7 +125,7 @@ fn check(pid: i32, epoll: i32, watched: &[Target], open: &HashMap<i32, PathBuf>)
 }
 
 /// The inode in `socket:[7]`.
-fn socket(target: &Path) -> Option<u64> {
+pub fn socket(target: &Path) -> Option<u64> {
     target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 

@@ -28,6 +28,8 @@ use crate::sys::{door, fault, process, scm};
 
 /// In the migration's directory: what was taken out of the tasks.
 pub const FILE: &str = "connections.taken";
+/// Fewer that have come since the first look are left to CRIU.
+const FEW: usize = 32;
 /// Descriptors that a process of Ferry needs for all else.
 const OWN: RawFd = 512;
 /// Most connections that go in one piece.
@@ -61,6 +63,8 @@ struct Known {
     number: RawFd,
     cookie: u64,
     inode: u32,
+    /// Of IPv6, also where its peer is not.
+    v6: bool,
     /// Its number among those that were announced.
     index: u32,
 }
@@ -104,7 +108,12 @@ impl Lifting {
     /// # Errors
     /// When the kernel does not list them.
     pub fn look(&mut self, lookout: &mut Lookout, pids: &[i32]) -> Result<Vec<Coming>> {
-        let established = lookout.established()?;
+        let mut established = lookout.established()?;
+        established.retain(|one| !self.cookies.contains(&one.cookie));
+        if self.announced > 0 && established.len() < FEW {
+            // The search for their descriptors takes longer than CRIU for so many.
+            return Ok(Vec::new());
+        }
         let all: HashMap<u32, &Established> = established.iter().map(|e| (e.inode, e)).collect();
         let mut places: HashMap<u32, Option<(i32, RawFd)>> = HashMap::new();
         let mut open = BTreeMap::new();
@@ -144,7 +153,8 @@ impl Lifting {
                 let known = self.known.entry(task.pid).or_default();
                 // What had this number has been closed.
                 known.retain(|known| known.number != number);
-                known.push(Known { number, cookie, inode, index });
+                let v6 = ends.local.is_ipv6();
+                known.push(Known { number, cookie, inode, v6, index });
                 let (local, remote) = (ends.local, ends.remote);
                 coming.push(Coming { vpid: task.vpid, number, local, remote });
             }
@@ -357,8 +367,8 @@ impl Task {
             let kept = keep(mirror, &numbers, &epolls);
             let _ = tell_done.send(kept);
             let Ok(Order::Go) = ordered.recv() else { return Ok(()) };
-            let chosen: Vec<(usize, RawFd, Plain)> =
-                chosen.iter().filter_map(|at| Some((*at, list[*at].number, seen[*at]?))).collect();
+            let chosen: Vec<(usize, Known, Plain)> =
+                chosen.iter().filter_map(|at| Some((*at, list[*at], seen[*at]?))).collect();
             take_down_all(mirror, &chosen, &fresh, |some| {
                 give.send((pid, some)).is_ok() && !stop.load(Ordering::SeqCst)
             })
@@ -433,12 +443,14 @@ fn keep(
 /// With as many threads as there are processors, up to four: they share the table.
 fn take_down_all(
     mirror: &Mirror,
-    chosen: &[(usize, RawFd, Plain)],
+    chosen: &[(usize, Known, Plain)],
     fresh: &[Option<Options>; 2],
     give: impl Fn(Vec<(usize, Connection)>) -> bool + Clone + Send,
 ) -> std::io::Result<()> {
-    let sockets: Vec<_> =
-        chosen.iter().map(|(at, number, plain)| (*at, mirror.get(*number), *plain)).collect();
+    let one = |(at, known, plain): &(usize, Known, Plain)| {
+        (*at, mirror.get(known.number), fresh[usize::from(known.v6)].as_ref(), *plain)
+    };
+    let sockets: Vec<_> = chosen.iter().map(one).collect();
     let threads = thread::available_parallelism().map_or(1, usize::from).min(4);
     let each = sockets.len().div_ceil(threads).max(SOME);
     thread::scope(|scope| {
@@ -448,8 +460,7 @@ fn take_down_all(
             all.push(scope.spawn(move || -> std::io::Result<()> {
                 for some in part.chunks(SOME) {
                     let mut batch = Vec::with_capacity(some.len());
-                    for &(at, socket, plain) in some {
-                        let fresh = fresh[usize::from(plain.v6)].as_ref();
+                    for &(at, socket, fresh, plain) in some {
                         let fresh = fresh.ok_or(std::io::ErrorKind::Unsupported)?;
                         batch.push((at, connection::take_down(socket, plain, fresh)?));
                     }
@@ -504,10 +515,10 @@ fn send(
     Ok(sent)
 }
 
-/// Which of those that can be taken out are: all but those that an epoll watches under another number,
-/// or in another process.
+/// Which of those that can be taken out are: all but those that somebody has under another number, or
+/// another process has, or an epoll watches so.
 fn choose(tasks: &mut [Task], pids: &[i32]) -> Result<()> {
-    let mut epolls = Vec::new();
+    let (mut epolls, mut elsewhere) = (Vec::new(), HashSet::new());
     for &pid in pids {
         let mut task = tasks.iter_mut().find(|task| task.pid == pid);
         let same = |(known, plain): (&Known, &Option<Plain>)| plain.map(|_| known.number);
@@ -516,13 +527,16 @@ fn choose(tasks: &mut [Task], pids: &[i32]) -> Result<()> {
         let others = door::numbers(pid)?.into_iter().filter(|number| !ours.contains(number));
         for number in others {
             let target = fs::read_link(format!("/proc/{pid}/fd/{number}")).unwrap_or_default();
-            if watched::is_epoll(&target) {
+            let is_epoll = watched::is_epoll(&target);
+            if is_epoll {
                 epolls.push((pid, number, watched::targets(pid, number)?));
             }
+            elsewhere.extend(watched::socket(&target));
             if let Some(task) = &mut task
                 && !target.is_absolute()
+                && (is_epoll || task.like.is_none())
             {
-                task.like.get_or_insert(number);
+                task.like = Some(number);
             }
         }
     }
@@ -534,6 +548,7 @@ fn choose(tasks: &mut [Task], pids: &[i32]) -> Result<()> {
             }
         }
     }
+    by_inode.retain(|inode, _| !elsewhere.contains(inode));
     for (pid, _, list) in &epolls {
         for target in list {
             if let Some(&(at, n)) = by_inode.get(&target.inode)
@@ -574,7 +589,7 @@ fn closed_by_exec(pid: i32, known: &[Known]) -> Vec<Option<bool>> {
 /// The inode of a socket.
 fn socket(pid: i32, number: RawFd) -> Option<u32> {
     let target = fs::read_link(format!("/proc/{pid}/fd/{number}")).ok()?;
-    target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+    watched::socket(&target)?.try_into().ok()
 }
 
 /// The tasks in the process ID namespace of the container's first one: what the others number, it is not
