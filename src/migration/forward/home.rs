@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,7 @@ use crate::network::forward::{self, Ear, Wire};
 use crate::network::translated::{self, Translated};
 use crate::sys::netns::NetNs;
 use crate::sys::process::wait_readable;
-use crate::transport::connect::{Closer, Cutter, Destination};
+use crate::transport::connect::{Cutter, Destination};
 use crate::transport::frame::Frame;
 
 /// Between two tries to reach the other host, at first and at most.
@@ -304,27 +304,27 @@ impl Forwarder {
         loop {
             let connected = self.connect(number, destination);
             let failed = connected.as_ref().err().map(|e| format!("{e:#}"));
-            let (closer, gone) = match connected {
-                Ok((closer, gone)) => {
+            let link = match connected {
+                Ok(link) => {
                     pause = PAUSE.0;
                     if let Some(tell) = tell.take() {
                         let _ = tell.send(Ok(()));
                     }
-                    (Some(closer), Some(gone))
+                    Some(link)
                 }
                 Err(e) => {
                     if let Some(tell) = tell.take() {
                         let _ = tell.send(Err(e));
                         return;
                     }
-                    (None, None)
+                    None
                 }
             };
-            // Nothing is sent; it ends with the link.
-            let why = gone.and_then(|gone| gone.recv().ok());
-            if let Some(mut closer) = closer {
+            let why = link.and_then(|(Carrier { speaker, mut closer }, gone)| {
+                let why = live(&speaker, &gone);
                 closer.close();
-            }
+                why
+            });
             {
                 let mut state = self.lock();
                 let active = state.active == Some(number);
@@ -352,23 +352,23 @@ impl Forwarder {
         self: &Arc<Self>,
         number: u64,
         destination: &Destination,
-    ) -> Result<(Closer, std::sync::mpsc::Receiver<String>)> {
+    ) -> Result<(Carrier, Receiver<String>)> {
         let (end, ended) = channel();
         let forwarder = self.clone();
         let home = self.lock().home.clone();
         let carry = Word::Carry { id: home.id, links: home.links };
         let hear = move |heard| forwarder.hear(number, heard, &end);
-        let Carrier { speaker, closer } = carrier::connect(destination, Some(carry), hear)?;
+        let carrier = carrier::connect(destination, Some(carry), hear)?;
         let mut state = self.lock();
         let port = state.ports.iter_mut().find(|p| p.number == number);
         let port = port.ok_or_else(|| anyhow!("it was given up"))?;
-        port.speaker = Some(speaker);
-        port.cutter = closer.cutter().ok();
+        port.speaker = Some(carrier.speaker.clone());
+        port.cutter = carrier.closer.cutter().ok();
         port.heard = Instant::now();
         port.why = String::new();
         drop(state);
         self.changed.notify_all();
-        Ok((closer, ended))
+        Ok((carrier, ended))
     }
 
     fn hear(
@@ -558,6 +558,19 @@ impl Forwarder {
                     port.cutter.iter().for_each(Cutter::cut);
                 }
             }
+        }
+    }
+}
+
+/// Tells the other host that this one lives, until the link is gone; why it is.
+fn live(speaker: &Speaker, gone: &Receiver<String>) -> Option<String> {
+    loop {
+        // One that takes nothing more is cut by whoever watches, and this ends with an error then.
+        let _ = speaker.say(&Message::Forward(Box::new(Word::Alive { connections: None })));
+        match gone.recv_timeout(PULSE) {
+            Ok(why) => return Some(why),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return None,
         }
     }
 }

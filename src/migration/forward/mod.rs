@@ -436,8 +436,11 @@ pub fn end(id: &str, idle: Option<Duration>) -> Result<&'static str> {
             said =
                 Some("its address is not forwarded any more, and this host does not answer for it");
         } else {
-            control::ask(&directory, &Ask::End { dismantle: true })
-                .context("its home cannot be told\nhint: `ferry resolve --no-forward` there")?;
+            control::ask(&directory, &Ask::End { dismantle: true }).context(
+                "its home cannot be told\nhint: `ferry resolve --no-forward` there; if that \
+                     host is gone for good, `ferry migrate --forward never` takes the container to \
+                     where its address belongs",
+            )?;
             said = Some("its home does not forward its address any more");
         }
     }
