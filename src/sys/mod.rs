@@ -21,3 +21,4 @@ pub mod stopped;
 pub mod tmpfs;
 pub mod tracepoint;
 pub mod tun;
+pub mod xtables;
