@@ -24,6 +24,7 @@ const PORT: u16 = 7001;
 pub fn trials() -> Vec<Trial> {
     vec![
         in_lab("floating::to_and_fro", LIMIT, to_and_fro),
+        in_lab("floating::on_two_interfaces", LIMIT, on_two_interfaces),
         in_lab("floating::first_of_its_network", LIMIT, first_of_its_network),
         in_lab("floating::silent_until_the_commit", LIMIT, silent_until_the_commit),
         in_lab("floating::after_failures", 2 * LIMIT, after_failures),
@@ -79,8 +80,7 @@ fn serve(host: &Host, at: &str) -> Outcome<Running> {
     let program = "/srv/shared/bin/neighbour";
     host.sh(&format!("[ -e {program} ] || cp /srv/shared/box/rootfs/counter-server {program}"))?;
     let server = host.start(&[program, "--listen", at, "--memory", "1M"])?;
-    let port = at.rsplit(':').next().unwrap_or_default();
-    let look = format!("ss -Hltn sport = :{port} | grep -q .");
+    let look = format!("ss -Hltn 'src = {at}' | grep -q .");
     until("the server listens", SHORT, || {
         Ok((host.exec(&["sh", "-c", &look])?.code == 0).then_some(()))
     })?;
@@ -112,7 +112,11 @@ struct Neighbour {
 
 impl Neighbour {
     fn on(lab: &Lab, host: &Host) -> Outcome<Neighbour> {
-        let at = format!("{}:{PORT}", bare(&own_address(host)?));
+        Neighbour::at(lab, host, &format!("{}:{PORT}", bare(&own_address(host)?)))
+    }
+
+    fn at(lab: &Lab, host: &Host, at: &str) -> Outcome<Neighbour> {
+        let at = at.to_owned();
         let server = serve(host, &at)?;
         let probe = Probe::to(lab, &at, CONNECTIONS)?;
         Ok(Neighbour { _server: server, probe, at, host: host.clone(), client: lab.host("client") })
@@ -204,6 +208,74 @@ fn to_and_fro(lab: &Lab) -> Outcome {
         a.sh(&format!("{program} --to {to} --connections 1 --for 50ms"))?;
     }
     wire.is_calm(4 * CONNECTIONS)
+}
+
+/// Addresses on two interfaces, in networks of their own, in both families and one network with both;
+/// the second interface is called otherwise on the other host.
+fn on_two_interfaces(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let client = lab.host("client");
+    lab.segment("s2", &[("a", "eth1"), ("b", "lan1"), ("client", "eth1")])?;
+    for (host, interface, last) in [(&a, "eth1", 1), (&b, "lan1", 2), (&client, "eth1", 9)] {
+        host.sh(&format!(
+            "ip address add 10.98.0.{last}/24 dev {interface}
+             ip address add fd98::{last}/64 dev {interface} nodad"
+        ))?;
+    }
+    let first = floating(lab)[0].clone();
+    // Where each is on a, and on b.
+    let moved = [
+        (first.as_str(), "eth0", "eth0"),
+        ("fd98::50/64", "eth1", "lan1"),
+        ("10.98.0.50/24", "eth1", "lan1"),
+    ];
+    for (address, interface, _) in moved {
+        let nodad = if address.contains(':') { "nodad" } else { "" };
+        a.sh(&format!("ip address add {address} dev {interface} {nodad}"))?;
+    }
+    let container = container();
+    container.start(lab, &a)?;
+    let wires = [Wire::watch(lab)?, Wire::watch_on(lab, "eth1")?];
+    let mut probes = Vec::new();
+    for to in [bare(&first), "[fd98::50]", "10.98.0.50"] {
+        probes.push(Probe::to(lab, &format!("{to}:7000"), CONNECTIONS)?);
+    }
+    let mut neighbours = Vec::new();
+    for (host, last) in [(&a, 1), (&b, 2)] {
+        neighbours.push(Neighbour::on(lab, host)?);
+        for at in [format!("10.98.0.{last}"), format!("[fd98::{last}]")] {
+            neighbours.push(Neighbour::at(lab, host, &format!("{at}:{PORT}"))?);
+        }
+    }
+    let here = |host: &Host| -> Outcome<Vec<String>> {
+        let list = host.sh("ip -o address show scope global | awk '{ print $4, $2 }'")?;
+        Ok(list.lines().map(str::to_owned).collect())
+    };
+    let at = |i: usize| moved.map(|m| format!("{} {}", m.0, [m.1, m.2][i]));
+    let places = [&a, &b];
+    // Of those that stay.
+    let own = places.map(|host| here(host).map(|l| l.len()));
+    let own = [own[0].clone()? - moved.len(), own[1].clone()?];
+    for (from, to) in [(0, 1), (1, 0), (0, 1)] {
+        let step = |e: String| format!("{} to {}: {e}", places[from].name, places[to].name);
+        let mut arguments = vec!["migrate".to_owned()];
+        arguments.extend(moved.map(|m| format!("--move-address={}@{}", m.0, [m.1, m.2][to])));
+        arguments.extend(["box".to_owned(), places[to].name.to_owned()]);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        places[from].ferry(&arguments)?.exits(0).map_err(step)?;
+        exactly_one_copy(&container, places[to], places[from]).map_err(step)?;
+        probes.iter_mut().try_for_each(Probe::is_content).map_err(step)?;
+        neighbours.iter_mut().try_for_each(Neighbour::is_untouched).map_err(step)?;
+        let (with, without) = (here(places[to])?, here(places[from])?);
+        for address in at(to) {
+            ensure!(with.contains(&address), "{address} is not on {}: {with:?}", places[to].name);
+        }
+        ensure!(with.len() == own[to] + moved.len(), "on {}: {with:?}", places[to].name);
+        ensure!(without.len() == own[from], "on {}: {without:?}", places[from].name);
+    }
+    // Each client of a server has some.
+    let [one, other] = wires;
+    one.is_calm(3 * CONNECTIONS).and_then(|()| other.is_calm(6 * CONNECTIONS))
 }
 
 /// The address is the first of its network on one host, whose own hangs on it, and alone in its
