@@ -32,9 +32,11 @@ pub fn trials() -> Vec<Trial> {
     let hosts = &["a", "b@1", "c@2", "d", "client"];
     trials
         .push(in_lab_of(hosts, "forward::home_killed", LIMIT, |lab| home_dies(lab, Death::Killed)));
+    trials.push(in_lab_of(hosts, "forward::home_rebooted", LIMIT, home_rebooted));
     if full() {
         let dies = |lab: &Lab| home_dies(lab, Death::Cable);
         trials.push(in_lab_of(hosts, "forward::home_unreachable", LIMIT, dies));
+        trials.push(in_lab_of(HOSTS, "forward::cut_at_the_commit", LIMIT, cut_at_the_commit));
         let hosts = &["a", "b@1", "d", "client"];
         trials.push(in_lab_of(hosts, "forward::as_wished", LIMIT, as_wished));
     }
@@ -409,6 +411,89 @@ while True: s.sendto(bytes(1400), (sys.argv[1], 9))";
     over("home knows it", &[&a])?;
     probe.is_content()?;
     exactly_one_copy(&container, &d, &a)
+}
+
+/// Home comes up again and knows nothing any more: the container comes back to it as to any host in
+/// its address's network. Or it ends where it is, and nothing is left there.
+fn home_rebooted(lab: &Lab) -> Outcome {
+    let [a, b] = ["a", "b"].map(|name| lab.host(name));
+    let container = Container::networked("counter");
+    container.start(lab, &a)?;
+    a.sh(&format!("ip -n box route add default via {}", lab.address(1)))?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    let goes_and_home_forgets = || -> Outcome {
+        a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+        Probe::start(lab, &container, 1)?.is_content()?;
+        let all = [forwarders(&a, "home")?, forwarders(&a, "work")?].concat();
+        let list: Vec<String> = all.iter().map(i32::to_string).collect();
+        // What is in memory goes, and with it the last name of the kept namespace.
+        a.sh(&format!(
+            "kill -KILL {0}; kill -KILL $(pgrep -x ssh)
+             for pid in {0}; do while kill -0 $pid 2>/dev/null; do sleep 0.01; done; done
+             umount -l /run/ferry-forward/*/network; rm -r /run/ferry-forward",
+            list.join(" ")
+        ))?;
+        until("b says that it is broken", Duration::from_secs(40), || {
+            Ok(told(&b)?.iter().any(|f| f["connected"] == false).then_some(()))
+        })?;
+        ensure!(told(&a)?.is_empty(), "a tells of what it cannot know: {:?}", told(&a)?);
+        Ok(())
+    };
+    goes_and_home_forgets()?;
+    let said = b.ferry(&["migrate", "box", "a"])?.exits(0)?;
+    probe.is_content().map_err(|e| format!("{said}\n{e}"))?;
+    exactly_one_copy(&container, &a, &b)?;
+    over("it is at home", &[&a, &b])?;
+
+    goes_and_home_forgets()?;
+    drop(probe);
+    b.sh("ferry kill box KILL")?;
+    over("it has ended", &[&a, &b])
+}
+
+/// A link of a home's is cut between the commit and the moment at which it is told that frames are to
+/// take it: it is made again all the same.
+fn cut_at_the_commit(lab: &Lab) -> Outcome {
+    let (container, [a, b, c]) = start(lab)?;
+    let mut probes = probes(lab, &container)?;
+    // First the destination's cable; then home's, which the two others do without.
+    for (from, to, cut) in [(&a, &b, "b"), (&b, &c, "a")] {
+        let step = |e: String| format!("{} to {}: {e}", from.name, to.name);
+        let hold = "FERRY_FAULT=source.committed:hold";
+        let migration = from.start(&["env", hold, "ferry", "migrate", "box", to.name])?;
+        let held = from.path("/run/ferry-fault/source.committed")?;
+        until("it is committed", SHORT, || Ok(held.exists().then_some(())))?;
+        let links = || -> Outcome<Vec<String>> {
+            let works = forwarders(&a, "work")?;
+            let all =
+                works.iter().map(|pid| a.exec(&["pgrep", "-x", "ssh", "-P", &pid.to_string()]));
+            let all = all.collect::<Outcome<Vec<_>>>()?;
+            Ok(all.iter().flat_map(|o| o.out.lines()).map(str::to_owned).collect())
+        };
+        let before = links()?;
+        ensure!(!before.is_empty(), "home has no link");
+        lab.link(&[cut, "--cut"])?;
+        until("home has given its links up", Duration::from_secs(40), || {
+            Ok(links()?.iter().all(|link| !before.contains(link)).then_some(()))
+        })
+        .map_err(step)?;
+        std::fs::remove_file(&held).map_err(|e| e.to_string())?;
+        if cut == to.name {
+            lab.link(&[cut, "--mend"])?;
+        }
+        migration.end(LONG)?.exits(0).map_err(step)?;
+        if cut != to.name {
+            lab.link(&[cut, "--mend"])?;
+        }
+        abroad(&container, &a, to, if to.name == "b" { &c } else { &b }).map_err(step)?;
+        // The senders' timers have doubled meanwhile.
+        let again = || Ok(probes.iter_mut().all(|p| p.answers_again().is_ok()).then_some(()));
+        until("all are answered", Duration::from_secs(60), again).map_err(step)?;
+        all_content(&mut probes).map_err(step)?;
+    }
+    c.ferry(&["migrate", "box", "a"])?.exits(0)?;
+    all_content(&mut probes)?;
+    exactly_one_copy(&container, &a, &c)
 }
 
 /// A migration that is given up leaves everything as it was, wherever the container is.

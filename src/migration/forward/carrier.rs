@@ -76,6 +76,18 @@ pub struct Carrier {
     pub closer: Closer,
 }
 
+/// The other host was reached, and has no such container.
+#[derive(Debug)]
+pub struct Refused(String);
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Refused {}
+
 /// Connects to the host where the container is, or will be. From then on `tell` hears everything.
 ///
 /// # Errors
@@ -111,7 +123,7 @@ pub fn connect(
                 Ok(Heard::Message(Message::Forward(word))) if matches!(*word, Word::Carried) => {
                     return Ok(());
                 }
-                Ok(Heard::Message(Message::Failed { why, .. })) => bail!("{why}"),
+                Ok(Heard::Message(Message::Failed { why, .. })) => bail!(Refused(why)),
                 Ok(Heard::Gone(why)) => bail!("{}", why.unwrap_or_else(|| GONE.into())),
                 Ok(_) => {}
                 Err(_) => bail!("{destination} does not answer"),

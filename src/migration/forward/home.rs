@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::carrier::{self, Carrier, DEAD, PULSE, Word};
+use super::carrier::{self, Carrier, DEAD, PULSE, Refused, Word};
 use super::control::{self, Answer, Ask, Status};
 use super::process::dismantle;
 use super::way::{reached_by, through, way};
@@ -255,8 +255,9 @@ impl Forwarder {
         self.first_way(destination, |way| self.add(way.clone(), migration).map(drop))
     }
 
-    /// One more port. A link that breaks before the container has come to it is given up; later it is
-    /// made again.
+    /// One more port. Once there was a link it is made again whenever it breaks, also before anybody
+    /// knows whether the container has come to it: until that host says that it has not, somebody says
+    /// that it does not, or it has gone on from there.
     fn add(self: &Arc<Self>, destination: Destination, migration: &str) -> Result<u64> {
         let number = {
             let mut state = self.lock();
@@ -304,6 +305,7 @@ impl Forwarder {
         loop {
             let connected = self.connect(number, destination);
             let failed = connected.as_ref().err().map(|e| format!("{e:#}"));
+            let refused = connected.as_ref().is_err_and(|e| e.is::<Refused>());
             let link = match connected {
                 Ok(link) => {
                     pause = PAUSE.0;
@@ -327,8 +329,7 @@ impl Forwarder {
             });
             {
                 let mut state = self.lock();
-                let active = state.active == Some(number);
-                let over = state.over;
+                let (active, over) = (state.active, state.over);
                 let Some(port) = state.ports.iter_mut().find(|p| p.number == number) else {
                     return;
                 };
@@ -337,8 +338,17 @@ impl Forwarder {
                 (port.connections, port.idle_since) = (None, None);
                 port.why = why.or(failed).unwrap_or_else(|| "the link broke".into());
                 // After a new start it becomes active right after this thread has begun.
-                if over || !active && !port.migration.is_empty() {
+                let here = active.map_or(port.migration.is_empty(), |active| active == number);
+                let left = active.is_some_and(|active| active > number);
+                let others = state.ports.iter().filter(|p| p.speaker.is_some());
+                let next = others.map(|p| p.number).max().filter(|_| here && refused);
+                if over || left || refused && !here || next.is_some() {
                     state.ports.retain(|p| p.number != number);
+                    drop(state);
+                    // Nobody could tell that it has gone on, and it may never say a word.
+                    if let Some(Err(e)) = next.map(|next| self.activate(next)) {
+                        tracing::error!("{e:#}");
+                    }
                     return;
                 }
             }
@@ -500,9 +510,12 @@ impl Forwarder {
 
     /// The container was on its way home, and stayed where it was.
     fn abroad(self: &Arc<Self>) -> Result<()> {
+        // Not any other, which may not have been told yet that the container does not come.
         let (last, destination) = {
             let state = self.lock();
-            (state.ports.iter().map(|p| p.number).max(), state.home.active.clone())
+            let active = state.home.active.clone();
+            let there = state.ports.iter().filter(|p| Some(&p.destination) == active.as_ref());
+            (there.map(|p| p.number).max(), active)
         };
         match (last, destination) {
             (Some(port), _) => self.activate(port),
