@@ -25,6 +25,7 @@ pub fn trials() -> Vec<Trial> {
     vec![
         in_lab("floating::to_and_fro", LIMIT, to_and_fro),
         in_lab("floating::on_two_interfaces", LIMIT, on_two_interfaces),
+        in_lab("floating::one_of_two_taken", LIMIT, one_of_two_taken),
         in_lab("floating::first_of_its_network", LIMIT, first_of_its_network),
         in_lab("floating::silent_until_the_commit", LIMIT, silent_until_the_commit),
         in_lab("floating::after_failures", 2 * LIMIT, after_failures),
@@ -210,72 +211,134 @@ fn to_and_fro(lab: &Lab) -> Outcome {
     wire.is_calm(4 * CONNECTIONS)
 }
 
-/// Addresses on two interfaces, in networks of their own, in both families and one network with both;
-/// the second interface is called otherwise on the other host.
+/// A container with addresses on two interfaces, each in networks of its own.
+struct OnTwo {
+    /// The addresses, and their interfaces on either host: the second one has two names.
+    moved: [(String, [&'static str; 2]); 3],
+    hosts: [Host; 2],
+}
+
+impl OnTwo {
+    /// The container on `a` with all of them.
+    fn start(lab: &Lab) -> Outcome<(Container, OnTwo)> {
+        let (a, b) = pair(lab);
+        let client = lab.host("client");
+        lab.segment("s2", &[("a", "eth1"), ("b", "lan1"), ("client", "eth1")])?;
+        for (host, interface, last) in [(&a, "eth1", 1), (&b, "lan1", 2), (&client, "eth1", 9)] {
+            host.sh(&format!(
+                "ip address add 10.98.0.{last}/24 dev {interface}
+                 ip address add fd98::{last}/64 dev {interface} nodad"
+            ))?;
+        }
+        let moved = [
+            (floating(lab)[0].clone(), ["eth0", "eth0"]),
+            ("fd98::50/64".to_owned(), ["eth1", "lan1"]),
+            ("10.98.0.50/24".to_owned(), ["eth1", "lan1"]),
+        ];
+        for (address, [interface, _]) in &moved {
+            let nodad = if address.contains(':') { "nodad" } else { "" };
+            a.sh(&format!("ip address add {address} dev {interface} {nodad}"))?;
+        }
+        let container = container();
+        container.start(lab, &a)?;
+        Ok((container, OnTwo { moved, hosts: [a, b] }))
+    }
+
+    /// A client of each.
+    fn probes(&self, lab: &Lab) -> Outcome<Vec<Probe>> {
+        let to = self.moved.iter().map(|(address, _)| match bare(address) {
+            ip if ip.contains(':') => format!("[{ip}]:7000"),
+            ip => format!("{ip}:7000"),
+        });
+        to.map(|to| Probe::to(lab, &to, CONNECTIONS)).collect()
+    }
+
+    fn migrate(&self, from: usize, to: usize, more: &[&str]) -> Outcome<Output> {
+        let options = self.moved.iter().map(|(a, on)| format!("--move-address={a}@{}", on[to]));
+        let options: Vec<String> = options.collect();
+        let mut arguments = vec!["migrate"];
+        arguments.extend(options.iter().map(String::as_str));
+        arguments.extend(more);
+        arguments.extend(["box", self.hosts[to].name]);
+        self.hosts[from].ferry(&arguments)
+    }
+
+    /// All addresses of a host, with their interfaces.
+    fn all(&self, place: usize) -> Outcome<Vec<String>> {
+        let list = self.hosts[place]
+            .sh("ip -o address show scope global | awk '{ print $4, $2 }' | sort")?;
+        Ok(list.lines().map(str::to_owned).collect())
+    }
+
+    /// What moves, as it is on a host that has it, among what the host has anyway.
+    fn among(&self, place: usize, own: &[String]) -> Vec<String> {
+        let moved = self.moved.iter().map(|(address, on)| format!("{address} {}", on[place]));
+        let mut all: Vec<String> = moved.chain(own.iter().cloned()).collect();
+        all.sort();
+        all
+    }
+}
+
+/// Addresses on two interfaces, in both families, under load; others' connections on both interfaces
+/// of both hosts all the while.
 fn on_two_interfaces(lab: &Lab) -> Outcome {
-    let (a, b) = pair(lab);
-    let client = lab.host("client");
-    lab.segment("s2", &[("a", "eth1"), ("b", "lan1"), ("client", "eth1")])?;
-    for (host, interface, last) in [(&a, "eth1", 1), (&b, "lan1", 2), (&client, "eth1", 9)] {
-        host.sh(&format!(
-            "ip address add 10.98.0.{last}/24 dev {interface}
-             ip address add fd98::{last}/64 dev {interface} nodad"
-        ))?;
-    }
-    let first = floating(lab)[0].clone();
-    // Where each is on a, and on b.
-    let moved = [
-        (first.as_str(), "eth0", "eth0"),
-        ("fd98::50/64", "eth1", "lan1"),
-        ("10.98.0.50/24", "eth1", "lan1"),
-    ];
-    for (address, interface, _) in moved {
-        let nodad = if address.contains(':') { "nodad" } else { "" };
-        a.sh(&format!("ip address add {address} dev {interface} {nodad}"))?;
-    }
-    let container = container();
-    container.start(lab, &a)?;
+    let (container, two) = OnTwo::start(lab)?;
     let wires = [Wire::watch(lab)?, Wire::watch_on(lab, "eth1")?];
-    let mut probes = Vec::new();
-    for to in [bare(&first), "[fd98::50]", "10.98.0.50"] {
-        probes.push(Probe::to(lab, &format!("{to}:7000"), CONNECTIONS)?);
-    }
+    let mut probes = two.probes(lab)?;
     let mut neighbours = Vec::new();
-    for (host, last) in [(&a, 1), (&b, 2)] {
+    for (host, last) in two.hosts.iter().zip([1, 2]) {
         neighbours.push(Neighbour::on(lab, host)?);
         for at in [format!("10.98.0.{last}"), format!("[fd98::{last}]")] {
             neighbours.push(Neighbour::at(lab, host, &format!("{at}:{PORT}"))?);
         }
     }
-    let here = |host: &Host| -> Outcome<Vec<String>> {
-        let list = host.sh("ip -o address show scope global | awk '{ print $4, $2 }'")?;
-        Ok(list.lines().map(str::to_owned).collect())
-    };
-    let at = |i: usize| moved.map(|m| format!("{} {}", m.0, [m.1, m.2][i]));
-    let places = [&a, &b];
-    // Of those that stay.
-    let own = places.map(|host| here(host).map(|l| l.len()));
-    let own = [own[0].clone()? - moved.len(), own[1].clone()?];
+    let names: Vec<_> = two.moved.iter().map(|(address, _)| bare(address)).collect();
+    let mut own = [two.all(0)?, two.all(1)?];
+    own[0].retain(|a| !names.contains(&bare(a)));
     for (from, to) in [(0, 1), (1, 0), (0, 1)] {
-        let step = |e: String| format!("{} to {}: {e}", places[from].name, places[to].name);
-        let mut arguments = vec!["migrate".to_owned()];
-        arguments.extend(moved.map(|m| format!("--move-address={}@{}", m.0, [m.1, m.2][to])));
-        arguments.extend(["box".to_owned(), places[to].name.to_owned()]);
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        places[from].ferry(&arguments)?.exits(0).map_err(step)?;
-        exactly_one_copy(&container, places[to], places[from]).map_err(step)?;
+        let step = |e: String| format!("{} to {}: {e}", two.hosts[from].name, two.hosts[to].name);
+        two.migrate(from, to, &[])?.exits(0).map_err(step)?;
+        exactly_one_copy(&container, &two.hosts[to], &two.hosts[from]).map_err(step)?;
         probes.iter_mut().try_for_each(Probe::is_content).map_err(step)?;
         neighbours.iter_mut().try_for_each(Neighbour::is_untouched).map_err(step)?;
-        let (with, without) = (here(places[to])?, here(places[from])?);
-        for address in at(to) {
-            ensure!(with.contains(&address), "{address} is not on {}: {with:?}", places[to].name);
-        }
-        ensure!(with.len() == own[to] + moved.len(), "on {}: {with:?}", places[to].name);
-        ensure!(without.len() == own[from], "on {}: {without:?}", places[from].name);
+        let (with, without) = (two.all(to)?, two.all(from)?);
+        ensure!(with == two.among(to, &own[to]), "there after a step to {to}: {with:?}");
+        ensure!(without == own[from], "here after a step to {to}: {without:?}");
     }
     // Each client of a server has some.
     let [one, other] = wires;
     one.is_calm(3 * CONNECTIONS).and_then(|()| other.is_calm(6 * CONNECTIONS))
+}
+
+/// Somebody takes the last of them on the destination after all was found to be free: the others are
+/// given back, and nothing is lost.
+fn one_of_two_taken(lab: &Lab) -> Outcome {
+    let (container, two) = OnTwo::start(lab)?;
+    let [a, b] = &two.hosts;
+    let mut probes = two.probes(lab)?;
+    let before = [two.all(0)?, two.all(1)?];
+    let held = "/srv/shared/bin/held";
+    let script = "#!/bin/sh\nexport FERRY_FAULT=destination.prepared:hold; exec ferry \"$@\"\n";
+    write_script(&a.path(held)?, script)?;
+    std::thread::scope(|scope| -> Outcome {
+        let migration = scope.spawn(|| two.migrate(0, 1, &["--remote-ferry", held]));
+        let file = b.path("/run/ferry-fault/destination.prepared")?;
+        until("the destination is prepared", SHORT, || Ok(file.exists().then_some(())))?;
+        b.sh("ip address add 10.98.0.50/24 dev lan1")?;
+        std::fs::remove_file(&file).map_err(|e| e.to_string())?;
+        let said = migration.join().map_err(|_| "the trial's thread has died")??.exits(1)?;
+        ensure!(said.err.contains("cannot add 10.98.0.50 to lan1"), "{said}");
+        Ok(())
+    })?;
+    // Theirs is left to them.
+    b.sh("ip address del 10.98.0.50/24 dev lan1")?;
+    exactly_one_copy(&container, a, b)?;
+    let after = [two.all(0)?, two.all(1)?];
+    ensure!(before == after, "{before:?}\nhas become {after:?}");
+    probes.iter_mut().try_for_each(Probe::is_content)?;
+    two.migrate(0, 1, &[])?.exits(0)?;
+    exactly_one_copy(&container, b, a)?;
+    probes.iter_mut().try_for_each(Probe::is_content)
 }
 
 /// The address is the first of its network on one host, whose own hangs on it, and alone in its
