@@ -336,9 +336,21 @@ fn one_of_two_taken(lab: &Lab) -> Outcome {
     let after = [two.all(0)?, two.all(1)?];
     ensure!(before == after, "{before:?}\nhas become {after:?}");
     probes.iter_mut().try_for_each(Probe::is_content)?;
-    two.migrate(0, 1, &[])?.exits(0)?;
+    // A Ferry that dies after the commit leaves them to whoever comes after it.
+    let options =
+        two.moved.iter().map(|(address, on)| format!("--move-address {address}@{}", on[1]));
+    let options = options.collect::<Vec<_>>().join(" ");
+    let line = format!("FERRY_FAULT=source.committed:kill exec ferry migrate {options} box b");
+    a.exec(&["sh", "-c", &line])?.exits(137)?;
+    a.ferry(&["resolve", "box"])?.exits(0)?;
     exactly_one_copy(&container, b, a)?;
-    probes.iter_mut().try_for_each(Probe::is_content)
+    probes.iter_mut().try_for_each(Probe::is_content)?;
+    let names: Vec<_> = two.moved.iter().map(|(address, _)| bare(address)).collect();
+    let own: Vec<String> =
+        before[0].iter().filter(|a| !names.contains(&bare(a))).cloned().collect();
+    ensure!(two.all(0)? == own, "left on a: {:?}", two.all(0)?);
+    ensure!(two.all(1)? == two.among(1, &before[1]), "on b: {:?}", two.all(1)?);
+    Ok(())
 }
 
 /// The address is the first of its network on one host, whose own hangs on it, and alone in its

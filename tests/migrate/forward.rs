@@ -28,6 +28,7 @@ pub fn trials() -> Vec<Trial> {
         in_lab_of(HOSTS, "forward::ended", LIMIT, ended),
         in_lab_of(HOSTS, "forward::until_idle", LIMIT, until_idle),
         in_lab_of(HOSTS, "forward::narrow_path", LIMIT, narrow_path),
+        in_lab_of(HOSTS, "forward::killed_at_the_commit", LIMIT, killed_at_the_commit),
     ];
     let hosts = &["a", "b@1", "c@2", "d", "client"];
     trials
@@ -396,6 +397,13 @@ while True: s.sendto(bytes(1400), (sys.argv[1], 9))";
     ensure!(told(&b)?.len() == 1, "{:?}", told(&b)?);
     let status = facts(&b)?.containers["box"].status.clone();
     ensure!(status == "running", "on b it is {status}");
+    if death == Death::Killed {
+        // Nor is home there to start this one again.
+        for pid in forwarders(&b, "away")? {
+            b.sh(&format!("kill -KILL {pid}"))?;
+        }
+        ensure!(told(&b)?.iter().any(|f| f["dead"] == true), "{:?}", told(&b)?);
+    }
 
     let said = b.ferry(&["migrate", "--forward", "never", "box", "d"])?.exits(0)?;
     probe.is_content().map_err(|e| format!("{said}\n{e}"))?;
@@ -454,10 +462,20 @@ fn home_rebooted(lab: &Lab) -> Outcome {
 /// A link of a home's is cut between the commit and the moment at which it is told that frames are to
 /// take it: it is made again all the same.
 fn cut_at_the_commit(lab: &Lab) -> Outcome {
+    // First the destination's cable; then home's, which the two others do without.
+    broken_at_the_commit(lab, [Some("b"), Some("a")])
+}
+
+/// The same when the process that forwards is killed then, and started again.
+fn killed_at_the_commit(lab: &Lab) -> Outcome {
+    broken_at_the_commit(lab, [None, None])
+}
+
+/// From `a` to `b`, and from there to `c`; whose cable is cut, if anybody's.
+fn broken_at_the_commit(lab: &Lab, cables: [Option<&str>; 2]) -> Outcome {
     let (container, [a, b, c]) = start(lab)?;
     let mut probes = probes(lab, &container)?;
-    // First the destination's cable; then home's, which the two others do without.
-    for (from, to, cut) in [(&a, &b, "b"), (&b, &c, "a")] {
+    for (from, to, cable) in [(&a, &b, cables[0]), (&b, &c, cables[1])] {
         let step = |e: String| format!("{} to {}: {e}", from.name, to.name);
         let hold = "FERRY_FAULT=source.committed:hold";
         let migration = from.start(&["env", hold, "ferry", "migrate", "box", to.name])?;
@@ -472,19 +490,28 @@ fn cut_at_the_commit(lab: &Lab) -> Outcome {
         };
         let before = links()?;
         ensure!(!before.is_empty(), "home has no link");
-        lab.link(&[cut, "--cut"])?;
+        match cable {
+            Some(cable) => lab.link(&[cable, "--cut"])?,
+            None => {
+                for pid in forwarders(&a, "work")? {
+                    a.sh(&format!("kill -KILL {pid}"))?;
+                }
+                until("it is started again", SHORT, || {
+                    let status = told(&a)?.first().cloned().unwrap_or_default();
+                    Ok((status["dead"] == false).then_some(()))
+                })?;
+            }
+        }
         until("home has given its links up", Duration::from_secs(40), || {
             Ok(links()?.iter().all(|link| !before.contains(link)).then_some(()))
         })
         .map_err(step)?;
         std::fs::remove_file(&held).map_err(|e| e.to_string())?;
-        if cut == to.name {
-            lab.link(&[cut, "--mend"])?;
-        }
+        // The two of the migration need each other; home may be late.
+        let (early, late) = (cable.filter(|c| *c == to.name), cable.filter(|c| *c != to.name));
+        early.map_or(Ok(()), |cable| lab.link(&[cable, "--mend"]))?;
         migration.end(LONG)?.exits(0).map_err(step)?;
-        if cut != to.name {
-            lab.link(&[cut, "--mend"])?;
-        }
+        late.map_or(Ok(()), |cable| lab.link(&[cable, "--mend"]))?;
         abroad(&container, &a, to, if to.name == "b" { &c } else { &b }).map_err(step)?;
         // The senders' timers have doubled meanwhile.
         let again = || Ok(probes.iter_mut().all(|p| p.answers_again().is_ok()).then_some(()));

@@ -139,7 +139,9 @@ impl Forwarder {
             Ask::Join { destination, migration } => {
                 self.ours(destination, port).and_then(|to| self.join(&to, &migration)).into()
             }
-            Ask::Switch { migration } => self.switch(&migration).into(),
+            Ask::Switch { migration, destination } => {
+                self.switch(&migration, destination, port).into()
+            }
             Ask::Leave { migration, claim } => self.leave(&migration, port, claim).into(),
             Ask::Local => {
                 let mut state = self.lock();
@@ -477,14 +479,27 @@ impl Forwarder {
         Ok(())
     }
 
-    fn switch(&self, migration: &str) -> Result<()> {
+    fn switch(
+        self: &Arc<Self>,
+        migration: &str,
+        to: Option<Destination>,
+        asked_by: Option<u64>,
+    ) -> Result<()> {
         let (port, active) = {
             let state = self.lock();
             let port = state.ports.iter().find(|p| p.migration == migration).map(|p| p.number);
             (port, state.active)
         };
-        match port {
-            Some(port) if active.is_none_or(|active| port > active) => self.activate(port),
+        match (port, to) {
+            (Some(port), _) if active.is_none_or(|active| port > active) => self.activate(port),
+            // This process may have been started since it was told to connect there.
+            (None, Some(to)) if asked_by.is_none() || asked_by == active => {
+                let to = self.ours(to, asked_by)?;
+                if self.lock().home.active.as_ref() == Some(&to) {
+                    return Ok(());
+                }
+                self.activate(self.add(to, "")?)
+            }
             // It has been seen to be there; or it is at home.
             _ => Ok(()),
         }

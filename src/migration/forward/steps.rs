@@ -65,9 +65,11 @@ pub fn join(record: &Record) -> Result<()> {
 pub fn source_goes(record: &Record) {
     let Some(note) = &record.forward else { return };
     let ask = match note.part {
-        Part::Leaves | Part::MovesOn | Part::GoesHome => {
-            Ask::Switch { migration: record.migration.clone() }
-        }
+        Part::Leaves | Part::MovesOn => Ask::Switch {
+            migration: record.migration.clone(),
+            destination: record.destination.clone(),
+        },
+        Part::GoesHome => Ask::Switch { migration: record.migration.clone(), destination: None },
         Part::Ends => Ask::End { dismantle: true },
         Part::Arrives | Part::ComesHome => return,
     };
