@@ -88,12 +88,9 @@ fn serve(host: &Host, at: &str) -> Outcome<Running> {
     Ok(server)
 }
 
-/// Ends it, and waits until the kernel has forgotten it.
+/// Ends it, and waits until the kernel has forgotten it: what `contrib/lab exec` runs dies with that.
 fn end(host: &Host, server: Running, port: u16) -> Outcome {
     drop(server);
-    host.sh(&format!(
-        "kill $(ss -Hltnp 'sport = :{port}' | grep -o 'pid=[0-9]*' | cut -d= -f2 | sort -u)"
-    ))?;
     until("the server is gone", SHORT, || {
         let left = host.sh(&format!(
             "ss -Htnl 'sport = :{port}'; ss -Htn state established 'sport = :{port}'"
@@ -539,9 +536,9 @@ fn refused(lab: &Lab) -> Outcome {
         ensure!(begun.is_empty(), "something had begun: {begun:?}");
         moved(lab, &a, &b)
     };
-    // Somebody's network, but neither its own nor the host's.
+    // Somebody's network, but neither its own nor the host's. `ip netns exec` would hide the cgroups.
     a.sh("ip netns add lost
-          ip netns exec lost ferry run -d -b /srv/shared/box lost </dev/null >/dev/null 2>&1")?;
+          nsenter --net=/run/netns/lost ferry run -d -b /srv/shared/box lost </dev/null >/dev/null 2>&1")?;
     let said =
         a.ferry(&["migrate", &format!("--move-address={ip}@eth0"), "lost", "b"])?.exits(3)?;
     ensure!(said.err.contains("neither its own nor this host's"), "{said}");
