@@ -42,8 +42,6 @@ pub enum Ask {
     Switch {
         /// The migration that took it there.
         migration: String,
-        /// Where that is, unless it is home: whoever was told before may have died since.
-        destination: Option<Destination>,
     },
     /// It stayed where it was.
     Leave {

@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -83,10 +83,13 @@ pub fn work(directory: &Path) -> Result<()> {
         in_bytes: AtomicU64::new(0),
     });
     // After a new start: on with it.
-    let active = forwarder.lock().home.active.clone();
+    let Home { active, pending, .. } = forwarder.lock().home.clone();
     if let Some(destination) = active {
-        let number = forwarder.add(destination, "")?;
+        let number = forwarder.add(destination, "", None)?;
         forwarder.activate(number)?;
+    }
+    if let Some((destination, migration)) = pending {
+        forwarder.add(destination, &migration, None)?;
     }
     let (end, ended) = channel();
     let answering = forwarder.clone();
@@ -139,9 +142,7 @@ impl Forwarder {
             Ask::Join { destination, migration } => {
                 self.ours(destination, port).and_then(|to| self.join(&to, &migration)).into()
             }
-            Ask::Switch { migration, destination } => {
-                self.switch(&migration, destination, port).into()
-            }
+            Ask::Switch { migration } => self.switch(&migration).into(),
             Ask::Leave { migration, claim } => self.leave(&migration, port, claim).into(),
             Ask::Local => {
                 let mut state = self.lock();
@@ -254,13 +255,32 @@ impl Forwarder {
     }
 
     fn join(self: &Arc<Self>, destination: &Destination, migration: &str) -> Result<()> {
-        self.first_way(destination, |way| self.add(way.clone(), migration).map(drop))
+        self.first_way(destination, |way| {
+            let (tell, told) = channel();
+            let number = self.add(way.clone(), migration, Some(tell))?;
+            let connected = told.recv().unwrap_or_else(|_| Err(anyhow!("it was given up")));
+            let mut state = self.lock();
+            if let Err(e) = connected {
+                state.ports.retain(|p| p.number != number);
+                return Err(e);
+            }
+            // Whoever takes this process's place must look there, too.
+            state.home.pending = Some((way.clone(), migration.to_owned()));
+            write(&self.directory, HOME, &state.home)
+        })
     }
 
     /// One more port. Once there was a link it is made again whenever it breaks, also before anybody
     /// knows whether the container has come to it: until that host says that it has not, somebody says
     /// that it does not, or it has gone on from there.
-    fn add(self: &Arc<Self>, destination: Destination, migration: &str) -> Result<u64> {
+    ///
+    /// `tell` hears how the first try went, if it is to be the last that fails.
+    fn add(
+        self: &Arc<Self>,
+        destination: Destination,
+        migration: &str,
+        mut tell: Option<Sender<Result<()>>>,
+    ) -> Result<u64> {
         let number = {
             let mut state = self.lock();
             state.number += 1;
@@ -278,21 +298,10 @@ impl Forwarder {
             });
             number
         };
-        // One that was active before a new start is tried for ever.
-        let first = if migration.is_empty() { None } else { Some(()) };
-        let (tell, told) = channel();
         let forwarder = self.clone();
-        std::thread::Builder::new().name("port".into()).spawn(move || {
-            let mut tell = first.map(|()| tell);
-            forwarder.keep_connected(number, &destination, &mut tell);
-        })?;
-        if first.is_some() {
-            let connected = told.recv().unwrap_or_else(|_| Err(anyhow!("it was given up")));
-            if let Err(e) = connected {
-                self.lock().ports.retain(|p| p.number != number);
-                return Err(e);
-            }
-        }
+        std::thread::Builder::new()
+            .name("port".into())
+            .spawn(move || forwarder.keep_connected(number, &destination, &mut tell))?;
         Ok(number)
     }
 
@@ -301,7 +310,7 @@ impl Forwarder {
         self: &Arc<Self>,
         number: u64,
         destination: &Destination,
-        tell: &mut Option<std::sync::mpsc::Sender<Result<()>>>,
+        tell: &mut Option<Sender<Result<()>>>,
     ) {
         let mut pause = PAUSE.0;
         loop {
@@ -340,12 +349,14 @@ impl Forwarder {
                 (port.connections, port.idle_since) = (None, None);
                 port.why = why.or(failed).unwrap_or_else(|| "the link broke".into());
                 // After a new start it becomes active right after this thread has begun.
-                let here = active.map_or(port.migration.is_empty(), |active| active == number);
+                let migration = port.migration.clone();
+                let here = active.map_or(migration.is_empty(), |active| active == number);
                 let left = active.is_some_and(|active| active > number);
                 let others = state.ports.iter().filter(|p| p.speaker.is_some());
                 let next = others.map(|p| p.number).max().filter(|_| here && refused);
                 if over || left || refused && !here || next.is_some() {
                     state.ports.retain(|p| p.number != number);
+                    self.not_pending(&mut state, &migration);
                     drop(state);
                     // Nobody could tell that it has gone on, and it may never say a word.
                     if let Some(Err(e)) = next.map(|next| self.activate(next)) {
@@ -383,12 +394,7 @@ impl Forwarder {
         Ok((carrier, ended))
     }
 
-    fn hear(
-        self: &Arc<Self>,
-        number: u64,
-        heard: Heard,
-        end: &std::sync::mpsc::Sender<String>,
-    ) -> bool {
+    fn hear(self: &Arc<Self>, number: u64, heard: Heard, end: &Sender<String>) -> bool {
         {
             let mut state = self.lock();
             if let Some(port) = state.ports.iter_mut().find(|p| p.number == number) {
@@ -466,7 +472,8 @@ impl Forwarder {
             state.ear = Some(Arc::new(self.wire.listen()?));
         }
         let port = state.ports.iter().find(|p| p.number == number);
-        let destination = port.ok_or_else(|| anyhow!("that link is gone"))?.destination.clone();
+        let port = port.ok_or_else(|| anyhow!("that link is gone"))?;
+        let (destination, migration) = (port.destination.clone(), port.migration.clone());
         state.active = Some(number);
         if state.home.active.as_ref() != Some(&destination) {
             state.home.active = Some(destination);
@@ -474,34 +481,30 @@ impl Forwarder {
             // For a new start; without it this one goes on all the same.
             let _ = write(&self.directory, HOME, &state.home);
         }
+        self.not_pending(&mut state, &migration);
         drop(state);
         self.changed.notify_all();
         Ok(())
     }
 
-    fn switch(
-        self: &Arc<Self>,
-        migration: &str,
-        to: Option<Destination>,
-        asked_by: Option<u64>,
-    ) -> Result<()> {
+    fn switch(&self, migration: &str) -> Result<()> {
         let (port, active) = {
             let state = self.lock();
             let port = state.ports.iter().find(|p| p.migration == migration).map(|p| p.number);
             (port, state.active)
         };
-        match (port, to) {
-            (Some(port), _) if active.is_none_or(|active| port > active) => self.activate(port),
-            // This process may have been started since it was told to connect there.
-            (None, Some(to)) if asked_by.is_none() || asked_by == active => {
-                let to = self.ours(to, asked_by)?;
-                if self.lock().home.active.as_ref() == Some(&to) {
-                    return Ok(());
-                }
-                self.activate(self.add(to, "")?)
-            }
+        match port {
+            Some(port) if active.is_none_or(|active| port > active) => self.activate(port),
             // It has been seen to be there; or it is at home.
             _ => Ok(()),
+        }
+    }
+
+    /// What became of this migration is known.
+    fn not_pending(&self, state: &mut State, migration: &str) {
+        if state.home.pending.take_if(|p| p.1 == migration).is_some() {
+            // As above.
+            let _ = write(&self.directory, HOME, &state.home);
         }
     }
 
@@ -516,6 +519,7 @@ impl Forwarder {
                 }
                 !drop
             });
+            self.not_pending(&mut state, migration);
         }
         match asked_by {
             Some(port) if claim => self.activate(port),
@@ -534,7 +538,7 @@ impl Forwarder {
         };
         match (last, destination) {
             (Some(port), _) => self.activate(port),
-            (None, Some(destination)) => self.activate(self.add(destination, "")?),
+            (None, Some(destination)) => self.activate(self.add(destination, "", None)?),
             (None, None) => Ok(()),
         }
     }

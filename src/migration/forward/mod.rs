@@ -125,6 +125,9 @@ pub struct Home {
     pub links: Vec<String>,
     /// Where the container is; none as long as it is at home.
     pub active: Option<Destination>,
+    /// Where it may be by now, and the migration that takes it there.
+    #[serde(default)]
+    pub pending: Option<(Destination, String)>,
     /// Since when, unix time.
     pub since: u64,
     /// It ends when the container had no connection for so long, seconds.

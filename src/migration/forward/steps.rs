@@ -65,11 +65,9 @@ pub fn join(record: &Record) -> Result<()> {
 pub fn source_goes(record: &Record) {
     let Some(note) = &record.forward else { return };
     let ask = match note.part {
-        Part::Leaves | Part::MovesOn => Ask::Switch {
-            migration: record.migration.clone(),
-            destination: record.destination.clone(),
-        },
-        Part::GoesHome => Ask::Switch { migration: record.migration.clone(), destination: None },
+        Part::Leaves | Part::MovesOn | Part::GoesHome => {
+            Ask::Switch { migration: record.migration.clone() }
+        }
         Part::Ends => Ask::End { dismantle: true },
         Part::Arrives | Part::ComesHome => return,
     };
