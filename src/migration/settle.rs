@@ -21,6 +21,8 @@ use crate::sys::scm;
 const SOCKET: &str = "control.sock";
 /// How long the other host may take to answer.
 const LIMIT: Duration = Duration::from_secs(60);
+/// How long whoever holds a container may take to end when it does not answer any more.
+const ENDING: Duration = Duration::from_secs(10);
 
 /// Asks the destination of a migration how it stands there, telling it the source's verdict if
 /// there is one.
@@ -88,15 +90,25 @@ fn check_id(migration: &str) -> Result<()> {
 /// When what is waiting does not answer.
 pub fn answer(state_dir: &Path, migration: &str, verdict: Option<Verdict>) -> Result<Standing> {
     check_id(migration)?;
-    let Some(mut journal) = Journal::find(state_dir, migration)? else {
-        return Ok(Standing::Gone);
+    let began = Instant::now();
+    let mut journal = loop {
+        let Some(journal) = Journal::find(state_dir, migration)? else {
+            return Ok(Standing::Gone);
+        };
+        if journal.record.role != Role::Destination {
+            bail!("this host is the source of migration {migration}");
+        }
+        if !is_alive(journal.record.worker) || journal.state().is_over() {
+            break journal;
+        }
+        match pass_on(&journal.record.work, verdict) {
+            Err(e) if began.elapsed() > ENDING => return Err(e),
+            // It may be ending, with its work done: what came of it is in the journal then, which
+            // tells nobody of that.
+            Err(_) => std::thread::park_timeout(Duration::from_millis(5)),
+            standing => return standing,
+        }
     };
-    if journal.record.role != Role::Destination {
-        bail!("this host is the source of migration {migration}");
-    }
-    if is_alive(journal.record.worker) && !journal.state().is_over() {
-        return pass_on(&journal.record.work, verdict);
-    }
     let _held = journal.hold()?;
     match journal.state() {
         State::Finished => Ok(Standing::Running),

@@ -30,6 +30,7 @@ pub mod gate;
 pub mod hook;
 pub mod host_side;
 pub mod image;
+mod legacy;
 mod neighbours;
 mod nft;
 pub mod placement;

@@ -9,10 +9,10 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use super::nft;
 use super::problem::{Problem, Trying};
 use super::rtnl::{AF_INET, AF_INET6, ip_of, octets};
 use super::sockets::Flow;
+use super::{legacy, nft};
 use crate::sys::netlink::{Attributes, DUMP, Message, Protocol, Request, Socket};
 use crate::sys::netns::NetNs;
 
@@ -38,7 +38,8 @@ const FIXED: usize = 4;
 pub struct Translated {
     /// Open TCP connections, as the container sees them; not more than [`MOST`].
     pub flows: Vec<Flow>,
-    /// Rules of nftables lead packets for the host to one of the addresses: a published port.
+    /// Rules of nftables or iptables-legacy lead packets for the host to one of the addresses: a
+    /// published port.
     pub published: bool,
 }
 
@@ -59,7 +60,13 @@ pub fn look(host: &NetNs, addresses: &[IpAddr]) -> Result<Translated, Problem> {
     flows.sort_unstable();
     flows.dedup();
     flows.truncate(MOST);
-    let published = nft::leads_to(&mut socket, addresses).trying(trying)?;
+    let by_nft = nft::leads_to(&mut socket, addresses).trying(trying)?;
+    let published = by_nft
+        || legacy::leads_to(host, addresses).unwrap_or_else(|problem| {
+            // The connections that are open have been found.
+            tracing::warn!("{problem}");
+            false
+        });
     Ok(Translated { flows, published })
 }
 

@@ -39,9 +39,12 @@ const SO_BUF_LOCK: libc::c_int = 72;
 /// Room for the longest of [`OPTIONS`]: a `struct timeval`, the name of a congestion control.
 const LONGEST: usize = 16;
 
+/// Level and name of an option.
+type Name = (libc::c_int, libc::c_int);
+
 /// What goes along where it is not as in a fresh socket. Its place in this list is its number on the
 /// wire: a change is one of the protocol.
-const OPTIONS: &[(libc::c_int, libc::c_int)] = &[
+const OPTIONS: &[Name] = &[
     (libc::SOL_SOCKET, libc::SO_KEEPALIVE),
     (libc::SOL_SOCKET, libc::SO_LINGER),
     (libc::SOL_SOCKET, libc::SO_OOBINLINE),
@@ -64,7 +67,6 @@ const OPTIONS: &[(libc::c_int, libc::c_int)] = &[
     (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT),
     (libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT),
     (libc::IPPROTO_TCP, libc::TCP_LINGER2),
-    (libc::IPPROTO_TCP, libc::TCP_THIN_LINEAR_TIMEOUTS),
     CONGESTION,
     (libc::IPPROTO_IP, libc::IP_TOS),
     (libc::IPPROTO_IP, libc::IP_TTL),
@@ -78,11 +80,11 @@ const OPTIONS: &[(libc::c_int, libc::c_int)] = &[
     (libc::IPPROTO_IPV6, libc::IPV6_RECVERR),
 ];
 /// The other host may lack it: then the connection goes on with what it has.
-const CONGESTION: (libc::c_int, libc::c_int) = (libc::IPPROTO_TCP, libc::TCP_CONGESTION);
+const CONGESTION: Name = (libc::IPPROTO_TCP, libc::TCP_CONGESTION);
 
-/// The values of [`OPTIONS`].
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Options(Vec<Value>);
+/// The values that options have by themselves, and which these are: a socket has those of one protocol.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options(Vec<(u8, Name, Value)>);
 
 /// As long as the first number says; none where the socket has no such option.
 type Value = (u8, [u8; LONGEST]);
@@ -114,8 +116,6 @@ pub struct Connection {
 pub struct Plain {
     /// `SO_REUSEADDR`. Repair mode has its own.
     pub reuse: bool,
-    /// Of IPv6, also where its peer is not.
-    pub v6: bool,
     options: u8,
     scales: u8,
     nonblocking: bool,
@@ -157,7 +157,6 @@ pub fn plain(socket: impl AsFd) -> io::Result<Option<Plain>> {
     }
     Ok(Some(Plain {
         reuse: get::<libc::c_int>(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR)? != 0,
-        v6: get::<libc::c_int>(fd, libc::SOL_SOCKET, libc::SO_DOMAIN)? == libc::AF_INET6,
         options: info[5],
         scales: info[6],
         nonblocking: flags & libc::O_NONBLOCK != 0,
@@ -171,7 +170,9 @@ pub fn plain(socket: impl AsFd) -> io::Result<Option<Plain>> {
 /// When there can be none.
 pub fn fresh_options(v6: bool) -> io::Result<Options> {
     let socket = fresh(v6)?;
-    Ok(Options(OPTIONS.iter().map(|option| value(socket.as_fd(), *option)).collect()))
+    let all = OPTIONS.iter().zip(0..).map(|(name, number)| (number, *name));
+    let all = all.map(|(number, name)| (number, name, value(socket.as_fd(), name)));
+    Ok(Options(all.filter(|(_, _, (length, _))| *length > 0).collect()))
 }
 
 /// Takes a connection down whose socket nobody uses. It stays as it is, in repair mode: silent, also
@@ -181,11 +182,10 @@ pub fn fresh_options(v6: bool) -> io::Result<Options> {
 /// When it is not what [`plain`] has seen.
 pub fn take_down(socket: impl AsFd, seen: Plain, fresh: &Options) -> io::Result<Connection> {
     let fd = socket.as_fd();
-    let options = OPTIONS.iter().zip(&fresh.0).enumerate();
-    let options = options.filter_map(|(number, (option, fresh))| {
-        let (length, bytes) = value(fd, *option);
+    let options = fresh.0.iter().filter_map(|(number, name, fresh)| {
+        let (length, bytes) = value(fd, *name);
         let own = (length, bytes) != *fresh && length > 0;
-        own.then(|| (number as u8, bytes[..usize::from(length)].to_vec()))
+        own.then(|| (*number, bytes[..usize::from(length)].to_vec()))
     });
     let options = options.collect();
     let size = |name| get::<u32>(fd, libc::SOL_SOCKET, name);
@@ -338,7 +338,7 @@ fn length(fd: BorrowedFd, level: libc::c_int, name: libc::c_int) -> Option<u32> 
     (r >= 0).then_some(length)
 }
 
-fn value(fd: BorrowedFd, (level, name): (libc::c_int, libc::c_int)) -> Value {
+fn value(fd: BorrowedFd, (level, name): Name) -> Value {
     let mut bytes = [0; LONGEST];
     let mut length = LONGEST as libc::socklen_t;
     let place = bytes.as_mut_ptr().cast();

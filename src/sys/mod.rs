@@ -24,3 +24,4 @@ pub mod stopped;
 pub mod tmpfs;
 pub mod tracepoint;
 pub mod tun;
+pub mod xtables;

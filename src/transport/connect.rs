@@ -1,7 +1,7 @@
 //! Reaching the other side.
 
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::socket::{Shutdown, shutdown};
 use serde::{Deserialize, Serialize};
 
 use crate::sys::process;
@@ -70,6 +71,9 @@ pub enum Cutter {
     Shell(OwnedFd),
     /// The socket.
     Socket(UnixStream),
+    /// What a remote shell's server has given us as standard streams: sockets, as sshd does. Of pipes
+    /// only that server can close the other end.
+    Stdio(OwnedFd, OwnedFd),
     /// Nothing to cut.
     Nothing,
 }
@@ -83,6 +87,11 @@ impl Cutter {
             }
             Cutter::Socket(socket) => {
                 let _ = socket.shutdown(std::net::Shutdown::Both);
+            }
+            Cutter::Stdio(input, output) => {
+                for fd in [input, output] {
+                    let _ = shutdown(fd.as_raw_fd(), Shutdown::Both);
+                }
             }
             Cutter::Nothing => {}
         }
@@ -98,7 +107,7 @@ impl Closer {
         Ok(match self {
             Closer::Shell(child) => Cutter::Shell(process::pidfd_open(child.id() as i32)?),
             Closer::Socket(socket) => Cutter::Socket(socket.try_clone()?),
-            Closer::Stdio(..) => Cutter::Nothing,
+            Closer::Stdio(input, output) => Cutter::Stdio(input.try_clone()?, output.try_clone()?),
         })
     }
 

@@ -103,6 +103,33 @@ impl Lab {
         format!("{}.{last}", self.0.net)
     }
 
+    /// Runs a shell script in the namespace of the switch that all links lead to, which is the router
+    /// between networks, too.
+    pub fn in_switch(&self, script: &str) -> Outcome {
+        let file = run(lab(&self.0.name).args(["netns", "switch"]), SHORT)?.ok()?;
+        let enter = format!("--net={}", file.trim());
+        run(Command::new("nsenter").args([&enter, "sh", "-euc", script]), SHORT)?.ok().map(drop)
+    }
+
+    /// One more segment, to which each of these hosts has an interface; called by two letters, as the
+    /// switch knows it.
+    pub fn segment(&self, name: &str, interfaces: &[(&'static str, &str)]) -> Outcome {
+        self.in_switch(&format!(
+            "ip link add {name} type bridge stp_state 0 forward_delay 0 mcast_snooping 0
+             ip link set {name} up"
+        ))?;
+        for (host, interface) in interfaces {
+            let pid = run(lab(&self.0.name).args(["pid", host]), SHORT)?.ok()?;
+            self.in_switch(&format!(
+                "ip link add {host}.{name} type veth peer name {interface} netns {}
+                 ip link set {host}.{name} master {name} up",
+                pid.trim()
+            ))?;
+            self.host(host).sh(&format!("ip link set {interface} up"))?;
+        }
+        Ok(())
+    }
+
     /// `contrib/lab link …`.
     pub fn link(&self, arguments: &[&str]) -> Outcome {
         run(lab(&self.0.name).arg("link").args(arguments), SHORT)?.ok().map(drop)

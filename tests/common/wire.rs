@@ -6,7 +6,6 @@ use super::lab::{Host, Lab, SHORT};
 use super::process::{Running, until};
 use super::{Outcome, ensure};
 
-const FILE: &str = "/srv/shared/wire.pcap";
 /// Connections to containers, and to other servers that a trial has at port 7001, that begin (seen, or nothing was watched); RST and FIN of them, ICMP's unreachable.
 const BEGINS: &str = "(tcp[13] & 18 = 18) or (ip6[6] = 6 and ip6[53] & 18 = 18)";
 const BREAKS: &str = "(portrange 7000-7001 and (tcp[13] & 5 != 0 or (ip6[6] = 6 and ip6[53] & 5 != 0))) \
@@ -15,19 +14,26 @@ const BREAKS: &str = "(portrange 7000-7001 and (tcp[13] & 5 != 0 or (ip6[6] = 6 
 /// A capture on the client.
 pub struct Wire {
     client: Host,
+    file: String,
     _capture: Running,
 }
 
 impl Wire {
     /// Watches from now on.
     pub fn watch(lab: &Lab) -> Outcome<Wire> {
+        Wire::watch_on(lab, "eth0")
+    }
+
+    /// The same on another interface.
+    pub fn watch_on(lab: &Lab, interface: &str) -> Outcome<Wire> {
         let client = lab.host("client");
-        client.sh(&format!("rm -f {FILE}"))?;
+        let file = format!("/srv/shared/{interface}.pcap");
+        client.sh(&format!("rm -f {file}"))?;
         let filter = format!("{BEGINS} or {BREAKS}");
         let capture = client.start(&[
             "tcpdump",
             "-i",
-            "eth0",
+            interface,
             "-n",
             "-U",
             "--immediate-mode",
@@ -39,18 +45,18 @@ impl Wire {
             "-Z",
             "root",
             "-w",
-            FILE,
+            &file,
             &filter,
         ])?;
-        let path = client.path(FILE)?;
+        let path = client.path(&file)?;
         until("the capture is on", SHORT, || {
             Ok(path.metadata().is_ok_and(|m| m.len() >= 24).then_some(()))
         })?;
-        Ok(Wire { client, _capture: capture })
+        Ok(Wire { client, file, _capture: capture })
     }
 
     fn lines(&self, filter: &str) -> Outcome<Vec<String>> {
-        let said = self.client.exec(&["tcpdump", "-n", "-r", FILE, filter])?;
+        let said = self.client.exec(&["tcpdump", "-n", "-r", &self.file, filter])?;
         Ok(said.out.lines().map(str::to_owned).collect())
     }
 

@@ -24,6 +24,8 @@ const PORT: u16 = 7001;
 pub fn trials() -> Vec<Trial> {
     vec![
         in_lab("floating::to_and_fro", LIMIT, to_and_fro),
+        in_lab("floating::on_two_interfaces", LIMIT, on_two_interfaces),
+        in_lab("floating::one_of_two_taken", LIMIT, one_of_two_taken),
         in_lab("floating::first_of_its_network", LIMIT, first_of_its_network),
         in_lab("floating::silent_until_the_commit", LIMIT, silent_until_the_commit),
         in_lab("floating::after_failures", 2 * LIMIT, after_failures),
@@ -79,21 +81,16 @@ fn serve(host: &Host, at: &str) -> Outcome<Running> {
     let program = "/srv/shared/bin/neighbour";
     host.sh(&format!("[ -e {program} ] || cp /srv/shared/box/rootfs/counter-server {program}"))?;
     let server = host.start(&[program, "--listen", at, "--memory", "1M"])?;
-    let port = at.rsplit(':').next().unwrap_or_default();
-    let look = format!("ss -Hltn sport = :{port} | grep -q .");
+    let look = format!("ss -Hltn 'src = {at}' | grep -q .");
     until("the server listens", SHORT, || {
         Ok((host.exec(&["sh", "-c", &look])?.code == 0).then_some(()))
     })?;
     Ok(server)
 }
 
-/// Ends it, and waits until the kernel has forgotten it.
+/// Ends it, and waits until the kernel has forgotten it: what `contrib/lab exec` runs dies with that.
 fn end(host: &Host, server: Running, port: u16) -> Outcome {
     drop(server);
-    // It may have ended with the command that has started it.
-    host.sh(&format!(
-        "ss -Hltnp 'sport = :{port}' | grep -o 'pid=[0-9]*' | cut -d= -f2 | sort -u | xargs -r kill || true"
-    ))?;
     until("the server is gone", SHORT, || {
         let left = host.sh(&format!(
             "ss -Htnl 'sport = :{port}'; ss -Htn state established 'sport = :{port}'"
@@ -113,7 +110,11 @@ struct Neighbour {
 
 impl Neighbour {
     fn on(lab: &Lab, host: &Host) -> Outcome<Neighbour> {
-        let at = format!("{}:{PORT}", bare(&own_address(host)?));
+        Neighbour::at(lab, host, &format!("{}:{PORT}", bare(&own_address(host)?)))
+    }
+
+    fn at(lab: &Lab, host: &Host, at: &str) -> Outcome<Neighbour> {
+        let at = at.to_owned();
         let server = serve(host, &at)?;
         let probe = Probe::to(lab, &at, CONNECTIONS)?;
         Ok(Neighbour { _server: server, probe, at, host: host.clone(), client: lab.host("client") })
@@ -205,6 +206,148 @@ fn to_and_fro(lab: &Lab) -> Outcome {
         a.sh(&format!("{program} --to {to} --connections 1 --for 50ms"))?;
     }
     wire.is_calm(4 * CONNECTIONS)
+}
+
+/// A container with addresses on two interfaces, each in networks of its own.
+struct OnTwo {
+    /// The addresses, and their interfaces on either host: the second one has two names.
+    moved: [(String, [&'static str; 2]); 3],
+    hosts: [Host; 2],
+}
+
+impl OnTwo {
+    /// The container on `a` with all of them.
+    fn start(lab: &Lab) -> Outcome<(Container, OnTwo)> {
+        let (a, b) = pair(lab);
+        let client = lab.host("client");
+        lab.segment("s2", &[("a", "eth1"), ("b", "lan1"), ("client", "eth1")])?;
+        for (host, interface, last) in [(&a, "eth1", 1), (&b, "lan1", 2), (&client, "eth1", 9)] {
+            host.sh(&format!(
+                "ip address add 10.98.0.{last}/24 dev {interface}
+                 ip address add fd98::{last}/64 dev {interface} nodad"
+            ))?;
+        }
+        let moved = [
+            (floating(lab)[0].clone(), ["eth0", "eth0"]),
+            ("fd98::50/64".to_owned(), ["eth1", "lan1"]),
+            ("10.98.0.50/24".to_owned(), ["eth1", "lan1"]),
+        ];
+        for (address, [interface, _]) in &moved {
+            let nodad = if address.contains(':') { "nodad" } else { "" };
+            a.sh(&format!("ip address add {address} dev {interface} {nodad}"))?;
+        }
+        let container = container();
+        container.start(lab, &a)?;
+        Ok((container, OnTwo { moved, hosts: [a, b] }))
+    }
+
+    /// A client of each.
+    fn probes(&self, lab: &Lab) -> Outcome<Vec<Probe>> {
+        let to = self.moved.iter().map(|(address, _)| match bare(address) {
+            ip if ip.contains(':') => format!("[{ip}]:7000"),
+            ip => format!("{ip}:7000"),
+        });
+        to.map(|to| Probe::to(lab, &to, CONNECTIONS)).collect()
+    }
+
+    fn migrate(&self, from: usize, to: usize, more: &[&str]) -> Outcome<Output> {
+        let options = self.moved.iter().map(|(a, on)| format!("--move-address={a}@{}", on[to]));
+        let options: Vec<String> = options.collect();
+        let mut arguments = vec!["migrate"];
+        arguments.extend(options.iter().map(String::as_str));
+        arguments.extend(more);
+        arguments.extend(["box", self.hosts[to].name]);
+        self.hosts[from].ferry(&arguments)
+    }
+
+    /// All addresses of a host, with their interfaces.
+    fn all(&self, place: usize) -> Outcome<Vec<String>> {
+        let list = self.hosts[place]
+            .sh("ip -o address show scope global | awk '{ print $4, $2 }' | sort")?;
+        Ok(list.lines().map(str::to_owned).collect())
+    }
+
+    /// What moves, as it is on a host that has it, among what the host has anyway.
+    fn among(&self, place: usize, own: &[String]) -> Vec<String> {
+        let moved = self.moved.iter().map(|(address, on)| format!("{address} {}", on[place]));
+        let mut all: Vec<String> = moved.chain(own.iter().cloned()).collect();
+        all.sort();
+        all
+    }
+}
+
+/// Addresses on two interfaces, in both families, under load; others' connections on both interfaces
+/// of both hosts all the while.
+fn on_two_interfaces(lab: &Lab) -> Outcome {
+    let (container, two) = OnTwo::start(lab)?;
+    let wires = [Wire::watch(lab)?, Wire::watch_on(lab, "eth1")?];
+    let mut probes = two.probes(lab)?;
+    let mut neighbours = Vec::new();
+    for (host, last) in two.hosts.iter().zip([1, 2]) {
+        neighbours.push(Neighbour::on(lab, host)?);
+        for at in [format!("10.98.0.{last}"), format!("[fd98::{last}]")] {
+            neighbours.push(Neighbour::at(lab, host, &format!("{at}:{PORT}"))?);
+        }
+    }
+    let names: Vec<_> = two.moved.iter().map(|(address, _)| bare(address)).collect();
+    let mut own = [two.all(0)?, two.all(1)?];
+    own[0].retain(|a| !names.contains(&bare(a)));
+    for (from, to) in [(0, 1), (1, 0), (0, 1)] {
+        let step = |e: String| format!("{} to {}: {e}", two.hosts[from].name, two.hosts[to].name);
+        two.migrate(from, to, &[])?.exits(0).map_err(step)?;
+        exactly_one_copy(&container, &two.hosts[to], &two.hosts[from]).map_err(step)?;
+        probes.iter_mut().try_for_each(Probe::is_content).map_err(step)?;
+        neighbours.iter_mut().try_for_each(Neighbour::is_untouched).map_err(step)?;
+        let (with, without) = (two.all(to)?, two.all(from)?);
+        ensure!(with == two.among(to, &own[to]), "there after a step to {to}: {with:?}");
+        ensure!(without == own[from], "here after a step to {to}: {without:?}");
+    }
+    // Each client of a server has some.
+    let [one, other] = wires;
+    one.is_calm(3 * CONNECTIONS).and_then(|()| other.is_calm(6 * CONNECTIONS))
+}
+
+/// Somebody takes the last of them on the destination after all was found to be free: the others are
+/// given back, and nothing is lost.
+fn one_of_two_taken(lab: &Lab) -> Outcome {
+    let (container, two) = OnTwo::start(lab)?;
+    let [a, b] = &two.hosts;
+    let mut probes = two.probes(lab)?;
+    let before = [two.all(0)?, two.all(1)?];
+    let held = "/srv/shared/bin/held";
+    let script = "#!/bin/sh\nexport FERRY_FAULT=destination.prepared:hold; exec ferry \"$@\"\n";
+    write_script(&a.path(held)?, script)?;
+    std::thread::scope(|scope| -> Outcome {
+        let migration = scope.spawn(|| two.migrate(0, 1, &["--remote-ferry", held]));
+        let file = b.path("/run/ferry-fault/destination.prepared")?;
+        until("the destination is prepared", SHORT, || Ok(file.exists().then_some(())))?;
+        b.sh("ip address add 10.98.0.50/24 dev lan1")?;
+        std::fs::remove_file(&file).map_err(|e| e.to_string())?;
+        let said = migration.join().map_err(|_| "the trial's thread has died")??.exits(1)?;
+        ensure!(said.err.contains("cannot add 10.98.0.50 to lan1"), "{said}");
+        Ok(())
+    })?;
+    // Theirs is left to them.
+    b.sh("ip address del 10.98.0.50/24 dev lan1")?;
+    exactly_one_copy(&container, a, b)?;
+    let after = [two.all(0)?, two.all(1)?];
+    ensure!(before == after, "{before:?}\nhas become {after:?}");
+    probes.iter_mut().try_for_each(Probe::is_content)?;
+    // A Ferry that dies after the commit leaves them to whoever comes after it.
+    let options =
+        two.moved.iter().map(|(address, on)| format!("--move-address {address}@{}", on[1]));
+    let options = options.collect::<Vec<_>>().join(" ");
+    let line = format!("FERRY_FAULT=source.committed:kill exec ferry migrate {options} box b");
+    a.exec(&["sh", "-c", &line])?.exits(137)?;
+    a.ferry(&["resolve", "box"])?.exits(0)?;
+    exactly_one_copy(&container, b, a)?;
+    probes.iter_mut().try_for_each(Probe::is_content)?;
+    let names: Vec<_> = two.moved.iter().map(|(address, _)| bare(address)).collect();
+    let own: Vec<String> =
+        before[0].iter().filter(|a| !names.contains(&bare(a))).cloned().collect();
+    ensure!(two.all(0)? == own, "left on a: {:?}", two.all(0)?);
+    ensure!(two.all(1)? == two.among(1, &before[1]), "on b: {:?}", two.all(1)?);
+    Ok(())
 }
 
 /// The address is the first of its network on one host, whose own hangs on it, and alone in its
@@ -393,8 +536,7 @@ fn refused(lab: &Lab) -> Outcome {
         ensure!(begun.is_empty(), "something had begun: {begun:?}");
         moved(lab, &a, &b)
     };
-    // Somebody's network, but neither its own nor the host's. By `ip netns exec` it would have another
-    // /sys, without control groups.
+    // Somebody's network, but neither its own nor the host's. `ip netns exec` would hide the cgroups.
     a.sh("ip netns add lost
           nsenter --net=/run/netns/lost ferry run -d -b /srv/shared/box lost </dev/null >/dev/null 2>&1")?;
     let said =

@@ -27,8 +27,17 @@ pub fn trials() -> Vec<Trial> {
         in_lab_of(HOSTS, "forward::through_the_last_host", LIMIT, through_the_last_host),
         in_lab_of(HOSTS, "forward::ended", LIMIT, ended),
         in_lab_of(HOSTS, "forward::until_idle", LIMIT, until_idle),
+        in_lab_of(HOSTS, "forward::narrow_path", LIMIT, narrow_path),
+        in_lab_of(HOSTS, "forward::killed_at_the_commit", LIMIT, killed_at_the_commit),
     ];
+    let hosts = &["a", "b@1", "c@2", "d", "client"];
+    trials
+        .push(in_lab_of(hosts, "forward::home_killed", LIMIT, |lab| home_dies(lab, Death::Killed)));
+    trials.push(in_lab_of(hosts, "forward::home_rebooted", LIMIT, home_rebooted));
     if full() {
+        let dies = |lab: &Lab| home_dies(lab, Death::Cable);
+        trials.push(in_lab_of(hosts, "forward::home_unreachable", LIMIT, dies));
+        trials.push(in_lab_of(HOSTS, "forward::cut_at_the_commit", LIMIT, cut_at_the_commit));
         let hosts = &["a", "b@1", "d", "client"];
         trials.push(in_lab_of(hosts, "forward::as_wished", LIMIT, as_wished));
     }
@@ -250,6 +259,268 @@ fn killed_and_back(lab: &Lab) -> Outcome {
     b.ferry(&["migrate", "box", "a"])?.exits(0)?;
     all_content(&mut probes)?;
     exactly_one_copy(&container, &a, &b)
+}
+
+/// Sends and receives so many random bytes at once, and says what they were.
+const TRANSFER: &str = r#"
+import hashlib, os, socket, sys, threading
+SIZE = 6 << 20
+kind, address, port = sys.argv[1:]
+if kind == "serve":
+    listener = socket.create_server((address, int(port)))
+    print("ready", flush=True)
+    s = listener.accept()[0]
+else:
+    s = socket.create_connection((address, int(port)), 20)
+s.settimeout(60)
+out = os.urandom(SIZE)
+sender = threading.Thread(target=lambda: (s.sendall(out), s.shutdown(socket.SHUT_WR)))
+sender.start()
+came, size = hashlib.sha256(), 0
+while block := s.recv(1 << 16):
+    came.update(block)
+    size += len(block)
+sender.join()
+segment = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
+print(hashlib.sha256(out).hexdigest(), came.hexdigest(), size == SIZE, segment, flush=True)
+"#;
+
+/// Between the hosts there is a path on which whole frames have no room: they are none of its packets,
+/// so what is forwarded keeps its size.
+fn narrow_path(lab: &Lab) -> Outcome {
+    let (container, [a, b, c]) = start(lab)?;
+    let mut probes = probes(lab, &container)?;
+    let address = lab.address(ADDRESS);
+    // Half way; the hosts have to find it out.
+    lab.in_switch("ip link set br1 mtu 1400")?;
+    let fits = |size: &str| -> Outcome<bool> {
+        Ok(a.exec(&["ping", "-c", "1", "-W", "2", "-M", "do", "-s", size, "b"])?.code == 0)
+    };
+    ensure!(fits("1372")? && !fits("1373")?, "the path is not as narrow as it was to be");
+    a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    all_content(&mut probes)?;
+    abroad(&container, &a, &b, &c)?;
+    for (port, from) in [("7010", "client"), ("7011", "far")] {
+        let from = lab.host(from);
+        let step = |e: String| format!("from {}: {e}", from.name);
+        let ping = ["ping", "-c", "1", "-W", "5", "-M", "do", "-s", "1472", &address];
+        from.exec(&ping)?.ok().map_err(step)?;
+        // In the container's network, as the container would.
+        let enter = ["ip", "netns", "exec", "box", "python3", "-c", TRANSFER, "serve", &address];
+        let server = b.start(&[&enter[..], &[port]].concat())?;
+        let listens = format!("ip netns exec box ss -Hltn 'sport = :{port}' | grep -q .");
+        until("the server listens", SHORT, || {
+            Ok((b.exec(&["sh", "-c", &listens])?.code == 0).then_some(()))
+        })?;
+        let client = from.start(&["python3", "-c", TRANSFER, "fetch", &address, port])?;
+        let (client, server) = (client.end(LONG)?.ok().map_err(step)?, server.end(LONG)?.ok()?);
+        let words = |text: &str| -> Vec<String> {
+            let last = text.lines().last().unwrap_or_default();
+            last.split(' ').map(str::to_owned).collect()
+        };
+        let (ours, theirs) = (words(&client), words(&server));
+        ensure!(ours.len() == 4 && theirs.len() == 4, "{client}{server}");
+        ensure!(ours[0] == theirs[1] && ours[1] == theirs[0], "damaged: {client}{server}");
+        ensure!(ours[2] == "True" && theirs[2] == "True", "not complete: {client}{server}");
+        // Of 1500 bytes, without both headers and TCP's timestamps. Linux sets DF on all of them.
+        ensure!(ours[3] == "1448" && theirs[3] == "1448", "segments: {client}{server}");
+    }
+    b.ferry(&["migrate", "box", "a"])?.exits(0)?;
+    all_content(&mut probes)?;
+    exactly_one_copy(&container, &a, &b)
+}
+
+/// How a home ends.
+#[derive(Clone, Copy, PartialEq)]
+enum Death {
+    /// All of Ferry's processes there, at once.
+    Killed,
+    /// Its cable is pulled while the container sends as fast as it can: nobody hears that it is gone.
+    Cable,
+}
+
+/// Home is gone for good: the other host says so, the container runs on there, and reaches its
+/// address again where that belongs.
+fn home_dies(lab: &Lab, death: Death) -> Outcome {
+    let [a, b, c, d] = ["a", "b", "c", "d"].map(|name| lab.host(name));
+    let container = Container::networked("counter");
+    container.start(lab, &a)?;
+    a.sh(&format!("ip -n box route add default via {}", lab.address(1)))?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    probe.is_content()?;
+    abroad(&container, &a, &b, &c)?;
+    let mut flood = None;
+    match death {
+        Death::Killed => {
+            let all = [forwarders(&a, "home")?, forwarders(&a, "work")?].concat();
+            let list: Vec<String> = all.iter().map(i32::to_string).collect();
+            a.sh(&format!("kill -KILL {}; kill -KILL $(pgrep -x ssh)", list.join(" ")))?;
+        }
+        Death::Cable => {
+            let to = a.sh("getent hosts client | cut -d ' ' -f 1")?;
+            let program = "import socket, sys
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+while True: s.sendto(bytes(1400), (sys.argv[1], 9))";
+            flood = Some(b.start(&[
+                "ip",
+                "netns",
+                "exec",
+                "box",
+                "python3",
+                "-c",
+                program,
+                to.trim(),
+            ])?);
+            lab.link(&["a", "--cut"])?;
+            // Nobody here knows it yet, and what is written is not taken any more.
+            let said = b.start(&["ferry", "resolve", "--no-forward", "box"])?.end(SHORT)?;
+            ensure!(said.exits(3)?.err.contains("a does not answer"), "not said so");
+        }
+    }
+    until("b says that it is broken", Duration::from_secs(40), || {
+        Ok(told(&b)?.iter().any(|f| f["connected"] == false).then_some(()))
+    })?;
+    drop(flood);
+    let text = b.ferry(&["migrations"])?.ok()?;
+    ensure!(text.contains("BROKEN"), "{text}");
+
+    // It cannot be told, and says what can be done; nothing has changed.
+    let said = b.start(&["ferry", "resolve", "--no-forward", "box"])?.end(SHORT)?.exits(3)?;
+    for words in ["its home cannot be told", "a", "--forward never"] {
+        ensure!(said.err.contains(words), "no {words:?} in {said}");
+    }
+    let said = b.start(&["ferry", "migrate", "box", "c"])?.end(SHORT)?.exits(3)?;
+    for words in ["a keeps the container's address", "--forward never"] {
+        ensure!(said.err.contains(words), "no {words:?} in {said}");
+    }
+    ensure!(told(&b)?.len() == 1, "{:?}", told(&b)?);
+    let status = facts(&b)?.containers["box"].status.clone();
+    ensure!(status == "running", "on b it is {status}");
+    if death == Death::Killed {
+        // Nor is home there to start this one again.
+        for pid in forwarders(&b, "away")? {
+            b.sh(&format!("kill -KILL {pid}"))?;
+        }
+        ensure!(told(&b)?.iter().any(|f| f["dead"] == true), "{:?}", told(&b)?);
+    }
+
+    let said = b.ferry(&["migrate", "--forward", "never", "box", "d"])?.exits(0)?;
+    probe.is_content().map_err(|e| format!("{said}\n{e}"))?;
+    exactly_one_copy(&container, &d, &b)?;
+    over("it is where its address belongs", &[&b, &d])?;
+
+    // It comes back, and is told there what is over.
+    if death == Death::Cable {
+        lab.link(&["a", "--mend"])?;
+    }
+    probe.is_content()?;
+    a.ferry(&["resolve", "--no-forward", "box"])?.exits(0)?;
+    over("home knows it", &[&a])?;
+    probe.is_content()?;
+    exactly_one_copy(&container, &d, &a)
+}
+
+/// Home comes up again and knows nothing any more: the container comes back to it as to any host in
+/// its address's network. Or it ends where it is, and nothing is left there.
+fn home_rebooted(lab: &Lab) -> Outcome {
+    let [a, b] = ["a", "b"].map(|name| lab.host(name));
+    let container = Container::networked("counter");
+    container.start(lab, &a)?;
+    a.sh(&format!("ip -n box route add default via {}", lab.address(1)))?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    let goes_and_home_forgets = || -> Outcome {
+        a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+        Probe::start(lab, &container, 1)?.is_content()?;
+        let all = [forwarders(&a, "home")?, forwarders(&a, "work")?].concat();
+        let list: Vec<String> = all.iter().map(i32::to_string).collect();
+        // What is in memory goes, and with it the last name of the kept namespace.
+        a.sh(&format!(
+            "kill -KILL {0}; kill -KILL $(pgrep -x ssh)
+             for pid in {0}; do while kill -0 $pid 2>/dev/null; do sleep 0.01; done; done
+             umount -l /run/ferry-forward/*/network; rm -r /run/ferry-forward",
+            list.join(" ")
+        ))?;
+        until("b says that it is broken", Duration::from_secs(40), || {
+            Ok(told(&b)?.iter().any(|f| f["connected"] == false).then_some(()))
+        })?;
+        ensure!(told(&a)?.is_empty(), "a tells of what it cannot know: {:?}", told(&a)?);
+        Ok(())
+    };
+    goes_and_home_forgets()?;
+    let said = b.ferry(&["migrate", "box", "a"])?.exits(0)?;
+    probe.is_content().map_err(|e| format!("{said}\n{e}"))?;
+    exactly_one_copy(&container, &a, &b)?;
+    over("it is at home", &[&a, &b])?;
+
+    goes_and_home_forgets()?;
+    drop(probe);
+    b.sh("ferry kill box KILL")?;
+    over("it has ended", &[&a, &b])
+}
+
+/// A link of a home's is cut between the commit and the moment at which it is told that frames are to
+/// take it: it is made again all the same.
+fn cut_at_the_commit(lab: &Lab) -> Outcome {
+    // First the destination's cable; then home's, which the two others do without.
+    broken_at_the_commit(lab, [Some("b"), Some("a")])
+}
+
+/// The same when the process that forwards is killed then, and started again.
+fn killed_at_the_commit(lab: &Lab) -> Outcome {
+    broken_at_the_commit(lab, [None, None])
+}
+
+/// From `a` to `b`, and from there to `c`; whose cable is cut, if anybody's.
+fn broken_at_the_commit(lab: &Lab, cables: [Option<&str>; 2]) -> Outcome {
+    let (container, [a, b, c]) = start(lab)?;
+    let mut probes = probes(lab, &container)?;
+    for (from, to, cable) in [(&a, &b, cables[0]), (&b, &c, cables[1])] {
+        let step = |e: String| format!("{} to {}: {e}", from.name, to.name);
+        let hold = "FERRY_FAULT=source.committed:hold";
+        let migration = from.start(&["env", hold, "ferry", "migrate", "box", to.name])?;
+        let held = from.path("/run/ferry-fault/source.committed")?;
+        until("it is committed", SHORT, || Ok(held.exists().then_some(())))?;
+        let links = || -> Outcome<Vec<String>> {
+            let works = forwarders(&a, "work")?;
+            let all =
+                works.iter().map(|pid| a.exec(&["pgrep", "-x", "ssh", "-P", &pid.to_string()]));
+            let all = all.collect::<Outcome<Vec<_>>>()?;
+            Ok(all.iter().flat_map(|o| o.out.lines()).map(str::to_owned).collect())
+        };
+        let before = links()?;
+        ensure!(!before.is_empty(), "home has no link");
+        match cable {
+            Some(cable) => lab.link(&[cable, "--cut"])?,
+            None => {
+                for pid in forwarders(&a, "work")? {
+                    a.sh(&format!("kill -KILL {pid}"))?;
+                }
+                until("it is started again", SHORT, || {
+                    let status = told(&a)?.first().cloned().unwrap_or_default();
+                    Ok((status["dead"] == false).then_some(()))
+                })?;
+            }
+        }
+        until("home has given its links up", Duration::from_secs(40), || {
+            Ok(links()?.iter().all(|link| !before.contains(link)).then_some(()))
+        })
+        .map_err(step)?;
+        std::fs::remove_file(&held).map_err(|e| e.to_string())?;
+        // The two of the migration need each other; home may be late.
+        let (early, late) = (cable.filter(|c| *c == to.name), cable.filter(|c| *c != to.name));
+        early.map_or(Ok(()), |cable| lab.link(&[cable, "--mend"]))?;
+        migration.end(LONG)?.exits(0).map_err(step)?;
+        late.map_or(Ok(()), |cable| lab.link(&[cable, "--mend"]))?;
+        abroad(&container, &a, to, if to.name == "b" { &c } else { &b }).map_err(step)?;
+        // The senders' timers have doubled meanwhile.
+        let again = || Ok(probes.iter_mut().all(|p| p.answers_again().is_ok()).then_some(()));
+        until("all are answered", Duration::from_secs(60), again).map_err(step)?;
+        all_content(&mut probes).map_err(step)?;
+    }
+    c.ferry(&["migrate", "box", "a"])?.exits(0)?;
+    all_content(&mut probes)?;
+    exactly_one_copy(&container, &a, &c)
 }
 
 /// A migration that is given up leaves everything as it was, wherever the container is.

@@ -7,9 +7,9 @@ use serde_json::Value;
 
 use crate::common::container::{ADDRESS, Container};
 use crate::common::facts::{exactly_one_copy, facts, pair};
-use crate::common::lab::{Host, Lab};
+use crate::common::lab::{Host, LONG, Lab, SHORT};
 use crate::common::probe::{Probe, verify_inside};
-use crate::common::process::until;
+use crate::common::process::{until, write_script};
 use crate::common::suite::in_lab;
 use crate::common::{Outcome, ensure};
 
@@ -28,7 +28,34 @@ pub fn trials() -> Vec<Trial> {
         in_lab("moves::read_only_root", LIMIT, read_only_root),
         in_lab("moves::files", LIMIT, files),
         in_lab("moves::away_mark", LIMIT, away_mark),
+        in_lab("moves::asked_while_it_ends", LIMIT, asked_while_it_ends),
     ]
+}
+
+/// A source that asks just when the destination's process is done, and ends, gets an answer all the
+/// same.
+fn asked_while_it_ends(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::plain("counter");
+    container.start(lab, &a)?;
+    let held = "/srv/shared/bin/held";
+    let script = "#!/bin/sh\nexport FERRY_FAULT=destination.finish:hold; exec ferry \"$@\"\n";
+    write_script(&a.path(held)?, script)?;
+    let migrate = ["ferry", "migrate", "--remote-ferry", held, "box", "b"];
+    let kill = ["env", "FERRY_FAULT=source.committed:kill"];
+    a.exec(&[&kill[..], &migrate].concat())?.exits(137)?;
+    let resolve = a.start(&["ferry", "resolve", "box"])?;
+    let file = b.path("/run/ferry-fault/destination.finish")?;
+    until("it runs there", SHORT, || Ok(file.exists().then_some(())))?;
+    until("it is asked", SHORT, || {
+        let sockets = b.sh("ss -Hxa")?;
+        let asked = |l: &str| l.contains("ESTAB") && l.contains("/control.sock");
+        Ok(sockets.lines().any(asked).then_some(()))
+    })?;
+    std::fs::remove_file(&file).map_err(|e| e.to_string())?;
+    resolve.end(LONG)?.exits(0)?;
+    exactly_one_copy(&container, &b, &a)?;
+    verify_inside(&b, &container).map(drop)
 }
 
 fn plain_to_and_fro(lab: &Lab) -> Outcome {

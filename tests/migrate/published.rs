@@ -24,8 +24,9 @@ const CONNECTIONS: usize = 5;
 pub fn trials() -> Vec<Trial> {
     let hosts = &["a", "b@1", "c@2", "client"];
     let mut trials = vec![in_lab_of(hosts, "published::from_home", LIMIT, from_home)];
+    let hosts = &["a", "c", "client"];
+    trials.push(in_lab_of(hosts, "published::by_iptables_legacy", LIMIT, by_iptables_legacy));
     if full() {
-        let hosts = &["a", "c", "client"];
         trials.push(in_lab_of(hosts, "published::on_a_segment", LIMIT, on_a_segment));
     }
     trials
@@ -120,18 +121,82 @@ fn from_home(lab: &Lab) -> Outcome {
     Ok(())
 }
 
-/// On a bridge that both hosts have a port of: the address could move, and those that live by the
-/// first host's translation could not.
-fn on_a_segment(lab: &Lab) -> Outcome {
-    let [a, c] = ["a", "c"].map(|name| lab.host(name));
-    for host in [&a, &c] {
+/// A bridge on each host, which has a port on their common segment.
+fn bridges(hosts: &[&Host]) -> Outcome {
+    hosts.iter().try_for_each(|host| {
         host.sh("ip link add br0 type bridge mcast_snooping 0
                  addr=$(ip -o -4 addr show eth0 | awk '{print $4}')
                  ip addr flush dev eth0
                  ip link set eth0 master br0
                  ip addr add $addr dev br0
-                 ip link set br0 up")?;
-    }
+                 ip link set br0 up")
+            .map(drop)
+    })
+}
+
+/// Where a port is published by iptables-legacy, nftables shows nothing; before anybody is connected,
+/// connection tracking does not either. The address could move, and stays.
+fn by_iptables_legacy(lab: &Lab) -> Outcome {
+    let [a, c] = ["a", "c"].map(|name| lab.host(name));
+    bridges(&[&a, &c])?;
+    let ip = lab.address(ADDRESS);
+    let addresses = format!(
+        "ip -n box addr add {ip}/24 dev eth0
+         ip -n box addr add {IP6}/64 dev eth0 nodad
+         ip -n box route add default via {}",
+        bare(&a.sh("ip -o -4 addr show br0 | awk '{print $4}'")?)
+    );
+    let container = start(&a, &addresses)?;
+    let stays = || -> Outcome<bool> {
+        let said = a.ferry(&["migrate", "--dry-run", "box", "c"])?.exits(0)?.to_string();
+        Ok(said.contains("as this host publishes a port of it"))
+    };
+    ensure!(!stays()?, "nothing is published");
+    let tables = || a.sh("cat /proc/net/ip_tables_names /proc/net/ip6_tables_names");
+    ensure!(tables()?.is_empty(), "a look has made tables: {}", tables()?);
+
+    // Another's port, and what leads packets away from here.
+    a.sh(&format!(
+        "sysctl -qw net.ipv4.ip_forward=1
+         iptables-legacy -t nat -A PREROUTING -p tcp --dport 8081 -j DNAT --to-destination 10.88.0.6:7000
+         iptables-legacy -t nat -A POSTROUTING -s 10.88.0.7 -j SNAT --to-source {ip}"
+    ))?;
+    ensure!(!stays()?, "what is published is another's");
+    let rule = format!("PREROUTING -p tcp --dport 8080 -j DNAT --to-destination [{IP6}]:7000");
+    a.sh(&format!("ip6tables-legacy -t nat -A {rule}"))?;
+    ensure!(stays()?, "the port that is published by IPv6 was not seen");
+    a.sh(&format!("ip6tables-legacy -t nat -D {rule}"))?;
+    ensure!(!stays()?, "the rule was taken away");
+    a.sh(&format!(
+        "iptables-legacy -t nat -N ENGINE
+         iptables-legacy -t nat -A PREROUTING -m addrtype --dst-type LOCAL -j ENGINE
+         iptables-legacy -t nat -A ENGINE -p tcp --dport 8080 -j DNAT --to-destination {ip}:7000
+         iptables-legacy -t nat -A POSTROUTING -m conntrack --ctstate DNAT -d {ip} -j MASQUERADE"
+    ))?;
+    ensure!(stays()?, "the port that is published by IPv4 was not seen");
+
+    a.ferry(&["migrate", "box", "c"])?.exits(0)?;
+    ensure!(told(&a)?.iter().any(|f| f["to"] == "c"), "it is not forwarded: {:?}", told(&a)?);
+    let host = a.sh("ip -o -4 addr show br0 | awk '{print $4}'")?;
+    let mut published = Probe::to(lab, &format!("{}:8080", bare(&host)), CONNECTIONS)?;
+    let said = c.ferry(&["migrate", "box", "a"])?.exits(0)?;
+    published.is_content().map_err(|e| format!("at home: {said}\n{e}"))?;
+    exactly_one_copy(&container, &a, &c)?;
+    let said = a.ferry(&["migrate", "--forward", "never", "box", "c"])?.exits(3)?;
+    let count = format!("{CONNECTIONS} of the container's");
+    ensure!(said.to_string().contains(&count), "{said}");
+    published.is_content()
+}
+
+fn bare(address: &str) -> &str {
+    address.trim().split('/').next().unwrap_or_default()
+}
+
+/// On a bridge that both hosts have a port of: the address could move, and those that live by the
+/// first host's translation could not.
+fn on_a_segment(lab: &Lab) -> Outcome {
+    let [a, c] = ["a", "c"].map(|name| lab.host(name));
+    bridges(&[&a, &c])?;
     let ip = lab.address(ADDRESS);
     let container = start(&a, &format!("ip -n box addr add {ip}/24 dev eth0"))?;
     let direct = format!("{ip}:7000");

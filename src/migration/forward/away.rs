@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::carrier::{self, PULSE, Word};
+use super::carrier::{self, DEAD, PULSE, Word};
 use super::control::{self, Answer, Ask, Handed, Status};
 use super::{Away, away_at, directory, is_id, remove_directory};
 use crate::migration::journal::Journal;
@@ -24,7 +24,7 @@ use crate::sys::netns::NetNs;
 use crate::sys::process::wait_readable;
 use crate::sys::scm;
 use crate::sys::tun::Tap;
-use crate::transport::connect;
+use crate::transport::connect::{self, Cutter};
 use crate::transport::frame::Frame;
 
 /// How long home waits for this host to have made the devices: it connects while the rest is made.
@@ -112,6 +112,10 @@ struct Link {
     /// Which one; a later one takes the place of an earlier one.
     number: u64,
     speaker: Option<Speaker>,
+    /// Ends it, whatever is waited for.
+    cutter: Option<Cutter>,
+    /// Home's last sign of life.
+    heard: Option<Instant>,
     /// Home's order of links.
     names: Vec<String>,
     /// Whoever brought it waits until this is closed.
@@ -159,6 +163,9 @@ pub fn hold(directory: &Path) -> Result<()> {
     }
     let pulse = holder.clone();
     std::thread::Builder::new().name("pulse".into()).spawn(move || pulse.live())?;
+    // Not on that one: what it says may never be taken, when home is gone.
+    let guard = holder.clone();
+    std::thread::Builder::new().name("guard".into()).spawn(move || guard.cut_when_dead())?;
     let (quit, told) = channel();
     let answering = holder.clone();
     control::serve(directory, move |asked, handed| {
@@ -169,6 +176,15 @@ pub fn hold(directory: &Path) -> Result<()> {
     // The answer to whoever said so is on its way.
     std::thread::park_timeout(Duration::from_millis(50));
     std::process::exit(0);
+}
+
+impl Link {
+    /// Nobody speaks over it any more, nobody waits for it, and whoever brought it ends.
+    fn cut(&mut self) {
+        self.cutter.iter().for_each(Cutter::cut);
+        (self.speaker, self.cutter, self.heard, self.held) = (None, None, None, None);
+        self.asked.clear();
+    }
 }
 
 impl Holder {
@@ -216,20 +232,32 @@ impl Holder {
             link.asked.insert(number, tell);
             speaker
         };
-        speaker.say(&Message::Forward(Box::new(Word::Ask { number, ask })))?;
-        told.recv_timeout(ANSWER)
-            .map_err(|_| anyhow!("{} does not answer: it keeps the address", self.away.home))
+        let silent = || anyhow!("{} does not answer: it keeps the address", self.away.home);
+        speaker
+            .say(&Message::Forward(Box::new(Word::Ask { number, ask })))
+            .map_err(|_| silent())?;
+        told.recv_timeout(ANSWER).map_err(|_| silent())
     }
 
     /// A new link from home, instead of any before it.
     fn take(self: &Arc<Self>, names: Vec<String>, (input, output, held): Handed) -> Result<()> {
-        let (speaker, reader, _) = talk::split(connect::adopt(input, output)?);
+        let (speaker, reader, closer) = talk::split(connect::adopt(input, output)?);
+        let cutter = closer.cutter().ok();
         speaker.say(&Message::Forward(Box::new(Word::Carried)))?;
         let number = {
             let mut link = self.lock();
+            // Threads may still wait for the one before to take something.
+            link.cut();
             let number = link.number + 1;
-            let asked = HashMap::new();
-            *link = Link { number, speaker: Some(speaker), names, held: Some(held), asked };
+            *link = Link {
+                number,
+                speaker: Some(speaker),
+                cutter,
+                heard: Some(Instant::now()),
+                names,
+                held: Some(held),
+                asked: HashMap::new(),
+            };
             number
         };
         self.changed.notify_all();
@@ -239,6 +267,12 @@ impl Holder {
     }
 
     fn hear(&self, number: u64, heard: Heard) -> bool {
+        if !matches!(heard, Heard::Gone(_)) {
+            let mut link = self.lock();
+            if link.number == number {
+                link.heard = Some(Instant::now());
+            }
+        }
         match heard {
             Heard::Frame(Frame::Packet(bytes)) => {
                 self.in_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
@@ -259,9 +293,7 @@ impl Holder {
             Heard::Gone(_) => {
                 let mut link = self.lock();
                 if link.number == number {
-                    link.speaker = None;
-                    link.held = None;
-                    link.asked.clear();
+                    link.cut();
                 }
                 return false;
             }
@@ -329,6 +361,19 @@ impl Holder {
                 let _ = speaker.say(&Message::Forward(Box::new(Word::Alive { connections })));
             }
             std::thread::park_timeout(PULSE);
+        }
+    }
+
+    /// Cuts a link that home has said nothing on for too long: the kernel takes what is sent, and tells
+    /// nobody for a quarter of an hour that none of it arrives.
+    fn cut_when_dead(&self) {
+        loop {
+            std::thread::park_timeout(PULSE);
+            let mut link = self.lock();
+            if link.speaker.is_some() && link.heard.is_some_and(|heard| heard.elapsed() > DEAD) {
+                tracing::warn!("{} gives no sign of life", self.away.home);
+                link.cut();
+            }
         }
     }
 

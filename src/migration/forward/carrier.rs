@@ -8,7 +8,7 @@
 //!  ◀───────────────────────── Carried ──
 //!  ◀═══════════ packets ═══════════════▶
 //!  ◀──────────────────── Ask, Answer ───▶  (questions only from there)
-//!  ◀─────────────────────────── Alive ──  every second: a sign of life
+//!  ◀─────────────────────────── Alive ──▶  every second: a sign of life
 //! ```
 
 use std::sync::mpsc::channel;
@@ -24,7 +24,7 @@ use crate::migration::talk::{self, Heard, Speaker};
 use crate::network::Frame;
 use crate::transport::connect::{Closer, Destination};
 
-/// How often the one tells the other that it lives.
+/// How often each tells the other that it lives.
 pub const PULSE: Duration = Duration::from_secs(1);
 /// A link without a sign of life for so long is dead.
 pub const DEAD: Duration = Duration::from_secs(10);
@@ -46,9 +46,10 @@ pub enum Word {
     },
     /// To home: it does.
     Carried,
-    /// To home: so does the container, or not.
+    /// Both ways: whoever says it does. A remote shell whose host is gone tells nobody for a quarter of
+    /// an hour.
     Alive {
-        /// Its open connections, where they are known.
+        /// To home: the container's open connections, where they are known.
         connections: Option<u32>,
     },
     /// To home.
@@ -74,6 +75,18 @@ pub struct Carrier {
     /// To cut it.
     pub closer: Closer,
 }
+
+/// The other host was reached, and has no such container.
+#[derive(Debug)]
+pub struct Refused(String);
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Refused {}
 
 /// Connects to the host where the container is, or will be. From then on `tell` hears everything.
 ///
@@ -110,7 +123,7 @@ pub fn connect(
                 Ok(Heard::Message(Message::Forward(word))) if matches!(*word, Word::Carried) => {
                     return Ok(());
                 }
-                Ok(Heard::Message(Message::Failed { why, .. })) => bail!("{why}"),
+                Ok(Heard::Message(Message::Failed { why, .. })) => bail!(Refused(why)),
                 Ok(Heard::Gone(why)) => bail!("{}", why.unwrap_or_else(|| GONE.into())),
                 Ok(_) => {}
                 Err(_) => bail!("{destination} does not answer"),

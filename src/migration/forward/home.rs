@@ -3,13 +3,13 @@
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::carrier::{self, Carrier, DEAD, PULSE, Word};
+use super::carrier::{self, Carrier, DEAD, PULSE, Refused, Word};
 use super::control::{self, Answer, Ask, Status};
 use super::process::dismantle;
 use super::way::{reached_by, through, way};
@@ -21,7 +21,7 @@ use crate::network::forward::{self, Ear, Wire};
 use crate::network::translated::{self, Translated};
 use crate::sys::netns::NetNs;
 use crate::sys::process::wait_readable;
-use crate::transport::connect::{Closer, Cutter, Destination};
+use crate::transport::connect::{Cutter, Destination};
 use crate::transport::frame::Frame;
 
 /// Between two tries to reach the other host, at first and at most.
@@ -83,10 +83,13 @@ pub fn work(directory: &Path) -> Result<()> {
         in_bytes: AtomicU64::new(0),
     });
     // After a new start: on with it.
-    let active = forwarder.lock().home.active.clone();
+    let Home { active, pending, .. } = forwarder.lock().home.clone();
     if let Some(destination) = active {
-        let number = forwarder.add(destination, "")?;
+        let number = forwarder.add(destination, "", None)?;
         forwarder.activate(number)?;
+    }
+    if let Some((destination, migration)) = pending {
+        forwarder.add(destination, &migration, None)?;
     }
     let (end, ended) = channel();
     let answering = forwarder.clone();
@@ -252,12 +255,32 @@ impl Forwarder {
     }
 
     fn join(self: &Arc<Self>, destination: &Destination, migration: &str) -> Result<()> {
-        self.first_way(destination, |way| self.add(way.clone(), migration).map(drop))
+        self.first_way(destination, |way| {
+            let (tell, told) = channel();
+            let number = self.add(way.clone(), migration, Some(tell))?;
+            let connected = told.recv().unwrap_or_else(|_| Err(anyhow!("it was given up")));
+            let mut state = self.lock();
+            if let Err(e) = connected {
+                state.ports.retain(|p| p.number != number);
+                return Err(e);
+            }
+            // Whoever takes this process's place must look there, too.
+            state.home.pending = Some((way.clone(), migration.to_owned()));
+            write(&self.directory, HOME, &state.home)
+        })
     }
 
-    /// One more port. A link that breaks before the container has come to it is given up; later it is
-    /// made again.
-    fn add(self: &Arc<Self>, destination: Destination, migration: &str) -> Result<u64> {
+    /// One more port. Once there was a link it is made again whenever it breaks, also before anybody
+    /// knows whether the container has come to it: until that host says that it has not, somebody says
+    /// that it does not, or it has gone on from there.
+    ///
+    /// `tell` hears how the first try went, if it is to be the last that fails.
+    fn add(
+        self: &Arc<Self>,
+        destination: Destination,
+        migration: &str,
+        mut tell: Option<Sender<Result<()>>>,
+    ) -> Result<u64> {
         let number = {
             let mut state = self.lock();
             state.number += 1;
@@ -275,21 +298,10 @@ impl Forwarder {
             });
             number
         };
-        // One that was active before a new start is tried for ever.
-        let first = if migration.is_empty() { None } else { Some(()) };
-        let (tell, told) = channel();
         let forwarder = self.clone();
-        std::thread::Builder::new().name("port".into()).spawn(move || {
-            let mut tell = first.map(|()| tell);
-            forwarder.keep_connected(number, &destination, &mut tell);
-        })?;
-        if first.is_some() {
-            let connected = told.recv().unwrap_or_else(|_| Err(anyhow!("it was given up")));
-            if let Err(e) = connected {
-                self.lock().ports.retain(|p| p.number != number);
-                return Err(e);
-            }
-        }
+        std::thread::Builder::new()
+            .name("port".into())
+            .spawn(move || forwarder.keep_connected(number, &destination, &mut tell))?;
         Ok(number)
     }
 
@@ -298,37 +310,37 @@ impl Forwarder {
         self: &Arc<Self>,
         number: u64,
         destination: &Destination,
-        tell: &mut Option<std::sync::mpsc::Sender<Result<()>>>,
+        tell: &mut Option<Sender<Result<()>>>,
     ) {
         let mut pause = PAUSE.0;
         loop {
             let connected = self.connect(number, destination);
             let failed = connected.as_ref().err().map(|e| format!("{e:#}"));
-            let (closer, gone) = match connected {
-                Ok((closer, gone)) => {
+            let refused = connected.as_ref().is_err_and(|e| e.is::<Refused>());
+            let link = match connected {
+                Ok(link) => {
                     pause = PAUSE.0;
                     if let Some(tell) = tell.take() {
                         let _ = tell.send(Ok(()));
                     }
-                    (Some(closer), Some(gone))
+                    Some(link)
                 }
                 Err(e) => {
                     if let Some(tell) = tell.take() {
                         let _ = tell.send(Err(e));
                         return;
                     }
-                    (None, None)
+                    None
                 }
             };
-            // Nothing is sent; it ends with the link.
-            let why = gone.and_then(|gone| gone.recv().ok());
-            if let Some(mut closer) = closer {
+            let why = link.and_then(|(Carrier { speaker, mut closer }, gone)| {
+                let why = live(&speaker, &gone);
                 closer.close();
-            }
+                why
+            });
             {
                 let mut state = self.lock();
-                let active = state.active == Some(number);
-                let over = state.over;
+                let (active, over) = (state.active, state.over);
                 let Some(port) = state.ports.iter_mut().find(|p| p.number == number) else {
                     return;
                 };
@@ -337,8 +349,19 @@ impl Forwarder {
                 (port.connections, port.idle_since) = (None, None);
                 port.why = why.or(failed).unwrap_or_else(|| "the link broke".into());
                 // After a new start it becomes active right after this thread has begun.
-                if over || !active && !port.migration.is_empty() {
+                let migration = port.migration.clone();
+                let here = active.map_or(migration.is_empty(), |active| active == number);
+                let left = active.is_some_and(|active| active > number);
+                let others = state.ports.iter().filter(|p| p.speaker.is_some());
+                let next = others.map(|p| p.number).max().filter(|_| here && refused);
+                if over || left || refused && !here || next.is_some() {
                     state.ports.retain(|p| p.number != number);
+                    self.not_pending(&mut state, &migration);
+                    drop(state);
+                    // Nobody could tell that it has gone on, and it may never say a word.
+                    if let Some(Err(e)) = next.map(|next| self.activate(next)) {
+                        tracing::error!("{e:#}");
+                    }
                     return;
                 }
             }
@@ -352,31 +375,26 @@ impl Forwarder {
         self: &Arc<Self>,
         number: u64,
         destination: &Destination,
-    ) -> Result<(Closer, std::sync::mpsc::Receiver<String>)> {
+    ) -> Result<(Carrier, Receiver<String>)> {
         let (end, ended) = channel();
         let forwarder = self.clone();
         let home = self.lock().home.clone();
         let carry = Word::Carry { id: home.id, links: home.links };
         let hear = move |heard| forwarder.hear(number, heard, &end);
-        let Carrier { speaker, closer } = carrier::connect(destination, Some(carry), hear)?;
+        let carrier = carrier::connect(destination, Some(carry), hear)?;
         let mut state = self.lock();
         let port = state.ports.iter_mut().find(|p| p.number == number);
         let port = port.ok_or_else(|| anyhow!("it was given up"))?;
-        port.speaker = Some(speaker);
-        port.cutter = closer.cutter().ok();
+        port.speaker = Some(carrier.speaker.clone());
+        port.cutter = carrier.closer.cutter().ok();
         port.heard = Instant::now();
         port.why = String::new();
         drop(state);
         self.changed.notify_all();
-        Ok((closer, ended))
+        Ok((carrier, ended))
     }
 
-    fn hear(
-        self: &Arc<Self>,
-        number: u64,
-        heard: Heard,
-        end: &std::sync::mpsc::Sender<String>,
-    ) -> bool {
+    fn hear(self: &Arc<Self>, number: u64, heard: Heard, end: &Sender<String>) -> bool {
         {
             let mut state = self.lock();
             if let Some(port) = state.ports.iter_mut().find(|p| p.number == number) {
@@ -454,7 +472,8 @@ impl Forwarder {
             state.ear = Some(Arc::new(self.wire.listen()?));
         }
         let port = state.ports.iter().find(|p| p.number == number);
-        let destination = port.ok_or_else(|| anyhow!("that link is gone"))?.destination.clone();
+        let port = port.ok_or_else(|| anyhow!("that link is gone"))?;
+        let (destination, migration) = (port.destination.clone(), port.migration.clone());
         state.active = Some(number);
         if state.home.active.as_ref() != Some(&destination) {
             state.home.active = Some(destination);
@@ -462,6 +481,7 @@ impl Forwarder {
             // For a new start; without it this one goes on all the same.
             let _ = write(&self.directory, HOME, &state.home);
         }
+        self.not_pending(&mut state, &migration);
         drop(state);
         self.changed.notify_all();
         Ok(())
@@ -480,6 +500,14 @@ impl Forwarder {
         }
     }
 
+    /// What became of this migration is known.
+    fn not_pending(&self, state: &mut State, migration: &str) {
+        if state.home.pending.take_if(|p| p.1 == migration).is_some() {
+            // As above.
+            let _ = write(&self.directory, HOME, &state.home);
+        }
+    }
+
     fn leave(&self, migration: &str, asked_by: Option<u64>, claim: bool) -> Result<()> {
         {
             let mut state = self.lock();
@@ -491,6 +519,7 @@ impl Forwarder {
                 }
                 !drop
             });
+            self.not_pending(&mut state, migration);
         }
         match asked_by {
             Some(port) if claim => self.activate(port),
@@ -500,13 +529,16 @@ impl Forwarder {
 
     /// The container was on its way home, and stayed where it was.
     fn abroad(self: &Arc<Self>) -> Result<()> {
+        // Not any other, which may not have been told yet that the container does not come.
         let (last, destination) = {
             let state = self.lock();
-            (state.ports.iter().map(|p| p.number).max(), state.home.active.clone())
+            let active = state.home.active.clone();
+            let there = state.ports.iter().filter(|p| Some(&p.destination) == active.as_ref());
+            (there.map(|p| p.number).max(), active)
         };
         match (last, destination) {
             (Some(port), _) => self.activate(port),
-            (None, Some(destination)) => self.activate(self.add(destination, "")?),
+            (None, Some(destination)) => self.activate(self.add(destination, "", None)?),
             (None, None) => Ok(()),
         }
     }
@@ -558,6 +590,19 @@ impl Forwarder {
                     port.cutter.iter().for_each(Cutter::cut);
                 }
             }
+        }
+    }
+}
+
+/// Tells the other host that this one lives, until the link is gone; why it is.
+fn live(speaker: &Speaker, gone: &Receiver<String>) -> Option<String> {
+    loop {
+        // One that takes nothing more is cut by whoever watches, and this ends with an error then.
+        let _ = speaker.say(&Message::Forward(Box::new(Word::Alive { connections: None })));
+        match gone.recv_timeout(PULSE) {
+            Ok(why) => return Some(why),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return None,
         }
     }
 }

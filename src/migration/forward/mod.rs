@@ -125,6 +125,9 @@ pub struct Home {
     pub links: Vec<String>,
     /// Where the container is; none as long as it is at home.
     pub active: Option<Destination>,
+    /// Where it may be by now, and the migration that takes it there.
+    #[serde(default)]
+    pub pending: Option<(Destination, String)>,
     /// Since when, unix time.
     pub since: u64,
     /// It ends when the container had no connection for so long, seconds.
@@ -436,8 +439,11 @@ pub fn end(id: &str, idle: Option<Duration>) -> Result<&'static str> {
             said =
                 Some("its address is not forwarded any more, and this host does not answer for it");
         } else {
-            control::ask(&directory, &Ask::End { dismantle: true })
-                .context("its home cannot be told\nhint: `ferry resolve --no-forward` there")?;
+            control::ask(&directory, &Ask::End { dismantle: true }).context(
+                "its home cannot be told\nhint: `ferry resolve --no-forward` there; if that \
+                     host is gone for good, `ferry migrate --forward never` takes the container to \
+                     where its address belongs",
+            )?;
             said = Some("its home does not forward its address any more");
         }
     }

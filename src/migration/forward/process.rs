@@ -40,6 +40,7 @@ pub fn establish(
             addresses,
             links,
             active: None,
+            pending: None,
             since: crate::migration::journal::unix_time(),
             until_idle: None,
             shell: None,
