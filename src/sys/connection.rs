@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use nix::sys::socket::{SockaddrStorage, bind, connect};
 use serde::{Deserialize, Serialize};
 
-use super::socket::{enter_repair, leave_repair};
+use super::socket::{TCP_REPAIR_OFF_NO_WP, enter_repair};
 
 /// `TCP_ESTABLISHED` of net/tcp_states.h.
 const ESTABLISHED: u8 = 1;
@@ -138,8 +138,8 @@ pub fn cookie(socket: impl AsFd) -> io::Result<u64> {
 pub fn plain(socket: impl AsFd) -> io::Result<Option<Plain>> {
     const RECENT_MS: u32 = 1000;
     let fd = socket.as_fd();
-    // `struct tcp_info` up to `tcpi_last_ack_recv`.
-    let info: [u8; 60] = get(fd, libc::IPPROTO_TCP, libc::TCP_INFO)?;
+    // `struct tcp_info` up to `tcpi_last_data_recv`.
+    let info: [u8; 56] = get(fd, libc::IPPROTO_TCP, libc::TCP_INFO)?;
     let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|i| info[at + i]));
     if info[0] != ESTABLISHED || waiting(fd, libc::FIONREAD)? != 0 || waiting(fd, OUTQ)? != 0 {
         return Ok(None);
@@ -160,7 +160,8 @@ pub fn plain(socket: impl AsFd) -> io::Result<Option<Plain>> {
         options: info[5],
         scales: info[6],
         nonblocking: flags & libc::O_NONBLOCK != 0,
-        lively: [44, 48, 52].into_iter().any(|at| word(at) < RECENT_MS),
+        // `tcpi_last_data_sent`, `tcpi_last_data_recv`
+        lively: [44, 52].into_iter().any(|at| word(at) < RECENT_MS),
     }))
 }
 
@@ -290,10 +291,7 @@ pub fn build_up(socket: impl AsFd, remote: SocketAddr, was: &Connection) -> io::
 /// # Errors
 /// When it is no TCP socket.
 pub fn wake(socket: impl AsFd, reuse: bool) -> io::Result<()> {
-    if leave_repair(&socket)? && reuse {
-        set(socket.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, &1)?;
-    }
-    Ok(())
+    leave(socket.as_fd(), TCP_REPAIR_OFF_NO_WP, reuse)
 }
 
 /// Has a connection that nobody uses tell its peer how far it is: what either has said and the other
@@ -302,11 +300,15 @@ pub fn wake(socket: impl AsFd, reuse: bool) -> io::Result<()> {
 /// # Errors
 /// When it is no TCP socket.
 pub fn nudge(socket: impl AsFd, reuse: bool) -> io::Result<()> {
-    const OFF: libc::c_int = 0;
-    let fd = socket.as_fd();
-    enter_repair(fd)?;
     // Leaving it like this sends a window probe.
-    set(fd, libc::IPPROTO_TCP, libc::TCP_REPAIR, &OFF)?;
+    const OFF: libc::c_int = 0;
+    enter_repair(&socket)?;
+    leave(socket.as_fd(), OFF, reuse)
+}
+
+fn leave(fd: BorrowedFd, how: libc::c_int, reuse: bool) -> io::Result<()> {
+    set(fd, libc::IPPROTO_TCP, libc::TCP_REPAIR, &how)?;
+    // It has been reset by that.
     if reuse { set(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, &1) } else { Ok(()) }
 }
 

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
 /// `TCP_REPAIR_OFF_NO_WP`: leave repair mode without sending a window probe. linux/tcp.h.
-const TCP_REPAIR_OFF_NO_WP: libc::c_int = -1;
+pub(super) const TCP_REPAIR_OFF_NO_WP: libc::c_int = -1;
 const TCP_REPAIR: libc::c_int = 19;
 
 /// Takes a TCP socket out of repair mode where it was left there; says whether it was.

@@ -1,7 +1,8 @@
 //! On the source: which connections there are, and how they come out of the frozen tasks.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,7 +12,9 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
+use nix::fcntl::{OFlag, openat};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::stat::Mode;
 
 use super::{Coming, MOST, MOST_HOLES, Piece, SPARE, STREAM, Taken, TakenOut, Vault, Watched};
 use crate::criu::images;
@@ -190,14 +193,27 @@ impl Lifting {
         }
         drop(give);
         // Beside the mirrors' work.
+        let mut others = Others::default();
+        for pid in cgroup.processes()? {
+            let task = tasks.iter().find(|task| task.pid == pid);
+            let known = task.iter().flat_map(|task| task.known.iter().map(|known| known.number));
+            let known: HashSet<RawFd> = known.collect();
+            for number in door::numbers(pid)?.into_iter().filter(|n| !known.contains(n)) {
+                others.look(pid, number)?;
+            }
+        }
         for task in &mut tasks {
             task.cloexec = closed_by_exec(task.pid, &task.known);
         }
         for task in &mut tasks {
-            task.seen = task.heard.recv().unwrap_or_default();
+            task.seen = task.heard.recv().map_err(|_| anyhow!("the thread has died"))?;
+            // It may be another one by now.
+            for (known, _) in task.known.iter().zip(&task.seen).filter(|(_, seen)| seen.is_none()) {
+                others.look(task.pid, known.number)?;
+            }
         }
         let looked = began.elapsed();
-        choose(&mut tasks, &cgroup.processes()?)?;
+        choose(&mut tasks, others);
         tasks.retain(|task| !task.chosen.is_empty());
         let taken = Taken(tasks.iter().map(Task::taken).collect());
         fs::write(self.work.join(FILE), postcard::to_stdvec(&taken)?)?;
@@ -324,8 +340,7 @@ struct Task {
     cloexec: Vec<Option<bool>>,
     /// Of each whether it can be taken out.
     seen: Vec<Option<Plain>>,
-    /// A descriptor that CRIU restores, of which another one can stand anywhere for a while: of no file,
-    /// whose locks would end with it.
+    /// See [`Others`].
     like: Option<RawFd>,
     chosen: Vec<usize>,
     epolls: Vec<(RawFd, Vec<Watched>)>,
@@ -515,41 +530,47 @@ fn send(
     Ok(sent)
 }
 
+/// Descriptors of the container's processes that stay where they are.
+#[derive(Debug, Default)]
+struct Others {
+    /// Process and number; what it watches.
+    epolls: Vec<(i32, RawFd, Vec<watched::Target>)>,
+    /// Inodes.
+    sockets: HashSet<u64>,
+    /// By process: one that CRIU restores, of which another one can stand anywhere for a while: of no
+    /// file, whose locks would end with it. An epoll, where there is one.
+    like: HashMap<i32, RawFd>,
+}
+
+impl Others {
+    fn look(&mut self, pid: i32, number: RawFd) -> Result<()> {
+        let target = fs::read_link(format!("/proc/{pid}/fd/{number}")).unwrap_or_default();
+        self.sockets.extend(watched::socket(&target));
+        if watched::is_epoll(&target) {
+            self.epolls.push((pid, number, watched::targets(pid, number)?));
+            self.like.insert(pid, number);
+        } else if !target.is_absolute() {
+            self.like.entry(pid).or_insert(number);
+        }
+        Ok(())
+    }
+}
+
 /// Which of those that can be taken out are: all but those that somebody has under another number, or
 /// another process has, or an epoll watches so.
-fn choose(tasks: &mut [Task], pids: &[i32]) -> Result<()> {
-    let (mut epolls, mut elsewhere) = (Vec::new(), HashSet::new());
-    for &pid in pids {
-        let mut task = tasks.iter_mut().find(|task| task.pid == pid);
-        let same = |(known, plain): (&Known, &Option<Plain>)| plain.map(|_| known.number);
-        let ours = task.as_ref().map(|task| task.known.iter().zip(&task.seen).filter_map(same));
-        let ours: HashSet<RawFd> = ours.into_iter().flatten().collect();
-        let others = door::numbers(pid)?.into_iter().filter(|number| !ours.contains(number));
-        for number in others {
-            let target = fs::read_link(format!("/proc/{pid}/fd/{number}")).unwrap_or_default();
-            let is_epoll = watched::is_epoll(&target);
-            if is_epoll {
-                epolls.push((pid, number, watched::targets(pid, number)?));
-            }
-            elsewhere.extend(watched::socket(&target));
-            if let Some(task) = &mut task
-                && !target.is_absolute()
-                && (is_epoll || task.like.is_none())
-            {
-                task.like = Some(number);
-            }
-        }
-    }
+fn choose(tasks: &mut [Task], others: Others) {
     let mut by_inode = HashMap::new();
-    for (at, task) in tasks.iter().enumerate() {
+    for (at, task) in tasks.iter_mut().enumerate() {
+        task.like = others.like.get(&task.pid).copied();
         for (n, known) in task.known.iter().enumerate() {
-            if task.seen[n].is_some() && task.cloexec[n].is_some() && task.like.is_some() {
-                by_inode.insert(u64::from(known.inode), (at, n));
+            let inode = u64::from(known.inode);
+            let only = !others.sockets.contains(&inode) && task.like.is_some();
+            if only && task.seen[n].is_some() && task.cloexec[n].is_some() {
+                by_inode.insert(inode, (at, n));
             }
         }
     }
-    by_inode.retain(|inode, _| !elsewhere.contains(inode));
-    for (pid, _, list) in &epolls {
+    for (pid, _, list) in &others.epolls {
         for target in list {
             if let Some(&(at, n)) = by_inode.get(&target.inode)
                 && (tasks[at].pid != *pid || tasks[at].known[n].number != target.number)
@@ -558,7 +579,7 @@ fn choose(tasks: &mut [Task], pids: &[i32]) -> Result<()> {
             }
         }
     }
-    for (pid, epoll, list) in epolls {
+    for (pid, epoll, list) in others.epolls {
         let list: Vec<Watched> = list
             .into_iter()
             .filter(|target| by_inode.contains_key(&target.inode))
@@ -572,18 +593,26 @@ fn choose(tasks: &mut [Task], pids: &[i32]) -> Result<()> {
         tasks[at].chosen.push(n);
     }
     tasks.iter_mut().for_each(|task| task.chosen.sort_unstable());
-    Ok(())
 }
 
 /// Of each whether execve(2) closes it, as far as there is one. proc_pid_fdinfo(5)
 fn closed_by_exec(pid: i32, known: &[Known]) -> Vec<Option<bool>> {
-    let flags = |known: &Known| {
-        let text = process::proc_text(pid, &format!("fdinfo/{}", known.number)).ok()?;
+    // Thousands of them, in the freeze: with as few calls and as short paths as can be.
+    let Ok(directory) = File::open(format!("/proc/{pid}/fdinfo")) else {
+        return vec![None; known.len()];
+    };
+    let mut bytes = [0; 256];
+    let mut flags = |known: &Known| {
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        let name = known.number.to_string();
+        let file = openat(&directory, name.as_str(), flags, Mode::empty()).ok()?;
+        let length = File::from(file).read(&mut bytes).ok()?;
+        let text = std::str::from_utf8(&bytes[..length]).ok()?;
         let line = text.lines().find_map(|line| line.strip_prefix("flags:"))?;
         let flags = libc::c_int::from_str_radix(line.trim(), 8).ok()?;
         Some(flags & libc::O_CLOEXEC != 0)
     };
-    known.iter().map(flags).collect()
+    known.iter().map(&mut flags).collect()
 }
 
 /// The inode of a socket.
