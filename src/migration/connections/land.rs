@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::lift::{of_first_space, raise_limit, room};
-use super::{Coming, MOST, Piece, Watched};
+use super::{Coming, MOST, Piece, Watched, share};
 use crate::sys::connection::{self, Connection};
 use crate::sys::door::{self, Place};
 use crate::sys::mirror::{FIRST, Mirror};
@@ -232,12 +232,17 @@ impl Landed {
 
     /// They live, and say nothing yet.
     pub fn wake(&self) {
-        for built in &self.list {
+        let wake = |built: &Built| {
             // It is a TCP socket: it can leave that mode.
             if let Err(e) = connection::wake(&built.socket, built.reuse) {
                 tracing::error!("descriptor {} of process {}: {e}", built.number, built.vpid);
             }
-        }
+        };
+        thread::scope(|scope| {
+            for some in self.list.chunks(share(self.list.len())) {
+                scope.spawn(move || some.iter().for_each(wake));
+            }
+        });
     }
 
     /// The fence is open, and the tasks do not run yet: those on which something was under way say how

@@ -16,7 +16,9 @@ use nix::fcntl::{OFlag, openat};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::Mode;
 
-use super::{Coming, MOST, MOST_HOLES, Piece, SPARE, STREAM, Taken, TakenOut, Vault, Watched};
+use super::{
+    Coming, MOST, MOST_HOLES, Piece, SPARE, STREAM, Taken, TakenOut, Vault, Watched, share,
+};
 use crate::criu::images;
 use crate::memory::pages;
 use crate::migration::held::while_held;
@@ -455,7 +457,7 @@ fn keep(
     Ok(())
 }
 
-/// With as many threads as there are processors, up to four: they share the table.
+/// On several threads: they share the table.
 fn take_down_all(
     mirror: &Mirror,
     chosen: &[(usize, Known, Plain)],
@@ -466,8 +468,7 @@ fn take_down_all(
         (*at, mirror.get(known.number), fresh[usize::from(known.v6)].as_ref(), *plain)
     };
     let sockets: Vec<_> = chosen.iter().map(one).collect();
-    let threads = thread::available_parallelism().map_or(1, usize::from).min(4);
-    let each = sockets.len().div_ceil(threads).max(SOME);
+    let each = share(sockets.len());
     thread::scope(|scope| {
         let mut all = Vec::new();
         for part in sockets.chunks(each) {

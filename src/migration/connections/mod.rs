@@ -83,6 +83,13 @@ impl Coming {
     }
 }
 
+/// How many of so many a thread is to do, where each takes some microseconds: there are up to four
+/// threads.
+fn share(all: usize) -> usize {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(4);
+    all.div_ceil(threads).max(256)
+}
+
 /// What comes in the freeze, in pieces of at most [`crate::transport::frame::MAX_FILE_PIECE`] bytes.
 #[derive(Debug, Serialize, Deserialize)]
 enum Piece {
