@@ -20,6 +20,7 @@ def row($words; $since; $until; $start; $stop):
 # What happens in the time that ends with a mark.
 def ending($from; $to): {
     "frozen, fence closed": "\($from): stop it, hold its packets",
+    "connections are taken out": "\($from): take the connections out",
     "dumped": "\($from): take down its state (CRIU)",
     "images are sent": "\($from) to \($to): the state",
     "last page is sent": "\($from) to \($to): the last pages of memory",

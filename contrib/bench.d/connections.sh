@@ -66,15 +66,20 @@ connections_run() { # COUNT RUN
     jq -n -c --argjson count "$1" --argjson run "$2" --slurpfile report "$scratch/report" \
         --slurpfile moved "$scratch/moved" --slurpfile window "$scratch/window" '
         $report[0] as $m | ($m.arrival | map({key: .[0], value: .[1]}) | from_entries) as $at
-        # After the commit CRIU wakes the sockets, one by one.
-        | ($at["sockets alive"] - $at["fence open"]) as $wake | {
-            connections: $count, run: $run, pause_ms: $window[0].worst_pause_ms, frozen_ms: $m.frozen_ms,
-            criu_dump_ms: $m.criu_ms.dump, criu_restore_ms: $m.criu_ms.restore,
-            criu_wake_ms: $wake, rest_ms: ($m.frozen_ms - $m.criu_ms.dump - $m.criu_ms.restore - $wake),
+        | ($m.source | map({key: .name, value: .at_ms}) | from_entries) as $here
+        # Only many are carried by Ferry.
+        | (if $m.connections then $here["connections are taken out"] - $here["frozen, fence closed"] else 0 end) as $take
+        | (if $m.connections then $at["connections landed"] - $at["restored"] else 0 end) as $land
+        # From the commit until all sockets are out of repair mode.
+        | ($at["sockets alive"] - $at["commit"]) as $wake | {
+            connections: $count, run: $run, carried: ($m.connections // 0),
+            pause_ms: $window[0].worst_pause_ms, frozen_ms: $m.frozen_ms,
+            take_ms: $take, criu_dump_ms: $m.criu_ms.dump, criu_restore_ms: $m.criu_ms.restore, land_ms: $land,
+            wake_ms: $wake, rest_ms: ($m.frozen_ms - $take - $m.criu_ms.dump - $m.criu_ms.restore - $land - $wake),
             total_ms: $m.total_ms, ferry_rss_mib: $moved[0].ferry_rss_mib,
             connections_lost: $window[0].connections_lost, wrong_answers: $window[0].wrong_answers
         }' | tee -a "$scratch/rows" | jq -r '
-        "    run \(.run)  pause \(.pause_ms | round) ms, frozen \(.frozen_ms | round): CRIU dumps \(.criu_dump_ms | round), restores \(.criu_restore_ms | round), wakes \(.criu_wake_ms | round), the rest \(.rest_ms | round)"'
+        "    run \(.run)  pause \(.pause_ms | round) ms, frozen \(.frozen_ms | round): \(.carried) taken out \(.take_ms | round), CRIU dumps \(.criu_dump_ms | round), restores \(.criu_restore_ms | round), they land \(.land_ms | round), all wake \(.wake_ms | round), the rest \(.rest_ms | round)"'
     next=$from from=$to to=$next
 }
 
@@ -111,16 +116,16 @@ connections() {
         def median: sort | (.[((length - 1) / 2) | floor] + .[(length / 2) | floor]) / 2;
         def of(f): map(f) | median;
         def row: {n: .[0].connections, pause: of(.pause_ms), frozen: of(.frozen_ms), dump: of(.criu_dump_ms),
-            restore: of(.criu_restore_ms), wake: of(.criu_wake_ms), rest: of(.rest_ms)};
-        (group_by(.connections) | map(row)) as $rows | $rows[0] as $least
-        | "             milliseconds                                                      each adds, microseconds",
-          "connections    pause     frozen  CRIU dump    restore   wakes up   the rest      pause  CRIU dump    restore   wakes up   the rest",
-        ($rows[] | . as $r
-            | def each(f): if $r.n > $least.n then (($r | f) - ($least | f)) * 1000 / ($r.n - $least.n) * 10 | round / 10 else "" end;
-            [ ([(.n | "  \(.)"), (.pause, .frozen, .dump, .restore, .wake, .rest | . * 10 | round / 10)] | .[] | tostring | " " * (9 - length) + .),
-              (if .n > $least.n then each(.pause), each(.dump), each(.restore), each(.wake), each(.rest) else empty end | tostring | " " * (9 - length) + .)
-            ] | join("  ")),
-        "  Ferry'\''s own memory: at most \(map(.ferry_rss_mib.source) | max) MiB on the source, \(map(.ferry_rss_mib.destination) | max) MiB on the destination"' "$scratch/rows"
+            restore: of(.criu_restore_ms), take: of(.take_ms), land: of(.land_ms), wake: of(.wake_ms), rest: of(.rest_ms)};
+        def line(what; f): [(what | . + " " * (24 - length)), (.[] | f)] | join("  ");
+        def number: . * 10 | round / 10 | tostring | " " * (9 - length) + .;
+        . as $all | (group_by(.connections) | map(row)) as $rows | $rows[0] as $least
+        | $rows | line("milliseconds with"; .n | number),
+        ({"  pause": "pause", "  frozen": "frozen", "    taken out": "take", "    CRIU dumps": "dump", "    CRIU restores": "restore",
+            "    they land": "land", "    all wake": "wake", "    the rest": "rest"} | to_entries[] as $e
+            | $rows | line($e.key; .[$e.value] | number)),
+        "  each of the \($rows[-1].n) adds to the pause: \(($rows[-1].pause - $least.pause) * 1000 / ([$rows[-1].n - $least.n, 1] | max) | number) microseconds",
+        "  Ferry'\''s own memory: at most \($all | map(.ferry_rss_mib.source) | max) MiB on the source, \($all | map(.ferry_rss_mib.destination) | max) MiB on the destination"' "$scratch/rows"
     jq -s -r '.[] | "  of \(.connections) connections \(.lost) lost, \(.wrong) wrong answers, \(.rst) RST on the wire (\(.dropped) packets missed)"' "$scratch/lost"
     jq -s -e 'all(.connections_lost == 0 and .wrong_answers == 0)' "$scratch/rows" >/dev/null &&
         jq -s -e 'all(.lost == 0 and .wrong == 0 and .rst == 0 and .dropped == 0)' "$scratch/lost" >/dev/null

@@ -89,6 +89,11 @@ impl Probe {
         Probe::to_on(&lab.host("client"), to, connections, "2ms")
     }
 
+    /// The same; how often it asks on each connection is told.
+    pub fn to_every(lab: &Lab, to: &str, connections: usize, every: &str) -> Outcome<Probe> {
+        Probe::to_on(&lab.host("client"), to, connections, every)
+    }
+
     /// From another host.
     pub fn start_on(
         host: &Host,

@@ -8,8 +8,9 @@ use serde_json::Value;
 
 use crate::common::container::{ADDRESS, Container};
 use crate::common::facts::{exactly_one_copy, pair};
-use crate::common::lab::{Host, LONG, Lab};
+use crate::common::lab::{Host, LONG, Lab, in_tree};
 use crate::common::probe::{Probe, Talk};
+use crate::common::process::Output;
 use crate::common::suite::{self, in_lab};
 use crate::common::wire::Wire;
 use crate::common::{Outcome, ensure};
@@ -25,7 +26,90 @@ pub fn trials() -> Vec<Trial> {
     vec![
         in_lab("connections::every_kind", LIMIT, move |lab| every_kind(lab, each)),
         in_lab("connections::many", 2 * LIMIT, move |lab| many(lab, all)),
+        in_lab("connections::of_several_processes", LIMIT, of_several_processes),
+        in_lab("connections::closed_right_after", LIMIT, closed_right_after),
     ]
+}
+
+/// How many connections Ferry has carried by itself.
+pub fn carried(said: &Output) -> Outcome<u64> {
+    let mut lines = said.out.lines().filter_map(|l| serde_json::from_str::<Value>(l).ok());
+    let report = lines.next_back().ok_or("no report")?;
+    Ok(report["connections"].as_u64().unwrap_or(0))
+}
+
+/// nginx, as it is on the hosts.
+fn web(host: &Host) -> Outcome<Container> {
+    let base = host.path("/")?;
+    Ok(Container::networked("web").with(&["--base", &base.to_string_lossy()]))
+}
+
+/// Visitors of nginx who stay: its workers have their connections, each with an epoll of its own.
+fn of_several_processes(lab: &Lab) -> Outcome {
+    const VISITORS: usize = 300;
+    let (a, b) = pair(lab);
+    let container = web(&a)?;
+    container.start(lab, &a)?;
+    let wire = Wire::watch(lab)?;
+    std::fs::copy(in_tree("tests/migrate/visitors.py"), a.path("/srv/shared/visitors.py")?)
+        .map_err(|e| e.to_string())?;
+    let (address, count) = (lab.address(ADDRESS), VISITORS.to_string());
+    let arguments = ["python3", "/srv/shared/visitors.py", &address, &count];
+    let mut visitors = Talk::start(&lab.host("client"), &arguments)?;
+    ensure!(visitors.expect("ready")?["ready"] == true, "not all are served");
+    let mut are_served = || -> Outcome {
+        visitors.say("ask")?;
+        let said = visitors.expect("wrong")?;
+        ensure!(said["wrong"] == 0, "{said}");
+        Ok(())
+    };
+    for at in ["lift.taken:error", "source.commit:error"] {
+        let fault = format!("FERRY_FAULT={at}");
+        a.start(&["env", &fault, "ferry", "migrate", "box", "b"])?.end(LONG)?.exits(1)?;
+        exactly_one_copy(&container, &a, &b)?;
+        are_served().map_err(|e| format!("after {at}: {e}"))?;
+    }
+    for (from, to) in [(&a, &b), (&b, &a)] {
+        let said = from.ferry(&["migrate", "--json", "box", to.name])?.exits(0)?;
+        let carried = carried(&said)?;
+        ensure!(carried as usize >= VISITORS * 9 / 10, "only {carried} were carried");
+        exactly_one_copy(&container, to, from)?;
+        are_served()?;
+    }
+    wire.is_calm(VISITORS)
+}
+
+/// Nobody else keeps open what the container closes: its peers hear of it at once, where it was and
+/// where it is.
+fn closed_right_after(lab: &Lab) -> Outcome {
+    const VISITORS: usize = 100;
+    let (a, b) = pair(lab);
+    let container = web(&a)?;
+    container.start(lab, &a)?;
+    let client = lab.host("client");
+    let established = "ss -Htn state established 'dport = :80' | wc -l";
+    let script = format!(
+        "import socket, sys
+all = [socket.create_connection(('{}', 80), timeout=20) for _ in range({VISITORS})]
+print('{{\"ready\": true}}', flush=True)
+ends = [s.recv(1) for s in all]
+print('{{\"ended\": %d}}' % ends.count(b''), flush=True)",
+        lab.address(ADDRESS)
+    );
+    let here = [("lift.kept:error", 1, &a), ("source.commit:error", 1, &a), ("none:none", 0, &b)];
+    for (fault, code, host) in here {
+        let mut all = Talk::start(&client, &["python3", "-c", &script])?;
+        all.expect("ready")?;
+        let fault = format!("FERRY_FAULT={fault}");
+        a.start(&["env", &fault, "ferry", "migrate", "box", "b"])?.end(LONG)?.exits(code)?;
+        ensure!(client.sh(established)?.trim() == VISITORS.to_string(), "some have ended before");
+        // Its workers end, with all that they have; the master makes others.
+        host.sh("pid=$(runc state box | grep -o '\"pid\": [0-9]*' | grep -o '[0-9]*')
+                 kill -KILL $(cat /proc/$pid/task/$pid/children)")?;
+        let said = all.expect("ended").map_err(|e| format!("after {fault}: {e}"))?;
+        ensure!(said["ended"] == VISITORS, "after {fault}: {said}");
+    }
+    Ok(())
 }
 
 /// Most of them idle, given up and carried there and back: each has its right answers afterwards, and
@@ -51,6 +135,8 @@ fn many(lab: &Lab, all: usize) -> Outcome {
         let report = lines.next_back().ok_or("no report")?;
         let peak = report["peak_kib"].as_u64().unwrap_or(u64::MAX);
         ensure!(peak <= MOST_KIB, "Ferry had {peak} KiB on the source");
+        let carried = carried(&said)? as usize;
+        ensure!(carried >= (all - BUSY) * 9 / 10, "only {carried} were carried by Ferry itself");
         println!("    frozen {} ms, CRIU {}", report["frozen_ms"], report["criu_ms"]);
     }
     idle.is_content()?;

@@ -14,6 +14,7 @@ use crate::common::process::{Output, Running, until, write_script};
 use crate::common::suite::{self, in_lab};
 use crate::common::wire::Wire;
 use crate::common::{Outcome, ensure};
+use crate::connections::carried;
 
 const LIMIT: Duration = Duration::from_secs(60);
 const CONNECTIONS: usize = 6;
@@ -24,6 +25,7 @@ const PORT: u16 = 7001;
 pub fn trials() -> Vec<Trial> {
     vec![
         in_lab("floating::to_and_fro", LIMIT, to_and_fro),
+        in_lab("floating::many", LIMIT, many),
         in_lab("floating::on_two_interfaces", LIMIT, on_two_interfaces),
         in_lab("floating::one_of_two_taken", LIMIT, one_of_two_taken),
         in_lab("floating::first_of_its_network", LIMIT, first_of_its_network),
@@ -173,6 +175,29 @@ fn moved(lab: &Lab, here: &Host, there: &Host) -> Outcome {
         ensure!(!links.contains("ferry"), "left on {}: {links}", host.name);
     }
     Ok(())
+}
+
+/// So many that Ferry carries them by itself: of IPv6, and of IPv4 at sockets of IPv6.
+fn many(lab: &Lab) -> Outcome {
+    const EACH: usize = 100;
+    let (a, b) = pair(lab);
+    let container = start(lab)?;
+    let [ip, ip6] = floating(lab);
+    let wire = Wire::watch(lab)?;
+    let mut old = Probe::to_every(lab, &format!("{}:7000", bare(&ip)), EACH, "100ms")?;
+    let mut new = Probe::to_every(lab, &format!("[{}]:7000", bare(&ip6)), EACH, "100ms")?;
+    let mut neighbours = [Neighbour::on(lab, &a)?, Neighbour::on(lab, &b)?];
+    for (from, to) in [(&a, &b), (&b, &a), (&a, &b)] {
+        let said = migrate_with(from, to, &floating(lab), &["--json"])?.exits(0)?;
+        let carried = carried(&said)? as usize;
+        ensure!(carried > EACH, "only {carried} were carried by Ferry itself");
+        exactly_one_copy(&container, to, from)?;
+        old.is_content()?;
+        new.is_content()?;
+        neighbours.iter_mut().try_for_each(Neighbour::is_untouched)?;
+        moved(lab, to, from)?;
+    }
+    wire.is_calm(2 * EACH)
 }
 
 /// Both families under load, others' connections on both hosts all the while.
