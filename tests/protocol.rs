@@ -66,6 +66,7 @@ fn all_messages() -> Vec<Message> {
             list: vec![Coming {
                 vpid: 1,
                 number: 9,
+                owner: 1000,
                 local: "10.0.0.9:7000".parse().expect("an address"),
                 remote: "[::ffff:10.0.0.1]:40000".parse().expect("an address"),
             }],

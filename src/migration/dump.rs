@@ -68,8 +68,8 @@ pub enum DumpEvent {
         /// What had come before, and which of it is in the container's sockets.
         came: Came,
     },
-    /// Connections were taken out of the tasks, and are on their way.
-    Lifted(Lifted),
+    /// Connections were taken out of the tasks, and are on their way: [`DumpPlan::lifted`].
+    Lifted,
     /// All images are written: say the verdict.
     Dumped,
     /// It is over. An error before `Dumped` means that there is nothing to restore from.
@@ -115,7 +115,12 @@ pub struct DumpPlan {
     pub vouched: bool,
     /// Tells the destination of connections.
     pub speaker: Speaker,
+    /// Where they are noted that were taken out: by the end of the dump it is known whether there are any.
+    pub lifted: LiftedPlace,
 }
+
+/// Shared by the dump and the hand-over.
+pub type LiftedPlace = Arc<Mutex<Option<Lifted>>>;
 
 /// A dump under way.
 #[derive(Debug)]
@@ -222,8 +227,10 @@ fn job(
                     tell(DumpEvent::Frozen { since, network, came });
                     if let Some(lifting) = lifting {
                         let lifted = lifting.lift(&plan.cgroup, &plan.speaker);
-                        session.answer(lifted.is_ok())?;
-                        tell(DumpEvent::Lifted(lifted?));
+                        let answered = session.answer(lifted.is_ok());
+                        *plan.lifted.lock().unwrap_or_else(PoisonError::into_inner) = Some(lifted?);
+                        answered?;
+                        tell(DumpEvent::Lifted);
                     }
                     vouching = plan.vouched.then(|| vouch(&plan.cgroup)).transpose()?;
                     fault::point("dump.fenced")?;

@@ -30,17 +30,28 @@ pub fn while_held<T: Send>(
     std::thread::scope(|scope| {
         let work = || {
             let mut held = hold(&cgroup.processes()?)?;
+            let again = Freezing(cgroup);
             // Frozen, they could make no call for us.
             cgroup.thaw()?;
             let done = deed(&mut held);
             // Before they are let go: none of them runs in between.
-            let frozen = cgroup.freeze(FREEZE_TIMEOUT);
+            let frozen = cgroup.freeze_for_good(FREEZE_TIMEOUT);
+            drop(again);
             drop(held);
             frozen.and(done)
         };
         let thread = std::thread::Builder::new().name("hold".into()).spawn_scoped(scope, work)?;
         thread.join().unwrap_or_else(|_| Err(anyhow!("the thread that holds the tasks has died")))
     })
+}
+
+/// Whatever becomes of the deed, those who are let go stop before they run.
+struct Freezing<'a>(&'a Cgroup);
+
+impl Drop for Freezing<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.tell_freeze();
+    }
 }
 
 fn hold(pids: &[i32]) -> Result<Held> {

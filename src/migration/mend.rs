@@ -115,7 +115,7 @@ impl Noted {
                 trouble.note(&step, process.clear(thread, work));
             }
         }
-        trouble.note("freezing the container again", cgroup.freeze(FREEZE_TIMEOUT));
+        trouble.note("freezing the container again", cgroup.freeze_for_good(FREEZE_TIMEOUT));
         drop(held);
         trouble.into_result()
     }

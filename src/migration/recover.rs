@@ -87,6 +87,9 @@ pub fn source_runs_on(journal: &mut Journal, vault: Option<&Vault>) -> Result<()
             }
             put_back(&record, vault, true, &mut trouble);
             mend::sockets(cgroup);
+        } else if connections::are_out(&record.work) {
+            let failed = anyhow::anyhow!("its tasks do not stand still");
+            trouble.note("putting connections back", Err::<(), _>(failed));
         }
     }
     if let Some((spares, root)) = spares(&record) {
@@ -134,9 +137,16 @@ pub fn source_keeps(record: &Record, vault: &Vault) -> Result<()> {
 }
 
 fn put_back(record: &Record, vault: Option<&Vault>, wake: bool, trouble: &mut Trouble) {
-    if let (Some(vault), Some(cgroup)) = (vault, &record.cgroup) {
-        let done = connections::put_back(vault, cgroup, &record.work, wake);
-        trouble.note("putting connections back", done);
+    match (vault, &record.cgroup) {
+        (Some(vault), Some(cgroup)) => {
+            let done = connections::put_back(vault, cgroup, &record.work, wake);
+            trouble.note("putting connections back", done);
+        }
+        // Whoever held them was killed together with Ferry.
+        _ if connections::are_out(&record.work) => {
+            tracing::error!("connections that had been taken out of the container are lost");
+        }
+        _ => {}
     }
 }
 

@@ -86,6 +86,8 @@ pub struct Established {
     pub inode: u32,
     /// `SO_COOKIE`, socket(7).
     pub cookie: u64,
+    /// User ID: packet filters and policy rules go by it.
+    pub owner: u32,
 }
 
 /// Which sockets count, where others than the container have theirs in the same namespace.
@@ -218,8 +220,8 @@ impl Lookout {
         let mut found = Vec::new();
         self.list(libc::IPPROTO_TCP, &[ESTABLISHED], |one| {
             if one.inode != 0 && one.device == 0 && counts(&one) {
-                let One { ends, inode, cookie, .. } = one;
-                found.push(Established { ends, inode, cookie });
+                let One { ends, inode, cookie, owner, .. } = one;
+                found.push(Established { ends, inode, cookie, owner });
             }
         })?;
         Ok(found)
@@ -266,6 +268,7 @@ struct One {
     ends: Flow,
     device: u32,
     cookie: u64,
+    owner: u32,
     /// Bytes, or of a listening socket connections, that wait to be taken.
     received: u32,
     /// 0 when there is no descriptor of it.
@@ -293,6 +296,7 @@ fn one(message: &Message) -> Option<One> {
         flow: Flow { local: plainly(ends.local), remote: plainly(ends.remote) },
         ends,
         device: word(40),
+        owner: word(64),
         cookie: u64::from(word(44)) | u64::from(word(48)) << 32,
         received: word(56),
         inode: word(68),

@@ -134,6 +134,16 @@ impl Cgroup {
         done
     }
 
+    /// Stops every task, as one who was not to run in the meantime: it stays told to stop, also when it
+    /// takes longer.
+    ///
+    /// # Errors
+    /// When they have not stopped within `timeout`.
+    pub fn freeze_for_good(&self, timeout: Duration) -> Result<()> {
+        self.tell_freeze()?;
+        self.wait_frozen(Instant::now() + timeout)
+    }
+
     /// Tells the kernel to stop every task, without waiting.
     ///
     /// # Errors

@@ -38,6 +38,12 @@ mod imp {
         registers.rip
     }
 
+    /// Whether the thread runs programs of 64 bits: others have other calls.
+    pub fn native(registers: &Registers) -> bool {
+        // __USER_CS of asm/segment.h
+        registers.cs == 0x33
+    }
+
     /// What the call returned.
     pub fn result(registers: &Registers) -> i64 {
         registers.rax as i64
@@ -80,6 +86,11 @@ mod imp {
     /// See x86-64.
     pub fn position(_: &Registers) -> u64 {
         0
+    }
+
+    /// See x86-64.
+    pub fn native(_: &Registers) -> bool {
+        false
     }
 
     /// See x86-64.

@@ -8,7 +8,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{SockaddrStorage, bind, connect};
+use nix::unistd::{Uid, fchown};
 use serde::{Deserialize, Serialize};
 
 use super::socket::{TCP_REPAIR_OFF_NO_WP, enter_repair};
@@ -48,7 +50,6 @@ const OPTIONS: &[Name] = &[
     (libc::SOL_SOCKET, libc::SO_KEEPALIVE),
     (libc::SOL_SOCKET, libc::SO_LINGER),
     (libc::SOL_SOCKET, libc::SO_OOBINLINE),
-    (libc::SOL_SOCKET, libc::SO_PRIORITY),
     (libc::SOL_SOCKET, libc::SO_MARK),
     (libc::SOL_SOCKET, libc::SO_RCVLOWAT),
     (libc::SOL_SOCKET, libc::SO_RCVTIMEO),
@@ -57,7 +58,6 @@ const OPTIONS: &[Name] = &[
     (libc::SOL_SOCKET, libc::SO_REUSEPORT),
     (libc::SOL_SOCKET, libc::SO_BUSY_POLL),
     (libc::SOL_SOCKET, libc::SO_MAX_PACING_RATE),
-    (libc::SOL_SOCKET, libc::SO_ZEROCOPY),
     (libc::SOL_SOCKET, libc::SO_TIMESTAMP),
     (libc::IPPROTO_TCP, libc::TCP_NODELAY),
     (libc::IPPROTO_TCP, libc::TCP_CORK),
@@ -78,6 +78,8 @@ const OPTIONS: &[Name] = &[
     (libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS),
     (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER),
     (libc::IPPROTO_IPV6, libc::IPV6_RECVERR),
+    // After IP_TOS, which has one of its own.
+    (libc::SOL_SOCKET, libc::SO_PRIORITY),
 ];
 /// The other host may lack it: then the connection goes on with what it has.
 const CONGESTION: Name = (libc::IPPROTO_TCP, libc::TCP_CONGESTION);
@@ -102,12 +104,12 @@ pub struct Connection {
     window: [u32; 5],
     /// `SO_SNDBUF`, `SO_RCVBUF`, and which of them the program has set.
     buffers: (u32, u32, u32),
+    /// `TCP_WINDOW_CLAMP`: the window that it may ever offer.
+    clamp: u32,
     /// `SO_REUSEADDR`. Repair mode has its own.
     pub reuse: bool,
     /// `O_NONBLOCK`
     nonblocking: bool,
-    /// Bytes came or went within the last second: what says so may still be under way.
-    pub lively: bool,
     options: Vec<(u8, Vec<u8>)>,
 }
 
@@ -119,7 +121,6 @@ pub struct Plain {
     options: u8,
     scales: u8,
     nonblocking: bool,
-    lively: bool,
 }
 
 /// A socket's number that no other has had since the host started. socket(7), `SO_COOKIE`.
@@ -136,11 +137,9 @@ pub fn cookie(socket: impl AsFd) -> io::Result<u64> {
 /// # Errors
 /// When it is no TCP socket.
 pub fn plain(socket: impl AsFd) -> io::Result<Option<Plain>> {
-    const RECENT_MS: u32 = 1000;
     let fd = socket.as_fd();
-    // `struct tcp_info` up to `tcpi_last_data_recv`.
-    let info: [u8; 56] = get(fd, libc::IPPROTO_TCP, libc::TCP_INFO)?;
-    let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|i| info[at + i]));
+    // `struct tcp_info` up to the scales.
+    let info: [u8; 8] = get(fd, libc::IPPROTO_TCP, libc::TCP_INFO)?;
     if info[0] != ESTABLISHED || waiting(fd, libc::FIONREAD)? != 0 || waiting(fd, OUTQ)? != 0 {
         return Ok(None);
     }
@@ -151,8 +150,16 @@ pub fn plain(socket: impl AsFd) -> io::Result<Option<Plain>> {
     };
     // Of neither there is anything.
     let filter = length(fd, libc::SOL_SOCKET, libc::SO_GET_FILTER) != Some(0);
-    let upon = length(fd, libc::IPPROTO_TCP, TCP_ULP) != Some(0);
-    if flags < 0 || flags & libc::O_ASYNC != 0 || owner != 0 || filter || upon {
+    let upon = value(fd, (libc::IPPROTO_TCP, TCP_ULP)).0 != 0;
+    // It counts what it has sent for its program.
+    let zerocopy = get::<libc::c_int>(fd, libc::SOL_SOCKET, libc::SO_ZEROCOPY)? != 0;
+    if flags < 0 || flags & libc::O_ASYNC != 0 || owner != 0 || filter || upon || zerocopy {
+        return Ok(None);
+    }
+    // Half shut, with an urgent byte, with an error that nobody has been told.
+    let said = PollFlags::POLLPRI | PollFlags::from_bits_retain(libc::POLLRDHUP);
+    let mut poll_for = [PollFd::new(fd, said)];
+    if poll(&mut poll_for, PollTimeout::ZERO)? != 0 {
         return Ok(None);
     }
     Ok(Some(Plain {
@@ -160,8 +167,6 @@ pub fn plain(socket: impl AsFd) -> io::Result<Option<Plain>> {
         options: info[5],
         scales: info[6],
         nonblocking: flags & libc::O_NONBLOCK != 0,
-        // `tcpi_last_data_sent`, `tcpi_last_data_recv`
-        lively: [44, 52].into_iter().any(|at| word(at) < RECENT_MS),
     }))
 }
 
@@ -203,20 +208,22 @@ pub fn take_down(socket: impl AsFd, seen: Plain, fresh: &Options) -> io::Result<
         timestamp: if seen.options & WITH_TIMESTAMPS != 0 { tcp(TCP_TIMESTAMP)? } else { 0 },
         window: get(fd, libc::IPPROTO_TCP, TCP_REPAIR_WINDOW)?,
         buffers,
+        clamp: tcp(libc::TCP_WINDOW_CLAMP)?,
         reuse: seen.reuse,
         nonblocking: seen.nonblocking,
-        lively: seen.lively,
         options,
     })
 }
 
-/// A socket, in repair mode, that will be a connection of this local address, in the calling thread's
-/// network namespace. `early`: the address may come only later.
+/// A socket of this user, in repair mode, that will be a connection of this local address, in the
+/// calling thread's network namespace. `early`: the address may come only later.
 ///
 /// # Errors
 /// When there can be none, or the address is not there.
-pub fn prepare(local: SocketAddr, early: bool) -> io::Result<OwnedFd> {
+pub fn prepare(local: SocketAddr, owner: u32, early: bool) -> io::Result<OwnedFd> {
     let socket = fresh(local.is_ipv6())?;
+    // Packet filters see it, too.
+    fchown(&socket, Some(Uid::from_raw(owner)), None)?;
     enter_repair(&socket)?;
     if early {
         set(socket.as_fd(), libc::IPPROTO_IP, libc::IP_FREEBIND, &1)?;
@@ -277,6 +284,8 @@ pub fn build_up(socket: impl AsFd, remote: SocketAddr, was: &Connection) -> io::
         // Unknown before Linux 5.14: they are not adapted any more then.
         let _ = set(fd, libc::SOL_SOCKET, SO_BUF_LOCK, &locked);
     }
+    // Connecting has set it to what the buffers were then.
+    tcp(libc::TCP_WINDOW_CLAMP, was.clamp)?;
     if was.nonblocking {
         // SAFETY: it takes numbers.
         if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } < 0 {
@@ -291,23 +300,8 @@ pub fn build_up(socket: impl AsFd, remote: SocketAddr, was: &Connection) -> io::
 /// # Errors
 /// When it is no TCP socket.
 pub fn wake(socket: impl AsFd, reuse: bool) -> io::Result<()> {
-    leave(socket.as_fd(), TCP_REPAIR_OFF_NO_WP, reuse)
-}
-
-/// Has a connection that nobody uses tell its peer how far it is: what either has said and the other
-/// may have missed, it then says again without waiting for a timer.
-///
-/// # Errors
-/// When it is no TCP socket.
-pub fn nudge(socket: impl AsFd, reuse: bool) -> io::Result<()> {
-    // Leaving it like this sends a window probe.
-    const OFF: libc::c_int = 0;
-    enter_repair(&socket)?;
-    leave(socket.as_fd(), OFF, reuse)
-}
-
-fn leave(fd: BorrowedFd, how: libc::c_int, reuse: bool) -> io::Result<()> {
-    set(fd, libc::IPPROTO_TCP, libc::TCP_REPAIR, &how)?;
+    let fd = socket.as_fd();
+    set(fd, libc::IPPROTO_TCP, libc::TCP_REPAIR, &TCP_REPAIR_OFF_NO_WP)?;
     // It has been reset by that.
     if reuse { set(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, &1) } else { Ok(()) }
 }
@@ -408,6 +402,8 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
     use std::time::Duration;
 
+    use nix::sys::socket::MsgFlags;
+
     use super::super::netns::NetNs;
     use super::*;
 
@@ -433,17 +429,28 @@ mod tests {
         let all = |socket: &TcpStream| -> Vec<Value> {
             OPTIONS.iter().map(|option| value(socket.as_fd(), *option)).collect()
         };
+        // An urgent byte in the place of none.
+        nix::sys::socket::send(client.as_raw_fd(), b"!", MsgFlags::MSG_OOB).unwrap();
+        let mut urgent = [PollFd::new(server.as_fd(), PollFlags::POLLPRI)];
+        poll(&mut urgent, PollTimeout::NONE).unwrap();
+        assert!(plain(&server).unwrap().is_none(), "an urgent byte waits");
+        nix::sys::socket::recv(server.as_raw_fd(), &mut [0], MsgFlags::MSG_OOB).unwrap();
+        let clamp = |socket: &TcpStream| -> u32 {
+            get(socket.as_fd(), libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP).unwrap()
+        };
+        let had = clamp(&server);
         let seen = plain(&server).unwrap().expect("it is plain");
         let (was, before) = (take_down(&server, seen, &fresh).unwrap(), all(&server));
-        assert!(cookie(&server).unwrap() != cookie(&client).unwrap() && seen.lively);
+        assert!(cookie(&server).unwrap() != cookie(&client).unwrap());
         // Silent, as it is in repair mode.
         drop(server);
-        let again = prepare(local, false).unwrap();
+        let again = prepare(local, 77, false).unwrap();
         build_up(&again, peer, &was).unwrap();
         wake(&again, was.reuse).unwrap();
-        nudge(&again, was.reuse).unwrap();
         let mut server = TcpStream::from(again);
         assert_eq!(all(&server), before);
+        assert_eq!(nix::sys::stat::fstat(&server).unwrap().st_uid, 77);
+        assert_eq!(clamp(&server), had);
         let flag = |name| get::<u32>(server.as_fd(), libc::SOL_SOCKET, name).unwrap();
         assert_eq!((flag(libc::SO_RCVBUF), flag(libc::SO_REUSEADDR)), (100_000, 1));
         let would = server.read(&mut [0]).unwrap_err();
@@ -460,6 +467,10 @@ mod tests {
         assert!(big.iter().all(|b| *b == 7));
         drop(server);
         assert_eq!(client.read(&mut [0]).unwrap(), 0);
+        // Half of one.
+        let half = TcpStream::connect(by).unwrap();
+        half.shutdown(std::net::Shutdown::Read).unwrap();
+        assert!(plain(&half).unwrap().is_none(), "it reads no more");
     }
 
     #[test]

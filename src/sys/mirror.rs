@@ -85,8 +85,8 @@ impl Mirror {
         Ok(Mirror { above, pidfd, kept, _thread: PhantomData })
     }
 
-    /// Duplicates one of the process's descriptors under its own number. In rising order it takes the
-    /// fewest calls.
+    /// Duplicates one of the process's descriptors under its own number; they come in rising order. A
+    /// lower number that was free has it, too, so that the next one costs a call less.
     ///
     /// # Errors
     /// `EBADF` when the process has none of this number.
@@ -97,9 +97,7 @@ impl Mirror {
         }
         // SAFETY: plain numbers, of this thread's own table.
         let r = unsafe { libc::dup3(got, number, libc::O_CLOEXEC) };
-        let failed = (r < 0).then(io::Error::last_os_error);
-        close_range(got, got)?;
-        failed.map_or(Ok(()), Err)
+        if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
     /// What was [taken](Mirror::take) under this number.

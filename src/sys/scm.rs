@@ -26,12 +26,24 @@ pub fn seqpacket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
 
 /// Sends one packet with descriptors. sendmsg(2).
 pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[RawFd]) -> io::Result<()> {
+    send_with(socket, bytes, fds, MsgFlags::empty())
+}
+
+/// The same, only if there is room for it now.
+///
+/// # Errors
+/// `WouldBlock` when there is none.
+pub fn send_now(socket: impl AsFd, bytes: &[u8], fds: &[RawFd]) -> io::Result<()> {
+    send_with(socket, bytes, fds, MsgFlags::MSG_DONTWAIT)
+}
+
+fn send_with(socket: impl AsFd, bytes: &[u8], fds: &[RawFd], flags: MsgFlags) -> io::Result<()> {
+    let flags = flags | MsgFlags::MSG_NOSIGNAL;
     let iov = [IoSlice::new(bytes)];
     let rights = [ControlMessage::ScmRights(fds)];
     let control: &[ControlMessage] = if fds.is_empty() { &[] } else { &rights };
     loop {
-        match sendmsg::<()>(socket.as_fd().as_raw_fd(), &iov, control, MsgFlags::MSG_NOSIGNAL, None)
-        {
+        match sendmsg::<()>(socket.as_fd().as_raw_fd(), &iov, control, flags, None) {
             Ok(n) if n == bytes.len() => return Ok(()),
             Ok(_) => return Err(io::Error::other("packet sent in part")),
             Err(Errno::EINTR) => continue,
@@ -112,6 +124,7 @@ fn receive_into(
             Err(e) => return Err(e.into()),
         }
     };
+    let cut = message.flags.contains(MsgFlags::MSG_CTRUNC);
     let mut fds = Vec::new();
     for item in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(list) = item {
@@ -119,6 +132,10 @@ fn receive_into(
             // knows their numbers.
             fds.extend(list.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
         }
+    }
+    if cut {
+        // What did not fit, or has no place in our table, has been closed.
+        return Err(io::Error::other("there is no room for all descriptors that have come"));
     }
     Ok((message.bytes, fds))
 }

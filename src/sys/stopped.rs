@@ -126,7 +126,8 @@ impl Stopped {
     /// [instruction](instruction) for it stands. Its control group must not be frozen.
     ///
     /// # Errors
-    /// What the call failed with; `ESRCH` when it has been killed.
+    /// What the call failed with; `ESRCH` when it has been killed; `Unsupported` for a program of
+    /// another kind.
     pub fn call<const N: usize>(
         &mut self,
         at: u64,
@@ -134,6 +135,9 @@ impl Stopped {
         arguments: [u64; N],
     ) -> io::Result<i64> {
         const { assert!(N <= 6) };
+        if !arch::native(&self.general) {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         let mut all = [0; 6];
         all[..N].copy_from_slice(&arguments);
         self.changed = true;

@@ -113,7 +113,8 @@ fn take_in(
                 for coming in list {
                     // A mirror must have its number, too, and some above.
                     let fits = slots.len() < room(limit) && (coming.number as usize) < room(limit);
-                    let socket = fits.then(|| connection::prepare(coming.local, early));
+                    let socket =
+                        fits.then(|| connection::prepare(coming.local, coming.owner, early));
                     let failed = socket.as_ref().and_then(|socket| socket.as_ref().err());
                     if let Some(e) = failed {
                         tracing::debug!("no socket for {coming:?}: {e}");
@@ -157,7 +158,6 @@ struct Built {
     number: RawFd,
     cloexec: bool,
     reuse: bool,
-    lively: bool,
     socket: OwnedFd,
 }
 
@@ -178,13 +178,12 @@ pub struct Landed {
 
 impl Landed {
     fn build_up(&mut self, slot: &mut Slot, cloexec: bool, was: &Connection) -> Result<()> {
-        let Coming { vpid, number, local, remote } = slot.coming;
+        let Coming { vpid, number, local, remote, .. } = slot.coming;
         let socket = slot.socket.take();
         let socket = socket.ok_or_else(|| anyhow!("that of {local} to {remote} comes twice"))?;
         connection::build_up(&socket, remote, was)
             .with_context(|| format!("that of {local} to {remote}"))?;
-        let (reuse, lively) = (was.reuse, was.lively);
-        self.list.push(Built { vpid, number, cloexec, reuse, lively, socket });
+        self.list.push(Built { vpid, number, cloexec, reuse: was.reuse, socket });
         Ok(())
     }
 
@@ -243,15 +242,6 @@ impl Landed {
                 scope.spawn(move || some.iter().for_each(wake));
             }
         });
-    }
-
-    /// The fence is open, and the tasks do not run yet: those on which something was under way say how
-    /// far they are.
-    pub fn nudge(&self) {
-        for built in self.list.iter().filter(|built| built.lively) {
-            // Only a help: timers do the same later.
-            let _ = connection::nudge(&built.socket, built.reuse);
-        }
     }
 
     /// They are the container's now.

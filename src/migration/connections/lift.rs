@@ -142,35 +142,39 @@ impl Lifting {
         let mut coming = Vec::new();
         let most = room(self.limit);
         for task in of_first_space(pids)? {
-            let Some(mut list) = own.remove(&task.pid) else { continue };
+            let Some(mut list) = own.remove(&task.pid).filter(|_| native(task.pid)) else {
+                continue;
+            };
             list.sort_unstable();
             // A mirror must have its numbers, too.
             let limit = process::file_limit(task.pid)?.min(self.limit as u64);
             let numbers = open.get(&task.pid).map_or(&[][..], Vec::as_slice);
             let until = reach(numbers, &list, limit);
+            // What had one of these numbers has been closed.
+            let fresh: HashSet<RawFd> = list.iter().map(|(number, _)| *number).collect();
+            let earlier = self.known.entry(task.pid).or_default();
+            earlier.retain(|known| !fresh.contains(&known.number));
             for (number, inode) in list.into_iter().take_while(|(number, _)| *number < until) {
-                let Established { ends, cookie, .. } = *all[&inode];
+                let Established { ends, cookie, owner, .. } = *all[&inode];
                 let full = self.announced + coming.len() >= most;
                 if full || number < FIRST || !self.cookies.insert(cookie) {
                     continue;
                 }
                 let index = (self.announced + coming.len()) as u32;
-                let known = self.known.entry(task.pid).or_default();
-                // What had this number has been closed.
-                known.retain(|known| known.number != number);
                 let v6 = ends.local.is_ipv6();
-                known.push(Known { number, cookie, inode, v6, index });
+                self.known.entry(task.pid).or_default().push(Known {
+                    number,
+                    cookie,
+                    inode,
+                    v6,
+                    index,
+                });
                 let (local, remote) = (ends.local, ends.remote);
-                coming.push(Coming { vpid: task.vpid, number, local, remote });
+                coming.push(Coming { vpid: task.vpid, number, owner, local, remote });
             }
         }
         self.announced += coming.len();
         Ok(coming)
-    }
-
-    /// Those that are known now.
-    pub fn count(&self) -> usize {
-        self.known.values().map(Vec::len).sum()
     }
 
     /// Leaves to CRIU what the destination cannot take.
@@ -218,7 +222,9 @@ impl Lifting {
         choose(&mut tasks, others);
         tasks.retain(|task| !task.chosen.is_empty());
         let taken = Taken(tasks.iter().map(Task::taken).collect());
-        fs::write(self.work.join(FILE), postcard::to_stdvec(&taken)?)?;
+        let fresh = self.work.join("connections.new");
+        fs::write(&fresh, postcard::to_stdvec(&taken)?)?;
+        fs::rename(fresh, self.work.join(FILE))?;
         fault::point("lift.noted")?;
         for task in &tasks {
             task.order(Order::Take(task.chosen.clone(), task.epolls.clone()));
@@ -256,11 +262,12 @@ impl Lifting {
         tasks.iter().for_each(|task| task.order(Order::Go));
         let mirrors = tasks.iter_mut().filter_map(|task| Some((task.pid, task.mirror.take()?)));
         let mirrors = mirrors.collect();
+        let (stop, _vault) = (self.stop, self.vault);
+        let mut lifted = Lifted { mirrors, sender: None, reserved, stop, _vault };
         let speaker = speaker.clone();
         let send = move || send(&speaker, &tasks, &batches, count);
-        let sender = thread::Builder::new().name("connections".into()).spawn(send)?;
-        let sender = Some(sender);
-        Ok(Lifted { mirrors, sender, reserved, stop: self.stop, _vault: self.vault })
+        lifted.sender = Some(thread::Builder::new().name("connections".into()).spawn(send)?);
+        Ok(lifted)
     }
 }
 
@@ -303,8 +310,10 @@ impl Lifted {
     /// # Errors
     /// When one could not be taken down, or the link is gone.
     pub fn sent(&mut self) -> Result<usize> {
-        for (pid, mirror) in self.mirrors.drain(..) {
-            mirror.join().with_context(|| format!("taking connections of process {pid} down"))?;
+        let ends: Vec<_> =
+            self.mirrors.drain(..).map(|(pid, mirror)| (pid, mirror.join())).collect();
+        for (pid, end) in ends {
+            end.with_context(|| format!("taking connections of process {pid} down"))?;
         }
         let sender = self.sender.take().ok_or_else(|| anyhow!("they have been sent already"))?;
         sender.join().map_err(|_| anyhow!("the thread has died"))?.context("sending connections")
@@ -446,7 +455,7 @@ fn keep(
 ) -> std::io::Result<()> {
     for some in numbers.chunks(scm::MOST_FDS) {
         let some: Vec<RawFd> = some.iter().map(|number| mirror.get(*number).as_raw_fd()).collect();
-        scm::send(mirror.kept(), &[0], &some)?;
+        scm::send_now(mirror.kept(), &[0], &some)?;
     }
     for (epoll, list) in epolls {
         let epoll = mirror.epoll(*epoll)?;
@@ -614,6 +623,18 @@ fn closed_by_exec(pid: i32, known: &[Known]) -> Vec<Option<bool>> {
         Some(flags & libc::O_CLOEXEC != 0)
     };
     known.iter().map(&mut flags).collect()
+}
+
+/// Whether a process is of the same kind as we, so that it can make calls for us.
+fn native(pid: i32) -> bool {
+    // EI_CLASS of its program, and of ours. elf(5)
+    let class = |program: String| {
+        let mut head = [0; 5];
+        File::open(program)?.read_exact(&mut head)?;
+        std::io::Result::Ok(head[4])
+    };
+    class(format!("/proc/{pid}/exe"))
+        .is_ok_and(|its| class("/proc/self/exe".into()).is_ok_and(|own| own == its))
 }
 
 /// The inode of a socket.

@@ -12,7 +12,7 @@
 //!   CRIU dumps; take_down    ══ connections ═════▶ build_up, beside CRIU's restore
 //!                                                  land: into the tasks, when CRIU has restored them
 //!   commit                                         wake: out of repair mode; then the fence opens
-//!   silent end, or put_back                        nudge: those that may have missed something
+//!   silent end, or put_back
 //! ```
 //!
 //! In CRIU's images something else stands in their places until they land.
@@ -33,11 +33,13 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 
 use anyhow::{Result, bail};
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::SndBufForce;
 use serde::{Deserialize, Serialize};
 
 pub use land::{Landed, Landing};
 pub use lift::{Lifted, Lifting};
-pub use put_back::put_back;
+pub use put_back::{are_out, put_back};
 
 use crate::sys::connection::Connection;
 use crate::sys::mirror::FIRST;
@@ -46,7 +48,7 @@ use crate::sys::scm;
 /// Fewer are left to CRIU: 5 ms.
 pub const MANY: usize = 64;
 /// Most of them; the others are left to CRIU.
-pub const MOST: usize = 1 << 18;
+pub const MOST: usize = 1 << 16;
 /// Most in one message.
 pub const BATCH: usize = 8192;
 /// Under which name they come.
@@ -63,6 +65,8 @@ pub struct Coming {
     pub vpid: i32,
     /// The descriptor.
     pub number: RawFd,
+    /// The user ID of the socket's owner.
+    pub owner: u32,
     /// The socket's own end.
     pub local: SocketAddr,
     /// The peer's.
@@ -144,6 +148,8 @@ impl Vault {
     /// When there can be no sockets.
     pub fn new() -> Result<Vault> {
         let (entrance, exit) = scm::seqpacket_pair()?;
+        // Nobody reads it: all must find room, by a KiB for each packet.
+        let _ = setsockopt(&entrance, SndBufForce, &(2 * MOST / scm::MOST_FDS * 1024));
         Ok(Vault { entrance: Some(entrance), exit })
     }
 

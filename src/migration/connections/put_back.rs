@@ -5,24 +5,34 @@ use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 
 use super::{Taken, TakenOut, Vault, lift};
 use crate::migration::held::while_held;
 use crate::migration::journal::is_alive;
+use crate::migration::recover::Trouble;
 use crate::oci::cgroup::Cgroup;
 use crate::sys::connection;
 use crate::sys::door::{self, Place};
 use crate::sys::mirror::Mirror;
+use crate::sys::stopped::Stopped;
+
+/// Whether connections were taken out of the tasks, or were about to be, and not put back. `work` is the
+/// migration's directory.
+pub fn are_out(work: &Path) -> bool {
+    work.join(lift::FILE).exists()
+}
 
 /// Puts connections back into the tasks of a frozen control group from which they were taken; `wake`
-/// lets them live, else they stay silent. `work` is the migration's directory. What is there already
-/// stays as it is.
+/// lets them live, else they stay silent. What is there already stays as it is.
 ///
 /// # Errors
-/// Says what could not be put back.
+/// Says what could not be put back; the rest was.
 pub fn put_back(vault: &Vault, cgroup: &Cgroup, work: &Path, wake: bool) -> Result<()> {
-    let Some(taken) = fs::read(work.join(lift::FILE)).ok() else { return Ok(()) };
+    if !are_out(work) {
+        return Ok(());
+    }
+    let taken = fs::read(work.join(lift::FILE))?;
     let taken: Taken = postcard::from_bytes(&taken).context("what was taken out of the tasks")?;
     lift::raise_limit()?;
     let files = vault.empty()?;
@@ -32,54 +42,67 @@ pub fn put_back(vault: &Vault, cgroup: &Cgroup, work: &Path, wake: bool) -> Resu
     let mut lots: Vec<(&TakenOut, Vec<OwnedFd>)> = Vec::new();
     for one in &taken.0 {
         let own = files.by_ref().take(one.places.len()).collect();
-        if one.started.is_some_and(|started| is_alive((one.pid, started))) {
+        // One that was killed meanwhile has no use for them.
+        if one.started.is_some_and(|started| is_alive((one.pid, started))) && !is_dead(one.pid) {
             lots.push((one, own));
         }
     }
+    let mut trouble = Trouble::default();
     if lots.iter().any(|(_, files)| !files.is_empty()) {
-        while_held(cgroup, |held| {
+        let done = while_held(cgroup, |held| {
+            let mut trouble = Trouble::default();
             for (one, files) in &lots {
-                if let Some(thread) = held.get_mut(&one.pid).and_then(|all| all.first_mut()) {
-                    let there: HashSet<_> = door::numbers(one.pid)?.into_iter().collect();
-                    let places = one.places.iter().zip(files);
-                    let places = places.filter(|(place, _)| !there.contains(&place.0));
-                    let places = places
-                        .map(|(&(number, cloexec, _), file)| Place {
-                            number,
-                            cloexec,
-                            file: file.as_fd(),
-                        })
-                        .collect::<Vec<_>>();
-                    door::put(thread, one.pid, &places)
-                        .with_context(|| format!("connections of process {}", one.pid))?;
-                }
+                let thread = held.get_mut(&one.pid).and_then(|all| all.first_mut());
+                trouble.note(&format!("process {}", one.pid), install(thread, one, files));
             }
-            Ok(())
-        })?;
+            trouble.into_result()
+        });
+        trouble.note("descriptors", done);
     }
+    let alive: HashSet<i32> = lots.iter().map(|(one, _)| one.pid).collect();
     drop(lots);
-    for one in taken.0 {
-        let (pid, above) = (one.pid, one.above());
-        if !one.started.is_some_and(|started| is_alive((pid, started))) {
-            continue;
-        }
-        let watch = move |mirror: &Mirror| -> std::io::Result<()> {
-            for &(number, _, reuse) in &one.places {
-                mirror.take(number)?;
-                if wake {
-                    connection::wake(mirror.get(number), reuse)?;
-                }
-            }
-            for (epoll, list) in &one.epolls {
-                let epoll = mirror.epoll(*epoll)?;
-                for watched in list {
-                    mirror.watch(epoll, watched.number, watched.events, watched.data)?;
-                }
-            }
-            Ok(())
-        };
-        let done = Mirror::spawn(pid, above, vault.exit(), watch)?.join();
-        done.with_context(|| format!("connections of process {pid}"))?;
+    for one in taken.0.into_iter().filter(|one| alive.contains(&one.pid)) {
+        let step = format!("process {}", one.pid);
+        trouble.note(&step, watch_again(one, vault, wake));
     }
-    Ok(())
+    trouble.into_result()?;
+    Ok(fs::remove_file(work.join(lift::FILE))?)
+}
+
+/// Whether nothing of a process is left but its number.
+fn is_dead(pid: i32) -> bool {
+    door::numbers(pid).map_or(true, |numbers| numbers.is_empty())
+}
+
+fn install(thread: Option<&mut Stopped>, one: &TakenOut, files: &[OwnedFd]) -> Result<()> {
+    let thread = thread.ok_or_else(|| anyhow!("it is gone"))?;
+    let there: HashSet<_> = door::numbers(one.pid)?.into_iter().collect();
+    let places = one.places.iter().zip(files).filter(|(place, _)| !there.contains(&place.0));
+    let places = places.map(|(&(number, cloexec, _), file)| {
+        let file = file.as_fd();
+        Place { number, cloexec, file }
+    });
+    let places: Vec<Place> = places.collect();
+    Ok(door::put(thread, one.pid, &places)?)
+}
+
+/// Has them watched again, and lets them live, if they are to.
+fn watch_again(one: TakenOut, vault: &Vault, wake: bool) -> Result<()> {
+    let (pid, above) = (one.pid, one.above());
+    let watch = move |mirror: &Mirror| -> std::io::Result<()> {
+        for &(number, _, reuse) in &one.places {
+            mirror.take(number)?;
+            if wake {
+                connection::wake(mirror.get(number), reuse)?;
+            }
+        }
+        for (epoll, list) in &one.epolls {
+            let epoll = mirror.epoll(*epoll)?;
+            for watched in list {
+                mirror.watch(epoll, watched.number, watched.events, watched.data)?;
+            }
+        }
+        Ok(())
+    };
+    Ok(Mirror::spawn(pid, above, vault.exit(), watch)?.join()?)
 }

@@ -190,6 +190,14 @@ impl Guest {
         if list.len() > connections::BATCH {
             bail!("{} connections in one message", list.len());
         }
+        if let Some(floating) = &self.plan.floating {
+            // Elsewhere the namespace is the container's.
+            let own = floating.addresses();
+            let strange = list.iter().find(|c| !own.contains(&c.local.ip().to_canonical()));
+            if let Some(strange) = strange {
+                bail!("a connection at {}, which is not the container's", strange.local);
+            }
+        }
         if self.landing.is_none() {
             let namespace = self.network.namespace().map(NetNs::try_clone).transpose()?;
             let floating = self.plan.floating.is_some();

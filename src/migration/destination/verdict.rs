@@ -119,7 +119,6 @@ impl Guest {
                 Ok(Input::Restore(RestoreEvent::Released(opened))) => {
                     self.network.open(opened);
                     self.mark("fence open");
-                    self.landed.iter().for_each(Landed::nudge);
                     let _ = fault::point("destination.open");
                 }
                 Ok(Input::Restore(RestoreEvent::AtResume)) => {
@@ -131,6 +130,10 @@ impl Guest {
                 Ok(Input::Restore(RestoreEvent::Running)) => {
                     running = true;
                     self.mark("running");
+                    if let Some(landed) = self.landed.take() {
+                        // What the container closes is to be closed. It takes a moment for many.
+                        std::thread::spawn(|| landed.settle());
+                    }
                     let _ = fault::point("destination.running");
                     self.network.replay();
                     self.network.announce();
@@ -140,8 +143,6 @@ impl Guest {
                         packets: self.network.replayed,
                     };
                     link &= speaker.say(&Message::Running(Box::new(arrival))).is_ok();
-                    // What the container closes is to be closed.
-                    self.landed.take().into_iter().for_each(Landed::settle);
                     if !synced {
                         self.sync(tell);
                     }

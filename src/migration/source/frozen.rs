@@ -35,10 +35,17 @@ impl Begun {
         let telling = rounds.iter().rev().find(|r| r.wire_bytes > 1 << 20);
         let rate = telling.map(|r| r.wire_bytes as f64 * 1000.0 / r.ms.max(1.0));
         self.inputs.feel_pulse(&self.speaker, rate);
+        self.look_for_connections()?;
+        while self.unanswered > 0 {
+            if let Input::Heard(Heard::Message(Message::Awaited { lacking })) =
+                self.next(reporter)?
+            {
+                self.await_answer(&lacking);
+            }
+        }
         self.speaker.say(&Message::Freezing)?;
         descriptors::warm(&self.subject.cgroup.processes()?);
         self.early = Some(Early::start(self.work.images(), self.speaker.clone())?);
-        self.look_for_connections()?;
         let lifting = self.lifting.take().map(|(lifting, _)| lifting);
         self.go(Go::Freeze(lifting))?;
         loop {
@@ -69,10 +76,7 @@ impl Begun {
         let (mut dumped, mut hauled) = (false, self.haul.is_none());
         while !(dumped && hauled) {
             match self.next(reporter)? {
-                Input::Dump(DumpEvent::Lifted(lifted)) => {
-                    reporter.mark("connections are taken out");
-                    self.lifted = Some(lifted);
-                }
+                Input::Dump(DumpEvent::Lifted) => reporter.mark("connections are taken out"),
                 Input::Dump(DumpEvent::Dumped) => {
                     reporter.mark("dumped");
                     dumped = true;
@@ -100,7 +104,8 @@ impl Begun {
         self.send_streams(true)?;
         self.send_tmpfs()?;
         let tasks = pages::tasks(&self.subject.cgroup.processes()?)?;
-        self.lifted.as_ref().map_or(Ok(()), |lifted| lifted.reserve(&self.work.images()))?;
+        let mut lifted = self.take_lifted();
+        lifted.as_ref().map_or(Ok(()), |lifted| lifted.reserve(&self.work.images()))?;
         let sent = self.early.as_mut().map(Early::end).transpose()?.unwrap_or_default();
         let mut buffer = vec![0; frame::MAX_FILE_PIECE];
         for entry in std::fs::read_dir(self.work.images())? {
@@ -113,7 +118,7 @@ impl Begun {
             send_file(&self.speaker, name, &entry.path(), 0, &mut buffer)?;
         }
         recover::keep_sockets(&self.journal.record)?;
-        let lifted = self.lifted.as_mut().map(Lifted::sent).transpose()?;
+        let lifted = lifted.as_mut().map(Lifted::sent).transpose()?;
         reporter.report.connections = lifted;
         let tasks = tasks.iter().map(|t| t.vpid).collect();
         self.speaker.say(&Message::Dumped { tasks, connections: lifted.unwrap_or(0) })?;

@@ -17,15 +17,15 @@ mod committed;
 mod frozen;
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 
 use super::ask::{Accepted, Input, Inputs, Options, ask};
 use super::carry::{self, Memory, MemoryEvent, Order};
-use super::connections::{self, Lifted, Lifting, Vault};
-use super::dump::{DumpEvent, DumpJob, DumpPlan, Go};
+use super::connections::{self, Coming, Lifted, Lifting, Vault};
+use super::dump::{DumpEvent, DumpJob, DumpPlan, Go, LiftedPlace};
 use super::early::Early;
 use super::guards::SourceGuard;
 use super::haul::{self, Haul, HaulEvent};
@@ -150,7 +150,9 @@ struct Begun {
     vault: Arc<Vault>,
     /// Those that will be taken out, and where they are looked for.
     lifting: Option<(Box<Lifting>, Lookout)>,
-    lifted: Option<Lifted>,
+    /// Announcements of theirs to which the destination has not answered yet.
+    unanswered: usize,
+    lifted: LiftedPlace,
     /// Keeps this host from answering for the container, from the commit on.
     silence: Option<Silence>,
     hooks: Option<Hooks>,
@@ -227,7 +229,8 @@ impl Begun {
             dump: None,
             vault,
             lifting: None,
-            lifted: None,
+            unanswered: 0,
+            lifted: LiftedPlace::default(),
             silence: None,
             hooks: None,
             memory: None,
@@ -274,8 +277,7 @@ impl Begun {
         self.memory = Some(Memory::start(cgroup, &self.speaker, &self.lanes, wishes, told)?);
         self.send_streams(false)?;
         let (mut prepared, mut at_freeze, mut settled) = (false, false, false);
-        let mut awaited = true;
-        while !(prepared && at_freeze && settled && joined && awaited) {
+        while !(prepared && at_freeze && settled && joined && self.unanswered == 0) {
             match self.next(reporter)? {
                 Input::Joined(_) => {
                     reporter.mark("the way to forward stands");
@@ -284,12 +286,10 @@ impl Begun {
                 Input::Heard(Heard::Message(Message::Prepared)) => {
                     reporter.mark("destination is ready");
                     prepared = true;
-                    awaited = !self.announce_connections()?;
+                    self.announce_connections()?;
                 }
                 Input::Heard(Heard::Message(Message::Awaited { lacking })) => {
-                    reporter.mark("destination awaits connections");
-                    self.lifting.iter_mut().for_each(|(lifting, _)| lifting.leave(&lacking));
-                    awaited = true;
+                    self.await_answer(&lacking);
                 }
                 Input::Dump(DumpEvent::AtFreeze) => at_freeze = true,
                 Input::Files(HaulEvent::Settled) => {}
@@ -424,6 +424,7 @@ impl Begun {
             interposer: Interposer::new(self.work.path(), &criu, self.criu_namespace()?)?,
             namespace: self.criu_namespace()?,
             speaker: self.speaker.clone(),
+            lifted: self.lifted.clone(),
             vouched: watched::worth_vouching(&self.subject.cgroup.processes()?),
         };
         let tell = self.inputs.tell.clone();
@@ -443,39 +444,52 @@ impl Begun {
         }
     }
 
-    /// Tells the destination of the connections that we shall carry, where there are many; whether it
-    /// is to answer.
-    fn announce_connections(&mut self) -> Result<bool> {
+    /// Tells the destination of the connections that we shall carry, where there are many.
+    fn announce_connections(&mut self) -> Result<()> {
         let subject = &self.subject;
         let namespace = subject.network.as_ref().map(|(namespace, ..)| namespace);
         // Where it has no address nobody is connected; elsewhere nothing can be done to frozen tasks.
         let may = namespace.is_some() || subject.plan.floating.is_some();
         if !may || !arch::SUPPORTED || !matches!(subject.cgroup, Cgroup::V2(_)) {
-            return Ok(false);
+            return Ok(());
         }
         let lookout = match &subject.plan.floating {
             Some(all) => floating::lookout(all, &subject.cgroup)?,
             None => Lookout::new(namespace.ok_or_else(|| anyhow!("there is no network"))?)?,
         };
-        let lifting = Lifting::new(namespace, self.vault.clone(), self.work.path())?;
-        self.lifting = Some((Box::new(lifting), lookout));
-        if self.look_for_connections()? < connections::MANY {
-            self.lifting = None;
-            return Ok(false);
+        let mut lookout = lookout;
+        let mut lifting = Lifting::new(namespace, self.vault.clone(), self.work.path())?;
+        let coming = lifting.look(&mut lookout, &subject.cgroup.processes()?)?;
+        if coming.len() < connections::MANY {
+            return Ok(());
         }
-        Ok(true)
+        self.lifting = Some((Box::new(lifting), lookout));
+        self.announce(&coming)
     }
 
-    /// Announces those that have come since; how many there are.
-    fn look_for_connections(&mut self) -> Result<usize> {
-        let Some((lifting, lookout)) = &mut self.lifting else { return Ok(0) };
+    /// Announces those that have come since.
+    fn look_for_connections(&mut self) -> Result<()> {
+        let Some((lifting, lookout)) = &mut self.lifting else { return Ok(()) };
         let coming = lifting.look(lookout, &self.subject.cgroup.processes()?)?;
-        if lifting.count() >= connections::MANY {
-            for some in coming.chunks(connections::BATCH) {
-                self.speaker.say(&Message::Connections { list: some.to_vec() })?;
-            }
+        self.announce(&coming)
+    }
+
+    fn announce(&mut self, coming: &[Coming]) -> Result<()> {
+        for some in coming.chunks(connections::BATCH) {
+            self.speaker.say(&Message::Connections { list: some.to_vec() })?;
+            self.unanswered += 1;
         }
-        Ok(lifting.count())
+        Ok(())
+    }
+
+    /// The destination has made ready for those of an announcement, but for these.
+    fn await_answer(&mut self, lacking: &[u32]) {
+        self.unanswered = self.unanswered.saturating_sub(1);
+        self.lifting.iter_mut().for_each(|(lifting, _)| lifting.leave(lacking));
+    }
+
+    fn take_lifted(&self) -> Option<Lifted> {
+        self.lifted.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     fn go(&self, go: Go) -> Result<()> {
@@ -582,7 +596,8 @@ impl Begun {
             let _ = job.go.send(Go::Verdict(false));
             job.join();
         }
-        drop(self.lifted.take());
+        // Nobody is at them any more when this returns.
+        drop(self.take_lifted());
         let undone = recover::source_runs_on(&mut self.journal, Some(&self.vault));
         if let Some(keeper) = self.keeper.take() {
             // It may be writing into a link that is stuck.
