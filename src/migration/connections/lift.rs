@@ -271,8 +271,7 @@ impl Lifting {
     }
 }
 
-/// Connections that are out of the tasks, and on their way to the destination.
-/// Dropped, whoever still takes them down comes to an end.
+/// Connections that are out of the tasks, and on their way to the destination. Dropped, whoever still takes them down comes to an end.
 #[derive(Debug)]
 pub struct Lifted {
     mirrors: Vec<(i32, MirrorHandle)>,

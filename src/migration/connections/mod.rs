@@ -175,3 +175,31 @@ impl Vault {
         Ok(all)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+
+    use nix::errno::Errno;
+
+    use super::*;
+
+    #[test]
+    fn the_vault_has_room_for_all() {
+        let vault = Vault::new().unwrap();
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let some = [null.as_raw_fd(); scm::MOST_FDS];
+        let entrance = vault.entrance.as_ref().unwrap();
+        for _ in 0..MOST.div_ceil(scm::MOST_FDS) {
+            match scm::send_now(entrance, &[0], &some) {
+                Err(e) if e.raw_os_error() == Some(Errno::ETOOMANYREFS as i32) => {
+                    eprintln!("skipped: this needs CAP_SYS_ADMIN");
+                    return;
+                }
+                sent => sent.unwrap(),
+            }
+        }
+        let first = scm::receive_many(vault.exit()).unwrap().unwrap();
+        assert_eq!(first.len(), scm::MOST_FDS);
+    }
+}

@@ -130,10 +130,8 @@ impl Guest {
                 Ok(Input::Restore(RestoreEvent::Running)) => {
                     running = true;
                     self.mark("running");
-                    if let Some(landed) = self.landed.take() {
-                        // What the container closes is to be closed. It takes a moment for many.
-                        std::thread::spawn(|| landed.settle());
-                    }
+                    // What the container closes is to be closed, from now on.
+                    self.landed.take().into_iter().for_each(Landed::settle);
                     let _ = fault::point("destination.running");
                     self.network.replay();
                     self.network.announce();
