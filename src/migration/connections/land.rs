@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::lift::{of_first_space, raise_limit, room};
+use super::look::{of_first_space, raise_limit, room};
 use super::{Coming, MOST, Piece, Watched, share};
 use crate::sys::connection::{self, Connection};
 use crate::sys::door::{self, Place};

@@ -27,7 +27,9 @@
 
 mod land;
 mod lift;
+mod look;
 mod put_back;
+mod tasks;
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
@@ -38,7 +40,8 @@ use nix::sys::socket::sockopt::SndBufForce;
 use serde::{Deserialize, Serialize};
 
 pub use land::{Landed, Landing};
-pub use lift::{Lifted, Lifting};
+pub use lift::Lifted;
+pub use look::Lifting;
 pub use put_back::{are_out, put_back};
 
 use crate::sys::connection::Connection;

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 
-use super::{Taken, TakenOut, Vault, lift};
+use super::{Taken, TakenOut, Vault, lift, look};
 use crate::migration::held::while_held;
 use crate::migration::journal::is_alive;
 use crate::migration::recover::Trouble;
@@ -34,7 +34,7 @@ pub fn put_back(vault: &Vault, cgroup: &Cgroup, work: &Path, wake: bool) -> Resu
     }
     let taken = fs::read(work.join(lift::FILE))?;
     let taken: Taken = postcard::from_bytes(&taken).context("what was taken out of the tasks")?;
-    lift::raise_limit()?;
+    look::raise_limit()?;
     let files = vault.empty()?;
     // Where some are missing, none had been taken out yet.
     let all: usize = taken.0.iter().map(|one| one.places.len()).sum();
