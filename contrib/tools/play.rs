@@ -70,6 +70,7 @@ const RESEND: u8 = 2;
 const COMPRESSED: u8 = 4;
 const CONNLESS: u8 = 8;
 // What a control packet is about.
+const KEEP_ALIVE: u8 = 0;
 const CONNECT: u8 = 1;
 const ACCEPT: u8 = 2;
 const CLOSE: u8 = 4;
@@ -200,6 +201,8 @@ impl Player {
         let until = Instant::now() + PATIENCE;
         while (self.chats == 0 || !self.open.is_empty()) && Instant::now() < until {
             self.say_again(AGAIN)?;
+            // No input any more; but the server is to hear what we have of its.
+            self.packet(CONTROL, 0, &[KEEP_ALIVE])?;
             self.listen(Instant::now() + TICK)?;
         }
         Ok(())
