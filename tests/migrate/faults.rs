@@ -269,9 +269,8 @@ fn fault(lab: &Lab, point: &'static str, at: At, deed: Deed, connections: usize)
     let ended = migrate_with(lab, point, at, deed)?;
     // What breaks in the very moment of the commit may be noticed before or after it.
     let committed = || facts(&a).is_ok_and(|f| f.migrations.iter().any(|m| m.state == "committed"));
-    // That CRIU was killed, the others hear some milliseconds later.
-    let late = at_commit(point) || (point, deed) == ("destination.ready", Deed::KillCriu);
-    let race = late && (matches!(ended.code, 0 | 4) || ended.code == 137 && committed());
+    let race =
+        at_commit(point) && (matches!(ended.code, 0 | 4) || ended.code == 137 && committed());
     let after = race || matches!(at, SourceAfter | DestinationAfter);
     // CRIU and the runtime decide nothing: a migration may get by without them.
     let spared = matches!(deed, Deed::KillCriu | Deed::KillRunc) && ended.code == 0;
