@@ -204,6 +204,9 @@ udp_all() { # NAME
         udp '.sent > 3000 and .unanswered == 0'
     check "none late, twice or wrong" udp '.late == 0 and .twice == 0 and .wrong == 0'
     check "no host has refused" udp '.refused == 0'
+    # What came in the freeze is older than that, and came before what was sent after it.
+    check "none by what was asked later ($(jq -s -r 'last | "\(.overtaken) overtaken, by \(.overtaken_by_ms) ms"' "$scratch/load"))" \
+        udp '.overtaken_by_ms < 10'
     check "$1 ends" stop "$1"
 }
 # Listening, and answering: of UDP only a client knows. `start` asks by TCP.

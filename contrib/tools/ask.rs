@@ -109,6 +109,11 @@ struct Asker<'a> {
     last: Instant,
     slowest: Duration,
     silence: Duration,
+    /// When the latest question was asked that has been answered, and the longest time that one was
+    /// answered after one that had been asked later.
+    newest: Option<Instant>,
+    overtaken: u64,
+    overtaken_by: Duration,
 }
 
 pub fn run(options: &Options) -> io::Result<()> {
@@ -125,6 +130,9 @@ pub fn run(options: &Options) -> io::Result<()> {
         last: Instant::now(),
         slowest: Duration::ZERO,
         silence: Duration::ZERO,
+        newest: None,
+        overtaken: 0,
+        overtaken_by: Duration::ZERO,
     };
     asker.ask();
     asker.listen(Instant::now() + PATIENCE, true);
@@ -210,8 +218,19 @@ impl Asker<'_> {
                     self.answered += 1;
                     self.late += u64::from(now - asked > self.options.late);
                     self.slowest = self.slowest.max(now - asked);
+                    self.note_order(asked);
                 }
             },
+        }
+    }
+
+    fn note_order(&mut self, asked: Instant) {
+        match self.newest {
+            Some(newest) if newest > asked => {
+                self.overtaken += 1;
+                self.overtaken_by = self.overtaken_by.max(newest - asked);
+            }
+            _ => self.newest = Some(asked),
         }
     }
 
@@ -223,6 +242,7 @@ impl Asker<'_> {
         json!({
             "sent": self.open.len(), "unanswered": self.unanswered(), "late": self.late,
             "wrong": self.wrong, "twice": self.twice, "refused": self.refused,
+            "overtaken": self.overtaken, "overtaken_by_ms": ms(self.overtaken_by),
             "slowest_ms": ms(self.slowest), "silence_ms": ms(self.silence.max(self.last.elapsed())),
         })
     }

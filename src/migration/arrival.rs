@@ -121,16 +121,17 @@ impl Arrival {
     /// # Errors
     /// When it is damaged.
     pub fn keep(&mut self, packet: &[u8]) -> Result<()> {
-        self.bytes += packet.len();
-        if self.bytes < MAX_PACKETS {
-            self.packets.push(keeper::decode(packet)?);
+        let packet = keeper::decode(packet)?;
+        if self.bytes + packet.bytes.len() <= MAX_PACKETS {
+            self.bytes += packet.bytes.len();
+            self.packets.push(packet);
         }
         Ok(())
     }
 
     /// Makes room in the sockets of the container, whose first process this is, for the packets that
     /// have come. It does not run yet.
-    pub fn make_room(&mut self, init: i32) {
+    fn make_room(&mut self, init: i32) {
         let floating = self.floating.as_mut().map(|f| &mut f.replay);
         let Some(replay) = self.net.as_mut().map(|n| &mut n.replay).or(floating) else { return };
         // Without one it could not have been frozen where it came from.
@@ -140,10 +141,20 @@ impl Arrival {
 
     /// Gives the container the packets that have come.
     pub fn replay(&mut self) {
+        self.replay_those(|_| true);
+    }
+
+    /// Gives it the datagrams among them. UDP's sockets take them at once, whereas TCP's are asleep
+    /// until CRIU wakes them: before anybody can send here what was sent after them.
+    fn replay_datagrams(&mut self) {
+        self.replay_those(network::room::is_datagram);
+    }
+
+    fn replay_those(&mut self, wanted: impl Fn(&Frame) -> bool) {
         let floating = self.floating.as_ref().map(|f| &f.replay);
         let Some(replay) = self.net.as_ref().map(|n| &n.replay).or(floating) else { return };
-        self.bytes = 0;
-        for packet in self.packets.drain(..) {
+        for packet in self.packets.extract_if(.., |packet| wanted(packet)) {
+            self.bytes = self.bytes.saturating_sub(packet.bytes.len());
             // Only a help: the sender's timer brings again what does not get through.
             if replay.inject(&packet).is_ok() {
                 self.replayed += 1;
@@ -161,8 +172,9 @@ impl Arrival {
         Some(Gate { fence, lead: net.lead.take(), neighbours: net.neighbours.take() })
     }
 
-    /// The fence should be open: tells everybody that the container is here.
-    pub fn open(&mut self, opened: bool) {
+    /// The fence should be open: tells everybody that the container is here, whose first process this
+    /// is.
+    pub fn open(&mut self, opened: bool, init: i32) {
         if !opened {
             // Too late to give up: a container that cannot be reached can still be mended.
             tracing::error!("the fence does not open: it is taken down");
@@ -174,6 +186,8 @@ impl Arrival {
         if let Some(note) = &self.note {
             steps::destination_opens(note);
         }
+        self.make_room(init);
+        self.replay_datagrams();
         self.announce();
         if let Some(hooks) = &mut self.hooks {
             hooks.switch();

@@ -36,6 +36,11 @@ pub fn taken(frames: &[Frame]) -> (HashSet<u16>, usize) {
     (ports, bytes)
 }
 
+/// Whether it is a datagram, or a piece of one.
+pub fn is_datagram(frame: &Frame) -> bool {
+    port(frame).is_some()
+}
+
 /// `None` for what is no UDP; no port in what is a piece of a datagram and not its first.
 fn port(frame: &Frame) -> Option<Option<u16>> {
     let packet = frame.bytes.get(ETHERNET..)?;

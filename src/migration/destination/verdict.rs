@@ -117,13 +117,12 @@ impl Guest {
         while !(running && ended && synced && served.is_some() && (finished || !link)) {
             match inputs.queue.recv_timeout(RESTORE_LIMIT) {
                 Ok(Input::Restore(RestoreEvent::Released(opened))) => {
-                    self.network.open(opened);
+                    self.network.open(opened, self.journal.record.init.map_or(0, |i| i.0));
                     self.mark("fence open");
                     let _ = fault::point("destination.open");
                 }
                 Ok(Input::Restore(RestoreEvent::AtResume)) => {
                     self.mark("sockets alive");
-                    self.network.make_room(self.journal.record.init.map_or(0, |i| i.0));
                     self.network.replay();
                     let _ = self.tell_restore(Go::Resume);
                 }
