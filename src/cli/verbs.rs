@@ -443,7 +443,7 @@ fn resolve_source(
         (State::Begun | State::Ready, None | Some(true)) => {
             // The destination may hold a copy that waits; if it cannot be told now it can ask us.
             let _ = settle::ask(&journal.record, Some(Verdict::Abort));
-            recover::source_runs_on(journal, None)?;
+            recover::source_runs_on_later(journal)?;
             Ok("it runs on here")
         }
         (State::Begun | State::Ready, Some(false)) => Err(Failed::refused(anyhow!(
@@ -453,16 +453,16 @@ fn resolve_source(
             journal.record.container
         ))),
         (_, Some(true)) => {
-            recover::source_runs_on(journal, None)?;
+            recover::source_runs_on_later(journal)?;
             Ok("it runs on here, by your word that the other host does not run it")
         }
         (_, Some(false)) => {
-            recover::source_lets_go(journal, || ())?;
+            recover::source_lets_go_later(journal)?;
             Ok("what was left of it here is gone, by your word that the other host runs it")
         }
         (_, None) => match settle::insist(&journal.record, Verdict::Commit) {
             Ok(Standing::Running) => {
-                recover::source_lets_go(journal, || ())?;
+                recover::source_lets_go_later(journal)?;
                 Ok("it runs on the other host; what was left here is gone")
             }
             // It runs there and waits for pages that are frozen here.
@@ -495,7 +495,7 @@ fn bring_rest(journal: &mut Journal) -> Result<&'static str, Failed> {
     });
     match end {
         rest::Brought::Whole(_) => {
-            recover::source_lets_go(journal, || ())?;
+            recover::source_lets_go_later(journal)?;
             Ok("it runs on the other host, with all of its memory; what was left here is gone")
         }
         _ => Err(Failed::in_doubt(anyhow!(

@@ -28,10 +28,10 @@ use rust_criu::rust_criu_protobuf::rpc::{
     Criu_network_lock_method, Criu_page_server_info, Criu_req, Ext_mount_map,
 };
 
-use super::connections::{Lifted, Lifting};
+use super::connections::{Lifted, Lifting, Orders};
 use super::descriptors::MAX_NAMELESS;
 use super::lull::await_lull;
-use super::mend::Noted;
+use super::mend::{Noted, Watch};
 use super::talk::Speaker;
 use super::unread::Came;
 use super::watched;
@@ -45,7 +45,7 @@ use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
 use crate::sys::fault;
 use crate::sys::netns::NetNs;
-use crate::sys::{process, stopped};
+use crate::sys::process;
 
 /// How long a container may take to stop before it is left alone.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -115,6 +115,10 @@ pub struct DumpPlan {
     pub vouched: bool,
     /// Tells the destination of connections.
     pub speaker: Speaker,
+    /// Has the guard take them out of the tasks.
+    pub orders: Orders,
+    /// Watches over whoever works in the tasks.
+    pub watch: Watch,
     /// Where they are noted that were taken out: by the end of the dump it is known whether there are any.
     pub lifted: LiftedPlace,
 }
@@ -204,7 +208,7 @@ fn job(
     // A task in which CRIU works when it is killed is in danger: let the kernel find another victim
     // when memory runs out. Needs CAP_SYS_RESOURCE; proc_pid_oom_score_adj(5).
     let _ = fs::write(format!("/proc/{}/oom_score_adj", session.criu_pid), "-1000");
-    let noted = guard_tasks(session.criu_pid, plan);
+    plan.watch.over(session.criu_pid);
     session.send_request(&request)?;
     let (mut vouching, mut wrong) = (None::<JoinHandle<Result<()>>>, None);
     let result = loop {
@@ -217,7 +221,7 @@ fn job(
                         session.answer(false)?;
                         continue;
                     };
-                    let done = stop(plan, &noted);
+                    let done = stop(plan);
                     // What has many connections begins with them, and CRIU waits.
                     if lifting.is_none() || done.is_err() {
                         session.answer(done.is_ok())?;
@@ -226,7 +230,8 @@ fn job(
                     fault::point("dump.frozen")?;
                     tell(DumpEvent::Frozen { since, network, came });
                     if let Some(lifting) = lifting {
-                        let lifted = lifting.lift(&plan.cgroup, &plan.speaker);
+                        let lifted =
+                            lifting.lift(&plan.cgroup, &plan.speaker, (&plan.orders, &plan.watch));
                         let answered = session.answer(lifted.is_ok());
                         *plan.lifted.lock().unwrap_or_else(PoisonError::into_inner) = Some(lifted?);
                         answered?;
@@ -289,40 +294,17 @@ fn vouch(cgroup: &Cgroup) -> Result<JoinHandle<Result<()>>> {
     Ok(std::thread::Builder::new().name("vouch".into()).spawn(look)?)
 }
 
-/// What the tasks need to go on without CRIU, once they stand still.
-type NotedTasks = Arc<Mutex<Option<Noted>>>;
-
-/// Has the tasks stand still if CRIU is killed while it works in them, and what was noted of them
-/// written down.
-fn guard_tasks(criu: i32, plan: &DumpPlan) -> NotedTasks {
-    let noted = NotedTasks::default();
-    let (theirs, cgroup, work) = (noted.clone(), plan.cgroup.clone(), plan.work.clone());
-    let killed = move || {
-        let noted = theirs.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(noted) = &*noted
-            && cgroup.freeze(FREEZE_TIMEOUT).is_ok()
-            && let Err(e) = noted.write(&work)
-        {
-            tracing::warn!("what CRIU has left in the tasks cannot be mended: {e:#}");
-        }
-    };
-    if let Err(e) = stopped::before_death(criu, killed) {
-        tracing::debug!("CRIU's end cannot be watched: {e}");
-    }
-    noted
-}
-
 /// The beginning of the freeze; the network; and what came to it.
 type Stopped = (Instant, Option<Box<(Armed, Capture)>>, Came);
 
 /// Stops the container, then its network: what came in before the fence has closed is in the
 /// sockets' queues. That of TCP is acknowledged, and goes along with them; that of UDP is read out.
-fn stop(plan: &mut DumpPlan, noted: &NotedTasks) -> Result<Stopped> {
+fn stop(plan: &mut DumpPlan) -> Result<Stopped> {
     if let (Some(network), Some(lookout)) = (plan.network.as_deref_mut(), &mut plan.lookout) {
         await_lull(&mut network.0, &mut network.1, lookout)?;
     }
     let since = Instant::now();
-    *noted.lock().unwrap_or_else(PoisonError::into_inner) = freeze(&plan.cgroup)?;
+    plan.watch.note(freeze(&plan.cgroup)?);
     let mut network = plan.network.take();
     let mut came = Came::default();
     if let Some((fence, capture)) = network.as_deref_mut() {

@@ -20,15 +20,20 @@ pub type Held = BTreeMap<i32, Vec<Stopped>>;
 
 /// Does something with the tasks of a frozen control group, which is frozen again afterwards.
 ///
+/// If the thread that holds them dies in the middle of it, they run: `begin` is told its number before
+/// it holds any.
+///
 /// # Errors
-/// When a thread cannot be stopped, the group not be frozen again, or `deed` fails.
+/// When `begin` fails, a thread cannot be stopped, the group not be frozen again, or `deed` fails.
 pub fn while_held<T: Send>(
     cgroup: &Cgroup,
+    begin: impl FnOnce(i32) -> Result<()> + Send,
     deed: impl FnOnce(&mut Held) -> Result<T> + Send,
 ) -> Result<T> {
     // Only the thread that has stopped them can do anything with them; and see `Stopped::within`.
     std::thread::scope(|scope| {
         let work = || {
+            begin(nix::unistd::gettid().as_raw())?;
             let mut held = hold(&cgroup.processes()?)?;
             let again = Freezing(cgroup);
             // Frozen, they could make no call for us.

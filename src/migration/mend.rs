@@ -4,9 +4,8 @@
 //! and keeps theirs in its memory. Killed there, it would take the container with it. So
 //!
 //! 1. the source [notes](Noted::take) what every thread needs to go on, before CRIU may begin;
-//! 2. CRIU's death waits ([`before_death`](crate::sys::stopped::before_death)) until the control
-//!    group is frozen and this is [written](Noted::write) down: the tasks stand where CRIU left
-//!    them;
+//! 2. CRIU's death [waits](Watch) until the control group is frozen and this is
+//!    [written](Noted::write) down: the tasks stand where CRIU left them;
 //! 3. whoever undoes the migration [puts it back](Noted::put_back).
 //!
 //! One window stays: a process that is not the container's first and in whose thread a breakpoint
@@ -17,7 +16,8 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 
 use super::recover::Trouble;
 use crate::oci::cgroup::Cgroup;
-use crate::sys::stopped::{Stopped, ThreadState, instruction};
+use crate::sys::stopped::{Stopped, ThreadState, before_death, instruction};
 use crate::sys::{inject, process, socket};
 
 /// In CRIU's work directory: what was noted, once CRIU has been killed.
@@ -118,6 +118,45 @@ impl Noted {
         trouble.note("freezing the container again", cgroup.freeze_for_good(FREEZE_TIMEOUT));
         drop(held);
         trouble.into_result()
+    }
+}
+
+/// Sees to it that the tasks stand still if whoever works in them, by ptrace(2), is killed, and that
+/// what was noted of them is written down then.
+#[derive(Clone, Debug)]
+pub struct Watch {
+    noted: Arc<Mutex<Option<Noted>>>,
+    cgroup: Cgroup,
+    work: PathBuf,
+}
+
+impl Watch {
+    /// Nothing is noted yet. `work` is CRIU's work directory.
+    pub fn new(cgroup: &Cgroup, work: &Path) -> Watch {
+        Watch { noted: Arc::default(), cgroup: cgroup.clone(), work: work.to_owned() }
+    }
+
+    /// What counts from now on.
+    pub fn note(&self, noted: Option<Noted>) {
+        *self.noted.lock().unwrap_or_else(PoisonError::into_inner) = noted;
+    }
+
+    /// Watches over a thread, until it ends.
+    pub fn over(&self, thread: i32) {
+        let watch = self.clone();
+        if let Err(e) = before_death(thread, move || watch.hold_still()) {
+            tracing::debug!("the end of thread {thread} cannot be watched: {e}");
+        }
+    }
+
+    fn hold_still(&self) {
+        let noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(noted) = &*noted
+            && self.cgroup.freeze(FREEZE_TIMEOUT).is_ok()
+            && let Err(e) = noted.write(&self.work)
+        {
+            tracing::warn!("what was done to the tasks cannot be mended: {e:#}");
+        }
     }
 }
 

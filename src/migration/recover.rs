@@ -7,13 +7,14 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 
 use super::away::AwayMark;
-use super::connections::{self, Vault};
+use super::connections::{self, Ears, Order, Orders, Vault};
 use super::floating::Noted as Addresses;
+use super::guards::LeftGuard;
 use super::journal::{Journal, Record, Role, State};
-use super::mend::{self, Noted};
+use super::mend::{self, Noted, Watch};
 use super::protocol::{Standing, Verdict};
 use super::{forward::steps as forward, hooks, layers, settle, workdir};
 use crate::files::place;
@@ -30,6 +31,8 @@ use crate::sys::process;
 /// large shared memory makes it take long.
 const CRIU_TIMEOUT: Duration = Duration::from_secs(600);
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long a Ferry that was killed may take to be gone.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a destination that cannot be reached is told that the container stayed.
 const WORD_TIMEOUT: Duration = Duration::from_secs(600);
 
@@ -62,12 +65,11 @@ impl Trouble {
     }
 }
 
-/// The source, before the commit: the container runs on as if nothing had happened. `vault`: where its
-/// connections are, if they were taken out of it.
+/// The source, before the commit: the container runs on as if nothing had happened.
 ///
 /// # Errors
 /// Says which steps failed; the others were done.
-pub fn source_runs_on(journal: &mut Journal, vault: Option<&Vault>) -> Result<()> {
+pub fn source_runs_on(journal: &mut Journal, hands: &Hands) -> Result<()> {
     let mut trouble = Trouble::default();
     let record = journal.record.clone();
     forward::source_stays(&record, journal.state() == State::Committed);
@@ -81,11 +83,8 @@ pub fn source_runs_on(journal: &mut Journal, vault: Option<&Vault>) -> Result<()
         // A CRIU that was killed leaves the tasks running, with their sockets in repair mode. Mending
         // wants them to stand still; if they cannot, they run on as they are.
         if cgroup.freeze(Duration::from_secs(2)).is_ok() {
-            let work = record.work.join("work");
-            if let Some(noted) = Noted::read(&work) {
-                trouble.note("mending what CRIU worked in", noted.put_back(cgroup, &work));
-            }
-            put_back(&record, vault, true, &mut trouble);
+            mend_tasks(&record, cgroup, &mut trouble);
+            put_back(&record, cgroup, hands, &mut trouble);
             mend::sockets(cgroup);
         } else if connections::are_out(&record.work) {
             let failed = anyhow::anyhow!("its tasks do not stand still");
@@ -125,29 +124,75 @@ pub fn source_runs_on(journal: &mut Journal, vault: Option<&Vault>) -> Result<()
     journal.write(State::Aborted)
 }
 
-/// The source, when it is not known that the destination runs: what is frozen here is whole again, for
-/// the operator to let it run. Its connections stay silent.
-///
-/// # Errors
-/// Says what could not be put back.
-pub fn source_keeps(record: &Record, vault: &Vault) -> Result<()> {
-    let mut trouble = Trouble::default();
-    put_back(record, Some(vault), false, &mut trouble);
-    trouble.into_result()
+/// Who undoes a migration on its source.
+#[derive(Debug)]
+pub enum Hands<'a> {
+    /// The Ferry that began it. The guard works in the tasks for it.
+    Own {
+        /// To tell it.
+        orders: &'a Orders,
+        /// Watches over it.
+        watch: &'a Watch,
+        /// If it is gone.
+        vault: &'a Vault,
+    },
+    /// The guard, when that Ferry has died, or somebody later: with what the guard has, if it is there.
+    Later(Option<&'a Vault>),
 }
 
-fn put_back(record: &Record, vault: Option<&Vault>, wake: bool, trouble: &mut Trouble) {
-    match (vault, &record.cgroup) {
-        (Some(vault), Some(cgroup)) => {
-            let done = connections::put_back(vault, cgroup, &record.work, wake);
-            trouble.note("putting connections back", done);
-        }
-        // Whoever held them was killed together with Ferry.
-        _ if connections::are_out(&record.work) => {
-            tracing::error!("connections that had been taken out of the container are lost");
-        }
-        _ => {}
+fn put_back(record: &Record, cgroup: &Cgroup, hands: &Hands, trouble: &mut Trouble) {
+    if !connections::are_out(&record.work) {
+        return;
     }
+    let alone = |vault: &Vault| connections::put_back(vault, cgroup, &record.work, |_| Ok(()));
+    let done = match hands {
+        Hands::Own { orders, watch, vault } => match orders.ask(Order::PutBack, Some(watch)) {
+            Some(done) => done,
+            // It was killed, perhaps in the middle of it.
+            None => {
+                mend_tasks(record, cgroup, trouble);
+                alone(vault)
+            }
+        },
+        Hands::Later(Some(vault)) => alone(vault),
+        // Whoever held them was killed together with Ferry.
+        Hands::Later(None) => {
+            tracing::error!("connections that had been taken out of the container are lost");
+            Ok(())
+        }
+    };
+    trouble.note("putting connections back", done);
+}
+
+fn mend_tasks(record: &Record, cgroup: &Cgroup, trouble: &mut Trouble) {
+    let work = record.work.join("work");
+    if let Some(noted) = Noted::read(&work) {
+        trouble.note("mending what was worked in", noted.put_back(cgroup, &work));
+    }
+}
+
+/// What neither a Ferry nor its guard has done, [undone](source_runs_on) later.
+///
+/// # Errors
+/// Says which steps failed; the others were done.
+pub fn source_runs_on_later(journal: &mut Journal) -> Result<()> {
+    let guard = LeftGuard::find(&journal.record);
+    let vault = guard.as_ref().map(|guard| &guard.vault);
+    source_runs_on(journal, &Hands::Later(vault))?;
+    guard.into_iter().for_each(LeftGuard::end);
+    Ok(())
+}
+
+/// The same, [finished](source_lets_go).
+///
+/// # Errors
+/// Says which steps failed; the others were done.
+pub fn source_lets_go_later(journal: &mut Journal) -> Result<()> {
+    let guard = LeftGuard::find(&journal.record);
+    source_lets_go(journal, || ())?;
+    // In repair mode its connections end without a word.
+    guard.into_iter().for_each(LeftGuard::end);
+    Ok(())
 }
 
 /// Notes the unix sockets whose names the destination will bind anew: before anything is done with
@@ -486,37 +531,86 @@ pub fn settle_files(record: &Record, came_back: bool) -> Result<()> {
 
 /// The guard: a process that outlives a killed Ferry and brings the source back.
 ///
-/// It reads its standard input until the end. `d`: done, nothing to do. `t`: the container runs on,
-/// and the destination has to be told. An end without either means that Ferry died: then the
-/// journal says whether the container is still the source's. Its standard output is the exit of the
-/// [`Vault`].
+/// Its standard input is where it hears [orders](Order), its standard output the exit of the
+/// [`Vault`]. When Ferry has died the journal says whether the container is still the source's.
 ///
 /// # Errors
 /// When undoing failed.
 pub fn guard(journal: &Path) -> Result<()> {
-    use std::io::Read;
-    let mut byte = [0];
-    let word = std::io::stdin().read(&mut byte).is_ok_and(|n| n == 1).then_some(byte[0]);
-    if word == Some(b'd') {
-        return Ok(());
-    }
-    let vault = Vault::from_exit(std::io::stdout().as_fd().try_clone_to_owned()?);
+    let (input, vault) = (std::io::stdin(), std::io::stdout().as_fd().try_clone_to_owned()?);
+    let (ears, vault) = (Ears(&input), Vault::from_exit(vault));
     let mut journal = Journal::open(journal)?;
+    let told = loop {
+        match ears.next() {
+            Some(Order::Done) => return Ok(()),
+            Some(Order::Told) => break true,
+            // If Ferry has died meanwhile, the next word tells.
+            Some(order) => drop(ears.answer(&obey(order, &journal.record, &vault, &ears))),
+            None => break false,
+        }
+    };
+    wait_for_end(journal.record.worker, told);
     let held = journal.hold()?;
-    let done = match (word, journal.record.role, journal.state()) {
-        (None, Role::Source, State::Begun) => source_runs_on(&mut journal, Some(&vault)),
-        (None, Role::Source, State::Committed) => {
+    let done = match (told, journal.record.role, journal.state()) {
+        (false, Role::Source, State::Begun) => {
+            let undone = source_runs_on(&mut journal, &Hands::Later(Some(&vault)));
+            drop(held);
+            send_word(&journal.record);
+            undone
+        }
+        (false, Role::Source, State::Committed) => {
             let hushed = hush(&journal.record);
             wait_for_criu(&journal.record.work);
-            return source_keeps(&journal.record, &vault).and(hushed);
+            drop(held);
+            hushed
         }
-        (Some(_), Role::Source, State::Aborted) => Ok(()),
-        // Committed: the destination owns it; `ferry resolve` finishes here.
-        _ => return Ok(()),
+        (true, Role::Source, State::Aborted) => {
+            drop(held);
+            send_word(&journal.record);
+            Ok(())
+        }
+        // The destination owns it, or not all could be undone: `ferry resolve` goes on with it.
+        _ => {
+            drop(held);
+            Ok(())
+        }
     };
-    drop(held);
-    send_word(&journal.record);
-    done.context("the guard of a migration")
+    let done = done.context("the guard of a migration");
+    if connections::are_out(&journal.record.work) {
+        if let Err(e) = &done {
+            tracing::error!("{e:#}");
+        }
+        // Without them what is frozen here is not whole: `ferry resolve` takes them, and ends this.
+        loop {
+            std::thread::park();
+        }
+    }
+    done
+}
+
+fn obey<S: AsFd + Sync>(
+    order: Order,
+    record: &Record,
+    vault: &Vault,
+    ears: &Ears<S>,
+) -> Result<()> {
+    let cgroup = record.cgroup.as_ref().ok_or_else(|| anyhow!("it has no control group"))?;
+    let begin = |thread| ears.introduce(thread);
+    match order {
+        Order::TakeOut => connections::take_out(cgroup, &record.work, begin),
+        Order::PutBack => connections::put_back(vault, cgroup, &record.work, begin),
+        Order::Done | Order::Told | Order::Watched => Ok(()),
+    }
+}
+
+/// A Ferry that was killed does nothing more, none of its threads, and traces nobody.
+fn wait_for_end(worker: (i32, u64), told: bool) {
+    if told || !super::journal::is_alive(worker) {
+        return;
+    }
+    if let Ok(pidfd) = process::pidfd_open(worker.0) {
+        let _ = process::wait_readable(&[pidfd.as_fd()], Some(Instant::now() + END_TIMEOUT));
+    }
 }
 
 /// The destination's guard: holds the descriptors of restored tasks whose memory is not all there

@@ -98,6 +98,36 @@ pub fn receive_many(socket: impl AsFd) -> io::Result<Option<Vec<OwnedFd>>> {
     }
 }
 
+/// The descriptors of all packets that have come, each of which brings as many as one may; the packets
+/// stay. unix(7), `SO_PEEK_OFF`.
+///
+/// # Errors
+/// The system's error.
+pub fn look_at_many(socket: impl AsFd) -> io::Result<Vec<OwnedFd>> {
+    let raw = socket.as_fd().as_raw_fd();
+    let offset = |at: libc::c_int| {
+        let (value, length) = ((&raw const at).cast(), size_of_val(&at) as libc::socklen_t);
+        // SAFETY: the kernel reads as many bytes as it is told from a live variable.
+        let r =
+            unsafe { libc::setsockopt(raw, libc::SOL_SOCKET, libc::SO_PEEK_OFF, value, length) };
+        if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    };
+    // From the first one on, each time the next.
+    offset(0)?;
+    let (mut all, mut control) = (Vec::new(), cmsg_space!([RawFd; MOST_FDS]));
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK;
+    let done = loop {
+        match receive_into(raw, &mut [0], &mut control, flags) {
+            Ok((0, fds)) if fds.is_empty() => break Ok(()),
+            Ok((_, fds)) => all.extend(fds),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => break Ok(()),
+            Err(e) => break Err(e),
+        }
+    };
+    offset(-1)?;
+    done.map(|()| all)
+}
+
 fn receive_up_to(raw: RawFd, length: usize) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
     let mut buffer = vec![0u8; length];
     let mut control = cmsg_space!([RawFd; MAX_FDS]);

@@ -186,7 +186,60 @@ pub fn trials() -> Vec<Trial> {
     trials.push(in_lab("faults::criu_killed_in_the_tasks", LIMIT, move |lab| {
         criu_killed_in_the_tasks(lab, times)
     }));
+    trials.push(in_lab("faults::guard_in_the_tasks", LIMIT, guard_in_the_tasks));
     trials
+}
+
+/// The guard has threads of the container make calls for it, and none of the container may run
+/// meanwhile: whoever of it and Ferry is killed, everything is as it was.
+fn guard_in_the_tasks(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter").with(&["--arg", "--threads", "--arg", "4"]);
+    container.start(lab, &a)?;
+    let mut probe = Probe::every(lab, &container, CARRIED, "50ms")?;
+    // Who is killed when the guard comes by the point.
+    for (fault, point, killed) in [
+        ("guard.taken:error", None, ""),
+        ("guard.taken:hold", Some("guard.taken"), "guard"),
+        ("guard.taken:hold", Some("guard.taken"), "ferry"),
+        ("lift.taken:error,guard.put:hold", Some("guard.put"), "guard"),
+        ("lift.taken:error,guard.put:hold", Some("guard.put"), "ferry"),
+        ("lift.taken:error,guard.put:error", None, ""),
+    ] {
+        let fault = format!("FERRY_FAULT={fault}");
+        let mut running = a.start(&["env", &fault, "ferry", "migrate", "box", "b"])?;
+        if let Some(point) = point {
+            let file = a.path(&format!("/run/ferry-fault/{point}"))?;
+            until(&format!("the guard comes by {point}"), SHORT, || {
+                ensure!(!running.has_ended(), "it was over before it came by {point}");
+                Ok(file.exists().then_some(()))
+            })?;
+            let guard = std::fs::read_to_string(&file).map_err(|e| e.to_string())?;
+            match killed {
+                "guard" => a.exec(&["kill", "-KILL", guard.trim()])?.exits(0)?,
+                _ => a.exec(&["pkill", "-KILL", "-f", "^ferry migrate"])?.exits(0)?,
+            };
+            // Whoever does its work then comes by, too.
+            until("it is over", LONG, || {
+                let _ = std::fs::remove_file(&file);
+                Ok(running.has_ended().then_some(()))
+            })?;
+        }
+        let ended = running.end(LONG)?;
+        let all = (|| {
+            ensure!(ended.code == if killed == "ferry" { 137 } else { 1 }, "an unexpected end");
+            // What could not be put back is put back by whoever tries it again.
+            if fault.ends_with("guard.put:error") {
+                a.ferry(&["resolve", "box"])?.exits(0)?;
+            }
+            exactly_one_copy(&container, &a, &b)?;
+            probe.is_content()
+        })();
+        all.map_err(|e| format!("{fault}, killed: {killed}: {e}\nmigrate: {ended}"))?;
+    }
+    a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    exactly_one_copy(&container, &b, &a)?;
+    probe.is_content()
 }
 
 /// The restore binds a unix socket's name anew, on storage that both hosts see: given up after

@@ -13,10 +13,11 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::look::Lifting;
-use super::tasks::{Batch, MirrorHandle, Order, Others, Task, choose, closed_by_exec};
+use super::orders::{Order, Orders};
+use super::tasks::{Batch, MirrorHandle, Others, Step, Task, choose, closed_by_exec};
 use super::{Piece, STREAM, Taken, Vault};
 use crate::criu::images;
-use crate::migration::held::while_held;
+use crate::migration::mend::Watch;
 use crate::migration::talk::Speaker;
 use crate::oci::cgroup::Cgroup;
 use crate::sys::{door, fault};
@@ -32,7 +33,12 @@ impl Lifting {
     ///
     /// # Errors
     /// When it fails half-way: it is to be [put back](super::put_back()) then.
-    pub fn lift(mut self, cgroup: &Cgroup, speaker: &Speaker) -> Result<Lifted> {
+    pub fn lift(
+        mut self,
+        cgroup: &Cgroup,
+        speaker: &Speaker,
+        (orders, watch): (&Orders, &Watch),
+    ) -> Result<Lifted> {
         let began = Instant::now();
         let (give, batches) = channel();
         let mut tasks = Vec::new();
@@ -71,7 +77,7 @@ impl Lifting {
         fs::rename(fresh, self.work.join(FILE))?;
         fault::point("lift.noted")?;
         for task in &tasks {
-            task.order(Order::Take(task.chosen.clone(), task.epolls.clone()));
+            task.order(Step::Take(task.chosen.clone(), task.epolls.clone()));
         }
         for task in &tasks {
             let done = task.done.recv().map_err(|_| anyhow!("the thread has died"))?;
@@ -79,18 +85,8 @@ impl Lifting {
         }
         fault::point("lift.kept")?;
         let chosen = began.elapsed();
-        let numbers = |task: &Task| task.chosen.iter().map(|at| task.known[*at].number).collect();
-        let out: Vec<(i32, Vec<RawFd>)> =
-            tasks.iter().map(|task| (task.pid, numbers(task))).collect();
-        while_held(cgroup, |held| {
-            for (pid, numbers) in &out {
-                let threads = held.get_mut(pid).and_then(|threads| threads.first_mut());
-                let thread = threads.ok_or_else(|| anyhow!("process {pid} is gone"))?;
-                door::close(thread, *pid, numbers)?;
-            }
-            Ok(())
-        })
-        .context("taking connections out of the tasks")?;
+        let done = orders.ask(Order::TakeOut, Some(watch));
+        done.ok_or_else(|| anyhow!("the guard process was killed"))??;
         fault::point("lift.taken")?;
         let count = tasks.iter().map(|task| task.chosen.len()).sum();
         tracing::debug!(
@@ -103,7 +99,7 @@ impl Lifting {
             Some((task.vpid, task.like?, numbers.collect()))
         });
         let reserved = reserved.collect();
-        tasks.iter().for_each(|task| task.order(Order::Go));
+        tasks.iter().for_each(|task| task.order(Step::Go));
         let mirrors = tasks.iter_mut().filter_map(|task| Some((task.pid, task.mirror.take()?)));
         let mirrors = mirrors.collect();
         let (stop, _vault) = (self.stop, self.vault);

@@ -23,18 +23,22 @@
 //! before anything is. Whoever undoes the migration, or brings back what was handed over in vain,
 //! [puts them back](put_back()) from there.
 //!
+//! What makes calls in the tasks is [the guard](Orders): if Ferry is killed meanwhile it goes on, and if
+//! the guard is, Ferry sees to it that none of the tasks runs before it is whole.
+//!
 //! All else that is open, and every connection of which anything is out of the ordinary, is CRIU's.
 
 mod land;
 mod lift;
 mod look;
+mod orders;
 mod put_back;
 mod tasks;
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::SndBufForce;
 use serde::{Deserialize, Serialize};
@@ -42,7 +46,8 @@ use serde::{Deserialize, Serialize};
 pub use land::{Landed, Landing};
 pub use lift::Lifted;
 pub use look::Lifting;
-pub use put_back::{are_out, put_back};
+pub use orders::{Ears, Order, Orders};
+pub use put_back::{are_out, put_back, take_out};
 
 use crate::sys::connection::Connection;
 use crate::sys::mirror::FIRST;
@@ -166,16 +171,21 @@ impl Vault {
         self.exit.as_fd()
     }
 
-    /// All that are in it; it is empty then.
+    /// Other descriptors of all that are in it. One at a time.
     ///
     /// # Errors
     /// When this process has no room for them.
-    pub fn empty(&self) -> Result<Vec<OwnedFd>> {
-        let mut all = Vec::new();
-        while let Some(some) = scm::receive_many(&self.exit)? {
-            all.extend(some);
-        }
-        Ok(all)
+    pub fn contents(&self) -> Result<Vec<OwnedFd>> {
+        scm::look_at_many(&self.exit).context("looking into the vault")
+    }
+
+    /// Takes out all that are in it.
+    ///
+    /// # Errors
+    /// When this process has no room for them.
+    pub fn empty(&self) -> Result<()> {
+        while scm::receive_many(&self.exit)?.is_some() {}
+        Ok(())
     }
 }
 
@@ -204,5 +214,20 @@ mod tests {
         }
         let first = scm::receive_many(vault.exit()).unwrap().unwrap();
         assert_eq!(first.len(), scm::MOST_FDS);
+    }
+
+    #[test]
+    fn the_vault_is_looked_into_as_often_as_one_likes() {
+        let vault = Vault::new().unwrap();
+        let null = std::fs::File::open("/dev/null").unwrap();
+        for some in [scm::MOST_FDS, 3] {
+            let some = vec![null.as_raw_fd(); some];
+            scm::send_now(vault.entrance.as_ref().unwrap(), &[0], &some).unwrap();
+        }
+        for _ in 0..2 {
+            assert_eq!(vault.contents().unwrap().len(), scm::MOST_FDS + 3);
+        }
+        vault.empty().unwrap();
+        assert_eq!(vault.contents().unwrap().len(), 0);
     }
 }

@@ -1,4 +1,5 @@
-//! The way back: what was taken out of the tasks gets its places again.
+//! What whoever holds the tasks does with them: their connections are taken out, and get their places
+//! again.
 
 use std::collections::HashSet;
 use std::fs;
@@ -12,10 +13,10 @@ use crate::migration::held::while_held;
 use crate::migration::journal::is_alive;
 use crate::migration::recover::Trouble;
 use crate::oci::cgroup::Cgroup;
-use crate::sys::connection;
 use crate::sys::door::{self, Place};
 use crate::sys::mirror::Mirror;
 use crate::sys::stopped::Stopped;
+use crate::sys::{connection, fault};
 
 /// Whether connections were taken out of the tasks, or were about to be, and not put back. `work` is the
 /// migration's directory.
@@ -23,19 +24,49 @@ pub fn are_out(work: &Path) -> bool {
     work.join(lift::FILE).exists()
 }
 
-/// Puts connections back into the tasks of a frozen control group from which they were taken; `wake`
-/// lets them live, else they stay silent. What is there already stays as it is.
+fn taken(work: &Path) -> Result<Taken> {
+    let bytes = fs::read(work.join(lift::FILE)).context("what was taken out of the tasks")?;
+    postcard::from_bytes(&bytes).context("what was taken out of the tasks")
+}
+
+/// Takes connections out of the tasks of a frozen control group: those that are written down in the
+/// migration's directory, and kept elsewhere. `begin`: see [`while_held`].
 ///
 /// # Errors
-/// Says what could not be put back; the rest was.
-pub fn put_back(vault: &Vault, cgroup: &Cgroup, work: &Path, wake: bool) -> Result<()> {
-    if !are_out(work) {
-        return Ok(());
-    }
-    let taken = fs::read(work.join(lift::FILE))?;
-    let taken: Taken = postcard::from_bytes(&taken).context("what was taken out of the tasks")?;
+/// When it fails half-way.
+pub fn take_out(
+    cgroup: &Cgroup,
+    work: &Path,
+    begin: impl FnOnce(i32) -> Result<()> + Send,
+) -> Result<()> {
+    let taken = taken(work)?;
+    while_held(cgroup, begin, |held| {
+        for one in &taken.0 {
+            let thread = held.get_mut(&one.pid).and_then(|threads| threads.first_mut());
+            let thread = thread.ok_or_else(|| anyhow!("process {} is gone", one.pid))?;
+            let numbers: Vec<_> = one.places.iter().map(|place| place.0).collect();
+            door::close(thread, one.pid, &numbers)?;
+            fault::point("guard.taken")?;
+        }
+        Ok(())
+    })
+    .context("taking connections out of the tasks")
+}
+
+/// Puts connections back into the tasks of a frozen control group from which they were taken, and lets
+/// them live. What is there already stays as it is. `begin`: see [`while_held`].
+///
+/// # Errors
+/// Says what could not be put back; the rest was, and it can be tried again.
+pub fn put_back(
+    vault: &Vault,
+    cgroup: &Cgroup,
+    work: &Path,
+    begin: impl FnOnce(i32) -> Result<()> + Send,
+) -> Result<()> {
+    let taken = taken(work)?;
     look::raise_limit()?;
-    let files = vault.empty()?;
+    let files = vault.contents()?;
     // Where some are missing, none had been taken out yet.
     let all: usize = taken.0.iter().map(|one| one.places.len()).sum();
     let mut files = if files.len() == all { files } else { Vec::new() }.into_iter();
@@ -49,11 +80,12 @@ pub fn put_back(vault: &Vault, cgroup: &Cgroup, work: &Path, wake: bool) -> Resu
     }
     let mut trouble = Trouble::default();
     if lots.iter().any(|(_, files)| !files.is_empty()) {
-        let done = while_held(cgroup, |held| {
+        let done = while_held(cgroup, begin, |held| {
             let mut trouble = Trouble::default();
             for (one, files) in &lots {
                 let thread = held.get_mut(&one.pid).and_then(|all| all.first_mut());
                 trouble.note(&format!("process {}", one.pid), install(thread, one, files));
+                fault::point("guard.put")?;
             }
             trouble.into_result()
         });
@@ -63,10 +95,12 @@ pub fn put_back(vault: &Vault, cgroup: &Cgroup, work: &Path, wake: bool) -> Resu
     drop(lots);
     for one in taken.0.into_iter().filter(|one| alive.contains(&one.pid)) {
         let step = format!("process {}", one.pid);
-        trouble.note(&step, watch_again(one, vault, wake));
+        trouble.note(&step, watch_again(one, vault));
     }
     trouble.into_result()?;
-    Ok(fs::remove_file(work.join(lift::FILE))?)
+    fs::remove_file(work.join(lift::FILE))?;
+    // What a task closes is to be closed.
+    vault.empty().map(drop)
 }
 
 /// Whether nothing of a process is left but its number.
@@ -86,15 +120,13 @@ fn install(thread: Option<&mut Stopped>, one: &TakenOut, files: &[OwnedFd]) -> R
     Ok(door::put(thread, one.pid, &places)?)
 }
 
-/// Has them watched again, and lets them live, if they are to.
-fn watch_again(one: TakenOut, vault: &Vault, wake: bool) -> Result<()> {
+/// Has them watched again, and lets them live.
+fn watch_again(one: TakenOut, vault: &Vault) -> Result<()> {
     let (pid, above) = (one.pid, one.above());
     let watch = move |mirror: &Mirror| -> std::io::Result<()> {
         for &(number, _, reuse) in &one.places {
             mirror.take(number)?;
-            if wake {
-                connection::wake(mirror.get(number), reuse)?;
-            }
+            connection::wake(mirror.get(number), reuse)?;
         }
         for (epoll, list) in &one.epolls {
             let epoll = mirror.epoll(*epoll)?;

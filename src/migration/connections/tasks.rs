@@ -26,7 +26,7 @@ const SOME: usize = 256;
 pub(super) type MirrorHandle = mirror::JoinHandle<std::io::Result<()>>;
 
 /// What the thread with a process's descriptors is told.
-pub(super) enum Order {
+pub(super) enum Step {
     /// Keep those, by their place among the known ones, and have them watched no more.
     Take(Vec<usize>, Vec<(RawFd, Vec<Watched>)>),
     /// They are out of the tasks: take them down.
@@ -49,7 +49,7 @@ pub(super) struct Task {
     pub(super) like: Option<RawFd>,
     pub(super) chosen: Vec<usize>,
     pub(super) epolls: Vec<(RawFd, Vec<Watched>)>,
-    pub(super) orders: Option<Sender<Order>>,
+    pub(super) orders: Option<Sender<Step>>,
     pub(super) heard: Receiver<Vec<Option<Plain>>>,
     pub(super) done: Receiver<std::io::Result<()>>,
     pub(super) mirror: Option<MirrorHandle>,
@@ -82,11 +82,11 @@ impl Task {
         let work = move |mirror: &Mirror| {
             let seen: Vec<_> = list.iter().map(|known| grab(mirror, *known)).collect();
             let _ = tell.send(seen.clone());
-            let Ok(Order::Take(chosen, epolls)) = ordered.recv() else { return Ok(()) };
+            let Ok(Step::Take(chosen, epolls)) = ordered.recv() else { return Ok(()) };
             let numbers: Vec<RawFd> = chosen.iter().map(|at| list[*at].number).collect();
             let kept = keep(mirror, &numbers, &epolls);
             let _ = tell_done.send(kept);
-            let Ok(Order::Go) = ordered.recv() else { return Ok(()) };
+            let Ok(Step::Go) = ordered.recv() else { return Ok(()) };
             let chosen: Vec<(usize, Known, Plain)> =
                 chosen.iter().filter_map(|at| Some((*at, list[*at], seen[*at]?))).collect();
             take_down_all(mirror, &chosen, &fresh, |some| {
@@ -114,7 +114,7 @@ impl Task {
         Ok(Some(all))
     }
 
-    pub(super) fn order(&self, order: Order) {
+    pub(super) fn order(&self, order: Step) {
         // Whoever has died does not answer, either.
         let _ = self.orders.as_ref().map(|orders| orders.send(order));
     }

@@ -41,11 +41,7 @@ impl Committed {
             false => Committed::look_for(&begun, reporter),
         };
         if standing != Standing::Running {
-            // Nobody will hold its connections any more.
-            if let Err(e) = recover::source_keeps(&begun.journal.record, &begun.vault) {
-                reporter.warning(&format!("what is frozen here is not whole: {e:#}"));
-            }
-            begun.guard.dismiss();
+            // The guard stays, if it has something without which what is frozen here is not whole.
             begun.closer.close();
             begun.work.keep();
             let id = &begun.journal.record.container;

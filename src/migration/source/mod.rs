@@ -34,6 +34,7 @@ use super::inspect::Subject;
 use super::journal::{self, Journal, Lock, Record, Role, State};
 use super::keeper::Keeper;
 use super::lanes::Lane;
+use super::mend::Watch;
 use super::protocol::Message;
 use super::talk::{Heard, Speaker};
 use super::workdir::WorkDir;
@@ -145,6 +146,8 @@ struct Begun {
     journal: Journal,
     work: WorkDir,
     guard: SourceGuard,
+    /// Watches over whoever works in the tasks.
+    watch: Watch,
     dump: Option<DumpJob>,
     /// Where connections are between being taken out of the tasks and the end, whatever that is.
     vault: Arc<Vault>,
@@ -217,6 +220,7 @@ impl Begun {
                 return Err(Failed::from(e));
             }
         };
+        let watch = Watch::new(&subject.cgroup, &work.work());
         Ok(Begun {
             subject,
             speaker,
@@ -226,6 +230,7 @@ impl Begun {
             journal,
             work,
             guard,
+            watch,
             dump: None,
             vault,
             lifting: None,
@@ -424,6 +429,8 @@ impl Begun {
             interposer: Interposer::new(self.work.path(), &criu, self.criu_namespace()?)?,
             namespace: self.criu_namespace()?,
             speaker: self.speaker.clone(),
+            orders: self.guard.orders.clone(),
+            watch: self.watch.clone(),
             lifted: self.lifted.clone(),
             vouched: watched::worth_vouching(&self.subject.cgroup.processes()?),
         };
@@ -598,7 +605,12 @@ impl Begun {
         }
         // Nobody is at them any more when this returns.
         drop(self.take_lifted());
-        let undone = recover::source_runs_on(&mut self.journal, Some(&self.vault));
+        let hands = recover::Hands::Own {
+            orders: &self.guard.orders,
+            watch: &self.watch,
+            vault: &self.vault,
+        };
+        let undone = recover::source_runs_on(&mut self.journal, &hands);
         if let Some(keeper) = self.keeper.take() {
             // It may be writing into a link that is stuck.
             let patience = Instant::now() + Duration::from_millis(200);
@@ -629,7 +641,8 @@ impl Begun {
         }
         let knows =
             !broken && self.inputs.gone && told.is_finished() && told.join().unwrap_or(false);
-        if knows {
+        // It stays as long as it has something that is to be put back.
+        if knows && undone.is_ok() {
             self.guard.dismiss();
         } else {
             self.guard.send_word();
