@@ -29,7 +29,7 @@ use rust_criu::rust_criu_protobuf::rpc::{Criu_notify, Criu_req, Criu_req_type, C
 
 use super::shim;
 use crate::sys::netns::NetNs;
-use crate::sys::process::{proc_text, wait_readable};
+use crate::sys::process::wait_readable;
 use crate::sys::scm;
 
 /// Where the shim calls.
@@ -153,15 +153,6 @@ pub struct Session {
 }
 
 impl Session {
-    /// Whether CRIU is still there.
-    pub fn criu_lives(&self) -> bool {
-        let stat = proc_text(self.criu_pid, "stat");
-        // Its parent, the runtime, may not have waited for it yet.
-        stat.is_ok_and(|s| {
-            s.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
-        })
-    }
-
     /// Sends the (edited) job to CRIU.
     ///
     /// # Errors

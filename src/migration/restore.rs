@@ -257,7 +257,7 @@ fn job(
                     }
                     let _ = process::pidfd_kill(runtime, libc::SIGKILL);
                     fault::point("restore.restored")?;
-                    if !session.criu_lives() {
+                    if !process::lives(session.criu_pid) {
                         bail!("CRIU was killed when it had restored");
                     }
                     tell(RestoreEvent::Restored(init));

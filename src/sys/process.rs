@@ -170,10 +170,49 @@ pub fn proc_text(pid: i32, file: &str) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
+/// Whether a process is there, and has not been killed. proc_pid_status(5): its state, and the signals
+/// that wait, among which SIGKILL stays until the end.
+pub fn lives(pid: i32) -> bool {
+    let Ok(status) = proc_text(pid, "status") else { return false };
+    let value = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.map(str::trim).unwrap_or_default()
+    };
+    let killed = |name: &str| {
+        let signals = u64::from_str_radix(value(name), 16);
+        signals.is_ok_and(|signals| signals & 1 << (libc::SIGKILL - 1) != 0)
+    };
+    // Its parent may not have waited for it yet.
+    let ended = value("State:").starts_with(['Z', 'X']);
+    !ended && !killed("SigPnd:") && !killed("ShdPnd:")
+}
+
 /// When a process started, in clock ticks since boot: with its number, a name that is not used
 /// twice. proc_pid_stat(5), field 22.
 pub fn start_time(pid: i32) -> Option<u64> {
     let stat = proc_text(pid, "stat").ok()?;
     // The command's name in field 2 may hold blanks and parentheses.
     stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn who_has_ended_lives_no_more() {
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let pid = child.id() as i32;
+        assert!(lives(pid) && lives(std::process::id() as i32));
+        let pidfd = pidfd_open(pid).unwrap();
+        pidfd_kill(&pidfd, libc::SIGKILL).unwrap();
+        // From the moment on in which it was told, nobody having waited for it.
+        assert!(!lives(pid));
+        wait_readable(&[pidfd.as_fd()], None).unwrap();
+        assert!(!lives(pid));
+        child.wait().unwrap();
+        assert!(!lives(pid));
+    }
 }

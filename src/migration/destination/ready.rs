@@ -27,7 +27,7 @@ use crate::migration::protocol::{MAX_TASKS, Message};
 use crate::migration::restore::{Go, RestoreEvent, RestoreJob, RestorePlan};
 use crate::migration::settle::{self, Call};
 use crate::migration::talk::{self, Heard, Speaker};
-use crate::migration::{checks, host, workdir};
+use crate::migration::{checks, host, recover, workdir};
 use crate::oci::cgroup::Cgroup;
 use crate::oci::warm::Warm;
 use crate::sys::netns::NetNs;
@@ -148,8 +148,18 @@ impl Guest {
                 _ => {}
             }
         }
+        // Its end may be on its way still.
+        if self.criu().is_some_and(|criu| !process::lives(criu)) {
+            bail!("CRIU was killed when it had restored");
+        }
         speaker.say(&Message::Ready)?;
         fault::point("destination.said-ready")
+    }
+
+    /// The CRIU that restores.
+    fn criu(&self) -> Option<i32> {
+        let text = fs::read_to_string(self.work.work().join(recover::CRIU_PID)).ok()?;
+        text.trim().parse().ok()
     }
 
     fn start_restore(&mut self, tell: &Sender<Input>) -> Result<()> {
