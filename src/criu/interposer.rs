@@ -19,7 +19,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::socket::getsockopt;
@@ -121,6 +121,32 @@ impl Interposer {
     }
 }
 
+fn answer(criu: &OwnedFd, agreed: bool) -> Result<()> {
+    let mut request = Criu_req::new();
+    request.set_type(Criu_req_type::NOTIFY);
+    request.set_notify_success(agreed);
+    Ok(scm::send(criu, &request.write_to_bytes()?, &[])?)
+}
+
+/// Lets a CRIU that restores go on to its end, when whoever held its [`Session`] has died; it is the socket
+/// of that. He may have answered the last question or not: an answer too many is that to the next one.
+///
+/// # Errors
+/// When CRIU fails, or does nothing any more.
+pub fn carry_on(criu: &OwnedFd, step: Duration) -> Result<()> {
+    answer(criu, true)?;
+    loop {
+        wait_readable(&[criu.as_fd()], Some(Instant::now() + step))?;
+        let (bytes, _) = scm::receive(criu)?.ok_or_else(|| anyhow!("CRIU has ended"))?;
+        let response = Criu_resp::parse_from_bytes(&bytes).context("CRIU's message")?;
+        match response.type_() {
+            Criu_req_type::NOTIFY => answer(criu, true)?,
+            _ if response.success() => return Ok(()),
+            _ => bail!("{}", response.cr_errmsg()),
+        }
+    }
+}
+
 /// A question of CRIU's that waits for an answer.
 #[derive(Debug)]
 pub struct Notify {
@@ -153,6 +179,14 @@ pub struct Session {
 }
 
 impl Session {
+    /// Another descriptor of the socket to CRIU: as long as it is open CRIU waits for an answer.
+    ///
+    /// # Errors
+    /// When there can be no more descriptors.
+    pub fn duplicate(&self) -> std::io::Result<OwnedFd> {
+        self.criu.try_clone()
+    }
+
     /// Sends the (edited) job to CRIU.
     ///
     /// # Errors
@@ -196,10 +230,7 @@ impl Session {
     /// # Errors
     /// When CRIU is gone.
     pub fn answer(&self, agreed: bool) -> Result<()> {
-        let mut request = Criu_req::new();
-        request.set_type(Criu_req_type::NOTIFY);
-        request.set_notify_success(agreed);
-        Ok(scm::send(&self.criu, &request.write_to_bytes()?, &[])?)
+        answer(&self.criu, agreed)
     }
 
     /// Asks the runtime and passes its answer on.

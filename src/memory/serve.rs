@@ -32,13 +32,21 @@ use super::pending::{Pending, Run};
 use super::staging::{Slot, Staging};
 use crate::criu::images::PagemapEntry;
 use crate::sys::memory::{PAGE, UffdEvent, uffd_copy, uffd_read, uffd_wake, uffd_zero};
-use crate::sys::scm;
+use crate::sys::{fault, scm};
 
 /// Name of the socket in CRIU's work directory.
 pub const SOCKET: &str = "lazy-pages.socket";
 const FINISHED: i32 = 0x5253_5446;
+/// Brings the guard a task's userfaultfd.
+const GUARD_HOLD: &[u8] = b"u";
+/// Tells the guard that every page is in; brings it the other end of what CRIU tells its end over.
+pub const GUARD_ALL_IN: &[u8] = b"i";
 /// Tells the guard that it has nothing to hold any more.
 pub const GUARD_DONE: &[u8] = b"d";
+/// Brings the guard what CRIU is released by.
+pub const GUARD_CRIU: &[u8] = b"c";
+/// Tells the guard that CRIU is not to be released.
+pub const GUARD_LEAVE_CRIU: &[u8] = b"l";
 /// Tells the guard that everything is done, or undone.
 pub const GUARD_QUIT: &[u8] = b"q";
 /// Pages installed at a time in the background: long enough for UFFDIO_COPY's full speed, short
@@ -188,6 +196,7 @@ impl Server {
                 served: Served::default(),
                 finished: false,
                 stalled: false,
+                all_in: false,
                 shared: false,
                 guard,
                 arrivals,
@@ -215,6 +224,8 @@ struct Daemon {
     finished: bool,
     /// The background ran into a mapping that is not registered yet.
     stalled: bool,
+    /// The guard knows that every page is in.
+    all_in: bool,
     /// After a fork two tasks may want the same slot.
     shared: bool,
     guard: OwnedFd,
@@ -228,8 +239,17 @@ impl Daemon {
         let (mut criu, _) = listener.accept()?;
         loop {
             let idle = self.targets.iter().all(|t| t.pending.0.is_empty());
-            if self.finished && idle && self.targets.iter().all(|t| t.remote.0.is_empty()) {
-                return Ok(());
+            if idle && self.targets.iter().all(|t| t.remote.0.is_empty()) {
+                if self.finished {
+                    return Ok(());
+                }
+                if !self.all_in && self.pending.values().all(|p| p.0.is_empty()) {
+                    // What comes yet is CRIU's last word.
+                    let fds = [criu.as_raw_fd()];
+                    scm::send(&self.guard, GUARD_ALL_IN, &fds).context("the guard is gone")?;
+                    self.all_in = true;
+                    fault::point("memory.all-in")?;
+                }
             }
             let timeout = if idle {
                 PollTimeout::NONE
@@ -312,7 +332,7 @@ impl Daemon {
 
     /// The guard takes one too.
     fn keep(&self, uffd: &OwnedFd) -> Result<()> {
-        scm::send(&self.guard, b"u", &[uffd.as_raw_fd()]).context("the guard process is gone")
+        scm::send(&self.guard, GUARD_HOLD, &[uffd.as_raw_fd()]).context("the guard process is gone")
     }
 
     /// Everything that a task's descriptor has to say.

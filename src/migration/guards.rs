@@ -1,14 +1,14 @@
 //! The processes that outlive a killed Ferry; what they do then is in [`super::recover`].
 
 use std::fs::{self, File};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result};
 
 use super::connections::{Order, Orders, Vault};
 use super::journal::{Journal, Record, is_alive};
-use crate::memory::serve::GUARD_QUIT;
+use crate::memory::serve::{GUARD_CRIU, GUARD_LEAVE_CRIU, GUARD_QUIT};
 use crate::sys::{process, scm};
 
 /// In the migration's directory: the guard's number and when it started, and what it has to say.
@@ -110,6 +110,17 @@ impl PageGuard {
         command.stdin(theirs).stdout(Stdio::null()).stderr(Stdio::null());
         process::in_new_session(&mut command);
         Ok(PageGuard { child: command.spawn().context("cannot start the guard process")?, socket })
+    }
+
+    /// CRIU is to be released, whatever becomes of this process.
+    pub fn take_criu(&self, criu: &OwnedFd) {
+        // One that was killed cannot take it.
+        let _ = scm::send(&self.socket, GUARD_CRIU, &[criu.as_raw_fd()]);
+    }
+
+    /// It is not.
+    pub fn leave_criu(&self) {
+        let _ = scm::send(&self.socket, GUARD_LEAVE_CRIU, &[]);
     }
 
     /// Everything is done, or undone.

@@ -3,7 +3,7 @@
 //! Every step may have been done before.
 
 use std::fs;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -17,9 +17,10 @@ use super::journal::{Journal, Record, Role, State};
 use super::mend::{self, Noted, Watch};
 use super::protocol::{Standing, Verdict};
 use super::{forward::steps as forward, hooks, layers, settle, workdir};
+use crate::criu::interposer::carry_on;
 use crate::files::place;
 use crate::files::sockets::Spares;
-use crate::memory::serve::{GUARD_DONE, GUARD_QUIT};
+use crate::memory::serve::{GUARD_ALL_IN, GUARD_CRIU, GUARD_DONE, GUARD_LEAVE_CRIU, GUARD_QUIT};
 use crate::network::hook::Phase;
 use crate::network::{self, HostSide, fence};
 use crate::oci::cgroup::Cgroup;
@@ -31,6 +32,8 @@ use crate::sys::process;
 /// large shared memory makes it take long.
 const CRIU_TIMEOUT: Duration = Duration::from_secs(600);
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long CRIU may take for a step of its end.
+const CRIU_STEP: Duration = Duration::from_secs(60);
 /// How long a Ferry that was killed may take to be gone.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a destination that cannot be reached is told that the container stayed.
@@ -549,7 +552,9 @@ pub fn guard(journal: &Path) -> Result<()> {
             None => break false,
         }
     };
-    wait_for_end(journal.record.worker, told);
+    if !told {
+        wait_for_end(journal.record.worker);
+    }
     let held = journal.hold()?;
     let done = match (told, journal.record.role, journal.state()) {
         (false, Role::Source, State::Begun) => {
@@ -604,8 +609,8 @@ fn obey<S: AsFd + Sync>(
 }
 
 /// A Ferry that was killed does nothing more, none of its threads, and traces nobody.
-fn wait_for_end(worker: (i32, u64), told: bool) {
-    if told || !super::journal::is_alive(worker) {
+fn wait_for_end(worker: (i32, u64)) {
+    if !super::journal::is_alive(worker) {
         return;
     }
     if let Ok(pidfd) = process::pidfd_open(worker.0) {
@@ -620,36 +625,57 @@ fn wait_for_end(worker: (i32, u64), told: bool) {
 /// # Errors
 /// When what is left cannot be cleared away.
 pub fn guard_pages(journal: &Path) -> Result<()> {
-    let mut held = Vec::new();
-    let mut whole = false;
-    loop {
-        match crate::sys::scm::receive(std::io::stdin())? {
-            Some((word, _)) if word == GUARD_QUIT => return Ok(()),
-            Some((word, _)) if word == GUARD_DONE => {
+    let (mut held, mut criu, mut last_word) = (Vec::new(), None, Vec::new());
+    let (mut all_in, mut done) = (false, false);
+    while let Some((word, fds)) = crate::sys::scm::receive(std::io::stdin())? {
+        match &word[..] {
+            GUARD_QUIT => return Ok(()),
+            GUARD_ALL_IN => (all_in, last_word) = (true, fds),
+            GUARD_CRIU => criu = fds.into_iter().next(),
+            GUARD_LEAVE_CRIU => criu = None,
+            GUARD_DONE => {
                 // Whoever touches memory that never had contents waits as long as they are open.
                 held.clear();
-                whole = true;
+                done = true;
             }
-            Some((_, fds)) => held.extend(fds),
-            None => break,
+            _ => held.extend(fds),
         }
     }
     let mut journal = Journal::open(journal)?;
+    wait_for_end(journal.record.worker);
     let _held = journal.hold()?;
     if journal.state().is_over() {
         return Ok(());
     }
-    if whole && matches!(journal.state(), State::Committed | State::Whole) {
+    if (all_in || done) && matches!(journal.state(), State::Committed | State::Whole) {
+        held.clear();
+        release(&journal.record, criu.as_ref());
         // Past its point of no return CRIU goes on without us; before it, it takes all back.
+        drop((criu.take(), last_word));
         wait_for_criu(&journal.record.work);
         if restored_init(&journal.record).is_some_and(super::journal::is_alive) {
             return destination_keeps(&mut journal);
         }
     }
+    // It gives up.
+    drop(criu);
     let done = destination_discards(&mut journal);
     // Only now: closing them lets whoever still waits read zeros.
     drop(held);
     done
+}
+
+/// Lets a restored container run, which was to run when its Ferry was killed.
+fn release(record: &Record, criu: Option<&OwnedFd>) {
+    let Some(criu) = criu else { return };
+    // The same for whatever has not been woken yet; nothing of it is heard before the fence is open.
+    if let Some(cgroup) = restored_init(record).and_then(|(pid, _)| Cgroup::of_process(pid).ok()) {
+        mend::sockets(&cgroup);
+    }
+    // Whether it runs then can be seen.
+    if let Err(e) = carry_on(criu, CRIU_STEP) {
+        tracing::error!("CRIU, releasing the container: {e:#}");
+    }
 }
 
 /// Tells the destination that the source has kept the container, until it has heard: a copy that

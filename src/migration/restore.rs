@@ -17,7 +17,7 @@
 //! ended as soon as it has agreed.
 
 use std::fs::{self, File};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender};
@@ -44,8 +44,9 @@ const STEP_TIMEOUT: Duration = Duration::from_secs(120);
 pub enum RestoreEvent {
     /// Held at the RESTORE request.
     AtRequest,
-    /// Restored, held before the first instruction. The init process.
-    Restored(i32),
+    /// Restored, held before the first instruction. The init process, and what CRIU is
+    /// [released](crate::criu::interposer::carry_on) by.
+    Restored(i32, OwnedFd),
     /// The commit has come, CRIU goes on, and the fence is open (or, `false`, did not open).
     Released(bool),
     /// The sockets are alive, the tasks are about to run.
@@ -260,7 +261,7 @@ fn job(
                     if !process::lives(session.criu_pid) {
                         bail!("CRIU was killed when it had restored");
                     }
-                    tell(RestoreEvent::Restored(init));
+                    tell(RestoreEvent::Restored(init, session.duplicate()?));
                     let agreed = await_verdict(session, tell, orders)?;
                     session.answer(agreed)?;
                     if agreed {

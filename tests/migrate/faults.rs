@@ -187,6 +187,7 @@ pub fn trials() -> Vec<Trial> {
         criu_killed_in_the_tasks(lab, times)
     }));
     trials.push(in_lab("faults::guard_in_the_tasks", LIMIT, guard_in_the_tasks));
+    trials.push(in_lab("faults::guard_lets_it_run", LIMIT, guard_lets_it_run));
     trials
 }
 
@@ -239,6 +240,43 @@ fn guard_in_the_tasks(lab: &Lab) -> Outcome {
     }
     a.ferry(&["migrate", "box", "b"])?.exits(0)?;
     exactly_one_copy(&container, &b, &a)?;
+    probe.is_content()
+}
+
+/// The destination is killed when it is about to let the container run, or has just done so, and all of
+/// its memory is in: its guard lets it run, and no client loses anything.
+fn guard_lets_it_run(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter");
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    let (mut here, mut there) = (&a, &b);
+    for point in ["destination.committed", "destination.open", "destination.running"] {
+        let held = ["memory.all-in", "destination.ready"];
+        let holds: Vec<String> = held.iter().map(|point| format!("{point}:hold")).collect();
+        let script =
+            format!("#!/bin/sh\nFERRY_FAULT={},{point}:kill exec ferry \"$@\"\n", holds.join(","));
+        write_script(&a.path("/srv/shared/bin/faulty")?, &script)?;
+        let remote = ["--remote-ferry", "/srv/shared/bin/faulty"];
+        let migrate = [&["ferry", "migrate", "box", there.name][..], &remote].concat();
+        let running = here.start(&migrate)?;
+        for point in held {
+            let file = there.path(&format!("/run/ferry-fault/{point}"))?;
+            until(point, SHORT, || Ok(file.exists().then_some(())))?;
+            std::fs::remove_file(&file).map_err(|e| format!("{}: {e}", file.display()))?;
+        }
+        let ended = running.end(LONG)?;
+        let all = (|| {
+            // It has asked, and been told that it runs.
+            ensure!(ended.code == 0, "it does not run there");
+            exactly_one_copy(&container, there, here)?;
+            probe.is_content()
+        })();
+        all.map_err(|e| format!("killed at {point}: {e}\nmigrate: {ended}"))?;
+        (here, there) = (there, here);
+    }
+    here.ferry(&["migrate", "box", there.name])?.exits(0)?;
+    exactly_one_copy(&container, there, here)?;
     probe.is_content()
 }
 

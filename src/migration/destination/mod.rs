@@ -16,7 +16,7 @@ mod announced;
 mod ready;
 mod verdict;
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -279,6 +279,8 @@ struct Guest {
     serving: bool,
     pages: Option<Ended>,
     guard: Option<PageGuard>,
+    /// What CRIU is released by, for the guard.
+    release: Option<OwnedFd>,
     streams: Streams,
     /// What is copied.
     incoming: Incoming,
@@ -351,6 +353,7 @@ impl Guest {
             serving: false,
             pages: None,
             guard: None,
+            release: None,
             streams,
             incoming,
             applying: None,
@@ -427,6 +430,7 @@ impl Guest {
     /// Nothing of it stays here.
     fn undo(mut self) -> Result<()> {
         let _ = fault::point("destination.undo");
+        self.guard.iter().for_each(PageGuard::leave_criu);
         // Nothing more is written to what is taken away.
         drop(self.applying.take());
         // CRIU may be waiting for pages that will never come: with nobody to ask it gives up.

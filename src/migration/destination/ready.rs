@@ -104,7 +104,8 @@ impl Guest {
                     self.left = left;
                     memory_done = true;
                 }
-                Input::Restore(RestoreEvent::Restored(pid)) => {
+                Input::Restore(RestoreEvent::Restored(pid, criu)) => {
+                    self.release = Some(criu);
                     let init = process::start_time(pid).map(|t| (pid, t));
                     self.journal.record.init = init;
                     self.mark("restored");

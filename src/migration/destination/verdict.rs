@@ -94,6 +94,10 @@ impl Guest {
     ) -> Result<()> {
         self.mark("commit");
         let _ = fault::point("destination.commit");
+        // From here on it is the guard who goes on if this process is killed.
+        if let (Some(guard), Some(criu)) = (&self.guard, self.release.take()) {
+            guard.take_criu(&criu);
+        }
         if let Err(e) = self.journal.note(State::Committed) {
             // The source's journal has it on disk: whoever asks there learns the same.
             tracing::error!("{e:#}");
