@@ -43,10 +43,11 @@ impl SourceGuard {
         // Whoever runs out of memory is to find another victim. Needs CAP_SYS_RESOURCE;
         // proc_pid_oom_score_adj(5).
         let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), "-1000");
-        let noted = process::start_time(pid).unwrap_or(0);
-        if let Err(e) = fs::write(work.join(FILE), format!("{pid} {noted}")) {
+        let started = process::start_time(pid).unwrap_or(0);
+        let noted = fs::write(work.join(FILE), format!("{pid} {started}"));
+        if let Err(e) = noted.map_err(Into::into).and_then(|()| guard.orders.are_for(pid)) {
             guard.dismiss();
-            return Err(e.into());
+            return Err(e);
         }
         Ok(guard)
     }

@@ -393,8 +393,12 @@ fn migrate_with(lab: &Lab, point: &str, at: At, deed: Deed) -> Outcome<Output> {
         _ => "hold",
     };
     let fault = format!("FERRY_FAULT={point}:{action}");
+    // What happens when the images are sent happens before the destination is ready: that is seen to, as
+    // it may be quick.
+    let later = (point == "source.sent" && action == "hold").then_some("destination.ready");
     // ssh carries no environment: over there a script stands before Ferry.
-    let script = format!("#!/bin/sh\n{fault} exec ferry \"$@\"\n");
+    let there = later.map_or(fault.clone(), |later| format!("FERRY_FAULT={later}:hold"));
+    let script = format!("#!/bin/sh\n{there} exec ferry \"$@\"\n");
     write_script(&a.path("/srv/shared/bin/faulty")?, &script)?;
     let mut running = a.start(&[
         "env",
@@ -415,6 +419,13 @@ fn migrate_with(lab: &Lab, point: &str, at: At, deed: Deed) -> Outcome<Output> {
         })?;
         perform(lab, at, deed)?;
         std::fs::remove_file(&file).map_err(|e| format!("{}: {e}", file.display()))?;
+    }
+    if let Some(later) = later {
+        let file = b.path(&format!("/run/ferry-fault/{later}"))?;
+        until("the destination is ready, or gone", SHORT, || {
+            let gone = b.exec(&["pgrep", "-f", "^ferry receive"])?.code != 0;
+            Ok((gone || std::fs::remove_file(&file).is_ok()).then_some(()))
+        })?;
     }
     // Before the commit the source must come to its senses by itself. After it there is nobody whom
     // a client could reach while the cable is out: then it is out for some seconds only.

@@ -2,7 +2,7 @@
 //! and of the two the guard is the one that nobody has a reason to end.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -45,7 +45,14 @@ const FAILED: u8 = b'f';
 
 /// Ferry's end.
 #[derive(Clone, Debug)]
-pub struct Orders(Arc<Mutex<OwnedFd>>);
+pub struct Orders(Arc<Mutex<Guard>>);
+
+#[derive(Debug)]
+struct Guard {
+    socket: OwnedFd,
+    /// Its process, pidfd_open(2).
+    process: Option<OwnedFd>,
+}
 
 impl Orders {
     /// It, and the guard's.
@@ -54,37 +61,61 @@ impl Orders {
     /// When there can be no sockets.
     pub fn pair() -> Result<(Orders, OwnedFd)> {
         let (own, theirs) = scm::seqpacket_pair()?;
-        Ok((Orders(Arc::new(Mutex::new(own))), theirs))
+        let guard = Guard { socket: own, process: None };
+        Ok((Orders(Arc::new(Mutex::new(guard))), theirs))
+    }
+
+    /// Who has the other end: it has gone only when this process has.
+    ///
+    /// # Errors
+    /// When it has already.
+    pub fn are_for(&self, pid: i32) -> Result<()> {
+        self.guard().process = Some(process::pidfd_open(pid)?);
+        Ok(())
+    }
+
+    fn guard(&self) -> MutexGuard<'_, Guard> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Says it; nobody waits.
     pub fn say(&self, order: Order) {
         // One that has been killed does not need it any more.
-        let _ = send(&*self.0.lock().unwrap_or_else(PoisonError::into_inner), order);
+        let _ = send(&self.guard().socket, order);
     }
 
     /// Has it done, what becomes of the tasks if the guard is killed in the middle of it being left to
-    /// `watch`. `None`: there is no guard any more.
+    /// `watch`. `None`: there is no guard any more, and nobody who holds tasks.
     pub fn ask(&self, order: Order, watch: Option<&Watch>) -> Option<Result<()>> {
-        let socket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        send(&*socket, order).ok()?;
-        let until = Instant::now() + LIMIT;
-        loop {
-            if process::wait_readable(&[socket.as_fd()], Some(until)).is_err() {
-                return Some(Err(anyhow!("the guard does not answer")));
-            }
-            let (words, _) = scm::receive(&*socket).ok().flatten()?;
-            match words.split_first()? {
-                (&THREAD, number) => {
-                    let number = <[u8; 4]>::try_from(number).map(i32::from_ne_bytes).ok()?;
-                    if let Some(watch) = watch {
-                        watch.over(number);
-                    }
-                    send(&*socket, Order::Watched).ok()?;
+        let guard = self.guard();
+        let answer = heard(&guard.socket, order, watch);
+        // Its end of the socket is closed before it lets go of the tasks.
+        if let (None, Some(process)) = (&answer, &guard.process) {
+            let _ = process::wait_readable(&[process.as_fd()], Some(Instant::now() + LIMIT));
+        }
+        answer
+    }
+}
+
+/// What the guard answers to an order, if it does.
+fn heard(socket: &OwnedFd, order: Order, watch: Option<&Watch>) -> Option<Result<()>> {
+    send(socket, order).ok()?;
+    let until = Instant::now() + LIMIT;
+    loop {
+        if process::wait_readable(&[socket.as_fd()], Some(until)).is_err() {
+            return Some(Err(anyhow!("the guard does not answer")));
+        }
+        let (words, _) = scm::receive(socket).ok().flatten()?;
+        match words.split_first()? {
+            (&THREAD, number) => {
+                let number = <[u8; 4]>::try_from(number).map(i32::from_ne_bytes).ok()?;
+                if let Some(watch) = watch {
+                    watch.over(number);
                 }
-                (&DONE, _) => return Some(Ok(())),
-                (_, why) => return Some(Err(anyhow!("{}", String::from_utf8_lossy(why)))),
+                send(socket, Order::Watched).ok()?;
             }
+            (&DONE, _) => return Some(Ok(())),
+            (_, why) => return Some(Err(anyhow!("{}", String::from_utf8_lossy(why)))),
         }
     }
 }
