@@ -197,7 +197,8 @@ fn guard_in_the_tasks(lab: &Lab) -> Outcome {
     let (a, b) = pair(lab);
     let container = Container::networked("counter").with(&["--arg", "--threads", "--arg", "4"]);
     container.start(lab, &a)?;
-    let mut probe = Probe::every(lab, &container, CARRIED, "50ms")?;
+    // Seldom, as a connection with something in its queue is not taken out.
+    let mut probe = Probe::every(lab, &container, CARRIED, "500ms")?;
     // Who is killed when the guard comes by the point.
     for (fault, point, killed) in [
         ("guard.taken:error", None, ""),
@@ -212,9 +213,12 @@ fn guard_in_the_tasks(lab: &Lab) -> Outcome {
         if let Some(point) = point {
             let file = a.path(&format!("/run/ferry-fault/{point}"))?;
             until(&format!("the guard comes by {point}"), SHORT, || {
-                ensure!(!running.has_ended(), "it was over before it came by {point}");
-                Ok(file.exists().then_some(()))
+                Ok((running.has_ended() || file.exists()).then_some(()))
             })?;
+            if !file.exists() {
+                let ended = running.end(LONG)?;
+                return Err(format!("{fault}: it did not come by {point}\nmigrate: {ended}"));
+            }
             let guard = std::fs::read_to_string(&file).map_err(|e| e.to_string())?;
             match killed {
                 "guard" => a.exec(&["kill", "-KILL", guard.trim()])?.exits(0)?,
