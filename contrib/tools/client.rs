@@ -248,31 +248,32 @@ impl<'a> Probe<'a> {
         }
     }
 
-    /// Carries out what was said on stdin; true if that was to end.
+    /// Carries out the next thing that was said on stdin; true if that was to end.
     fn obey(&mut self) -> bool {
         let _ = self.control.bell.read();
-        while let Ok((at, command)) = self.control.commands.try_recv() {
-            match command {
-                Command::Mark(name) => {
-                    say(&json!({ "mark": name, "at_ms": (at - self.start) as f64 / 1e6 }));
-                    self.marks.insert(name, at);
+        let Ok((at, command)) = self.control.commands.try_recv() else { return false };
+        // One at a time: whoever says the next at once must not keep us from the connections.
+        let _ = self.control.bell.write(1);
+        match command {
+            Command::Mark(name) => {
+                say(&json!({ "mark": name, "at_ms": (at - self.start) as f64 / 1e6 }));
+                self.marks.insert(name, at);
+            }
+            Command::Report(name) => {
+                let name = name.as_deref().unwrap_or("start");
+                match self.marks.get(name).or((name == "start").then_some(&self.start)) {
+                    Some(since) => say(&json!(self.report(name, *since, at))),
+                    None => say(&json!({ "error": format!("no mark {name:?}") })),
                 }
-                Command::Report(name) => {
-                    let name = name.as_deref().unwrap_or("start");
-                    match self.marks.get(name).or((name == "start").then_some(&self.start)) {
-                        Some(since) => say(&json!(self.report(name, *since, at))),
-                        None => say(&json!({ "error": format!("no mark {name:?}") })),
-                    }
-                }
-                Command::Ask(op) => control::ask(self.to, op),
-                Command::Quit => return true,
-                // A script in the background has no stdin: with --for it need not have one.
-                Command::End if self.options.length.is_some() => {}
-                Command::End => return true,
-                Command::Unknown(line) => {
-                    let hint = "mark NAME, report [since NAME], verify, stats, quit";
-                    say(&json!({ "error": format!("unknown command {line:?}"), "hint": hint }));
-                }
+            }
+            Command::Ask(op) => control::ask(self.to, op),
+            Command::Quit => return true,
+            // A script in the background has no stdin: with --for it need not have one.
+            Command::End if self.options.length.is_some() => {}
+            Command::End => return true,
+            Command::Unknown(line) => {
+                let hint = "mark NAME, report [since NAME], verify, stats, quit";
+                say(&json!({ "error": format!("unknown command {line:?}"), "hint": hint }));
             }
         }
         false
