@@ -154,9 +154,9 @@ const SOME_CARRIED: &[(&str, &[&str])] = &[
 
 /// What is known to cost more than a pause; milliseconds each. `FERRY_FULL=1` shows them as failures.
 const LOSES_CONNECTIONS: &[(&str, &str)] = &[
-    // There is one copy, but clients are lost. It has answered them, or was about to, and is ended as
-    // its last pages are not in, or its sockets not whole: what the operator brings back on the source
-    // is older than that.
+    // There is one copy, but clients are lost. It has answered them, or was about to, and is ended where
+    // its last pages are not in yet, or CRIU is gone: what the operator brings back on the source is
+    // older than that.
     ("destination.open", "kill"),
     ("destination.open", "kill-criu"),
     ("destination.running", "kill"),
