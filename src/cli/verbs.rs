@@ -20,7 +20,7 @@ use crate::migration::away::AwayMark;
 use crate::migration::inspect::{self, Wishes};
 use crate::migration::journal::{Journal, Role, State, is_alive};
 use crate::migration::protocol::{Standing, Verdict};
-use crate::migration::{carry, destination, forward, host, recover, rest, settle, source};
+use crate::migration::{carry, destination, forward, guards, host, rest, settle, source};
 use crate::network::{self, problem::Problem};
 use crate::oci::runtime::Runtime;
 use crate::report::exit::{Failed, Told};
@@ -443,7 +443,7 @@ fn resolve_source(
         (State::Begun | State::Ready, None | Some(true)) => {
             // The destination may hold a copy that waits; if it cannot be told now it can ask us.
             let _ = settle::ask(&journal.record, Some(Verdict::Abort));
-            recover::source_runs_on_later(journal)?;
+            guards::source_runs_on_later(journal)?;
             Ok("it runs on here")
         }
         (State::Begun | State::Ready, Some(false)) => Err(Failed::refused(anyhow!(
@@ -453,16 +453,16 @@ fn resolve_source(
             journal.record.container
         ))),
         (_, Some(true)) => {
-            recover::source_runs_on_later(journal)?;
+            guards::source_runs_on_later(journal)?;
             Ok("it runs on here, by your word that the other host does not run it")
         }
         (_, Some(false)) => {
-            recover::source_lets_go_later(journal)?;
+            guards::source_lets_go_later(journal)?;
             Ok("what was left of it here is gone, by your word that the other host runs it")
         }
         (_, None) => match settle::insist(&journal.record, Verdict::Commit) {
             Ok(Standing::Running) => {
-                recover::source_lets_go_later(journal)?;
+                guards::source_lets_go_later(journal)?;
                 Ok("it runs on the other host; what was left here is gone")
             }
             // It runs there and waits for pages that are frozen here.
@@ -495,7 +495,7 @@ fn bring_rest(journal: &mut Journal) -> Result<&'static str, Failed> {
     });
     match end {
         rest::Brought::Whole(_) => {
-            recover::source_lets_go_later(journal)?;
+            guards::source_lets_go_later(journal)?;
             Ok("it runs on the other host, with all of its memory; what was left here is gone")
         }
         _ => Err(Failed::in_doubt(anyhow!(
@@ -557,12 +557,12 @@ fn resolve_mark(globals: &Globals, args: &ResolveArgs, state_dir: &Path) -> Resu
 /// `ferry __guard JOURNAL`.
 pub fn guard(args: &[std::ffi::OsString]) -> Result<(), Failed> {
     match args {
-        [journal] => Ok(recover::guard(Path::new(journal))?),
+        [journal] => Ok(guards::guard(Path::new(journal))?),
         [forwarding, what, directory] if forwarding == "forward" => {
             let what = what.to_string_lossy();
             Ok(forward::process(&what, Path::new(directory))?)
         }
-        [what, journal] if what == "pages" => Ok(recover::guard_pages(Path::new(journal))?),
+        [what, journal] if what == "pages" => Ok(guards::guard_pages(Path::new(journal))?),
         _ => Err(Failed::usage(anyhow!("the guard is for ferry itself"))),
     }
 }

@@ -1,15 +1,29 @@
-//! The processes that outlive a killed Ferry; what they do then is in [`super::recover`].
+//! The processes that outlive a killed Ferry, and go on in its place: by the steps of
+//! [`super::recover`].
 
 use std::fs::{self, File};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 
-use super::connections::{Order, Orders, Vault};
-use super::journal::{Journal, Record, is_alive};
-use crate::memory::serve::{GUARD_CRIU, GUARD_LEAVE_CRIU, GUARD_QUIT};
+use super::connections::{self, Ears, Order, Orders, Vault};
+use super::journal::{Journal, Record, Role, State, is_alive};
+use super::protocol::{Standing, Verdict};
+use super::{mend, recover, settle};
+use crate::criu::interposer::carry_on;
+use crate::memory::serve::{GUARD_ALL_IN, GUARD_CRIU, GUARD_DONE, GUARD_LEAVE_CRIU, GUARD_QUIT};
+use crate::oci::cgroup::Cgroup;
 use crate::sys::{process, scm};
+
+/// How long CRIU may take for a step of its end.
+const CRIU_STEP: Duration = Duration::from_secs(60);
+/// How long a Ferry that was killed may take to be gone.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a destination that cannot be reached is told that the container stayed.
+const WORD_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// In the migration's directory: the guard's number and when it started, and what it has to say.
 const FILE: &str = "guard";
@@ -91,8 +105,32 @@ impl LeftGuard {
     }
 }
 
+/// What neither a Ferry nor its guard has done, [undone](recover::source_runs_on) later.
+///
+/// # Errors
+/// Says which steps failed; the others were done.
+pub fn source_runs_on_later(journal: &mut Journal) -> Result<()> {
+    let guard = LeftGuard::find(&journal.record);
+    let vault = guard.as_ref().map(|guard| &guard.vault);
+    recover::source_runs_on(journal, &recover::Hands::Later(vault))?;
+    guard.into_iter().for_each(LeftGuard::end);
+    Ok(())
+}
+
+/// The same, [finished](recover::source_lets_go).
+///
+/// # Errors
+/// Says which steps failed; the others were done.
+pub fn source_lets_go_later(journal: &mut Journal) -> Result<()> {
+    let guard = LeftGuard::find(&journal.record);
+    recover::source_lets_go(journal, || ())?;
+    // In repair mode its connections end without a word.
+    guard.into_iter().for_each(LeftGuard::end);
+    Ok(())
+}
+
 /// The process that holds the restored tasks' memory together if this one is killed: see
-/// [`recover::guard_pages`].
+/// [`guard_pages`].
 pub struct PageGuard {
     child: Child,
     /// To tell it what to hold.
@@ -128,5 +166,170 @@ impl PageGuard {
     pub fn dismiss(mut self) {
         let _ = scm::send(&self.socket, GUARD_QUIT, &[]);
         let _ = self.child.wait();
+    }
+}
+
+/// The guard: a process that outlives a killed Ferry and brings the source back.
+///
+/// Its standard input is where it hears [orders](Order), its standard output the exit of the
+/// [`Vault`]. When Ferry has died the journal says whether the container is still the source's.
+///
+/// # Errors
+/// When undoing failed.
+pub fn guard(journal: &Path) -> Result<()> {
+    let (input, vault) = (std::io::stdin(), std::io::stdout().as_fd().try_clone_to_owned()?);
+    let (ears, vault) = (Ears(&input), Vault::from_exit(vault));
+    let mut journal = Journal::open(journal)?;
+    let told = loop {
+        match ears.next() {
+            Some(Order::Done) => return Ok(()),
+            Some(Order::Told) => break true,
+            // If Ferry has died meanwhile, the next word tells.
+            Some(order) => drop(ears.answer(&obey(order, &journal.record, &vault, &ears))),
+            None => break false,
+        }
+    };
+    if !told {
+        wait_for_end(journal.record.worker);
+    }
+    let held = journal.hold()?;
+    let done = match (told, journal.record.role, journal.state()) {
+        (false, Role::Source, State::Begun) => {
+            let undone =
+                recover::source_runs_on(&mut journal, &recover::Hands::Later(Some(&vault)));
+            drop(held);
+            send_word(&journal.record);
+            undone
+        }
+        (false, Role::Source, State::Committed) => {
+            let hushed = recover::hush(&journal.record);
+            recover::wait_for_criu(&journal.record.work);
+            drop(held);
+            hushed
+        }
+        (true, Role::Source, State::Aborted) => {
+            drop(held);
+            send_word(&journal.record);
+            Ok(())
+        }
+        // The destination owns it, or not all could be undone: `ferry resolve` goes on with it.
+        _ => {
+            drop(held);
+            Ok(())
+        }
+    };
+    let done = done.context("the guard of a migration");
+    if connections::are_out(&journal.record.work) {
+        if let Err(e) = &done {
+            tracing::error!("{e:#}");
+        }
+        // Without them what is frozen here is not whole: `ferry resolve` takes them, and ends this.
+        loop {
+            std::thread::park();
+        }
+    }
+    done
+}
+
+fn obey<S: AsFd + Sync>(
+    order: Order,
+    record: &Record,
+    vault: &Vault,
+    ears: &Ears<S>,
+) -> Result<()> {
+    let cgroup = record.cgroup.as_ref().ok_or_else(|| anyhow!("it has no control group"))?;
+    let begin = |thread| ears.introduce(thread);
+    match order {
+        Order::TakeOut => connections::take_out(cgroup, &record.work, begin),
+        Order::PutBack => connections::put_back(vault, cgroup, &record.work, begin),
+        Order::Done | Order::Told | Order::Watched => Ok(()),
+    }
+}
+
+/// A Ferry that was killed does nothing more, none of its threads, and traces nobody.
+fn wait_for_end(worker: (i32, u64)) {
+    if !is_alive(worker) {
+        return;
+    }
+    if let Ok(pidfd) = process::pidfd_open(worker.0) {
+        let _ = process::wait_readable(&[pidfd.as_fd()], Some(Instant::now() + END_TIMEOUT));
+    }
+}
+
+/// The destination's guard: holds the descriptors of restored tasks whose memory is not all there
+/// yet, so that they wait for it rather than read zeros, and ends them if nobody will bring it. When
+/// it is all there and Ferry dies, the guard does the rest of its work.
+///
+/// # Errors
+/// When what is left cannot be cleared away.
+pub fn guard_pages(journal: &Path) -> Result<()> {
+    let (mut held, mut criu, mut last_word) = (Vec::new(), None, Vec::new());
+    let (mut all_in, mut done) = (false, false);
+    while let Some((word, fds)) = scm::receive(std::io::stdin())? {
+        match &word[..] {
+            GUARD_QUIT => return Ok(()),
+            GUARD_ALL_IN => (all_in, last_word) = (true, fds),
+            GUARD_CRIU => criu = fds.into_iter().next(),
+            GUARD_LEAVE_CRIU => criu = None,
+            GUARD_DONE => {
+                // Whoever touches memory that never had contents waits as long as they are open.
+                held.clear();
+                done = true;
+            }
+            _ => held.extend(fds),
+        }
+    }
+    let mut journal = Journal::open(journal)?;
+    wait_for_end(journal.record.worker);
+    let _held = journal.hold()?;
+    if journal.state().is_over() {
+        return Ok(());
+    }
+    if (all_in || done) && matches!(journal.state(), State::Committed | State::Whole) {
+        held.clear();
+        release(&journal.record, criu.as_ref());
+        // Past its point of no return CRIU goes on without us; before it, it takes all back.
+        drop((criu.take(), last_word));
+        recover::wait_for_criu(&journal.record.work);
+        if recover::restored_init(&journal.record).is_some_and(is_alive) {
+            return recover::destination_keeps(&mut journal);
+        }
+    }
+    // It gives up.
+    drop(criu);
+    let done = recover::destination_discards(&mut journal);
+    // Only now: closing them lets whoever still waits read zeros.
+    drop(held);
+    done
+}
+
+/// Lets a restored container run, which was to run when its Ferry was killed.
+fn release(record: &Record, criu: Option<&OwnedFd>) {
+    let Some(criu) = criu else { return };
+    // The same for whatever has not been woken yet; nothing of it is heard before the fence is open.
+    if let Some(cgroup) =
+        recover::restored_init(record).and_then(|(pid, _)| Cgroup::of_process(pid).ok())
+    {
+        mend::sockets(&cgroup);
+    }
+    // Whether it runs then can be seen.
+    if let Err(e) = carry_on(criu, CRIU_STEP) {
+        tracing::error!("CRIU, releasing the container: {e:#}");
+    }
+}
+
+/// Tells the destination that the source has kept the container, until it has heard: a copy that
+/// is ready waits there for nothing else.
+fn send_word(record: &Record) {
+    let until = Instant::now() + WORD_TIMEOUT;
+    let mut pause = Duration::from_millis(100);
+    while Instant::now() < until {
+        match settle::ask(record, Some(Verdict::Abort)) {
+            Ok(Standing::Waiting) | Err(_) => {}
+            Ok(_) => return,
+        }
+        // Between two tries to reach a host there is nothing to wait on but time.
+        std::thread::park_timeout(pause);
+        pause = (pause * 2).min(Duration::from_secs(10));
     }
 }

@@ -3,24 +3,20 @@
 //! Every step may have been done before.
 
 use std::fs;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::Result;
 
 use super::away::AwayMark;
-use super::connections::{self, Ears, Order, Orders, Vault};
+use super::connections::{self, Order, Orders, Vault};
 use super::floating::Noted as Addresses;
-use super::guards::LeftGuard;
-use super::journal::{Journal, Record, Role, State};
+use super::journal::{Journal, Record, State};
 use super::mend::{self, Noted, Watch};
-use super::protocol::{Standing, Verdict};
-use super::{forward::steps as forward, hooks, layers, settle, workdir};
-use crate::criu::interposer::carry_on;
+use super::{forward::steps as forward, hooks, layers, workdir};
 use crate::files::place;
 use crate::files::sockets::Spares;
-use crate::memory::serve::{GUARD_ALL_IN, GUARD_CRIU, GUARD_DONE, GUARD_LEAVE_CRIU, GUARD_QUIT};
 use crate::network::hook::Phase;
 use crate::network::{self, HostSide, fence};
 use crate::oci::cgroup::Cgroup;
@@ -32,12 +28,6 @@ use crate::sys::process;
 /// large shared memory makes it take long.
 const CRIU_TIMEOUT: Duration = Duration::from_secs(600);
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long CRIU may take for a step of its end.
-const CRIU_STEP: Duration = Duration::from_secs(60);
-/// How long a Ferry that was killed may take to be gone.
-const END_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a destination that cannot be reached is told that the container stayed.
-const WORD_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// The runtime of a record.
 pub fn runtime(record: &Record) -> Runtime {
@@ -174,30 +164,6 @@ fn mend_tasks(record: &Record, cgroup: &Cgroup, trouble: &mut Trouble) {
     }
 }
 
-/// What neither a Ferry nor its guard has done, [undone](source_runs_on) later.
-///
-/// # Errors
-/// Says which steps failed; the others were done.
-pub fn source_runs_on_later(journal: &mut Journal) -> Result<()> {
-    let guard = LeftGuard::find(&journal.record);
-    let vault = guard.as_ref().map(|guard| &guard.vault);
-    source_runs_on(journal, &Hands::Later(vault))?;
-    guard.into_iter().for_each(LeftGuard::end);
-    Ok(())
-}
-
-/// The same, [finished](source_lets_go).
-///
-/// # Errors
-/// Says which steps failed; the others were done.
-pub fn source_lets_go_later(journal: &mut Journal) -> Result<()> {
-    let guard = LeftGuard::find(&journal.record);
-    source_lets_go(journal, || ())?;
-    // In repair mode its connections end without a word.
-    guard.into_iter().for_each(LeftGuard::end);
-    Ok(())
-}
-
 /// Notes the unix sockets whose names the destination will bind anew: before anything is done with
 /// them, so that whoever undoes it knows of it.
 ///
@@ -310,7 +276,7 @@ fn host_side(record: &Record) -> Option<(HostSide, NetNs)> {
 }
 
 /// The destination owns the container, or is about to be told so: this host answers for it no more.
-fn hush(record: &Record) -> Result<()> {
+pub(super) fn hush(record: &Record) -> Result<()> {
     match host_side(record) {
         Some((side, host)) => Ok(side.arm(&host)?.begin()?),
         None => Ok(()),
@@ -429,7 +395,7 @@ pub fn destination_discards(journal: &mut Journal) -> Result<()> {
 }
 
 /// The init that was restored here, and when it started.
-fn restored_init(record: &Record) -> Option<(i32, u64)> {
+pub(super) fn restored_init(record: &Record) -> Option<(i32, u64)> {
     let text = fs::read_to_string(record.work.join(INIT)).ok()?;
     let (pid, started) = text.trim().split_once(' ')?;
     Some((pid.parse().ok()?, started.parse().ok()?))
@@ -472,7 +438,7 @@ fn delete(runtime: &Runtime, record: &Record, init: Option<(i32, u64)>) -> Resul
 }
 
 /// Waits until a CRIU that lost its Ferry has finished: it rolls back by itself.
-fn wait_for_criu(work: &Path) {
+pub(super) fn wait_for_criu(work: &Path) {
     let file = work.join("work").join(CRIU_PID);
     let Some(pid) = fs::read_to_string(file).ok().and_then(|t| t.trim().parse().ok()) else {
         return;
@@ -530,166 +496,4 @@ pub fn destination_keeps(journal: &mut Journal) -> Result<()> {
 pub fn settle_files(record: &Record, came_back: bool) -> Result<()> {
     record.placing.sync()?;
     record.placing.keep(came_back)
-}
-
-/// The guard: a process that outlives a killed Ferry and brings the source back.
-///
-/// Its standard input is where it hears [orders](Order), its standard output the exit of the
-/// [`Vault`]. When Ferry has died the journal says whether the container is still the source's.
-///
-/// # Errors
-/// When undoing failed.
-pub fn guard(journal: &Path) -> Result<()> {
-    let (input, vault) = (std::io::stdin(), std::io::stdout().as_fd().try_clone_to_owned()?);
-    let (ears, vault) = (Ears(&input), Vault::from_exit(vault));
-    let mut journal = Journal::open(journal)?;
-    let told = loop {
-        match ears.next() {
-            Some(Order::Done) => return Ok(()),
-            Some(Order::Told) => break true,
-            // If Ferry has died meanwhile, the next word tells.
-            Some(order) => drop(ears.answer(&obey(order, &journal.record, &vault, &ears))),
-            None => break false,
-        }
-    };
-    if !told {
-        wait_for_end(journal.record.worker);
-    }
-    let held = journal.hold()?;
-    let done = match (told, journal.record.role, journal.state()) {
-        (false, Role::Source, State::Begun) => {
-            let undone = source_runs_on(&mut journal, &Hands::Later(Some(&vault)));
-            drop(held);
-            send_word(&journal.record);
-            undone
-        }
-        (false, Role::Source, State::Committed) => {
-            let hushed = hush(&journal.record);
-            wait_for_criu(&journal.record.work);
-            drop(held);
-            hushed
-        }
-        (true, Role::Source, State::Aborted) => {
-            drop(held);
-            send_word(&journal.record);
-            Ok(())
-        }
-        // The destination owns it, or not all could be undone: `ferry resolve` goes on with it.
-        _ => {
-            drop(held);
-            Ok(())
-        }
-    };
-    let done = done.context("the guard of a migration");
-    if connections::are_out(&journal.record.work) {
-        if let Err(e) = &done {
-            tracing::error!("{e:#}");
-        }
-        // Without them what is frozen here is not whole: `ferry resolve` takes them, and ends this.
-        loop {
-            std::thread::park();
-        }
-    }
-    done
-}
-
-fn obey<S: AsFd + Sync>(
-    order: Order,
-    record: &Record,
-    vault: &Vault,
-    ears: &Ears<S>,
-) -> Result<()> {
-    let cgroup = record.cgroup.as_ref().ok_or_else(|| anyhow!("it has no control group"))?;
-    let begin = |thread| ears.introduce(thread);
-    match order {
-        Order::TakeOut => connections::take_out(cgroup, &record.work, begin),
-        Order::PutBack => connections::put_back(vault, cgroup, &record.work, begin),
-        Order::Done | Order::Told | Order::Watched => Ok(()),
-    }
-}
-
-/// A Ferry that was killed does nothing more, none of its threads, and traces nobody.
-fn wait_for_end(worker: (i32, u64)) {
-    if !super::journal::is_alive(worker) {
-        return;
-    }
-    if let Ok(pidfd) = process::pidfd_open(worker.0) {
-        let _ = process::wait_readable(&[pidfd.as_fd()], Some(Instant::now() + END_TIMEOUT));
-    }
-}
-
-/// The destination's guard: holds the descriptors of restored tasks whose memory is not all there
-/// yet, so that they wait for it rather than read zeros, and ends them if nobody will bring it. When
-/// it is all there and Ferry dies, the guard does the rest of its work.
-///
-/// # Errors
-/// When what is left cannot be cleared away.
-pub fn guard_pages(journal: &Path) -> Result<()> {
-    let (mut held, mut criu, mut last_word) = (Vec::new(), None, Vec::new());
-    let (mut all_in, mut done) = (false, false);
-    while let Some((word, fds)) = crate::sys::scm::receive(std::io::stdin())? {
-        match &word[..] {
-            GUARD_QUIT => return Ok(()),
-            GUARD_ALL_IN => (all_in, last_word) = (true, fds),
-            GUARD_CRIU => criu = fds.into_iter().next(),
-            GUARD_LEAVE_CRIU => criu = None,
-            GUARD_DONE => {
-                // Whoever touches memory that never had contents waits as long as they are open.
-                held.clear();
-                done = true;
-            }
-            _ => held.extend(fds),
-        }
-    }
-    let mut journal = Journal::open(journal)?;
-    wait_for_end(journal.record.worker);
-    let _held = journal.hold()?;
-    if journal.state().is_over() {
-        return Ok(());
-    }
-    if (all_in || done) && matches!(journal.state(), State::Committed | State::Whole) {
-        held.clear();
-        release(&journal.record, criu.as_ref());
-        // Past its point of no return CRIU goes on without us; before it, it takes all back.
-        drop((criu.take(), last_word));
-        wait_for_criu(&journal.record.work);
-        if restored_init(&journal.record).is_some_and(super::journal::is_alive) {
-            return destination_keeps(&mut journal);
-        }
-    }
-    // It gives up.
-    drop(criu);
-    let done = destination_discards(&mut journal);
-    // Only now: closing them lets whoever still waits read zeros.
-    drop(held);
-    done
-}
-
-/// Lets a restored container run, which was to run when its Ferry was killed.
-fn release(record: &Record, criu: Option<&OwnedFd>) {
-    let Some(criu) = criu else { return };
-    // The same for whatever has not been woken yet; nothing of it is heard before the fence is open.
-    if let Some(cgroup) = restored_init(record).and_then(|(pid, _)| Cgroup::of_process(pid).ok()) {
-        mend::sockets(&cgroup);
-    }
-    // Whether it runs then can be seen.
-    if let Err(e) = carry_on(criu, CRIU_STEP) {
-        tracing::error!("CRIU, releasing the container: {e:#}");
-    }
-}
-
-/// Tells the destination that the source has kept the container, until it has heard: a copy that
-/// is ready waits there for nothing else.
-fn send_word(record: &Record) {
-    let until = Instant::now() + WORD_TIMEOUT;
-    let mut pause = Duration::from_millis(100);
-    while Instant::now() < until {
-        match settle::ask(record, Some(Verdict::Abort)) {
-            Ok(Standing::Waiting) | Err(_) => {}
-            Ok(_) => return,
-        }
-        // Between two tries to reach a host there is nothing to wait on but time.
-        std::thread::park_timeout(pause);
-        pause = (pause * 2).min(Duration::from_secs(10));
-    }
 }

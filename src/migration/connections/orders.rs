@@ -84,13 +84,15 @@ impl Orders {
         let _ = send(&self.guard().socket, order);
     }
 
-    /// Has it done, what becomes of the tasks if the guard is killed in the middle of it being left to
+    /// Has it done; what becomes of the tasks if the guard is killed in the middle of it is left to
     /// `watch`. `None`: there is no guard any more, and nobody who holds tasks.
     pub fn ask(&self, order: Order, watch: Option<&Watch>) -> Option<Result<()>> {
         let guard = self.guard();
         let answer = heard(&guard.socket, order, watch);
-        // Its end of the socket is closed before it lets go of the tasks.
         if let (None, Some(process)) = (&answer, &guard.process) {
+            // Of one that says nothing nobody knows what it does next. And whoever has ended closes the
+            // socket before it lets go of the tasks.
+            let _ = process::pidfd_kill(process, libc::SIGKILL);
             let _ = process::wait_readable(&[process.as_fd()], Some(Instant::now() + LIMIT));
         }
         answer
@@ -102,9 +104,7 @@ fn heard(socket: &OwnedFd, order: Order, watch: Option<&Watch>) -> Option<Result
     send(socket, order).ok()?;
     let until = Instant::now() + LIMIT;
     loop {
-        if process::wait_readable(&[socket.as_fd()], Some(until)).is_err() {
-            return Some(Err(anyhow!("the guard does not answer")));
-        }
+        process::wait_readable(&[socket.as_fd()], Some(until)).ok()?;
         let (words, _) = scm::receive(socket).ok().flatten()?;
         match words.split_first()? {
             (&THREAD, number) => {
