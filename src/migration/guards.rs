@@ -285,18 +285,24 @@ pub fn guard_pages(journal: &Path) -> Result<()> {
     if journal.state().is_over() {
         return Ok(());
     }
-    if (all_in || done) && matches!(journal.state(), State::Committed | State::Whole) {
+    let committed = matches!(journal.state(), State::Committed | State::Whole);
+    if !committed {
+        // None of its tasks has run: it is CRIU's own code that may wait in them for memory, and keep it
+        // from giving up.
+        held.clear();
+    }
+    if (all_in || done) && committed {
         held.clear();
         release(&journal.record, criu.as_ref());
         // Past its point of no return CRIU goes on without us; before it, it takes all back.
-        drop((criu.take(), last_word));
+        drop((criu.take(), std::mem::take(&mut last_word)));
         recover::wait_for_criu(&journal.record.work);
         if recover::restored_init(&journal.record).is_some_and(is_alive) {
             return recover::destination_keeps(&mut journal);
         }
     }
     // It gives up.
-    drop(criu);
+    drop((criu, last_word));
     let done = recover::destination_discards(&mut journal);
     // Only now: closing them lets whoever still waits read zeros.
     drop(held);

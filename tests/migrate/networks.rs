@@ -138,7 +138,8 @@ fn unnamed_bridge(lab: &Lab) -> Outcome {
         lab,
         &format!(
             "for n in 0 1; do
-                 ip link add vbox$n type veth peer name eth$n netns PID
+                 # A bridge takes the lowest of its ports' addresses: one that goes must not have been it.
+                 ip link add vbox$n address fe:00:00:00:00:0$n type veth peer name eth$n netns PID
                  ip link set vbox$n master br$n up
                  nsenter -t PID -n ip link set eth$n mtu 1400 up
              done

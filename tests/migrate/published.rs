@@ -59,7 +59,7 @@ fn start(a: &Host, addresses: &str) -> Outcome<Container> {
     container.make(a)?;
     a.sh(&format!(
         "ip netns add box
-         ip link add vbox type veth peer name eth0 netns box
+         ip link add vbox address fe:00:00:00:00:01 type veth peer name eth0 netns box
          ip link set vbox master br0 up
          ip -n box link set lo up
          ip -n box link set eth0 up

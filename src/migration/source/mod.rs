@@ -64,8 +64,9 @@ const FREEZE_LIMIT: Duration = Duration::from_secs(30);
 const PREPARE_LIMIT: Duration = Duration::from_secs(45);
 /// The same while it takes in files: bringing them to the disk is silent work.
 const FILES_LIMIT: Duration = Duration::from_secs(900);
-/// How long the other side may take to end after the last word.
-const GOODBYE_LIMIT: Duration = Duration::from_secs(60);
+/// How long the other side may take to end after the last word. It does so without us, too; and a bridge
+/// whose port has gone with the container may have another address now, so that nothing comes from there.
+const GOODBYE_LIMIT: Duration = Duration::from_secs(10);
 /// From the resume until the last staged page is installed.
 const WHOLE_LIMIT: Duration = Duration::from_secs(600);
 /// How long a lost destination is looked for after the commit.
