@@ -100,7 +100,7 @@ pub fn put_back(
     trouble.into_result()?;
     fs::remove_file(work.join(lift::FILE))?;
     // What a task closes is to be closed.
-    vault.empty().map(drop)
+    vault.empty()
 }
 
 /// Whether nothing of a process is left but its number.
