@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow};
 
 use super::connections::{self, Ears, Order, Orders, Vault};
-use super::journal::{Journal, Record, Role, State, is_alive};
+use super::journal::{Held, Journal, Record, Role, State, is_alive};
 use super::protocol::{Standing, Verdict};
 use super::{mend, recover, settle};
 use crate::criu::interposer::carry_on;
@@ -189,10 +189,7 @@ pub fn guard(journal: &Path) -> Result<()> {
             None => break false,
         }
     };
-    if !told {
-        wait_for_end(journal.record.worker);
-    }
-    let held = journal.hold()?;
+    let held = hold(&mut journal, !told)?;
     let done = match (told, journal.record.role, journal.state()) {
         (false, Role::Source, State::Begun) => {
             let undone =
@@ -246,14 +243,19 @@ fn obey<S: AsFd + Sync>(
     }
 }
 
-/// A Ferry that was killed does nothing more, none of its threads, and traces nobody.
-fn wait_for_end(worker: (i32, u64)) {
-    if !is_alive(worker) {
-        return;
+/// Holds the journal, before anybody else settles what is in it. A Ferry that was `killed` does nothing
+/// more when this returns, none of its threads, and traces nobody.
+fn hold(journal: &mut Journal, killed: bool) -> Result<Held> {
+    let held = journal.hold()?;
+    let worker = journal.record.worker;
+    if killed && is_alive(worker) {
+        if let Ok(pidfd) = process::pidfd_open(worker.0) {
+            let _ = process::wait_readable(&[pidfd.as_fd()], Some(Instant::now() + END_TIMEOUT));
+        }
+        // Its last word may have come since.
+        *journal = Journal::open(journal.path())?;
     }
-    if let Ok(pidfd) = process::pidfd_open(worker.0) {
-        let _ = process::wait_readable(&[pidfd.as_fd()], Some(Instant::now() + END_TIMEOUT));
-    }
+    Ok(held)
 }
 
 /// The destination's guard: holds the descriptors of restored tasks whose memory is not all there
@@ -280,8 +282,7 @@ pub fn guard_pages(journal: &Path) -> Result<()> {
         }
     }
     let mut journal = Journal::open(journal)?;
-    wait_for_end(journal.record.worker);
-    let _held = journal.hold()?;
+    let _held = hold(&mut journal, true)?;
     if journal.state().is_over() {
         return Ok(());
     }

@@ -152,7 +152,8 @@ impl Watch {
     fn hold_still(&self) {
         let noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(noted) = &*noted
-            && self.cgroup.freeze(FREEZE_TIMEOUT).is_ok()
+            // Whatever comes of it, nobody is thawed from here.
+            && self.cgroup.freeze_for_good(FREEZE_TIMEOUT).is_ok()
             && let Err(e) = noted.write(&self.work)
         {
             tracing::warn!("what was done to the tasks cannot be mended: {e:#}");

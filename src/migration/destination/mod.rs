@@ -430,6 +430,8 @@ impl Guest {
     /// Nothing of it stays here.
     fn undo(mut self) -> Result<()> {
         let _ = fault::point("destination.undo");
+        // CRIU gives up where nobody can answer it.
+        drop(self.release.take());
         self.guard.iter().for_each(PageGuard::leave_criu);
         // Nothing more is written to what is taken away.
         drop(self.applying.take());
