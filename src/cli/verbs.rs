@@ -241,7 +241,8 @@ fn check_container(
         state_dir: Some(state_dir()?),
     };
     let Some(destination) = &args.destination else {
-        problems.extend(inspect::inspect(&runtime, &wishes).err().unwrap_or_default());
+        let looked = inspect::inspect(&runtime, &wishes);
+        problems.extend(looked.map_or_else(|problems| problems, |subject| subject.warnings));
         let said =
             format!("{container} can go, to a host that is fit for it: name one to check it");
         return Ok((Ok(()), said));

@@ -232,6 +232,7 @@ pub(super) fn ask(
     reporter.phase("inspect", "looking at the container");
     let mut subject = inspect(runtime, &options.wishes).map_err(|p| refusal(&p))?;
     reporter.report.migration.clone_from(&subject.plan.migration);
+    std::mem::take(&mut subject.warnings).into_iter().for_each(|warning| reporter.problem(warning));
     reporter.phase("connect", &format!("asking {}", options.destination));
     let link = options.destination.connect().map_err(Failed::refused)?;
     let (speaker, reader, mut closer) = talk::split(link);

@@ -30,7 +30,7 @@ use rust_criu::rust_criu_protobuf::rpc::{
 
 use super::connections::{Lifted, Lifting, Orders};
 use super::descriptors::MAX_NAMELESS;
-use super::lull::await_lull;
+use super::lull::{await_last, await_lull};
 use super::mend::{Noted, Watch};
 use super::talk::Speaker;
 use super::unread::Came;
@@ -308,6 +308,7 @@ fn stop(plan: &mut DumpPlan) -> Result<Stopped> {
     let mut network = plan.network.take();
     let mut came = Came::default();
     if let Some((fence, capture)) = network.as_deref_mut() {
+        plan.lookout.as_mut().map_or(Ok(()), await_last)?;
         capture.start()?;
         fence.close(Side::Both)?;
         if let Some(lookout) = &mut plan.lookout {

@@ -12,6 +12,7 @@ use super::floating;
 use super::forward::{self, Plans, Wish};
 use super::haul::Load;
 use super::layers::{self, Layered};
+use super::preflight::{self, Scene};
 use super::protocol::{How, Place, Plan, Probe, Stream};
 use super::{descriptors, host};
 use crate::files::walk::Size;
@@ -52,6 +53,8 @@ pub struct Subject {
     pub sizes: Vec<(usize, Size)>,
     /// What becomes of the address, once the destination has said so.
     pub forward: Option<forward::Note>,
+    /// What will not be over there as it is here.
+    pub warnings: Vec<Problem>,
 }
 
 /// What the user asked for, as far as the plan depends on it.
@@ -123,9 +126,15 @@ pub fn inspect(runtime: &Runtime, wishes: &Wishes) -> Result<Subject, Vec<Proble
     }
     // A task without a group of its own is told of below.
     let tasks = Cgroup::of_process(state.pid).and_then(|cgroup| cgroup.processes());
-    problems.extend(descriptors::problems(&tasks.unwrap_or_default()));
+    let tasks = tasks.unwrap_or_default();
+    problems.extend(descriptors::problems(&tasks));
+    let (found, warnings): (Vec<_>, Vec<_>) =
+        preflight::problems(Scene { init: state.pid, tasks: &tasks })
+            .into_iter()
+            .partition(|p| p.fatal);
+    problems.extend(found);
     match look(runtime, wishes, state) {
-        Ok(subject) if problems.is_empty() => return Ok(subject),
+        Ok(subject) if problems.is_empty() => return Ok(Subject { warnings, ..subject }),
         Ok(_) => {}
         Err(e) => problems.push(match e.downcast::<Problem>() {
             Ok(problem) => problem,
@@ -264,6 +273,7 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         load: None,
         sizes: Vec::new(),
         forward: None,
+        warnings: Vec::new(),
     })
 }
 

@@ -28,6 +28,7 @@ pub mod lull;
 pub mod mend;
 pub mod pace;
 pub mod parcels;
+pub mod preflight;
 pub mod protocol;
 pub mod recover;
 pub mod rest;

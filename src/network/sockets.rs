@@ -22,6 +22,8 @@ const FAMILIES: [u8; 2] = [libc::AF_INET as u8, libc::AF_INET6 as u8];
 const REQUEST: usize = 56;
 /// `struct inet_diag_msg`.
 const ANSWER: usize = 72;
+/// A peer that has not answered so many times is gone: what it was sent comes to nobody.
+const UNANSWERED: u8 = 3;
 /// `INET_DIAG_SKMEMINFO`: what waits in a socket, and how much may, are the first two numbers.
 const MEMORY: u16 = 7;
 
@@ -55,6 +57,9 @@ pub struct Unowned {
     pub beginning: Vec<Flow>,
     /// Closed by the container, and something is left to be sent or to be confirmed.
     pub ending: Vec<Flow>,
+    /// Of these, such as have more to say than that they end, to a peer that answers: it would get
+    /// half of what it was sent, as if that were all.
+    pub draining: Vec<Flow>,
 }
 
 impl Unowned {
@@ -133,7 +138,10 @@ impl Lookout {
             _ if !counts(&one) => {}
             LISTEN if one.received > 0 => found.backlog.push((one.flow.local, one.received)),
             SYN_RECV => found.beginning.push(one.flow),
-            FIN_WAIT1 | LAST_ACK | CLOSING if one.inode == 0 => found.ending.push(one.flow),
+            FIN_WAIT1 | LAST_ACK | CLOSING if one.inode == 0 => {
+                found.ending.push(one.flow);
+                found.draining.extend(one.drains().then_some(one.flow));
+            }
             _ => {}
         })?;
         Ok(found)
@@ -271,8 +279,20 @@ struct One {
     owner: u32,
     /// Bytes, or of a listening socket connections, that wait to be taken.
     received: u32,
+    /// Bytes that are not confirmed; the end of what is sent counts for one.
+    sent: u32,
+    /// How often the last question has been asked again: a retransmission, or a probe of a window
+    /// that is closed.
+    retries: u8,
     /// 0 when there is no descriptor of it.
     inode: u32,
+}
+
+impl One {
+    /// Of a closed one: whether somebody still takes what is left.
+    fn drains(&self) -> bool {
+        self.sent > 1 && self.retries < UNANSWERED
+    }
 }
 
 fn one(message: &Message) -> Option<One> {
@@ -299,6 +319,27 @@ fn one(message: &Message) -> Option<One> {
         owner: word(64),
         cookie: u64::from(word(44)) | u64::from(word(48)) << 32,
         received: word(56),
+        sent: word(60),
+        retries: bytes[3],
         inode: word(68),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_somebody_takes_drains() {
+        let one = |sent: u32, retries: u8| {
+            let mut bytes = [0; ANSWER];
+            (bytes[0], bytes[1], bytes[3]) = (libc::AF_INET as u8, FIN_WAIT1, retries);
+            bytes[60..64].copy_from_slice(&sent.to_ne_bytes());
+            let message = Message { kind: BY_FAMILY, payload: bytes.to_vec() };
+            one(&message).is_some_and(|one| one.drains())
+        };
+        assert!(one(2, 0) && one(1 << 20, UNANSWERED - 1));
+        assert!(!one(1, 0), "only the end is left");
+        assert!(!one(1 << 20, UNANSWERED), "the peer is gone");
+    }
 }

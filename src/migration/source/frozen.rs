@@ -17,9 +17,11 @@ use crate::migration::haul::{self, HaulEvent};
 use crate::migration::keeper::Keeper;
 use crate::migration::pace::Pace;
 use crate::migration::parcels::{SpeakerFile, send_file};
+use crate::migration::preflight::{Scene, strangers};
 use crate::migration::protocol::Message;
 use crate::migration::talk::Heard;
-use crate::migration::{descriptors, recover};
+use crate::migration::{descriptors, lull, recover};
+use crate::network::problem::Problem;
 use crate::report::progress::Reporter;
 use crate::sys::{fault, process};
 use crate::transport::frame;
@@ -28,6 +30,7 @@ impl Begun {
     pub(super) fn freeze(&mut self, reporter: &mut Reporter) -> Result<()> {
         fault::point("source.freeze")?;
         recover::leave_mark(&self.journal)?;
+        self.await_drained(reporter)?;
         self.inputs.until(FREEZE_LIMIT);
         self.obey_limit();
         let rounds = &reporter.report.rounds;
@@ -64,15 +67,38 @@ impl Begun {
         self.tell_memory(Order::Frozen)
     }
 
+    /// Answers on connections that the container has closed get away while it runs.
+    fn await_drained(&mut self, reporter: &mut Reporter) -> Result<()> {
+        let Some(mut lookout) = self.lookout()? else { return Ok(()) };
+        lull::await_drained(&mut lookout, || {
+            while let Some(input) = self.inputs.pending()? {
+                self.take_note(input, reporter);
+            }
+            Ok(())
+        })
+    }
+
     pub(super) fn tell_memory(&self, order: Order) -> Result<()> {
         let memory = self.memory.as_ref().ok_or_else(|| anyhow!("memory is not being sent"))?;
         memory.orders.send(order).map_err(|_| anyhow!("memory is not being sent any more"))
+    }
+
+    /// Whoever was put into the container in the last moment, such as a health check, ends with it.
+    fn tell_strangers(&self, reporter: &mut Reporter) -> Result<()> {
+        let tasks = self.subject.cgroup.processes()?;
+        let found = strangers::find(Scene { init: self.subject.state.pid, tasks: &tasks });
+        if !found.is_empty() {
+            let what = "what was put into the container from outside does not go along";
+            reporter.problem(Problem::new(what, strangers::names(&found)).warning());
+        }
+        Ok(())
     }
 
     pub(super) fn dump(&mut self, reporter: &mut Reporter) -> Result<()> {
         fault::point("source.dump")?;
         // While CRIU works.
         recover::note_sockets(&self.journal.record, &self.subject.cgroup.processes()?)?;
+        self.tell_strangers(reporter)?;
         let (mut dumped, mut hauled) = (false, self.haul.is_none());
         while !(dumped && hauled) {
             match self.next(reporter)? {

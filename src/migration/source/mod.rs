@@ -452,6 +452,16 @@ impl Begun {
         }
     }
 
+    /// Looks for the container's sockets, where it has a network.
+    fn lookout(&self) -> Result<Option<Lookout>> {
+        let subject = &self.subject;
+        Ok(match (&subject.network, &subject.plan.floating) {
+            (_, Some(all)) => Some(floating::lookout(all, &subject.cgroup)?),
+            (Some((namespace, ..)), None) => Some(Lookout::new(namespace)?),
+            (None, None) => None,
+        })
+    }
+
     /// Tells the destination of the connections that we shall carry, where there are many.
     fn announce_connections(&mut self) -> Result<()> {
         let subject = &self.subject;
@@ -461,11 +471,8 @@ impl Begun {
         if !may || !arch::SUPPORTED || !matches!(subject.cgroup, Cgroup::V2(_)) {
             return Ok(());
         }
-        let lookout = match &subject.plan.floating {
-            Some(all) => floating::lookout(all, &subject.cgroup)?,
-            None => Lookout::new(namespace.ok_or_else(|| anyhow!("there is no network"))?)?,
-        };
-        let mut lookout = lookout;
+        let lookout = self.lookout()?;
+        let mut lookout = lookout.ok_or_else(|| anyhow!("there is no network"))?;
         let mut lifting = Lifting::new(namespace, self.vault.clone(), self.work.path())?;
         let coming = lifting.look(&mut lookout, &subject.cgroup.processes()?)?;
         if coming.len() < connections::MANY {
