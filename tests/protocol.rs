@@ -16,10 +16,12 @@ use ferry::memory::serve::Served;
 use ferry::migration::connections::Coming;
 use ferry::migration::forward::Course;
 use ferry::migration::forward::carrier::Word;
+use ferry::migration::locks::Held;
 use ferry::migration::protocol::{self, Hello, Message, PROTOCOL, Plan, Standing, Verdict};
 use ferry::migration::{destination, talk};
 use ferry::network::problem::Problem;
 use ferry::oci::runtime::Runtime;
+use ferry::sys::locks::{FileLock, Kind};
 use ferry::transport::connect::{Closer, Link};
 use ferry::transport::frame::{self, Frame, Run};
 use serde_json::json;
@@ -43,6 +45,8 @@ fn plan() -> Plan {
 }
 
 fn all_messages() -> Vec<Message> {
+    let lock = FileLock { kind: Kind::Posix, write: true, start: 124, end: None };
+    let lock = Held { vpid: 7, number: 3, lock };
     let problem = Problem::new("it is full", "no byte is free").hint("make room");
     let mut list = vec![
         Message::Hello(Hello { protocol: PROTOCOL, ferry: "1.0".into(), host: "elsewhere".into() }),
@@ -73,7 +77,7 @@ fn all_messages() -> Vec<Message> {
         },
         Message::Awaited { lacking: vec![0, 9] },
         Message::Freezing,
-        Message::Dumped { tasks: vec![1, 7], connections: 3 },
+        Message::Dumped { tasks: vec![1, 7], connections: 3, locks: vec![lock] },
         Message::Echo { number: 3 },
         Message::MemoryDone { left: 7 },
         Message::Ready,

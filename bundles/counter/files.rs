@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
@@ -23,6 +23,9 @@ use crate::common::pages::SplitMix;
 const BLOCK: usize = 4096;
 /// Blocks of the file that is mapped.
 const MAPPED: usize = 64;
+/// Which bytes of it the process has locked.
+const WRITE_LOCKED: i64 = 124;
+const READ_LOCKED: i64 = 1 << 30;
 /// Blocks checked at a time.
 const LOOK: usize = 256;
 /// Where a file without a name ends.
@@ -77,6 +80,10 @@ struct Work {
     mapped: Vec<u64>,
     /// Where the file is mapped.
     map: &'static mut [u8],
+    /// It has locks of the process's own; and a description of it that asks for them. Neither may be
+    /// closed: the locks would be gone.
+    mapped_file: File,
+    asking: File,
     log: File,
     lines: u64,
     /// Open, and without a name; too long for what CRIU takes by itself.
@@ -101,6 +108,12 @@ fn block(seed: u64, index: usize, generation: u64) -> [u8; BLOCK] {
         word.copy_from_slice(&numbers.next().to_le_bytes());
     }
     block
+}
+
+/// A byte of a file, as fcntl_locking(2) wants it.
+fn part(kind: i32, start: i64) -> libc::flock {
+    let (l_type, l_whence) = (kind as i16, libc::SEEK_SET as i16);
+    libc::flock { l_type, l_whence, l_start: start, l_len: 1, l_pid: 0 }
 }
 
 fn line(number: u64) -> String {
@@ -130,6 +143,12 @@ impl Work {
         for (i, piece) in map.chunks_exact_mut(BLOCK).enumerate() {
             piece.copy_from_slice(&block(!seed, i, 0));
         }
+        let asking = File::options()
+            .read(true)
+            .write(true)
+            .open(directory.join(OsStr::from_bytes(b"mapp\xe9d")))?;
+        fcntl(&mapped_file, FcntlArg::F_SETLK(&part(libc::F_WRLCK, WRITE_LOCKED)))?;
+        fcntl(&mapped_file, FcntlArg::F_SETLK(&part(libc::F_RDLCK, READ_LOCKED)))?;
         let log = OpenOptions::new().append(true).create(true).open(directory.join("log"))?;
         log.set_len(0)?;
         let nameless = create("nameless".as_ref())?;
@@ -156,6 +175,8 @@ impl Work {
             data_file,
             mapped: vec![0; MAPPED],
             map,
+            mapped_file,
+            asking,
             log,
             lines: 0,
             nameless,
@@ -231,6 +252,13 @@ impl Work {
         for (i, piece) in self.map.chunks_exact(BLOCK).enumerate() {
             bad += u64::from(piece != block(!self.seed, i, self.mapped[i]));
         }
+        // An open file is in the way of its own process's locks.
+        for (kind, at) in [(libc::F_WRLCK, WRITE_LOCKED), (libc::F_RDLCK, READ_LOCKED)] {
+            let mut found = part(libc::F_WRLCK, at);
+            fcntl(&self.asking, FcntlArg::F_OFD_GETLK(&mut found))?;
+            bad += u64::from(i32::from(found.l_type) != kind);
+        }
+        bad += u64::from(self.mapped_file.metadata()?.len() != (MAPPED * BLOCK) as u64);
         let log = fs::read(self.directory.join("log"))?;
         let last = line(self.lines - 1);
         bad += u64::from(log.len() != last.len() * self.lines as usize);

@@ -24,6 +24,7 @@ pub mod journal;
 pub mod keeper;
 pub mod lanes;
 pub mod layers;
+pub mod locks;
 pub mod lull;
 pub mod mend;
 pub mod pace;

@@ -45,6 +45,7 @@ use serde_json::Value;
 use super::connections::Coming;
 use super::forward::carrier::Word;
 use super::forward::{Course, Plans};
+use super::locks::Held;
 use super::workdir;
 use crate::files::layers::Layer;
 use crate::files::overlay::Overlay;
@@ -59,7 +60,7 @@ use crate::oci::bundle::Bundle;
 use crate::transport::frame;
 
 /// Version of this protocol: both sides must speak the same one.
-pub const PROTOCOL: u32 = 5;
+pub const PROTOCOL: u32 = 6;
 
 /// Most image files of one checkpoint.
 pub const MAX_FILES: usize = 100_000;
@@ -145,6 +146,8 @@ pub enum Message {
         tasks: Vec<i32>,
         /// How many connections have come beside the images.
         connections: usize,
+        /// The file locks that the tasks hold.
+        locks: Vec<Held>,
     },
     /// Both ways, at any time: sent back as it came. Says nothing about who owns the container.
     Echo {

@@ -11,6 +11,7 @@ pub mod entry;
 pub mod fanotify;
 pub mod fault;
 pub mod inject;
+pub mod locks;
 pub mod memory;
 pub mod mirror;
 pub mod netlink;

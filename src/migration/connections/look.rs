@@ -187,7 +187,7 @@ fn socket(pid: i32, number: RawFd) -> Option<u32> {
 
 /// The tasks in the process ID namespace of the container's first one: what the others number, it is not
 /// that by which CRIU knows them.
-pub(super) fn of_first_space(pids: &[i32]) -> Result<Vec<pages::Task>> {
+pub(in crate::migration) fn of_first_space(pids: &[i32]) -> Result<Vec<pages::Task>> {
     let tasks = pages::tasks(pids)?;
     let space = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
     let first = tasks.iter().find(|task| task.vpid == 1).or(tasks.first());

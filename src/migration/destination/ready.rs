@@ -22,6 +22,7 @@ use crate::migration::connections::{self, Coming, Landing};
 use crate::migration::guards::PageGuard;
 use crate::migration::intake::{self, Stage};
 use crate::migration::journal::State;
+use crate::migration::locks::{self, Held};
 use crate::migration::parcels::STREAM;
 use crate::migration::protocol::{MAX_TASKS, Message};
 use crate::migration::restore::{Go, RestoreEvent, RestoreJob, RestorePlan};
@@ -61,7 +62,7 @@ impl Guest {
             self.take_files(tell)?;
         }
         let (mut dumped, mut memory_done, mut restored) = (None, false, false);
-        let (mut warm, mut came) = (None, 0);
+        let (mut warm, mut came, mut held) = (None, 0, Vec::new());
         while !restored {
             match inputs.next(SILENCE)? {
                 Input::Restore(RestoreEvent::AtRequest) => {
@@ -91,14 +92,14 @@ impl Guest {
                     self.await_connections(list, tell)?;
                 }
                 Input::Awaited(lacking) => speaker.say(&Message::Awaited { lacking })?,
-                Input::Heard(Heard::Message(Message::Dumped { tasks, connections })) => {
-                    if tasks.len() > MAX_TASKS {
-                        bail!("a container of {} tasks", tasks.len());
+                Input::Heard(Heard::Message(Message::Dumped { tasks, connections, locks })) => {
+                    if tasks.len() > MAX_TASKS || locks.len() > locks::MOST {
+                        bail!("a container of {} tasks, {} locks", tasks.len(), locks.len());
                     }
                     fault::point("destination.restore")?;
                     self.begin_restore()?;
                     dumped = Some(tasks);
-                    came = connections;
+                    (came, held) = (connections, locks);
                 }
                 Input::Heard(Heard::Message(Message::MemoryDone { left })) => {
                     self.left = left;
@@ -110,6 +111,7 @@ impl Guest {
                     self.journal.record.init = init;
                     self.mark("restored");
                     self.land_connections(pid, came)?;
+                    self.hold_locks(pid, &held)?;
                     fault::point("destination.restored")?;
                     restored = true;
                     drop(warm.take());
@@ -239,6 +241,15 @@ impl Guest {
         landed.land(&Cgroup::of_process(init)?.processes()?)?;
         self.landed = Some(landed);
         self.mark("connections landed");
+        Ok(())
+    }
+
+    /// Has the tasks that CRIU has restored hold the locks that they held on the source.
+    fn hold_locks(&mut self, init: i32, held: &[Held]) -> Result<()> {
+        if !held.is_empty() {
+            locks::hold(&Cgroup::of_process(init)?.processes()?, held)?;
+            self.mark("locks held");
+        }
         Ok(())
     }
 

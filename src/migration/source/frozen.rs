@@ -20,7 +20,7 @@ use crate::migration::parcels::{SpeakerFile, send_file};
 use crate::migration::preflight::{Scene, strangers};
 use crate::migration::protocol::Message;
 use crate::migration::talk::Heard;
-use crate::migration::{descriptors, lull, recover};
+use crate::migration::{descriptors, locks, lull, recover};
 use crate::network::problem::Problem;
 use crate::report::progress::Reporter;
 use crate::sys::{fault, process};
@@ -97,8 +97,11 @@ impl Begun {
     pub(super) fn dump(&mut self, reporter: &mut Reporter) -> Result<()> {
         fault::point("source.dump")?;
         // While CRIU works.
-        recover::note_sockets(&self.journal.record, &self.subject.cgroup.processes()?)?;
+        let pids = self.subject.cgroup.processes()?;
+        recover::note_sockets(&self.journal.record, &pids)?;
         self.tell_strangers(reporter)?;
+        let locks = locks::look(&pids)?;
+        self.locks = locks.into_iter().map(|found| found.held).collect();
         let (mut dumped, mut hauled) = (false, self.haul.is_none());
         while !(dumped && hauled) {
             match self.next(reporter)? {
@@ -147,7 +150,8 @@ impl Begun {
         let lifted = lifted.as_mut().map(Lifted::sent).transpose()?;
         reporter.report.connections = lifted;
         let tasks = tasks.iter().map(|t| t.vpid).collect();
-        self.speaker.say(&Message::Dumped { tasks, connections: lifted.unwrap_or(0) })?;
+        let (connections, locks) = (lifted.unwrap_or(0), std::mem::take(&mut self.locks));
+        self.speaker.say(&Message::Dumped { tasks, connections, locks })?;
         reporter.mark("images are sent");
         Ok(())
     }

@@ -34,6 +34,7 @@ use super::inspect::Subject;
 use super::journal::{self, Journal, Lock, Record, Role, State};
 use super::keeper::Keeper;
 use super::lanes::Lane;
+use super::locks::Held;
 use super::mend::Watch;
 use super::protocol::Message;
 use super::talk::{Heard, Speaker};
@@ -163,6 +164,8 @@ struct Begun {
     memory: Option<Memory>,
     haul: Option<Haul>,
     early: Option<Early>,
+    /// The file locks that the frozen tasks hold.
+    locks: Vec<Held>,
     memory_wishes: carry::Wishes,
     /// Further links for memory.
     lanes: Vec<Lane>,
@@ -242,6 +245,7 @@ impl Begun {
             memory: None,
             haul: None,
             early: None,
+            locks: Vec::new(),
             memory_wishes: options.memory.clone(),
             lanes: Vec::new(),
             left: 0,
