@@ -237,7 +237,7 @@ fn flag(name: &str) -> Option<MsFlags> {
 }
 
 /// Without mountinfo's escapes: `\040` for a blank.
-fn plain(text: &[u8]) -> Vec<u8> {
+pub(crate) fn plain(text: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(text.len());
     let mut rest = text;
     while let Some((&byte, after)) = rest.split_first() {

@@ -13,10 +13,11 @@ use super::carry::{self, MemoryEvent};
 use super::dump::DumpEvent;
 use super::haul::{HaulEvent, Load};
 use super::inspect::{Subject, Wishes, inspect};
+use super::locks::{self, Found};
 use super::protocol::{Message, Place, Probe};
 use super::talk::{self, Heard, Speaker};
 use super::watch::Watch;
-use super::{forward, host};
+use super::{contested, forward, host};
 use crate::files::layers::Store;
 use crate::files::overlay::Overlay;
 use crate::files::probe::inode_in;
@@ -233,6 +234,8 @@ pub(super) fn ask(
     let mut subject = inspect(runtime, &options.wishes).map_err(|p| refusal(&p))?;
     reporter.report.migration.clone_from(&subject.plan.migration);
     std::mem::take(&mut subject.warnings).into_iter().for_each(|warning| reporter.problem(warning));
+    let locks = subject.cgroup.processes().and_then(|pids| locks::look(&pids));
+    let locks = locks.map_err(Failed::refused)?;
     reporter.phase("connect", &format!("asking {}", options.destination));
     let link = options.destination.connect().map_err(Failed::refused)?;
     let (speaker, reader, mut closer) = talk::split(link);
@@ -299,6 +302,9 @@ pub(super) fn ask(
         }
     })();
     subject.probes.clear();
+    if let Ok(Ok((_, _, copies))) = &answer {
+        subject.copies.clone_from(copies);
+    }
     let answer = match answer {
         Ok(Ok((warnings, shared, copies))) if !copies.is_empty() => {
             announce(&mut subject, options, &speaker, &mut inputs, &copies, reporter)
@@ -326,6 +332,10 @@ pub(super) fn ask(
                 seen.push(stream.external.clone());
                 stream.sent = stream.external.is_some() && !twice && !shared.contains(&i);
             }
+            if let Some(problem) = contested(&subject, &locks) {
+                closer.close();
+                return Err(refusal(&[problem]));
+            }
             for warning in warnings {
                 reporter.problem(warning);
             }
@@ -340,6 +350,13 @@ pub(super) fn ask(
             Err(Failed::refused(e))
         }
     }
+}
+
+/// Locks that were seen before, are held still, and cannot be taken over there as long as they are.
+fn contested(subject: &Subject, before: &[Found]) -> Option<Problem> {
+    let mut locks = locks::look(&subject.cgroup.processes().ok()?).ok()?;
+    locks.retain(|found| before.contains(found));
+    contested::problem(subject, &locks)
 }
 
 /// Tells the destination how much there is to copy; what stands in the way of that.

@@ -49,7 +49,9 @@ pub struct Subject {
     pub layered: Layered,
     /// What has to be copied, once the destination has said so.
     pub load: Option<Load>,
-    /// Which of the plan's probes are copied, and what they hold.
+    /// Which of the plan's probes are copied, once the destination has said so.
+    pub copies: Vec<usize>,
+    /// What they hold.
     pub sizes: Vec<(usize, Size)>,
     /// What becomes of the address, once the destination has said so.
     pub forward: Option<forward::Note>,
@@ -271,6 +273,7 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         probes,
         layered,
         load: None,
+        copies: Vec::new(),
         sizes: Vec::new(),
         forward: None,
         warnings: Vec::new(),

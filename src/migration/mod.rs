@@ -6,6 +6,7 @@ pub mod away;
 pub mod carry;
 pub mod checks;
 pub mod connections;
+pub mod contested;
 pub mod descriptors;
 pub mod destination;
 pub mod dump;

@@ -31,6 +31,7 @@ pub fn trials() -> Vec<Trial> {
         in_lab("refusals::host_network", LIMIT, host_network),
         in_lab("refusals::io_uring", LIMIT, io_uring),
         in_lab("refusals::open_device", LIMIT, open_device),
+        in_lab("refusals::lock_on_shared_storage", LIMIT, lock_on_shared_storage),
         in_lab("refusals::failure_is_told_once", LIMIT, failure_is_told_once),
         in_lab("refusals::without_tun", LIMIT, without_tun),
         in_lab("refusals::packet_filter", LIMIT, packet_filter),
@@ -278,6 +279,18 @@ fn open_device(lab: &Lab) -> Outcome {
     let pid = running_with(lab, &container, open)?;
     let words = ["the device /dev/net/tun open", "(stdio-ticker)", "10:200", "hint:"];
     refused(&lab.host("a"), &["box", "b"], &words)?;
+    untouched(lab, &container, pid)
+}
+
+/// The other host could not have it as long as it is held here.
+fn lock_on_shared_storage(lab: &Lab) -> Outcome {
+    let container = Container::plain("counter").with(&["--arg", "--files", "--arg", "/data"]);
+    let pid = running(lab, &container)?;
+    let process = format!("process {pid} (counter-server)");
+    let words = ["holds a lock on /data/", "which both hosts see", &process, "hint:"];
+    refused(&lab.host("a"), &["box", "b"], &words)?;
+    let said = lab.host("a").ferry(&["check", "box", "b"])?.exits(3)?;
+    says(&said, &words)?;
     untouched(lab, &container, pid)
 }
 

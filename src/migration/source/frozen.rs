@@ -20,7 +20,7 @@ use crate::migration::parcels::{SpeakerFile, send_file};
 use crate::migration::preflight::{Scene, strangers};
 use crate::migration::protocol::Message;
 use crate::migration::talk::Heard;
-use crate::migration::{descriptors, locks, lull, recover};
+use crate::migration::{contested, descriptors, locks, lull, recover};
 use crate::network::problem::Problem;
 use crate::report::progress::Reporter;
 use crate::sys::{fault, process};
@@ -101,6 +101,9 @@ impl Begun {
         recover::note_sockets(&self.journal.record, &pids)?;
         self.tell_strangers(reporter)?;
         let locks = locks::look(&pids)?;
+        if let Some(problem) = contested::problem(&self.subject, &locks) {
+            return Err(problem.into());
+        }
         self.locks = locks.into_iter().map(|found| found.held).collect();
         let (mut dumped, mut hauled) = (false, self.haul.is_none());
         while !(dumped && hauled) {
