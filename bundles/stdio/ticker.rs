@@ -4,9 +4,11 @@
 //! by the numbers whether a line was lost or came twice, and a writer to stdin
 //! sees its lines come back.
 
-use std::fs::File;
+use std::ffi::OsStr;
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -15,7 +17,7 @@ use clap::Parser;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::unistd::read;
+use nix::unistd::{chdir, chroot, dup2_stderr, dup2_stdout, read};
 
 #[path = "../common/units.rs"]
 #[allow(dead_code)]
@@ -30,6 +32,15 @@ struct Options {
     /// Write the numbered lines to this file as well
     #[arg(long)]
     file: Option<PathBuf>,
+    /// Have stdout and stderr in this file, which is made with its directory
+    #[arg(long)]
+    onto: Option<PathBuf>,
+    /// Add a byte that is in no UTF-8 to the name of that file
+    #[arg(long)]
+    odd_name: bool,
+    /// Then have another root directory, which is made, too
+    #[arg(long)]
+    chroot: Option<PathBuf>,
     /// End after so many lines
     #[arg(long)]
     lines: Option<u64>,
@@ -46,11 +57,32 @@ fn main() -> ExitCode {
     }
 }
 
+/// Makes it hard to tell from outside what stdout is.
+fn hide(options: &Options) -> io::Result<()> {
+    if let Some(onto) = &options.onto {
+        let mut name = onto.clone().into_os_string();
+        if options.odd_name {
+            name.push(OsStr::from_bytes(b"\xff"));
+        }
+        fs::create_dir_all(onto.parent().unwrap_or(onto))?;
+        let file = File::create(name)?;
+        dup2_stdout(&file)?;
+        dup2_stderr(&file)?;
+    }
+    if let Some(root) = &options.chroot {
+        fs::create_dir_all(root)?;
+        chroot(root)?;
+        chdir("/")?;
+    }
+    Ok(())
+}
+
 fn run(options: &Options) -> io::Result<()> {
     // Read from a descriptor, because pid 1 of a container ignores it otherwise.
     let mask = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
     mask.thread_block()?;
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK)?;
+    hide(options)?;
     let mut file = options.file.as_ref().map(File::create).transpose()?;
     let stdin = io::stdin();
     let mut stdin_open = true;

@@ -8,14 +8,16 @@
 //! [`overlay`] only the upper layer is copied, and those of its [`layers`] that the other host does
 //! not have; [`mounting`] is how it comes to its place. [`tmpfs`] carries the mounts that live
 //! in memory, as a [`tree`]; [`sockets`] keeps the names of unix sockets until it is known who owns
-//! them.
+//! them. [`logs`] come to their places in a [`directory`] that somebody else has named.
 
 pub mod apply;
 mod changes;
 mod contents;
+pub mod directory;
 pub mod follow;
 pub mod inodes;
 pub mod layers;
+pub mod logs;
 pub mod mounting;
 mod ops;
 pub mod overlay;

@@ -7,6 +7,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -14,6 +15,8 @@ use anyhow::{Context, Result, bail};
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_128;
+
+use crate::sys::process;
 
 /// How the names of probe files begin.
 pub const PREFIX: &str = ".ferry-probe-";
@@ -37,6 +40,8 @@ pub struct Probe {
     /// For the other host.
     pub proof: Proof,
     made: Option<PathBuf>,
+    /// Where `made` leads through one of our descriptors.
+    kept: Option<OwnedFd>,
 }
 
 impl Drop for Probe {
@@ -91,7 +96,17 @@ pub fn make(path: &Path, read_only: bool) -> Result<Probe> {
     // After the probe file was made: it has changed the directory.
     let meta = fs::metadata(path).with_context(what)?;
     let inode = (meta.ino(), meta.size(), meta.ctime(), meta.ctime_nsec());
-    Ok(Probe { proof: Proof { file, inode, contents }, made })
+    Ok(Probe { proof: Proof { file, inode, contents }, made, kept: None })
+}
+
+/// As [`make`], for a directory that is open: whatever its name leads to by now.
+///
+/// # Errors
+/// When it cannot be looked at.
+pub fn make_in(directory: OwnedFd) -> Result<Probe> {
+    let mut probe = make(&process::path_of(&directory), false)?;
+    probe.kept = Some(directory);
+    Ok(probe)
 }
 
 /// Device and inode of what a container has at a place, found without leaving its root: openat2(2).

@@ -1,11 +1,10 @@
 //! What the source can know of a container before anything is touched: the plan, and every
 //! obstacle that shows here.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use super::away::AwayMark;
 use super::floating;
@@ -13,7 +12,8 @@ use super::forward::{self, Plans, Wish};
 use super::haul::Load;
 use super::layers::{self, Layered};
 use super::preflight::{self, Scene};
-use super::protocol::{How, Place, Plan, Probe, Stream};
+use super::protocol::{How, Place, Plan, Probe};
+use super::standard::{self, Standard};
 use super::{descriptors, host};
 use crate::files::walk::Size;
 use crate::files::{probe, tmpfs};
@@ -27,9 +27,6 @@ use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::{Runtime, State};
 use crate::sys::netns::NetNs;
 use crate::sys::process::proc_text;
-
-/// Longest log that travels along with a container that writes to a regular file.
-pub const MAX_STREAM: u64 = 1 << 30;
 
 /// A container that could go, looked at from all sides.
 pub struct Subject {
@@ -45,6 +42,8 @@ pub struct Subject {
     pub plan: Plan,
     /// Keeps the probe files until the destination has looked.
     pub probes: Vec<probe::Probe>,
+    /// Its logs outside of it, by the number of their stream.
+    pub logs: Vec<Option<File>>,
     /// Its root file system, where that is an overlay.
     pub layered: Layered,
     /// What has to be copied, once the destination has said so.
@@ -171,8 +170,9 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         Problem::new("the container cannot be frozen", format!("{e:#}"))
             .hint("give it a control group of its own (cgroupsPath in config.json)")
     })?;
-    let mut probes = Vec::new();
-    let streams = streams(state.pid, &bundle, wishes, &mut probes)?;
+    terminal(&bundle, wishes)?;
+    let Standard { streams, mut probes, logs } =
+        standard::look(state.pid, &cgroup.processes().unwrap_or_default())?;
     let floating = floating::look(&bundle, state.pid, &cgroup, wishes)?;
     let (network, loopback) = match floating {
         Some(_) => (None, None),
@@ -271,6 +271,7 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         network,
         plan,
         probes,
+        logs,
         layered,
         load: None,
         copies: Vec::new(),
@@ -292,60 +293,8 @@ fn resident_bytes(cgroup: &Cgroup) -> Result<u64> {
     Ok(total)
 }
 
-/// What the container's standard streams are, and whether they can go along. Logs outside the
-/// container get a probe in their directory.
-fn streams(
-    pid: i32,
-    bundle: &Bundle,
-    wishes: &Wishes,
-    probes: &mut Vec<probe::Probe>,
-) -> Result<Vec<Stream>> {
-    let mut list = Vec::new();
-    for number in 0..3 {
-        let link = format!("/proc/{pid}/fd/{number}");
-        let Ok(target) = fs::read_link(&link) else {
-            // A closed stream stays closed.
-            list.push(Stream::default());
-            continue;
-        };
-        let target = target.to_string_lossy().into_owned();
-        let meta = fs::metadata(&link)?;
-        let mut stream = Stream { target: target.clone(), ..Stream::default() };
-        if meta.is_file() && !reaches(pid, &target, &meta) {
-            let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}"))?;
-            let mount: u64 = info
-                .lines()
-                .find_map(|l| l.strip_prefix("mnt_id:"))
-                .and_then(|v| v.trim().parse().ok())
-                .context("no mnt_id in fdinfo")?;
-            if target.ends_with(" (deleted)") {
-                return Err(Problem::new(
-                    "a standard stream is a file that has been deleted",
-                    format!("{target} has no name any more, so it cannot be found over there"),
-                )
-                .hint("start the container with its output on a pipe, or on a file that stays")
-                .into());
-            }
-            if meta.size() > MAX_STREAM {
-                return Err(Problem::new(
-                    format!("the log {target} is too long to go along"),
-                    format!("{} bytes; at most {MAX_STREAM} are carried", meta.size()),
-                )
-                .hint("rotate it by copy and truncate")
-                .into());
-            }
-            if let Some(dir) = Path::new(&target).parent() {
-                let probe = probe::make(dir, false)?;
-                stream.proof = Some(probe.proof.clone());
-                probes.push(probe);
-            }
-            stream.external = Some(format!("file[{mount:x}:{:x}]", meta.ino()));
-            stream.size = meta.size();
-            stream.mode = meta.mode() & 0o7777;
-            stream.owner = (meta.uid(), meta.gid());
-        }
-        list.push(stream);
-    }
+/// A terminal has to be taken by somebody.
+fn terminal(bundle: &Bundle, wishes: &Wishes) -> Result<()> {
     if bundle.terminal() && wishes.console_socket.is_none() {
         return Err(Problem::new(
             "the container has a terminal, and nobody takes it on the other host",
@@ -354,13 +303,7 @@ fn streams(
         .hint("name a socket over there with --console-socket PATH, as for `runc run`")
         .into());
     }
-    Ok(list)
-}
-
-/// Whether a path leads to the same file inside the container.
-fn reaches(pid: i32, target: &str, meta: &fs::Metadata) -> bool {
-    fs::metadata(format!("/proc/{pid}/root{target}"))
-        .is_ok_and(|m| (m.dev(), m.ino()) == (meta.dev(), meta.ino()))
+    Ok(())
 }
 
 type Network = Option<(NetNs, PathBuf, NetworkImage)>;

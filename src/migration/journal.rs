@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::away::canonical;
 use super::forward::Note;
+use crate::files::logs::Logs;
 use crate::files::place::Placing;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::DEFAULT_ROOT;
@@ -111,6 +112,9 @@ pub struct Record {
     /// What is copied here (destination only).
     #[serde(default)]
     pub placing: Placing,
+    /// Logs that come along (destination only).
+    #[serde(default)]
+    pub logs: Logs,
     /// What is done about forwarding its address.
     #[serde(default)]
     pub forward: Option<Note>,
@@ -371,6 +375,7 @@ pub(crate) mod tests {
     pub(crate) fn record(migration: &str) -> Record {
         Record {
             placing: Placing::default(),
+            logs: Logs::default(),
             forward: None,
             remove: Vec::new(),
             unmount: None,

@@ -38,6 +38,7 @@ pub mod restore;
 pub mod room;
 pub mod settle;
 pub mod source;
+pub mod standard;
 pub mod streams;
 pub mod talk;
 pub mod unread;

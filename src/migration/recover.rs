@@ -389,6 +389,12 @@ pub fn destination_discards(journal: &mut Journal) -> Result<()> {
     // Nobody uses it any more.
     runtime.clear_restore(&record.container);
     trouble.note("removing what was copied", record.placing.undo());
+    // Once it may have run, they tell why it did not go on.
+    let logs = match journal.state() {
+        State::Committed | State::Whole => record.logs.keep(),
+        _ => record.logs.undo(),
+    };
+    trouble.note("putting logs back", logs);
     workdir::remove(&record.work);
     trouble.note("writing the journal", journal.write(State::Aborted));
     trouble.into_result()
@@ -488,12 +494,13 @@ pub fn destination_keeps(journal: &mut Journal) -> Result<()> {
     trouble.into_result()
 }
 
-/// What was copied stays, on the disk. What the container itself had left here earlier is of no use
-/// any more.
+/// What was copied stays, on the disk; and so do logs. What the container itself had left here earlier
+/// is of no use any more.
 ///
 /// # Errors
 /// When the disk does not take it, or what stood in its place cannot be kept.
 pub fn settle_files(record: &Record, came_back: bool) -> Result<()> {
     record.placing.sync()?;
-    record.placing.keep(came_back)
+    let logs = record.logs.keep();
+    record.placing.keep(came_back).and(logs)
 }

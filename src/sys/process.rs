@@ -75,7 +75,7 @@ pub fn dup_onto(fd: impl AsFd, target: RawFd) -> io::Result<()> {
 }
 
 /// A path that leads to what one of our descriptors stands for. proc_pid_fd(5)
-pub fn path_of(fd: &OwnedFd) -> std::path::PathBuf {
+pub fn path_of(fd: &impl AsRawFd) -> std::path::PathBuf {
     format!("/proc/self/fd/{}", fd.as_raw_fd()).into()
 }
 

@@ -7,7 +7,7 @@ use libtest_mimic::Trial;
 use crate::common::container::Container;
 use crate::common::facts::{exactly_one_copy, pair};
 use crate::common::lab::{Host, Lab};
-use crate::common::process::{Running, until};
+use crate::common::process::{Running, until, write_script};
 use crate::common::suite::in_lab;
 use crate::common::{Outcome, ensure};
 
@@ -22,6 +22,9 @@ pub fn trials() -> Vec<Trial> {
         in_lab("streams::own_log", LIMIT, |lab| log(lab, "/srv/local/box.log")),
         in_lab("streams::own_log_to_and_fro", LIMIT, own_log_to_and_fro),
         in_lab("streams::log_with_its_mode", LIMIT, log_with_its_mode),
+        in_lab("streams::no_log_of_the_host", LIMIT, no_log_of_the_host),
+        in_lab("streams::places_that_get_no_log", LIMIT, places_that_get_no_log),
+        in_lab("streams::log_of_a_killed_receiver", LIMIT, log_of_a_killed_receiver),
         in_lab("streams::terminal", LIMIT, terminal),
         in_lab("streams::reader_that_went_away", LIMIT, reader_that_went_away),
     ]
@@ -128,6 +131,62 @@ fn log_with_its_mode(lab: &Lab) -> Outcome {
         b.sh(&format!("runc delete -f box; rm -f {path}*"))?;
         a.sh("ferry resolve --keep box")?;
     }
+    Ok(())
+}
+
+/// A container writes to a file of its own that cannot be found in it under the name that it shows:
+/// that name is no place on a host.
+fn no_log_of_the_host(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    // A directory that both hosts have, and the container has made in its root.
+    let listing = |host: &Host| host.sh("ls -A /usr/local/bin");
+    let before = (listing(&a)?, listing(&b)?);
+    let ticker = Container::plain("stdio").with(&["--arg", "--onto=/usr/local/bin/owned"]);
+    let tricks = [("--odd-name", 0), ("--chroot=/jail", 3)];
+    for (trick, code) in tricks {
+        let container = ticker.clone().with(&["--arg", trick]);
+        container.start(lab, &a)?;
+        let said = a.ferry(&["migrate", "box", "b"])?.exits(code)?;
+        let here = if code == 0 { &b } else { &a };
+        ensure!(code == 0 || said.err.contains("hint: "), "nobody is told what to do: {said}");
+        exactly_one_copy(&container, here, if code == 0 { &a } else { &b })?;
+        let after = (listing(&a)?, listing(&b)?);
+        ensure!(after == before, "after {trick} the hosts have {after:?}, and had {before:?}");
+        here.sh("runc delete -f box")?;
+        a.sh("ferry resolve --keep box || true; rm -rf /srv/shared/box")?;
+    }
+    Ok(())
+}
+
+/// Where a file is obeyed, or something else than a log stands, a log is not put.
+fn places_that_get_no_log(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    b.sh("mkdir -p /etc/cron.d /srv/local/taken.log")?;
+    for place in ["/etc/cron.d/box", "/srv/local/taken.log", "/srv/local/none/box.log"] {
+        a.sh(&format!("mkdir -p $(dirname {place})"))?;
+        let container = start_with_log(lab, &a, place)?;
+        let said = a.ferry(&["migrate", "box", "b"])?.exits(3)?;
+        ensure!(said.err.contains(place) && said.err.contains("hint: "), "{said}");
+        exactly_one_copy(&container, &a, &b)?;
+        a.sh("runc delete -f box")?;
+    }
+    let left = b.sh("find /etc/cron.d /srv/local -name '*box*' -o -name '.ferry*'")?;
+    ensure!(left.is_empty(), "on b there is now {left}");
+    Ok(())
+}
+
+/// A receiver that is killed when it has put the log in its place: its guard puts it back.
+fn log_of_a_killed_receiver(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let path = "/srv/local/box.log";
+    b.sh(&format!("echo old >{path}"))?;
+    let container = start_with_log(lab, &a, path)?;
+    let script = "#!/bin/sh\nFERRY_FAULT=destination.restored:kill exec ferry \"$@\"\n";
+    write_script(&a.path("/srv/shared/bin/faulty")?, script)?;
+    a.ferry(&["migrate", "--remote-ferry", "/srv/shared/bin/faulty", "box", "b"])?.exits(1)?;
+    exactly_one_copy(&container, &a, &b)?;
+    let log = b.sh(&format!("cat {path}; ls -A /srv/local"))?;
+    ensure!(log == "old\nbox.log\n", "on b there is {log}");
     Ok(())
 }
 

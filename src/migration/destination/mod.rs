@@ -214,7 +214,9 @@ fn converse(
     if !plan.check_only {
         settle::sweep(state_dir, runtime.root(), &plan.container)?;
     }
-    let found = checks::look(&plan, &runtime);
+    let mut found = checks::look(&plan, &runtime);
+    // Now, as the source takes its probes away when it has our answer.
+    let streams = Streams::find(&plan, &mut found.problems);
     let (copies, course) = (found.copies, found.course);
     let (fatal, warnings): (Vec<_>, Vec<_>) = found.problems.into_iter().partition(|p| p.fatal);
     if !fatal.is_empty() {
@@ -227,10 +229,8 @@ fn converse(
         let fresh = Staging::new(pages)?;
         stage.keep(fresh);
     }
-    // Now, as the source takes its probes away when it has our answer.
-    let shared = Streams::shared(&plan.streams);
-    let accept =
-        Message::Accept { warnings, shared: shared.clone(), copies: copies.clone(), course };
+    let shared = streams.shared();
+    let accept = Message::Accept { warnings, shared, copies: copies.clone(), course };
     speaker.say(&accept)?;
     let mut incoming = Incoming::default();
     if !copies.is_empty() {
@@ -254,7 +254,7 @@ fn converse(
         Err(_) => return Ok(()),
     }
     let guest =
-        match Guest::new(*plan, &shared, incoming, course, runtime, state_dir, backlog.clone()) {
+        match Guest::new(*plan, streams, incoming, course, runtime, state_dir, backlog.clone()) {
             Ok(guest) => guest,
             Err(e) => {
                 let why = format!("{e:#}");
@@ -306,7 +306,7 @@ struct Guest {
 impl Guest {
     fn new(
         plan: Plan,
-        shared: &[usize],
+        streams: Streams,
         incoming: Incoming,
         course: Course,
         runtime: Runtime,
@@ -315,7 +315,6 @@ impl Guest {
     ) -> Result<Guest> {
         let lock = Lock::take(state_dir, runtime.root(), &plan.container)?;
         let work = WorkDir::create(&plan.migration)?;
-        let streams = Streams::open(&plan, shared)?;
         let record = Record {
             migration: plan.migration.clone(),
             container: plan.container.clone(),
@@ -332,6 +331,7 @@ impl Guest {
             network_ours: plan.network.is_some() && plan.placement != "keep",
             leave_mark: false,
             placing: placing(&plan, &incoming)?,
+            logs: streams.logs(),
             forward: forward::Note::of_destination(&plan, course),
             remove: Vec::new(),
             unmount: None,

@@ -45,6 +45,7 @@ impl Guest {
         stage: &Stage,
     ) -> Result<()> {
         fault::point("destination.prepare")?;
+        self.streams.open(&self.plan)?;
         // From the beginning: a source that lost this link, and gave up, says so over another.
         let call = tell.clone();
         settle::take_calls(self.work.path(), move |c| call.send(Input::Call(c)).is_ok())?;

@@ -13,6 +13,7 @@ use crate::migration::journal::State;
 use crate::migration::protocol::{self, Message, Standing, Verdict};
 use crate::migration::restore::{Go, RestoreEvent};
 use crate::migration::settle::Call;
+use crate::migration::streams::Streams;
 use crate::migration::talk::{self, Heard, Speaker};
 use crate::sys::fault;
 use crate::transport::connect;
@@ -104,7 +105,7 @@ impl Guest {
         }
         // From here on what was made is the container's: no error may take it away again but one
         // that says that there is no container.
-        self.streams.keep();
+        self.streams = Streams::default();
         let _ = fault::point("destination.committed");
         // Before anything can run that would find them asleep.
         self.landed.iter().for_each(Landed::wake);

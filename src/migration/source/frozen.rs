@@ -178,17 +178,16 @@ impl Begun {
         Ok(())
     }
 
-    /// Logs outside the container: all of it before the freeze, in the freeze what came since.
+    /// Logs outside the container: all of it before the freeze, in the freeze what came since. Read is
+    /// what was looked at, whatever the container has under that number by now.
     pub(super) fn send_streams(&mut self, rest: bool) -> Result<()> {
         let mut buffer = vec![0; frame::MAX_FILE_PIECE];
-        for (i, stream) in self.subject.plan.streams.iter_mut().enumerate() {
-            if !stream.sent {
-                continue;
-            }
-            let path = PathBuf::from(format!("/proc/{}/fd/{i}", self.subject.state.pid));
+        let logs = self.subject.logs.iter();
+        for (i, (stream, log)) in self.subject.plan.streams.iter_mut().zip(logs).enumerate() {
+            let Some(log) = log.as_ref().filter(|_| stream.sent) else { continue };
             let from = if rest { stream.size } else { 0 };
-            stream.size =
-                send_file(&self.speaker, &format!("stream-{i}"), &path, from, &mut buffer)?;
+            let (name, path) = (format!("stream-{i}"), process::path_of(log));
+            stream.size = send_file(&self.speaker, &name, &path, from, &mut buffer)?;
         }
         Ok(())
     }

@@ -41,6 +41,7 @@ use super::talk::{Heard, Speaker};
 use super::workdir::WorkDir;
 use super::{floating, forecast, forward, host, recover, settle, watched};
 use crate::criu::interposer::Interposer;
+use crate::files::logs::Logs;
 use crate::files::place::Placing;
 use crate::memory::rounds::Tracking;
 use crate::network::hook::About;
@@ -207,6 +208,7 @@ impl Begun {
             network_ours: true,
             leave_mark: options.leave_mark,
             placing: Placing::default(),
+            logs: Logs::default(),
             forward: subject.forward.clone(),
             remove: if options.remove_files { removable(&subject) } else { Vec::new() },
             unmount: subject.load.as_ref().and_then(|l| Some(l.merged.as_ref()?.0.clone())),
