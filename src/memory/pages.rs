@@ -9,10 +9,14 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
+use crate::sys::maps::Mapping;
 use crate::sys::memory::{PAGE, PageRegion, Wanted, category, pagemap_scan, read_process};
 use crate::sys::process::proc_text;
+
+/// What looks like private memory, and is the kernel's.
+const SPECIAL: &[&str] = &["[vvar]", "[vvar_vclock]", "[vdso]", "[vsyscall]"];
 
 /// A process of the container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,23 +59,14 @@ pub fn tasks(pids: &[i32]) -> Result<Vec<Task>> {
 /// # Errors
 /// `NotFound` where the task has ended.
 pub fn anonymous_mappings(pid: i32) -> Result<Vec<(u64, u64)>> {
-    let maps = proc_text(pid, "maps")?;
+    let text = proc_text(pid, "maps")?;
     let mut found = Vec::new();
-    for line in maps.lines() {
-        // address perms offset dev inode [name]: proc_pid_maps(5)
-        let mut parts = line.split_ascii_whitespace();
-        let (Some(address), Some(perms), Some(_), Some(_), Some(inode)) =
-            (parts.next(), parts.next(), parts.next(), parts.next(), parts.next())
-        else {
-            bail!("cannot read a line of /proc/{pid}/maps");
-        };
-        let name = parts.next().unwrap_or_default();
-        let special = matches!(name, "[vvar]" | "[vvar_vclock]" | "[vdso]" | "[vsyscall]");
-        if inode != "0" || !perms.ends_with('p') || special {
-            continue;
+    for line in text.lines() {
+        let mapping = Mapping::parse(line)
+            .with_context(|| format!("cannot read a line of /proc/{pid}/maps"))?;
+        if mapping.inode == 0 && !mapping.is_shared() && !SPECIAL.contains(&mapping.name) {
+            found.push((mapping.start, mapping.end));
         }
-        let (start, end) = address.split_once('-').unwrap_or_default();
-        found.push((u64::from_str_radix(start, 16)?, u64::from_str_radix(end, 16)?));
     }
     Ok(found)
 }

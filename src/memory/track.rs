@@ -7,9 +7,10 @@
 //! page in a round and is never stopped. Mappings that came or moved since fail the scan with
 //! `EPERM` and are watched from then on, all their pages counting as written.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
@@ -19,6 +20,9 @@ use crate::sys::memory::{
     uffd_track_writes, uffd_watch_writes,
 };
 use crate::sys::{inject, process};
+
+/// How long a task may take to do a call for us; one that cannot is compared by hash.
+const PATIENCE: Duration = Duration::from_millis(200);
 
 /// A task being watched.
 #[derive(Debug)]
@@ -56,25 +60,13 @@ impl Tracker {
     /// When the kernel cannot, or the task does not let us (it is being traced, or has no free
     /// descriptor).
     pub fn attach(task: Task) -> io::Result<Tracker> {
-        let pidfd = process::pidfd_open(task.pid)?;
-        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY;
-        let mut last = io::Error::from_raw_os_error(libc::ESRCH);
-        // Any thread will do; the first may be a zombie while others live.
-        for entry in fs::read_dir(format!("/proc/{}/task", task.pid))?.flatten() {
-            let Some(tid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
-                continue;
-            };
-            let take = |fd| process::pidfd_getfd(&pidfd, fd);
-            match inject::userfaultfd_of(tid, flags as u64, take) {
-                Ok(uffd) => {
-                    uffd_track_writes(&uffd)?;
-                    return Ok(Tracker { uffd, guard: category::GUARD });
-                }
-                Err(e) if e.raw_os_error() == Some(libc::ESRCH) => last = e,
-                Err(e) => return Err(e),
-            }
-        }
-        Err(last)
+        // On a thread that ends: see `Stopped::within`.
+        let uffd = std::thread::scope(|scope| {
+            let work = scope.spawn(|| uffd_of(task));
+            work.join().unwrap_or_else(|_| Err(io::Error::other("the thread has died")))
+        })?;
+        uffd_track_writes(&uffd)?;
+        Ok(Tracker { uffd, guard: category::GUARD })
     }
 
     /// The pages written to since the last look, which starts a new one.
@@ -154,9 +146,28 @@ impl Tracker {
     }
 }
 
+/// Makes a task open a userfaultfd, and takes it.
+fn uffd_of(task: Task) -> io::Result<OwnedFd> {
+    let until = Instant::now() + PATIENCE;
+    let pidfd = process::pidfd_open(task.pid)?;
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY;
+    let mut last = io::Error::from_raw_os_error(libc::ESRCH);
+    // Any thread will do; the first may be a zombie while others live, or wait for a child's exec.
+    for tid in inject::threads(task.pid)? {
+        let take = |fd| process::pidfd_getfd(&pidfd, fd);
+        match inject::userfaultfd_of(tid, flags as u64, until, take) {
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ESRCH)) => last = e,
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => last = e,
+            other => return other,
+        }
+    }
+    Err(last)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
     use std::io::{BufRead, BufReader, Write};
     use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
@@ -211,6 +222,36 @@ mod tests {
 
     fn bytes(written: &Written) -> u64 {
         written.regions.iter().map(|r| r.end - r.start).sum()
+    }
+
+    /// Only its child's exec or end lets a parent go on: CLONE_VFORK, clone(2).
+    #[test]
+    fn a_task_that_cannot_be_stopped_does_not_hold_us_up() {
+        let program = r#"
+            $| = 1;
+            my $child = syscall($ARGV[0] + 0, 0x4000 | 17, 0, 0, 0, 0);
+            if ($child == 0) { print "ready\n"; <STDIN>; }
+        "#;
+        let mut child = Command::new("perl")
+            .args(["-e", program, &libc::SYS_clone.to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        output.read_line(&mut String::new()).unwrap();
+        let pid = child.id() as i32;
+        while !process::proc_text(pid, "status").unwrap().contains("State:\tD") {
+            std::thread::yield_now();
+        }
+        let began = Instant::now();
+        let failed = Tracker::attach(Task { pid, vpid: 1 }).unwrap_err();
+        assert!(began.elapsed() < 10 * PATIENCE, "{:?}", began.elapsed());
+        drop(child.stdin.take());
+        // It is not stopped by us any more either.
+        assert!(child.wait().unwrap().success());
+        let can = [io::ErrorKind::TimedOut, io::ErrorKind::Unsupported].contains(&failed.kind());
+        assert!(can, "{failed}");
     }
 
     #[test]

@@ -60,7 +60,7 @@ impl Drop for Freezing<'_> {
 }
 
 fn hold(pids: &[i32]) -> Result<Held> {
-    let until = Some(Instant::now() + STOP_TIMEOUT);
+    let until = Instant::now() + STOP_TIMEOUT;
     let mut held = Held::new();
     for &pid in pids {
         let mut threads = Vec::new();

@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use super::recover::Trouble;
 use crate::oci::cgroup::Cgroup;
 use crate::sys::stopped::{Stopped, ThreadState, before_death, instruction};
-use crate::sys::{inject, process, socket};
+use crate::sys::{inject, maps, process, socket};
 
 /// In CRIU's work directory: what was noted, once CRIU has been killed.
 const FILE: &str = "noted";
@@ -167,7 +167,7 @@ fn note(pid: i32) -> Result<NotedProcess> {
     let mut code = vec![0; BORROWED];
     let length = memory(pid)?.read_at(&mut code, code_at).unwrap_or(0);
     code.truncate(length);
-    let until = Some(Instant::now() + STOP_TIMEOUT);
+    let until = Instant::now() + STOP_TIMEOUT;
     let mut threads = Vec::new();
     for tid in inject::threads(pid)? {
         let stopped = Stopped::within(tid, until);
@@ -235,12 +235,7 @@ fn memory(pid: i32) -> io::Result<File> {
 
 /// The mappings in a `maps` file, in the order of addresses.
 fn mappings_of(maps: &str) -> impl Iterator<Item = Mapping<'_>> {
-    maps.lines().filter_map(|line| {
-        let mut words = line.split(' ');
-        let (start, end) = words.next()?.split_once('-')?;
-        let number = |text| u64::from_str_radix(text, 16).ok();
-        Some((number(start)?, number(end)?, words.next()?))
-    })
+    maps::parse(maps).map(|m| (m.start, m.end, m.perms))
 }
 
 /// For mprotect(2).
@@ -331,9 +326,8 @@ pub fn mappings(cgroup: &Cgroup) {
     let until = Instant::now() + Duration::from_secs(1);
     for pid in cgroup.processes().unwrap_or_default() {
         let left = || {
-            let maps = process::proc_text(pid, "maps").unwrap_or_default();
-            let line = maps.lines().find(|l| l.contains(PARASITE))?;
-            mappings_of(line).next().map(|(start, end, _)| (start, end))
+            let text = process::proc_text(pid, "maps").unwrap_or_default();
+            maps::parse(&text).find(|m| m.name.starts_with(PARASITE)).map(|m| (m.start, m.end))
         };
         while let Some((start, end)) = left().filter(|_| Instant::now() < until) {
             if inject::unmap_in(pid, start, end).is_err() {

@@ -8,6 +8,7 @@
 
 use std::fs;
 use std::io;
+use std::time::Instant;
 
 use super::stopped::{Stopped, instruction};
 
@@ -16,14 +17,16 @@ use super::stopped::{Stopped, instruction};
 ///
 /// # Errors
 /// `Unsupported` on processors that [`super::arch`] does not know; the system's error when the
-/// thread has ended, cannot be traced (somebody traces it already), or the call fails.
+/// thread has ended, cannot be traced (somebody traces it already), or the call fails; `TimedOut`
+/// as [`Stopped::within`].
 pub fn userfaultfd_of<T>(
     tid: i32,
     flags: u64,
+    until: Instant,
     take: impl FnOnce(i32) -> io::Result<T>,
 ) -> io::Result<T> {
     let at = instruction(tid)?;
-    let mut stopped = Stopped::new(tid)?;
+    let mut stopped = Stopped::within(tid, until)?;
     let fd = stopped.call(at, libc::SYS_userfaultfd, [flags])?;
     let taken = take(fd as i32);
     // It stays open in the target if this fails, which nothing but the target's end can cause.
@@ -36,6 +39,14 @@ pub fn userfaultfd_of<T>(
 /// # Errors
 /// As [`userfaultfd_of`].
 pub fn unmap_in(pid: i32, start: u64, end: u64) -> io::Result<bool> {
+    // On a thread that ends: see `Stopped::within`.
+    std::thread::scope(|scope| {
+        let work = scope.spawn(|| unmap_here(pid, start, end));
+        work.join().unwrap_or_else(|_| Err(io::Error::other("the thread has died")))
+    })
+}
+
+fn unmap_here(pid: i32, start: u64, end: u64) -> io::Result<bool> {
     let at = instruction(pid)?;
     let mut stopped = Vec::new();
     for tid in threads(pid)? {

@@ -12,6 +12,7 @@ pub mod fanotify;
 pub mod fault;
 pub mod inject;
 pub mod locks;
+pub mod maps;
 pub mod memory;
 pub mod mirror;
 pub mod netlink;

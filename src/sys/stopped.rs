@@ -6,7 +6,7 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
@@ -14,12 +14,19 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
-use super::arch;
+use super::process::proc_text;
+use super::{arch, maps};
 
 /// `PTRACE_O_SUSPEND_SECCOMP`: the target's own filters must not judge our calls.
 const SUSPEND_SECCOMP: i32 = 1 << 21;
 /// `PTRACE_EVENT_STOP`
 const EVENT_STOP: i32 = 128;
+/// How long a thread may take to stop where nobody says otherwise: it only has to leave the kernel.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Stops that are gone through for one instruction.
+const STEPS: usize = 1000;
+/// Longest vDSO: those of today have two pages.
+const MAX_VDSO: u64 = 64 << 10;
 /// `NT_PRSTATUS`: the register set of the general registers. linux/elf.h
 const GENERAL: usize = 1;
 
@@ -49,29 +56,32 @@ pub struct ThreadState {
 }
 
 impl Stopped {
-    /// Stops a thread.
+    /// Stops a thread, within a second.
     ///
     /// # Errors
-    /// `Unsupported` on other architectures; the system's error when the thread has ended or
-    /// somebody traces it already.
+    /// As [`Stopped::within`].
     pub fn new(tid: i32) -> io::Result<Stopped> {
-        Stopped::within(tid, None)
+        Stopped::within(tid, Instant::now() + PATIENCE)
     }
 
     /// Stops a thread if it can be stopped until then.
     ///
     /// # Errors
-    /// As [`Stopped::new`]; `TimedOut` when it sleeps uninterruptibly. It stops as soon as it wakes
-    /// then, until the calling thread ends: call this on one that does.
-    pub fn within(tid: i32, until: Option<Instant>) -> io::Result<Stopped> {
+    /// `Unsupported` on other architectures; the system's error when the thread has ended or
+    /// somebody traces it already; `TimedOut` when it sleeps uninterruptibly. It stops as soon as it
+    /// wakes then, until the calling thread ends: call this on one that does.
+    pub fn within(tid: i32, until: Instant) -> io::Result<Stopped> {
         if !arch::SUPPORTED {
             return Err(io::ErrorKind::Unsupported.into());
         }
         let tid = Pid::from_raw(tid);
         let options = ptrace::Options::from_bits_retain(SUSPEND_SECCOMP);
-        if ptrace::seize(tid, options).is_err() {
-            // Without CONFIG_CHECKPOINT_RESTORE there is no such option; without a filter in the
-            // target it is not needed.
+        if let Err(e) = ptrace::seize(tid, options) {
+            // Without CONFIG_CHECKPOINT_RESTORE there is no such option, and a process that has a
+            // filter itself may not use it. A filter in the target might end it for our calls.
+            if !is_unfiltered(&proc_text(tid.as_raw(), "status")?) {
+                return Err(e.into());
+            }
             ptrace::seize(tid, ptrace::Options::empty())?;
         }
         let prepared = ptrace::interrupt(tid)
@@ -146,21 +156,33 @@ impl Stopped {
         set_signal_mask(self.tid, !(1 << (libc::SIGTRAP - 1)))?;
         let mut registers = arch::call(&self.general, at, number, all);
         set_general(self.tid, &mut registers)?;
-        loop {
+        self.step()?;
+        match arch::result(&general(self.tid)?) {
+            error @ -4095..=-1 => Err(io::Error::from_raw_os_error(-error as i32)),
+            value => Ok(value),
+        }
+    }
+}
+
+impl Stopped {
+    /// Makes it do one instruction.
+    fn step(&mut self) -> io::Result<()> {
+        for _ in 0..STEPS {
             ptrace::step(self.tid, None)?;
             match waitpid(self.tid, Some(WaitPidFlag::__WALL))? {
-                WaitStatus::Stopped(_, Signal::SIGTRAP) => break,
+                WaitStatus::Stopped(_, Signal::SIGTRAP) => return Ok(()),
                 WaitStatus::Exited(..) | WaitStatus::Signaled(..) => {
                     return Err(io::Error::from_raw_os_error(libc::ESRCH));
+                }
+                // There is no instruction to be done.
+                WaitStatus::Stopped(_, Signal::SIGSEGV | Signal::SIGBUS | Signal::SIGILL) => {
+                    return Err(io::Error::from_raw_os_error(libc::EFAULT));
                 }
                 // A stop for somebody else's SIGSTOP: it counts again when we are gone.
                 _ => {}
             }
         }
-        match arch::result(&general(self.tid)?) {
-            error @ -4095..=-1 => Err(io::Error::from_raw_os_error(-error as i32)),
-            value => Ok(value),
-        }
+        Err(io::Error::other("the task is stopped again and again"))
     }
 }
 
@@ -180,22 +202,27 @@ impl Drop for Stopped {
 /// # Errors
 /// When it has none, or is gone.
 pub fn instruction(tid: i32) -> io::Result<u64> {
-    let maps = super::process::proc_text(tid, "maps")?;
-    let range = maps
-        .lines()
-        .find(|l| l.ends_with("[vdso]"))
-        .and_then(|l| l.split(' ').next())
-        .and_then(|r| r.split_once('-'))
-        .and_then(|(a, b)| {
-            Some((u64::from_str_radix(a, 16).ok()?, u64::from_str_radix(b, 16).ok()?))
-        });
-    let (start, end) = range.ok_or_else(|| io::Error::other("the task has no vDSO"))?;
+    let (start, end) =
+        vdso(&proc_text(tid, "maps")?).ok_or_else(|| io::Error::other("the task has no vDSO"))?;
     let mut code = vec![0; (end - start) as usize];
     fs::File::open(format!("/proc/{tid}/mem"))?.read_exact_at(&mut code, start)?;
     code.windows(arch::INSTRUCTION.len())
         .position(|w| w == arch::INSTRUCTION)
         .map(|i| start + i as u64)
         .ok_or_else(|| io::Error::other("the vDSO makes no system call"))
+}
+
+/// Where the vDSO is, by the text of a `maps` file.
+fn vdso(text: &str) -> Option<(u64, u64)> {
+    let found = maps::parse(text).find(|m| m.is_special("[vdso]"))?;
+    (found.end - found.start <= MAX_VDSO).then_some((found.start, found.end))
+}
+
+/// Whether no filter judges the system calls of a thread, by its `status`: proc_pid_status(5).
+/// Kernels without seccomp have no such line.
+fn is_unfiltered(status: &str) -> bool {
+    let line = status.lines().find_map(|line| line.strip_prefix("Seccomp:"));
+    line.is_none_or(|mode| mode.trim() == "0")
 }
 
 /// Sees to it that `killed` is called after a process has been told to die by a signal and before
@@ -240,21 +267,16 @@ pub fn before_death(pid: i32, killed: impl FnOnce() + Send + 'static) -> io::Res
 }
 
 /// Waits for the stop that PTRACE_INTERRUPT makes, letting signals through that come before it.
-fn wait_stop(tid: Pid, until: Option<Instant>) -> io::Result<()> {
-    let flags = match until {
-        Some(_) => WaitPidFlag::__WALL | WaitPidFlag::WNOHANG,
-        None => WaitPidFlag::__WALL,
-    };
+fn wait_stop(tid: Pid, until: Instant) -> io::Result<()> {
+    let flags = WaitPidFlag::__WALL | WaitPidFlag::WNOHANG;
     loop {
         match waitpid(tid, Some(flags))? {
             WaitStatus::PtraceEvent(_, _, EVENT_STOP) => return Ok(()),
             // It takes some microseconds, and wait(2) knows no time limit.
-            WaitStatus::StillAlive => match until {
-                Some(until) if Instant::now() > until => {
-                    return Err(io::ErrorKind::TimedOut.into());
-                }
-                _ => std::thread::yield_now(),
-            },
+            WaitStatus::StillAlive if Instant::now() > until => {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            WaitStatus::StillAlive => std::thread::yield_now(),
             WaitStatus::Stopped(_, signal) => ptrace::cont(tid, signal)?,
             WaitStatus::Exited(..) | WaitStatus::Signaled(..) => {
                 return Err(io::Error::from_raw_os_error(libc::ESRCH));
@@ -312,4 +334,30 @@ fn set_signal_mask(tid: Pid, mask: u64) -> io::Result<()> {
         libc::ptrace(libc::PTRACE_SETSIGMASK, tid.as_raw(), size_of::<u64>(), &raw const mask)
     };
     if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_kernels_own_vdso_is_one() {
+        let real = "7ffd000-7fff000 r-xp 00000000 00:00 0                          [vdso]\n";
+        let others = "\
+            10000-40010000 r-xp 00000000 08:01 77                     /z[vdso]\n\
+            50000-60000 r-xp 00000000 08:01 78                        [vdso]\n\
+            60000-70000 rw-p 00000000 00:00 0                         [anon:[vdso]]\n\
+            80000-90000 r-xp 00000000 08:01 79                        /z [vdso]\n";
+        assert_eq!(vdso(&format!("{others}{real}")), Some((0x7ff_d000, 0x7ff_f000)));
+        assert_eq!(vdso(others), None);
+        assert_eq!(vdso("10000-40010000 r-xp 00000000 00:00 0  [vdso]\n"), None, "too long");
+        assert!(vdso(&proc_text(std::process::id() as i32, "maps").unwrap()).is_some());
+    }
+
+    #[test]
+    fn a_filter_is_never_overlooked() {
+        assert!(is_unfiltered("Name:\tx\nSeccomp:\t0\nSeccomp_filters:\t0\n"));
+        assert!(is_unfiltered("Name:\tx\n"));
+        assert!(!is_unfiltered("Seccomp:\t2\n") && !is_unfiltered("Seccomp:\t1\n"));
+    }
 }
