@@ -10,6 +10,7 @@
 //! memory, locked and huge pages, the vDSO) travels in its image files.
 
 pub mod converge;
+pub mod direct;
 pub mod pages;
 pub mod pending;
 pub mod remainder;

@@ -144,11 +144,15 @@ impl Rounds {
 
     /// How changes are found: what was asked for, unless no task could be watched so.
     pub fn tracking(&self) -> Tracking {
-        let watched = self.tasks.values().any(|k| k.tracker.is_some());
         match self.tracking {
-            Tracking::WriteProtect if !watched => Tracking::Hash,
+            Tracking::WriteProtect if !self.is_watching() => Tracking::Hash,
             tracking => tracking,
         }
+    }
+
+    /// Whether anything is known only by the kernel having seen it written to.
+    pub fn is_watching(&self) -> bool {
+        self.tasks.values().any(|k| k.tracker.is_some())
     }
 
     /// Whether tasks must stand still while it is looked for what they have written.

@@ -23,6 +23,7 @@ use super::pace::Pace;
 use super::protocol::Message;
 use super::talk::Speaker;
 use crate::memory::converge::{self, Goal, Next, Seen};
+use crate::memory::direct;
 use crate::memory::pages::{self, Task};
 use crate::memory::remainder::{ECHO_EVERY, Rest, Window};
 use crate::memory::rounds::{self, Found, RoundStats, Rounds, Sink, Tracking};
@@ -174,16 +175,22 @@ fn find(rounds: &mut Rounds, cgroup: &Cgroup) -> Result<Vec<(Task, Found)>> {
             let _ = self.0.thaw();
         }
     }
-    let _still = match rounds.wants_them_still() {
-        true => {
-            let still = Still(cgroup);
-            cgroup.freeze(STILL)?;
-            Some(still)
-        }
-        false => None,
+    let stop = || -> Result<Still> {
+        let still = Still(cgroup);
+        cgroup.freeze(STILL)?;
+        Ok(still)
     };
-    let tasks = pages::tasks(&cgroup.processes()?)?;
-    tasks.into_iter().map(|task| Ok((task, rounds.find(task, false)?))).collect()
+    let still = rounds.wants_them_still().then(stop).transpose()?;
+    let processes = cgroup.processes()?;
+    let mut found = Vec::new();
+    for task in pages::tasks(&processes)? {
+        found.push((task, rounds.find(task, false)?));
+    }
+    if still.is_none() && rounds.is_watching() && direct::may_be_read_into(&processes) {
+        // Reads that the look has seen begin end before their pages are read.
+        drop(stop()?);
+    }
+    Ok(found)
 }
 
 /// The hand-over has ended: nobody waits for memory any more.
