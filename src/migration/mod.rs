@@ -1,5 +1,6 @@
 //! The hand-over from host to host.
 
+pub mod aio;
 pub mod arrival;
 pub mod ask;
 pub mod away;
@@ -37,6 +38,7 @@ pub mod rest;
 pub mod restore;
 pub mod room;
 pub mod settle;
+pub mod sleepers;
 pub mod source;
 pub mod standard;
 pub mod streams;

@@ -6,6 +6,7 @@
 
 pub mod strangers;
 
+use super::{aio, sleepers};
 use crate::network::problem::Problem;
 
 /// What the rules look at.
@@ -21,6 +22,8 @@ pub struct Scene<'a> {
 pub fn problems(scene: Scene<'_>) -> Vec<Problem> {
     let mut found = Vec::new();
     found.extend(strangers::problems(scene));
+    found.extend(aio::problem(&aio::rings(scene.tasks)));
+    found.extend(sleepers::problem(scene.tasks));
     found
 }
 

@@ -20,7 +20,7 @@ use crate::migration::parcels::{SpeakerFile, send_file};
 use crate::migration::preflight::{Scene, strangers};
 use crate::migration::protocol::Message;
 use crate::migration::talk::Heard;
-use crate::migration::{contested, descriptors, locks, lull, recover};
+use crate::migration::{aio, contested, descriptors, locks, lull, recover};
 use crate::network::problem::Problem;
 use crate::report::progress::Reporter;
 use crate::sys::{fault, process};
@@ -46,8 +46,11 @@ impl Begun {
                 self.await_answer(&lacking);
             }
         }
+        let processes = self.subject.cgroup.processes()?;
+        // Since it was looked at.
+        aio::problem(&aio::rings(&processes)).map_or(Ok(()), Err)?;
         self.speaker.say(&Message::Freezing)?;
-        descriptors::warm(&self.subject.cgroup.processes()?);
+        descriptors::warm(&processes);
         self.early = Some(Early::start(self.work.images(), self.speaker.clone())?);
         let lifting = self.lifting.take().map(|(lifting, _)| lifting);
         self.go(Go::Freeze(lifting))?;
@@ -194,6 +197,7 @@ impl Begun {
 
     pub(super) fn await_ready(&mut self, reporter: &mut Reporter) -> Result<()> {
         fault::point("source.sent")?;
+        let rings = aio::rings(&self.subject.cgroup.processes()?);
         loop {
             if matches!(self.next(reporter)?, Input::Heard(Heard::Message(Message::Ready))) {
                 break;
@@ -205,6 +209,6 @@ impl Begun {
         while let Some(input) = self.inputs.pending()? {
             self.take_note(input, reporter);
         }
-        Ok(())
+        Ok(aio::problem(&rings).map_or(Ok(()), Err)?)
     }
 }
