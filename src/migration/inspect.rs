@@ -14,7 +14,7 @@ use super::layers::{self, Layered};
 use super::preflight::{self, Scene};
 use super::protocol::{How, Place, Plan, Probe};
 use super::standard::{self, Standard};
-use super::{descriptors, host};
+use super::{descriptors, host, locks};
 use crate::files::walk::Size;
 use crate::files::{probe, tmpfs};
 use crate::memory::pages;
@@ -129,6 +129,7 @@ pub fn inspect(runtime: &Runtime, wishes: &Wishes) -> Result<Subject, Vec<Proble
     let tasks = Cgroup::of_process(state.pid).and_then(|cgroup| cgroup.processes());
     let tasks = tasks.unwrap_or_default();
     problems.extend(descriptors::problems(&tasks));
+    problems.extend(locks::problems(&tasks));
     let (found, warnings): (Vec<_>, Vec<_>) =
         preflight::problems(Scene { init: state.pid, tasks: &tasks })
             .into_iter()

@@ -11,14 +11,17 @@ use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::os::fd::RawFd;
 use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 
-use super::connections::of_first_space;
+use super::connections::{native, of_first_space};
 use crate::memory::pages::Task;
+use crate::network::problem::Problem;
 use crate::sys::door;
-use crate::sys::locks::{FileLock, Setter, held};
+use crate::sys::locks::{FileLock, Kind, Setter, held};
+use crate::sys::{arch, process};
 
 /// Most of one container.
 pub const MOST: usize = 20_000;
@@ -128,8 +131,82 @@ fn missing(pid: i32, list: &[Held]) -> Result<Vec<Held>> {
     Ok(list.iter().filter(lacks).copied().collect())
 }
 
+/// Locks that CRIU would lose, and that no call of ours can set again, as their process is of another kind
+/// than we.
+pub fn problems(pids: &[i32]) -> Vec<Problem> {
+    let strange = pids.iter().filter(|pid| !arch::SUPPORTED || !native(**pid));
+    let problem = |pid: &i32| {
+        let file = locked_and_mapped(*pid)?;
+        let comm = process::proc_text(*pid, "comm").unwrap_or_default();
+        let what = format!("the container has {} both locked and mapped", file.display());
+        let why = format!("process {pid} ({}) would lose the lock", comm.trim());
+        Some(Problem::new(what, why).hint(
+            "such a lock is carried for programs of 64 bits on x86-64 only: have the program let go of it",
+        ))
+    };
+    strange.filter_map(problem).take(1).collect()
+}
+
+/// A file that a process has mapped, and has a lock of its own on.
+fn locked_and_mapped(pid: i32) -> Option<PathBuf> {
+    let mut locked = Vec::new();
+    each(pid, |number, lock| locked.extend((lock.kind == Kind::Posix).then_some(number)));
+    if locked.is_empty() {
+        return None;
+    }
+    let link = |entry: fs::DirEntry| fs::read_link(entry.path()).ok();
+    let mapped = fs::read_dir(format!("/proc/{pid}/map_files")).ok()?;
+    let mapped: HashSet<PathBuf> = mapped.flatten().filter_map(link).collect();
+    let files = locked.iter().filter_map(|n| fs::read_link(format!("/proc/{pid}/fd/{n}")).ok());
+    files.into_iter().find(|file| mapped.contains(file))
+}
+
 /// What could not be done.
 fn words(pid: i32, held: &Held) -> String {
     let file = fs::read_link(format!("/proc/{pid}/fd/{}", held.number)).unwrap_or_default();
     format!("process {} does not get its lock on {} ({})", held.vpid, file.display(), held.lock)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    /// In a shell that has its own program open as 9: that is mapped.
+    #[test]
+    fn a_file_that_is_locked_and_mapped_is_found() {
+        let mut child = Command::new("sh")
+            .args(["-c", "exec 9</proc/self/exe 8</etc/passwd; echo; read line"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        out.read_line(&mut String::new()).unwrap();
+        let pid = child.id() as i32;
+        let lock = |kind| FileLock { kind, write: false, start: 0, end: None };
+        let set = |number, lock| {
+            let mut thread = door::first_thread(pid).unwrap();
+            let mut setter = Setter::open(&mut thread, pid).unwrap();
+            setter.set(number, &lock).unwrap();
+            setter.close().unwrap();
+        };
+        set(8, lock(Kind::Posix));
+        set(9, lock(Kind::Flock));
+        assert_eq!(locked_and_mapped(pid), None);
+        set(9, lock(Kind::Posix));
+        let program = fs::read_link(format!("/proc/{pid}/exe")).unwrap();
+        assert_eq!(locked_and_mapped(pid), Some(program));
+        // We can set it again.
+        assert_eq!(problems(&[pid]), []);
+        let held = look(&[pid]).unwrap().into_iter().map(|found| found.held).collect::<Vec<_>>();
+        assert_eq!(held.len(), 3);
+        assert_eq!(missing(pid, &held).unwrap(), []);
+        let more = Held { lock: FileLock { end: Some(7), ..held[0].lock }, ..held[0] };
+        assert_eq!(missing(pid, &[more]).unwrap(), [more]);
+        drop(child.stdin.take());
+        child.wait().unwrap();
+    }
 }

@@ -168,7 +168,7 @@ impl Lifting {
 }
 
 /// Whether a process is of the same kind as we, so that it can make calls for us.
-fn native(pid: i32) -> bool {
+pub(in crate::migration) fn native(pid: i32) -> bool {
     // EI_CLASS of its program, and of ours. elf(5)
     let class = |program: String| {
         let mut head = [0; 5];
