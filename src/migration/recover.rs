@@ -3,7 +3,7 @@
 //! Every step may have been done before.
 
 use std::fs;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -28,6 +28,8 @@ use crate::sys::process;
 /// large shared memory makes it take long.
 const CRIU_TIMEOUT: Duration = Duration::from_secs(600);
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long a CRIU that restores may take to give up by itself.
+const ROLLBACK_GRACE: Duration = Duration::from_secs(5);
 
 /// The runtime of a record.
 pub fn runtime(record: &Record) -> Runtime {
@@ -354,7 +356,7 @@ pub fn destination_discards(journal: &mut Journal) -> Result<()> {
     let mut trouble = Trouble::default();
     let record = journal.record.clone();
     let runtime = runtime(&record);
-    wait_for_criu(&record.work);
+    end_restore(&record.work);
     let init = restored_init(&record);
     let network = own_network(&record);
     if let Some((namespace, _)) = &network {
@@ -445,17 +447,53 @@ fn delete(runtime: &Runtime, record: &Record, init: Option<(i32, u64)>) -> Resul
 
 /// Waits until a CRIU that lost its Ferry has finished: it rolls back by itself.
 pub(super) fn wait_for_criu(work: &Path) {
-    let file = work.join("work").join(CRIU_PID);
-    let Some(pid) = fs::read_to_string(file).ok().and_then(|t| t.trim().parse().ok()) else {
-        return;
-    };
-    let Ok(pidfd) = process::pidfd_open(pid) else { return };
+    if let Some((_, pidfd)) = criu_of(work) {
+        ends(&pidfd, CRIU_TIMEOUT);
+    }
+}
+
+/// The CRIU of a migration, if it is still there.
+fn criu_of(work: &Path) -> Option<(i32, OwnedFd)> {
+    let text = fs::read_to_string(work.join("work").join(CRIU_PID)).ok()?;
+    let pid = text.trim().parse().ok()?;
+    let pidfd = process::pidfd_open(pid).ok()?;
     // The number may belong to somebody else by now.
     let name = process::proc_text(pid, "comm").unwrap_or_default();
-    if name.trim() != "criu" {
+    (name.trim() == "criu").then_some((pid, pidfd))
+}
+
+/// Whether a process ends within that time.
+fn ends(pidfd: &OwnedFd, limit: Duration) -> bool {
+    process::wait_readable(&[pidfd.as_fd()], Some(Instant::now() + limit)).is_ok()
+}
+
+/// Ends a CRIU that restores what nobody wants any more. Given a moment it rolls back by itself, unless
+/// it waits for what does not come: a lock that somebody has, a server that does not answer.
+pub(super) fn end_restore(work: &Path) {
+    let Some((pid, criu)) = criu_of(work) else { return };
+    if ends(&criu, ROLLBACK_GRACE) {
         return;
     }
-    let _ = process::wait_readable(&[pidfd.as_fd()], Some(Instant::now() + CRIU_TIMEOUT));
+    tracing::warn!("CRIU does not give up what it restores: it is ended");
+    // When one of its tasks dies it fails, and clears away.
+    let tasks = process::descendants(pid);
+    kill(&tasks);
+    if !ends(&criu, ROLLBACK_GRACE) {
+        kill(&process::descendants(pid));
+        let _ = process::pidfd_kill(&criu, libc::SIGKILL);
+        ends(&criu, KILL_TIMEOUT);
+    }
+    // Whoever has begun one meanwhile is among these, or its init was.
+    for task in &tasks {
+        ends(task, KILL_TIMEOUT);
+    }
+}
+
+fn kill(processes: &[OwnedFd]) {
+    for process in processes {
+        // One that is gone already is what we want.
+        let _ = process::pidfd_kill(process, libc::SIGKILL);
+    }
 }
 
 /// The destination, when the container runs and whoever took it in has died: the rest of his work.

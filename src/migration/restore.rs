@@ -19,7 +19,7 @@
 use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -135,6 +135,13 @@ impl RestoreJob {
     /// Gives up where that is still possible, and waits for the end.
     pub fn join(self) {
         drop(self.go);
+        let _ = self.thread.join();
+    }
+
+    /// Gives up, and does not wait for what does not come.
+    pub fn abandon(self, work: &Path) {
+        drop(self.go);
+        recover::end_restore(work);
         let _ = self.thread.join();
     }
 }

@@ -187,6 +187,24 @@ pub fn lives(pid: i32) -> bool {
     !ended && !killed("SigPnd:") && !killed("ShdPnd:")
 }
 
+/// Everybody whom a process has begun, directly or not, and who is still there.
+/// proc_pid_task(5), `children`.
+pub fn descendants(pid: i32) -> Vec<OwnedFd> {
+    let (mut found, mut next) = (Vec::new(), vec![pid]);
+    while let Some(parent) = next.pop() {
+        // Whoever has ended meanwhile has none.
+        let Ok(threads) = std::fs::read_dir(format!("/proc/{parent}/task")) else { continue };
+        for thread in threads.flatten() {
+            let list = std::fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+            for child in list.split_ascii_whitespace().filter_map(|child| child.parse().ok()) {
+                found.extend(pidfd_open(child));
+                next.push(child);
+            }
+        }
+    }
+    found
+}
+
 /// When a process started, in clock ticks since boot: with its number, a name that is not used
 /// twice. proc_pid_stat(5), field 22.
 pub fn start_time(pid: i32) -> Option<u64> {
@@ -200,6 +218,23 @@ mod tests {
     use std::process::{Command, Stdio};
 
     use super::*;
+
+    #[test]
+    fn descendants_are_found() {
+        use std::io::{BufRead, BufReader};
+        let script = "sh -c 'sleep 60 & sleep 60 & echo; wait' & wait";
+        let mut child =
+            Command::new("sh").args(["-c", script]).stdout(Stdio::piped()).spawn().unwrap();
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        out.read_line(&mut String::new()).unwrap();
+        let found = descendants(child.id() as i32);
+        assert_eq!(found.len(), 3);
+        for one in &found {
+            pidfd_kill(one, libc::SIGKILL).unwrap();
+        }
+        child.wait().unwrap();
+        assert!(found.iter().all(|one| wait_readable(&[one.as_fd()], None).is_ok()));
+    }
 
     #[test]
     fn who_has_ended_lives_no_more() {

@@ -26,6 +26,7 @@ pub fn trials() -> Vec<Trial> {
         in_lab("files::given_up", LIMIT, given_up),
         in_lab("files::what_was_there_is_kept", LIMIT, what_was_there_is_kept),
         in_lab("files::no_room", LIMIT, no_room),
+        in_lab("files::locked_over_there", LIMIT, locked_over_there),
     ]
 }
 
@@ -319,6 +320,40 @@ fn no_room(lab: &Lab) -> Outcome {
         ensure!(there == "full\n", "{point}: left over there: {there}");
         exactly_one_copy(&container, &a, &b)?;
     }
+    a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    exactly_one_copy(&container, &b, &a)
+}
+
+/// Locks a file, says so by making another, and keeps it.
+const LOCK: &str = "import fcntl, signal, sys; file = open(sys.argv[1], 'r+')
+fcntl.flock(file, fcntl.LOCK_EX); open('/tmp/locked', 'w'); signal.pause()";
+
+/// A restore that waits for what does not come ends when the source has given up, and a second try
+/// finds the place free.
+fn locked_over_there(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = writer();
+    container.start(lab, &a)?;
+    let held = "/srv/shared/bin/held";
+    let script = "#!/bin/sh\nexport FERRY_FAULT=destination.restore:hold; exec ferry \"$@\"\n";
+    write_script(&a.path(held)?, script)?;
+    let migrate = ["ferry", "migrate", "--timeout", "12s", "--remote-ferry", held, "box", "b"];
+    let migrating = a.start(&migrate)?;
+    let file = b.path("/run/ferry-fault/destination.restore")?;
+    until("the restore is about to begin", LONG, || Ok(file.exists().then_some(())))?;
+    let locked = format!("{BUNDLE}/rootfs/data/locked");
+    let lock = b.start(&["python3", "-c", LOCK, &locked])?;
+    let done = b.path("/tmp/locked")?;
+    until("the file is locked", SHORT, || Ok(done.exists().then_some(())))?;
+    std::fs::remove_file(&file).map_err(|e| e.to_string())?;
+    let said = migrating.end(LONG)?.exits(1)?;
+    ensure!(said.err.contains("the container runs on here"), "{said}");
+    until("nothing of the restore is left", SHORT, || {
+        let none = b.exec(&["pgrep", "-x", "criu|ferry|runc|counter-server"])?.code == 1;
+        Ok(none.then_some(()))
+    })?;
+    exactly_one_copy(&container, &a, &b)?;
+    drop(lock);
     a.ferry(&["migrate", "box", "b"])?.exits(0)?;
     exactly_one_copy(&container, &b, &a)
 }

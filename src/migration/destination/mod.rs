@@ -440,7 +440,7 @@ impl Guest {
         // Whatever ends now, ends without a word.
         drop((self.landing.take(), self.landed.take()));
         if let Some(job) = self.restore.take() {
-            job.join();
+            job.abandon(self.work.path());
         }
         drop(std::mem::take(&mut self.network));
         drop(self.tmpfs.take());
