@@ -5,11 +5,11 @@
 //! that they were written to: a look in between counts them as written, and protects them; who then
 //! reads them before the device has come, has old contents, and is never told of the new ones.
 //!
-//! So after a look the container stands still for a moment before any page is read: a control group
-//! is frozen when none of its tasks is inside a system call, so that each read that was on its way
-//! at the look is over. One that begins later finds pages that are protected again, and shows at
-//! the next look. That moment lasts as long as the slowest disk operation; it is therefore only
-//! for containers that have a file open that may be read so.
+//! So after a look, and before any page is read, each thread is stopped and let go again: it stops
+//! where it leaves the kernel, so that each read that was on its way at the look is over. One that
+//! begins later finds pages that are protected again, and shows at the next look. That takes as long as the
+//! slowest disk operation; it is therefore only for containers that have a file open that may be
+//! read so.
 //!
 //! Requests that outlive the system call that made them are another matter: libaio and io_uring are
 //! refused.

@@ -11,16 +11,18 @@
 //! the buffers before it, and in the freeze nothing stands in them.
 
 use std::collections::VecDeque;
+use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
 use super::lanes::{Lane, LaneSender, Packer};
 use super::pace::Pace;
 use super::protocol::Message;
+use super::sleepers;
 use super::talk::Speaker;
 use crate::memory::converge::{self, Goal, Next, Seen};
 use crate::memory::direct;
@@ -29,7 +31,9 @@ use crate::memory::remainder::{ECHO_EVERY, Rest, Window};
 use crate::memory::rounds::{self, Found, RoundStats, Rounds, Sink, Tracking};
 use crate::oci::cgroup::Cgroup;
 use crate::report::progress::Round;
+use crate::sys::inject;
 use crate::sys::memory::PAGE;
+use crate::sys::stopped::await_outside;
 use crate::transport::codec::Wish;
 use crate::transport::frame::{Run, Same};
 
@@ -187,10 +191,27 @@ fn find(rounds: &mut Rounds, cgroup: &Cgroup) -> Result<Vec<(Task, Found)>> {
         found.push((task, rounds.find(task, false)?));
     }
     if still.is_none() && rounds.is_watching() && direct::may_be_read_into(&processes) {
-        // Reads that the look has seen begin end before their pages are read.
-        drop(stop()?);
+        // Reads that the look has seen begin end before their pages are read. Where somebody traces
+        // a task, that is for the freezer.
+        match leave_kernel(&processes) {
+            Err(e) if e.raw_os_error() == Some(libc::EPERM) => drop(stop()?),
+            other => other.context("a read past the page cache does not end")?,
+        }
     }
     Ok(found)
+}
+
+/// Waits until no thread is in the system call any more that it is in now. Each waits for itself:
+/// those that compute are not held up by one that waits for a disk, as the freezer would have them.
+fn leave_kernel(processes: &[i32]) -> io::Result<()> {
+    let list = processes.iter().flat_map(|pid| inject::threads(*pid).unwrap_or_default());
+    let threads: Vec<i32> = list.filter(|tid| !sleepers::waits_for_child(*tid)).collect();
+    let until = Instant::now() + STILL;
+    // On a thread that ends: see there.
+    std::thread::scope(|scope| {
+        let work = scope.spawn(|| await_outside(&threads, until));
+        work.join().unwrap_or_else(|_| Err(io::Error::other("the thread has died")))
+    })
 }
 
 /// The hand-over has ended: nobody waits for memory any more.

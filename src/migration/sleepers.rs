@@ -54,7 +54,7 @@ fn told(sleeper: &Sleeper) -> Problem {
     let name = proc_text(*pid, "comm").unwrap_or_default();
     let who = format!("thread {tid} of process {pid} ({})", name.trim());
     let what = "a task of the container cannot be stopped";
-    match waits_for_child(*pid, *tid) {
+    match waits_for_child(*tid) {
         true => Problem::new(
             what,
             format!("{who} has called vfork, and its child neither starts a program nor ends"),
@@ -67,8 +67,8 @@ fn told(sleeper: &Sleeper) -> Problem {
 
 /// Whether a thread is in a system call that makes processes: nothing in those takes long but the
 /// wait for a child.
-fn waits_for_child(pid: i32, tid: i32) -> bool {
-    let text = proc_text(pid, &format!("task/{tid}/syscall")).unwrap_or_default();
+pub fn waits_for_child(tid: i32) -> bool {
+    let text = proc_text(tid, "syscall").unwrap_or_default();
     let number = text.split(' ').next().and_then(|n| n.parse::<i64>().ok());
     number.is_some_and(|n| FORKS.contains(&n))
 }

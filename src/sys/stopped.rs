@@ -8,6 +8,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -23,6 +24,8 @@ const SUSPEND_SECCOMP: i32 = 1 << 21;
 const EVENT_STOP: i32 = 128;
 /// How long a thread may take to stop where nobody says otherwise: it only has to leave the kernel.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// How often it is looked whether one of many has stopped: wait(2) knows no time limit.
+const GLANCE: Duration = Duration::from_micros(100);
 /// Stops that are gone through for one instruction.
 const STEPS: usize = 1000;
 /// Longest vDSO: those of today have two pages.
@@ -197,6 +200,56 @@ impl Drop for Stopped {
     }
 }
 
+/// Waits until each of these threads has left the system call that it was in: they are stopped, and
+/// go on as soon as they have. Those that end have left it, too. Call this on a thread that ends.
+///
+/// # Errors
+/// `TimedOut` when one is still inside; `EPERM` when somebody traces one already.
+pub fn await_outside(tids: &[i32], until: Instant) -> io::Result<()> {
+    let mut inside = 0usize;
+    for &tid in tids {
+        let thread = Pid::from_raw(tid);
+        match ptrace::seize(thread, ptrace::Options::empty()) {
+            Ok(()) => {
+                inside += 1;
+                // Otherwise it has been killed, and the wait tells.
+                let _ = ptrace::interrupt(thread);
+            }
+            Err(Errno::ESRCH) => {}
+            Err(e) if runs(tid) => return Err(e.into()),
+            Err(_) => {}
+        }
+    }
+    let flags = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD | WaitPidFlag::WNOHANG;
+    while inside > 0 {
+        match waitpid(None, Some(flags)) {
+            // On its way out, with a signal or without: if it cannot be let go, it has been killed.
+            Ok(WaitStatus::PtraceEvent(thread, ..)) => drop(ptrace::detach(thread, None)),
+            Ok(WaitStatus::Stopped(thread, signal)) => drop(ptrace::detach(thread, signal)),
+            Ok(WaitStatus::StillAlive) if Instant::now() > until => {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            Ok(WaitStatus::StillAlive) => {
+                std::thread::park_timeout(GLANCE);
+                continue;
+            }
+            Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) => {}
+            Err(Errno::ECHILD) => break,
+            Err(e) => return Err(e.into()),
+            Ok(_) => continue,
+        }
+        inside -= 1;
+    }
+    Ok(())
+}
+
+/// Whether a thread is there, and has not ended.
+fn runs(tid: i32) -> bool {
+    let status = proc_text(tid, "status").unwrap_or_default();
+    let state = status.lines().find_map(|line| line.strip_prefix("State:"));
+    state.is_some_and(|state| !state.trim().starts_with(['Z', 'X']))
+}
+
 /// The address of a system call instruction in a thread's vDSO.
 ///
 /// # Errors
@@ -352,6 +405,34 @@ mod tests {
         assert_eq!(vdso(others), None);
         assert_eq!(vdso("10000-40010000 r-xp 00000000 00:00 0  [vdso]\n"), None, "too long");
         assert!(vdso(&proc_text(std::process::id() as i32, "maps").unwrap()).is_some());
+    }
+
+    #[test]
+    fn all_threads_are_waited_for_and_go_on() {
+        // One sleeps, one computes, and one has ended.
+        let mut children = ["sleep 60", "while :; do :; done", "exit 0"]
+            .map(|program| std::process::Command::new("sh").args(["-c", program]).spawn().unwrap());
+        let pids = children.each_ref().map(|child| child.id() as i32);
+        while runs(pids[2]) {
+            std::thread::yield_now();
+        }
+        for _ in 0..3 {
+            let until = Instant::now() + PATIENCE;
+            std::thread::scope(|scope| scope.spawn(|| await_outside(&pids, until)).join())
+                .unwrap()
+                .unwrap();
+        }
+        for pid in &pids[..2] {
+            let status = proc_text(*pid, "status").unwrap();
+            assert!(
+                status.contains("TracerPid:\t0\n") && !status.contains("State:\tt"),
+                "{status}"
+            );
+        }
+        for child in &mut children {
+            let _ = child.kill();
+            child.wait().unwrap();
+        }
     }
 
     #[test]
