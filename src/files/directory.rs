@@ -2,9 +2,10 @@
 //! link, and from then on known by its descriptor alone.
 
 use std::ffi::OsStr;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -52,8 +53,22 @@ pub fn make(directory: &OwnedFd, name: &str) -> io::Result<File> {
 ///
 /// # Errors
 /// When it cannot be opened so.
-pub fn reopen(file: &File, options: &std::fs::OpenOptions) -> io::Result<File> {
+pub fn reopen(file: &File, options: &OpenOptions) -> io::Result<File> {
     options.open(process::path_of(file))
+}
+
+/// Opens a regular file to read it, and nothing else: opening a device may do something, and what was a
+/// file a moment ago may be one by now. open(2), `O_PATH`
+///
+/// # Errors
+/// `ENOENT` where there is something else by now.
+pub fn open_regular(path: &Path) -> io::Result<File> {
+    let flags = libc::O_PATH | libc::O_NOFOLLOW;
+    let found = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    if !found.metadata()?.is_file() {
+        return Err(io::ErrorKind::NotFound.into());
+    }
+    reopen(&found, OpenOptions::new().read(true))
 }
 
 /// Renames within the directory.
@@ -72,5 +87,25 @@ pub fn remove(directory: &OwnedFd, name: &OsStr) -> io::Result<()> {
     match unlinkat(directory, name, UnlinkatFlags::NoRemoveDir) {
         Err(Errno::ENOENT) => Ok(()),
         other => Ok(other?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_file_is_opened_to_be_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::write(at("file"), "x").unwrap();
+        assert!(open_regular(&at("file")).is_ok());
+        std::os::unix::fs::symlink("file", at("link")).unwrap();
+        // If this one were opened, it would wait for a writer.
+        nix::unistd::mkfifo(&at("fifo"), Mode::S_IRWXU).unwrap();
+        for name in ["link", "fifo", "none"] {
+            let found = open_regular(&at(name));
+            assert_eq!(found.unwrap_err().kind(), io::ErrorKind::NotFound, "{name}");
+        }
     }
 }

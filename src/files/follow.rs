@@ -17,11 +17,11 @@ mod moves;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ffi::{CString, OsStr, OsString};
-use std::fs::{self, File, Metadata, OpenOptions};
+use std::fs::{self, File, Metadata};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -34,6 +34,7 @@ use xxhash_rust::xxh3::Xxh3Builder;
 use self::moves::Moves;
 use super::changes::{Listener, Names};
 use super::contents::{self, Sums, Touched};
+use super::directory;
 use super::inodes::Inodes;
 use super::ops::{self, SINGLE, Step};
 use super::tree::{self, Entry, Kind};
@@ -614,10 +615,9 @@ impl<W: Write> Look<'_, W> {
         there: bool,
         group: u64,
     ) -> Result<bool> {
-        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
-        let file = OpenOptions::new().read(true).custom_flags(flags).open(full)?;
+        let file = directory::open_regular(full)?;
         let now = file.metadata()?;
-        if !now.is_file() || now.ino() != meta.ino() {
+        if now.ino() != meta.ino() {
             return Err(io::Error::from(io::ErrorKind::NotFound).into());
         }
         let size = now.size();

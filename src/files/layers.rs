@@ -9,13 +9,14 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, DirBuilder, File};
 use std::io::{ErrorKind, Read};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use super::directory;
 use super::follow::WINDOW;
 use super::overlay::MAX_LAYERS;
 use super::place;
@@ -123,9 +124,7 @@ fn digest(path: &Path) -> Result<String> {
         let said = postcard::to_stdvec(&entry)?;
         hash.update(&(said.len() as u64).to_le_bytes()).update(&said);
         if contents {
-            let mut how = File::options();
-            let mut file =
-                how.read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(full)?;
+            let mut file = directory::open_regular(full)?;
             let mut left = meta.size();
             while left > 0 {
                 let n = file.read(&mut buffer)?;

@@ -6,10 +6,10 @@
 //! and after a reboot.
 
 use std::ffi::OsStr;
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{ErrorKind, Write};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
@@ -21,6 +21,28 @@ use super::walk;
 
 /// Added to a name whose owner made room for what came.
 const BEFORE: &str = "before";
+
+/// A directory of the source that has something below it that is copied.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parent {
+    /// Its place on the destination.
+    pub path: PathBuf,
+    /// Its mode.
+    pub mode: u32,
+    /// Its owner and group.
+    pub owner: (u32, u32),
+}
+
+/// The directories above a place; `moved` says where one is on the destination.
+pub fn parents(place: &Path, moved: impl Fn(&Path) -> PathBuf) -> Vec<Parent> {
+    let above = place.ancestors().skip(1).filter(|path| path.parent().is_some());
+    let one = |path: &Path| {
+        let meta = fs::metadata(path).ok()?;
+        let owner = (meta.uid(), meta.gid());
+        Some(Parent { path: moved(path), mode: meta.mode() & 0o7777, owner })
+    };
+    above.filter_map(one).collect()
+}
 
 /// Where a copy is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -129,16 +151,21 @@ impl Placing {
     }
 
     /// Makes the directories in which the trees are staged, private and empty; they, in the order
-    /// of the plan.
+    /// of the plan. What is missing above them lets in nobody whom the source's `parents` do not: below
+    /// are files that whoever reaches them may run with the rights of their owner.
     ///
     /// # Errors
     /// When they cannot be made.
-    pub fn stage(&self) -> Result<Vec<PathBuf>> {
+    pub fn stage(&self, parents: &[Parent]) -> Result<Vec<PathBuf>> {
         for dir in &self.made {
             let what = || format!("cannot make {}", dir.display());
-            match fs::create_dir(dir) {
-                Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(e).with_context(what),
-                _ => {}
+            match DirBuilder::new().mode(0o700).create(dir) {
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
+                made => {
+                    let parent = parents.iter().find(|parent| parent.path == *dir);
+                    made.and_then(|()| parent.map_or(Ok(()), |p| p.describe(dir)))
+                        .with_context(what)?;
+                }
             }
         }
         for tree in &self.trees {
@@ -247,6 +274,17 @@ impl Placing {
             first = first.or(tree.keep(&self.migration, left).err());
         }
         first.map_or(Ok(()), Err)
+    }
+}
+
+impl Parent {
+    /// Gives a directory that was just made the owner and the mode of this one.
+    fn describe(&self, made: &Path) -> std::io::Result<()> {
+        let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
+        let made = File::options().read(true).custom_flags(flags).open(made)?;
+        let (uid, gid) = self.owner;
+        std::os::unix::fs::fchown(&made, Some(uid), Some(gid))?;
+        made.set_permissions(Permissions::from_mode(self.mode & 0o1777))
     }
 }
 
@@ -366,7 +404,7 @@ mod tests {
             let text = serde_json::to_vec(&placing).unwrap();
             let other: Placing = serde_json::from_slice(&text).unwrap();
             if steps > 0 {
-                for staged in placing.stage().unwrap() {
+                for staged in placing.stage(&[]).unwrap() {
                     // As `SINGLE` is called, the trees may have it too.
                     fs::write(staged.join("file"), b"theirs").unwrap();
                 }
@@ -413,13 +451,39 @@ mod tests {
         }
     }
 
+    /// What was private above a copy is so on the other host.
+    #[test]
+    fn what_is_made_above_a_copy_lets_in_nobody_else() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let own = from.path().join("own");
+        fs::create_dir_all(own.join("open/bundle")).unwrap();
+        for (dir, mode) in [(own.clone(), 0o710), (own.join("open"), 0o755)] {
+            fs::set_permissions(dir, Permissions::from_mode(mode)).unwrap();
+        }
+        let moved = |path: &Path| match path.strip_prefix(from.path()) {
+            Ok(below) => to.path().join(below),
+            Err(_) => path.to_owned(),
+        };
+        let parents = parents(&own.join("open/bundle/rootfs"), moved);
+        let at = |name: &str| to.path().join(name);
+        let places =
+            [target(&at("own/open/tree"), true, false), target(&at("new/tree"), true, false)];
+        let placing = Placing::plan("0123", &places, &[]).unwrap();
+        placing.stage(&parents).unwrap();
+        let mode = |name: &str| fs::metadata(at(name)).unwrap().mode() & 0o7777;
+        assert_eq!([mode("own"), mode("own/open")], [0o710, 0o755]);
+        assert_eq!(mode("new"), 0o700, "the source has none");
+        placing.undo().unwrap();
+        assert!(names(to.path()).is_empty());
+    }
+
     #[test]
     fn a_single_file_is_kept_with_one_name() {
         let dir = tempfile::tempdir().unwrap();
         let hosts = dir.path().join("hosts");
         fs::write(&hosts, b"mine").unwrap();
         let placing = Placing::plan("0123", &[target(&hosts, false, true)], &[]).unwrap();
-        for staged in placing.stage().unwrap() {
+        for staged in placing.stage(&[]).unwrap() {
             fs::write(staged.join("file"), b"theirs").unwrap();
         }
         placing.put().unwrap();
@@ -440,7 +504,7 @@ mod tests {
                 fs::create_dir_all(&place).unwrap();
                 fs::write(place.join(format!("old{round}")), b"x").unwrap();
                 let placing = Placing::plan("0123", &[target(&place, own, false)], &[]).unwrap();
-                placing.stage().unwrap();
+                placing.stage(&[]).unwrap();
                 placing.put().unwrap();
                 placing.keep(left).unwrap();
                 assert!(names(&place).is_empty());

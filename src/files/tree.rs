@@ -23,6 +23,7 @@ use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, LinkatFlags, Uid, Whence, fchownat, linkat, lseek, symlinkat};
 use serde::{Deserialize, Serialize};
 
+use super::directory;
 use super::walk::reach;
 use crate::sys::process;
 
@@ -144,7 +145,7 @@ impl<W: Write> Packer<'_, W> {
         {
             Kind::Link(first)
         } else if kind.is_file() {
-            let open = File::open(&full).with_context(what)?;
+            let open = directory::open_regular(&full).with_context(what)?;
             let extents = extents(&open, meta.size()).with_context(what)?;
             file = Some(open);
             Kind::File(meta.size(), extents)

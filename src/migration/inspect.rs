@@ -12,9 +12,10 @@ use super::forward::{self, Plans, Wish};
 use super::haul::Load;
 use super::layers::{self, Layered};
 use super::preflight::{self, Scene};
-use super::protocol::{How, Place, Plan, Probe};
+use super::protocol::{How, MAX_PARENTS, Place, Plan, Probe};
 use super::standard::{self, Standard};
 use super::{descriptors, host, locks};
+use crate::files::place::{self, Parent};
 use crate::files::walk::Size;
 use crate::files::{probe, tmpfs};
 use crate::memory::pages;
@@ -255,6 +256,7 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         kernel: host::kernel(),
         criu: host::criu().map_or(0, |c| c.1),
         probes: listed,
+        parents: parents(&bundle, &root, &layered, wishes),
         overlay: layered.over_there(&bundle.path, wishes.bundle.as_deref()),
         tmpfs,
         network: network.as_ref().map(|n| n.2.clone()),
@@ -280,6 +282,27 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         forward: None,
         warnings: Vec::new(),
     })
+}
+
+/// The directories above everything that may be copied, at their places on the destination.
+fn parents(bundle: &Bundle, root: &Path, layered: &Layered, wishes: &Wishes) -> Vec<Parent> {
+    let there = wishes.bundle.as_deref().unwrap_or(&bundle.path);
+    let moved = |path: &Path| match path.strip_prefix(&bundle.path) {
+        Ok(below) => there.join(below),
+        Err(_) => path.to_owned(),
+    };
+    let mut places = vec![bundle.path.clone(), root.to_owned()];
+    places.extend(bundle.bind_mounts().into_iter().map(|mount| mount.source));
+    if let Some(upper) = layered.overlay().and_then(|overlay| overlay.upper.as_ref()) {
+        places.extend([upper.path.clone(), upper.work.clone()]);
+    }
+    let mut list: Vec<Parent> = Vec::new();
+    for parent in places.iter().flat_map(|path| place::parents(path, moved)) {
+        if list.len() < MAX_PARENTS && list.iter().all(|known| known.path != parent.path) {
+            list.push(parent);
+        }
+    }
+    list
 }
 
 /// Private anonymous memory of all tasks, in bytes.

@@ -49,6 +49,7 @@ use super::locks::Held;
 use super::workdir;
 use crate::files::layers::Layer;
 use crate::files::overlay::Overlay;
+use crate::files::place::Parent;
 use crate::files::probe::Proof;
 use crate::files::tmpfs::{self, Tmpfs};
 use crate::files::walk::Size;
@@ -68,6 +69,8 @@ pub const MAX_FILES: usize = 100_000;
 pub const MAX_TASKS: usize = 100_000;
 /// Most probes and bind mounts of one plan.
 pub const MAX_PROBES: usize = 4096;
+/// Most directories above them.
+pub const MAX_PARENTS: usize = 4096;
 
 /// A control message. Each says who owns the container once it has arrived.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -304,6 +307,9 @@ pub struct Plan {
     pub criu: u32,
     /// What must be the same on both hosts, and how that is proved.
     pub probes: Vec<Probe>,
+    /// The directories above it on the source, each once: what is missing there is made as they are.
+    #[serde(default)]
+    pub parents: Vec<Parent>,
     /// The root file system, where it is an overlay that can go layer by layer: paths of the
     /// destination.
     #[serde(default)]
@@ -457,7 +463,10 @@ impl Plan {
         if !self.bundle.is_absolute() {
             bail!("the bundle's path must be absolute");
         }
-        if self.streams.len() > 3 || self.probes.len() > MAX_PROBES {
+        if self.streams.len() > 3
+            || self.probes.len() > MAX_PROBES
+            || self.parents.len() > MAX_PARENTS
+        {
             bail!("a plan with too many entries");
         }
         for path in self.network_path.iter().chain(&self.console_socket).chain(&self.root) {

@@ -324,7 +324,7 @@ impl Guest {
             coming.stage()?;
             staged = coming.staged();
         }
-        staged.extend(placing.stage()?);
+        staged.extend(placing.stage(&self.plan.parents)?);
         let (_, there) = checks::bundle_here(&self.plan)?;
         if !there {
             let config = serde_json::to_vec_pretty(&self.plan.config)?;
