@@ -131,10 +131,9 @@ pub fn inspect(runtime: &Runtime, wishes: &Wishes) -> Result<Subject, Vec<Proble
     let tasks = tasks.unwrap_or_default();
     problems.extend(descriptors::problems(&tasks));
     problems.extend(locks::problems(&tasks));
-    let (found, warnings): (Vec<_>, Vec<_>) =
-        preflight::problems(Scene { init: state.pid, tasks: &tasks })
-            .into_iter()
-            .partition(|p| p.fatal);
+    let (scene, bundle) = (Scene { init: state.pid, tasks: &tasks }, Bundle::load(&state.bundle));
+    let found = preflight::problems(scene, bundle.ok().as_ref());
+    let (found, warnings): (Vec<_>, Vec<_>) = found.into_iter().partition(|p| p.fatal);
     problems.extend(found);
     match look(runtime, wishes, state) {
         Ok(subject) if problems.is_empty() => return Ok(Subject { warnings, ..subject }),

@@ -45,6 +45,7 @@ mod rtnl;
 pub mod sockets;
 mod sysctl;
 pub mod translated;
+pub mod unix;
 pub mod unread;
 pub mod usable;
 

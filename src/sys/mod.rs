@@ -19,6 +19,7 @@ pub mod netlink;
 pub mod netns;
 pub mod packet;
 pub mod process;
+pub mod sched;
 pub mod scm;
 pub mod seccomp;
 pub mod socket;

@@ -141,6 +141,18 @@ pub fn watches(pid: i32, epoll: RawFd, target: RawFd) -> io::Result<bool> {
     if order < 0 { Err(io::Error::last_os_error()) } else { Ok(order == 0) }
 }
 
+/// Whether two descriptors, each a process's and its number there, are of the same open file.
+/// kcmp(2), `KCMP_FILE`.
+///
+/// # Errors
+/// When a process or a descriptor is gone.
+pub fn same_file(one: (i32, RawFd), other: (i32, RawFd)) -> io::Result<bool> {
+    const FILE: libc::c_int = 0;
+    // SAFETY: no pointers.
+    let order = unsafe { libc::syscall(libc::SYS_kcmp, one.0, other.0, FILE, one.1, other.1) };
+    if order < 0 { Err(io::Error::last_os_error()) } else { Ok(order == 0) }
+}
+
 /// From which number on a process gets no descriptors. proc_pid_limits(5): prlimit(2) tells it of
 /// another user's process only with `CAP_SYS_RESOURCE`.
 ///

@@ -7,6 +7,24 @@ use std::os::fd::{AsFd, AsRawFd};
 pub(super) const TCP_REPAIR_OFF_NO_WP: libc::c_int = -1;
 const TCP_REPAIR: libc::c_int = 19;
 
+/// Whether a socket is of Multipath TCP: socket(7), `SO_PROTOCOL`.
+pub fn is_mptcp(socket: impl AsFd) -> bool {
+    const MPTCP: libc::c_int = 262;
+    let mut value: libc::c_int = 0;
+    let mut length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: both pointers are to live variables of the stated size.
+    let r = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PROTOCOL,
+            (&raw mut value).cast(),
+            &raw mut length,
+        )
+    };
+    r == 0 && value == MPTCP
+}
+
 /// Takes a TCP socket out of repair mode where it was left there; says whether it was.
 ///
 /// A CRIU that is killed in the middle of a dump leaves its victims' sockets so: they neither send

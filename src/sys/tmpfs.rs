@@ -4,11 +4,19 @@ use std::io;
 use std::path::Path;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
+
+/// `MQUEUE_MAGIC` of ipc/mqueue.c.
+const MESSAGE_QUEUES: FsType = FsType(0x1980_0202);
 
 /// Whether what is written at `path` stays in memory.
 pub fn is_tmpfs(path: &Path) -> io::Result<bool> {
     Ok(statfs(path)?.filesystem_type() == TMPFS_MAGIC)
+}
+
+/// Whether there is a message queue at `path`: mq_overview(7).
+pub fn is_message_queue(path: &Path) -> io::Result<bool> {
+    Ok(statfs(path)?.filesystem_type() == MESSAGE_QUEUES)
 }
 
 /// Free bytes for us at `path`. statfs(2).

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use super::{Scene, field};
+use super::{Scene, field, named, who};
 use crate::network::problem::Problem;
 use crate::sys::process;
 
@@ -12,8 +12,6 @@ use crate::sys::process;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Nobody tells when somebody else's child ends.
 const PAUSE: Duration = Duration::from_millis(20);
-/// Most that are named.
-const NAMED: usize = 3;
 
 /// One of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,6 +84,11 @@ fn not_below(init: i32, tasks: &HashMap<i32, (i32, bool)>) -> Vec<i32> {
 }
 
 impl Stranger {
+    /// Its number.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
     fn lives(&self) -> bool {
         self.started.is_some()
             && process::start_time(self.pid) == self.started
@@ -95,15 +98,8 @@ impl Stranger {
 
 /// For people: the first of them, with their commands.
 pub fn names(list: &[Stranger]) -> String {
-    let one = |stranger: &Stranger| {
-        let name = process::proc_text(stranger.pid, "comm").unwrap_or_default();
-        format!("process {} ({})", stranger.pid, name.trim_end_matches('\n').escape_debug())
-    };
-    let mut words: Vec<String> = list.iter().take(NAMED).map(one).collect();
-    if list.len() > NAMED {
-        words.push(format!("{} more", list.len() - NAMED));
-    }
-    words.join(", ")
+    let words: Vec<String> = list.iter().map(|stranger| who(stranger.pid)).collect();
+    named(&words)
 }
 
 #[cfg(test)]
