@@ -337,7 +337,7 @@ fn locked_over_there(lab: &Lab) -> Outcome {
     let held = "/srv/shared/bin/held";
     let script = "#!/bin/sh\nexport FERRY_FAULT=destination.restore:hold; exec ferry \"$@\"\n";
     write_script(&a.path(held)?, script)?;
-    let migrate = ["ferry", "migrate", "--timeout", "12s", "--remote-ferry", held, "box", "b"];
+    let migrate = ["ferry", "migrate", "--remote-ferry", held, "box", "b"];
     let migrating = a.start(&migrate)?;
     let file = b.path("/run/ferry-fault/destination.restore")?;
     until("the restore is about to begin", LONG, || Ok(file.exists().then_some(())))?;
@@ -346,6 +346,10 @@ fn locked_over_there(lab: &Lab) -> Outcome {
     let done = b.path("/tmp/locked")?;
     until("the file is locked", SHORT, || Ok(done.exists().then_some(())))?;
     std::fs::remove_file(&file).map_err(|e| e.to_string())?;
+    until("the restore waits for the lock", SHORT, || {
+        Ok(b.sh("ps -eo wchan:32")?.contains("locks_lock_inode_wait").then_some(()))
+    })?;
+    a.sh("pkill -INT -x ferry")?;
     let said = migrating.end(LONG)?.exits(1)?;
     ensure!(said.err.contains("the container runs on here"), "{said}");
     until("nothing of the restore is left", SHORT, || {
