@@ -13,6 +13,8 @@
 mod common;
 #[path = "migrate/connections.rs"]
 mod connections;
+#[path = "migrate/crashes.rs"]
+mod crashes;
 #[path = "migrate/datagrams.rs"]
 mod datagrams;
 #[path = "migrate/faults.rs"]
@@ -55,5 +57,6 @@ fn main() -> ExitCode {
     trials.extend(published::trials());
     trials.extend(refusals::trials());
     trials.extend(faults::trials());
+    trials.extend(crashes::trials());
     common::suite::run(trials)
 }

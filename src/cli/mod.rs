@@ -6,6 +6,7 @@
 pub mod args;
 pub mod destination;
 pub mod passthrough;
+mod resolve;
 pub mod runtime;
 pub mod scan;
 pub mod units;
@@ -57,7 +58,7 @@ fn dispatch(globals: &Globals, verb: Verb) -> Result<(), Failed> {
         Verb::Receive(args) => verbs::receive(globals, &args),
         Verb::Check(args) => verbs::check(globals, &args),
         Verb::Migrations(args) => verbs::migrations(&args),
-        Verb::Resolve(args) => verbs::resolve(globals, &args),
+        Verb::Resolve(args) => resolve::resolve(globals, &args),
         Verb::Guard { args } => verbs::guard(&args),
     }
 }

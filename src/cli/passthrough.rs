@@ -21,6 +21,7 @@ use super::args::Cli;
 use super::runtime::{Config, Runtime, Unusable};
 use super::scan::{Command, Scan};
 use crate::migration::away::AwayMark;
+use crate::migration::holder;
 
 /// Does what the runtime would do. Returns an exit code, and only if there is nothing to exec.
 pub fn run(scan: Scan) -> u8 {
@@ -105,18 +106,13 @@ fn refuse_if_away(scan: &Scan, runtime: &Runtime, ids: &[OsString]) -> Result<()
     for id in ids {
         if let Some(mark) = AwayMark::find(&state, &root, id)? {
             let options = match &scan.root {
-                Some(root) => format!("--root {} ", root.display()),
+                Some(root) => format!(" --root {}", root.display()),
                 None => String::new(),
             };
+            let (why, hint) = holder::marked(&state, &mark, &format!("ferry{options}"));
             return Err(anyhow!(
-                "container {id} was migrated to {to} on {at} (migration {migration}); starting \
-                 it here would make a second copy\n\
-                 hint: it runs there; if it must start afresh here because {to} is gone for \
-                 good, say so first: `ferry {options}resolve {id} --keep`",
-                id = mark.id,
-                to = mark.destination,
-                at = mark.migrated_at,
-                migration = mark.migration_id,
+                "container {} {why}; starting it here would make a second copy\nhint: {hint}",
+                mark.id
             ));
         }
     }

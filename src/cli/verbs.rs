@@ -10,17 +10,14 @@ use anyhow::{Context, Result, anyhow};
 use serde_json::json;
 
 use super::args::{
-    CheckArgs, Globals, MigrateArgs, MigrationsArgs, Network, ReceiveArgs, RemoteArgs, ResolveArgs,
-    SourceFiles,
+    CheckArgs, Globals, MigrateArgs, MigrationsArgs, Network, ReceiveArgs, RemoteArgs, SourceFiles,
 };
 use super::destination::{Destination, Listen};
 use super::runtime::{Config, Runtime as Found};
 use crate::migration::ask::{self, Options};
-use crate::migration::away::AwayMark;
 use crate::migration::inspect::{self, Wishes};
-use crate::migration::journal::{Journal, Role, State, is_alive};
-use crate::migration::protocol::{Standing, Verdict};
-use crate::migration::{carry, destination, forward, guards, host, rest, settle, source};
+use crate::migration::journal::{Journal, Role, State};
+use crate::migration::{carry, destination, forward, guards, host, source};
 use crate::network::{self, problem::Problem};
 use crate::oci::runtime::Runtime;
 use crate::report::exit::{Failed, Told};
@@ -29,14 +26,14 @@ use crate::report::log::rfc3339;
 use crate::report::progress::Reporter;
 use crate::transport::connect::{self, Destination as Reach, split_command};
 
-fn runtime(globals: &Globals) -> Result<Runtime, Failed> {
+pub(super) fn runtime(globals: &Globals) -> Result<Runtime, Failed> {
     let found =
         Found::find(globals.ferry_runtime.as_deref()).map_err(|u| Failed::refused(u.error))?;
     tracing::debug!("the runtime is {}", found.path.display());
     Ok(Runtime::new(found.path, globals.root.clone(), globals.systemd_cgroup))
 }
 
-fn state_dir() -> Result<std::path::PathBuf, Failed> {
+pub(super) fn state_dir() -> Result<std::path::PathBuf, Failed> {
     Ok(Config::load().map_err(Failed::refused)?.state_dir())
 }
 
@@ -290,7 +287,7 @@ fn tell_check(
 }
 
 /// A line on standard output; a reader that went away is no error.
-fn say(line: &str) {
+pub(super) fn say(line: &str) {
     let _ = writeln!(std::io::stdout(), "{line}");
 }
 
@@ -298,13 +295,14 @@ fn say(line: &str) {
 pub fn migrations(args: &MigrationsArgs) -> Result<(), Failed> {
     let state_dir = state_dir()?;
     let mut any = false;
-    for journal in Journal::all(&state_dir)? {
+    let (all, unreadable) = Journal::all(&state_dir)?;
+    for journal in all {
         let record = &journal.record;
         if args.id.as_ref().is_some_and(|id| *id != record.container && *id != record.migration) {
             continue;
         }
         any = true;
-        let under_way = is_alive(record.worker) && !journal.state().is_over();
+        let under_way = record.worker_lives() && !journal.state().is_over();
         let in_words = standing_here(&journal, under_way);
         let ended = journal.states().last().filter(|s| s.0.is_over()).map(|s| s.1);
         if args.json {
@@ -339,6 +337,11 @@ pub fn migrations(args: &MigrationsArgs) -> Result<(), Failed> {
             }
         }
     }
+    let mut unreadable = unreadable.into_iter();
+    if let Some(journal) = unreadable.find(|j| args.id.as_ref().is_none_or(|id| j.may_be_about(id)))
+    {
+        return Err(Failed::from(journal.error()));
+    }
     match &args.id {
         Some(id) if !any => Err(Failed::from(anyhow!(
             "this host knows of no migration of a container {id}, and of none with that ID\n\
@@ -356,6 +359,7 @@ fn moment(unix: u64) -> String {
 fn standing_here(journal: &Journal, under_way: bool) -> &'static str {
     match (journal.record.role, journal.state(), under_way) {
         (_, State::Aborted, _) => "given up: it stayed where it was",
+        (Role::Destination, State::Ready, true) => "held here: waits for the verdict",
         (Role::Source, State::Finished, _) => "done: it runs there",
         (Role::Destination, State::Finished, _) => "done: it runs here",
         (_, _, true) => "under way",
@@ -363,195 +367,6 @@ fn standing_here(journal: &Journal, under_way: bool) -> &'static str {
         (Role::Destination, State::Whole, _) => "done: it runs here",
         (Role::Destination, State::Ready | State::Committed, _) => "in doubt (ferry resolve)",
         _ => "broken off (ferry resolve)",
-    }
-}
-
-/// `ferry resolve`.
-pub fn resolve(globals: &Globals, args: &ResolveArgs) -> Result<(), Failed> {
-    if args.no_forward {
-        say(forward::end(&args.id, args.when_idle).map_err(Failed::refused)?);
-        return Ok(());
-    }
-    if let Some(said) = forward::revive(&args.id)? {
-        say(said);
-        return Ok(());
-    }
-    let state_dir = state_dir()?;
-    let mut open: Vec<Journal> = Journal::all(&state_dir)?
-        .into_iter()
-        .filter(|j| !j.state().is_over())
-        .filter(|j| j.record.container == args.id || j.record.migration == args.id)
-        .collect();
-    let mut journal = match (open.len(), open.pop()) {
-        (0, _) | (_, None) => return resolve_mark(globals, args, &state_dir),
-        (1, Some(journal)) => journal,
-        (n, _) => {
-            let list: Vec<String> = Journal::all(&state_dir)?
-                .iter()
-                .filter(|j| !j.state().is_over() && j.record.container == args.id)
-                .map(|j| j.record.migration.clone())
-                .collect();
-            return Err(Failed::refused(anyhow!(
-                "{n} migrations of {} are open\nhint: name one of them: {}",
-                args.id,
-                list.join(", ")
-            )));
-        }
-    };
-    let verdict = match (args.keep, args.discard) {
-        (true, _) => Some(true),
-        (_, true) => Some(false),
-        _ => None,
-    };
-    let said = match journal.record.role {
-        Role::Source => resolve_source(&mut journal, verdict, &args.remote)?,
-        Role::Destination => resolve_destination(&state_dir, &journal, verdict)?,
-    };
-    if args.json {
-        say(&json!({"migration": journal.record.migration, "outcome": said}).to_string());
-    } else {
-        say(said);
-    }
-    Ok(())
-}
-
-fn resolve_source(
-    journal: &mut Journal,
-    keep: Option<bool>,
-    remote: &RemoteArgs,
-) -> Result<&'static str, Failed> {
-    if is_alive(journal.record.worker) {
-        return Err(Failed::refused(anyhow!(
-            "migration {} is under way\nhint: wait for it, or end process {}",
-            journal.record.migration,
-            journal.record.worker.0
-        )));
-    }
-    if let Some(Reach::Shell { rsh, remote_ferry, .. }) = &mut journal.record.destination {
-        if let Some(command) = &remote.rsh {
-            *rsh = split_command(command).map_err(Failed::usage)?;
-        }
-        if let Some(path) = remote.remote_ferry.as_ref().and_then(|p| p.to_str()) {
-            *remote_ferry = path.to_owned();
-        }
-    }
-    let _held = journal.hold()?;
-    match (journal.state(), keep) {
-        // Somebody else has been quicker.
-        (State::Aborted, _) => Ok("it runs on here"),
-        (State::Finished, _) => Ok("it runs on the other host"),
-        // Not committed: it was never anybody else's.
-        (State::Begun | State::Ready, None | Some(true)) => {
-            // The destination may hold a copy that waits; if it cannot be told now it can ask us.
-            let _ = settle::ask(&journal.record, Some(Verdict::Abort));
-            guards::source_runs_on_later(journal)?;
-            Ok("it runs on here")
-        }
-        (State::Begun | State::Ready, Some(false)) => Err(Failed::refused(anyhow!(
-            "migration {} was broken off before it was handed over: the only copy is here\n\
-             hint: `ferry resolve {}` lets it run on",
-            journal.record.migration,
-            journal.record.container
-        ))),
-        (_, Some(true)) => {
-            guards::source_runs_on_later(journal)?;
-            Ok("it runs on here, by your word that the other host does not run it")
-        }
-        (_, Some(false)) => {
-            guards::source_lets_go_later(journal)?;
-            Ok("what was left of it here is gone, by your word that the other host runs it")
-        }
-        (_, None) => match settle::insist(&journal.record, Verdict::Commit) {
-            Ok(Standing::Running) => {
-                guards::source_lets_go_later(journal)?;
-                Ok("it runs on the other host; what was left here is gone")
-            }
-            // It runs there and waits for pages that are frozen here.
-            Ok(Standing::Partial) => bring_rest(journal),
-            Ok(Standing::Waiting) => {
-                Err(Failed::in_doubt(anyhow!("the other host is about to run it\nhint: ask again")))
-            }
-            Ok(Standing::Gone) => Err(Failed::in_doubt(anyhow!(
-                "it was handed over, but there is no copy on {peer}: it was lost there\n\
-                 hint: the frozen copy here is whole: `ferry resolve {id} --keep` lets it run on",
-                peer = journal.record.peer,
-                id = journal.record.container,
-            ))),
-            Err(e) => Err(Failed::in_doubt(e.context(format!(
-                "{} cannot be asked\nhint: try again when it can be reached; if it is gone for \
-                 good: `ferry resolve {} --keep`",
-                journal.record.peer, journal.record.container
-            )))),
-        },
-    }
-}
-
-/// Post-copy that was broken off.
-fn bring_rest(journal: &mut Journal) -> Result<&'static str, Failed> {
-    let end = rest::bring(&journal.record, carry::Wishes::default(), &mut |why| {
-        if let Some(why) = why {
-            let _ = writeln!(std::io::stderr(), "warning: {why}; trying again");
-        }
-        true
-    });
-    match end {
-        rest::Brought::Whole(_) => {
-            guards::source_lets_go_later(journal)?;
-            Ok("it runs on the other host, with all of its memory; what was left here is gone")
-        }
-        _ => Err(Failed::in_doubt(anyhow!(
-            "the copy on {peer} was lost before it had all of its memory\n\
-             hint: the frozen copy here is as old as the hand-over: `ferry resolve {id} --keep` \
-             lets it run on",
-            peer = journal.record.peer,
-            id = journal.record.container,
-        ))),
-    }
-}
-
-fn resolve_destination(
-    state_dir: &Path,
-    journal: &Journal,
-    keep: Option<bool>,
-) -> Result<&'static str, Failed> {
-    let verdict = keep.map(|k| if k { Verdict::Commit } else { Verdict::Abort });
-    match settle::answer(state_dir, &journal.record.migration, verdict)? {
-        Standing::Running => Ok("it runs here"),
-        Standing::Gone => Ok("there is no copy of it here"),
-        Standing::Partial => Err(Failed::in_doubt(anyhow!(
-            "it runs here, and waits for memory that is still on the source\n\
-             hint: `ferry resolve {}` on the source brings it",
-            journal.record.container
-        ))),
-        Standing::Waiting if keep == Some(true) => Ok("it starts to run here"),
-        Standing::Waiting => Err(Failed::in_doubt(anyhow!(
-            "it is held here and waits for the source's word\n\
-             hint: `ferry resolve {id}` on the source; if that host is gone for good: `ferry \
-             resolve {id} --keep` here",
-            id = journal.record.container
-        ))),
-    }
-}
-
-/// Nothing is open: what can be settled is the mark that keeps the ID from being started here.
-fn resolve_mark(globals: &Globals, args: &ResolveArgs, state_dir: &Path) -> Result<(), Failed> {
-    let runtime = runtime(globals)?;
-    let mark = AwayMark::find(state_dir, runtime.root(), args.id.as_ref())?;
-    match (mark, args.keep) {
-        (Some(_), true) => {
-            AwayMark::remove(state_dir, runtime.root(), args.id.as_ref())?;
-            say("the mark is lifted: it can be started here again");
-            Ok(())
-        }
-        (Some(mark), false) => {
-            say(&format!("it was migrated to {} on {}", mark.destination, mark.migrated_at));
-            Ok(())
-        }
-        (None, _) => Err(Failed::refused(anyhow!(
-            "no migration of {} is open here, and it is not marked as migrated away\n\
-             hint: see `ferry migrations`",
-            args.id
-        ))),
     }
 }
 
@@ -564,6 +379,7 @@ pub fn guard(args: &[std::ffi::OsString]) -> Result<(), Failed> {
             Ok(forward::process(&what, Path::new(directory))?)
         }
         [what, journal] if what == "pages" => Ok(guards::guard_pages(Path::new(journal))?),
+        [what, journal] if what == "word" => Ok(guards::word(Path::new(journal))?),
         _ => Err(Failed::usage(anyhow!("the guard is for ferry itself"))),
     }
 }

@@ -7,7 +7,7 @@ use super::away::AwayMark;
 use super::floating;
 use super::forward::{self, Course};
 use super::protocol::{How, Place, Plan, Probe};
-use super::{host, layers, workdir};
+use super::{holder, host, layers, workdir};
 use crate::files::overlay::Overlay;
 use crate::files::probe;
 use crate::files::walk::Size;
@@ -35,8 +35,13 @@ pub struct Found {
 }
 
 /// Looks at this host.
-pub fn look(plan: &Plan, runtime: &Runtime) -> Found {
+pub fn look(plan: &Plan, runtime: &Runtime, state_dir: &Path) -> Found {
     let mut found = Found::default();
+    // What it has made here is not in the way of anybody else, and not to be deleted by hand.
+    if let Some(problem) = holder::in_the_way(state_dir, runtime.root(), &plan.container) {
+        found.problems.push(problem);
+        return found;
+    }
     found.problems = problems(plan, runtime, &mut found.copies, &mut found.course);
     found
 }

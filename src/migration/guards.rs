@@ -191,7 +191,7 @@ pub fn guard(journal: &Path) -> Result<()> {
     };
     let held = hold(&mut journal, !told)?;
     let done = match (told, journal.record.role, journal.state()) {
-        (false, Role::Source, State::Begun) => {
+        (false, Role::Source, State::Begun | State::Returning) => {
             let undone =
                 recover::source_runs_on(&mut journal, &recover::Hands::Later(Some(&vault)));
             drop(held);
@@ -226,6 +226,27 @@ pub fn guard(journal: &Path) -> Result<()> {
         }
     }
     done
+}
+
+/// Starts a process that goes on telling the destination that the container stayed.
+///
+/// # Errors
+/// When there can be no process.
+pub fn tell_later(journal: &Journal) -> Result<()> {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg("__guard").arg("word").arg(journal.path());
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    process::in_new_session(&mut command);
+    command.spawn().context("cannot start the guard process").map(drop)
+}
+
+/// That process.
+///
+/// # Errors
+/// When the journal cannot be read.
+pub fn word(journal: &Path) -> Result<()> {
+    send_word(&Journal::open(journal)?.record);
+    Ok(())
 }
 
 fn obey<S: AsFd + Sync>(
@@ -331,9 +352,9 @@ fn send_word(record: &Record) {
     let until = Instant::now() + WORD_TIMEOUT;
     let mut pause = Duration::from_millis(100);
     while Instant::now() < until {
-        match settle::ask(record, Some(Verdict::Abort)) {
-            Ok(Standing::Waiting) | Err(_) => {}
-            Ok(_) => return,
+        let said = settle::ask(record, Some(Verdict::Abort));
+        if matches!(said, Ok(Standing::Running | Standing::Partial | Standing::Gone)) {
+            return;
         }
         // Between two tries to reach a host there is nothing to wait on but time.
         std::thread::park_timeout(pause);

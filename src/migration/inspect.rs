@@ -14,7 +14,7 @@ use super::layers::{self, Layered};
 use super::preflight::{self, Scene};
 use super::protocol::{How, MAX_PARENTS, Place, Plan, Probe};
 use super::standard::{self, Standard};
-use super::{descriptors, host, locks};
+use super::{descriptors, holder, host, locks};
 use crate::files::place::{self, Parent};
 use crate::files::walk::Size;
 use crate::files::{probe, tmpfs};
@@ -102,6 +102,9 @@ pub fn inspect(runtime: &Runtime, wishes: &Wishes) -> Result<Subject, Vec<Proble
     let state = runtime.state(id).map_err(|e| {
         one(Problem::new(format!("cannot ask for the state of {id}"), format!("{e:#}")))
     })?;
+    if let Some(problem) = held(runtime, wishes, state.as_ref()) {
+        return Err(one(problem));
+    }
     let Some(state) = state else {
         if let Some(problem) = migrated_away(runtime, wishes) {
             return Err(one(problem));
@@ -144,6 +147,16 @@ pub fn inspect(runtime: &Runtime, wishes: &Wishes) -> Result<Subject, Vec<Proble
         }),
     }
     Err(problems)
+}
+
+/// A migration that holds it already. One that runs may have come by a migration which has its last
+/// words still to say.
+fn held(runtime: &Runtime, wishes: &Wishes, state: Option<&State>) -> Option<Problem> {
+    let (state_dir, id) = (wishes.state_dir.as_deref()?, &wishes.container);
+    match state.map(|state| state.status.as_str()) {
+        Some("running") => holder::leaves(state_dir, runtime.root(), id),
+        _ => holder::in_the_way(state_dir, runtime.root(), id),
+    }
 }
 
 /// Whoever asks for a container that has left wants to know where it is.

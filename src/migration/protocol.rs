@@ -250,8 +250,14 @@ pub enum Verdict {
 pub enum Standing {
     /// The container runs here.
     Running,
-    /// Restored and held: waits for the verdict; or it is just being started.
+    /// It is just being started.
     Waiting,
+    /// Restored and held, with all of its memory: waits for the verdict.
+    Ready,
+    /// The same, but for pages that are still on the source.
+    Lacking,
+    /// It is still being taken in: there is no copy yet.
+    Arriving,
     /// The container runs here, and needs pages that are still on the source.
     Partial,
     /// There is no copy here, and there will be none of this migration.
@@ -510,7 +516,9 @@ impl Standing {
     pub fn describe(self) -> &'static str {
         match self {
             Standing::Running => "runs there",
-            Standing::Waiting => "is restored there and waits for the verdict",
+            Standing::Waiting => "is about to run there",
+            Standing::Ready | Standing::Lacking => "is restored there and waits for the verdict",
+            Standing::Arriving => "is still being taken in there",
             Standing::Partial => "runs there without all of its memory",
             Standing::Gone => "is not there",
         }

@@ -67,11 +67,18 @@ impl Trouble {
 pub fn source_runs_on(journal: &mut Journal, hands: &Hands) -> Result<()> {
     let mut trouble = Trouble::default();
     let record = journal.record.clone();
-    forward::source_stays(&record, journal.state() == State::Committed);
+    let committed = journal.states().iter().any(|s| s.0 == State::Committed);
+    if journal.state() != State::Returning {
+        // Before it can run on: what the destination holds is older from then on, and must not be let
+        // run if this host goes down in the middle. A disk that does not take it is no reason to leave
+        // the container frozen.
+        let noted = journal.write(State::Returning);
+        let _ = noted.inspect_err(|e| tracing::error!("{e:#}"));
+    }
+    forward::source_stays(&record, committed);
     wait_for_criu(&record.work);
     // After a reboot somebody else may be in a group of that name.
-    let same = record.init.is_none_or(super::journal::is_alive);
-    let cgroup = record.cgroup.as_ref().filter(|_| same);
+    let cgroup = record.cgroup.as_ref().filter(|_| record.init_lives());
     if let Some(cgroup) = cgroup
         && record.work.join("work").join(CRIU_PID).exists()
     {
@@ -92,13 +99,13 @@ pub fn source_runs_on(journal: &mut Journal, hands: &Hands) -> Result<()> {
     lift_fence(&record, &mut trouble);
     if let Some(addresses) = Addresses::of(&record) {
         // The destination may have told everybody that they are there.
-        addresses.stays(journal.state() == State::Committed, &mut trouble);
+        addresses.stays(committed, &mut trouble);
     }
     let side = host_side(&record);
     if let Some((side, host)) = &side {
         trouble.note("letting this host answer again", side.restore(host));
     }
-    if journal.state() == State::Committed {
+    if committed {
         // The destination may have told everybody that the address is there.
         take_address_back(&record);
         let _ = side.map(|(side, host)| side.announce(&host));
@@ -190,7 +197,7 @@ pub fn keep_sockets(record: &Record) -> Result<()> {
 
 /// What [`note_sockets`] has noted, and the root of the container that it is about.
 fn spares(record: &Record) -> Option<(Spares, PathBuf)> {
-    let (init, _) = record.init.filter(|init| super::journal::is_alive(*init))?;
+    let (init, _) = record.init.filter(|_| record.init_lives())?;
     let text = fs::read(record.work.join(SOCKETS)).ok()?;
     Some((serde_json::from_slice(&text).ok()?, root_of(init)))
 }
@@ -240,6 +247,10 @@ fn remove_network(namespace: &NetNs, path: &Path, trouble: &mut Trouble) {
 
 /// The namespace of this migration, if what bears its name is still that.
 fn own_network(record: &Record) -> Option<(NetNs, &Path)> {
+    // After a reboot another one may have its numbers.
+    if !record.same_boot() {
+        return None;
+    }
     let path = record.network_path.as_deref()?;
     let namespace = NetNs::open(path).ok()?;
     let noted = fs::read_to_string(record.work.join(NETWORK)).ok();
@@ -302,14 +313,13 @@ pub fn source_lets_go(journal: &mut Journal, before_network: impl FnOnce()) -> R
     let record = journal.record.clone();
     let runtime = runtime(&record);
     wait_for_criu(&record.work);
-    let same = record.init.is_none_or(super::journal::is_alive);
     if let Some((spares, root)) = spares(&record) {
         trouble.note("removing spare names of sockets", spares.remove(&root));
     }
     // One without a name can only be found as long as they are there.
     let network = own_network(&record);
     let (addresses, mut ended) = (Addresses::of(&record), true);
-    if let Some(cgroup) = record.cgroup.as_ref().filter(|_| same) {
+    if let Some(cgroup) = record.cgroup.as_ref().filter(|_| record.init_lives()) {
         if record.forward.is_some() || addresses.is_some() {
             mend::silence_sockets(cgroup);
         }
@@ -434,7 +444,8 @@ fn delete(runtime: &Runtime, record: &Record, init: Option<(i32, u64)>) -> Resul
         }
         Some(state)
             if init.is_some_and(|(pid, started)| {
-                state.pid == pid && process::start_time(pid).is_none_or(|s| s == started)
+                let same = process::start_time(pid).is_none_or(|s| s == started);
+                state.pid == pid && same && record.same_boot()
             }) =>
         {
             runtime.delete_force(&record.container)

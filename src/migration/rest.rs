@@ -83,7 +83,9 @@ fn attempt(
     let cgroup = record.cgroup.as_ref().ok_or_else(|| anyhow!("no control group is known"))?;
     // The link may have broken before the commit got there.
     match settle::ask(record, Some(Verdict::Commit))? {
-        Standing::Waiting => return Ok(None),
+        Standing::Waiting | Standing::Ready | Standing::Lacking | Standing::Arriving => {
+            return Ok(None);
+        }
         Standing::Gone => return Ok(Some(Brought::Gone)),
         Standing::Running => return Ok(Some(Brought::Whole(None))),
         Standing::Partial => {}
@@ -145,7 +147,7 @@ fn attempt(
                     return Ok(match standing {
                         Standing::Running => Some(Brought::Whole(None)),
                         Standing::Gone => Some(Brought::Gone),
-                        Standing::Waiting | Standing::Partial => None,
+                        _ => None,
                     });
                 }
                 Event::Heard(Heard::Message(Message::Failed { phase, why })) => {

@@ -10,8 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 
-use super::away::canonical;
-use super::journal::{Journal, Record, Role, State, is_alive};
+use super::journal::{Journal, Record, Role, State};
 use super::protocol::{Message, Standing, Verdict};
 use super::recover;
 use super::talk::{self, Heard};
@@ -98,7 +97,7 @@ pub fn answer(state_dir: &Path, migration: &str, verdict: Option<Verdict>) -> Re
         if journal.record.role != Role::Destination {
             bail!("this host is the source of migration {migration}");
         }
-        if !is_alive(journal.record.worker) || journal.state().is_over() {
+        if !journal.record.worker_lives() || journal.state().is_over() {
             break journal;
         }
         match pass_on(&journal.record.work, verdict) {
@@ -131,15 +130,10 @@ pub fn answer(state_dir: &Path, migration: &str, verdict: Option<Verdict>) -> Re
 /// # Errors
 /// When it cannot be cleared away.
 pub fn sweep(state_dir: &Path, root: &Path, container: &str) -> Result<()> {
-    for journal in Journal::all(state_dir)? {
+    for journal in Journal::of(state_dir, root, container)? {
         let record = &journal.record;
-        let dead = record.role == Role::Destination
-            && !journal.state().is_over()
-            && !is_alive(record.worker);
-        if dead
-            && record.container == container
-            && canonical(recover::runtime(record).root()) == canonical(root)
-        {
+        let open = record.role == Role::Destination && !journal.state().is_over();
+        if open && !record.worker_lives() {
             answer(state_dir, &record.migration, None)
                 .context("clearing away an earlier migration")?;
         }
@@ -192,7 +186,7 @@ pub fn hand_link(
     check_id(migration)?;
     let holder = Journal::find(state_dir, migration)?
         .filter(|j| j.record.role == Role::Destination)
-        .filter(|j| is_alive(j.record.worker) && !j.state().is_over());
+        .filter(|j| j.record.worker_lives() && !j.state().is_over());
     let Some(journal) = holder else { return answer(state_dir, migration, None).map(Some) };
     let mut socket = connect(&journal.record.work)?;
     let asked = serde_json::to_vec(if further { &Asked::Lane } else { &Asked::Link })?;

@@ -126,6 +126,13 @@ pub fn wait_readable(fds: &[BorrowedFd], deadline: Option<Instant>) -> io::Resul
     }
 }
 
+/// Whether the process behind a pidfd has ended, with all of its threads; its parent may not have waited
+/// for it yet. poll(2)
+pub fn has_ended(pidfd: impl AsFd) -> bool {
+    let mut set = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    matches!(poll(&mut set, PollTimeout::ZERO), Ok(1..))
+}
+
 /// Whether what a process has under the number `target` is what its epoll watches under that number.
 /// The kernel looks through all that the epoll watches, one by one. kcmp(2), `KCMP_EPOLL_TFD`.
 ///

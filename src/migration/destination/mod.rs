@@ -32,7 +32,7 @@ use super::guards::PageGuard;
 use super::intake::{self, Backlog, Current, Stage};
 use super::journal::{self, Journal, Lock, Record, Role, State};
 use super::parcels::Images;
-use super::protocol::{Message, Plan, Verdict};
+use super::protocol::{Message, Plan, Standing, Verdict};
 use super::restore::{RestoreEvent, RestoreJob};
 use super::settle::{self, Call};
 use super::streams::Streams;
@@ -139,6 +139,11 @@ fn judge(input: Input) -> Result<Input> {
         }
         // Whoever asks learns from the journal when everything is undone.
         Input::Call(Call::Verdict(Some(Verdict::Abort), _)) => bail!("the source has given up"),
+        Input::Call(Call::Verdict(None, ref reply)) => {
+            // Whoever asks may have gone.
+            let _ = reply.send(Standing::Arriving);
+            Ok(input)
+        }
         Input::LaneEnded(why) => bail!("a further link to the source broke: {why}"),
         Input::Files(Applied::Failed(why)) => bail!("taking files in: {why}"),
         Input::Restore(RestoreEvent::Ended(Err(e))) => Err(e),
@@ -214,7 +219,7 @@ fn converse(
     if !plan.check_only {
         settle::sweep(state_dir, runtime.root(), &plan.container)?;
     }
-    let mut found = checks::look(&plan, &runtime);
+    let mut found = checks::look(&plan, &runtime, state_dir);
     // Now, as the source takes its probes away when it has our answer.
     let streams = Streams::find(&plan, &mut found.problems);
     let (copies, course) = (found.copies, found.course);
@@ -315,7 +320,10 @@ impl Guest {
     ) -> Result<Guest> {
         let lock = Lock::take(state_dir, runtime.root(), &plan.container)?;
         let work = WorkDir::create(&plan.migration)?;
+        let (version, boot) = journal::stamp();
         let record = Record {
+            version,
+            boot,
             migration: plan.migration.clone(),
             container: plan.container.clone(),
             role: Role::Destination,

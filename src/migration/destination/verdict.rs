@@ -50,7 +50,8 @@ impl Guest {
                     return verdict;
                 }
                 Input::Call(Call::Verdict(None, reply)) => {
-                    let _ = reply.send(Standing::Waiting);
+                    let whole = self.left == 0;
+                    let _ = reply.send(if whole { Standing::Ready } else { Standing::Lacking });
                 }
                 Input::Pages(Ended { result: Ok(served), held }) => {
                     self.pages = Some(Ended { result: Ok(served), held });

@@ -62,7 +62,7 @@ pub fn take_link(
             let note = j.record.forward.as_ref();
             note.is_some_and(|n| n.id == id) && !j.state().is_over()
         };
-        let limit = match Journal::all(state_dir)?.iter().any(comes) {
+        let limit = match Journal::all(state_dir)?.0.iter().any(comes) {
             true => MAKING,
             false => SOON,
         };

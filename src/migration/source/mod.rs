@@ -192,7 +192,10 @@ impl Begun {
         let lock =
             Lock::take(state_dir, runtime.root(), &plan.container).map_err(Failed::refused)?;
         let work = WorkDir::create(&plan.migration).map_err(Failed::refused)?;
+        let (version, boot) = journal::stamp();
         let record = Record {
+            version,
+            boot,
             migration: plan.migration.clone(),
             container: plan.container.clone(),
             role: Role::Source,
@@ -605,7 +608,7 @@ impl Begun {
         // A commit that the disk did not take for certain is taken back before anything else: the
         // last line counts.
         if self.journal.state() == State::Committed {
-            let _ = self.journal.write(State::Begun);
+            let _ = self.journal.write(State::Returning);
         }
         // The destination learns it while we clean up; if the link is what broke, from the guard.
         let broken = self.inputs.gone;

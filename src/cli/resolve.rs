@@ -1,0 +1,349 @@
+//! `ferry resolve`: settles what a crash has left.
+
+use std::io::Write;
+
+use anyhow::anyhow;
+use serde_json::json;
+
+use super::args::{Globals, RemoteArgs, ResolveArgs};
+use super::verbs::{runtime, say, state_dir};
+use crate::migration::away::AwayMark;
+use crate::migration::decide::{Doubt, Next, Tasks, There, Word, decide};
+use crate::migration::journal::{Journal, Role, State};
+use crate::migration::protocol::{Standing, Verdict};
+use crate::migration::{carry, forward, guards, holder, recover, rest, settle};
+use crate::report::exit::Failed;
+use crate::transport::connect::{Destination as Reach, split_command};
+
+/// What has come of it, and whether the other host is still to be told.
+struct Settled {
+    said: String,
+    tell: Option<Verdict>,
+}
+
+impl Settled {
+    fn new(said: impl Into<String>) -> Settled {
+        Settled { said: said.into(), tell: None }
+    }
+
+    fn telling(self, verdict: Verdict) -> Settled {
+        Settled { tell: Some(verdict), ..self }
+    }
+}
+
+/// `ferry resolve`.
+pub fn resolve(globals: &Globals, args: &ResolveArgs) -> Result<(), Failed> {
+    if args.no_forward {
+        say(forward::end(&args.id, args.when_idle).map_err(Failed::refused)?);
+        return Ok(());
+    }
+    if let Some(said) = forward::revive(&args.id)? {
+        say(said);
+        return Ok(());
+    }
+    let state_dir = state_dir()?;
+    let (all, unreadable) = Journal::all(&state_dir)?;
+    if let Some(journal) = unreadable.into_iter().find(|j| j.may_be_about(&args.id)) {
+        return Err(Failed::refused(journal.error()));
+    }
+    let mut open: Vec<Journal> = all
+        .into_iter()
+        .filter(|j| !j.state().is_over())
+        .filter(|j| j.record.container == args.id || j.record.migration == args.id)
+        .collect();
+    if open.len() > 1 {
+        let list: Vec<_> = open.iter().map(|j| j.record.migration.as_str()).collect();
+        return Err(Failed::refused(anyhow!(
+            "{} migrations of {} are open\nhint: name one of them: {}",
+            open.len(),
+            args.id,
+            list.join(", ")
+        )));
+    }
+    let Some(mut journal) = open.pop() else { return resolve_mark(globals, args, &state_dir) };
+    let word = match (args.keep, args.discard) {
+        (true, _) => Some(Word::Keep),
+        (_, true) => Some(Word::Discard),
+        _ => None,
+    };
+    let settled = match journal.record.role {
+        Role::Source => resolve_source(&mut journal, word, &args.remote)?,
+        Role::Destination => resolve_destination(&state_dir, &journal, word)?,
+    };
+    if args.json {
+        let said = json!({"migration": journal.record.migration, "outcome": settled.said});
+        say(&said.to_string());
+    } else {
+        say(&settled.said);
+    }
+    if let Some(verdict) = settled.tell {
+        tell(&journal, verdict);
+    }
+    Ok(())
+}
+
+/// The other host may hold a copy that waits for nothing else. Nobody here does.
+fn tell(journal: &Journal, verdict: Verdict) {
+    let Err(e) = settle::ask(&journal.record, Some(verdict)) else { return };
+    let peer = &journal.record.peer;
+    let _ = writeln!(std::io::stderr(), "warning: {peer} cannot be told: {e:#}");
+    if let (Verdict::Abort, Err(e)) = (verdict, guards::tell_later(journal)) {
+        let _ = writeln!(std::io::stderr(), "warning: nobody goes on trying: {e:#}");
+    }
+}
+
+/// What there is of the container here.
+fn tasks(journal: &Journal) -> Result<Tasks, Failed> {
+    let record = &journal.record;
+    if record.init_lives() {
+        return Ok(Tasks::Here);
+    }
+    let state = recover::runtime(record).state(&record.container)?;
+    Ok(match state {
+        Some(state) if state.pid != 0 && state.status != "stopped" => Tasks::Anew,
+        _ if record.same_boot() => Tasks::Ended,
+        _ => Tasks::Rebooted,
+    })
+}
+
+fn resolve_source(
+    journal: &mut Journal,
+    word: Option<Word>,
+    remote: &RemoteArgs,
+) -> Result<Settled, Failed> {
+    if journal.record.worker_lives() {
+        return Err(Failed::refused(anyhow!(
+            "migration {} is under way\nhint: wait for it, or end process {}",
+            journal.record.migration,
+            journal.record.worker.0
+        )));
+    }
+    let _held = journal.hold()?;
+    reach_by(journal, remote)?;
+    let mut there = There::Unasked;
+    let mut silent = None;
+    loop {
+        match journal.state() {
+            // Somebody else has been quicker.
+            State::Aborted => return Ok(Settled::new(stayed(tasks(journal)?))),
+            State::Finished => return Ok(Settled::new("it runs on the other host")),
+            _ => {}
+        }
+        match decide(journal.state(), tasks(journal)?, there, word) {
+            Next::Ask(verdict) => {
+                let answer = match verdict {
+                    Some(verdict) => settle::insist(&journal.record, verdict),
+                    None => settle::ask(&journal.record, None),
+                };
+                there = match answer {
+                    Ok(standing) => There::Is(standing),
+                    Err(e) => {
+                        silent = Some(e);
+                        There::Silent
+                    }
+                };
+            }
+            Next::RunsOn => {
+                let handed_over = journal.state() == State::Committed;
+                // First of all: clients wait.
+                guards::source_runs_on_later(journal)?;
+                return Ok(if handed_over {
+                    Settled::new(
+                        "it runs on here, by your word that the other host does not run it",
+                    )
+                } else {
+                    Settled::new("it runs on here").telling(Verdict::Abort)
+                });
+            }
+            Next::Abandon => {
+                let tasks = tasks(journal)?;
+                guards::source_runs_on_later(journal)?;
+                let settled = Settled::new(stayed(tasks));
+                return Ok(match there {
+                    There::Is(Standing::Gone) => settled,
+                    _ => settled.telling(Verdict::Abort),
+                });
+            }
+            // On the disk before anybody is told, as in a migration; then it goes on from there.
+            Next::HandOver => {
+                journal.write(State::Committed)?;
+                there = There::Unasked;
+            }
+            Next::LetGo => {
+                let by_word = word == Some(Word::Discard);
+                guards::source_lets_go_later(journal)?;
+                return Ok(if by_word {
+                    let said = "what was left of it here is gone, by your word that the other host runs it";
+                    Settled::new(said).telling(Verdict::Commit)
+                } else {
+                    Settled::new("it runs on the other host; what was left here is gone")
+                });
+            }
+            Next::BringRest => return bring_rest(journal).map(Settled::new),
+            Next::Doubt(doubt) => return Err(in_doubt(journal, doubt, silent)),
+        }
+    }
+}
+
+fn reach_by(journal: &mut Journal, remote: &RemoteArgs) -> Result<(), Failed> {
+    if let Some(Reach::Shell { rsh, remote_ferry, .. }) = &mut journal.record.destination {
+        if let Some(command) = &remote.rsh {
+            *rsh = split_command(command).map_err(Failed::usage)?;
+        }
+        if let Some(path) = remote.remote_ferry.as_ref().and_then(|p| p.to_str()) {
+            *remote_ferry = path.to_owned();
+        }
+    }
+    Ok(())
+}
+
+/// What is said of a migration that was given up.
+fn stayed(tasks: Tasks) -> &'static str {
+    match tasks {
+        Tasks::Here => "it runs on here",
+        Tasks::Anew => "the migration is given up; another container of that ID is here",
+        Tasks::Ended => "nothing of it runs any more, here or there: it can be started anew",
+        Tasks::Rebooted => {
+            "it ended with this host, which has been started again since, and there is no copy on the \
+             other one: it can be started anew"
+        }
+    }
+}
+
+fn in_doubt(journal: &Journal, doubt: Doubt, silent: Option<anyhow::Error>) -> Failed {
+    let (id, peer) = (&journal.record.container, &journal.record.peer);
+    let handed_over = journal.state() == State::Committed;
+    let words = match doubt {
+        Doubt::OnlyHere => {
+            return Failed::refused(anyhow!(
+                "migration {} was broken off before it was handed over: the only copy is here\n\
+                 hint: `ferry resolve {id}` lets it run on",
+                journal.record.migration,
+            ));
+        }
+        Doubt::Silent => {
+            let words = if handed_over {
+                format!(
+                    "{peer} cannot be asked\nhint: try again when it can be reached; if it is gone for \
+                     good: `ferry resolve {id} --keep`"
+                )
+            } else {
+                format!(
+                    "nothing of it runs here any more, and {peer}, which may hold a copy, cannot be \
+                     asked\nhint: try again when it can be reached; if it is gone for good, `ferry \
+                     resolve {id} --keep` lets it be started anew here"
+                )
+            };
+            let e = silent.unwrap_or_else(|| anyhow!("no answer"));
+            return Failed::in_doubt(e.context(words));
+        }
+        Doubt::Starting => format!("{peer} is about to run it\nhint: ask again"),
+        Doubt::Arriving => format!(
+            "nothing of it runs here any more, and {peer} is still taking it in\n\
+             hint: ask again in some minutes: it gives up what does not come any more. `ferry resolve \
+             {id} --keep` tells it to at once"
+        ),
+        Doubt::Ended => format!(
+            "its tasks have ended here, and {peer} holds a copy of it, as it was when it was frozen\n\
+             hint: `ferry resolve {id} --discard` lets that run, `--keep` ends it"
+        ),
+        Doubt::Anew => format!(
+            "another container called {id} is here now, and {peer} has a copy of the one that was \
+             migrated\nhint: `ferry resolve {id} --keep` ends a copy that is held there; one that runs \
+             is ended there by hand"
+        ),
+        Doubt::PagesLost => format!(
+            "it waits on {peer} for memory that was here, and has been lost\n\
+             hint: it cannot go on: delete it there, and then `ferry resolve {id} --keep` here lets it \
+             be started anew"
+        ),
+        Doubt::LostThere => format!(
+            "it was handed over, but there is no copy on {peer}: it was lost there\n\
+             hint: the frozen copy here is whole: `ferry resolve {id} --keep` lets it run on"
+        ),
+        Doubt::LostBoth => format!(
+            "it was handed over, but there is no copy on {peer}, and none here any more: it is lost\n\
+             hint: `ferry resolve {id} --keep` lets it be started anew here"
+        ),
+    };
+    Failed::in_doubt(anyhow!(words))
+}
+
+/// Post-copy that was broken off.
+fn bring_rest(journal: &mut Journal) -> Result<&'static str, Failed> {
+    let end = rest::bring(&journal.record, carry::Wishes::default(), &mut |why| {
+        if let Some(why) = why {
+            let _ = writeln!(std::io::stderr(), "warning: {why}; trying again");
+        }
+        true
+    });
+    match end {
+        rest::Brought::Whole(_) => {
+            guards::source_lets_go_later(journal)?;
+            Ok("it runs on the other host, with all of its memory; what was left here is gone")
+        }
+        _ => Err(Failed::in_doubt(anyhow!(
+            "the copy on {peer} was lost before it had all of its memory\n\
+             hint: the frozen copy here is as old as the hand-over: `ferry resolve {id} --keep` \
+             lets it run on",
+            peer = journal.record.peer,
+            id = journal.record.container,
+        ))),
+    }
+}
+
+fn resolve_destination(
+    state_dir: &std::path::Path,
+    journal: &Journal,
+    word: Option<Word>,
+) -> Result<Settled, Failed> {
+    let verdict = word.map(|word| match word {
+        Word::Keep => Verdict::Commit,
+        Word::Discard => Verdict::Abort,
+    });
+    let id = &journal.record.container;
+    match settle::answer(state_dir, &journal.record.migration, verdict)? {
+        Standing::Running => Ok(Settled::new("it runs here")),
+        Standing::Gone => Ok(Settled::new("there is no copy of it here")),
+        Standing::Partial => Err(Failed::in_doubt(anyhow!(
+            "it runs here, and waits for memory that is still on the source\n\
+             hint: `ferry resolve {id}` on the source brings it"
+        ))),
+        Standing::Waiting if word == Some(Word::Keep) => Ok(Settled::new("it starts to run here")),
+        Standing::Arriving => Err(Failed::in_doubt(anyhow!(
+            "it is still being taken in here\nhint: the source runs it until it is handed over; \
+             `ferry resolve {id} --discard` ends it here"
+        ))),
+        Standing::Waiting | Standing::Ready | Standing::Lacking => Err(Failed::in_doubt(anyhow!(
+            "it is held here and waits for the source's word\n\
+             hint: `ferry resolve {id}` on the source; if that host is gone for good: `ferry \
+             resolve {id} --keep` here"
+        ))),
+    }
+}
+
+/// Nothing is open: what can be settled is the mark that keeps the ID from being started here.
+fn resolve_mark(
+    globals: &Globals,
+    args: &ResolveArgs,
+    state_dir: &std::path::Path,
+) -> Result<(), Failed> {
+    let runtime = runtime(globals)?;
+    let mark = AwayMark::find(state_dir, runtime.root(), args.id.as_ref())?;
+    match (mark, args.keep) {
+        (Some(_), true) => {
+            AwayMark::remove(state_dir, runtime.root(), args.id.as_ref())?;
+            say("the mark is lifted: it can be started here again");
+            Ok(())
+        }
+        (Some(mark), false) => {
+            say(&format!("it {}", holder::marked(state_dir, &mark, "ferry").0));
+            Ok(())
+        }
+        (None, _) => Err(Failed::refused(anyhow!(
+            "no migration of {} is open here, and it is not marked as migrated away\n\
+             hint: see `ferry migrations`",
+            args.id
+        ))),
+    }
+}
