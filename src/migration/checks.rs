@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use super::away::AwayMark;
 use super::floating;
 use super::forward::{self, Course};
+use super::preflight::{limits, tasks};
 use super::protocol::{How, Place, Plan, Probe};
 use super::{holder, host, layers, workdir};
 use crate::files::overlay::Overlay;
@@ -64,6 +65,8 @@ fn problems(
         return found;
     }
     machine(plan, &mut found);
+    found.extend(tasks::missing_profiles(&plan.apparmor));
+    found.extend(limits::missing_systemd(plan.systemd_cgroup));
     match runtime.state(&plan.container) {
         Ok(None) => {}
         Ok(Some(state)) => found.push(
@@ -126,7 +129,7 @@ fn machine(plan: &Plan, found: &mut Vec<Problem>) {
     if plan.machine != host::machine() {
         found.push(Problem::new(
             "the hosts are of different kinds",
-            format!("{} there, {} here", plan.machine, host::machine()),
+            format!("{} is {}, {} is {}", plan.source, plan.machine, host::name(), host::machine()),
         ));
         return;
     }
@@ -145,7 +148,7 @@ fn machine(plan: &Plan, found: &mut Vec<Problem>) {
         found.push(
             Problem::new(
                 "the destination's kernel is older",
-                format!("Linux {} there, {here} here", plan.kernel),
+                format!("Linux {} on {}, {here} on {}", plan.kernel, plan.source, host::name()),
             )
             .hint("most programs do not mind")
             .warning(),
@@ -158,9 +161,11 @@ fn machine(plan: &Plan, found: &mut Vec<Problem>) {
             Problem::new(
                 "the destination's CRIU is older",
                 format!(
-                    "{} here, {} there",
+                    "{} on {}, {} on {}",
+                    host::criu_words(plan.criu),
+                    plan.source,
                     host::criu_words(version),
-                    host::criu_words(plan.criu)
+                    host::name()
                 ),
             )
             .hint("install the same version on both hosts: images are not read backwards"),

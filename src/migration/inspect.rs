@@ -257,7 +257,8 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         bundle: destination,
         config: bundle.config.clone(),
         root: wishes.root.clone(),
-        systemd_cgroup: wishes.systemd_cgroup,
+        systemd_cgroup: wishes.systemd_cgroup || preflight::limits::by_systemd(&cgroup, &bundle),
+        apparmor: preflight::tasks::apparmor_profiles(&cgroup.processes()?),
         streams,
         console_socket: wishes.console_socket.clone(),
         // What the tasks may still come to use while they are being copied.

@@ -295,6 +295,9 @@ pub struct Plan {
     pub root: Option<PathBuf>,
     /// The runtime's `--systemd-cgroup`.
     pub systemd_cgroup: bool,
+    /// AppArmor profiles of its tasks.
+    #[serde(default)]
+    pub apparmor: Vec<String>,
     /// What the standard streams are: the targets of `/proc/PID/fd/{0,1,2}`.
     pub streams: Vec<Stream>,
     /// A socket on the destination that takes the terminal.

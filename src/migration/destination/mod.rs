@@ -84,6 +84,8 @@ enum Input {
 /// # Errors
 /// When the container is not taken in; the source has been told, if it could be.
 pub fn receive(link: Link, runtime: &Runtime, state_dir: &Path) -> Result<()> {
+    // Each task takes some.
+    super::connections::raise_limit()?;
     let (speaker, reader, mut closer) = talk::split(link);
     let (tell, queue) = channel();
     let (stage, current, backlog) = (Stage::default(), Current::default(), Backlog::default());

@@ -5,6 +5,7 @@
 //! where something is only not as it was.
 
 pub mod files;
+pub mod limits;
 pub mod memory;
 pub mod mounts;
 pub mod sockets;
@@ -54,6 +55,7 @@ pub fn problems(scene: Scene<'_>, bundle: Option<&Bundle>) -> Vec<Problem> {
     own.retain(|pid| guests.iter().all(|guest| guest.pid() != *pid));
     let scene = Scene { tasks: &own, ..scene };
     found.extend(tasks::problems(scene, bundle));
+    found.extend(bundle.and_then(|bundle| limits::changed(scene.init, bundle)));
     let open = files::all(scene.tasks);
     found.extend(files::problems(scene, &open));
     found.extend(sockets::problems(scene, &open));

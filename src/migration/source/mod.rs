@@ -116,6 +116,8 @@ pub fn migrate(
 ) -> Result<(), Failed> {
     reporter.report.container.clone_from(&options.wishes.container);
     reporter.report.destination = options.destination.to_string();
+    // Each task takes some.
+    connections::raise_limit().map_err(Failed::refused)?;
     let accepted = ask(runtime, options, reporter)?;
     let mut begun = Begun::new(accepted, runtime, state_dir, options)?;
     match begun.hand_over(reporter) {
