@@ -145,10 +145,17 @@ fn no_log_of_the_host(lab: &Lab) -> Outcome {
     let tricks = [("--odd-name", 0), ("--chroot=/jail", 3)];
     for (trick, code) in tricks {
         let container = ticker.clone().with(&["--arg", trick]);
-        container.start(lab, &a)?;
+        container.make(&a)?;
+        // As engines give it.
+        let able = r#"s/"CAP_KILL"/"CAP_KILL", "CAP_SYS_CHROOT"/g"#;
+        a.exec(&["sed", "-i", able, "/srv/shared/box/config.json"])?.exits(0)?;
+        container.run_on(&a)?;
+        let wrote = "grep -qs tick /srv/shared/box/rootfs/usr/local/bin/owned*";
+        until("it writes", SOON, || Ok((a.exec(&["sh", "-c", wrote])?.code == 0).then_some(())))?;
         let said = a.ferry(&["migrate", "box", "b"])?.exits(code)?;
         let here = if code == 0 { &b } else { &a };
-        ensure!(code == 0 || said.err.contains("hint: "), "nobody is told what to do: {said}");
+        let refused = said.err.contains("neither in the container") && said.err.contains("hint: ");
+        ensure!(code == 0 || refused, "nobody is told what to do: {said}");
         exactly_one_copy(&container, here, if code == 0 { &a } else { &b })?;
         let after = (listing(&a)?, listing(&b)?);
         ensure!(after == before, "after {trick} the hosts have {after:?}, and had {before:?}");
