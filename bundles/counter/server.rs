@@ -9,10 +9,11 @@
 //! One thread and one epoll serve everything; `--threads` adds threads that
 //! only keep rewriting and checking memory of their own, so that a migration
 //! has more than one thread to carry, and `--files` one that keeps changing
-//! files and checks them against what it remembers.
+//! files and checks them against what it remembers. `--direct` reads past the page cache.
 #[path = "../common/mod.rs"]
 mod common;
 mod connection;
+mod direct;
 mod files;
 mod threads;
 
@@ -35,6 +36,7 @@ use nix::sys::socket::{Backlog, listen};
 use common::pages::{Content, Memory, PAGE, SplitMix};
 use common::wire::{Answer, Count, Op, Request, Stats, Verdict};
 use connection::Connection;
+use direct::{Aio, Direct};
 use files::Files;
 use threads::Threads;
 
@@ -71,6 +73,12 @@ struct Options {
     /// How many of its pages to rewrite every second
     #[arg(long, default_value_t = 200, value_name = "PAGES_PER_S")]
     files_rate: u64,
+    /// Keep reading this file past the page cache, and checking what was read
+    #[arg(long, value_name = "FILE")]
+    direct: Option<PathBuf>,
+    /// Make a ring of Linux AIO
+    #[arg(long, value_name = "HOW")]
+    aio: Option<Aio>,
     /// Write a numbered line to stdout every second
     #[arg(long)]
     log_to_stdout: bool,
@@ -131,6 +139,7 @@ struct Server {
     dirtier: Option<Dirtier>,
     threads: Threads,
     files: Option<Arc<Files>>,
+    direct: Option<Arc<Direct>>,
     log: Option<Log>,
 }
 
@@ -162,8 +171,13 @@ impl Server {
                 }
                 None => None,
             },
+            direct: match &options.direct {
+                Some(path) => Some(Direct::start(path, options.seed)?),
+                None => None,
+            },
             log: options.log_to_stdout.then(Log::new),
         };
+        options.aio.map_or(Ok(()), direct::ring)?;
         server.watch(&server.listener, LISTENER)?;
         Ok(server)
     }
@@ -309,7 +323,9 @@ impl Server {
             connections: 1 + self.connections.iter().flatten().count() as u64,
             accepted: self.accepted,
             threads: self.threads.count,
-            beats: self.threads.beats() + self.files.as_ref().map_or(0, |f| f.beats.load(Relaxed)),
+            beats: self.threads.beats()
+                + self.files.as_ref().map_or(0, |f| f.beats.load(Relaxed))
+                + self.direct.as_ref().map_or(0, |d| d.beats.load(Relaxed)),
         }
     }
 
@@ -327,7 +343,8 @@ impl Server {
             bad_pages: work.bad_pages,
             bad_table: u64::from(!self.memory.table_is_whole()),
             bad_in_threads: self.threads.bad_pages()
-                + self.files.as_ref().map_or(0, |f| f.bad.load(Relaxed)),
+                + self.files.as_ref().map_or(0, |f| f.bad.load(Relaxed))
+                + self.direct.as_ref().map_or(0, |d| d.bad.load(Relaxed)),
         };
         let Some(mut connection) = self.connections[work.slot].take() else { return Ok(()) };
         connection.send(&Answer { to: work.request, body: verdict.body() }.encode());

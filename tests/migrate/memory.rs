@@ -27,6 +27,7 @@ pub fn trials() -> Vec<Trial> {
         in_lab("memory::a_killed_source_is_resolved", LIMIT, a_killed_source_is_resolved),
         in_lab("memory::a_killed_destination_is_known", LIMIT, a_killed_destination_is_known),
         in_lab("memory::by_comparing", LIMIT, by_comparing),
+        in_lab("memory::direct_reads", LIMIT, direct_reads),
         in_lab("memory::compression", LIMIT, compression),
         in_lab("memory::bandwidth", LIMIT, bandwidth),
         in_lab("memory::several_streams", LIMIT, several_streams),
@@ -198,6 +199,32 @@ fn by_comparing(lab: &Lab) -> Outcome {
     let tracked =
         report["rounds"].as_array().into_iter().flatten().all(|r| r["tracking"] == "hash");
     ensure!(tracked, "{report}");
+    probe.is_content()?;
+    exactly_one_copy(&container, &b, &a)
+}
+
+/// Sixteen threads, each waiting for a disk that is slow: at any time some page is about to change
+/// without the processor having any part in it.
+fn direct_reads(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container =
+        Container::networked("counter").with(&["--arg", "--direct", "--arg", "/direct"]);
+    container.start(lab, &a)?;
+    // Through the hierarchy that has the controller. Where neither has, the disk is as fast as it is.
+    a.sh(r#"
+        pid=$(runc state box | grep -o '"pid": [0-9]*' | grep -o '[0-9]*')
+        device=$(mountpoint -d /srv/shared || findmnt -no MAJ:MIN -T /srv/shared)
+        [ ! -e /sys/dev/block/$device/partition ] || device=$(cat /sys/dev/block/$device/../dev)
+        group=/sys/fs/cgroup$(sed -n 's/^0:://p' /proc/$pid/cgroup)
+        if [ -e $group/io.max ]; then
+            echo "$device riops=400" >$group/io.max
+        elif mkdir -p /run/blkio && mount -t cgroup -o blkio blkio /run/blkio; then
+            mkdir -p /run/blkio/ferry-direct
+            echo $pid >/run/blkio/ferry-direct/cgroup.procs
+            echo "$device 400" >/run/blkio/ferry-direct/blkio.throttle.read_iops_device
+        fi"#)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    migrate(&a, &["--postcopy", "never"], &b)?;
     probe.is_content()?;
     exactly_one_copy(&container, &b, &a)
 }

@@ -30,6 +30,7 @@ pub fn trials() -> Vec<Trial> {
         in_lab("refusals::no_permission", LIMIT, no_permission),
         in_lab("refusals::host_network", LIMIT, host_network),
         in_lab("refusals::io_uring", LIMIT, io_uring),
+        in_lab("refusals::linux_aio", LIMIT, linux_aio),
         in_lab("refusals::open_device", LIMIT, open_device),
         in_lab("refusals::lock_on_shared_storage", LIMIT, lock_on_shared_storage),
         in_lab("refusals::failure_is_told_once", LIMIT, failure_is_told_once),
@@ -271,6 +272,24 @@ fn io_uring(lab: &Lab) -> Outcome {
     let said = lab.host("a").ferry(&["check", "box"])?.exits(3)?;
     says(&said, &words)?;
     untouched(lab, &container, pid)
+}
+
+/// Requests cannot be carried; a ring through which nothing was asked for can.
+fn linux_aio(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::plain("counter").with(&["--arg", "--aio", "--arg", "used"]);
+    let pid = running(lab, &container)?;
+    let process = format!("process {pid} (counter-server)");
+    let words = ["uses Linux AIO", "neither be seen nor carried", &process, "hint:"];
+    refused(&a, &["box", "b"], &words)?;
+    untouched(lab, &container, pid)?;
+    let mut idle = Container::plain("counter").at("/srv/shared/idle");
+    idle.id = "idle";
+    idle.with(&["--arg", "--aio", "--arg", "idle"]).start(lab, &a)?;
+    for (from, to) in [(&a, "b"), (&b, "a")] {
+        from.ferry(&["migrate", "idle", to])?.exits(0)?;
+    }
+    Ok(())
 }
 
 fn open_device(lab: &Lab) -> Outcome {
