@@ -46,11 +46,9 @@ pub fn resolve(globals: &Globals, args: &ResolveArgs) -> Result<(), Failed> {
     if let Some(journal) = unreadable.into_iter().find(|j| j.may_be_about(&args.id)) {
         return Err(Failed::refused(journal.error()));
     }
-    let mut open: Vec<Journal> = all
-        .into_iter()
-        .filter(|j| !j.state().is_over())
-        .filter(|j| j.record.container == args.id || j.record.migration == args.id)
-        .collect();
+    let of_it = |j: &Journal| j.record.container == args.id || j.record.migration == args.id;
+    let (mut open, over): (Vec<_>, Vec<_>) =
+        all.into_iter().filter(of_it).partition(|j| !j.state().is_over());
     if open.len() > 1 {
         let list: Vec<_> = open.iter().map(|j| j.record.migration.as_str()).collect();
         return Err(Failed::refused(anyhow!(
@@ -60,7 +58,9 @@ pub fn resolve(globals: &Globals, args: &ResolveArgs) -> Result<(), Failed> {
             list.join(", ")
         )));
     }
-    let Some(mut journal) = open.pop() else { return resolve_mark(globals, args, &state_dir) };
+    let Some(mut journal) = open.pop() else {
+        return resolve_mark(globals, args, &state_dir, over.last());
+    };
     let word = match (args.keep, args.discard) {
         (true, _) => Some(Word::Keep),
         (_, true) => Some(Word::Discard),
@@ -327,6 +327,7 @@ fn resolve_mark(
     globals: &Globals,
     args: &ResolveArgs,
     state_dir: &std::path::Path,
+    last: Option<&Journal>,
 ) -> Result<(), Failed> {
     let runtime = runtime(globals)?;
     let mark = AwayMark::find(state_dir, runtime.root(), args.id.as_ref())?;
@@ -340,10 +341,36 @@ fn resolve_mark(
             say(&format!("it {}", holder::marked(state_dir, &mark, "ferry").0));
             Ok(())
         }
+        (None, _) if last.is_some_and(is_given_up) => last.map_or(Ok(()), tell_again),
         (None, _) => Err(Failed::refused(anyhow!(
             "no migration of {} is open here, and it is not marked as migrated away\n\
              hint: see `ferry migrations`",
             args.id
         ))),
+    }
+}
+
+/// Whether a copy of the container may be held elsewhere that waits to be told this.
+fn is_given_up(journal: &Journal) -> bool {
+    journal.record.role == Role::Source && journal.state() == State::Aborted
+}
+
+fn tell_again(journal: &Journal) -> Result<(), Failed> {
+    let (id, peer) = (&journal.record.container, &journal.record.peer);
+    let stayed = format!("migration {} of {id} was given up", journal.record.migration);
+    match settle::insist(&journal.record, Verdict::Abort) {
+        Ok(Standing::Gone) => {
+            say(&format!("{stayed}, and {peer} holds nothing of it"));
+            Ok(())
+        }
+        Ok(standing) => Err(Failed::in_doubt(anyhow!(
+            "{stayed}, and {peer} says of its copy that it {}\n\
+             hint: see `ferry migrations {id}` there; what runs on both hosts is ended on one by hand",
+            standing.describe()
+        ))),
+        Err(e) => Err(Failed::in_doubt(e.context(format!(
+            "{stayed}, and {peer}, which may hold a copy, cannot be told\nhint: try again when it \
+             can be reached"
+        )))),
     }
 }

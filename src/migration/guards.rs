@@ -9,9 +9,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 
+use super::carry::Wishes;
 use super::connections::{self, Ears, Order, Orders, Vault};
 use super::journal::{Held, Journal, Record, Role, State, is_alive};
 use super::protocol::{Standing, Verdict};
+use super::rest::{self, Brought};
 use super::{mend, recover, settle};
 use crate::criu::interposer::carry_on;
 use crate::memory::serve::{GUARD_ALL_IN, GUARD_CRIU, GUARD_DONE, GUARD_LEAVE_CRIU, GUARD_QUIT};
@@ -24,6 +26,8 @@ const CRIU_STEP: Duration = Duration::from_secs(60);
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a destination that cannot be reached is told that the container stayed.
 const WORD_TIMEOUT: Duration = Duration::from_secs(600);
+/// Between two tries to reach the other host, at most.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// In the migration's directory: the guard's number and when it started, and what it has to say.
 const FILE: &str = "guard";
@@ -202,7 +206,7 @@ pub fn guard(journal: &Path) -> Result<()> {
             let hushed = recover::hush(&journal.record);
             recover::wait_for_criu(&journal.record.work);
             drop(held);
-            hushed
+            hushed.and(carry_through(&mut journal))
         }
         (true, Role::Source, State::Aborted) => {
             drop(held);
@@ -226,6 +230,38 @@ pub fn guard(journal: &Path) -> Result<()> {
         }
     }
     done
+}
+
+/// Tells the destination that it owns the container until it has heard, however long that takes, and
+/// clears away what it needs no more. Each time under the lock, and only if the journal still says
+/// so: an operator who takes the container back must not be overtaken.
+fn carry_through(journal: &mut Journal) -> Result<()> {
+    let mut pause = Duration::from_millis(100);
+    loop {
+        let held = journal.hold()?;
+        if journal.state() != State::Committed {
+            return Ok(());
+        }
+        let mut standing = settle::ask(&journal.record, Some(Verdict::Commit));
+        if matches!(standing, Ok(Standing::Partial)) {
+            // Whatever breaks: the lock is let go before the next try.
+            let unbroken = &mut |why: Option<&str>| why.is_none();
+            standing = match rest::bring(&journal.record, Wishes::default(), unbroken) {
+                Brought::Whole(_) => Ok(Standing::Running),
+                Brought::Gone => Ok(Standing::Gone),
+                Brought::Stopped => Ok(Standing::Partial),
+            };
+        }
+        match standing {
+            Ok(Standing::Running) => return recover::source_lets_go(journal, || ()),
+            // Whether what is frozen here is to run again, the operator says.
+            Ok(Standing::Gone) => return Ok(()),
+            _ => drop(held),
+        }
+        // Between two tries to reach a host there is nothing to wait on but time.
+        std::thread::park_timeout(pause);
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
 }
 
 /// Starts a process that goes on telling the destination that the container stayed.
@@ -358,6 +394,6 @@ fn send_word(record: &Record) {
         }
         // Between two tries to reach a host there is nothing to wait on but time.
         std::thread::park_timeout(pause);
-        pause = (pause * 2).min(Duration::from_secs(10));
+        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }

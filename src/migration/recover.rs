@@ -12,7 +12,7 @@ use anyhow::Result;
 use super::away::AwayMark;
 use super::connections::{self, Order, Orders, Vault};
 use super::floating::Noted as Addresses;
-use super::journal::{Journal, Record, State};
+use super::journal::{Journal, Record, State, is_alive};
 use super::mend::{self, Noted, Watch};
 use super::{forward::steps as forward, hooks, layers, workdir};
 use crate::files::place;
@@ -419,6 +419,21 @@ pub(super) fn restored_init(record: &Record) -> Option<(i32, u64)> {
     Some((pid.parse().ok()?, started.parse().ok()?))
 }
 
+/// Notes on a destination that the container runs with all of its memory: from here on it needs nobody
+/// to go on, whatever else there is to do.
+pub fn note_all_in(work: &Path) {
+    // Without it, it is only asked for longer.
+    let _ = fs::write(work.join(ALL_IN), "").inspect_err(|e| tracing::error!("{e}"));
+}
+
+/// Whether whoever took a container in has died when it ran, with all of its memory; so far as that is
+/// noted, and it has not ended since.
+pub fn runs_whole(record: &Record) -> bool {
+    record.work.join(ALL_IN).exists() && restored_init(record).is_some_and(is_alive)
+}
+
+/// In the work directory of a destination: see [`note_all_in`].
+const ALL_IN: &str = "all-in";
 /// In the work directory of a destination: the restored init's number and start time, and the
 /// device and inode of the namespace that was made. Gone with a reboot, like what they name.
 pub const INIT: &str = "init";
@@ -552,4 +567,27 @@ pub fn settle_files(record: &Record, came_back: bool) -> Result<()> {
     record.placing.sync()?;
     let logs = record.logs.keep();
     record.placing.keep(came_back).and(logs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migration::journal::{tests::record, this_process};
+
+    /// What runs with all of its memory needs no Ferry; anything less is no copy without one.
+    #[test]
+    fn a_copy_that_has_all_of_its_memory_is_known() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut record = record("00112233aabbccdd");
+        record.work = dir.path().to_owned();
+        let (pid, started) = this_process();
+        let init = |started: u64| fs::write(dir.path().join(INIT), format!("{pid} {started}"));
+        init(started).unwrap();
+        assert!(!runs_whole(&record));
+        note_all_in(dir.path());
+        assert!(runs_whole(&record));
+        // It has ended since.
+        init(started + 1).unwrap();
+        assert!(!runs_whole(&record));
+    }
 }

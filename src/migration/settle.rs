@@ -116,6 +116,11 @@ pub fn answer(state_dir: &Path, migration: &str, verdict: Option<Verdict>) -> Re
             recover::destination_keeps(&mut journal)?;
             Ok(Standing::Running)
         }
+        // It was about to write that down.
+        State::Committed if recover::runs_whole(&journal.record) => {
+            recover::destination_keeps(&mut journal)?;
+            Ok(Standing::Running)
+        }
         // Whoever held it has died, and the copy with it: held, or without all of its memory.
         _ => {
             recover::destination_discards(&mut journal)?;

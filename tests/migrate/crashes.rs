@@ -16,7 +16,10 @@ const LIMIT: Duration = Duration::from_secs(120);
 
 /// The suite.
 pub fn trials() -> Vec<Trial> {
-    vec![in_lab("crashes::source", LIMIT, source)]
+    vec![
+        in_lab("crashes::source", LIMIT, source),
+        in_lab("crashes::carried_through", LIMIT, carried_through),
+    ]
 }
 
 /// A migration comes by the point, and everything of Ferry's on its source is killed there.
@@ -63,6 +66,9 @@ fn source(lab: &Lab) -> Outcome {
     let said = a.ferry(&["resolve", "box"])?.exits(0)?;
     ensure!(said.out.contains("it runs on here"), "{said}");
     exactly_one_copy(&container, &a, &b)?;
+    // Who asks again tells the other host again.
+    let said = a.ferry(&["resolve", "box"])?.exits(0)?;
+    ensure!(said.out.contains("b holds nothing of it"), "{said}");
 
     // The same, and the host goes down: the only copy is the one that is held.
     killed_at(&a, &b, "source.commit")?;
@@ -86,4 +92,15 @@ fn source(lab: &Lab) -> Outcome {
     container.make_network(lab, &a)?;
     container.run_on(&a)?;
     exactly_one_copy(&container, &a, &b)
+}
+
+/// Ferry is killed when the container has been handed over: its guard tells the destination, without
+/// anybody's asking.
+fn carried_through(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter");
+    container.start(lab, &a)?;
+    let fault = "FERRY_FAULT=source.committed:kill";
+    a.exec(&["env", fault, "ferry", "migrate", "box", "b"])?.exits(137)?;
+    exactly_one_copy(&container, &b, &a)
 }

@@ -11,6 +11,7 @@ use crate::migration::connections::Landed;
 use crate::migration::intake::{self, Current, Stage};
 use crate::migration::journal::State;
 use crate::migration::protocol::{self, Message, Standing, Verdict};
+use crate::migration::recover;
 use crate::migration::restore::{Go, RestoreEvent};
 use crate::migration::settle::Call;
 use crate::migration::streams::Streams;
@@ -135,6 +136,9 @@ impl Guest {
                 Ok(Input::Restore(RestoreEvent::Running)) => {
                     running = true;
                     self.mark("running");
+                    if served.is_some() {
+                        recover::note_all_in(self.work.path());
+                    }
                     // What the container closes is to be closed, from now on.
                     self.landed.take().into_iter().for_each(Landed::settle);
                     let _ = fault::point("destination.running");
@@ -161,6 +165,9 @@ impl Guest {
                 }
                 Ok(Input::Pages(Ended { result: Ok(all), .. })) => {
                     served = Some(all);
+                    if running {
+                        recover::note_all_in(self.work.path());
+                    }
                     if running && synced {
                         link &= self.say_whole(&speaker, all);
                     }

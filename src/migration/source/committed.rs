@@ -47,9 +47,9 @@ impl Committed {
             let id = &begun.journal.record.container;
             return Err(Failed::in_doubt(anyhow!(
                 "the container was handed over to {peer}, and {peer} does not answer that it runs: \
-                 its copy {what}.\nWhat is here stays frozen and unreachable.\nhint: `ferry resolve \
-                 {id}` when {peer} can be reached again; if it is gone for good, `ferry resolve {id} \
-                 --keep` lets it run on here",
+                 its copy {what}.\nWhat is here stays frozen and unreachable, and a process of Ferry's goes on \
+                 asking.\nhint: `ferry resolve {id}` asks at once; if {peer} is gone for good, `ferry \
+                 resolve {id} --keep` lets it run on here",
                 peer = begun.journal.record.peer,
                 what = standing.describe(),
             )));
