@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use libtest_mimic::Trial;
 
-use crate::common::container::Container;
+use crate::common::container::{ADDRESS, Container};
 use crate::common::facts::{exactly_one_copy, facts, pair};
 use crate::common::lab::{Host, Lab};
 use crate::common::probe::Probe;
-use crate::common::process::{Output, write_script};
+use crate::common::process::{Output, until, write_script};
 use crate::common::suite::in_lab;
 use crate::common::{Outcome, ensure};
 
@@ -19,6 +19,10 @@ const LIMIT: Duration = Duration::from_secs(60);
 pub fn trials() -> Vec<Trial> {
     vec![
         in_lab("refusals::arguments", LIMIT, arguments),
+        in_lab("refusals::guests", LIMIT, guests),
+        in_lab("refusals::multicast", LIMIT, multicast),
+        in_lab("refusals::fifo_without_writer", LIMIT, fifo_without_writer),
+        in_lab("refusals::answers_on_their_way", LIMIT, answers_on_their_way),
         in_lab("refusals::state_of_the_container", LIMIT, state_of_the_container),
         in_lab("refusals::unreachable", LIMIT, unreachable),
         in_lab("refusals::other_version", LIMIT, other_version),
@@ -311,6 +315,123 @@ fn lock_on_shared_storage(lab: &Lab) -> Outcome {
     let said = lab.host("a").ferry(&["check", "box", "b"])?.exits(3)?;
     says(&said, &words)?;
     untouched(lab, &container, pid)
+}
+
+/// Processes that are no descendants of the container's first one, and one that is looked at too closely.
+fn guests(lab: &Lab) -> Outcome {
+    let a = lab.host("a");
+    let container = Container::plain("stdio");
+    let pid = running(lab, &container)?;
+    a.sh("ferry exec -d --pid-file /tmp/guest box /stdio-ticker </dev/null >/dev/null 2>&1")?;
+    let guest = a.sh("cat /tmp/guest")?;
+    let process = format!("process {} (stdio-ticker)", guest.trim());
+    refused(&a, &["box", "b"], &["has not started itself", &process, "`exec`", "hint:"])?;
+    a.sh(&format!("kill -KILL {guest}; while [ -e /proc/{guest} ]; do :; done"))?;
+    let mut tracer = a.start(&["strace", "-o", "/dev/null", "-p", &pid.to_string()])?;
+    until("it is traced", LIMIT, || {
+        let status = a.sh(&format!("grep TracerPid /proc/{pid}/status"))?;
+        Ok((status.split_whitespace().last() != Some("0")).then_some(()))
+    })?;
+    refused(&a, &["box", "b"], &["is being traced", "(strace)", "hint:"])?;
+    ensure!(!tracer.has_ended(), "the tracer is gone");
+    drop(tracer);
+    until("nobody traces it", LIMIT, || {
+        let status = a.sh(&format!("grep TracerPid /proc/{pid}/status"))?;
+        Ok((status.split_whitespace().last() == Some("0")).then_some(()))
+    })?;
+    a.ferry(&["check", "box"])?.exits(0)?;
+    untouched(lab, &container, pid)
+}
+
+const JOIN: &str = r#"
+import signal, socket
+member = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+request = socket.inet_aton("239.9.9.9") + socket.inet_aton("127.0.0.1")
+member.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, request)
+signal.pause()
+"#;
+
+fn multicast(lab: &Lab) -> Outcome {
+    let a = lab.host("a");
+    let container = Container::networked("counter");
+    let pid = running(lab, &container)?;
+    a.ferry(&["check", "box"])?.exits(0)?;
+    let mut member = a.start(&["ip", "netns", "exec", "box", "python3", "-c", JOIN])?;
+    let joined = "ip netns exec box grep -q 090909EF /proc/net/igmp";
+    until(
+        "it is a member",
+        LIMIT,
+        || Ok((a.exec(&["sh", "-c", joined])?.code == 0).then_some(())),
+    )?;
+    refused(&a, &["box", "b"], &["multicast groups 239.9.9.9", "hint:"])?;
+    ensure!(!member.has_ended(), "the member is gone");
+    drop(member);
+    untouched(lab, &container, pid)
+}
+
+fn fifo_without_writer(lab: &Lab) -> Outcome {
+    let container = Container::plain("stdio");
+    // O_RDONLY | O_NONBLOCK
+    let open =
+        "system(\"mkfifo /tmp/fifo\"); sysopen(FIFO, \"/tmp/fifo\", 2048); my $fd = fileno(FIFO);";
+    let pid = running_with(lab, &container, open)?;
+    let words = ["nobody writes to the FIFO /tmp/fifo", "(stdio-ticker)", "hint:"];
+    refused(&lab.host("a"), &["box", "b"], &words)?;
+    untouched(lab, &container, pid)
+}
+
+/// A server in the container's network that has closed a connection with most of an answer to send.
+const SERVE: &str = r#"
+import socket, sys
+listener = socket.create_server((sys.argv[1], 7999))
+print("listens", flush=True)
+peer = listener.accept()[0]
+peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+peer.sendall(bytes(1 << 20))
+peer.close()
+listener.close()
+print("closed", flush=True)
+"#;
+
+/// Its client, which takes its time.
+const TAKE_SLOWLY: &str = r#"
+import os, socket, sys, time
+peer = socket.socket()
+peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+peer.connect((sys.argv[1], 7999))
+while not os.path.exists("/srv/shared/take"):
+    time.sleep(0.02)
+total = 0
+while some := peer.recv(1 << 16):
+    total += len(some)
+open("/srv/shared/took", "w").write(str(total))
+"#;
+
+/// What the container has closed is waited for: the client gets all of its answer.
+fn answers_on_their_way(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter");
+    running(lab, &container)?;
+    let address = lab.address(ADDRESS);
+    let enter = ["ip", "netns", "exec", "box", "python3", "-c", SERVE, &address];
+    let _server = a.start(&enter)?;
+    let listens = "ip netns exec box grep -q ':1F3F 0*:0000 0A' /proc/net/tcp";
+    until("it listens", LIMIT, || Ok((a.exec(&["sh", "-c", listens])?.code == 0).then_some(())))?;
+    let _client = lab.host("client").start(&["python3", "-c", TAKE_SLOWLY, &address])?;
+    // FIN_WAIT1, and nobody's.
+    let closed = "ip netns exec box grep -q ':1F3F [0-9A-F:]* 04' /proc/net/tcp";
+    until("it is closed", LIMIT, || Ok((a.exec(&["sh", "-c", closed])?.code == 0).then_some(())))?;
+    let said = a.ferry(&["migrate", "box", "b"])?.exits(1)?;
+    says(&said, &["answers are still on their way, on 1 closed connections", "hint:"])?;
+    exactly_one_copy(&container, &a, &b)?;
+    let moving = a.start(&["ferry", "migrate", "box", "b"])?;
+    a.sh("touch /srv/shared/take")?;
+    let took = until("the client has all", LIMIT, || {
+        let took = a.exec(&["cat", "/srv/shared/took"])?.out;
+        Ok((!took.is_empty()).then_some(took))
+    })?;
+    ensure!(took == (1 << 20).to_string(), "the client has {took} bytes");
+    moving.end(LIMIT)?.exits(0).map(drop)
 }
 
 /// What only CRIU finds: its words come once, although both hosts and its own answer have them, and
