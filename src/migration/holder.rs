@@ -87,7 +87,7 @@ pub fn marked(state_dir: &Path, mark: &AwayMark, ferry: &str) -> (String, String
         )
     } else {
         (
-            format!("was migrated to {to} at {at} (migration {migration})"),
+            format!("was migrated to {to} on {at} (migration {migration})"),
             format!(
                 "it runs there; if it must start afresh here because {to} is gone for good, say so \
                  first: `{ferry} resolve {id} --keep`"
