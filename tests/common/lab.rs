@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::Outcome;
@@ -13,6 +13,23 @@ use super::process::{Output, Running, run};
 pub const SHORT: Duration = Duration::from_secs(30);
 /// For a command that migrates.
 pub const LONG: Duration = Duration::from_secs(90);
+
+/// The labs that are up, for whoever has to end before their users do.
+static STANDING: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+/// Takes down all labs that are up.
+pub fn take_all_down() {
+    let names = std::mem::take(&mut *STANDING.lock().unwrap_or_else(PoisonError::into_inner));
+    for name in names {
+        take_down(&name);
+    }
+}
+
+fn take_down(name: &str) {
+    if let Err(e) = run(lab(name).arg("down"), SHORT).and_then(Output::ok) {
+        eprintln!("the lab {name} does not go down: {e}");
+    }
+}
 
 /// A set of hosts.
 #[derive(Clone)]
@@ -79,6 +96,7 @@ impl Lab {
         let mut command = lab(&name);
         command.arg("up").arg("--ferry").arg(ferry()).args(hosts);
         // From here on it is taken down, however far it came.
+        STANDING.lock().unwrap_or_else(PoisonError::into_inner).push(name.clone());
         let mut inner = Inner { name, net: String::new(), down: AtomicBool::new(false) };
         run(&mut command, Duration::from_secs(120))?.ok()?;
         let address = run(lab(&inner.name).args(["addr", hosts[0]]), SHORT)?.ok()?;
@@ -153,10 +171,10 @@ impl Lab {
 
 impl Inner {
     fn down(&self) {
-        if !self.down.swap(true, Ordering::SeqCst)
-            && let Err(e) = run(lab(&self.name).arg("down"), SHORT).and_then(Output::ok)
-        {
-            eprintln!("the lab {} does not go down: {e}", self.name);
+        if !self.down.swap(true, Ordering::SeqCst) {
+            take_down(&self.name);
+            let mut standing = STANDING.lock().unwrap_or_else(PoisonError::into_inner);
+            standing.retain(|name| *name != self.name);
         }
     }
 }

@@ -6,9 +6,11 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Failed, Trial};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 use super::Outcome;
-use super::lab::Lab;
+use super::lab::{Lab, take_all_down};
 
 /// A trial in a lab of its own with the hosts `a`, `b` and `client`.
 pub fn in_lab(
@@ -78,5 +80,20 @@ pub fn run(trials: Vec<Trial>) -> ExitCode {
             ExitCode::SUCCESS
         };
     }
+    if runs && let Err(e) = clear_when_cut() {
+        eprintln!("a suite that is cut will leave its lab up: {e}");
+    }
     libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// A suite that is ended from outside takes its labs down.
+fn clear_when_cut() -> std::io::Result<()> {
+    let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM])?;
+    let clear = move || {
+        if let Some(signal) = signals.forever().next() {
+            take_all_down();
+            std::process::exit(128 + signal);
+        }
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(clear).map(drop)
 }
