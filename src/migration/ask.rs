@@ -72,12 +72,40 @@ pub(super) enum Input {
     Joined(Result<()>),
 }
 
+/// Who a deadline is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Awaited {
+    /// The other host.
+    Destination,
+    /// CRIU, here, with the container frozen.
+    Dump,
+}
+
+impl Awaited {
+    /// Says who has not kept a limit.
+    fn not_within(self, limit: Duration) -> anyhow::Error {
+        let seconds = limit.as_secs();
+        match self {
+            Awaited::Destination => {
+                anyhow!("nothing was heard of the destination for {seconds} s")
+            }
+            Awaited::Dump => anyhow!(
+                "CRIU has not dumped the container within {seconds} s\n\
+                 hint: large address space that is reserved and not used makes a dump long, as do \
+                 thousands of processes; `--timeout` ends it sooner"
+            ),
+        }
+    }
+}
+
 /// The link, and everything that happens, in one queue.
 pub(super) struct Inputs {
     pub(super) queue: Receiver<Input>,
     pub(super) tell: Sender<Input>,
     /// The deadline is the user's.
     by_user: bool,
+    /// Who has to do something before the deadline.
+    pub(super) awaited: Awaited,
     /// For what goes on now, and when that is over.
     limit: Duration,
     pub(super) deadline: Instant,
@@ -125,9 +153,7 @@ impl Inputs {
         };
         let input = input.map_err(|e| match e {
             RecvTimeoutError::Timeout if self.by_user => anyhow!("the time of --timeout is over"),
-            RecvTimeoutError::Timeout => {
-                anyhow!("nothing was heard of the destination for {} s", self.limit.as_secs())
-            }
+            RecvTimeoutError::Timeout => self.awaited.not_within(self.limit),
             RecvTimeoutError::Disconnected => anyhow!("nobody is left to do it"),
         })?;
         self.judge(input)
@@ -248,6 +274,7 @@ pub(super) fn ask(
         queue,
         tell,
         by_user: false,
+        awaited: Awaited::Destination,
         limit: ANSWER_LIMIT,
         deadline,
         interrupted: false,

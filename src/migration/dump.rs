@@ -14,10 +14,10 @@
 
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::Stdio;
-use std::sync::mpsc::{Receiver, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -53,6 +53,8 @@ const FREEZE_TIMEOUT: Duration = Duration::from_secs(2);
 const FREEZE_TRIES: u32 = 20;
 /// How long CRIU may take for anything that does not wait for us.
 const STEP_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long CRIU may take to take back what it has done to the tasks, when the dump is given up.
+const ROLLBACK_LIMIT: Duration = Duration::from_secs(2);
 
 /// What the dump tells the hand-over.
 #[derive(Debug)]
@@ -132,7 +134,14 @@ pub struct DumpJob {
     /// To say [`Go`].
     pub go: Sender<Go>,
     thread: JoinHandle<()>,
+    /// Closed when the thread ends.
+    ended: Receiver<()>,
+    criu: CriuPlace,
+    watch: Watch,
 }
+
+/// The CRIU that dumps, as soon as there is one.
+type CriuPlace = Arc<Mutex<Option<OwnedFd>>>;
 
 impl DumpJob {
     /// Starts it; events go to `tell`.
@@ -141,11 +150,42 @@ impl DumpJob {
     /// When there can be no thread.
     pub fn start(plan: DumpPlan, tell: impl Fn(DumpEvent) + Send + 'static) -> Result<DumpJob> {
         let (go, orders) = std::sync::mpsc::channel();
+        let (ends, ended) = std::sync::mpsc::channel();
+        let (criu, watch) = (CriuPlace::default(), plan.watch.clone());
+
+        let place = criu.clone();
         let thread = std::thread::Builder::new().name("dump".into()).spawn(move || {
-            let result = run(plan, &tell, &orders);
+            let _ends = ends;
+            let result = run(plan, &place, &tell, &orders);
             tell(DumpEvent::Ended(result));
         })?;
-        Ok(DumpJob { go, thread })
+
+        Ok(DumpJob { go, thread, ended, criu, watch })
+    }
+
+    /// Ends a dump that nobody wants any more. A CRIU that does not come to its end, because there is
+    /// too much to dump or because it hangs, is killed: the container must not stand still for as long
+    /// as CRIU likes. Whoever undoes the migration mends what that leaves in the tasks.
+    pub fn give_up(self) {
+        let _ = self.go.send(Go::Verdict(false));
+        if self.ended.recv_timeout(ROLLBACK_LIMIT) == Err(RecvTimeoutError::Timeout) {
+            self.kill_criu();
+        }
+        self.join();
+    }
+
+    fn kill_criu(&self) {
+        let criu = self.criu.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(criu) = &*criu else { return };
+
+        // Without the notes its death could end the container.
+        if !self.watch.can_mend() {
+            tracing::warn!("CRIU does not end its dump, and cannot be ended without harm here");
+            return;
+        }
+        if let Err(e) = process::pidfd_kill(criu, libc::SIGKILL) {
+            tracing::warn!("CRIU cannot be ended: {e}");
+        }
     }
 
     /// Waits for the end of the thread, after `Ended` has come or will come.
@@ -155,7 +195,12 @@ impl DumpJob {
     }
 }
 
-fn run(mut plan: DumpPlan, tell: &dyn Fn(DumpEvent), orders: &Receiver<Go>) -> Result<()> {
+fn run(
+    mut plan: DumpPlan,
+    criu: &CriuPlace,
+    tell: &dyn Fn(DumpEvent),
+    orders: &Receiver<Go>,
+) -> Result<()> {
     let log = plan.work.join("runc.log");
     let mut command = plan.runtime.command();
     command.arg("--log").arg(&log).arg("checkpoint");
@@ -178,7 +223,11 @@ fn run(mut plan: DumpPlan, tell: &dyn Fn(DumpEvent), orders: &Receiver<Go>) -> R
         .interposer
         .next_job(pidfd.as_fd(), deadline)
         .map_err(|e| e.context(runtime_log(&plan)))
-        .and_then(|(session, request)| job(&mut plan, &session, request, tell, orders));
+        .and_then(|(session, request)| {
+            let pidfd = process::pidfd_open(session.criu_pid)?;
+            *criu.lock().unwrap_or_else(PoisonError::into_inner) = Some(pidfd);
+            job(&mut plan, &session, request, tell, orders)
+        });
     // The runtime ends by itself: the session is closed, and it has its answer or an end of file.
     if process::wait_readable(&[pidfd.as_fd()], Some(Instant::now() + STEP_TIMEOUT)).is_ok() {
         let _ = child.wait();

@@ -141,6 +141,11 @@ impl Watch {
         *self.noted.lock().unwrap_or_else(PoisonError::into_inner) = noted;
     }
 
+    /// Whether the tasks can be put right if whoever works in them is killed now.
+    pub fn can_mend(&self) -> bool {
+        self.noted.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
     /// Watches over a thread, until it ends.
     pub fn over(&self, thread: i32) {
         let watch = self.clone();

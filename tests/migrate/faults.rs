@@ -186,6 +186,7 @@ pub fn trials() -> Vec<Trial> {
     trials.push(in_lab("faults::criu_killed_in_the_tasks", LIMIT, move |lab| {
         criu_killed_in_the_tasks(lab, times)
     }));
+    trials.push(in_lab("faults::criu_hangs_in_the_dump", LIMIT, criu_hangs_in_the_dump));
     trials.push(in_lab("faults::guard_in_the_tasks", LIMIT, guard_in_the_tasks));
     trials.push(in_lab("faults::guard_lets_it_run", LIMIT, guard_lets_it_run));
     trials
@@ -344,6 +345,41 @@ os.unlink(point)
         })();
         all.map_err(|e| format!("killed after {after} ms: {e}\nmigrate: {ended}"))?;
     }
+    a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    exactly_one_copy(&container, &b, &a)?;
+    probe.is_content()
+}
+
+/// A dump that does not come to its end is ended, with CRIU in the middle of the tasks, when the
+/// migration is given up: the freeze lasts no longer than it may.
+fn criu_hangs_in_the_dump(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter").with(&["--arg", "--threads", "--arg", "4"]);
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    let script = "
+import glob, os, signal
+point = '/run/ferry-fault/dump.fenced'
+while not os.path.exists(point):
+    pass
+for file in glob.glob('/run/ferry/*/work/criu.pid'):
+    os.kill(int(open(file).read()), signal.SIGSTOP)
+os.unlink(point)
+";
+    let stopper = a.start(&["python3", "-c", script])?;
+    let running =
+        a.start(&["env", "FERRY_FAULT=dump.fenced:hold", "ferry", "migrate", "box", "b"])?;
+    stopper.end(SHORT)?.exits(0)?;
+    a.exec(&["pkill", "-INT", "-f", "^ferry migrate"])?.exits(0)?;
+    let began = Instant::now();
+    let ended = running.end(LONG)?;
+    let all = (|| {
+        ensure!(ended.code == 1, "CRIU was stopped in the middle of the dump");
+        ensure!(began.elapsed() < SHORT, "it took {:?} to give up", began.elapsed());
+        exactly_one_copy(&container, &a, &b)?;
+        probe.is_content()
+    })();
+    all.map_err(|e| format!("{e}\nmigrate: {ended}"))?;
     a.ferry(&["migrate", "box", "b"])?.exits(0)?;
     exactly_one_copy(&container, &b, &a)?;
     probe.is_content()

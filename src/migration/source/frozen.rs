@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow};
 use super::{Begun, EMPTY_IMAGE, FREEZE_LIMIT, REMAPS};
 use crate::files::{tmpfs, tree};
 use crate::memory::pages;
-use crate::migration::ask::Input;
+use crate::migration::ask::{Awaited, Input};
 use crate::migration::carry::Order;
 use crate::migration::connections::Lifted;
 use crate::migration::dump::{DumpEvent, Go};
@@ -109,10 +109,12 @@ impl Begun {
         }
         self.locks = locks.into_iter().map(|found| found.held).collect();
         let (mut dumped, mut hauled) = (false, self.haul.is_none());
+        self.inputs.awaited = Awaited::Dump;
         while !(dumped && hauled) {
             match self.next(reporter)? {
                 Input::Dump(DumpEvent::Lifted) => reporter.mark("connections are taken out"),
                 Input::Dump(DumpEvent::Dumped) => {
+                    self.inputs.awaited = Awaited::Destination;
                     reporter.mark("dumped");
                     dumped = true;
                 }

@@ -619,8 +619,7 @@ impl Begun {
         let speaker = self.speaker.clone();
         let told = std::thread::spawn(move || speaker.say(&Message::Abort { why }).is_ok());
         if let Some(job) = self.dump.take() {
-            let _ = job.go.send(Go::Verdict(false));
-            job.join();
+            job.give_up();
         }
         // Nobody is at them any more when this returns.
         drop(self.take_lifted());
