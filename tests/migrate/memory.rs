@@ -165,7 +165,8 @@ fn a_killed_source_is_resolved(lab: &Lab) -> Outcome {
     container.start(lab, &a)?;
     let mut probe = Probe::start(lab, &container, 5)?;
     let running = following(lab, &container)?;
-    kill(&a, "ferry migrate")?;
+    // Both at once: the guard would bring the rest by itself.
+    a.sh("kill -KILL $(pgrep -f '^/proc/self/exe __guard') $(pgrep -f '^ferry migrate')")?;
     running.end(LONG)?.exits(137)?;
     // It waits there for what is frozen here, however long that takes.
     let said = b.ferry(&["resolve", "box"])?.exits(4)?;
