@@ -11,14 +11,15 @@ use anyhow::{Context, Result, anyhow};
 
 use super::carry::Wishes;
 use super::connections::{self, Ears, Order, Orders, Vault};
-use super::journal::{Held, Journal, Record, Role, State, is_alive};
+use super::journal::{Held, Journal, Record, Role, State};
 use super::protocol::{Standing, Verdict};
 use super::rest::{self, Brought};
 use super::{mend, recover, settle};
 use crate::criu::interposer::carry_on;
 use crate::memory::serve::{GUARD_ALL_IN, GUARD_CRIU, GUARD_DONE, GUARD_LEAVE_CRIU, GUARD_QUIT};
 use crate::oci::cgroup::Cgroup;
-use crate::sys::{process, scm};
+use crate::sys::process::{self, is_alive};
+use crate::sys::scm;
 
 /// How long CRIU may take for a step of its end.
 const CRIU_STEP: Duration = Duration::from_secs(60);

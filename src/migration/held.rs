@@ -2,10 +2,13 @@
 //! something while none runs.
 
 use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Read;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 
+use crate::memory::pages;
 use crate::oci::cgroup::Cgroup;
 use crate::sys::inject;
 use crate::sys::stopped::Stopped;
@@ -71,4 +74,26 @@ fn hold(pids: &[i32]) -> Result<Held> {
         held.insert(pid, threads);
     }
     Ok(held)
+}
+
+/// Whether a process is of the same kind as we, so that it can make calls for us.
+pub fn native(pid: i32) -> bool {
+    // EI_CLASS of its program, and of ours. elf(5)
+    let class = |program: String| {
+        let mut head = [0; 5];
+        File::open(program)?.read_exact(&mut head)?;
+        std::io::Result::Ok(head[4])
+    };
+    class(format!("/proc/{pid}/exe"))
+        .is_ok_and(|its| class("/proc/self/exe".into()).is_ok_and(|own| own == its))
+}
+
+/// The tasks in the process ID namespace of the container's first one: what the others number, it is not
+/// that by which CRIU knows them.
+pub fn of_first_space(pids: &[i32]) -> Result<Vec<pages::Task>> {
+    let tasks = pages::tasks(pids)?;
+    let space = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+    let first = tasks.iter().find(|task| task.vpid == 1).or(tasks.first());
+    let Some(first) = first.and_then(|task| space(task.pid)) else { return Ok(Vec::new()) };
+    Ok(tasks.into_iter().filter(|task| space(task.pid).as_ref() == Some(&first)).collect())
 }

@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 
 use crate::network::problem::Problem;
 use crate::sys::memory::{self, PAGE};
+use crate::sys::process::boot_id;
 use crate::{network, oci};
 
 /// The oldest CRIU that works: its lazy dump and its page maps are what this Ferry was built on.
@@ -21,9 +22,9 @@ pub const KERNEL_OLDEST: (u32, u32) = (5, 11);
 /// The same for two processes exactly when they are on the same host: boot, and the namespaces
 /// that a runtime's containers would collide in.
 pub fn identity() -> String {
-    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let boot = boot_id();
     let inode = |name: &str| fs::metadata(format!("/proc/self/ns/{name}")).map_or(0, |m| m.ino());
-    format!("{}:{}:{}", boot.trim(), inode("pid"), inode("net"))
+    format!("{}:{}:{}", boot, inode("pid"), inode("net"))
 }
 
 /// The kernel's release.

@@ -25,7 +25,7 @@ use crate::files::logs::Logs;
 use crate::files::place::Placing;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::DEFAULT_ROOT;
-use crate::sys::process::{self, start_time};
+use crate::sys::process::{boot_id, is_alive};
 use crate::transport::connect::Destination;
 
 /// Bytes of a journal file.
@@ -490,34 +490,9 @@ impl Lock {
     }
 }
 
-/// Whether that very process is there, with any of its threads: one that was killed, and hangs in a
-/// system call, may still do what it was about to do. One for which only its parent has not waited
-/// yet does nothing more.
-pub fn is_alive((pid, started): (i32, u64)) -> bool {
-    let same = || start_time(pid) == Some(started);
-    match process::pidfd_open(pid) {
-        // Whoever the descriptor stands for: it was he after it had been opened.
-        Ok(pidfd) => same() && !process::has_ended(&pidfd),
-        // Without a descriptor to spare he is rather taken for alive.
-        Err(e) => e.raw_os_error() != Some(libc::ESRCH) && same(),
-    }
-}
-
-/// What tells one run of this host from the next. proc_sys_kernel(5), `random/boot_id`
-pub fn boot_id() -> String {
-    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id");
-    text.map_or_else(|_| String::new(), |text| text.trim().to_owned())
-}
-
 /// For a record: the version, and this run of the host.
 pub fn stamp() -> (u32, String) {
     (VERSION, boot_id())
-}
-
-/// This process, as a record names it.
-pub fn this_process() -> (i32, u64) {
-    let pid = std::process::id() as i32;
-    (pid, start_time(pid).unwrap_or(0))
 }
 
 /// Unix time, for a record.
@@ -528,6 +503,7 @@ pub fn unix_time() -> u64 {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::sys::process::{self, start_time, this_process};
 
     pub(crate) fn record(migration: &str) -> Record {
         let (version, boot) = stamp();

@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 
-use super::connections::{native, of_first_space};
+use super::held::{native, of_first_space};
 use crate::memory::pages::Task;
 use crate::network::problem::Problem;
 use crate::sys::door;

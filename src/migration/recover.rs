@@ -12,7 +12,7 @@ use anyhow::Result;
 use super::away::AwayMark;
 use super::connections::{self, Order, Orders, Vault};
 use super::floating::Noted as Addresses;
-use super::journal::{Journal, Record, State, is_alive};
+use super::journal::{Journal, Record, State};
 use super::mend::{self, Noted, Watch};
 use super::{forward::steps as forward, hooks, layers, workdir};
 use crate::files::place;
@@ -22,7 +22,7 @@ use crate::network::{self, HostSide, fence};
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
 use crate::sys::netns::{self, NetNs};
-use crate::sys::process;
+use crate::sys::process::{self, is_alive};
 
 /// CRIU's rollback ends with the control group frozen again, so nobody may thaw it before; only
 /// large shared memory makes it take long.
@@ -572,7 +572,8 @@ pub fn settle_files(record: &Record, came_back: bool) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::migration::journal::{tests::record, this_process};
+    use crate::migration::journal::tests::record;
+    use crate::sys::process::this_process;
 
     /// What runs with all of its memory needs no Ferry; anything less is no copy without one.
     #[test]

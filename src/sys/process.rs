@@ -232,6 +232,31 @@ pub fn start_time(pid: i32) -> Option<u64> {
     stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
 }
 
+/// Whether that very process is there, with any of its threads: one that was killed, and hangs in a
+/// system call, may still do what it was about to do. One for which only its parent has not waited
+/// yet does nothing more.
+pub fn is_alive((pid, started): (i32, u64)) -> bool {
+    let same = || start_time(pid) == Some(started);
+    match pidfd_open(pid) {
+        // Whoever the descriptor stands for: it was he after it had been opened.
+        Ok(pidfd) => same() && !has_ended(&pidfd),
+        // Without a descriptor to spare he is rather taken for alive.
+        Err(e) => e.raw_os_error() != Some(libc::ESRCH) && same(),
+    }
+}
+
+/// What tells one run of this host from the next. proc_sys_kernel(5), `random/boot_id`
+pub fn boot_id() -> String {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
+    text.map_or_else(|_| String::new(), |text| text.trim().to_owned())
+}
+
+/// This process, as a record names it.
+pub fn this_process() -> (i32, u64) {
+    let pid = std::process::id() as i32;
+    (pid, start_time(pid).unwrap_or(0))
+}
+
 #[cfg(test)]
 mod tests {
     use std::process::{Command, Stdio};

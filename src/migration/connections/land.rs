@@ -9,8 +9,9 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::look::{of_first_space, raise_limit, room};
+use super::look::{raise_limit, room};
 use super::{Coming, MOST, Piece, Watched, share};
+use crate::migration::held::of_first_space;
 use crate::sys::connection::{self, Connection};
 use crate::sys::door::{self, Place};
 use crate::sys::mirror::{FIRST, Mirror};

@@ -1,8 +1,7 @@
 //! On the source: which connections there are that can be taken out of the tasks. The container runs.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fs::{self, File};
-use std::io::Read;
+use std::fs;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,7 +11,7 @@ use anyhow::Result;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::{Coming, MOST, MOST_HOLES, SPARE, Vault};
-use crate::memory::pages;
+use crate::migration::held::{native, of_first_space};
 use crate::migration::watched;
 use crate::network::sockets::{Established, Lookout};
 use crate::sys::connection::{self, Options};
@@ -167,32 +166,10 @@ impl Lifting {
     }
 }
 
-/// Whether a process is of the same kind as we, so that it can make calls for us.
-pub(in crate::migration) fn native(pid: i32) -> bool {
-    // EI_CLASS of its program, and of ours. elf(5)
-    let class = |program: String| {
-        let mut head = [0; 5];
-        File::open(program)?.read_exact(&mut head)?;
-        std::io::Result::Ok(head[4])
-    };
-    class(format!("/proc/{pid}/exe"))
-        .is_ok_and(|its| class("/proc/self/exe".into()).is_ok_and(|own| own == its))
-}
-
 /// The inode of a socket.
 fn socket(pid: i32, number: RawFd) -> Option<u32> {
     let target = fs::read_link(format!("/proc/{pid}/fd/{number}")).ok()?;
     watched::socket(&target)?.try_into().ok()
-}
-
-/// The tasks in the process ID namespace of the container's first one: what the others number, it is not
-/// that by which CRIU knows them.
-pub(in crate::migration) fn of_first_space(pids: &[i32]) -> Result<Vec<pages::Task>> {
-    let tasks = pages::tasks(pids)?;
-    let space = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
-    let first = tasks.iter().find(|task| task.vpid == 1).or(tasks.first());
-    let Some(first) = first.and_then(|task| space(task.pid)) else { return Ok(Vec::new()) };
-    Ok(tasks.into_iter().filter(|task| space(task.pid).as_ref() == Some(&first)).collect())
 }
 
 /// Up to below which number descriptors of a process can be taken out: not where many numbers below are

@@ -46,7 +46,6 @@ use serde::{Deserialize, Serialize};
 pub use land::{Landed, Landing};
 pub use lift::Lifted;
 pub use look::{Lifting, raise_limit};
-pub(super) use look::{native, of_first_space};
 pub use orders::{Ears, Order, Orders};
 pub use put_back::{are_out, put_back, take_out};
 

@@ -10,11 +10,11 @@ use anyhow::{Context, Result, anyhow};
 
 use super::{Taken, TakenOut, Vault, lift, look};
 use crate::migration::held::while_held;
-use crate::migration::journal::is_alive;
 use crate::migration::recover::Trouble;
 use crate::oci::cgroup::Cgroup;
 use crate::sys::door::{self, Place};
 use crate::sys::mirror::Mirror;
+use crate::sys::process::is_alive;
 use crate::sys::stopped::Stopped;
 use crate::sys::{connection, fault};
 

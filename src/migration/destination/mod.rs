@@ -48,6 +48,7 @@ use crate::oci::runtime::Runtime;
 use crate::report::exit::Told;
 use crate::sys::fault;
 use crate::sys::memory::PAGE;
+use crate::sys::process;
 use crate::transport::connect::{Closer, Link};
 use announced::{Announced, Incoming, announced};
 
@@ -346,7 +347,7 @@ impl Guest {
             remove: Vec::new(),
             unmount: None,
             work: work.path().to_owned(),
-            worker: journal::this_process(),
+            worker: process::this_process(),
             begun: journal::unix_time(),
         };
         let journal = Journal::create(state_dir, record)?;

@@ -218,7 +218,7 @@ impl Begun {
             remove: if options.remove_files { removable(&subject) } else { Vec::new() },
             unmount: subject.load.as_ref().and_then(|l| Some(l.merged.as_ref()?.0.clone())),
             work: work.path().to_owned(),
-            worker: journal::this_process(),
+            worker: process::this_process(),
             begun: journal::unix_time(),
         };
         let mut journal = Journal::create(state_dir, record).map_err(Failed::refused)?;
