@@ -9,7 +9,9 @@ use std::env;
 use std::ffi::OsString;
 use std::path::Path;
 
-use ferry::cli::{self, passthrough, scan::Command, scan::Scan};
+use ferry::cli;
+use ferry::cli::passthrough;
+use ferry::cli::scan::{Command, Scan};
 use ferry::criu::shim;
 use ferry::sys::entry;
 

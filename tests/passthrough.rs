@@ -10,7 +10,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use ferry::migration::away::AwayMark;
+use ferry::migration::journal::away::AwayMark;
 
 const FERRY: &str = env!("CARGO_BIN_EXE_ferry");
 

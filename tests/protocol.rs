@@ -11,19 +11,19 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use ferry::connections::Coming;
 use ferry::files::walk::Size;
 use ferry::memory::serve::Served;
-use ferry::migration::connections::Coming;
-use ferry::migration::forward::Course;
-use ferry::migration::forward::carrier::Word;
-use ferry::migration::locks::Held;
-use ferry::migration::protocol::{self, Hello, Message, PROTOCOL, Plan, Standing, Verdict};
-use ferry::migration::{destination, talk};
-use ferry::network::problem::Problem;
+use ferry::migration::protocol::forwarding::{Course, Word};
+use ferry::migration::protocol::{Hello, Message, PROTOCOL, Plan, Standing, Verdict, talk};
+use ferry::migration::{destination, protocol};
 use ferry::oci::runtime::Runtime;
+use ferry::problem::Problem;
 use ferry::sys::locks::{FileLock, Kind};
+use ferry::tasks::locks::Held;
 use ferry::transport::connect::{Closer, Link};
-use ferry::transport::frame::{self, Frame, Run};
+use ferry::transport::frame;
+use ferry::transport::frame::{Frame, Run};
 use serde_json::json;
 
 const LIMIT: Duration = Duration::from_secs(30);

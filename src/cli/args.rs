@@ -12,14 +12,13 @@ use super::destination::{Destination, Listen};
 use super::units;
 use crate::memory::converge::Goal;
 use crate::memory::rounds::Tracking;
-use crate::migration::away;
-use crate::migration::carry::Wishes;
-use crate::migration::forward::Wish;
-use crate::migration::pace::Pace;
 use crate::migration::protocol::How;
+use crate::migration::protocol::forwarding::Wish;
+use crate::migration::transfer::carry::Wishes;
 use crate::network::floating::Wish as MoveAddress;
 use crate::report::log::{ErrorLog, Format};
 use crate::transport::codec::{self, Codec};
+use crate::transport::pace::Pace;
 
 /// A command line with a verb of ours.
 #[derive(Debug, Parser)]
@@ -552,7 +551,7 @@ fn network(text: &str) -> Result<Network, String> {
 }
 
 fn container_id(text: &str) -> Result<String, String> {
-    if away::valid_id(OsStr::new(text)) {
+    if crate::oci::runtime::valid_id(OsStr::new(text)) {
         Ok(text.to_owned())
     } else {
         Err("an ID is made of letters, digits, and _ + . -".into())

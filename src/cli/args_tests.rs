@@ -1,7 +1,8 @@
 //! Our verbs' command lines.
 
-use super::*;
 use clap::CommandFactory;
+
+use super::*;
 
 fn parse(line: &str) -> Result<Cli, clap::Error> {
     Cli::try_parse_from(std::iter::once("ferry").chain(line.split_whitespace()))

@@ -17,11 +17,10 @@ use std::ffi::OsString;
 use anyhow::anyhow;
 use clap::Parser;
 
-use crate::migration::host;
+use self::args::{Cli, Globals, Verb};
 use crate::report::exit::{Exit, Failed, Told};
 use crate::report::log::ErrorLog;
 use crate::report::trace;
-use args::{Cli, Globals, Verb};
 
 /// Runs a verb of ours: `line` as [`scan`] prepared it, and what it took out of it.
 /// Returns the exit code.
@@ -32,7 +31,7 @@ pub fn run(line: Vec<OsString>, ferry_runtime: Option<OsString>, log: &ErrorLog)
     };
     globals.ferry_runtime = globals.ferry_runtime.or(ferry_runtime);
     let who = match &verb {
-        Verb::Receive(_) => format!("ferry on {}", host::name()),
+        Verb::Receive(_) => format!("ferry on {}", crate::sys::host::name()),
         _ => "ferry".into(),
     };
     trace::start(globals.debug, globals.error_log(), who);

@@ -20,8 +20,8 @@ use clap::CommandFactory;
 use super::args::Cli;
 use super::runtime::{Config, Runtime, Unusable};
 use super::scan::{Command, Scan};
-use crate::migration::away::AwayMark;
-use crate::migration::holder;
+use crate::migration::journal::away::AwayMark;
+use crate::migration::journal::holder;
 
 /// Does what the runtime would do. Returns an exit code, and only if there is nothing to exec.
 pub fn run(scan: Scan) -> u8 {

@@ -7,11 +7,13 @@ use serde_json::json;
 
 use super::args::{Globals, RemoteArgs, ResolveArgs};
 use super::verbs::{runtime, say, state_dir};
-use crate::migration::away::AwayMark;
-use crate::migration::decide::{Doubt, Next, Tasks, There, Word, decide};
-use crate::migration::journal::{Journal, Role, State};
+use crate::migration::forwarding as forward;
+use crate::migration::journal::away::AwayMark;
+use crate::migration::journal::{Journal, Role, State, holder};
 use crate::migration::protocol::{Standing, Verdict};
-use crate::migration::{carry, forward, guards, holder, recover, rest, settle};
+use crate::migration::recovery::decide::{Doubt, Next, Tasks, There, Word, decide};
+use crate::migration::recovery::{guards, recover, rest, settle};
+use crate::migration::transfer::carry;
 use crate::report::exit::Failed;
 use crate::transport::connect::{Destination as Reach, split_command};
 

@@ -3,12 +3,11 @@
 //! `--ferry-runtime`, then `FERRY_RUNTIME`, then `runtime = "…"` in the configuration file
 //! (`/etc/ferry/config.toml`, or `FERRY_CONFIG`), then `runc` in PATH.
 
-use std::env;
 use std::ffi::{OsStr, OsString};
-use std::fs;
 use std::io::{ErrorKind, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::{env, fs};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::unistd::{AccessFlags, access, geteuid};

@@ -47,7 +47,7 @@ const GUARDED_VALUED: [&str; 13] = [
 /// What the command line asks for.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Command {
-    /// A verb of ours, with the arguments in the form that [`super::args`] parses.
+    /// A verb of ours, with the arguments in the form that [`crate::cli::args`] parses.
     Ours(Vec<OsString>),
     /// A verb that starts a container; each of these arguments may be its ID.
     Guarded(Vec<OsString>),

@@ -14,12 +14,17 @@ use super::args::{
 };
 use super::destination::{Destination, Listen};
 use super::runtime::{Config, Runtime as Found};
-use crate::migration::ask::{self, Options};
-use crate::migration::inspect::{self, Wishes};
 use crate::migration::journal::{Journal, Role, State};
-use crate::migration::{carry, destination, forward, guards, host, source};
-use crate::network::{self, problem::Problem};
+use crate::migration::options::Wishes;
+use crate::migration::preflight::{host, inspect};
+use crate::migration::recovery::guards;
+use crate::migration::source;
+use crate::migration::source::ask::{self, Options};
+use crate::migration::transfer::carry;
+use crate::migration::{destination, forwarding as forward};
+use crate::network;
 use crate::oci::runtime::Runtime;
+use crate::problem::Problem;
 use crate::report::exit::{Failed, Told};
 use crate::report::forecast::Forecast;
 use crate::report::log::rfc3339;
@@ -194,13 +199,16 @@ fn check_host(globals: &Globals, problems: &mut Vec<Problem>) -> String {
     problems.extend(host::receiving_problems(false));
     // Containers without an address can come all the same.
     problems.extend(network::usable::missing().into_iter().map(|problem| {
-        let what =
-            format!("{}: no container with an address can come: {}", host::name(), problem.what);
+        let what = format!(
+            "{}: no container with an address can come: {}",
+            crate::sys::host::name(),
+            problem.what
+        );
         Problem { what, ..problem }.warning()
     }));
     let name = runtime(globals).map_err(|f| f.error).and_then(|r| r.version());
     let name = name.unwrap_or_else(|e| {
-        let what = format!("{}: the runtime does not work", host::name());
+        let what = format!("{}: the runtime does not work", crate::sys::host::name());
         let hint = "install runc, or name another with --ferry-runtime or in Ferry's configuration";
         problems.push(Problem::new(what, format!("{e:#}").replace("\nhint: ", "; ")).hint(hint));
         String::new()
@@ -208,7 +216,7 @@ fn check_host(globals: &Globals, problems: &mut Vec<Problem>) -> String {
     let criu = host::criu().map_or(0, |c| c.1);
     format!(
         "{} can send and receive containers: Linux {}, CRIU {}, {}",
-        host::name(),
+        crate::sys::host::name(),
         host::kernel(),
         host::criu_words(criu),
         name.replace(" version ", " ")

@@ -178,8 +178,9 @@ fn fields(record: &[u8]) -> Result<Vec<(u32, u64)>> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use protobuf::CodedOutputStream;
+
+    use super::*;
 
     fn image(entries: &[(u64, u64, u32)], modern: bool) -> Vec<u8> {
         fn record(out: &mut Vec<u8>, write: impl FnOnce(&mut CodedOutputStream)) {

@@ -1,4 +1,4 @@
-//! The other end of [`super::follow`]: makes the copy, step by step, on a thread of its own.
+//! The other end of [`crate::files::follow`]: makes the copy, step by step, on a thread of its own.
 //!
 //! Nothing outside the trees' roots is touched, whatever the stream says, and no more is written
 //! than was announced and a container may add meanwhile.
@@ -275,7 +275,7 @@ impl Work {
 
     fn remove(&mut self, path: &[u8]) -> Result<()> {
         let root = &self.tree().root;
-        match tree::place(root, path) {
+        match super::walk::place(root, path) {
             Ok((parent, name)) => clear(&parent, &name),
             // It went with a directory.
             Err(e) if is(&e, &NOT_THERE) => Ok(()),
@@ -287,8 +287,8 @@ impl Work {
         let current = self.current;
         let tree = self.tree();
         tree.take(0, 1)?;
-        let (parent, name) = tree::place(&tree.root, from)?;
-        let (other, new) = tree::place(&tree.root, to)?;
+        let (parent, name) = super::walk::place(&tree.root, from)?;
+        let (other, new) = super::walk::place(&tree.root, to)?;
         clear(&other, &new)?;
         renameat(&parent, &name, &other, &new)?;
         // The source describes again what it has described under the old name.
@@ -303,7 +303,7 @@ impl Work {
         let current = self.current;
         let tree = self.tree();
         tree.take(entry.said(), 1)?;
-        let (parent, name) = tree::place(&tree.root, &entry.path)?;
+        let (parent, name) = super::walk::place(&tree.root, &entry.path)?;
         clear(&parent, &name)?;
         match &entry.kind {
             Kind::File(size, _) => {
@@ -332,7 +332,7 @@ impl Work {
         let (parent, name) = if entry.path.is_empty() {
             (tree.root.try_clone()?.into(), PathBuf::from("."))
         } else {
-            tree::place(&tree.root, &entry.path)?
+            super::walk::place(&tree.root, &entry.path)?
         };
         match &entry.kind {
             Kind::File(size, _) => {
@@ -368,7 +368,7 @@ impl Work {
                 tree::set_time(root.as_fd(), Path::new("."), &entry)?;
                 continue;
             }
-            match tree::place(root, &path) {
+            match super::walk::place(root, &path) {
                 Ok((parent, name)) => match tree::set_time(parent.as_fd(), &name, &entry) {
                     Err(e) if !is(&e, &[Errno::ENOENT]) => return Err(e),
                     _ => {}

@@ -37,7 +37,7 @@ use super::contents::{self, Sums, Touched};
 use super::directory;
 use super::inodes::Inodes;
 use super::ops::{self, SINGLE, Step};
-use super::tree::{self, Entry, Kind};
+use super::tree::{Entry, Kind};
 use super::walk::{Seen, look_at, reach, shown, visit_one, walk};
 use crate::sys::fanotify::{self, Handle};
 
@@ -661,7 +661,7 @@ fn describe_directory(top: &File, path: Vec<u8>) -> Result<Option<Entry>> {
     let full = if path.is_empty() {
         reach(top, OsStr::new("."))
     } else {
-        let (parent, name) = tree::place(top, &path)?;
+        let (parent, name) = super::walk::place(top, &path)?;
         held = parent;
         reach(&held, name.as_os_str())
     };

@@ -19,7 +19,6 @@ use serde::{Deserialize, Serialize};
 use super::directory;
 use super::follow::WINDOW;
 use super::overlay::MAX_LAYERS;
-use super::place;
 use super::tree::{Entry, Kind};
 use super::walk::walk;
 
@@ -276,7 +275,7 @@ impl Store {
         match fs::rename(staged, place) {
             // Another migration was quicker.
             Err(e) if e.kind() == ErrorKind::DirectoryNotEmpty && self.is_at(place, wanted) => {
-                return place::remove(staged);
+                return super::walk::remove(staged);
             }
             other => other.with_context(|| format!("cannot keep the layer {}", place.display()))?,
         }
@@ -331,9 +330,10 @@ fn now() -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::fs::Permissions;
     use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
 
     fn layer(at: &Path) {
         fs::create_dir_all(at.join("d")).unwrap();

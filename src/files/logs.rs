@@ -2,7 +2,7 @@
 //!
 //! A log is written beside its place and renamed when it is complete; what stood there is renamed out
 //! of its way. Whoever goes on when Ferry was killed knows from the journal where, so all of it can be
-//! undone by the names alone, by another process and after a reboot, as that of [`place`](super::place).
+//! undone by the names alone, by another process and after a reboot, as that of [`place`](crate::files::place).
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};

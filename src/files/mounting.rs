@@ -21,7 +21,6 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde::{Deserialize, Serialize};
 
 use super::overlay::{self, Mounted, Overlay};
-use super::place;
 
 /// Bytes of what stands in: there are some empty directories in it.
 const STAND_IN: &str = "mode=0755,size=1m";
@@ -122,7 +121,7 @@ impl Mounting {
     /// # Errors
     /// When the mark does.
     pub fn keep(&self) -> Result<()> {
-        place::remove(&self.mark)
+        super::walk::remove(&self.mark)
     }
 
     fn mounted(&self) -> Result<Mounted> {

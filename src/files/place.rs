@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::mounting::Mounting;
 use super::ops::SINGLE;
-use super::walk;
+use super::walk::{ignore_missing, remove};
 
 /// Added to a name whose owner made room for what came.
 const BEFORE: &str = "before";
@@ -341,29 +341,6 @@ impl Placed {
 fn are_one(a: &Path, b: &Path) -> bool {
     let inode = |path| fs::symlink_metadata(path).map(|m| (m.dev(), m.ino())).ok();
     inode(a).is_some() && inode(a) == inode(b)
-}
-
-/// Takes a tree or a file away, if it is there.
-///
-/// # Errors
-/// When it cannot be, or something is mounted below: nothing is taken away then.
-pub fn remove(path: &Path) -> Result<()> {
-    let result = match fs::symlink_metadata(path) {
-        Ok(meta) if meta.is_dir() => {
-            walk::measure(path)?;
-            fs::remove_dir_all(path)
-        }
-        Ok(_) => fs::remove_file(path),
-        Err(e) => Err(e),
-    };
-    ignore_missing(result).with_context(|| format!("cannot remove {}", path.display()))
-}
-
-fn ignore_missing(result: std::io::Result<()>) -> std::io::Result<()> {
-    match result {
-        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
 }
 
 #[cfg(test)]

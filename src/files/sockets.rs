@@ -180,9 +180,10 @@ fn sockets_of(pids: &[i32]) -> HashSet<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::os::unix::fs::MetadataExt;
     use std::os::unix::net::{UnixListener, UnixStream};
+
+    use super::*;
 
     #[test]
     fn names_are_read_from_the_table() {

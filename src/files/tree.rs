@@ -11,20 +11,20 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt};
-use std::path::{Component, Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat};
 use nix::sys::stat::{Mode, SFlag, UtimensatFlags, mkdirat, mknodat, utimensat};
 use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, LinkatFlags, Uid, Whence, fchownat, linkat, lseek, symlinkat};
 use serde::{Deserialize, Serialize};
 
 use super::directory;
-use super::walk::reach;
+use super::walk::{place, reach};
 use crate::sys::process;
 
 /// Longest description of one entry: names, link targets and attributes are far below.
@@ -287,22 +287,6 @@ pub fn unpack(root: &Path, input: &mut impl Read) -> Result<()> {
     bail!("more than {MAX_ENTRIES} entries")
 }
 
-/// The directory that an entry lies in, and its name there. Only plain names below the root, and
-/// no symbolic link on the way: openat2(2).
-pub(super) fn place(root: &File, path: &[u8]) -> Result<(OwnedFd, PathBuf)> {
-    let path = Path::new(OsStr::from_bytes(path));
-    let plain = path.components().all(|c| matches!(c, Component::Normal(_)));
-    let (Some(name), true) = (path.file_name(), plain) else { bail!("not a plain path") };
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let how =
-        OpenHow::new().flags(OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC).resolve(
-            ResolveFlag::RESOLVE_BENEATH
-                | ResolveFlag::RESOLVE_NO_SYMLINKS
-                | ResolveFlag::RESOLVE_NO_XDEV,
-        );
-    Ok((openat2(root, parent, how)?, name.into()))
-}
-
 fn make(root: &File, entry: &Entry, input: &mut impl Read) -> Result<()> {
     if entry.path.is_empty() {
         if !matches!(entry.kind, Kind::Directory) {
@@ -417,8 +401,9 @@ pub(super) fn set_time(parent: BorrowedFd, name: &Path, entry: &Entry) -> Result
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
 
     fn copy(from: &Path, to: &Path) -> Result<()> {
         let mut stream = Vec::new();

@@ -5,19 +5,18 @@
 
 use std::ffi::{CStr, CString, OsStr};
 use std::fs::{self, File};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::io::ErrorKind;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag};
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
 use serde::{Deserialize, Serialize};
-
-use super::tree;
 
 /// What a tree holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -119,7 +118,7 @@ pub(super) fn visit_one(top: &File, path: &[u8], visit: &mut Visit) -> Result<bo
     let (dir, name) = if path.is_empty() {
         (top.as_fd(), c".".to_owned())
     } else {
-        let (parent, name) = match tree::place(top, path) {
+        let (parent, name) = match place(top, path) {
             Ok(found) => found,
             Err(e) if e.downcast_ref::<Errno>().is_some_and(|e| GONE.contains(e)) => {
                 return Ok(false);
@@ -220,4 +219,43 @@ pub(super) fn reach(dir: &impl AsRawFd, name: &OsStr) -> PathBuf {
 /// A path below a root, for people.
 pub(super) fn shown(path: &[u8]) -> String {
     format!("/{}", String::from_utf8_lossy(path))
+}
+
+/// Takes a tree or a file away, if it is there.
+///
+/// # Errors
+/// When it cannot be, or something is mounted below: nothing is taken away then.
+pub fn remove(path: &Path) -> Result<()> {
+    let result = match fs::symlink_metadata(path) {
+        Ok(meta) if meta.is_dir() => {
+            measure(path)?;
+            fs::remove_dir_all(path)
+        }
+        Ok(_) => fs::remove_file(path),
+        Err(e) => Err(e),
+    };
+    ignore_missing(result).with_context(|| format!("cannot remove {}", path.display()))
+}
+
+pub(super) fn ignore_missing(result: std::io::Result<()>) -> std::io::Result<()> {
+    match result {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// The directory that an entry lies in, and its name there. Only plain names below the root, and
+/// no symbolic link on the way: openat2(2).
+pub(super) fn place(root: &File, path: &[u8]) -> Result<(OwnedFd, PathBuf)> {
+    let path = Path::new(OsStr::from_bytes(path));
+    let plain = path.components().all(|c| matches!(c, Component::Normal(_)));
+    let (Some(name), true) = (path.file_name(), plain) else { bail!("not a plain path") };
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let how =
+        OpenHow::new().flags(OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC).resolve(
+            ResolveFlag::RESOLVE_BENEATH
+                | ResolveFlag::RESOLVE_NO_SYMLINKS
+                | ResolveFlag::RESOLVE_NO_XDEV,
+        );
+    Ok((openat2(root, parent, how)?, name.into()))
 }

@@ -1,7 +1,7 @@
 //! Reads that change memory without the page tables knowing: O_DIRECT, open(2).
 //!
 //! The kernel finds the pages that such a read is to fill before it asks the device, which writes to
-//! them whenever it likes. A [`Tracker`](super::track::Tracker) sees that the pages were found, not
+//! them whenever it likes. A [`Tracker`](crate::memory::track::Tracker) sees that the pages were found, not
 //! that they were written to: a look in between counts them as written, and protects them; who then
 //! reads them before the device has come, has old contents, and is never told of the new ones.
 //!
@@ -120,8 +120,9 @@ impl Mounts {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::os::unix::fs::OpenOptionsExt;
+
+    use super::*;
 
     const MOUNTS: &str = "\
         21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n\

@@ -166,10 +166,11 @@ fn uffd_of(task: Task) -> io::Result<OwnedFd> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::fs;
     use std::io::{BufRead, BufReader, Write};
     use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+    use super::*;
 
     /// A task that holds 4 MiB and writes to one byte of it each time it is told an offset.
     struct Writer {

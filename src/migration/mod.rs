@@ -1,51 +1,24 @@
-//! The hand-over from host to host.
+//! The hand-over from host to host, in rooms. Each imports rooms of lower floors only;
+//! `tests/floors.rs` holds the table against the code.
+//!
+//! ```text
+//! 7  source destination        the two roles, which never name each other
+//! 6  checkpoint recovery       CRIU through the runtime; undoing and finishing, by whoever is left
+//! 5  preflight                 what stands in the way, before anything is touched
+//! 4  network                   the container's network while it moves
+//! 3  forwarding                an address that stays at home
+//! 2  transfer journal options  what goes over the link; what is on disk; what the user wants
+//! 1  protocol                  what the hosts say
+//! ```
 
-pub mod aio;
-pub mod arrival;
-pub mod ask;
-pub mod away;
-pub mod carry;
-pub mod checks;
-pub mod connections;
-pub mod contested;
-pub mod decide;
-pub mod descriptors;
+pub mod checkpoint;
 pub mod destination;
-pub mod dump;
-pub mod early;
-pub mod floating;
-pub mod forecast;
-pub mod forward;
-pub mod guards;
-pub mod haul;
-pub mod held;
-pub mod holder;
-mod hooks;
-pub mod host;
-pub mod inspect;
-pub mod intake;
+pub mod forwarding;
 pub mod journal;
-pub mod keeper;
-pub mod lanes;
-pub mod layers;
-pub mod locks;
-pub mod lull;
-pub mod mend;
-pub mod pace;
-pub mod parcels;
+pub mod network;
+pub mod options;
 pub mod preflight;
 pub mod protocol;
-pub mod recover;
-pub mod rest;
-pub mod restore;
-pub mod room;
-pub mod settle;
-pub mod sleepers;
+pub mod recovery;
 pub mod source;
-pub mod standard;
-pub mod streams;
-pub mod talk;
-pub mod unread;
-pub mod watch;
-pub mod watched;
-pub mod workdir;
+pub mod transfer;

@@ -8,9 +8,10 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use super::image::{Mac, NetworkImage};
-use super::problem::{Problem, Trying};
+use super::image::NetworkImage;
 use super::rtnl::Rtnl;
+use crate::problem::{Problem, Trying};
+use crate::sys::netlink::Mac;
 use crate::sys::netns::NetNs;
 use crate::sys::packet::PacketSocket;
 

@@ -18,14 +18,14 @@
 use nix::errno::Errno;
 
 use super::nft::{self, Batch, NewChain, Policy};
-use super::problem::{Problem, Trying};
 use super::rtnl::Rtnl;
+use crate::problem::{Problem, Trying};
 use crate::sys::netlink::{Prepared, Protocol, Socket};
 use crate::sys::netns::NetNs;
 
 pub(super) const TABLE: &str = "ferry";
 /// `SO_MARK` of frames that are let out of a closed fence: those of a container whose address is here
-/// while it is not, see [`super::forward`].
+/// while it is not, see [`crate::network::forward`].
 pub(super) const PASS: u32 = 0xfe44_7e01;
 const IN: &str = "in";
 const OUT: &str = "out";

@@ -13,14 +13,14 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use super::capture::address;
 use super::fence;
 use super::frames::{Frame, MAX_FRAME};
 use super::image::{Link, NetworkImage};
 use super::placement::{Hook, Placement};
-use super::problem::{Problem, Trying};
+use super::read::address;
 use super::rtnl::{self, Rtnl, ifinfo};
 use super::sockets::Lookout;
+use crate::problem::{Problem, Trying};
 use crate::sys::netlink::Request;
 use crate::sys::netns::NetNs;
 use crate::sys::packet::{Instruction, PacketSocket, VNET_HDR};
@@ -189,9 +189,7 @@ impl Meter {
         let ours = infos.iter().filter(|l| self.names.contains(&l.name)).map(|l| l.index);
         let ours: Vec<i32> = ours.collect();
         let all = self.links.addresses().trying(trying)?;
-        let all = all
-            .iter()
-            .filter(|m| super::capture::index_at(m, 4).is_some_and(|i| ours.contains(&i)));
+        let all = all.iter().filter(|m| rtnl::index_at(m, 4).is_some_and(|i| ours.contains(&i)));
         let addresses: Vec<IpAddr> = all.filter_map(address).map(|a| a.local).collect();
         Ok(self.lookout.connections(&addresses)?.len() as u32)
     }
@@ -213,7 +211,7 @@ pub fn is_elsewhere(image: &NetworkImage, placement: &Placement, host: &NetNs) -
         let on = links.iter().find(|l| l.name == hook.name())?;
         let networks: Vec<(IpAddr, u8)> = addresses
             .iter()
-            .filter(|m| super::capture::index_at(m, 4) == Some(on.index))
+            .filter(|m| rtnl::index_at(m, 4) == Some(on.index))
             .filter_map(address)
             .filter(|a| !is_link_local(a.local))
             .map(|a| (a.peer.unwrap_or(a.local), a.prefix))

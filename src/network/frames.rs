@@ -3,7 +3,7 @@
 //! A dropped frame costs its sender a retransmission timeout, 200 ms and more: longer than all
 //! the rest of the pause. A packet socket sees a frame before the fence's ingress hook drops it,
 //! so what comes in can be kept, carried along, and given to the container on its new host by
-//! [`Replay`](super::replay::Replay).
+//! [`Replay`](crate::network::replay::Replay).
 
 use std::io;
 use std::net::IpAddr;
@@ -12,8 +12,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use serde::{Deserialize, Serialize};
 
 use super::image::{MAX_LINKS, NetworkImage};
-use super::problem::{Problem, Trying};
 use super::rtnl::{self, Rtnl};
+use crate::problem::{Problem, Trying};
 use crate::sys::netns::NetNs;
 use crate::sys::packet::{Instruction, PacketSocket, VNET_HDR};
 
@@ -141,7 +141,7 @@ impl Capture {
         self.listen()
     }
 
-    /// Begins to keep the frames that [`Side::New`](super::fence::Side::New) stops, and no others.
+    /// Begins to keep the frames that [`Side::New`](crate::network::fence::Side::New) stops, and no others.
     pub fn start_new(&mut self) -> io::Result<()> {
         self.socket.filter(&NEW)?;
         self.listen()
@@ -292,6 +292,34 @@ const NEW: [Instruction; 24] = {
         Instruction(RETURN, 0, 0, 0),
     ]
 };
+
+pub(crate) const HEAD: usize = 2 + 10;
+
+/// A frame as it goes over the link: link number, virtio header, contents.
+pub fn encode(frame: &Frame) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(HEAD + frame.bytes.len());
+    bytes.extend(frame.link.to_le_bytes());
+    bytes.extend(frame.vnet_hdr);
+    bytes.extend(&frame.bytes);
+    bytes
+}
+
+/// And back.
+///
+/// # Errors
+/// When it is none.
+pub fn decode(bytes: &[u8]) -> anyhow::Result<Frame> {
+    let (Some(link), Some(header), Some(rest)) =
+        (bytes.first_chunk::<2>(), bytes.get(2..HEAD), bytes.get(HEAD..))
+    else {
+        anyhow::bail!("a kept frame cut short");
+    };
+    let mut vnet_hdr = [0; 10];
+    vnet_hdr.copy_from_slice(header);
+    let frame = Frame { link: u16::from_le_bytes(*link), vnet_hdr, bytes: rest.to_vec() };
+    frame.validate()?;
+    Ok(frame)
+}
 
 #[cfg(test)]
 mod tests {

@@ -4,8 +4,8 @@
 
 use super::fence::Armed;
 use super::neighbours::Neighbours;
-use super::problem::Problem;
 use super::routed::Lead;
+use crate::problem::Problem;
 
 /// See the module.
 #[derive(Debug)]

@@ -38,7 +38,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::image::{Kind, Link, NetworkImage};
-use super::problem::{Problem, Trying};
+use crate::problem::{Problem, Trying};
 use crate::sys::process;
 
 /// What one call may take.

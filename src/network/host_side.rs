@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 
 use super::image::NetworkImage;
 use super::nft::{self, Batch, Expression, NewChain, Policy};
-use super::problem::{Problem, Trying};
 use super::routed::{self, Lead, Uplinks};
+use crate::problem::{Problem, Trying};
 use crate::sys::netlink::{Prepared, Protocol, Socket};
 use crate::sys::netns::NetNs;
 

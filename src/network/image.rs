@@ -7,9 +7,9 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use super::problem::Problem;
 use super::qdisc::{self, Qdisc};
-use super::routed::HostEnd;
+use crate::problem::Problem;
+use crate::sys::netlink::Mac;
 
 /// Version of this format.
 pub const VERSION: u32 = 1;
@@ -37,9 +37,6 @@ pub const MAX_IFNAME: usize = 15;
 pub const MTU: std::ops::RangeInclusive<u32> = 68..=65_536;
 /// Devices of one namespace may queue this many frames, `txqueuelen`.
 pub const MAX_TXQLEN: u32 = 1_000_000;
-
-/// A hardware address.
-pub type Mac = [u8; 6];
 
 /// Everything that is made again on the destination.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -410,7 +407,7 @@ impl Route {
         if self.v6 {
             self.gateway.map_or(Ok(()), family)?;
         }
-        if self.table == 0 || self.table == super::rtnl::TABLE_LOCAL {
+        if self.table == 0 || self.table == crate::network::rtnl::TABLE_LOCAL {
             return Err(format!("a route in table {}", self.table));
         }
         bounded("metrics of a route", self.metrics.len(), MAX_ATTRIBUTES)?;
@@ -455,5 +452,70 @@ fn sysctl_value(value: &str) -> Result<(), String> {
     match value.len() <= MAX_SYSCTL_VALUE && value.bytes().all(good) {
         true => Ok(()),
         false => Err("the value of a kernel parameter is too long or not text".into()),
+    }
+}
+
+/// The host's end of a routed veth, and what leads to it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostEnd {
+    /// Its name on the host.
+    pub name: String,
+    /// Its hardware address: the container knows its gateway by it.
+    pub mac: Mac,
+    /// Frames, `txqueuelen`.
+    pub txqlen: u32,
+    /// As in [`Link::flags`].
+    pub flags: u32,
+    /// As in [`Link::addr_gen_mode`].
+    pub addr_gen_mode: Option<u8>,
+    /// The gateway's, often none.
+    pub addresses: Vec<Address>,
+    /// Parameters of this link: `proxy_arp`, `forwarding` …
+    pub sysctls: Vec<LinkSysctl>,
+    /// The host's routes to the container.
+    pub routes: Vec<Route>,
+    /// Addresses that the host answers for on other links.
+    pub proxies: Vec<Proxy>,
+}
+
+/// `ip neigh add proxy ADDRESS dev LINK`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Proxy {
+    /// Which address.
+    pub address: IpAddr,
+    /// On which of the host's links.
+    pub link: String,
+}
+
+impl HostEnd {
+    /// Refuses what no honest peer sends.
+    pub(super) fn check(&self) -> Result<(), String> {
+        ifname(&self.name)?;
+        if self.routes.len() > MAX_ROUTES || self.proxies.len() > MAX_ROUTES {
+            return Err(format!("too many routes to {}", self.name));
+        }
+        self.proxies.iter().try_for_each(|p| ifname(&p.link))?;
+        self.routes.iter().try_for_each(|r| match r.link.as_deref() == Some(&self.name) {
+            true => r.check(),
+            false => Err(format!("a route over {:?} as one to {}", r.link, self.name)),
+        })
+    }
+
+    /// As a link to be filled; its kind plays no part in that.
+    pub(super) fn as_link(&self, name: &str, mtu: u32) -> Link {
+        Link {
+            name: name.to_owned(),
+            mac: Some(self.mac),
+            mtu,
+            txqlen: self.txqlen,
+            kind: Kind::Loopback,
+            up: true,
+            flags: self.flags,
+            addr_gen_mode: self.addr_gen_mode,
+            addresses: self.addresses.clone(),
+            sysctls: self.sysctls.clone(),
+            // What limits it there is the host's.
+            qdiscs: Vec::new(),
+        }
     }
 }

@@ -3,8 +3,8 @@
 use std::fs;
 use std::net::IpAddr;
 
-use super::problem::{Problem, Trying};
 use super::rtnl::octets;
+use crate::problem::{Problem, Trying};
 use crate::sys::netns::NetNs;
 use crate::sys::xtables;
 

@@ -11,9 +11,9 @@ use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 
 use super::image::NetworkImage;
-use super::problem::{Problem, Trying};
 use super::restore::neighbour_request;
 use super::rtnl::{self, AF_INET, AF_INET6, Rtnl, ip_of};
+use crate::problem::{Problem, Trying};
 use crate::sys::netlink::Request;
 use crate::sys::netns::NetNs;
 

@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::announce::{ArpForm, arp_frame};
-use super::capture::address;
-use super::hook;
-use super::image::{Kind, Link, Mac, NetworkImage, ifname};
-use super::problem::{Problem, Trying};
-use super::routed;
+use super::image::{Kind, Link, NetworkImage, ifname};
+use super::read::address;
 use super::rtnl::{LinkInfo, Rtnl};
+use super::{hook, routed};
+use crate::problem::{Problem, Trying};
+use crate::sys::netlink::Mac;
 use crate::sys::netns::NetNs;
 use crate::sys::packet::PacketSocket;
 
@@ -38,7 +38,7 @@ pub enum Placement {
     /// A macvlan over this interface.
     Macvlan(String),
     /// On TAP devices: frames go to and from the host that keeps the address. Nobody asks for this by
-    /// name; see [`super::forward`].
+    /// name; see [`crate::network::forward`].
     Forward,
     /// As [`Placement::Auto`], and this program is called: see [`hook`].
     Hook(PathBuf),
@@ -125,7 +125,7 @@ impl Placement {
     }
 }
 
-/// Everything that would keep [`recreate`](super::recreate::recreate) from succeeding, and what
+/// Everything that would keep [`recreate`](crate::network::recreate::recreate) from succeeding, and what
 /// makes it doubtful that clients will reach the container here. Changes nothing; asks the network
 /// who has the container's addresses, which takes up to a quarter of a second a link.
 pub fn preflight(

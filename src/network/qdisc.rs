@@ -9,9 +9,10 @@ use std::path::Path;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::capture::{enter, index_at};
-use super::problem::{Problem, Trying};
-use super::rtnl::{DELQDISC, LinkInfo, NEWQDISC, Rtnl, TCA_KIND, TCA_OPTIONS, tcmsg};
+use super::rtnl::{
+    DELQDISC, LinkInfo, NEWQDISC, Rtnl, TCA_KIND, TCA_OPTIONS, enter, index_at, tcmsg,
+};
+use crate::problem::{Problem, Trying};
 use crate::sys::netlink::{CREATE, EXCL, Message, Request};
 
 /// Those that take back what they tell. All others have classes, or tables that they do not tell.

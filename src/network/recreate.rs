@@ -13,13 +13,12 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use super::fence::{self, Armed};
-use super::forward;
 use super::image::{Kind, Link, NetworkImage};
 use super::placement::{Hook, Placement, fits, kept};
-use super::problem::{Problem, Trying};
 use super::restore::Restoring;
-use super::routed;
 use super::rtnl::{self, IFF_UP, LinkInfo, Rtnl, ifinfo};
+use super::{forward, routed};
+use crate::problem::{Problem, Trying};
 use crate::sys::netlink::{CREATE, EXCL, Request};
 use crate::sys::netns::{self, NetNs};
 use crate::sys::tun::Tap;

@@ -10,12 +10,12 @@
 //! The TAP has no address, has IPv6 off, and goes with this value or with the process.
 
 use super::frames::Frame;
-use super::image::{Mac, NetworkImage};
-use super::problem::{Problem, Trying};
+use super::image::NetworkImage;
 use super::rtnl::{self, IFF_UP, NEWQDISC, Rtnl, TCA_KIND, TCA_OPTIONS, ifinfo, tcmsg};
 use super::sockets::Lookout;
 use super::sysctl;
-use crate::sys::netlink::{CREATE, EXCL, Request};
+use crate::problem::{Problem, Trying};
+use crate::sys::netlink::{CREATE, EXCL, Mac, Request};
 use crate::sys::netns::NetNs;
 use crate::sys::tun::Tap;
 

@@ -10,12 +10,10 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use super::capture;
 use super::image::{Address, Link, LinkSysctl, Neighbour, NetworkImage, Route, Rule};
-use super::problem::{Problem, Trying};
-use super::qdisc;
 use super::rtnl::{self, AF_INET, AF_INET6, IFF_CARRIED, IFF_UP, LinkInfo, Rtnl, ifinfo, octets};
-use super::sysctl;
+use super::{qdisc, sysctl};
+use crate::problem::{Problem, Trying};
 use crate::sys::netlink::{CREATE, EXCL, REPLACE, Request};
 use crate::sys::netns::NetNs;
 
@@ -86,7 +84,7 @@ impl Restoring<'_> {
         let infos = self.infos()?;
         for message in self.socket.addresses().trying(trying)? {
             let (Some(index), Some(has)) =
-                (capture::index_at(&message, 4), capture::address(&message))
+                (rtnl::index_at(&message, 4), crate::network::read::address(&message))
             else {
                 continue;
             };
@@ -151,7 +149,7 @@ impl Restoring<'_> {
                 self.infos()?.iter().filter(|l| l.is_up() && ours(l)).map(|l| l.index).collect();
             let list = self.socket.addresses().trying(trying)?;
             let waiting = list.iter().any(|m| {
-                capture::index_at(m, 4).is_some_and(|i| up.contains(&i))
+                rtnl::index_at(m, 4).is_some_and(|i| up.contains(&i))
                     && m.attributes(8).u32(8).is_some_and(|flags| flags & IFA_TENTATIVE != 0)
             });
             if !waiting {
@@ -196,7 +194,7 @@ impl Restoring<'_> {
         let infos = self.infos()?;
         let name_of = |index: i32| infos.iter().find(|l| l.index == index).map(|l| l.name.clone());
         let index_of = |name: &str| infos.iter().find(|l| l.name == name).map(|l| l.index);
-        let present = capture::routes(self.socket, &name_of)?;
+        let present = crate::network::read::routes(self.socket, &name_of)?;
         let mut wanted: Vec<&Route> = image.routes.iter().filter(|r| self.is_made(r)).collect();
         // A next hop must be reachable before it can be told.
         wanted.sort_by_key(|r| r.gateway.is_some());
@@ -219,7 +217,7 @@ impl Restoring<'_> {
     }
 
     fn rules(&mut self, image: &NetworkImage) -> Result<(), Problem> {
-        let present = capture::rules(self.socket)?;
+        let present = crate::network::read::rules(self.socket)?;
         let request = |kind, flags, rule: &Rule| {
             let mut request = Request::new(kind, flags, &rule.header);
             for (attribute, value) in &rule.attributes {

@@ -10,15 +10,14 @@ use std::fs;
 use std::net::IpAddr;
 
 use nix::errno::Errno;
-use serde::{Deserialize, Serialize};
 
 use super::announce::{advertisement, arp_both};
-use super::capture::{self, address, index_at};
-use super::image::{Address, Kind, Link, LinkSysctl, MAX_ROUTES, Mac, NetworkImage, Route, ifname};
-use super::problem::{Problem, Trying};
+use super::image::{HostEnd, Link, NetworkImage, Proxy, Route};
+use super::read::address;
 use super::restore::{Restoring, route_request};
-use super::rtnl::{self, AF_INET, AF_INET6, IFF_CARRIED, LinkInfo, Rtnl, ip_of, octets};
+use super::rtnl::{self, AF_INET, AF_INET6, IFF_CARRIED, LinkInfo, Rtnl, index_at, ip_of, octets};
 use super::sysctl;
+use crate::problem::{Problem, Trying};
 use crate::sys::netlink::{CREATE, REPLACE, Request};
 use crate::sys::netns::NetNs;
 use crate::sys::packet::PacketSocket;
@@ -27,71 +26,6 @@ use crate::sys::packet::PacketSocket;
 const RTPROT_KERNEL: u8 = 2;
 /// `NTF_PROXY`
 const NTF_PROXY: u8 = 0x08;
-
-/// The host's end of a routed veth, and what leads to it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HostEnd {
-    /// Its name on the host.
-    pub name: String,
-    /// Its hardware address: the container knows its gateway by it.
-    pub mac: Mac,
-    /// Frames, `txqueuelen`.
-    pub txqlen: u32,
-    /// As in [`Link::flags`].
-    pub flags: u32,
-    /// As in [`Link::addr_gen_mode`].
-    pub addr_gen_mode: Option<u8>,
-    /// The gateway's, often none.
-    pub addresses: Vec<Address>,
-    /// Parameters of this link: `proxy_arp`, `forwarding` …
-    pub sysctls: Vec<LinkSysctl>,
-    /// The host's routes to the container.
-    pub routes: Vec<Route>,
-    /// Addresses that the host answers for on other links.
-    pub proxies: Vec<Proxy>,
-}
-
-/// `ip neigh add proxy ADDRESS dev LINK`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Proxy {
-    /// Which address.
-    pub address: IpAddr,
-    /// On which of the host's links.
-    pub link: String,
-}
-
-impl HostEnd {
-    /// Refuses what no honest peer sends.
-    pub(super) fn check(&self) -> Result<(), String> {
-        ifname(&self.name)?;
-        if self.routes.len() > MAX_ROUTES || self.proxies.len() > MAX_ROUTES {
-            return Err(format!("too many routes to {}", self.name));
-        }
-        self.proxies.iter().try_for_each(|p| ifname(&p.link))?;
-        self.routes.iter().try_for_each(|r| match r.link.as_deref() == Some(&self.name) {
-            true => r.check(),
-            false => Err(format!("a route over {:?} as one to {}", r.link, self.name)),
-        })
-    }
-
-    /// As a link to be filled; its kind plays no part in that.
-    pub(super) fn as_link(&self, name: &str, mtu: u32) -> Link {
-        Link {
-            name: name.to_owned(),
-            mac: Some(self.mac),
-            mtu,
-            txqlen: self.txqlen,
-            kind: Kind::Loopback,
-            up: true,
-            flags: self.flags,
-            addr_gen_mode: self.addr_gen_mode,
-            addresses: self.addresses.clone(),
-            sysctls: self.sysctls.clone(),
-            // What limits it there is the host's.
-            qdiscs: Vec::new(),
-        }
-    }
-}
 
 /// Reads the host's end; `None` if no route leads over it.
 pub(super) fn capture_end(host: &NetNs, end: &LinkInfo) -> Result<Option<HostEnd>, Problem> {
@@ -102,7 +36,7 @@ pub(super) fn capture_end(host: &NetNs, end: &LinkInfo) -> Result<Option<HostEnd
     for family in [AF_INET, AF_INET6] {
         for message in socket.routes(family).trying(trying)? {
             if message.attributes(12).u32(4) == Some(end.index as u32) {
-                routes.extend(capture::route(&message, &name_of)?);
+                routes.extend(crate::network::read::route(&message, &name_of)?);
             }
         }
     }

@@ -5,9 +5,9 @@
 
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
 
-use super::image::Mac;
-use crate::sys::netlink::{Attributes, Message, Protocol, Request, Result, Socket};
+use crate::sys::netlink::{Attributes, Mac, Message, Protocol, Request, Result, Socket};
 use crate::sys::netns::NetNs;
 
 pub(super) const NEWLINK: u16 = 16;
@@ -243,4 +243,20 @@ pub(super) fn tcmsg(ifindex: i32, handle: u32, parent: u32, info: u32) -> [u8; 2
     fixed[12..16].copy_from_slice(&parent.to_ne_bytes());
     fixed[16..20].copy_from_slice(&info.to_ne_bytes());
     fixed
+}
+
+/// The interface index in a fixed header.
+pub(super) fn index_at(m: &Message, at: usize) -> Option<i32> {
+    m.payload.get(at..at + 4)?.try_into().ok().map(i32::from_ne_bytes)
+}
+
+/// How a command is run in the namespace at a path.
+pub(super) fn enter(path: Option<&Path>) -> String {
+    let named =
+        path.and_then(|p| p.strip_prefix("/run/netns").or(p.strip_prefix("/var/run/netns")).ok());
+    match (named, path) {
+        (Some(name), _) => format!("ip netns exec {}", name.display()),
+        (None, Some(path)) => format!("nsenter --net={}", path.display()),
+        (None, None) => "nsenter --net=NAMESPACE".into(),
+    }
 }

@@ -11,7 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use super::problem::{Problem, Trying};
+use crate::problem::{Problem, Trying};
 use crate::sys::netlink::{Message, Protocol, Socket};
 use crate::sys::netns::NetNs;
 

@@ -4,9 +4,8 @@
 //! everything here is to be called inside [`NetNs::run`](crate::sys::netns::NetNs::run).
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io;
 use std::path::Path;
+use std::{fs, io};
 
 use super::image::{LinkSysctl, Sysctl, Tree};
 

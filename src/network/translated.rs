@@ -9,10 +9,10 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use super::problem::{Problem, Trying};
 use super::rtnl::{AF_INET, AF_INET6, ip_of, octets};
 use super::sockets::Flow;
 use super::{legacy, nft};
+use crate::problem::{Problem, Trying};
 use crate::sys::netlink::{Attributes, DUMP, Message, Protocol, Request, Socket};
 use crate::sys::netns::NetNs;
 

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
-use super::problem::{Problem, Trying};
+use crate::problem::{Problem, Trying};
 use crate::sys::netlink::{Message, Protocol, Socket};
 use crate::sys::netns::NetNs;
 

@@ -1,7 +1,7 @@
 //! Datagrams that the container had not read yet when it was frozen, as frames.
 //!
 //! A checkpoint leaves what waits in UDP sockets behind. Made into the frames that they came in, they
-//! can take the same way as those that came during the freeze: [`Replay`](super::replay::Replay)
+//! can take the same way as those that came during the freeze: [`Replay`](crate::network::replay::Replay)
 //! gives them to the sockets on the other host.
 
 use std::cell::Cell;
@@ -10,8 +10,9 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::announce::{checksum, ethernet};
 use super::frames::Frame;
-use super::image::{Kind, Mac, NetworkImage};
+use super::image::{Kind, NetworkImage};
 use crate::sys::datagrams::Datagram;
+use crate::sys::netlink::Mac;
 use crate::sys::packet::VNET_HDR;
 
 const UDP: u8 = 17;

@@ -4,10 +4,9 @@
 
 use std::thread;
 
-use super::fence;
-use super::problem::{Problem, Trying};
-use super::replay;
 use super::rtnl::Rtnl;
+use super::{fence, replay};
+use crate::problem::{Problem, Trying};
 use crate::sys::netns::NetNs;
 use crate::sys::tun::Tap;
 

@@ -100,8 +100,9 @@ impl Bundle {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use serde_json::json;
+
+    use super::*;
 
     #[test]
     fn the_parts_that_matter_are_found() {

@@ -1,7 +1,8 @@
 //! The underlying runtime (runc): asking it for a container's state, having it checkpoint, restore
 //! and delete.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -64,7 +65,7 @@ impl Runtime {
     pub fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
         if std::env::var_os("PATH").is_none_or(|p| p.is_empty()) {
-            command.env("PATH", super::DEFAULT_PATH);
+            command.env("PATH", crate::oci::DEFAULT_PATH);
         }
         if let Some(root) = &self.root {
             command.arg("--root").arg(root);
@@ -140,4 +141,11 @@ pub fn first_error(stderr: &str) -> String {
         .find(|l| l.contains("level=error") || l.starts_with("runc") || l.contains("\"error\""))
         .or(errors.last())
         .map_or_else(|| "no message".to_owned(), |l| (*l).to_owned())
+}
+
+/// Whether this can be a container's ID: runc's rule, which leaves no room for paths.
+pub fn valid_id(id: &OsStr) -> bool {
+    let bytes = id.as_bytes();
+    !matches!(bytes, b"" | b"." | b"..")
+        && bytes.iter().all(|b| b.is_ascii_alphanumeric() || b"_+.-".contains(b))
 }

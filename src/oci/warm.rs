@@ -29,7 +29,7 @@ impl Warm {
             let me = std::process::id() as i32;
             while !stopped.load(Ordering::Relaxed) {
                 // Only ever a help.
-                if super::cgroup::move_to_where_it_is(me).is_err() {
+                if crate::oci::cgroup::move_to_where_it_is(me).is_err() {
                     return;
                 }
                 std::thread::park_timeout(Duration::from_millis(2));

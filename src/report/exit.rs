@@ -40,7 +40,7 @@ impl From<Exit> for u8 {
 pub struct Failed {
     /// What the caller's script is told.
     pub exit: Exit,
-    /// What the user is told; see [`super::log`] for how hints are written.
+    /// What the user is told; see [`crate::report::log`] for how hints are written.
     pub error: anyhow::Error,
 }
 

@@ -222,9 +222,11 @@ fn civil(days: u64) -> (u64, u64, u64) {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use anyhow::{Context, anyhow};
     use std::time::Duration;
+
+    use anyhow::{Context, anyhow};
+
+    use super::*;
 
     #[test]
     fn records_look_like_logrus() {

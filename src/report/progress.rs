@@ -6,16 +6,15 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use serde::Serialize;
-
 use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
 
 use super::forecast::Forecast;
 use crate::files::follow;
 use crate::memory::converge::Next;
 use crate::memory::rounds::{RoundStats, Tracking};
 use crate::memory::serve::Served;
-use crate::network::problem::Problem;
+use crate::problem::Problem;
 use crate::sys::process;
 use crate::transport::codec::Codec;
 

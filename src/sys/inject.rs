@@ -6,9 +6,8 @@
 //! interrupted by it goes on by the kernel's own restart; epoll_wait(2) and a few others return
 //! `EINTR` once, as they do for any debugger.
 
-use std::fs;
-use std::io;
 use std::time::Instant;
+use std::{fs, io};
 
 use super::stopped::{Stopped, instruction};
 
@@ -16,7 +15,7 @@ use super::stopped::{Stopped, instruction};
 /// target, before it is closed there again.
 ///
 /// # Errors
-/// `Unsupported` on processors that [`super::arch`] does not know; the system's error when the
+/// `Unsupported` on processors that [`crate::sys::arch`] does not know; the system's error when the
 /// thread has ended, cannot be traced (somebody traces it already), or the call fails; `TimedOut`
 /// as [`Stopped::within`].
 pub fn userfaultfd_of<T>(

@@ -6,11 +6,10 @@
 //! whatever runs on it must not use a descriptor, a file or a log that was made elsewhere. Only
 //! standard input, output and error stay what they are.
 
-use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::mpsc::channel;
-use std::thread;
+use std::{io, thread};
 
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};

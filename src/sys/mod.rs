@@ -10,6 +10,7 @@ pub mod door;
 pub mod entry;
 pub mod fanotify;
 pub mod fault;
+pub mod host;
 pub mod inject;
 pub mod locks;
 pub mod maps;

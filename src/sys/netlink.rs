@@ -7,9 +7,8 @@
 //! See [netlink(7)](https://man7.org/linux/man-pages/man7/netlink.7.html) and
 //! [rtnetlink(7)](https://man7.org/linux/man-pages/man7/rtnetlink.7.html).
 
-use std::fmt;
-use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::{fmt, io};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -435,6 +434,9 @@ fn set_flag(fd: &impl AsFd, option: libc::c_int) -> nix::Result<()> {
     };
     Errno::result(result).map(drop)
 }
+
+/// A hardware address.
+pub type Mac = [u8; 6];
 
 #[cfg(test)]
 mod tests {

@@ -9,11 +9,10 @@
 //! [ip-netns(8)](https://man7.org/linux/man-pages/man8/ip-netns.8.html).
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::thread;
+use std::{io, thread};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};

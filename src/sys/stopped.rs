@@ -3,10 +3,9 @@
 //! It is seized and interrupted, which no signal handler notices; where a control group has frozen
 //! it, it is frozen again when it is let go.
 
-use std::fs;
-use std::io;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
+use std::{fs, io};
 
 use nix::errno::Errno;
 use nix::sys::ptrace;

@@ -1,13 +1,12 @@
 //! The kernel's tracepoints, heard through perf_event_open(2): nothing is left of them when the
 //! process ends, however it ends.
 
-use std::fs;
-use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::{fs, io};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -231,7 +230,7 @@ unsafe impl Send for Ring {}
 
 impl Ring {
     fn map(event: &OwnedFd, room: usize) -> io::Result<Ring> {
-        let page = super::memory::PAGE;
+        let page = crate::sys::memory::PAGE;
         let length = NonZeroUsize::new(page + room).ok_or(Errno::EINVAL)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping, wherever the kernel finds room.

@@ -7,3 +7,4 @@
 pub mod codec;
 pub mod connect;
 pub mod frame;
+pub mod pace;

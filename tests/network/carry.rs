@@ -4,9 +4,10 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::Path;
 
+use ferry::network;
 use ferry::network::image::Kind;
 use ferry::network::{
-    self, NetworkImage, Placement, Problem, announce, capture, capture_at, fence, recreate,
+    NetworkImage, Placement, Problem, announce, capture, capture_at, fence, recreate,
 };
 use ferry::sys::netns::NetNs;
 use serde_json::{Value, json};

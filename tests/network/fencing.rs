@@ -7,8 +7,8 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use ferry::network::fence::{self, Side, State};
-use ferry::network::{Capture, Frame, Placement, Replay, capture, recreate};
+use ferry::network::fence::{Side, State};
+use ferry::network::{Capture, Frame, Placement, Replay, capture, fence, recreate};
 use ferry::sys::netns::NetNs;
 use ferry::sys::packet::PacketSocket;
 

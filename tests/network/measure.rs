@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use ferry::network::fence::{self, Side};
-use ferry::network::{Announcer, Capture, Placement, Replay, capture, recreate};
+use ferry::network::fence::Side;
+use ferry::network::{Announcer, Capture, Placement, Replay, capture, fence, recreate};
 
 use crate::lab::{Attachment, Lab};
 

@@ -1,13 +1,14 @@
 //! Both ends against each other: whatever happens to a tree happens to its copy.
 
-use super::*;
-use crate::files::follow::{Follower, RoundStats};
-use crate::files::inodes::Inodes;
-use crate::files::walk::measure;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::sync::mpsc::channel;
 use std::time::Duration;
+
+use super::*;
+use crate::files::follow::{Follower, RoundStats};
+use crate::files::inodes::Inodes;
+use crate::files::walk::measure;
 
 /// Everything that there is to compare of a tree, by path.
 fn all(root: &Path) -> Vec<String> {

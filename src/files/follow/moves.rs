@@ -14,9 +14,9 @@ use std::path::Path;
 use anyhow::Result;
 use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC, statfs};
 
-use super::super::ops::{self, Step};
-use super::super::walk::Seen;
 use super::{Look, Tree, parent};
+use crate::files::ops::{self, Step};
+use crate::files::walk::Seen;
 
 /// Each new name costs a look at every file that is known. What there would be beyond so many is
 /// sent again instead: before the freeze, and in it.

@@ -8,11 +8,11 @@ use super::{Input, Inputs, LAYERS_LIMIT, SILENCE};
 use crate::files::layers::validate as validate_layers;
 use crate::files::place::Target;
 use crate::files::walk::Size;
-use crate::migration::checks;
-use crate::migration::layers::{self, Coming};
+use crate::migration::preflight::checks;
+use crate::migration::preflight::layers::{self, Coming};
+use crate::migration::protocol::talk::{Heard, Speaker};
 use crate::migration::protocol::{self, Message, Plan};
-use crate::migration::talk::{Heard, Speaker};
-use crate::network::problem::Problem;
+use crate::problem::Problem;
 
 /// Files that are to come.
 #[derive(Debug, Default)]

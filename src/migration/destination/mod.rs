@@ -24,21 +24,23 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-use super::arrival::Arrival;
-use super::connections::{Landed, Landing};
-use super::forward::Course;
-use super::forward::carrier::Word;
-use super::guards::PageGuard;
-use super::intake::{self, Backlog, Current, Stage};
+use self::announced::{Announced, Incoming, announced};
+use super::checkpoint::restore::{RestoreEvent, RestoreJob};
+use super::checkpoint::streams::Streams;
+use super::forwarding as forward;
+use super::journal::workdir::WorkDir;
 use super::journal::{self, Journal, Lock, Record, Role, State};
-use super::parcels::Images;
+use super::network::arrival::Arrival;
+use super::preflight::checks;
+use super::protocol::forwarding::{Course, Word};
+use super::protocol::talk::{self, Heard, Speaker};
 use super::protocol::{Message, Plan, Standing, Verdict};
-use super::restore::{RestoreEvent, RestoreJob};
-use super::settle::{self, Call};
-use super::streams::Streams;
-use super::talk::{self, Heard, Speaker};
-use super::workdir::WorkDir;
-use super::{checks, forward, recover};
+use super::recovery::guards::PageGuard;
+use super::recovery::recover;
+use super::recovery::settle::{self, Call};
+use super::transfer::intake::{self, Backlog, Current, Stage};
+use super::transfer::parcels::Images;
+use crate::connections::{Landed, Landing};
 use crate::files::apply::{Applied, Applying};
 use crate::files::place::{Placing, Target};
 use crate::files::tmpfs::Mounted;
@@ -46,11 +48,9 @@ use crate::memory::serve::{Ended, Server};
 use crate::memory::staging::Staging;
 use crate::oci::runtime::Runtime;
 use crate::report::exit::Told;
-use crate::sys::fault;
 use crate::sys::memory::PAGE;
-use crate::sys::process;
+use crate::sys::{fault, process};
 use crate::transport::connect::{Closer, Link};
-use announced::{Announced, Incoming, announced};
 
 /// How long a source may be silent before it is given up, while it still owns the container.
 const SILENCE: Duration = Duration::from_secs(300);
@@ -86,7 +86,7 @@ enum Input {
 /// When the container is not taken in; the source has been told, if it could be.
 pub fn receive(link: Link, runtime: &Runtime, state_dir: &Path) -> Result<()> {
     // Each task takes some.
-    super::connections::raise_limit()?;
+    crate::connections::raise_limit()?;
     let (speaker, reader, mut closer) = talk::split(link);
     let (tell, queue) = channel();
     let (stage, current, backlog) = (Stage::default(), Current::default(), Backlog::default());
@@ -337,13 +337,13 @@ impl Guest {
             systemd_cgroup: plan.systemd_cgroup,
             cgroup: None,
             init: None,
-            network_path: plan.network_place(),
+            network_path: journal::workdir::network_place(&plan),
             network_identity: None,
             network_ours: plan.network.is_some() && plan.placement != "keep",
             leave_mark: false,
             placing: placing(&plan, &incoming)?,
             logs: streams.logs(),
-            forward: forward::Note::of_destination(&plan, course),
+            forward: journal::part::Note::of_destination(&plan, course),
             remove: Vec::new(),
             unmount: None,
             work: work.path().to_owned(),

@@ -12,27 +12,27 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::{Guest, Input, Inputs, MAX_LANES, RESTORE_LIMIT, SILENCE};
+use crate::connections::{self, Coming, Landing};
 use crate::criu::images;
 use crate::criu::interposer::Interposer;
 use crate::files::apply::{Applied, Applying};
 use crate::files::tmpfs::{Mounted, Tmpfs};
 use crate::files::tree;
 use crate::memory::serve::Server;
-use crate::migration::connections::{self, Coming, Landing};
-use crate::migration::guards::PageGuard;
-use crate::migration::intake::{self, Stage};
-use crate::migration::journal::State;
-use crate::migration::locks::{self, Held};
-use crate::migration::parcels::STREAM;
+use crate::migration::checkpoint::restore::{Go, RestoreEvent, RestoreJob, RestorePlan};
+use crate::migration::journal::{State, workdir};
+use crate::migration::preflight::{checks, host};
+use crate::migration::protocol::talk::{self, Heard, Speaker};
 use crate::migration::protocol::{MAX_TASKS, Message};
-use crate::migration::restore::{Go, RestoreEvent, RestoreJob, RestorePlan};
-use crate::migration::settle::{self, Call};
-use crate::migration::talk::{self, Heard, Speaker};
-use crate::migration::{checks, host, recover, workdir};
+use crate::migration::recovery::guards::PageGuard;
+use crate::migration::recovery::settle::{self, Call};
+use crate::migration::transfer::intake::{self, Stage};
+use crate::migration::transfer::parcels::STREAM;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::warm::Warm;
 use crate::sys::netns::NetNs;
 use crate::sys::{fault, process};
+use crate::tasks::locks::{self, Held};
 use crate::transport::connect;
 use crate::transport::frame::{Frame, Run};
 
@@ -162,7 +162,7 @@ impl Guest {
 
     /// The CRIU that restores.
     fn criu(&self) -> Option<i32> {
-        let text = fs::read_to_string(self.work.work().join(recover::CRIU_PID)).ok()?;
+        let text = fs::read_to_string(self.work.work().join(workdir::CRIU_PID)).ok()?;
         text.trim().parse().ok()
     }
 

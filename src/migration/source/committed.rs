@@ -4,16 +4,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 
+use super::ask::Input;
 use super::{Begun, FREEZE_LIMIT, GOODBYE_LIMIT, SETTLE_LIMIT, WHOLE_LIMIT};
-use crate::migration::ask::Input;
-use crate::migration::carry::Order;
-use crate::migration::dump::Go;
-use crate::migration::hooks::Hooks;
-use crate::migration::lanes::Lane;
+use crate::migration::checkpoint::dump::Go;
+use crate::migration::network::hooks::Hooks;
+use crate::migration::protocol::talk::Heard;
 use crate::migration::protocol::{Message, Standing, Verdict};
-use crate::migration::rest::Brought;
-use crate::migration::talk::Heard;
-use crate::migration::{recover, rest, settle};
+use crate::migration::recovery::rest::{self, Brought};
+use crate::migration::recovery::{recover, settle};
+use crate::migration::transfer::carry::Order;
+use crate::migration::transfer::lanes::Lane;
 use crate::network::host_side::Silence;
 use crate::report::exit::Failed;
 use crate::report::progress::Reporter;

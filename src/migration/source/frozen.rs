@@ -5,26 +5,29 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow};
 
+use super::ask::{Awaited, Input};
 use super::{Begun, EMPTY_IMAGE, FREEZE_LIMIT, REMAPS};
+use crate::connections::Lifted;
 use crate::files::{tmpfs, tree};
 use crate::memory::pages;
-use crate::migration::ask::{Awaited, Input};
-use crate::migration::carry::Order;
-use crate::migration::connections::Lifted;
-use crate::migration::dump::{DumpEvent, Go};
-use crate::migration::early::Early;
-use crate::migration::haul::{self, HaulEvent};
-use crate::migration::keeper::Keeper;
-use crate::migration::pace::Pace;
-use crate::migration::parcels::{SpeakerFile, send_file};
-use crate::migration::preflight::{Scene, strangers};
+use crate::migration::checkpoint::dump::{DumpEvent, Go};
+use crate::migration::network::keeper::Keeper;
+use crate::migration::network::lull;
+use crate::migration::preflight::contested;
 use crate::migration::protocol::Message;
-use crate::migration::talk::Heard;
-use crate::migration::{aio, contested, descriptors, locks, lull, recover};
-use crate::network::problem::Problem;
+use crate::migration::protocol::talk::Heard;
+use crate::migration::recovery::recover;
+use crate::migration::transfer::carry::Order;
+use crate::migration::transfer::early::Early;
+use crate::migration::transfer::haul::{self, HaulEvent};
+use crate::migration::transfer::parcels::{SpeakerFile, send_file};
+use crate::problem::Problem;
 use crate::report::progress::Reporter;
 use crate::sys::{fault, process};
+use crate::tasks::losses::{Scene, strangers};
+use crate::tasks::{aio, descriptors, locks};
 use crate::transport::frame;
+use crate::transport::pace::Pace;
 
 impl Begun {
     pub(super) fn freeze(&mut self, reporter: &mut Reporter) -> Result<()> {

@@ -13,8 +13,11 @@
 //! consumes it. [`Committed`] has no way back: nothing in it can thaw the container or lift the
 //! fence, and its functions return no error that anybody could take for a reason to.
 
+pub mod ask;
 mod committed;
+pub mod forecast;
 mod frozen;
+pub mod watch;
 
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
@@ -22,24 +25,26 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 
-use super::ask::{Accepted, Input, Inputs, Options, ask};
-use super::carry::{self, Memory, MemoryEvent, Order};
-use super::connections::{self, Coming, Lifted, Lifting, Vault};
-use super::dump::{DumpEvent, DumpJob, DumpPlan, Go, LiftedPlace};
-use super::early::Early;
-use super::guards::SourceGuard;
-use super::haul::{self, Haul, HaulEvent};
-use super::hooks::Hooks;
-use super::inspect::Subject;
+use self::ask::{Accepted, Input, Inputs, Options, ask};
+use self::committed::Committed;
+use super::checkpoint::dump::{DumpEvent, DumpJob, DumpPlan, Go, LiftedPlace};
+use super::forwarding as forward;
+use super::journal::workdir::WorkDir;
 use super::journal::{self, Journal, Lock, Record, Role, State};
-use super::keeper::Keeper;
-use super::lanes::Lane;
-use super::locks::Held;
-use super::mend::Watch;
+use super::network::floating;
+use super::network::hooks::Hooks;
+use super::network::keeper::Keeper;
+use super::preflight::host;
+use super::preflight::inspect::Subject;
 use super::protocol::Message;
-use super::talk::{Heard, Speaker};
-use super::workdir::WorkDir;
-use super::{floating, forecast, forward, host, recover, settle, watched};
+use super::protocol::talk::{Heard, Speaker};
+use super::recovery::guards::SourceGuard;
+use super::recovery::{recover, settle};
+use super::transfer::carry::{self, Memory, MemoryEvent, Order};
+use super::transfer::early::Early;
+use super::transfer::haul::{self, Haul, HaulEvent};
+use super::transfer::lanes::Lane;
+use crate::connections::{self, Coming, Lifted, Lifting, Vault};
 use crate::criu::interposer::Interposer;
 use crate::files::logs::Logs;
 use crate::files::place::Placing;
@@ -55,9 +60,11 @@ use crate::report::exit::Failed;
 use crate::report::progress::Reporter;
 use crate::sys::netns::NetNs;
 use crate::sys::{arch, fault, process};
+use crate::tasks::locks::Held;
+use crate::tasks::mend::Watch;
+use crate::tasks::watched;
 use crate::transport::connect::Closer;
 use crate::transport::frame::{Frame, Run};
-use committed::Committed;
 
 /// From the freeze to the commit: a hand-over that takes longer is given up.
 const FREEZE_LIMIT: Duration = Duration::from_secs(30);
@@ -420,7 +427,7 @@ impl Begun {
         };
         let side = self.subject.plan.network.as_ref();
         if let Some(side) = side.and_then(|i| HostSide::new(i, &self.subject.plan.migration)) {
-            recover::note_host_side(self.work.path(), &side)?;
+            journal::workdir::note_host_side(self.work.path(), &side)?;
             self.silence = Some(side.arm(&NetNs::current()?)?);
         }
         let plan = DumpPlan {

@@ -4,8 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 
 use super::{Claim, MAX_CLAIMS};
-use crate::network::problem::Problem;
 use crate::network::sockets::{Flow, Known};
+use crate::problem::Problem;
 
 /// What the container's sockets are bound to, `own` being their numbers and `moved` the addresses
 /// that go along.

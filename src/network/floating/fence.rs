@@ -16,7 +16,7 @@ use std::net::IpAddr;
 use super::Floating;
 use crate::network::fence::Armed;
 use crate::network::nft::{self, Batch, Expression, NewChain, Policy};
-use crate::network::problem::{Problem, Trying};
+use crate::problem::{Problem, Trying};
 use crate::sys::netlink::{Protocol, Socket};
 use crate::sys::netns::NetNs;
 

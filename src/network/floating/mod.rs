@@ -14,8 +14,8 @@
 //!    what is asked is not answered. They lead to no network yet and are no source for anybody's new
 //!    connections.
 //! 3. On the source the fence closes for the freeze, too; frames that come for the addresses are kept and
-//!    sent along as of other containers, see [`Capture::of_addresses`](super::Capture::of_addresses)
-//!    and [`Replay::on_host`](super::Replay::on_host).
+//!    sent along as of other containers, see [`Capture::of_addresses`](crate::network::Capture::of_addresses)
+//!    and [`Replay::on_host`](crate::network::Replay::on_host).
 //! 4. After the commit the destination gives the addresses their networks ([`Stay::entitle`]), opens
 //!    its fence and announces them. The source lets go of them ([`Stay::let_go`]) when the frozen
 //!    tasks are gone, and takes its fence away last.
@@ -34,12 +34,13 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::capture::{address, index_at};
-use super::image::{Address, Mac, ifname};
-use super::problem::{Problem, Trying};
-use super::rtnl::{self, AF_INET, AF_INET6, LinkInfo, Rtnl, ip_of};
+use super::image::{Address, ifname};
+use super::read::address;
+use super::rtnl::{self, AF_INET, AF_INET6, LinkInfo, Rtnl, index_at, ip_of};
 use super::sockets;
 use super::unread::Homes;
+use crate::problem::{Problem, Trying};
+use crate::sys::netlink::Mac;
 use crate::sys::netns::NetNs;
 
 pub use preflight::preflight;
@@ -73,7 +74,7 @@ impl FromStr for Wish {
         let (address, prefix) = network.split_once('/').ok_or_else(form)?;
         let address: IpAddr = address.parse().map_err(|_| form())?;
         let prefix = prefix.parse().map_err(|_| form())?;
-        super::image::prefix(address, prefix)?;
+        crate::network::image::prefix(address, prefix)?;
         ifname(interface)?;
         if address.is_loopback() || address.is_unspecified() || address.is_multicast() {
             return Err(format!("{address} is no address that could move"));

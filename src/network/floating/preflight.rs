@@ -5,10 +5,10 @@ use std::net::IpAddr;
 use super::{Claim, Floating, addresses, fence};
 use crate::network::image::Address;
 use crate::network::placement::asked_for;
-use crate::network::problem::{Problem, Trying};
 use crate::network::routed::same_network;
 use crate::network::rtnl::{AF_INET, AF_INET6, LinkInfo, Rtnl};
 use crate::network::sockets::{Known, Lookout};
+use crate::problem::{Problem, Trying};
 use crate::sys::netlink::Message;
 use crate::sys::netns::NetNs;
 

@@ -7,14 +7,13 @@ use serde::{Deserialize, Serialize};
 
 use super::{Floating, Moved, fence};
 use crate::network::announce::Announcer;
-use crate::network::capture::{self, index_at};
 use crate::network::fence::Armed;
 use crate::network::image::Address;
-use crate::network::problem::{Problem, Trying};
 use crate::network::restore::address_request;
 use crate::network::routed::{Lead, same_network};
-use crate::network::rtnl::{self, LinkInfo, Rtnl};
+use crate::network::rtnl::{self, LinkInfo, Rtnl, index_at};
 use crate::network::sysctl;
+use crate::problem::{Problem, Trying};
 use crate::sys::netlink::{CREATE, EXCL, Message, REPLACE, Request};
 use crate::sys::netns::NetNs;
 
@@ -117,7 +116,7 @@ impl Stay {
             requests.push((request(rtnl::NEWADDR, CREATE | REPLACE, &address), what.clone()));
             let narrow = |m: &Message| {
                 index_at(m, 4) == Some(on.index)
-                    && capture::address(m)
+                    && crate::network::read::address(m)
                         .is_some_and(|a| (a.local, a.prefix) == (now.local, now.prefix))
             };
             // Not yet taken, it will be there by then.
@@ -190,7 +189,7 @@ fn quiet(moved: &Moved, index: i32, present: &[Message]) -> Address {
         IpAddr::V4(_) => {
             let network = (address.local, address.prefix);
             let hosts_own = present.iter().filter(|m| index_at(m, 4) == Some(index));
-            let hosts_own = hosts_own.filter_map(capture::address).any(|a| {
+            let hosts_own = hosts_own.filter_map(crate::network::read::address).any(|a| {
                 a.local != network.0
                     && a.prefix == network.1
                     && same_network(a.local, network.0, network.1)
@@ -219,7 +218,7 @@ fn remove(socket: &mut Rtnl, host: &NetNs, on: &LinkInfo, moved: &Moved) -> Resu
         .filter(|m| index_at(m, 4) == Some(on.index))
         .filter_map(|m| {
             let flags = m.attributes(8).u32(8).unwrap_or_default();
-            Some((flags, capture::address(m)?))
+            Some((flags, crate::network::read::address(m)?))
         })
         .collect();
     for (flags, address) in on_link.iter().filter(|(_, a)| a.local == ip) {

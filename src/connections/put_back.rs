@@ -1,0 +1,140 @@
+//! What whoever holds the tasks does with them: their connections are taken out, and get their places
+//! again.
+
+use std::collections::HashSet;
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow};
+
+use super::{Taken, TakenOut, Vault, lift, look};
+use crate::oci::cgroup::Cgroup;
+use crate::report::failures::Trouble;
+use crate::sys::door::{self, Place};
+use crate::sys::mirror::Mirror;
+use crate::sys::process::is_alive;
+use crate::sys::stopped::Stopped;
+use crate::sys::{connection, fault};
+use crate::tasks::held::while_held;
+
+/// Whether connections were taken out of the tasks, or were about to be, and not put back. `work` is the
+/// migration's directory.
+pub fn are_out(work: &Path) -> bool {
+    work.join(lift::FILE).exists()
+}
+
+fn taken(work: &Path) -> Result<Taken> {
+    let bytes = fs::read(work.join(lift::FILE)).context("what was taken out of the tasks")?;
+    postcard::from_bytes(&bytes).context("what was taken out of the tasks")
+}
+
+/// Takes connections out of the tasks of a frozen control group: those that are written down in the
+/// migration's directory, and kept elsewhere. `begin`: see [`while_held`].
+///
+/// # Errors
+/// When it fails half-way.
+pub fn take_out(
+    cgroup: &Cgroup,
+    work: &Path,
+    begin: impl FnOnce(i32) -> Result<()> + Send,
+) -> Result<()> {
+    let taken = taken(work)?;
+    while_held(cgroup, begin, |held| {
+        for one in &taken.0 {
+            let thread = held.get_mut(&one.pid).and_then(|threads| threads.first_mut());
+            let thread = thread.ok_or_else(|| anyhow!("process {} is gone", one.pid))?;
+            let numbers: Vec<_> = one.places.iter().map(|place| place.0).collect();
+            door::close(thread, one.pid, &numbers)?;
+            fault::point("guard.taken")?;
+        }
+        Ok(())
+    })
+    .context("taking connections out of the tasks")
+}
+
+/// Puts connections back into the tasks of a frozen control group from which they were taken, and lets
+/// them live. What is there already stays as it is. `begin`: see [`while_held`].
+///
+/// # Errors
+/// Says what could not be put back; the rest was, and it can be tried again.
+pub fn put_back(
+    vault: &Vault,
+    cgroup: &Cgroup,
+    work: &Path,
+    begin: impl FnOnce(i32) -> Result<()> + Send,
+) -> Result<()> {
+    let taken = taken(work)?;
+    look::raise_limit()?;
+    let files = vault.contents()?;
+    // Where some are missing, none had been taken out yet.
+    let all: usize = taken.0.iter().map(|one| one.places.len()).sum();
+    let mut files = if files.len() == all { files } else { Vec::new() }.into_iter();
+    let mut lots: Vec<(&TakenOut, Vec<OwnedFd>)> = Vec::new();
+    for one in &taken.0 {
+        let own = files.by_ref().take(one.places.len()).collect();
+        // One that was killed meanwhile has no use for them.
+        if one.started.is_some_and(|started| is_alive((one.pid, started))) && !is_dead(one.pid) {
+            lots.push((one, own));
+        }
+    }
+    let mut trouble = Trouble::default();
+    if lots.iter().any(|(_, files)| !files.is_empty()) {
+        let done = while_held(cgroup, begin, |held| {
+            let mut trouble = Trouble::default();
+            for (one, files) in &lots {
+                let thread = held.get_mut(&one.pid).and_then(|all| all.first_mut());
+                trouble.note(&format!("process {}", one.pid), install(thread, one, files));
+                fault::point("guard.put")?;
+            }
+            trouble.into_result()
+        });
+        trouble.note("descriptors", done);
+    }
+    let alive: HashSet<i32> = lots.iter().map(|(one, _)| one.pid).collect();
+    drop(lots);
+    for one in taken.0.into_iter().filter(|one| alive.contains(&one.pid)) {
+        let step = format!("process {}", one.pid);
+        trouble.note(&step, watch_again(one, vault));
+    }
+    trouble.into_result()?;
+    fs::remove_file(work.join(lift::FILE))?;
+    // What a task closes is to be closed.
+    vault.empty()
+}
+
+/// Whether nothing of a process is left but its number.
+fn is_dead(pid: i32) -> bool {
+    door::numbers(pid).map_or(true, |numbers| numbers.is_empty())
+}
+
+fn install(thread: Option<&mut Stopped>, one: &TakenOut, files: &[OwnedFd]) -> Result<()> {
+    let thread = thread.ok_or_else(|| anyhow!("it is gone"))?;
+    let there: HashSet<_> = door::numbers(one.pid)?.into_iter().collect();
+    let places = one.places.iter().zip(files).filter(|(place, _)| !there.contains(&place.0));
+    let places = places.map(|(&(number, cloexec, _), file)| {
+        let file = file.as_fd();
+        Place { number, cloexec, file }
+    });
+    let places: Vec<Place> = places.collect();
+    Ok(door::put(thread, one.pid, &places)?)
+}
+
+/// Has them watched again, and lets them live.
+fn watch_again(one: TakenOut, vault: &Vault) -> Result<()> {
+    let (pid, above) = (one.pid, one.above());
+    let watch = move |mirror: &Mirror| -> std::io::Result<()> {
+        for &(number, _, reuse) in &one.places {
+            mirror.take(number)?;
+            connection::wake(mirror.get(number), reuse)?;
+        }
+        for (epoll, list) in &one.epolls {
+            let epoll = mirror.epoll(*epoll)?;
+            for watched in list {
+                mirror.watch(epoll, watched.number, watched.events, watched.data)?;
+            }
+        }
+        Ok(())
+    };
+    Ok(Mirror::spawn(pid, above, vault.exit(), watch)?.join()?)
+}

@@ -1,0 +1,458 @@
+//! The source's `runc checkpoint`, step by step under our control, on a thread of its own.
+//!
+//! CRIU is asked for a lazy dump that leaves the container running, of a control group that we have
+//! frozen ourselves. So nothing that becomes of runc or CRIU can decide who owns the container: when
+//! they end, in whatever way, its tasks stand frozen behind our fence, and the hand-over says
+//! whether they are thawed or killed.
+//!
+//! ```text
+//! pre-dump      held until the destination is ready  → await a lull, freeze the control group,
+//!               close the fence
+//! post-dump     freeze the group again; held until the verdict
+//! status-ready  send CRIU's page server, which nobody needs, home
+//! ```
+
+use std::fs::{self, File};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use protobuf::MessageField;
+use rust_criu::rust_criu_protobuf::rpc::{
+    Criu_network_lock_method, Criu_page_server_info, Criu_req, Ext_mount_map,
+};
+
+use crate::connections::{Lifted, Lifting, Orders};
+use crate::criu::interposer::{Event, Interposer, Session};
+use crate::migration::journal::workdir::criu_failed;
+use crate::migration::network::lull::{await_last, await_lull};
+use crate::migration::network::unread::Came;
+use crate::migration::protocol::talk::Speaker;
+use crate::network::fence::{Armed, Side};
+use crate::network::frames::Capture;
+use crate::network::sockets::Lookout;
+use crate::network::unread::Homes;
+use crate::oci::cgroup::Cgroup;
+use crate::oci::runtime::Runtime;
+use crate::sys::netns::NetNs;
+use crate::sys::{fault, process};
+use crate::tasks::descriptors::MAX_NAMELESS;
+use crate::tasks::mend::{Noted, Watch};
+use crate::tasks::watched;
+
+/// How long a container may take to stop before it is left alone.
+const FREEZE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often freezing is tried when a task is caught in a vfork.
+const FREEZE_TRIES: u32 = 20;
+/// How long CRIU may take for anything that does not wait for us.
+const STEP_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long CRIU may take to take back what it has done to the tasks, when the dump is given up.
+const ROLLBACK_LIMIT: Duration = Duration::from_secs(2);
+
+/// What the dump tells the hand-over.
+#[derive(Debug)]
+pub enum DumpEvent {
+    /// Everything is ready for the freeze: say [`Go`].
+    AtFreeze,
+    /// The tasks stand still and the fence is closed.
+    Frozen {
+        /// When the freeze began.
+        since: Instant,
+        /// Sees what the fence stops, and opens it again.
+        network: Option<Box<(Armed, Capture)>>,
+        /// What had come before, and which of it is in the container's sockets.
+        came: Came,
+    },
+    /// Connections were taken out of the tasks, and are on their way: [`DumpPlan::lifted`].
+    Lifted,
+    /// All images are written: say the verdict.
+    Dumped,
+    /// It is over. An error before `Dumped` means that there is nothing to restore from.
+    Ended(Result<()>),
+}
+
+/// What the hand-over tells the dump. A dropped sender means the same as `Verdict(false)`.
+#[derive(Debug)]
+pub enum Go {
+    /// Freeze, and take these connections out of the tasks before CRIU sees them.
+    Freeze(Option<Box<Lifting>>),
+    /// The container belongs to the destination, or (`false`) stays.
+    Verdict(bool),
+}
+
+/// What a dump needs.
+pub struct DumpPlan {
+    /// The runtime.
+    pub runtime: Runtime,
+    /// Container ID.
+    pub container: String,
+    /// Its control group.
+    pub cgroup: Cgroup,
+    /// Where the images go.
+    pub images: PathBuf,
+    /// Where CRIU's log goes.
+    pub work: PathBuf,
+    /// The tmpfs mounts that CRIU is to leave to us: their places.
+    pub tmpfs: Vec<String>,
+    /// Standard streams that are regular files outside the container: CRIU's keys.
+    pub external: Vec<String>,
+    /// The fence, ready to close, and the capture, ready to start.
+    pub network: Option<Box<(Armed, Capture)>>,
+    /// Looks for sockets that are nobody's, where there is a network.
+    pub lookout: Option<Lookout>,
+    /// What brings its datagrams.
+    pub homes: Homes,
+    /// The network namespace that CRIU runs in, if not ours.
+    pub namespace: Option<NetNs>,
+    /// The interposer.
+    pub interposer: Interposer,
+    /// Whether CRIU is told that all epolls are well: it has to be true.
+    pub vouched: bool,
+    /// Tells the destination of connections.
+    pub speaker: Speaker,
+    /// Has the guard take them out of the tasks.
+    pub orders: Orders,
+    /// Watches over whoever works in the tasks.
+    pub watch: Watch,
+    /// Where they are noted that were taken out: by the end of the dump it is known whether there are any.
+    pub lifted: LiftedPlace,
+}
+
+/// Shared by the dump and the hand-over.
+pub type LiftedPlace = Arc<Mutex<Option<Lifted>>>;
+
+/// A dump under way.
+#[derive(Debug)]
+pub struct DumpJob {
+    /// To say [`Go`].
+    pub go: Sender<Go>,
+    thread: JoinHandle<()>,
+    /// Closed when the thread ends.
+    ended: Receiver<()>,
+    criu: CriuPlace,
+    watch: Watch,
+}
+
+/// The CRIU that dumps, as soon as there is one.
+type CriuPlace = Arc<Mutex<Option<OwnedFd>>>;
+
+impl DumpJob {
+    /// Starts it; events go to `tell`.
+    ///
+    /// # Errors
+    /// When there can be no thread.
+    pub fn start(plan: DumpPlan, tell: impl Fn(DumpEvent) + Send + 'static) -> Result<DumpJob> {
+        let (go, orders) = std::sync::mpsc::channel();
+        let (ends, ended) = std::sync::mpsc::channel();
+        let (criu, watch) = (CriuPlace::default(), plan.watch.clone());
+
+        let place = criu.clone();
+        let thread = std::thread::Builder::new().name("dump".into()).spawn(move || {
+            let _ends = ends;
+            let result = run(plan, &place, &tell, &orders);
+            tell(DumpEvent::Ended(result));
+        })?;
+
+        Ok(DumpJob { go, thread, ended, criu, watch })
+    }
+
+    /// Ends a dump that nobody wants any more. A CRIU that does not come to its end, because there is
+    /// too much to dump or because it hangs, is killed: the container must not stand still for as long
+    /// as CRIU likes. Whoever undoes the migration mends what that leaves in the tasks.
+    pub fn give_up(self) {
+        let _ = self.go.send(Go::Verdict(false));
+        if self.ended.recv_timeout(ROLLBACK_LIMIT) == Err(RecvTimeoutError::Timeout) {
+            self.kill_criu();
+        }
+        self.join();
+    }
+
+    fn kill_criu(&self) {
+        let criu = self.criu.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(criu) = &*criu else { return };
+
+        // Without the notes its death could end the container.
+        if !self.watch.can_mend() {
+            tracing::warn!("CRIU does not end its dump, and cannot be ended without harm here");
+            return;
+        }
+        if let Err(e) = process::pidfd_kill(criu, libc::SIGKILL) {
+            tracing::warn!("CRIU cannot be ended: {e}");
+        }
+    }
+
+    /// Waits for the end of the thread, after `Ended` has come or will come.
+    pub fn join(self) {
+        drop(self.go);
+        let _ = self.thread.join();
+    }
+}
+
+fn run(
+    mut plan: DumpPlan,
+    criu: &CriuPlace,
+    tell: &dyn Fn(DumpEvent),
+    orders: &Receiver<Go>,
+) -> Result<()> {
+    let log = plan.work.join("runc.log");
+    let mut command = plan.runtime.command();
+    command.arg("--log").arg(&log).arg("checkpoint");
+    command.arg("--image-path").arg(&plan.images).arg("--work-path").arg(&plan.work);
+    command.args(["--leave-running", "--tcp-established", "--file-locks", "--ext-unix-sk"]);
+    command.arg(&plan.container);
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    command.stderr(File::create(plan.work.join("runc.stderr"))?);
+    plan.interposer.configure(&mut command);
+    process::in_new_session(&mut command);
+    if plan.vouched {
+        plan.interposer.vouch_for_epolls();
+    }
+    let mut child = command
+        .spawn()
+        .with_context(|| format!("cannot run {}", plan.runtime.program().display()))?;
+    let pidfd = process::pidfd_open(child.id() as i32)?;
+    let deadline = Instant::now() + STEP_TIMEOUT;
+    let outcome = plan
+        .interposer
+        .next_job(pidfd.as_fd(), deadline)
+        .map_err(|e| e.context(runtime_log(&plan)))
+        .and_then(|(session, request)| {
+            let pidfd = process::pidfd_open(session.criu_pid)?;
+            *criu.lock().unwrap_or_else(PoisonError::into_inner) = Some(pidfd);
+            job(&mut plan, &session, request, tell, orders)
+        });
+    // The runtime ends by itself: the session is closed, and it has its answer or an end of file.
+    if process::wait_readable(&[pidfd.as_fd()], Some(Instant::now() + STEP_TIMEOUT)).is_ok() {
+        let _ = child.wait();
+    }
+    outcome
+}
+
+fn runtime_log(plan: &DumpPlan) -> String {
+    let text = ["runc.log", "runc.stderr"]
+        .map(|n| fs::read_to_string(plan.work.join(n)).unwrap_or_default())
+        .concat();
+    format!("the runtime's checkpoint: {}", crate::oci::runtime::first_error(&text))
+}
+
+fn job(
+    plan: &mut DumpPlan,
+    session: &Session,
+    mut request: Criu_req,
+    tell: &dyn Fn(DumpEvent),
+    orders: &Receiver<Go>,
+) -> Result<()> {
+    // Open as long as CRIU may look them up in our descriptor table.
+    let images = File::open(&plan.images)?;
+    let work = File::open(&plan.work)?;
+    let port = edit(&mut request, plan, images.as_raw_fd(), work.as_raw_fd())?;
+    fs::write(plan.work.join("criu.pid"), session.criu_pid.to_string())?;
+    // A task in which CRIU works when it is killed is in danger: let the kernel find another victim
+    // when memory runs out. Needs CAP_SYS_RESOURCE; proc_pid_oom_score_adj(5).
+    let _ = fs::write(format!("/proc/{}/oom_score_adj", session.criu_pid), "-1000");
+    plan.watch.over(session.criu_pid);
+    session.send_request(&request)?;
+    let (mut vouching, mut wrong) = (None::<JoinHandle<Result<()>>>, None);
+    let result = loop {
+        let event = session.next(Some(Instant::now() + STEP_TIMEOUT));
+        match event.context("CRIU's dump")? {
+            Event::Notify(notify) => match notify.script.as_str() {
+                "pre-dump" => {
+                    tell(DumpEvent::AtFreeze);
+                    let Ok(Go::Freeze(lifting)) = orders.recv() else {
+                        session.answer(false)?;
+                        continue;
+                    };
+                    let done = stop(plan);
+                    // What has many connections begins with them, and CRIU waits.
+                    if lifting.is_none() || done.is_err() {
+                        session.answer(done.is_ok())?;
+                    }
+                    let (since, network, came) = done?;
+                    fault::point("dump.frozen")?;
+                    tell(DumpEvent::Frozen { since, network, came });
+                    if let Some(lifting) = lifting {
+                        let speaker = plan.speaker.clone();
+                        let write = move |at, bytes: &[u8]| {
+                            speaker.file(crate::connections::STREAM, at, bytes)?;
+                            speaker.flush()
+                        };
+                        let lifted = lifting.lift(&plan.cgroup, write, (&plan.orders, &plan.watch));
+                        let answered = session.answer(lifted.is_ok());
+                        *plan.lifted.lock().unwrap_or_else(PoisonError::into_inner) = Some(lifted?);
+                        answered?;
+                        tell(DumpEvent::Lifted);
+                    }
+                    vouching = plan.vouched.then(|| vouch(&plan.cgroup)).transpose()?;
+                    fault::point("dump.fenced")?;
+                }
+                "post-dump" => {
+                    // CRIU has thawed the group once every task was seized. From here on they stand
+                    // still even if CRIU is killed.
+                    plan.cgroup.tell_freeze()?;
+                    let seen = vouching.take().map_or(Ok(()), |vouching| {
+                        vouching.join().unwrap_or_else(|_| Err(anyhow!("the thread has died")))
+                    });
+                    if let Err(e) = seen {
+                        wrong = Some(e);
+                        session.answer(false)?;
+                        continue;
+                    }
+                    fault::point("dump.dumped")?;
+                    tell(DumpEvent::Dumped);
+                    let agreed = matches!(orders.recv(), Ok(Go::Verdict(true)));
+                    session.answer(agreed)?;
+                }
+                "status-ready" => {
+                    // A lazy dump ends by serving pages to one client; an end of file is enough
+                    // for it, and with leave_running its result decides nothing.
+                    plan.in_namespace(|| drop(TcpStream::connect((Ipv4Addr::LOCALHOST, port))))?;
+                    session.answer(true)?;
+                }
+                _ => session.answer(true)?,
+            },
+            Event::Reply(response) => {
+                let success = response.success();
+                let why = response.cr_errmsg().to_owned();
+                // The runtime may be gone already; its opinion is of no use.
+                let _ = session.relay_reply(&response);
+                break if success { Ok(()) } else { Err(anyhow!("{why}")) };
+            }
+            Event::Hangup => break Err(anyhow!("CRIU ended in the middle of the dump")),
+        }
+    };
+    if let Some(e) = wrong {
+        return Err(e);
+    }
+    result
+        .map_err(|e| criu_failed("CRIU cannot dump the container", &plan.work.join("dump.log"), e))
+}
+
+/// Sees, beside CRIU's work, whether it is true what CRIU was told.
+fn vouch(cgroup: &Cgroup) -> Result<JoinHandle<Result<()>>> {
+    let pids = cgroup.processes()?;
+    let look = move || {
+        watched::vouch(&pids).context(
+            "CRIU has been told that the container's epolls are as they were\n\
+             hint: try again; it will look for itself then",
+        )
+    };
+    Ok(std::thread::Builder::new().name("vouch".into()).spawn(look)?)
+}
+
+/// The beginning of the freeze; the network; and what came to it.
+type Stopped = (Instant, Option<Box<(Armed, Capture)>>, Came);
+
+/// Stops the container, then its network: what came in before the fence has closed is in the
+/// sockets' queues. That of TCP is acknowledged, and goes along with them; that of UDP is read out.
+fn stop(plan: &mut DumpPlan) -> Result<Stopped> {
+    if let (Some(network), Some(lookout)) = (plan.network.as_deref_mut(), &mut plan.lookout) {
+        await_lull(&mut network.0, &mut network.1, lookout)?;
+    }
+    let since = Instant::now();
+    plan.watch.note(freeze(&plan.cgroup)?);
+    let mut network = plan.network.take();
+    let mut came = Came::default();
+    if let Some((fence, capture)) = network.as_deref_mut() {
+        plan.lookout.as_mut().map_or(Ok(()), await_last)?;
+        capture.start()?;
+        fence.close(Side::Both)?;
+        if let Some(lookout) = &mut plan.lookout {
+            came = Came::until_now(capture, lookout, &plan.homes, &plan.cgroup)?;
+        }
+    }
+    Ok((since, network, came))
+}
+
+impl DumpPlan {
+    /// Does something where CRIU runs.
+    fn in_namespace<T: Send>(&self, f: impl FnOnce() -> T + Send) -> std::io::Result<T> {
+        match &self.namespace {
+            Some(namespace) => namespace.run(f),
+            None => Ok(f()),
+        }
+    }
+}
+
+/// Makes runc's request ours; returns the port of the page server that nobody needs.
+fn edit(request: &mut Criu_req, plan: &DumpPlan, images: i32, work: i32) -> Result<u16> {
+    // Free a moment ago is free enough: nothing depends on this server.
+    let bind = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr();
+    let port = plan.in_namespace(bind)??.port();
+    let opts = request.opts.as_mut().ok_or_else(|| anyhow!("a dump without options"))?;
+    opts.set_images_dir_fd(images);
+    opts.set_work_dir_fd(work);
+    // A configuration file overrides what is set here: ours instead of any that the host has. It
+    // keeps the page server, which no option of the request binds to an address, off the network.
+    let configuration = plan.work.join("criu.conf");
+    fs::write(&configuration, "address 127.0.0.1\n")?;
+    let path = configuration.to_str().ok_or_else(|| anyhow!("a path that is not UTF-8"))?;
+    opts.set_config_file(path.to_owned());
+    opts.set_notify_scripts(true);
+    opts.set_leave_running(true);
+    opts.set_lazy_pages(true);
+    opts.set_tcp_established(true);
+    opts.set_file_locks(true);
+    opts.set_ghost_limit(MAX_NAMELESS);
+    opts.set_link_remap(true);
+    opts.set_ext_unix_sk(true);
+    opts.set_log_level(2);
+    opts.network_lock = Some(Criu_network_lock_method::SKIP.into());
+    let (Cgroup::V2(path) | Cgroup::V1(path)) = &plan.cgroup;
+    let path = path.to_str().ok_or_else(|| anyhow!("a control group that is not UTF-8"))?;
+    opts.set_freeze_cgroup(path.to_owned());
+    let mut server = Criu_page_server_info::new();
+    server.set_port(i32::from(port));
+    opts.ps = MessageField::some(server);
+    opts.external.extend(plan.external.iter().cloned());
+    opts.ext_mnt.extend(plan.tmpfs.iter().map(|place| external_mount(place, place)));
+    Ok(port)
+}
+
+/// `key` is a mount point on the source and what it is called on the destination.
+pub fn external_mount(key: &str, value: &str) -> Ext_mount_map {
+    let mut map = Ext_mount_map::new();
+    map.set_key(key.to_owned());
+    map.set_val(value.to_owned());
+    map
+}
+
+/// Freezes the control group so that CRIU can seize every task, and notes what they need to go on.
+///
+/// A task whose child has not yet come out of a vfork(2) sleeps uninterruptibly, counts as frozen,
+/// and cannot be seized: it is given a moment and tried again.
+fn freeze(cgroup: &Cgroup) -> Result<Option<Noted>> {
+    let mut attempt = 1;
+    loop {
+        cgroup.freeze(FREEZE_TIMEOUT)?;
+        let stuck = match cgroup {
+            Cgroup::V2(_) => cgroup.processes()?.into_iter().find(|pid| sleeps_deeply(*pid)),
+            // There nobody can be stopped who is frozen.
+            Cgroup::V1(_) => return Ok(None),
+        };
+        let Some(pid) = stuck else { break };
+        cgroup.thaw()?;
+        if attempt == FREEZE_TRIES {
+            bail!("process {pid} sleeps uninterruptibly and cannot be checkpointed");
+        }
+        attempt += 1;
+        std::thread::yield_now();
+    }
+    let began = Instant::now();
+    let noted = Noted::take(cgroup);
+    tracing::debug!("noting the tasks took {} us", began.elapsed().as_micros());
+    // Without it a CRIU that is killed can end the container; that alone is no reason to stay.
+    Ok(noted.map_err(|e| tracing::debug!("the tasks cannot be noted: {e:#}")).ok())
+}
+
+fn sleeps_deeply(pid: i32) -> bool {
+    process::proc_text(pid, "stat").is_ok_and(|s| {
+        s.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('D'))
+    })
+}

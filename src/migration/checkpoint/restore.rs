@@ -1,0 +1,335 @@
+//! The destination's `runc restore`, step by step under our control, on a thread of its own.
+//!
+//! It is started while the container still runs on the source, and held at the RESTORE request:
+//! runc's part and CRIU's start are over when the images come. Then:
+//!
+//! ```text
+//! RESTORE       held until the images are there
+//! post-restore  runc is asked first, and ended; held until the commit: the tasks exist, none has run
+//! released      the fence opens while CRIU goes on to its point of no return
+//! pre-resume    sockets are alive: packets that the fence held back are replayed
+//! ```
+//!
+//! Before `post-restore` is answered CRIU can still give up and kills what it made, silently, as
+//! all sockets are in repair mode, and behind a closed fence. After it nothing stops CRIU any more,
+//! not even our own death. It would stop runc: losing CRIU's connection it ends the container, with
+//! live sockets and an open fence. By then it has written its state and set up everything, so it is
+//! ended as soon as it has agreed.
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, Sender};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use rust_criu::rust_criu_protobuf::rpc::{Criu_network_lock_method, Criu_req, Inherit_fd};
+
+use super::dump::external_mount;
+use crate::criu::interposer::{Event, Interposer, Session};
+use crate::migration::journal::criu;
+use crate::migration::journal::workdir::criu_failed;
+use crate::network::{self, Gate, NetworkImage};
+use crate::oci::runtime::Runtime;
+use crate::sys::netns::NetNs;
+use crate::sys::{fault, process};
+
+const STEP_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// What the restore tells the hand-over.
+#[derive(Debug)]
+pub enum RestoreEvent {
+    /// Held at the RESTORE request.
+    AtRequest,
+    /// Restored, held before the first instruction. The init process, and what CRIU is
+    /// [released](crate::criu::interposer::carry_on) by.
+    Restored(i32, OwnedFd),
+    /// The commit has come, CRIU goes on, and the fence is open (or, `false`, did not open).
+    Released(bool),
+    /// The sockets are alive, the tasks are about to run.
+    AtResume,
+    /// CRIU was killed while it held what it had restored: that will never run.
+    Died,
+    /// The tasks run.
+    Running,
+    /// It is over; an error before `Restored` was answered means that nothing is left.
+    Ended(Result<()>),
+}
+
+/// What the hand-over tells the restore. A dropped sender means the same as `Verdict(false)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Go {
+    /// The images are there.
+    Restore,
+    /// Run, or (`false`) give up.
+    Verdict(bool),
+    /// What was to be done at `AtResume` is done.
+    Resume,
+}
+
+/// A standard stream of the restored container.
+#[derive(Debug)]
+pub struct StreamPlan {
+    /// What the runtime gets as its own stream of that number.
+    pub file: File,
+    /// CRIU's key, where the stream is a regular file outside the container.
+    pub external: Option<String>,
+}
+
+/// What a restore needs.
+pub struct RestorePlan {
+    /// The runtime.
+    pub runtime: Runtime,
+    /// Container ID.
+    pub container: String,
+    /// The bundle's directory.
+    pub bundle: PathBuf,
+    /// Where the root file system is mounted by the time of the restore, if not before.
+    pub root: Option<PathBuf>,
+    /// Where the images are.
+    pub images: PathBuf,
+    /// Where CRIU's log and sockets are.
+    pub work: PathBuf,
+    /// Standard input, output, error.
+    pub streams: Vec<StreamPlan>,
+    /// What the loopback device of a namespace made by CRIU must be like.
+    pub loopback: Option<NetworkImage>,
+    /// Filled tmpfs mounts: their places in the container, and where they are now.
+    pub tmpfs: Vec<(String, PathBuf)>,
+    /// Takes the terminal.
+    pub console_socket: Option<PathBuf>,
+    /// The closed gate: opened when CRIU is released.
+    pub gate: Option<Gate>,
+    /// The interposer.
+    pub interposer: Interposer,
+}
+
+/// A restore under way.
+#[derive(Debug)]
+pub struct RestoreJob {
+    /// To say [`Go`].
+    pub go: Sender<Go>,
+    thread: JoinHandle<()>,
+}
+
+impl RestoreJob {
+    /// Starts it; events go to `tell`.
+    ///
+    /// # Errors
+    /// When there can be no thread.
+    pub fn start(
+        plan: RestorePlan,
+        tell: impl Fn(RestoreEvent) + Send + Sync + 'static,
+    ) -> Result<RestoreJob> {
+        let (go, orders) = std::sync::mpsc::channel();
+        let thread = std::thread::Builder::new().name("restore".into()).spawn(move || {
+            let result = run(plan, &tell, &orders);
+            tell(RestoreEvent::Ended(result));
+        })?;
+        Ok(RestoreJob { go, thread })
+    }
+
+    /// Gives up where that is still possible, and waits for the end.
+    pub fn join(self) {
+        drop(self.go);
+        let _ = self.thread.join();
+    }
+
+    /// Gives up, and does not wait for what does not come.
+    pub fn abandon(self, work: &Path) {
+        drop(self.go);
+        criu::end_restore(work);
+        let _ = self.thread.join();
+    }
+}
+
+fn run(
+    mut plan: RestorePlan,
+    tell: &(dyn Fn(RestoreEvent) + Sync),
+    orders: &Receiver<Go>,
+) -> Result<()> {
+    let log = plan.work.join("runc.log");
+    let mut command = plan.runtime.command();
+    command.arg("--log").arg(&log).arg("restore").arg("--detach");
+    command.arg("--bundle").arg(&plan.bundle);
+    command.arg("--image-path").arg(&plan.images).arg("--work-path").arg(&plan.work);
+    command.arg("--pid-file").arg(plan.work.join("init.pid"));
+    command.args(["--tcp-established", "--file-locks", "--ext-unix-sk"]);
+    if let Some(socket) = &plan.console_socket {
+        command.arg("--console-socket").arg(socket);
+    }
+    command.arg(&plan.container);
+    let mut external: Vec<(String, i32)> = Vec::new();
+    for (i, stream) in std::mem::take(&mut plan.streams).into_iter().enumerate() {
+        // Two streams of one file have one key.
+        let key = stream.external.filter(|k| !external.iter().any(|(known, _)| known == k));
+        external.extend(key.map(|key| (key, i as i32)));
+        match i {
+            0 => command.stdin(stream.file),
+            1 => command.stdout(stream.file),
+            _ => command.stderr(stream.file),
+        };
+    }
+    plan.interposer.configure(&mut command);
+    process::in_new_session(&mut command);
+    let mut child = command
+        .spawn()
+        .with_context(|| format!("cannot run {}", plan.runtime.program().display()))?;
+    // The command holds the container's streams open; they must be the container's alone.
+    drop(command);
+    let pidfd = process::pidfd_open(child.id() as i32)?;
+    let deadline = Instant::now() + STEP_TIMEOUT;
+    let outcome =
+        plan.interposer.next_job(pidfd.as_fd(), deadline).and_then(|(session, request)| {
+            job(&mut plan, pidfd.as_fd(), &session, request, &external, tell, orders)
+        });
+    // It has ended, or does when its connection to CRIU is closed; its own opinion of the restore
+    // counts for nothing.
+    child.wait()?;
+    plan.runtime.clear_restore(&plan.container);
+    outcome.map_err(|e| e.context(runtime_log(&plan)))
+}
+
+fn runtime_log(plan: &RestorePlan) -> String {
+    let text = fs::read_to_string(plan.work.join("runc.log")).unwrap_or_default();
+    format!("the runtime's restore: {}", crate::oci::runtime::first_error(&text))
+}
+
+fn job(
+    plan: &mut RestorePlan,
+    runtime: BorrowedFd,
+    session: &Session,
+    mut request: Criu_req,
+    external: &[(String, i32)],
+    tell: &(dyn Fn(RestoreEvent) + Sync),
+    orders: &Receiver<Go>,
+) -> Result<()> {
+    let images = File::open(&plan.images)?;
+    let work = File::open(&plan.work)?;
+    let opts = request.opts.as_mut().ok_or_else(|| anyhow!("a restore without options"))?;
+    opts.set_images_dir_fd(images.as_raw_fd());
+    opts.set_work_dir_fd(work.as_raw_fd());
+    opts.clear_config_file();
+    opts.set_notify_scripts(true);
+    opts.set_lazy_pages(true);
+    opts.set_tcp_established(true);
+    opts.set_file_locks(true);
+    opts.set_ext_unix_sk(true);
+    // CRIU's own child rather than the runtime's, so that CRIU need not trace it before it lets it go:
+    // until then we may.
+    opts.set_rst_sibling(false);
+    opts.set_log_level(2);
+    opts.network_lock = Some(Criu_network_lock_method::SKIP.into());
+    if let Some(root) = &plan.root {
+        // The runtime has bound elsewhere what stood in for it.
+        let root = root.to_str().ok_or_else(|| anyhow!("a root file system that is not UTF-8"))?;
+        opts.set_root(root.to_owned());
+    }
+    for (place, here) in &plan.tmpfs {
+        let here = here.to_str().ok_or_else(|| anyhow!("a work directory that is not UTF-8"))?;
+        opts.ext_mnt.push(external_mount(place, here));
+    }
+    for (key, fd) in external {
+        let mut inherit = Inherit_fd::new();
+        inherit.set_key(key.clone());
+        inherit.set_fd(*fd);
+        opts.inherit_fd.push(inherit);
+    }
+    tell(RestoreEvent::AtRequest);
+    if !matches!(orders.recv(), Ok(Go::Restore)) {
+        bail!("given up before the images came");
+    }
+    fault::point("restore.request")?;
+    fs::write(plan.work.join("criu.pid"), session.criu_pid.to_string())?;
+    session.send_request(&request)?;
+    let mut init = 0;
+    let mut gate = plan.gate.take();
+    let plan = &*plan;
+    let result = loop {
+        match session.next(Some(Instant::now() + STEP_TIMEOUT)).context("CRIU's restore")? {
+            Event::Notify(notify) => match notify.script.as_str() {
+                "post-restore" => {
+                    init = notify.pid.unwrap_or(init);
+                    // Before the runtime knows of a container: who discards it must know it as ours.
+                    if let Some(started) = process::start_time(init) {
+                        let place =
+                            plan.work.with_file_name(crate::migration::journal::workdir::INIT);
+                        fs::write(place, format!("{init} {started}"))?;
+                    }
+                    // runc's own part costs 1-3 ms: before the commit, not after it.
+                    if !session.consult(&notify, Some(Instant::now() + STEP_TIMEOUT))? {
+                        session.answer(false)?;
+                        continue;
+                    }
+                    let _ = process::pidfd_kill(runtime, libc::SIGKILL);
+                    fault::point("restore.restored")?;
+                    if !process::lives(session.criu_pid) {
+                        bail!("CRIU was killed when it had restored");
+                    }
+                    tell(RestoreEvent::Restored(init, session.duplicate()?));
+                    let agreed = await_verdict(session, tell, orders)?;
+                    session.answer(agreed)?;
+                    if agreed {
+                        // Here and at once: before CRIU wakes the sockets up, what they say first
+                        // must find its way.
+                        let fence = gate.as_mut().map(Gate::open);
+                        tell(RestoreEvent::Released(fence.is_none_or(|opened| opened.is_ok())));
+                    }
+                }
+                "pre-resume" => {
+                    tell(RestoreEvent::AtResume);
+                    // Whoever went away meanwhile: the container runs all the same.
+                    let _ = orders.recv_timeout(Duration::from_secs(1));
+                    session.answer(true)?;
+                }
+                "post-resume" => {
+                    tell(RestoreEvent::Running);
+                    session.answer(true)?;
+                }
+                "setup-namespaces" => {
+                    // Before the sockets are made: some are bound to its addresses.
+                    if let (Some(image), Some(pid)) = (&plan.loopback, notify.pid) {
+                        network::fill_loopback(&NetNs::of_pid(pid as u32)?, image)?;
+                    }
+                    session.forward(&notify, Some(Instant::now() + STEP_TIMEOUT))?;
+                }
+                "network-unlock" | "network-lock" => session.answer(true)?,
+                _ => session.forward(&notify, Some(Instant::now() + STEP_TIMEOUT))?,
+            },
+            Event::Reply(response) => {
+                let success = response.success();
+                let why = response.cr_errmsg().to_owned();
+                // The runtime has ended, unless it was CRIU that failed.
+                let _ = session.relay_reply(&response);
+                break if success { Ok(()) } else { Err(anyhow!("{why}")) };
+            }
+            Event::Hangup => break Err(anyhow!("CRIU ended in the middle of the restore")),
+        }
+    };
+    result.map_err(|e| criu_failed("CRIU cannot restore", &plan.work.join("restore.log"), e))
+}
+
+/// Waits for the verdict, and says so if CRIU dies meanwhile: the source must hear of it before it
+/// decides.
+fn await_verdict(
+    session: &Session,
+    tell: &(dyn Fn(RestoreEvent) + Sync),
+    orders: &Receiver<Go>,
+) -> Result<bool> {
+    let criu = process::pidfd_open(session.criu_pid)?;
+    let (stop, stopped) = UnixStream::pair()?;
+    Ok(std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let ready = process::wait_readable(&[criu.as_fd(), stopped.as_fd()], None);
+            if ready.is_ok_and(|r| r.contains(&0)) {
+                tell(RestoreEvent::Died);
+            }
+        });
+        let verdict = orders.recv();
+        // Ends the watch.
+        drop(stop);
+        matches!(verdict, Ok(Go::Verdict(true)))
+    }))
+}

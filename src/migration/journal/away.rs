@@ -1,0 +1,293 @@
+//! The away-mark: a container of this ID left this host, so nobody may start it here.
+//!
+//! An engine's restart policy starts a container again as soon as it sees it gone; after a
+//! migration that would make a second copy. The mark makes our `create`, `start`, `run` and
+//! `restore` refuse. It outlives a reboot and is written before the source's tasks die, so
+//! it is on disk (file and directories synced) when [`AwayMark::write`] returns.
+//!
+//! A mark is a file `away/<runtime root, escaped>/<ID>` under ferry's state directory. On a
+//! host that never migrated anything, looking for one costs a single failed `open`.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
+use std::io::{ErrorKind, Write};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Component, Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::oci::runtime::valid_id;
+
+/// The longest file name that every file system of interest takes.
+const NAME_MAX: usize = 255;
+
+/// A record that a container was migrated away from this host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AwayMark {
+    /// The container's ID.
+    pub id: String,
+    /// The runtime's `--root` that the ID belongs to.
+    pub runtime_root: PathBuf,
+    /// Where it went, as the user wrote it.
+    pub destination: String,
+    /// When the hand-over was committed, RFC 3339.
+    pub migrated_at: String,
+    /// Which migration it was, as `ferry migrations` lists it.
+    pub migration_id: String,
+}
+
+impl AwayMark {
+    /// Writes the mark; when this returns it is on disk. An older mark of the same
+    /// container is replaced.
+    pub fn write(&self, state_dir: &Path) -> Result<()> {
+        if !valid_id(OsStr::new(&self.id)) {
+            bail!("cannot mark {:?} as migrated away: it is not a container ID", self.id);
+        }
+        let dir = root_dir(state_dir, &self.runtime_root);
+        let what = || format!("cannot write the away-mark of {:?} in {}", self.id, dir.display());
+        create_dir_synced(&dir).with_context(what)?;
+        // `~` is in no ID, so an unfinished mark can never be taken for a finished one.
+        let mut file = tempfile::Builder::new().prefix("~").tempfile_in(&dir).with_context(what)?;
+        file.write_all(&serde_json::to_vec_pretty(self)?).with_context(what)?;
+        file.as_file().sync_all().with_context(what)?;
+        file.persist(dir.join(&self.id)).with_context(what)?;
+        sync_dir(&dir).with_context(what)
+    }
+
+    /// The mark of a container, if it has one.
+    ///
+    /// A mark that cannot be read is an error and not an absence: better a container that
+    /// does not start than two of them.
+    pub fn find(state_dir: &Path, runtime_root: &Path, id: &OsStr) -> Result<Option<AwayMark>> {
+        if !valid_id(id) {
+            return Ok(None);
+        }
+        // On most hosts and in most calls this is all that happens.
+        match File::open(state_dir.join("away")) {
+            Ok(_) => {}
+            Err(why) if means_no_mark(&why) => return Ok(None),
+            Err(why) => {
+                return Err(why).with_context(|| unreadable(&state_dir.join("away"), id));
+            }
+        }
+        read(&root_dir(state_dir, runtime_root).join(id))
+            .with_context(|| unreadable(&root_dir(state_dir, runtime_root), id))
+    }
+
+    /// Removes the mark of a container; `false` when it had none.
+    pub fn remove(state_dir: &Path, runtime_root: &Path, id: &OsStr) -> Result<bool> {
+        if !valid_id(id) {
+            return Ok(false);
+        }
+        let dir = root_dir(state_dir, runtime_root);
+        let what = || format!("cannot remove the away-mark {}", dir.join(id).display());
+        match fs::remove_file(dir.join(id)) {
+            Ok(()) => sync_dir(&dir).with_context(what).map(|()| true),
+            Err(why) if why.kind() == ErrorKind::NotFound => Ok(false),
+            Err(why) => Err(why).with_context(what),
+        }
+    }
+
+    /// All marks of this host, of whichever root, in no order.
+    pub fn list(state_dir: &Path) -> Result<Vec<AwayMark>> {
+        let away = state_dir.join("away");
+        let what = || format!("cannot list the away-marks in {}", away.display());
+        let roots = match fs::read_dir(&away) {
+            Ok(roots) => roots,
+            Err(why) if why.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(why) => return Err(why).with_context(what),
+        };
+        let mut marks = Vec::new();
+        for root in roots {
+            for mark in fs::read_dir(root.with_context(what)?.path()).with_context(what)? {
+                let mark = mark.with_context(what)?;
+                if valid_id(&mark.file_name()) {
+                    marks.extend(read(&mark.path()).with_context(what)?);
+                }
+            }
+        }
+        Ok(marks)
+    }
+}
+
+fn unreadable(place: &Path, id: &OsStr) -> String {
+    format!(
+        "cannot tell whether container {id:?} was migrated away: a mark under {} cannot be read\n\
+         hint: starting it could make a second copy; mend that directory, or see \
+         `ferry migrations` for what happened",
+        place.display()
+    )
+}
+
+fn read(path: &Path) -> Result<Option<AwayMark>> {
+    match fs::read(path) {
+        Ok(text) => Ok(Some(serde_json::from_slice(&text).context("it is damaged")?)),
+        Err(why) if why.kind() == ErrorKind::NotFound => Ok(None),
+        // An ID too long for a file name was never written as one.
+        Err(why) if why.kind() == ErrorKind::InvalidFilename => Ok(None),
+        Err(why) => Err(why.into()),
+    }
+}
+
+/// Whether failing to open the marks' directory means that no mark concerns this caller.
+fn means_no_mark(why: &std::io::Error) -> bool {
+    match why.kind() {
+        ErrorKind::NotFound => true,
+        // Marks are root's. Somebody else's containers (rootless, also as root of a user
+        // namespace) were never migrated by us.
+        ErrorKind::PermissionDenied => !is_real_root(),
+        _ => false,
+    }
+}
+
+fn is_real_root() -> bool {
+    let whole = |map: String| map.split_whitespace().eq(["0", "0", "4294967295"]);
+    nix::unistd::geteuid().is_root()
+        && fs::read_to_string("/proc/self/uid_map").map(whole).unwrap_or(true)
+}
+
+fn root_dir(state_dir: &Path, runtime_root: &Path) -> PathBuf {
+    state_dir.join("away").join(escape(&canonical(runtime_root)))
+}
+
+/// The root as one name: engines write `/var/run/…` where operators write `/run/…`, and the
+/// root itself may not exist (after a reboot), so what exists of it is resolved.
+pub fn canonical(root: &Path) -> PathBuf {
+    let absolute = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
+    let mut clean = PathBuf::new();
+    for part in absolute.components() {
+        // runc cleans `..` by the letter, before it looks at any symbolic link.
+        match part {
+            Component::ParentDir => drop(clean.pop()),
+            part => clean.push(part),
+        }
+    }
+    let mut missing = Vec::new();
+    let mut existing = clean.as_path();
+    loop {
+        if let Ok(real) = existing.canonicalize() {
+            return missing.iter().rev().fold(real, |path, name| path.join(name));
+        }
+        let (Some(parent), Some(name)) = (existing.parent(), existing.file_name()) else {
+            return clean;
+        };
+        missing.push(name);
+        existing = parent;
+    }
+}
+
+/// A path as a file name: `%` and `/` as in URLs; what is too long ends in a hash.
+fn escape(path: &Path) -> OsString {
+    let mut name = Vec::new();
+    for &byte in path.as_os_str().as_bytes() {
+        match byte {
+            b'/' => name.extend(b"%2F"),
+            b'%' => name.extend(b"%25"),
+            byte => name.push(byte),
+        }
+    }
+    if name.len() > NAME_MAX {
+        let hash = format!("%{:032x}", xxhash_rust::xxh3::xxh3_128(path.as_os_str().as_bytes()));
+        name.truncate(NAME_MAX - hash.len());
+        name.extend(hash.into_bytes());
+    }
+    OsString::from_vec(name)
+}
+
+/// Makes a directory and its parents; each new name is on disk when this returns.
+fn create_dir_synced(dir: &Path) -> std::io::Result<()> {
+    match fs::DirBuilder::new().mode(0o700).create(dir) {
+        Err(why) if why.kind() == ErrorKind::AlreadyExists => return Ok(()),
+        Err(why) if why.kind() == ErrorKind::NotFound => {
+            create_dir_synced(dir.parent().ok_or(why)?)?;
+            return create_dir_synced(dir);
+        }
+        made => made?,
+    }
+    dir.parent().map_or(Ok(()), sync_dir)
+}
+
+fn sync_dir(dir: &Path) -> std::io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn mark(root: &Path) -> AwayMark {
+        AwayMark {
+            id: "web".into(),
+            runtime_root: root.into(),
+            destination: "host2".into(),
+            migrated_at: "2026-03-01T12:00:00Z".into(),
+            migration_id: "m1".into(),
+        }
+    }
+
+    #[test]
+    fn written_found_listed_and_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (state, root) = (dir.path().join("a/b"), dir.path().join("run/runc"));
+        let web = OsStr::new("web");
+        assert_eq!(AwayMark::find(&state, &root, web).unwrap(), None);
+        assert!(AwayMark::list(&state).unwrap().is_empty());
+        mark(&root).write(&state).unwrap();
+        mark(&root).write(&state).unwrap();
+        assert_eq!(AwayMark::find(&state, &root, web).unwrap(), Some(mark(&root)));
+        assert_eq!(AwayMark::find(&state, Path::new("/other"), web).unwrap(), None);
+        assert_eq!(AwayMark::find(&state, &root, OsStr::new("web2")).unwrap(), None);
+        assert_eq!(AwayMark::list(&state).unwrap(), [mark(&root)]);
+        let file = root_dir(&state, &root).join("web");
+        assert_eq!(fs::metadata(file).unwrap().permissions().mode() & 0o777, 0o600);
+        assert!(AwayMark::remove(&state, &root, web).unwrap());
+        assert!(!AwayMark::remove(&state, &root, web).unwrap());
+        assert_eq!(AwayMark::find(&state, &root, web).unwrap(), None);
+    }
+
+    #[test]
+    fn a_root_by_another_name_is_the_same_root() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("run");
+        fs::create_dir(&run).unwrap();
+        std::os::unix::fs::symlink(&run, dir.path().join("var-run")).unwrap();
+        mark(&run.join("runc/moby")).write(dir.path()).unwrap();
+        for alias in ["var-run/runc/moby", "run/runc/./x/../moby/"] {
+            let found = AwayMark::find(dir.path(), &dir.path().join(alias), OsStr::new("web"));
+            assert!(found.unwrap().is_some(), "{alias}");
+        }
+    }
+
+    #[test]
+    fn path_like_ids_are_no_ids() {
+        let dir = tempfile::tempdir().unwrap();
+        for id in ["", ".", "..", "../x", "a/b", "~x", "a b", "é"] {
+            assert!(AwayMark::find(dir.path(), Path::new("/r"), OsStr::new(id)).unwrap().is_none());
+            let mark = AwayMark { id: id.into(), ..mark(Path::new("/r")) };
+            assert!(mark.write(dir.path()).is_err(), "{id:?}");
+        }
+        assert!(!valid_id(OsStr::from_bytes(b"\xff")));
+        assert!(valid_id(OsStr::new("a_B+c.9-")));
+    }
+
+    #[test]
+    fn a_damaged_mark_still_refuses() {
+        let dir = tempfile::tempdir().unwrap();
+        mark(Path::new("/r")).write(dir.path()).unwrap();
+        fs::write(root_dir(dir.path(), Path::new("/r")).join("web"), "{").unwrap();
+        let why = AwayMark::find(dir.path(), Path::new("/r"), OsStr::new("web")).unwrap_err();
+        assert!(why.to_string().contains("hint: "), "{why}");
+    }
+
+    #[test]
+    fn long_roots_get_distinct_names() {
+        let long = |end: &str| escape(Path::new(&format!("/{}{end}", "x/".repeat(300))));
+        assert!(long("a").len() <= NAME_MAX);
+        assert_ne!(long("a"), long("b"));
+        assert_ne!(escape(Path::new("/a%2Fb")), escape(Path::new("/a/b")));
+    }
+}

@@ -1,0 +1,62 @@
+//! The calls of a network hook in the course of a migration; what it is for is told in
+//! [`crate::network::hook`].
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
+
+use anyhow::Result;
+
+use crate::migration::journal::Record;
+use crate::network::hook::{Hook, Phase};
+use crate::problem::Problem;
+
+/// In the work directory: the hook and what it is told. From then on it may have been called.
+const FILE: &str = "hook";
+
+/// A hook that is prepared.
+#[derive(Debug)]
+pub struct Hooks {
+    hook: Hook,
+    work: PathBuf,
+    switching: Option<JoinHandle<Result<(), Problem>>>,
+}
+
+impl Hooks {
+    /// Notes it in the work directory, for whoever undoes the migration, and calls it.
+    ///
+    /// # Errors
+    /// When it refuses.
+    pub fn prepare(hook: Hook, work: &Path) -> Result<Hooks> {
+        fs::write(work.join(FILE), serde_json::to_vec(&hook)?)?;
+        hook.call(Phase::Prepare, work)?;
+        Ok(Hooks { hook, work: work.to_owned(), switching: None })
+    }
+
+    /// The container has a new host: the hook is told beside everything else.
+    pub fn switch(&mut self) {
+        let (hook, work) = (self.hook.clone(), self.work.clone());
+        let thread = std::thread::Builder::new().name("hook".into());
+        match thread.spawn(move || hook.call(Phase::Switch, &work)) {
+            Ok(thread) => self.switching = Some(thread),
+            Err(e) => tracing::error!("the network hook cannot be called: {e}"),
+        }
+    }
+
+    /// Waits for the end of that; what went wrong.
+    pub fn switched(self) -> Option<Problem> {
+        self.switching?.join().ok()?.err()
+    }
+}
+
+/// Calls the hook of a migration that ends, where one was noted.
+pub(in crate::migration) fn end(record: &Record, phase: Phase) {
+    let hook = fs::read(record.work.join(FILE)).ok();
+    let hook: Option<Hook> = hook.and_then(|text| serde_json::from_slice(&text).ok());
+    if let Some(hook) = hook
+        && let Err(e) = hook.call(phase, &record.work)
+    {
+        // Called again it would say the same: no reason to keep the migration open.
+        tracing::error!("{e}");
+    }
+}

@@ -1,0 +1,36 @@
+//! What the user asked for.
+
+use std::path::PathBuf;
+
+use crate::migration::protocol::How;
+use crate::migration::protocol::forwarding::Wish;
+use crate::network::floating::Wish as MoveAddress;
+
+/// What the user asked for, as far as the plan depends on it.
+#[derive(Clone, Debug)]
+pub struct Wishes {
+    /// Container ID.
+    pub container: String,
+    /// The bundle's place on the destination.
+    pub bundle: Option<PathBuf>,
+    /// `--network`.
+    pub placement: String,
+    /// `--move-address`.
+    pub move_address: Vec<MoveAddress>,
+    /// `--console-socket`.
+    pub console_socket: Option<PathBuf>,
+    /// The runtime's global flags, as the user gave them.
+    pub root: Option<PathBuf>,
+    /// See `root`.
+    pub systemd_cgroup: bool,
+    /// `--forward`.
+    pub forward: Wish,
+    /// Only checks.
+    pub check_only: bool,
+    /// `--rootfs`.
+    pub rootfs: How,
+    /// `--volume`: a mount's place in the container, and how.
+    pub volumes: Vec<(PathBuf, How)>,
+    /// Where the away-marks are; without it nobody looks for one.
+    pub state_dir: Option<PathBuf>,
+}

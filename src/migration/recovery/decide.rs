@@ -1,0 +1,252 @@
+//! What `ferry resolve` does on a source, as a function of what is known: without the words of an
+//! operator it never ends the last copy, never makes a second one, and never says that something
+//! runs where nothing does.
+//!
+//! A copy that is held on the destination is of the moment of the freeze. It may be let run as long
+//! as the container has not run on here since: as its journal says neither that it was handed back
+//! ([`State::Returning`] is on the disk before a task is thawed) nor that it is over, and this host
+//! has been started again since, it cannot have. Where its tasks have ended while the host stayed
+//! up, whoever ended them may have let them run before.
+
+use crate::migration::journal::State;
+use crate::migration::protocol::{Standing, Verdict};
+
+/// The container's tasks on the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tasks {
+    /// They are there: frozen, or running.
+    Here,
+    /// They have ended.
+    Ended,
+    /// They have ended with this host, which has been started again since.
+    Rebooted,
+    /// The same, and another container of that ID has been made here.
+    Anew,
+}
+
+/// What the destination says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum There {
+    /// Nobody has asked.
+    Unasked,
+    /// It cannot be asked.
+    Silent,
+    /// This.
+    Is(Standing),
+}
+
+/// The operator's word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Word {
+    /// This host owns the container.
+    Keep,
+    /// The other one does.
+    Discard,
+}
+
+/// What follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// The destination is asked, or told this.
+    Ask(Option<Verdict>),
+    /// It runs on here; the destination is told so afterwards.
+    RunsOn,
+    /// Nothing of it is here that could run, and nothing there that may: what is left of the
+    /// migration is undone.
+    Abandon,
+    /// The destination owns it from now on: written down, then told.
+    HandOver,
+    /// It runs there: what is here goes.
+    LetGo,
+    /// It runs there, and needs the pages that are here.
+    BringRest,
+    /// Only the operator can say.
+    Doubt(Doubt),
+}
+
+/// Why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Doubt {
+    /// The only copy is here, and the operator wants it away.
+    OnlyHere,
+    /// The destination cannot be asked.
+    Silent,
+    /// It has not said yet what becomes of it.
+    Starting,
+    /// It is still taking the container in, though nothing more can come.
+    Arriving,
+    /// The tasks here have ended, and a whole copy is held there.
+    Ended,
+    /// Another container of that ID is here, and a copy there.
+    Anew,
+    /// It runs there, and waits for pages that were lost here.
+    PagesLost,
+    /// There is none on the destination any more; here it is frozen, and whole.
+    LostThere,
+    /// There is none anywhere.
+    LostBoth,
+}
+
+/// See the module. `state` is none that is over.
+pub fn decide(state: State, tasks: Tasks, there: There, word: Option<Word>) -> Next {
+    match state {
+        State::Committed | State::Whole => handed_over(tasks, there, word),
+        _ => not_handed_over(state, tasks, there, word),
+    }
+}
+
+fn handed_over(tasks: Tasks, there: There, word: Option<Word>) -> Next {
+    let here = tasks == Tasks::Here;
+    match (word, there) {
+        (Some(Word::Keep), _) if here => Next::RunsOn,
+        (Some(Word::Keep), _) => Next::Abandon,
+        (Some(Word::Discard), _) => Next::LetGo,
+        (None, There::Unasked) => Next::Ask(Some(Verdict::Commit)),
+        (None, There::Silent) => Next::Doubt(Doubt::Silent),
+        (None, There::Is(standing)) => match standing {
+            Standing::Running => Next::LetGo,
+            Standing::Partial if here => Next::BringRest,
+            Standing::Partial => Next::Doubt(Doubt::PagesLost),
+            Standing::Gone if here => Next::Doubt(Doubt::LostThere),
+            Standing::Gone => Next::Doubt(Doubt::LostBoth),
+            _ => Next::Doubt(Doubt::Starting),
+        },
+    }
+}
+
+fn not_handed_over(state: State, tasks: Tasks, there: There, word: Option<Word>) -> Next {
+    if tasks == Tasks::Here {
+        return match word {
+            Some(Word::Discard) => Next::Doubt(Doubt::OnlyHere),
+            _ => Next::RunsOn,
+        };
+    }
+    match (word, there) {
+        (Some(Word::Keep), _) => Next::Abandon,
+        (_, There::Unasked) => Next::Ask(None),
+        (_, There::Silent) => Next::Doubt(Doubt::Silent),
+        (_, There::Is(Standing::Gone)) => Next::Abandon,
+        (_, There::Is(_)) if tasks == Tasks::Anew => Next::Doubt(Doubt::Anew),
+        (_, There::Is(standing)) => match standing {
+            // By the word of an operator there.
+            Standing::Running => Next::HandOver,
+            Standing::Partial => Next::Doubt(Doubt::PagesLost),
+            Standing::Waiting => Next::Doubt(Doubt::Starting),
+            Standing::Arriving => Next::Doubt(Doubt::Arriving),
+            // The rest of it has ended with the tasks here; or it has run on here since.
+            Standing::Lacking => Next::Abandon,
+            _ if state == State::Returning => Next::Abandon,
+            _ if tasks == Tasks::Rebooted || word == Some(Word::Discard) => Next::HandOver,
+            _ => Next::Doubt(Doubt::Ended),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STANDINGS: [Standing; 7] = [
+        Standing::Running,
+        Standing::Waiting,
+        Standing::Ready,
+        Standing::Lacking,
+        Standing::Arriving,
+        Standing::Partial,
+        Standing::Gone,
+    ];
+
+    fn everywhere(check: impl Fn(State, Tasks, There, Option<Word>, Next)) {
+        let there = STANDINGS.into_iter().map(There::Is);
+        let there: Vec<_> = there.chain([There::Unasked, There::Silent]).collect();
+        for state in [State::Begun, State::Returning, State::Committed] {
+            for tasks in [Tasks::Here, Tasks::Ended, Tasks::Rebooted, Tasks::Anew] {
+                for there in &there {
+                    for word in [None, Some(Word::Keep), Some(Word::Discard)] {
+                        let next = decide(state, tasks, *there, word);
+                        check(state, tasks, *there, word, next);
+                    }
+                }
+            }
+        }
+    }
+
+    /// In every state there can be, whatever the destination says.
+    #[test]
+    fn no_copy_is_made_or_ended_without_a_word() {
+        everywhere(|state, tasks, there, word, next| {
+            let case = format!("{state:?} {tasks:?} {there:?} {word:?} {next:?}");
+            let committed = state == State::Committed;
+            let whole_there =
+                matches!(there, There::Is(Standing::Ready | Standing::Waiting | Standing::Running));
+            match next {
+                // Says that it runs here: something must be here, and nobody else's.
+                Next::RunsOn => {
+                    assert_eq!(tasks, Tasks::Here, "{case}");
+                    assert!(!committed || word == Some(Word::Keep), "{case}");
+                }
+                // Ends what is there: only what may not run, or what the operator wants gone.
+                Next::Abandon => {
+                    assert_ne!(tasks, Tasks::Here, "{case}");
+                    let stale = state == State::Returning && there == There::Is(Standing::Ready);
+                    assert!(word == Some(Word::Keep) || !whole_there || stale, "{case}");
+                    assert!(word == Some(Word::Keep) || matches!(there, There::Is(_)), "{case}");
+                    assert!(word == Some(Word::Keep) || !committed, "{case}");
+                }
+                // Lets it run there: nothing here may run, nor have run since.
+                Next::HandOver => {
+                    assert!(!committed && whole_there, "{case}");
+                    assert!(matches!(tasks, Tasks::Ended | Tasks::Rebooted), "{case}");
+                    let running = there == There::Is(Standing::Running);
+                    let sure = tasks == Tasks::Rebooted && state == State::Begun;
+                    assert!(running || sure || word == Some(Word::Discard), "{case}");
+                    assert!(running || state != State::Returning, "{case}");
+                }
+                // Ends what is here: it runs there.
+                Next::LetGo => {
+                    assert!(committed, "{case}");
+                    let runs = there == There::Is(Standing::Running);
+                    assert!(runs || word == Some(Word::Discard), "{case}");
+                }
+                Next::BringRest => {
+                    assert!(committed && tasks == Tasks::Here, "{case}");
+                    assert_eq!(there, There::Is(Standing::Partial), "{case}");
+                }
+                // One that has not committed only asks.
+                Next::Ask(verdict) => {
+                    assert_eq!(there, There::Unasked, "{case}");
+                    assert_eq!(verdict.is_some(), committed, "{case}");
+                }
+                Next::Doubt(_) => {}
+            }
+        });
+    }
+
+    /// The host that was the source has been started again: what it left is not ended.
+    #[test]
+    fn a_reboot_of_the_source_does_not_end_the_copy() {
+        let after = |there| decide(State::Begun, Tasks::Rebooted, there, None);
+        assert_eq!(after(There::Unasked), Next::Ask(None));
+        assert_eq!(after(There::Is(Standing::Ready)), Next::HandOver);
+        assert_eq!(after(There::Is(Standing::Gone)), Next::Abandon);
+        assert_eq!(after(There::Silent), Next::Doubt(Doubt::Silent));
+        // It had been given up, and ran on until the host went down.
+        let back = decide(State::Returning, Tasks::Rebooted, There::Is(Standing::Ready), None);
+        assert_eq!(back, Next::Abandon);
+    }
+
+    /// The operator can always get out of it.
+    #[test]
+    fn a_word_settles_it() {
+        everywhere(|state, tasks, there, word, next| {
+            let asks = matches!(next, Next::Ask(_));
+            if word == Some(Word::Keep) {
+                assert!(
+                    matches!(next, Next::RunsOn | Next::Abandon),
+                    "{state:?} {tasks:?} {there:?}"
+                );
+            }
+            assert!(!asks || there == There::Unasked);
+        });
+    }
+}

@@ -1,0 +1,402 @@
+//! The processes that outlive a killed Ferry, and go on in its place: by the steps of
+//! [`crate::migration::recovery::recover`].
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow};
+
+use super::rest::{self, Brought};
+use super::{recover, settle};
+use crate::connections::{self, Ears, Order, Orders, Vault};
+use crate::criu::interposer::carry_on;
+use crate::memory::serve::{GUARD_ALL_IN, GUARD_CRIU, GUARD_DONE, GUARD_LEAVE_CRIU, GUARD_QUIT};
+use crate::migration::journal::criu;
+use crate::migration::journal::{Held, Journal, Record, Role, State};
+use crate::migration::protocol::{Standing, Verdict};
+use crate::migration::transfer::carry::Wishes;
+use crate::oci::cgroup::Cgroup;
+use crate::sys::process::{self, is_alive};
+use crate::sys::scm;
+use crate::tasks::mend;
+
+/// How long CRIU may take for a step of its end.
+const CRIU_STEP: Duration = Duration::from_secs(60);
+/// How long a Ferry that was killed may take to be gone.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a destination that cannot be reached is told that the container stayed.
+const WORD_TIMEOUT: Duration = Duration::from_secs(600);
+/// Between two tries to reach the other host, at most.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+
+/// In the migration's directory: the guard's number and when it started, and what it has to say.
+const FILE: &str = "guard";
+const LOG: &str = "guard.log";
+/// Where the vault's contents come out of it.
+const STDOUT: i32 = 1;
+
+/// The process that brings the container back if this one is killed.
+pub struct SourceGuard {
+    child: Child,
+    /// What it is told.
+    pub orders: Orders,
+}
+
+impl SourceGuard {
+    /// Starts it. Its standard output is where the vault's contents come out.
+    ///
+    /// # Errors
+    /// When there can be no process.
+    pub fn spawn(journal: &Journal, vault: &Vault) -> Result<SourceGuard> {
+        let (orders, theirs) = Orders::pair()?;
+        let work = &journal.record.work;
+        let mut command = Command::new("/proc/self/exe");
+        command.arg("__guard").arg(journal.path());
+        command.stdin(theirs).stderr(File::create(work.join(LOG))?);
+        command.stdout(vault.exit().try_clone_to_owned()?);
+        process::in_new_session(&mut command);
+        let child = command.spawn().context("cannot start the guard process")?;
+        let mut guard = SourceGuard { child, orders };
+        let pid = guard.child.id() as i32;
+        // Whoever runs out of memory is to find another victim. Needs CAP_SYS_RESOURCE;
+        // proc_pid_oom_score_adj(5).
+        let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), "-1000");
+        let started = process::start_time(pid).unwrap_or(0);
+        let noted = fs::write(work.join(FILE), format!("{pid} {started}"));
+        if let Err(e) = noted.map_err(Into::into).and_then(|()| guard.orders.are_for(pid)) {
+            guard.dismiss();
+            return Err(e);
+        }
+        Ok(guard)
+    }
+
+    /// The container runs on, and the destination may not know it: the guard goes on telling it.
+    pub fn send_word(&self) {
+        self.orders.say(Order::Told);
+    }
+
+    /// There is nothing to guard any more.
+    pub fn dismiss(&mut self) {
+        self.orders.say(Order::Done);
+        let _ = self.child.wait();
+    }
+}
+
+/// A guard whose Ferry has ended, and which has something that nobody else has.
+pub struct LeftGuard {
+    pidfd: OwnedFd,
+    /// It.
+    pub vault: Vault,
+}
+
+impl LeftGuard {
+    /// That of a migration, if it is still there.
+    pub fn find(record: &Record) -> Option<LeftGuard> {
+        let text = fs::read_to_string(record.work.join(FILE)).ok()?;
+        let (pid, started) = text.trim().split_once(' ')?;
+        let (pid, started) = (pid.parse().ok()?, started.parse().ok()?);
+        let pidfd = process::pidfd_open(pid).ok()?;
+        // Whoever the descriptor stands for: it was he after it had been opened.
+        let it = is_alive((pid, started)).then_some(&pidfd)?;
+        let vault = process::pidfd_getfd(it, STDOUT).ok()?;
+        Some(LeftGuard { vault: Vault::from_exit(vault), pidfd })
+    }
+
+    /// Ends it: nobody needs what it has.
+    pub fn end(self) {
+        // It has ended by itself.
+        let _ = process::pidfd_kill(&self.pidfd, libc::SIGKILL);
+    }
+}
+
+/// What neither a Ferry nor its guard has done, [undone](recover::source_runs_on) later.
+///
+/// # Errors
+/// Says which steps failed; the others were done.
+pub fn source_runs_on_later(journal: &mut Journal) -> Result<()> {
+    let guard = LeftGuard::find(&journal.record);
+    let vault = guard.as_ref().map(|guard| &guard.vault);
+    recover::source_runs_on(journal, &recover::Hands::Later(vault))?;
+    guard.into_iter().for_each(LeftGuard::end);
+    Ok(())
+}
+
+/// The same, [finished](recover::source_lets_go).
+///
+/// # Errors
+/// Says which steps failed; the others were done.
+pub fn source_lets_go_later(journal: &mut Journal) -> Result<()> {
+    let guard = LeftGuard::find(&journal.record);
+    recover::source_lets_go(journal, || ())?;
+    // In repair mode its connections end without a word.
+    guard.into_iter().for_each(LeftGuard::end);
+    Ok(())
+}
+
+/// The process that holds the restored tasks' memory together if this one is killed: see
+/// [`guard_pages`].
+pub struct PageGuard {
+    child: Child,
+    /// To tell it what to hold.
+    pub socket: OwnedFd,
+}
+
+impl PageGuard {
+    /// Starts it.
+    ///
+    /// # Errors
+    /// When there can be no process.
+    pub fn spawn(journal: &Journal) -> Result<PageGuard> {
+        let (socket, theirs) = scm::seqpacket_pair()?;
+        let mut command = Command::new("/proc/self/exe");
+        command.arg("__guard").arg("pages").arg(journal.path());
+        command.stdin(theirs).stdout(Stdio::null()).stderr(Stdio::null());
+        process::in_new_session(&mut command);
+        Ok(PageGuard { child: command.spawn().context("cannot start the guard process")?, socket })
+    }
+
+    /// CRIU is to be released, whatever becomes of this process.
+    pub fn take_criu(&self, criu: &OwnedFd) {
+        // One that was killed cannot take it.
+        let _ = scm::send(&self.socket, GUARD_CRIU, &[criu.as_raw_fd()]);
+    }
+
+    /// It is not.
+    pub fn leave_criu(&self) {
+        let _ = scm::send(&self.socket, GUARD_LEAVE_CRIU, &[]);
+    }
+
+    /// Everything is done, or undone.
+    pub fn dismiss(mut self) {
+        let _ = scm::send(&self.socket, GUARD_QUIT, &[]);
+        let _ = self.child.wait();
+    }
+}
+
+/// The guard: a process that outlives a killed Ferry and brings the source back.
+///
+/// Its standard input is where it hears [orders](Order), its standard output the exit of the
+/// [`Vault`]. When Ferry has died the journal says whether the container is still the source's.
+///
+/// # Errors
+/// When undoing failed.
+pub fn guard(journal: &Path) -> Result<()> {
+    let (input, vault) = (std::io::stdin(), std::io::stdout().as_fd().try_clone_to_owned()?);
+    let (ears, vault) = (Ears(&input), Vault::from_exit(vault));
+    let mut journal = Journal::open(journal)?;
+    let told = loop {
+        match ears.next() {
+            Some(Order::Done) => return Ok(()),
+            Some(Order::Told) => break true,
+            // If Ferry has died meanwhile, the next word tells.
+            Some(order) => drop(ears.answer(&obey(order, &journal.record, &vault, &ears))),
+            None => break false,
+        }
+    };
+    let held = hold(&mut journal, !told)?;
+    let done = match (told, journal.record.role, journal.state()) {
+        (false, Role::Source, State::Begun | State::Returning) => {
+            let undone =
+                recover::source_runs_on(&mut journal, &recover::Hands::Later(Some(&vault)));
+            drop(held);
+            send_word(&journal.record);
+            undone
+        }
+        (false, Role::Source, State::Committed) => {
+            let hushed = recover::hush(&journal.record);
+            criu::wait_for(&journal.record.work);
+            drop(held);
+            hushed.and(carry_through(&mut journal))
+        }
+        (true, Role::Source, State::Aborted) => {
+            drop(held);
+            send_word(&journal.record);
+            Ok(())
+        }
+        // The destination owns it, or not all could be undone: `ferry resolve` goes on with it.
+        _ => {
+            drop(held);
+            Ok(())
+        }
+    };
+    let done = done.context("the guard of a migration");
+    if connections::are_out(&journal.record.work) {
+        if let Err(e) = &done {
+            tracing::error!("{e:#}");
+        }
+        // Without them what is frozen here is not whole: `ferry resolve` takes them, and ends this.
+        loop {
+            std::thread::park();
+        }
+    }
+    done
+}
+
+/// Tells the destination that it owns the container until it has heard, however long that takes, and
+/// clears away what it needs no more. Each time under the lock, and only if the journal still says
+/// so: an operator who takes the container back must not be overtaken.
+fn carry_through(journal: &mut Journal) -> Result<()> {
+    let mut pause = Duration::from_millis(100);
+    loop {
+        let held = journal.hold()?;
+        if journal.state() != State::Committed {
+            return Ok(());
+        }
+        let mut standing = settle::ask(&journal.record, Some(Verdict::Commit));
+        if matches!(standing, Ok(Standing::Partial)) {
+            // Whatever breaks: the lock is let go before the next try.
+            let unbroken = &mut |why: Option<&str>| why.is_none();
+            standing = match rest::bring(&journal.record, Wishes::default(), unbroken) {
+                Brought::Whole(_) => Ok(Standing::Running),
+                Brought::Gone => Ok(Standing::Gone),
+                Brought::Stopped => Ok(Standing::Partial),
+            };
+        }
+        match standing {
+            Ok(Standing::Running) => return recover::source_lets_go(journal, || ()),
+            // Whether what is frozen here is to run again, the operator says.
+            Ok(Standing::Gone) => return Ok(()),
+            _ => drop(held),
+        }
+        // Between two tries to reach a host there is nothing to wait on but time.
+        std::thread::park_timeout(pause);
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// Starts a process that goes on telling the destination that the container stayed.
+///
+/// # Errors
+/// When there can be no process.
+pub fn tell_later(journal: &Journal) -> Result<()> {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg("__guard").arg("word").arg(journal.path());
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    process::in_new_session(&mut command);
+    command.spawn().context("cannot start the guard process").map(drop)
+}
+
+/// That process.
+///
+/// # Errors
+/// When the journal cannot be read.
+pub fn word(journal: &Path) -> Result<()> {
+    send_word(&Journal::open(journal)?.record);
+    Ok(())
+}
+
+fn obey<S: AsFd + Sync>(
+    order: Order,
+    record: &Record,
+    vault: &Vault,
+    ears: &Ears<S>,
+) -> Result<()> {
+    let cgroup = record.cgroup.as_ref().ok_or_else(|| anyhow!("it has no control group"))?;
+    let begin = |thread| ears.introduce(thread);
+    match order {
+        Order::TakeOut => connections::take_out(cgroup, &record.work, begin),
+        Order::PutBack => connections::put_back(vault, cgroup, &record.work, begin),
+        Order::Done | Order::Told | Order::Watched => Ok(()),
+    }
+}
+
+/// Holds the journal, before anybody else settles what is in it. A Ferry that was `killed` does nothing
+/// more when this returns, none of its threads, and traces nobody.
+fn hold(journal: &mut Journal, killed: bool) -> Result<Held> {
+    let held = journal.hold()?;
+    let worker = journal.record.worker;
+    if killed && is_alive(worker) {
+        if let Ok(pidfd) = process::pidfd_open(worker.0) {
+            let _ = process::wait_readable(&[pidfd.as_fd()], Some(Instant::now() + END_TIMEOUT));
+        }
+        // Its last word may have come since.
+        *journal = Journal::open(journal.path())?;
+    }
+    Ok(held)
+}
+
+/// The destination's guard: holds the descriptors of restored tasks whose memory is not all there
+/// yet, so that they wait for it rather than read zeros, and ends them if nobody will bring it. When
+/// it is all there and Ferry dies, the guard does the rest of its work.
+///
+/// # Errors
+/// When what is left cannot be cleared away.
+pub fn guard_pages(journal: &Path) -> Result<()> {
+    let (mut held, mut criu, mut last_word) = (Vec::new(), None, Vec::new());
+    let (mut all_in, mut done) = (false, false);
+    while let Some((word, fds)) = scm::receive(std::io::stdin())? {
+        match &word[..] {
+            GUARD_QUIT => return Ok(()),
+            GUARD_ALL_IN => (all_in, last_word) = (true, fds),
+            GUARD_CRIU => criu = fds.into_iter().next(),
+            GUARD_LEAVE_CRIU => criu = None,
+            GUARD_DONE => {
+                // Whoever touches memory that never had contents waits as long as they are open.
+                held.clear();
+                done = true;
+            }
+            _ => held.extend(fds),
+        }
+    }
+    let mut journal = Journal::open(journal)?;
+    let _held = hold(&mut journal, true)?;
+    if journal.state().is_over() {
+        return Ok(());
+    }
+    let committed = matches!(journal.state(), State::Committed | State::Whole);
+    if !committed {
+        // None of its tasks has run: it is CRIU's own code that may wait in them for memory, and keep it
+        // from giving up.
+        held.clear();
+    }
+    if (all_in || done) && committed {
+        held.clear();
+        release(&journal.record, criu.as_ref());
+        // Past its point of no return CRIU goes on without us; before it, it takes all back.
+        drop((criu.take(), std::mem::take(&mut last_word)));
+        criu::wait_for(&journal.record.work);
+        if recover::restored_init(&journal.record).is_some_and(is_alive) {
+            return recover::destination_keeps(&mut journal);
+        }
+    }
+    // It gives up.
+    drop((criu, last_word));
+    let done = recover::destination_discards(&mut journal);
+    // Only now: closing them lets whoever still waits read zeros.
+    drop(held);
+    done
+}
+
+/// Lets a restored container run, which was to run when its Ferry was killed.
+fn release(record: &Record, criu: Option<&OwnedFd>) {
+    let Some(criu) = criu else { return };
+    // The same for whatever has not been woken yet; nothing of it is heard before the fence is open.
+    if let Some(cgroup) =
+        recover::restored_init(record).and_then(|(pid, _)| Cgroup::of_process(pid).ok())
+    {
+        mend::sockets(&cgroup);
+    }
+    // Whether it runs then can be seen.
+    if let Err(e) = carry_on(criu, CRIU_STEP) {
+        tracing::error!("CRIU, releasing the container: {e:#}");
+    }
+}
+
+/// Tells the destination that the source has kept the container, until it has heard: a copy that
+/// is ready waits there for nothing else.
+fn send_word(record: &Record) {
+    let until = Instant::now() + WORD_TIMEOUT;
+    let mut pause = Duration::from_millis(100);
+    while Instant::now() < until {
+        let said = settle::ask(record, Some(Verdict::Abort));
+        if matches!(said, Ok(Standing::Running | Standing::Partial | Standing::Gone)) {
+            return;
+        }
+        // Between two tries to reach a host there is nothing to wait on but time.
+        std::thread::park_timeout(pause);
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}

@@ -1,0 +1,166 @@
+//! After the commit, on the source: the link broke, or Ferry was killed, while pages were still here.
+//! The destination runs and waits for them; what is frozen here has them. So: a new link, the list of
+//! what is missing, and on with it, as often as it takes.
+
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+
+use super::settle;
+use crate::memory::serve::Served;
+use crate::migration::journal::Record;
+use crate::migration::protocol::talk::{self, Heard};
+use crate::migration::protocol::{Message, Standing, Verdict};
+use crate::migration::transfer::carry::{Memory, MemoryEvent, Order, Wishes};
+use crate::transport::frame::{Frame, Run};
+
+/// How long a link may be silent before another is tried.
+const SILENCE: Duration = Duration::from_secs(30);
+/// How often is looked whether somebody wants it to end.
+const TICK: Duration = Duration::from_millis(500);
+/// Between two tries to reach the other host, at most.
+const PAUSE: Duration = Duration::from_secs(5);
+
+/// How it ended.
+#[derive(Debug)]
+pub enum Brought {
+    /// All of it is there.
+    Whole(Option<Served>),
+    /// The destination has no copy.
+    Gone,
+    /// Somebody wanted it to end.
+    Stopped,
+}
+
+/// Brings the rest over, over as many links as it takes. `told` is called with what goes wrong, once
+/// for each reason, and says whether to go on.
+pub fn bring(
+    record: &Record,
+    wishes: Wishes,
+    told: &mut dyn FnMut(Option<&str>) -> bool,
+) -> Brought {
+    let mut pause = Duration::from_millis(100);
+    let mut last = String::new();
+    loop {
+        let began = Instant::now();
+        match attempt(record, &wishes, told) {
+            Ok(Some(end)) => return end,
+            Ok(None) => {}
+            Err(e) => {
+                let why = format!("{e:#}");
+                if why != last && !told(Some(&why)) {
+                    return Brought::Stopped;
+                }
+                last = why;
+            }
+        }
+        if began.elapsed() > SILENCE {
+            pause = Duration::from_millis(100);
+        }
+        if !told(None) {
+            return Brought::Stopped;
+        }
+        // Between two tries to reach a host there is nothing to wait on but time.
+        std::thread::park_timeout(pause);
+        pause = (pause * 2).min(PAUSE);
+    }
+}
+
+enum Event {
+    Heard(Heard),
+    Memory(MemoryEvent),
+}
+
+/// One link. Nothing came of it where the destination is only about to run.
+fn attempt(
+    record: &Record,
+    wishes: &Wishes,
+    told: &mut dyn FnMut(Option<&str>) -> bool,
+) -> Result<Option<Brought>> {
+    let destination =
+        record.destination.as_ref().ok_or_else(|| anyhow!("only the source can bring it"))?;
+    let cgroup = record.cgroup.as_ref().ok_or_else(|| anyhow!("no control group is known"))?;
+    // The link may have broken before the commit got there.
+    match settle::ask(record, Some(Verdict::Commit))? {
+        Standing::Waiting | Standing::Ready | Standing::Lacking | Standing::Arriving => {
+            return Ok(None);
+        }
+        Standing::Gone => return Ok(Some(Brought::Gone)),
+        Standing::Running => return Ok(Some(Brought::Whole(None))),
+        Standing::Partial => {}
+    }
+    let (speaker, reader, mut closer) = talk::split(destination.connect()?);
+    let (tell, events) = channel();
+    let heard = tell.clone();
+    talk::listen(reader, move |h| heard.send(Event::Heard(h)).is_ok())?;
+    let result = (|| {
+        speaker.say(&talk::hello())?;
+        speaker.say(&Message::Resume { migration: record.migration.clone() })?;
+        let mut missing = Vec::new();
+        let mut memory: Option<Memory> = None;
+        let mut latest = Instant::now();
+        loop {
+            let event = match events.recv_timeout(TICK) {
+                Ok(event) => event,
+                Err(RecvTimeoutError::Timeout) if !told(None) => {
+                    return Ok(Some(Brought::Stopped));
+                }
+                Err(RecvTimeoutError::Timeout) if latest.elapsed() < SILENCE => continue,
+                Err(_) => bail!("{destination} is silent"),
+            };
+            latest = Instant::now();
+            let order = |memory: &Option<Memory>, order| {
+                if let Some(memory) = memory {
+                    // It has sent everything.
+                    let _ = memory.orders.send(order);
+                }
+            };
+            match event {
+                Event::Heard(Heard::Message(Message::Hello(theirs))) => talk::check_hello(&theirs)?,
+                Event::Heard(Heard::Frame(Frame::Run(Run::Want, vpid, at, pages))) => {
+                    match memory {
+                        None => missing.push((vpid, at, pages)),
+                        Some(_) => order(&memory, Order::Want(vpid, at, pages)),
+                    }
+                }
+                Event::Heard(Heard::Message(Message::Missing { .. })) => {
+                    let tell = tell.clone();
+                    let list = std::mem::take(&mut missing);
+                    memory = Some(Memory::resume(
+                        cgroup,
+                        &speaker,
+                        wishes.clone(),
+                        list,
+                        move |event| {
+                            let _ = tell.send(Event::Memory(event));
+                        },
+                    )?);
+                }
+                Event::Heard(Heard::Message(Message::Echo { number })) => {
+                    order(&memory, Order::Echoed(0, number));
+                }
+                Event::Heard(Heard::Message(Message::Whole(served))) => {
+                    return Ok(Some(Brought::Whole(Some(served))));
+                }
+                Event::Heard(Heard::Message(Message::Settled { standing })) => {
+                    return Ok(match standing {
+                        Standing::Running => Some(Brought::Whole(None)),
+                        Standing::Gone => Some(Brought::Gone),
+                        _ => None,
+                    });
+                }
+                Event::Heard(Heard::Message(Message::Failed { phase, why })) => {
+                    bail!("the destination failed while {phase}: {why}")
+                }
+                Event::Heard(Heard::Gone(why)) => {
+                    bail!("the link broke: {}", why.unwrap_or_else(|| "it was closed".into()))
+                }
+                Event::Memory(MemoryEvent::Failed(why)) => bail!("sending memory: {why}"),
+                Event::Heard(_) | Event::Memory(_) => {}
+            }
+        }
+    })();
+    closer.close();
+    result.with_context(|| format!("bringing what is left to {destination}"))
+}

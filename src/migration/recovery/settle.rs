@@ -1,0 +1,254 @@
+//! Learning over a new link how an earlier migration stands, and bringing the source's word.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::mpsc::{Sender, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::{Deserialize, Serialize};
+
+use super::recover;
+use crate::migration::journal::{Journal, Record, Role, State};
+use crate::migration::protocol::talk::{self, Heard};
+use crate::migration::protocol::{Message, Standing, Verdict};
+use crate::sys::scm;
+
+/// Name of the socket on which a waiting destination takes the verdict.
+const SOCKET: &str = "control.sock";
+/// How long the other host may take to answer.
+const LIMIT: Duration = Duration::from_secs(60);
+/// How long whoever holds a container may take to end when it does not answer any more.
+const ENDING: Duration = Duration::from_secs(10);
+
+/// Asks the destination of a migration how it stands there, telling it the source's verdict if
+/// there is one.
+///
+/// # Errors
+/// When it cannot be reached or does not answer.
+pub fn ask(record: &Record, verdict: Option<Verdict>) -> Result<Standing> {
+    let destination =
+        record.destination.as_ref().ok_or_else(|| anyhow!("only the source can ask"))?;
+    let link = destination.connect()?;
+    let (speaker, reader, mut closer) = talk::split(link);
+    let (tell, heard) = channel();
+    talk::listen(reader, move |h| tell.send(h).is_ok())?;
+    let answer = (|| {
+        speaker.say(&talk::hello())?;
+        let settle = Message::Settle { migration: record.migration.clone(), verdict };
+        speaker.say(&settle)?;
+        loop {
+            match heard.recv_timeout(LIMIT) {
+                Ok(Heard::Message(Message::Hello(theirs))) => talk::check_hello(&theirs)?,
+                Ok(Heard::Message(Message::Settled { standing })) => return Ok(standing),
+                Ok(Heard::Message(Message::Failed { why, .. })) => bail!("{why}"),
+                Ok(Heard::Gone(why)) => bail!("{}", why.unwrap_or_else(|| "no answer".into())),
+                Ok(_) => {}
+                Err(_) => bail!("{destination} does not answer"),
+            }
+        }
+    })();
+    if let Err(e) = &answer
+        && e.to_string() == "no answer"
+    {
+        drop(speaker);
+        bail!("{}", destination.explain(&mut closer));
+    }
+    closer.close();
+    answer
+}
+
+/// Tells the verdict, and asks again until it has come true or ten seconds are over.
+///
+/// # Errors
+/// As [`ask`].
+pub fn insist(record: &Record, verdict: Verdict) -> Result<Standing> {
+    let until = Instant::now() + Duration::from_secs(10);
+    loop {
+        let standing = ask(record, Some(verdict))?;
+        if standing != Standing::Waiting || Instant::now() > until {
+            return Ok(standing);
+        }
+    }
+}
+
+/// It becomes a file's name.
+fn check_id(migration: &str) -> Result<()> {
+    if migration.len() != 16 || !migration.bytes().all(|b| b.is_ascii_hexdigit()) {
+        bail!("{migration:?} is no migration's ID");
+    }
+    Ok(())
+}
+
+/// On the destination: how a migration stands, after the verdict has been passed on to whoever
+/// waits for it.
+///
+/// # Errors
+/// When what is waiting does not answer.
+pub fn answer(state_dir: &Path, migration: &str, verdict: Option<Verdict>) -> Result<Standing> {
+    check_id(migration)?;
+    let began = Instant::now();
+    let mut journal = loop {
+        let Some(journal) = Journal::find(state_dir, migration)? else {
+            return Ok(Standing::Gone);
+        };
+        if journal.record.role != Role::Destination {
+            bail!("this host is the source of migration {migration}");
+        }
+        if !journal.record.worker_lives() || journal.state().is_over() {
+            break journal;
+        }
+        match pass_on(&journal.record.work, verdict) {
+            Err(e) if began.elapsed() > ENDING => return Err(e),
+            // It may be ending, with its work done: what came of it is in the journal then, which
+            // tells nobody of that.
+            Err(_) => std::thread::park_timeout(Duration::from_millis(5)),
+            standing => return standing,
+        }
+    };
+    let _held = journal.hold()?;
+    match journal.state() {
+        State::Finished => Ok(Standing::Running),
+        State::Aborted => Ok(Standing::Gone),
+        State::Whole => {
+            recover::destination_keeps(&mut journal)?;
+            Ok(Standing::Running)
+        }
+        // It was about to write that down.
+        State::Committed if recover::runs_whole(&journal.record) => {
+            recover::destination_keeps(&mut journal)?;
+            Ok(Standing::Running)
+        }
+        // Whoever held it has died, and the copy with it: held, or without all of its memory.
+        _ => {
+            recover::destination_discards(&mut journal)?;
+            Ok(Standing::Gone)
+        }
+    }
+}
+
+/// Before a migration of a container begins: settles earlier ones that brought it here and whose
+/// Ferry was killed. What became of them can be seen.
+///
+/// # Errors
+/// When it cannot be cleared away.
+pub fn sweep(state_dir: &Path, root: &Path, container: &str) -> Result<()> {
+    for journal in Journal::of(state_dir, root, container)? {
+        let record = &journal.record;
+        let open = record.role == Role::Destination && !journal.state().is_over();
+        if open && !record.worker_lives() {
+            answer(state_dir, &record.migration, None)
+                .context("clearing away an earlier migration")?;
+        }
+    }
+    Ok(())
+}
+
+/// What is said to whoever holds the container, over its control socket.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Asked {
+    /// A verdict, or only a question.
+    Verdict(Option<Verdict>),
+    /// Two descriptors come along: a new link to the source, in the place of the old one.
+    Link,
+    /// The same: a further one, for memory.
+    Lane,
+}
+
+/// More than any of it is long, in JSON.
+const ASKED: usize = 256;
+
+fn connect(work: &Path) -> Result<UnixStream> {
+    UnixStream::connect(work.join(SOCKET))
+        .context("the process that holds the container here does not answer")
+}
+
+fn pass_on(work: &Path, verdict: Option<Verdict>) -> Result<Standing> {
+    let socket = connect(work)?;
+    socket.set_read_timeout(Some(LIMIT))?;
+    scm::send(&socket, &serde_json::to_vec(&Asked::Verdict(verdict))?, &[])?;
+    let mut answer = String::new();
+    BufReader::new(socket).read_line(&mut answer)?;
+    serde_json::from_str(&answer).context("the process that holds the container here went away")
+}
+
+/// On the destination: a new link of a migration that is under way, a `further` one or one for that
+/// which broke. It goes to the process that holds the container; returns when that needs it no more.
+/// Where there is no such process any more: how the migration stands.
+///
+/// # Errors
+/// When it does not take it.
+pub fn hand_link(
+    state_dir: &Path,
+    migration: &str,
+    further: bool,
+    input: BorrowedFd,
+    output: BorrowedFd,
+) -> Result<Option<Standing>> {
+    check_id(migration)?;
+    let holder = Journal::find(state_dir, migration)?
+        .filter(|j| j.record.role == Role::Destination)
+        .filter(|j| j.record.worker_lives() && !j.state().is_over());
+    let Some(journal) = holder else { return answer(state_dir, migration, None).map(Some) };
+    let mut socket = connect(&journal.record.work)?;
+    let asked = serde_json::to_vec(if further { &Asked::Lane } else { &Asked::Link })?;
+    scm::send(&socket, &asked, &[input.as_raw_fd(), output.as_raw_fd()])?;
+    // Nothing comes but the end.
+    let _ = socket.read(&mut [0]);
+    Ok(None)
+}
+
+/// What came by the control socket.
+#[derive(Debug)]
+pub enum Call {
+    /// A verdict or a question, and where the answer goes.
+    Verdict(Option<Verdict>, Sender<Standing>),
+    /// A new link to the source: reading end, writing end, and what is to be kept as long as it is
+    /// used.
+    Link(OwnedFd, OwnedFd, UnixStream),
+    /// The same, for a further link.
+    Lane(OwnedFd, OwnedFd, UnixStream),
+}
+
+/// On the destination, by the process that holds the container: takes verdicts and links.
+///
+/// # Errors
+/// When the socket cannot be made.
+pub fn take_calls(work: &Path, tell: impl Fn(Call) -> bool + Send + 'static) -> Result<()> {
+    let listener = UnixListener::bind(work.join(SOCKET))?;
+    std::thread::Builder::new().name("control".into()).spawn(move || {
+        for socket in listener.incoming().flatten() {
+            if socket.set_read_timeout(Some(Duration::from_secs(5))).is_err() {
+                continue;
+            }
+            let Ok(Some((bytes, fds))) = scm::receive_stream(&socket, ASKED) else { continue };
+            let mut fds = fds.into_iter();
+            match (serde_json::from_slice(&bytes), fds.next(), fds.next()) {
+                (Ok(asked @ (Asked::Link | Asked::Lane)), Some(input), Some(output)) => {
+                    let call = if matches!(asked, Asked::Link) { Call::Link } else { Call::Lane };
+                    let taken = tell(call(input, output, socket));
+                    if !taken {
+                        return;
+                    }
+                }
+                (Ok(Asked::Verdict(verdict)), ..) => {
+                    let (reply, answer) = channel();
+                    if !tell(Call::Verdict(verdict, reply)) {
+                        return;
+                    }
+                    if let Ok(standing) = answer.recv_timeout(LIMIT)
+                        && let Ok(mut text) = serde_json::to_vec(&standing)
+                    {
+                        text.push(b'\n');
+                        let _ = (&socket).write_all(&text);
+                    }
+                }
+                _ => {}
+            }
+        }
+    })?;
+    Ok(())
+}

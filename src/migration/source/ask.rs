@@ -1,0 +1,536 @@
+//! The source's first conversation: a look at the container, the greeting, the plan, the answer. And
+//! the queue in which everything that happens from then on stands in line.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow, bail};
+
+use super::watch::Watch;
+use crate::files::layers::Store;
+use crate::files::overlay::Overlay;
+use crate::files::probe::inode_in;
+use crate::files::walk;
+use crate::migration::checkpoint::dump::DumpEvent;
+use crate::migration::forwarding as forward;
+use crate::migration::options::Wishes;
+use crate::migration::preflight::contested;
+use crate::migration::preflight::inspect::{Subject, inspect};
+use crate::migration::protocol::talk::{self, Heard, Speaker};
+use crate::migration::protocol::{Message, Place, Probe};
+use crate::migration::transfer::carry::{self, MemoryEvent};
+use crate::migration::transfer::haul::{HaulEvent, Load};
+use crate::oci::runtime::Runtime;
+use crate::problem::Problem;
+use crate::report::exit::Failed;
+use crate::report::progress::{Layers, Reporter};
+use crate::tasks::locks::{self, Found};
+use crate::transport::connect::{Closer, Cutter, Destination};
+
+/// Until the other Ferry has answered at all; ssh may ask for a key's passphrase.
+const ANSWER_LIMIT: Duration = Duration::from_secs(120);
+/// Until the destination has looked for layers: it may have to read them.
+const LAYERS_LIMIT: Duration = Duration::from_secs(900);
+/// How often a link is asked for a sign of life while clients wait.
+const PULSE: Duration = Duration::from_millis(500);
+/// A link without any for so long is dead: a cable is out, a host has stopped. ssh does not say so.
+const DEAD: Duration = Duration::from_secs(6);
+/// Bytes that may stand between us and the other host: pipes, ssh, TCP.
+const BUFFERS: f64 = (8 << 20) as f64;
+/// After a signal: what is being written may still be written.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// What the user wants.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// What of it the plan needs.
+    pub wishes: Wishes,
+    /// Where to.
+    pub destination: Destination,
+    /// How memory is to go.
+    pub memory: carry::Wishes,
+    /// `--timeout`: gives up when the hand-over is not committed by then.
+    pub timeout: Option<Duration>,
+    /// Leave the away-mark afterwards.
+    pub leave_mark: bool,
+    /// Remove what was copied, once it runs there.
+    pub remove_files: bool,
+}
+
+/// Something that happened.
+#[derive(Debug)]
+pub(super) enum Input {
+    Heard(Heard),
+    Dump(DumpEvent),
+    Memory(MemoryEvent),
+    Files(HaulEvent),
+    /// An echo on a further link, by its number, or its end.
+    Lane(usize, Option<u64>),
+    Signal(i32),
+    /// Home has a link to the destination, or why it has none.
+    Joined(Result<()>),
+}
+
+/// Who a deadline is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Awaited {
+    /// The other host.
+    Destination,
+    /// CRIU, here, with the container frozen.
+    Dump,
+}
+
+impl Awaited {
+    /// Says who has not kept a limit.
+    fn not_within(self, limit: Duration) -> anyhow::Error {
+        let seconds = limit.as_secs();
+        match self {
+            Awaited::Destination => {
+                anyhow!("nothing was heard of the destination for {seconds} s")
+            }
+            Awaited::Dump => anyhow!(
+                "CRIU has not dumped the container within {seconds} s\n\
+                 hint: large address space that is reserved and not used makes a dump long, as do \
+                 thousands of processes; `--timeout` ends it sooner"
+            ),
+        }
+    }
+}
+
+/// The link, and everything that happens, in one queue.
+pub(super) struct Inputs {
+    pub(super) queue: Receiver<Input>,
+    pub(super) tell: Sender<Input>,
+    /// The deadline is the user's.
+    by_user: bool,
+    /// Who has to do something before the deadline.
+    pub(super) awaited: Awaited,
+    /// For what goes on now, and when that is over.
+    limit: Duration,
+    pub(super) deadline: Instant,
+    pub(super) interrupted: bool,
+    /// The link has ended.
+    pub(super) gone: bool,
+    /// The destination owns the container: what the further links were for is over.
+    pub(super) committed: bool,
+    /// While clients wait: the link is asked for signs of life.
+    pulse: Option<Speaker>,
+    /// Since when it has not answered.
+    asked: Option<Instant>,
+    /// How long that may be.
+    patience: Duration,
+    /// Something has come over the link.
+    heard: bool,
+    pub(super) watch: Watch,
+}
+
+impl Inputs {
+    /// The next thing that happens and that is no reason to give up.
+    pub(super) fn next(&mut self) -> Result<Input> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        let input = match &self.pulse {
+            None => self.queue.recv_timeout(left),
+            Some(speaker) => loop {
+                match self.queue.recv_timeout(left.min(PULSE)) {
+                    Err(RecvTimeoutError::Timeout) if Instant::now() < self.deadline => {
+                        // Counted from the first question: nobody listened while images went out.
+                        let asked = *self.asked.get_or_insert_with(Instant::now);
+                        if asked.elapsed() > self.patience {
+                            // Nothing will come over it any more.
+                            self.gone = true;
+                            bail!(
+                                "the link to the destination is dead: not a sign of life for {} s",
+                                self.patience.as_secs()
+                            );
+                        }
+                        // Its answer counts, nothing else of it.
+                        speaker.say(&Message::Echo { number: 0 })?;
+                    }
+                    other => break other,
+                }
+            },
+        };
+        let input = input.map_err(|e| match e {
+            RecvTimeoutError::Timeout if self.by_user => anyhow!("the time of --timeout is over"),
+            RecvTimeoutError::Timeout => self.awaited.not_within(self.limit),
+            RecvTimeoutError::Disconnected => anyhow!("nobody is left to do it"),
+        })?;
+        self.judge(input)
+    }
+
+    /// What has happened already, without waiting.
+    pub(super) fn pending(&mut self) -> Result<Option<Input>> {
+        self.queue.try_recv().ok().map(|input| self.judge(input)).transpose()
+    }
+
+    fn judge(&mut self, input: Input) -> Result<Input> {
+        // What the link still takes is a sign, too: on a slow one an echo stands behind it.
+        if matches!(&input, Input::Heard(_) | Input::Memory(MemoryEvent::Progress(..))) {
+            self.asked = None;
+        }
+        self.heard |= matches!(&input, Input::Heard(heard) if !matches!(heard, Heard::Gone(None)));
+        match input {
+            Input::Signal(signal) => {
+                self.interrupted = true;
+                bail!("interrupted by {}", talk::signal_name(signal))
+            }
+            Input::Heard(Heard::Gone(why)) => {
+                self.gone = true;
+                bail!(
+                    "the link to the destination broke: {}",
+                    why.unwrap_or("it was closed".into())
+                )
+            }
+            Input::Heard(Heard::Message(Message::Failed { phase, why })) => {
+                bail!("the destination failed while {phase}: {why}")
+            }
+            Input::Lane(_, None) if !self.committed => bail!("a further link broke"),
+            Input::Dump(DumpEvent::Ended(Err(e))) => Err(e),
+            Input::Memory(MemoryEvent::Failed(e)) => bail!("sending memory: {e}"),
+            Input::Files(HaulEvent::Failed(e)) => bail!("sending files: {e}"),
+            Input::Joined(Err(e)) => Err(e),
+            input => Ok(input),
+        }
+    }
+
+    pub(super) fn until(&mut self, limit: Duration) {
+        self.limit = limit;
+        self.by_user = false;
+        self.by(Instant::now() + limit);
+    }
+
+    /// The user's own limit, where it comes first.
+    pub(super) fn no_later_than(&mut self, limit: Instant) {
+        if limit < self.deadline {
+            self.by_user = true;
+            self.by(limit);
+        }
+    }
+
+    /// Clients wait from here on: a dead link must be known as dead soon. `rate` is what the link
+    /// has carried, in bytes a second, if that is known.
+    pub(super) fn feel_pulse(&mut self, speaker: &Speaker, rate: Option<f64>) {
+        // On a slow link a question stands behind all that is in its buffers.
+        let drained = rate.map_or(Duration::ZERO, |rate| {
+            Duration::try_from_secs_f64(BUFFERS / rate).unwrap_or(Duration::MAX)
+        });
+        self.patience = DEAD.saturating_add(drained);
+        self.asked = None;
+        self.pulse = Some(speaker.clone());
+    }
+
+    /// It has been decided without the link.
+    pub(super) fn let_pulse_go(&mut self) {
+        self.pulse = None;
+    }
+
+    /// The time counts anew.
+    pub(super) fn again(&mut self) {
+        self.until(self.limit);
+    }
+
+    fn by(&mut self, deadline: Instant) {
+        self.deadline = deadline;
+        self.watch.until(deadline);
+    }
+}
+
+/// Says what stands in the way, all of it.
+pub fn refusal(problems: &[Problem]) -> Failed {
+    let text: Vec<String> = problems.iter().filter(|p| p.fatal).map(ToString::to_string).collect();
+    Failed::refused(anyhow!("{}", text.join("\n")))
+}
+
+/// A container that the destination would take.
+pub(super) struct Accepted {
+    pub(super) subject: Subject,
+    pub(super) speaker: Speaker,
+    pub(super) closer: Closer,
+    pub(super) inputs: Inputs,
+}
+
+/// Looks at the container and asks the destination; nothing is touched.
+pub(super) fn ask(
+    runtime: &Runtime,
+    options: &Options,
+    reporter: &mut Reporter,
+) -> Result<Accepted, Failed> {
+    reporter.phase("inspect", "looking at the container");
+    let mut subject = inspect(runtime, &options.wishes).map_err(|p| refusal(&p))?;
+    reporter.report.migration.clone_from(&subject.plan.migration);
+    std::mem::take(&mut subject.warnings).into_iter().for_each(|warning| reporter.problem(warning));
+    let locks = subject.cgroup.processes().and_then(|pids| locks::look(&pids));
+    let locks = locks.map_err(Failed::refused)?;
+    reporter.phase("connect", &format!("asking {}", options.destination));
+    let link = options.destination.connect().map_err(Failed::refused)?;
+    let (speaker, reader, mut closer) = talk::split(link);
+    let (tell, queue) = channel();
+    // A shell that has ended already needs no cutting.
+    let watch =
+        Watch::start(closer.cutter().unwrap_or(Cutter::Nothing)).map_err(Failed::refused)?;
+    let deadline = Instant::now() + ANSWER_LIMIT;
+    let mut inputs = Inputs {
+        queue,
+        tell,
+        by_user: false,
+        awaited: Awaited::Destination,
+        limit: ANSWER_LIMIT,
+        deadline,
+        interrupted: false,
+        pulse: None,
+        asked: None,
+        patience: DEAD,
+        gone: false,
+        committed: false,
+        heard: false,
+        watch: watch.clone(),
+    };
+    watch.until(deadline);
+    let heard = inputs.tell.clone();
+    talk::listen(reader, move |h| heard.send(Input::Heard(h)).is_ok()).map_err(Failed::refused)?;
+    let caught = inputs.tell.clone();
+    let hurried = watch.clone();
+    talk::catch_signals(move |signal| {
+        hurried.hurry(PATIENCE);
+        caught.send(Input::Signal(signal)).is_ok()
+    })
+    .map_err(Failed::refused)?;
+    let greeted = greet(&speaker, &mut inputs);
+    if let Err(e) = greeted {
+        drop(speaker);
+        // A shell that could not get there says more than the end of its stream.
+        let text = if inputs.interrupted || inputs.heard {
+            e
+        } else {
+            e.context(options.destination.explain(&mut closer))
+        };
+        closer.close();
+        return Err(Failed::refused(text));
+    }
+    let answer = (|| {
+        speaker.say(&Message::Plan(Box::new(subject.plan.clone())))?;
+        loop {
+            match inputs.next()? {
+                Input::Heard(Heard::Message(Message::Accept {
+                    warnings,
+                    shared,
+                    copies,
+                    course,
+                })) => {
+                    subject.forward =
+                        crate::migration::journal::part::Note::of_source(&subject.plan, course);
+                    return Ok(Ok((warnings, shared, copies)));
+                }
+                Input::Heard(Heard::Message(Message::Refuse { problems })) => {
+                    return Ok(Err(problems));
+                }
+                _ => {}
+            }
+        }
+    })();
+    subject.probes.clear();
+    if let Ok(Ok((_, _, copies))) = &answer {
+        subject.copies.clone_from(copies);
+    }
+    let answer = match answer {
+        Ok(Ok((warnings, shared, copies))) if !copies.is_empty() => {
+            announce(&mut subject, options, &speaker, &mut inputs, &copies, reporter)
+                .map(|refused| refused.map_or(Ok((warnings, shared)), Err))
+        }
+        Ok(Ok((warnings, shared, _))) => Ok(Ok((warnings, shared))),
+        Ok(Err(problems)) => Ok(Err(problems)),
+        Err(e) => Err(e),
+    };
+    match answer {
+        Ok(Ok((warnings, shared))) => {
+            if let Some(note) = &subject.forward
+                && let Err(e) = forward::steps::check(&subject.plan, note, &options.destination)
+            {
+                closer.close();
+                return Err(Failed::refused(e));
+            }
+            if let Some(note) = &subject.forward {
+                reporter.phase("forward", note.words(&subject.plan));
+            }
+            // What both hosts see need not be sent, nor what two streams share a second time.
+            let mut seen = Vec::new();
+            for (i, stream) in subject.plan.streams.iter_mut().enumerate() {
+                let twice = seen.contains(&stream.external);
+                seen.push(stream.external.clone());
+                stream.sent = stream.external.is_some() && !twice && !shared.contains(&i);
+            }
+            if let Some(problem) = contested(&subject, &locks) {
+                closer.close();
+                return Err(refusal(&[problem]));
+            }
+            for warning in warnings {
+                reporter.problem(warning);
+            }
+            Ok(Accepted { subject, speaker, closer, inputs })
+        }
+        Ok(Err(problems)) => {
+            closer.close();
+            Err(refusal(&problems))
+        }
+        Err(e) => {
+            closer.close();
+            Err(Failed::refused(e))
+        }
+    }
+}
+
+/// Locks that were seen before, are held still, and cannot be taken over there as long as they are.
+fn contested(subject: &Subject, before: &[Found]) -> Option<Problem> {
+    let mut locks = locks::look(&subject.cgroup.processes().ok()?).ok()?;
+    locks.retain(|found| before.contains(found));
+    contested::problem(subject, &locks)
+}
+
+/// Tells the destination how much there is to copy; what stands in the way of that.
+fn announce(
+    subject: &mut Subject,
+    options: &Options,
+    speaker: &Speaker,
+    inputs: &mut Inputs,
+    copies: &[usize],
+    reporter: &mut Reporter,
+) -> Result<Option<Vec<Problem>>> {
+    let mut sizes = Vec::new();
+    let mut load = Load::default();
+    let root = subject.plan.probes.iter().position(|p| p.place == Place::Rootfs);
+    let root = root.filter(|root| copies.contains(root));
+    let overlay = subject.layered.overlay().filter(|_| root.is_some()).cloned();
+    if let (Some(overlay), Some(state_dir)) = (&overlay, &options.wishes.state_dir) {
+        let roots = &mut load.roots;
+        match announce_layers(overlay, state_dir, speaker, inputs, reporter, roots)? {
+            Ok(lacking) => load.layers = lacking,
+            Err(problems) => return Ok(Some(problems)),
+        }
+        for path in &load.roots {
+            sizes.push(walk::measure(path)?);
+        }
+    }
+    if let Some(why) = subject.layered.only_merged().filter(|_| root.is_some()) {
+        reporter.problem(
+            Problem::new("the root file system is copied as one tree, not layer by layer", why)
+                .warning(),
+        );
+    }
+    for number in copies {
+        let probe = subject.plan.probes.get(*number);
+        let probe = probe.ok_or_else(|| anyhow!("the destination wants what is not there"))?;
+        let path = probe.place.path(&subject.bundle);
+        let path = path.ok_or_else(|| anyhow!("config.json does not have {}", probe.what))?;
+        let path = match &overlay {
+            Some(overlay) if Some(*number) == root => {
+                let Some(upper) = &overlay.upper else { continue };
+                load.merged = Some((path, upper.path.clone()));
+                upper.path.clone()
+            }
+            _ if probe.file => {
+                if let Some(problem) = replaced(subject.state.pid, probe, &path) {
+                    return Ok(Some(vec![problem]));
+                }
+                fs::canonicalize(&path)?
+            }
+            _ => path,
+        };
+        let size = walk::measure(&path)?;
+        let words =
+            format!("{}: copied, {} MiB, {} files", probe.what, size.bytes >> 20, size.entries);
+        reporter.phase("files", &words);
+        load.roots.push(path);
+        let mut all = size;
+        if Some(*number) == root {
+            for layer in &sizes[..load.layers] {
+                all.bytes += layer.bytes;
+                all.entries += layer.entries;
+            }
+        }
+        subject.sizes.push((*number, all));
+        sizes.push(size);
+        inputs.again();
+    }
+    subject.load = Some(load);
+    speaker.say(&Message::Trees { sizes })?;
+    loop {
+        match inputs.next()? {
+            Input::Heard(Heard::Message(Message::Room)) => return Ok(None),
+            Input::Heard(Heard::Message(Message::Refuse { problems })) => {
+                return Ok(Some(problems));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Whether a single file is not the one any more that the container has.
+fn replaced(init: i32, probe: &Probe, path: &Path) -> Option<Problem> {
+    let Place::Mount(place) = &probe.place else { return None };
+    let bound = inode_in(Path::new(&format!("/proc/{init}/root")), place)?;
+    let here = fs::metadata(path).ok()?;
+    (bound != (here.dev(), here.ino())).then(|| {
+        Problem::new(
+            format!("the {} is not what is at {}", probe.what, path.display()),
+            "that was replaced since the container was started: it still has the file that was \
+             there before",
+        )
+        .hint("start the container anew; or write to such a file instead of replacing it")
+    })
+}
+
+/// Tells the destination which layers the overlay has, and learns which it lacks: these are put among
+/// the roots. Reading one for the first time takes its while.
+fn announce_layers(
+    overlay: &Overlay,
+    state_dir: &Path,
+    speaker: &Speaker,
+    inputs: &mut Inputs,
+    reporter: &mut Reporter,
+    roots: &mut Vec<PathBuf>,
+) -> Result<Result<usize, Vec<Problem>>> {
+    let mut store = Store::open(state_dir);
+    let mut layers = Vec::new();
+    for lower in &overlay.lower {
+        layers.push(store.look(&lower.path)?);
+    }
+    store.save();
+    speaker.say(&Message::Layers { layers })?;
+    inputs.until(LAYERS_LIMIT);
+    let lacking = loop {
+        match inputs.next()? {
+            Input::Heard(Heard::Message(Message::Lacking { layers })) => break layers,
+            Input::Heard(Heard::Message(Message::Refuse { problems })) => {
+                return Ok(Err(problems));
+            }
+            _ => {}
+        }
+    };
+    inputs.until(ANSWER_LIMIT);
+    for (i, number) in lacking.iter().enumerate() {
+        let lower = overlay.lower.get(*number).filter(|_| i == 0 || lacking[i - 1] < *number);
+        let lower = lower.ok_or_else(|| anyhow!("the destination wants what is not there"))?;
+        roots.push(lower.path.clone());
+    }
+    let layers = Layers { there: overlay.lower.len() - lacking.len(), copied: lacking.len() };
+    reporter.report.layers = Some(layers);
+    let words = format!("layers: {} there, {} to be copied", layers.there, layers.copied);
+    reporter.phase("layers", &words);
+    Ok(Ok(lacking.len()))
+}
+
+fn greet(speaker: &Speaker, inputs: &mut Inputs) -> Result<()> {
+    speaker.say(&talk::hello())?;
+    loop {
+        if let Input::Heard(Heard::Message(Message::Hello(theirs))) = inputs.next()? {
+            talk::check_hello(&theirs)?;
+            if theirs.host == crate::sys::host::identity() {
+                bail!("source and destination are the same host");
+            }
+            return Ok(());
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! The clock that a blocked write cannot stop.
+//!
+//! The hand-over's own limits are looked at where it waits for something to happen. A write into a
+//! link that has died without saying so (a pulled cable, a stopped peer) waits in the kernel, for
+//! minutes, with the container frozen. So a thread of its own cuts the link when the time is over;
+//! every write then fails, and the hand-over goes the way of any broken link.
+
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use crate::transport::connect::Cutter;
+
+/// Who waits properly for his own limit is to see it first.
+const GRACE: Duration = Duration::from_millis(500);
+
+#[derive(Debug, Default)]
+struct State {
+    deadline: Option<Instant>,
+    /// A signal does not count any more.
+    decided: bool,
+}
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub struct Watch(Arc<(Mutex<State>, Condvar)>);
+
+impl Watch {
+    /// Starts to watch, without a deadline.
+    ///
+    /// # Errors
+    /// When there can be no thread.
+    pub fn start(cutter: Cutter) -> Result<Watch> {
+        let watch = Watch(Arc::default());
+        let shared = watch.0.clone();
+        std::thread::Builder::new().name("watch".into()).spawn(move || {
+            let (state, changed) = &*shared;
+            let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+            loop {
+                let left = state.deadline.map(|d| d.saturating_duration_since(Instant::now()));
+                state = match left {
+                    Some(Duration::ZERO) => return cutter.cut(),
+                    Some(left) => {
+                        changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+                    }
+                    None => changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                };
+            }
+        })?;
+        Ok(watch)
+    }
+
+    fn change(&self, f: impl FnOnce(&mut State)) {
+        let (state, changed) = &*self.0;
+        f(&mut state.lock().unwrap_or_else(PoisonError::into_inner));
+        changed.notify_one();
+    }
+
+    /// The link is cut shortly after `deadline`.
+    pub fn until(&self, deadline: Instant) {
+        self.change(|s| s.deadline = Some(deadline + GRACE));
+    }
+
+    /// Somebody wants it to end: it has `patience` left, unless it is decided already.
+    pub fn hurry(&self, patience: Duration) {
+        let at = Instant::now() + patience;
+        self.change(|s| {
+            if !s.decided {
+                s.deadline = Some(s.deadline.map_or(at, |d| d.min(at)));
+            }
+        });
+    }
+
+    /// The container belongs to the destination: nobody can hurry it any more.
+    pub fn decided(&self) {
+        self.change(|s| s.decided = true);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn a_write_that_nobody_reads_ends_when_the_time_is_over() {
+        let (mut here, _there) = UnixStream::pair().unwrap();
+        let watch = Watch::start(Cutter::Socket(here.try_clone().unwrap())).unwrap();
+        watch.until(Instant::now());
+        let bytes = vec![0; 64 << 20];
+        assert!(here.write_all(&bytes).is_err());
+    }
+
+    #[test]
+    fn what_is_decided_is_not_hurried() {
+        let (mut here, mut there) = UnixStream::pair().unwrap();
+        let watch = Watch::start(Cutter::Socket(here.try_clone().unwrap())).unwrap();
+        watch.decided();
+        watch.hurry(Duration::ZERO);
+        here.write_all(b"x").unwrap();
+        let mut byte = [0];
+        std::io::Read::read_exact(&mut there, &mut byte).unwrap();
+    }
+}

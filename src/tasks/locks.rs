@@ -1,0 +1,211 @@
+//! File locks of the container's tasks.
+//!
+//! CRIU sets them again when it restores. A POSIX lock it may lose on the way: such a lock is gone when
+//! its process closes any descriptor of the file, and CRIU closes those by which it maps files after it
+//! has set the locks. Whoever keeps locks on a file that it has mapped, as sqlite does, would not notice,
+//! and somebody else could change what it relies on. So the locks are looked at while the source stands
+//! still, compared with what the restored tasks have before anybody may run, and set where they are
+//! missing.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs;
+use std::os::fd::RawFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::{Deserialize, Serialize};
+
+use super::held::{native, of_first_space};
+use crate::memory::pages::Task;
+use crate::problem::Problem;
+use crate::sys::locks::{FileLock, Kind, Setter, held};
+use crate::sys::{arch, door, process};
+
+/// Most of one container.
+pub const MOST: usize = 20_000;
+
+/// A lock, and by which descriptor it is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// The process, as the container numbers it.
+    pub vpid: i32,
+    /// Its descriptor.
+    pub number: RawFd,
+    /// The lock.
+    pub lock: FileLock,
+}
+
+/// A lock on the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// The process, as this host numbers it.
+    pub pid: i32,
+    /// The lock.
+    pub held: Held,
+}
+
+/// The locks of a container: all of them, where its tasks stand still.
+///
+/// # Errors
+/// When they are more than can go along.
+pub fn look(pids: &[i32]) -> Result<Vec<Found>> {
+    let mut found = Vec::new();
+    for Task { pid, vpid } in of_first_space(pids)? {
+        each(pid, |number, lock| found.push(Found { pid, held: Held { vpid, number, lock } }));
+        if found.len() > MOST {
+            bail!("more than {MOST} file locks");
+        }
+    }
+    Ok(found)
+}
+
+/// Calls something for each lock of a process that has a descriptor of its own.
+fn each(pid: i32, mut tell: impl FnMut(RawFd, FileLock)) {
+    // Whoever has ended meanwhile holds none.
+    for number in door::numbers(pid).unwrap_or_default() {
+        let target = fs::read_link(format!("/proc/{pid}/fd/{number}"));
+        // Servers have thousands of sockets, which nobody locks.
+        if target.is_ok_and(|target| target.is_absolute()) {
+            held(pid, number).unwrap_or_default().into_iter().for_each(|lock| tell(number, lock));
+        }
+    }
+}
+
+/// Has the restored tasks, which CRIU holds and none of which has run, hold all these locks.
+///
+/// # Errors
+/// Names the first process that cannot, and its file.
+pub fn hold(pids: &[i32], locks: &[Held]) -> Result<()> {
+    if locks.is_empty() {
+        return Ok(());
+    }
+    let tasks = of_first_space(pids)?;
+    let mut by_task: BTreeMap<i32, Vec<Held>> = BTreeMap::new();
+    for held in locks {
+        by_task.entry(held.vpid).or_default().push(*held);
+    }
+    for (vpid, list) in by_task {
+        let task = tasks.iter().find(|task| task.vpid == vpid);
+        let task =
+            task.ok_or_else(|| anyhow!("process {vpid}, which holds locks, is not there"))?;
+        hold_in(task.pid, &list)?;
+    }
+    Ok(())
+}
+
+fn hold_in(pid: i32, list: &[Held]) -> Result<()> {
+    let lacking = missing(pid, list)?;
+    let Some(first) = lacking.first() else { return Ok(()) };
+    tracing::debug!("{} file locks of process {} are set again", lacking.len(), first.vpid);
+    let mut thread = door::first_thread(pid).with_context(|| words(pid, first))?;
+    let mut setter = Setter::open(&mut thread, pid).with_context(|| words(pid, first))?;
+    for held in &lacking {
+        setter.set(held.number, &held.lock).with_context(|| words(pid, held))?;
+    }
+    setter.close().with_context(|| words(pid, first))?;
+    drop(thread);
+    match missing(pid, list)?.first() {
+        Some(held) => bail!("{}: the kernel does not list it", words(pid, held)),
+        None => Ok(()),
+    }
+}
+
+/// Those that a process does not hold. Which of several descriptors of a file the kernel shows a lock at
+/// does not matter.
+fn missing(pid: i32, list: &[Held]) -> Result<Vec<Held>> {
+    let mut files = BTreeMap::new();
+    let mut there = HashSet::new();
+    for number in list.iter().map(|held| held.number) {
+        if files.contains_key(&number) {
+            continue;
+        }
+        let what = || format!("descriptor {number}, which holds a lock, is not there");
+        let meta = fs::metadata(format!("/proc/{pid}/fd/{number}")).with_context(what)?;
+        let file = (meta.dev(), meta.ino());
+        there.extend(held(pid, number).with_context(what)?.into_iter().map(|lock| (file, lock)));
+        files.insert(number, file);
+    }
+    let lacks = |held: &&Held| !there.contains(&(files[&held.number], held.lock));
+    Ok(list.iter().filter(lacks).copied().collect())
+}
+
+/// Locks that CRIU would lose, and that no call of ours can set again, as their process is of another kind
+/// than we.
+pub fn problems(pids: &[i32]) -> Vec<Problem> {
+    let strange = pids.iter().filter(|pid| !arch::SUPPORTED || !native(**pid));
+    let problem = |pid: &i32| {
+        let file = locked_and_mapped(*pid)?;
+        let comm = process::proc_text(*pid, "comm").unwrap_or_default();
+        let what = format!("the container has {} both locked and mapped", file.display());
+        let why = format!("process {pid} ({}) would lose the lock", comm.trim());
+        Some(Problem::new(what, why).hint(
+            "such a lock is carried for programs of 64 bits on x86-64 only: have the program let go of it",
+        ))
+    };
+    strange.filter_map(problem).take(1).collect()
+}
+
+/// A file that a process has mapped, and has a lock of its own on.
+fn locked_and_mapped(pid: i32) -> Option<PathBuf> {
+    let mut locked = Vec::new();
+    each(pid, |number, lock| locked.extend((lock.kind == Kind::Posix).then_some(number)));
+    if locked.is_empty() {
+        return None;
+    }
+    let link = |entry: fs::DirEntry| fs::read_link(entry.path()).ok();
+    let mapped = fs::read_dir(format!("/proc/{pid}/map_files")).ok()?;
+    let mapped: HashSet<PathBuf> = mapped.flatten().filter_map(link).collect();
+    let files = locked.iter().filter_map(|n| fs::read_link(format!("/proc/{pid}/fd/{n}")).ok());
+    files.into_iter().find(|file| mapped.contains(file))
+}
+
+/// What could not be done.
+fn words(pid: i32, held: &Held) -> String {
+    let file = fs::read_link(format!("/proc/{pid}/fd/{}", held.number)).unwrap_or_default();
+    format!("process {} does not get its lock on {} ({})", held.vpid, file.display(), held.lock)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    /// In a shell that has its own program open as 9: that is mapped.
+    #[test]
+    fn a_file_that_is_locked_and_mapped_is_found() {
+        let mut child = Command::new("sh")
+            .args(["-c", "exec 9</proc/self/exe 8</etc/passwd; echo; read line"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        out.read_line(&mut String::new()).unwrap();
+        let pid = child.id() as i32;
+        let lock = |kind| FileLock { kind, write: false, start: 0, end: None };
+        let set = |number, lock| {
+            let mut thread = door::first_thread(pid).unwrap();
+            let mut setter = Setter::open(&mut thread, pid).unwrap();
+            setter.set(number, &lock).unwrap();
+            setter.close().unwrap();
+        };
+        set(8, lock(Kind::Posix));
+        set(9, lock(Kind::Flock));
+        assert_eq!(locked_and_mapped(pid), None);
+        set(9, lock(Kind::Posix));
+        let program = fs::read_link(format!("/proc/{pid}/exe")).unwrap();
+        assert_eq!(locked_and_mapped(pid), Some(program));
+        // We can set it again.
+        assert_eq!(problems(&[pid]), []);
+        let held = look(&[pid]).unwrap().into_iter().map(|found| found.held).collect::<Vec<_>>();
+        assert_eq!(held.len(), 3);
+        assert_eq!(missing(pid, &held).unwrap(), []);
+        let more = Held { lock: FileLock { end: Some(7), ..held[0].lock }, ..held[0] };
+        assert_eq!(missing(pid, &[more]).unwrap(), [more]);
+        drop(child.stdin.take());
+        child.wait().unwrap();
+    }
+}
