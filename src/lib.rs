@@ -18,6 +18,8 @@
 //!  0  sys            system calls as types, and every `unsafe` line
 //! ```
 
+// Public is what the program and the tests under `tests/` take; in each room the rest is `pub(crate)`,
+// so that the compiler tells what is dead.
 pub mod cli;
 pub mod connections;
 pub mod criu;

@@ -46,7 +46,7 @@ fn main() {
         trial("fence_is_silent_bridge", || fencing::silent("fsb", Bridge)),
         trial("fence_outlives_its_process", fencing::outlives),
         trial("fence_without_egress", fencing::without_egress),
-        trial("fence_one_side", fencing::one_side),
+        trial("fence_new_only", fencing::new_only),
         trial("replay_macvlan", || fencing::replay("rpm", Macvlan)),
         trial("replay_bridge", || fencing::replay("rpb", Bridge)),
         trial("replay_large_segments_macvlan", || fencing::large_segments("lsm", Macvlan)),

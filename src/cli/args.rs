@@ -395,12 +395,6 @@ pub struct ReceiveArgs {
     /// Wait for the source here: unix:/path
     #[arg(long, value_name = "WHERE")]
     pub listen: Option<Listen>,
-    /// A socket on this host that receives the container's terminal
-    #[arg(long, value_name = "PATH")]
-    pub console_socket: Option<PathBuf>,
-    /// Print one JSON event a line, to stderr with --stdio
-    #[arg(long)]
-    pub json: bool,
     /// Who reads stderr is not the source: tell what the source is told, too
     #[arg(long, hide = true)]
     pub own_stderr: bool,

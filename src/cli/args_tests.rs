@@ -85,10 +85,7 @@ fn what_is_not_built_is_not_accepted() {
 /// The derive makes a group of all arguments of a verb, and one of them kept out the others.
 #[test]
 fn receive_takes_its_options_together() {
-    for line in [
-        "receive --stdio --json --console-socket /c --own-stderr",
-        "receive --listen unix:/x --json --console-socket /c",
-    ] {
+    for line in ["receive --stdio --own-stderr", "receive --listen unix:/x --own-stderr"] {
         assert!(parse(line).is_ok(), "{line}");
     }
 }

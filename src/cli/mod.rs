@@ -3,13 +3,13 @@
 //! [`scan`] reads just enough of the command line to know whose verb it is. The runtime's
 //! go through [`passthrough`]; ours are parsed by [`args`] and go on from [`run`].
 
-pub mod args;
-pub mod destination;
+pub(crate) mod args;
+pub(crate) mod destination;
 pub mod passthrough;
 mod resolve;
-pub mod runtime;
+pub(crate) mod runtime;
 pub mod scan;
-pub mod units;
+pub(crate) mod units;
 mod verbs;
 
 use std::ffi::OsString;

@@ -12,6 +12,6 @@
 //!
 //! [`images`] reads and writes the image files that the hand-over needs to understand.
 
-pub mod images;
-pub mod interposer;
+pub(crate) mod images;
+pub(crate) mod interposer;
 pub mod shim;

@@ -10,21 +10,21 @@
 //! in memory, as a [`tree`]; [`sockets`] keeps the names of unix sockets until it is known who owns
 //! them. [`logs`] come to their places in a [`directory`] that somebody else has named.
 
-pub mod apply;
+pub(crate) mod apply;
 mod changes;
 mod contents;
-pub mod directory;
-pub mod follow;
-pub mod inodes;
-pub mod layers;
-pub mod logs;
-pub mod mounting;
+pub(crate) mod directory;
+pub(crate) mod follow;
+pub(crate) mod inodes;
+pub(crate) mod layers;
+pub(crate) mod logs;
+pub(crate) mod mounting;
 mod ops;
-pub mod overlay;
-pub mod place;
-pub mod probe;
-pub mod sockets;
-pub mod tmpfs;
-pub mod tree;
+pub(crate) mod overlay;
+pub(crate) mod place;
+pub(crate) mod probe;
+pub(crate) mod sockets;
+pub(crate) mod tmpfs;
+pub(crate) mod tree;
 pub mod walk;
 mod writes;

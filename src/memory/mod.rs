@@ -9,14 +9,14 @@
 //! What CRIU does not leave to us (file-private pages that were written to, shared anonymous
 //! memory, locked and huge pages, the vDSO) travels in its image files.
 
-pub mod converge;
-pub mod direct;
-pub mod pages;
-pub mod pending;
-pub mod remainder;
-pub mod rounds;
+pub(crate) mod converge;
+pub(crate) mod direct;
+pub(crate) mod pages;
+pub(crate) mod pending;
+pub(crate) mod remainder;
+pub(crate) mod rounds;
 pub mod serve;
-pub mod soft_dirty;
-pub mod staging;
-pub mod table;
-pub mod track;
+pub(crate) mod soft_dirty;
+pub(crate) mod staging;
+pub(crate) mod table;
+pub(crate) mod track;

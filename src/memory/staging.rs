@@ -166,11 +166,6 @@ impl Staging {
         let _ = self.arena.release(slot as usize * PAGE, pages * PAGE);
         self.free.extend(slot..slot + pages as u32);
     }
-
-    /// Bytes held.
-    pub fn staged_bytes(&self) -> u64 {
-        ((self.used - self.free.len()) * PAGE) as u64
-    }
 }
 
 /// The page numbers of a run; refuses addresses that no task can have.
@@ -198,13 +193,11 @@ mod tests {
         staging.put(1, 0x2000, &[2; PAGE]).unwrap();
         let Some(Slot::At(slot)) = find(&staging, 1, 0x2000) else { panic!("lost") };
         assert_eq!(staging.bytes(slot, 1), [2; PAGE]);
-        assert_eq!(staging.staged_bytes(), 2 * PAGE as u64);
         staging.put_zeros(1, 0x2000, 1).unwrap();
         assert_eq!(find(&staging, 1, 0x2000), Some(Slot::Zero));
         staging.put_remote(1, 0x1000, 1).unwrap();
         assert_eq!(find(&staging, 1, 0x1000), Some(Slot::Remote(1)));
         assert_eq!(find(&staging, 2, 0x2000), None);
-        assert_eq!(staging.staged_bytes(), 0);
     }
 
     #[test]

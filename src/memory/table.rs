@@ -46,11 +46,6 @@ impl<T: Copy> PageTable<T> {
             .or_insert_with(|| Box::new([blank; CHUNK]));
         &mut chunk[page as usize % CHUNK]
     }
-
-    /// Makes all pages of a task blank.
-    pub fn forget(&mut self, task: i32) {
-        self.chunks.retain(|(of, _), _| *of != task);
-    }
 }
 
 #[cfg(test)]
@@ -71,7 +66,5 @@ mod tests {
         let expected: Vec<u32> = (510..).take(values.len()).map(|p| table.get(7, p)).collect();
         assert_eq!((values.len(), values), (2 * 512 + 3, expected));
         assert_eq!(table.values(7, 512, 0).count(), 0);
-        table.forget(7);
-        assert_eq!(table.get(7, 512), 0);
     }
 }

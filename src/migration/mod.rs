@@ -11,14 +11,14 @@
 //! 1  protocol                  what the hosts say
 //! ```
 
-pub mod checkpoint;
+pub(crate) mod checkpoint;
 pub mod destination;
-pub mod forwarding;
+pub(crate) mod forwarding;
 pub mod journal;
-pub mod network;
-pub mod options;
-pub mod preflight;
+pub(crate) mod network;
+pub(crate) mod options;
+pub(crate) mod preflight;
 pub mod protocol;
-pub mod recovery;
-pub mod source;
-pub mod transfer;
+pub(crate) mod recovery;
+pub(crate) mod source;
+pub(crate) mod transfer;

@@ -39,9 +39,6 @@ pub enum Side {
     /// New TCP connections, for those that are beginning or ending to come to their end: the
     /// container runs on, and all others with it.
     New,
-    /// What comes in. Enough while the tasks are not frozen yet: what they still send is on its
-    /// way, and a lost answer would cost them a retransmission timeout on the other host.
-    In,
     /// Both ways.
     Both,
 }
@@ -75,7 +72,6 @@ pub struct Armed {
     pub(super) open_new: Prepared,
     /// New connections are stopped.
     pub(super) holds_new: bool,
-    pub(super) close_in: Prepared,
     pub(super) close: Prepared,
     pub(super) remove: Prepared,
 }
@@ -85,7 +81,6 @@ impl Armed {
     pub fn close(&mut self, side: Side) -> Result<(), Problem> {
         let batch = match side {
             Side::New => &self.close_new,
-            Side::In => &self.close_in,
             Side::Both => &self.close,
         };
         self.holds_new |= side == Side::New;
@@ -128,18 +123,6 @@ pub fn raise(namespace: &NetNs) -> Result<Armed, Problem> {
 pub fn raise_without_egress(namespace: &NetNs) -> Result<Armed, Problem> {
     install_with(namespace, Policy::Drop, Outward::Output)
         .trying(|| "cannot put up the network fence".into())
-}
-
-/// Opens the fence that is in the namespace; it is no error if there is none.
-pub fn open(namespace: &NetNs) -> Result<(), Problem> {
-    let trying = || "cannot open the network fence".into();
-    let mut socket = Socket::open_in(namespace, Protocol::Netfilter).trying(trying)?;
-    let chains = ours(&mut socket).trying(trying)?;
-    if chains.is_empty() {
-        return Ok(());
-    }
-    let chains: Vec<_> = chains.iter().map(|c| (c.family, c.name.as_str())).collect();
-    socket.transact(&flip(&chains, Policy::Accept)).map(drop).trying(trying)
 }
 
 /// Takes the fence away by its name, whoever made it; it is no error if there is none.
@@ -245,7 +228,6 @@ fn install_with(
         close_new: close_new.prepare(),
         open_new: open_new.prepare(),
         holds_new: false,
-        close_in: flip(inward, Policy::Drop),
         close: flip(&names, Policy::Drop),
         remove: removal.prepare(),
     })

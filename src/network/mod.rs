@@ -20,33 +20,33 @@
 //!
 //! Nothing here knows of CRIU, of runc or of the protocol between the hosts.
 
-pub mod announce;
-pub mod capture;
+pub(crate) mod announce;
+pub(crate) mod capture;
 pub mod fence;
-pub mod floating;
-pub mod forward;
-pub mod frames;
-pub mod gate;
-pub mod hook;
-pub mod host_side;
+pub(crate) mod floating;
+pub(crate) mod forward;
+pub(crate) mod frames;
+pub(crate) mod gate;
+pub(crate) mod hook;
+pub(crate) mod host_side;
 pub mod image;
 mod legacy;
 mod neighbours;
 mod nft;
-pub mod placement;
-pub mod qdisc;
-pub mod read;
+pub(crate) mod placement;
+pub(crate) mod qdisc;
+pub(crate) mod read;
 mod recreate;
-pub mod replay;
+pub(crate) mod replay;
 mod restore;
-pub mod room;
-pub mod routed;
+pub(crate) mod room;
+pub(crate) mod routed;
 mod rtnl;
-pub mod sockets;
+pub(crate) mod sockets;
 mod sysctl;
-pub mod translated;
-pub mod unix;
-pub mod unread;
+pub(crate) mod translated;
+pub(crate) mod unix;
+pub(crate) mod unread;
 pub mod usable;
 
 pub use crate::problem::Problem;

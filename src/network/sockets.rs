@@ -147,18 +147,6 @@ impl Lookout {
         Ok(found)
     }
 
-    /// Connections that the container has closed, and of which the kernel keeps nothing but the
-    /// answer to what may still come.
-    pub fn remembered(&mut self) -> Result<Vec<Flow>, Problem> {
-        let mut found = Vec::new();
-        self.list(libc::IPPROTO_TCP, &[FIN_WAIT2, TIME_WAIT], |one| {
-            if one.inode == 0 {
-                found.push(one.flow);
-            }
-        })?;
-        Ok(found)
-    }
-
     /// All TCP and UDP sockets that are more than a memory of one.
     pub fn all(&mut self) -> Result<Vec<Known>, Problem> {
         let states: Vec<u8> = (1..=CLOSING).filter(|s| *s != TIME_WAIT).collect();
@@ -335,7 +323,7 @@ mod tests {
             let mut bytes = [0; ANSWER];
             (bytes[0], bytes[1], bytes[3]) = (libc::AF_INET as u8, FIN_WAIT1, retries);
             bytes[60..64].copy_from_slice(&sent.to_ne_bytes());
-            let message = Message { kind: BY_FAMILY, payload: bytes.to_vec() };
+            let message = Message { payload: bytes.to_vec() };
             one(&message).is_some_and(|one| one.drains())
         };
         assert!(one(2, 0) && one(1 << 20, UNANSWERED - 1));

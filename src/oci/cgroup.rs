@@ -109,17 +109,6 @@ impl Cgroup {
         Ok(found)
     }
 
-    /// Whether it was told to freeze.
-    ///
-    /// # Errors
-    /// When the group is gone.
-    pub fn is_frozen(&self) -> Result<bool> {
-        Ok(match self {
-            Cgroup::V2(p) => fs::read_to_string(p.join("cgroup.freeze"))?.trim() == "1",
-            Cgroup::V1(p) => fs::read_to_string(p.join("freezer.state"))?.trim() != "THAWED",
-        })
-    }
-
     /// Stops every task and waits until all have stopped.
     ///
     /// # Errors

@@ -1,9 +1,9 @@
 //! The underlying runtime and the bundle, as types.
 
-pub mod bundle;
-pub mod cgroup;
+pub(crate) mod bundle;
+pub(crate) mod cgroup;
 pub mod runtime;
-pub mod warm;
+pub(crate) mod warm;
 
 /// Where programs are looked for when the environment names no PATH (podman calls so).
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";

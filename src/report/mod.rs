@@ -1,8 +1,8 @@
 //! What the user is told: progress, timeline, JSON.
 
-pub mod exit;
-pub mod failures;
-pub mod forecast;
-pub mod log;
-pub mod progress;
-pub mod trace;
+pub(crate) mod exit;
+pub(crate) mod failures;
+pub(crate) mod forecast;
+pub(crate) mod log;
+pub(crate) mod progress;
+pub(crate) mod trace;

@@ -108,6 +108,8 @@ pub struct Report {
     pub wire_bytes: u64,
     /// Frames that came in during the freeze and were sent along.
     pub packets: u64,
+    /// Frames that came in during the freeze, and for which the kernel had no room.
+    pub packets_lost: u32,
     /// Connections that Ferry carried itself, as there were many.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub connections: Option<usize>,

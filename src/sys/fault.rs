@@ -4,13 +4,13 @@
 //!
 //! - `kill`: this process ends by SIGKILL, as by the kernel's memory killer.
 //! - `error`: the point returns an error, as a step that failed would.
-//! - `hold`: writes the process's number to [`HOLDS`]`/POINT` and waits until the file is gone: a
+//! - `hold`: writes the process's number to `/run/ferry-fault/POINT` and waits until the file is gone: a
 //!   test then does from outside what it likes (a signal, a cut link, a killed CRIU).
 //!
 //! A held point goes on by itself after a minute: a test that died must leave no process behind.
 
 #[cfg(feature = "faults")]
-pub use armed::{HOLDS, point};
+pub use armed::point;
 
 /// Nothing: the feature `faults` is off.
 ///
@@ -32,7 +32,7 @@ mod armed {
     use nix::sys::signal::{Signal, raise};
 
     /// Where held points are told and let go.
-    pub const HOLDS: &str = "/run/ferry-fault";
+    const HOLDS: &str = "/run/ferry-fault";
     const LONGEST: Duration = Duration::from_secs(60);
 
     /// See the module.

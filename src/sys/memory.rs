@@ -315,7 +315,6 @@ mod ioctl {
     nix::ioctl_readwrite!(uffdio_zeropage, 0xAA, 0x04, UffdioZeropage);
     nix::ioctl_readwrite!(uffdio_api, 0xAA, 0x3F, UffdioApi);
     nix::ioctl_readwrite!(uffdio_register, 0xAA, 0x00, UffdioRegister);
-    nix::ioctl_read!(uffdio_unregister, 0xAA, 0x01, UffdioRange);
     nix::ioctl_read!(uffdio_wake, 0xAA, 0x02, UffdioRange);
 }
 
@@ -426,14 +425,6 @@ pub fn uffd_watch_writes(uffd: impl AsFd, start: u64, len: u64) -> io::Result<()
     let mut arg = UffdioRegister { start, len, mode: 1 << 1, ioctls: 0 };
     // SAFETY: the struct is live; watching changes nothing in the memory of the process.
     unsafe { ioctl::uffdio_register(uffd.as_fd().as_raw_fd(), &mut arg) }?;
-    Ok(())
-}
-
-/// Stops watching a range. `UFFDIO_UNREGISTER`.
-pub fn uffd_unregister(uffd: impl AsFd, start: u64, len: u64) -> io::Result<()> {
-    let mut arg = UffdioRange { start, len };
-    // SAFETY: the struct is live.
-    unsafe { ioctl::uffdio_unregister(uffd.as_fd().as_raw_fd(), &mut arg) }?;
     Ok(())
 }
 

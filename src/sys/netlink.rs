@@ -194,8 +194,6 @@ impl Prepared {
 /// One message of the kernel's answer.
 #[derive(Debug, Clone)]
 pub struct Message {
-    /// `nlmsg_type`
-    pub kind: u16,
     /// What follows the netlink header.
     pub payload: Vec<u8>,
 }
@@ -314,8 +312,8 @@ impl Socket {
                     outcome(header.flags, payload)
                 }
                 NLMSG_DONE => Ok(()),
-                kind => {
-                    messages.push(Message { kind, payload: payload.to_vec() });
+                _ => {
+                    messages.push(Message { payload: payload.to_vec() });
                     Ok(())
                 }
             });
@@ -357,8 +355,8 @@ impl Socket {
                         done = true;
                         outcome(0, payload)
                     }
-                    kind => {
-                        messages.push(Message { kind, payload: payload.to_vec() });
+                    _ => {
+                        messages.push(Message { payload: payload.to_vec() });
                         Ok(())
                     }
                 }

@@ -59,14 +59,6 @@ pub fn in_new_session(command: &mut Command) {
     }
 }
 
-/// Makes this process reap orphans among its descendants: the restored container's init becomes
-/// runc's sibling and must not be lost to pid 1 while runc still waits. prctl(2).
-pub fn set_child_subreaper() -> io::Result<()> {
-    // SAFETY: no pointers.
-    let r = unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
-    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
 /// Makes `target` the same open file as `fd`, kept over exec. dup2(2).
 pub fn dup_onto(fd: impl AsFd, target: RawFd) -> io::Result<()> {
     // SAFETY: plain numbers; the shim that calls this owns the target number.

@@ -1,10 +1,10 @@
 //! A container's tasks, from outside.
 
-pub mod aio;
-pub mod descriptors;
-pub mod held;
+pub(crate) mod aio;
+pub(crate) mod descriptors;
+pub(crate) mod held;
 pub mod locks;
-pub mod losses;
-pub mod mend;
-pub mod sleepers;
-pub mod watched;
+pub(crate) mod losses;
+pub(crate) mod mend;
+pub(crate) mod sleepers;
+pub(crate) mod watched;

@@ -256,18 +256,6 @@ pub fn adopt(input: OwnedFd, output: OwnedFd) -> Result<Link> {
     })
 }
 
-/// A connection that `ferry receive --listen unix:PATH` has accepted.
-///
-/// # Errors
-/// When the socket cannot be shared between the directions.
-pub fn accepted(socket: UnixStream) -> Result<Link> {
-    Ok(Link {
-        reader: Box::new(socket.try_clone()?),
-        writer: Box::new(socket.try_clone()?),
-        closer: Closer::Socket(socket),
-    })
-}
-
 /// Splits `--rsh` as rsync does: at blanks; quotes group.
 ///
 /// # Errors

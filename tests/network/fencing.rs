@@ -127,14 +127,11 @@ pub fn outlives() {
         .status();
     assert!(status.expect("a process").success());
     assert_eq!(fence::state(&ns), Ok(State::Closed));
-    fence::open(&ns).expect("opened by name");
-    assert_eq!(fence::state(&ns), Ok(State::Open));
     drop(fence::raise(&ns).expect("raised twice"));
     drop(fence::raise(&ns).expect("raised twice"));
     assert_eq!(fence::is_raised(&ns), Ok(true));
     fence::remove(&ns).expect("removed by name");
     fence::remove(&ns).expect("removed twice");
-    fence::open(&ns).expect("nothing to open");
     assert_eq!(fence::state(&ns), Ok(State::Absent));
     // Flipping a fence that somebody has removed must not succeed in silence.
     let mut armed = fence::arm(&ns).expect("armed");
@@ -143,18 +140,21 @@ pub fn outlives() {
     armed.disarm().expect("it is gone");
 }
 
-pub fn one_side() {
+pub fn new_only() {
     let lab = Lab::new("side", Attachment::Bridge);
     let ns = lab.container("web");
     let client = lab.ns("c");
     let (mut server, mut near) = connect(&ns, &client, address(IP4));
     let mut armed = fence::arm(&ns).expect("armed");
-    armed.close(Side::In).expect("closed inwards");
-    assert_eq!(fence::state(&ns), Ok(State::Partly));
+    armed.close(Side::New).expect("closed for new ones");
     server.write_all(b"on its way").expect("write");
     let mut got = [0; 10];
     near.read_exact(&mut got).expect("what leaves arrives");
     assert_eq!(&got, b"on its way");
+    near.write_all(b"and back").expect("write");
+    let mut got = [0; 8];
+    server.read_exact(&mut got).expect("what is established goes on, both ways");
+    assert_eq!(&got, b"and back");
     armed.disarm().expect("disarmed");
     assert_eq!(fence::state(&ns), Ok(State::Absent));
 }

@@ -29,7 +29,7 @@ pub fn measure(name: &'static str, attachment: Attachment) {
     let mut t: [Vec<Duration>; 16] = std::array::from_fn(|_| Vec::new());
     for _ in 0..TIMES {
         let mut armed = timed(&mut t[0], || fence::arm(&ns)).expect("arm");
-        timed(&mut t[1], || armed.close(Side::In)).expect("close");
+        timed(&mut t[1], || armed.close(Side::New)).expect("close");
         timed(&mut t[2], || armed.close(Side::Both)).expect("close");
         timed(&mut t[3], || armed.open()).expect("open");
         timed(&mut t[4], || fence::state(&ns)).expect("state");

@@ -1,5 +1,5 @@
 //! CRIU's dump and restore through the runtime.
 
-pub mod dump;
-pub mod restore;
-pub mod streams;
+pub(crate) mod dump;
+pub(crate) mod restore;
+pub(crate) mod streams;

@@ -16,12 +16,12 @@
 //!
 //! What they know is in `/run/ferry-forward/ID`, and goes with a reboot like the namespaces.
 
-pub mod away;
-pub mod carrier;
-pub mod control;
-pub mod home;
-pub mod process;
-pub mod steps;
+pub(crate) mod away;
+pub(crate) mod carrier;
+pub(crate) mod control;
+pub(crate) mod home;
+pub(crate) mod process;
+pub(crate) mod steps;
 mod way;
 
 use std::fs;

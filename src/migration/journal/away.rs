@@ -89,27 +89,6 @@ impl AwayMark {
             Err(why) => Err(why).with_context(what),
         }
     }
-
-    /// All marks of this host, of whichever root, in no order.
-    pub fn list(state_dir: &Path) -> Result<Vec<AwayMark>> {
-        let away = state_dir.join("away");
-        let what = || format!("cannot list the away-marks in {}", away.display());
-        let roots = match fs::read_dir(&away) {
-            Ok(roots) => roots,
-            Err(why) if why.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(why) => return Err(why).with_context(what),
-        };
-        let mut marks = Vec::new();
-        for root in roots {
-            for mark in fs::read_dir(root.with_context(what)?.path()).with_context(what)? {
-                let mark = mark.with_context(what)?;
-                if valid_id(&mark.file_name()) {
-                    marks.extend(read(&mark.path()).with_context(what)?);
-                }
-            }
-        }
-        Ok(marks)
-    }
 }
 
 fn unreadable(place: &Path, id: &OsStr) -> String {
@@ -235,13 +214,11 @@ mod tests {
         let (state, root) = (dir.path().join("a/b"), dir.path().join("run/runc"));
         let web = OsStr::new("web");
         assert_eq!(AwayMark::find(&state, &root, web).unwrap(), None);
-        assert!(AwayMark::list(&state).unwrap().is_empty());
         mark(&root).write(&state).unwrap();
         mark(&root).write(&state).unwrap();
         assert_eq!(AwayMark::find(&state, &root, web).unwrap(), Some(mark(&root)));
         assert_eq!(AwayMark::find(&state, Path::new("/other"), web).unwrap(), None);
         assert_eq!(AwayMark::find(&state, &root, OsStr::new("web2")).unwrap(), None);
-        assert_eq!(AwayMark::list(&state).unwrap(), [mark(&root)]);
         let file = root_dir(&state, &root).join("web");
         assert_eq!(fs::metadata(file).unwrap().permissions().mode() & 0o777, 0o600);
         assert!(AwayMark::remove(&state, &root, web).unwrap());

@@ -10,10 +10,10 @@
 //! the source owns the container; once it is there the destination does.
 
 pub mod away;
-pub mod criu;
-pub mod holder;
-pub mod part;
-pub mod workdir;
+pub(crate) mod criu;
+pub(crate) mod holder;
+pub(crate) mod part;
+pub(crate) mod workdir;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Read;

@@ -25,7 +25,18 @@ const MOST: usize = 32 << 20;
 #[derive(Debug)]
 pub struct Keeper {
     stop: UnixStream,
-    thread: JoinHandle<(Vec<Frame>, u64)>,
+    thread: JoinHandle<Kept>,
+}
+
+/// What a keeper has when it ends.
+#[derive(Default)]
+struct Kept {
+    /// The first [`MOST`] bytes of it.
+    frames: Vec<Frame>,
+    /// Frames seen, those that waited unread among them.
+    count: u64,
+    /// Frames that the kernel dropped, since they came faster than they were read. packet(7)
+    lost: u32,
 }
 
 impl Keeper {
@@ -41,21 +52,22 @@ impl Keeper {
         Ok(Keeper { stop, thread })
     }
 
-    fn end(self) -> (Vec<Frame>, u64) {
+    fn end(self) -> Kept {
         // The thread may have ended by itself.
         let _ = (&self.stop).write_all(b"s");
         self.thread.join().unwrap_or_default()
     }
 
-    /// Ends; how many frames there were.
-    pub fn stop(self) -> u64 {
-        self.end().1
+    /// Ends; how many frames there were, and how many the kernel had no room for.
+    pub fn stop(self) -> (u64, u32) {
+        let kept = self.end();
+        (kept.count, kept.lost)
     }
 
     /// Ends, and gives the frames to the container here, whose fence is open again and which has this
     /// control group.
     pub fn give_back(self, cgroup: Option<&Cgroup>, prepare: impl FnOnce() -> Result<Replay>) {
-        let (frames, _) = self.end();
+        let frames = self.end().frames;
         if frames.is_empty() {
             return;
         }
@@ -70,12 +82,7 @@ impl Keeper {
     }
 }
 
-fn keep(
-    mut capture: Capture,
-    came: Came,
-    speaker: &Speaker,
-    stopped: &UnixStream,
-) -> (Vec<Frame>, u64) {
+fn keep(mut capture: Capture, came: Came, speaker: &Speaker, stopped: &UnixStream) -> Kept {
     let (mut kept, mut size) = (Vec::new(), 0);
     let mut count = came.unread.len() as u64;
     // The dump notices a broken link; here it only means that nobody listens any more.
@@ -95,7 +102,7 @@ fn keep(
             break;
         }
     }
-    (kept, count)
+    Kept { frames: kept, count, lost: capture.lost().unwrap_or(0) }
 }
 
 #[cfg(test)]

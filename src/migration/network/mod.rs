@@ -1,9 +1,9 @@
 //! The network during a migration.
 
-pub mod arrival;
-pub mod floating;
-pub mod hooks;
-pub mod keeper;
-pub mod lull;
-pub mod room;
-pub mod unread;
+pub(crate) mod arrival;
+pub(crate) mod floating;
+pub(crate) mod hooks;
+pub(crate) mod keeper;
+pub(crate) mod lull;
+pub(crate) mod room;
+pub(crate) mod unread;

@@ -1,8 +1,8 @@
 //! What stands in the way, before anything is touched.
 
-pub mod checks;
-pub mod contested;
-pub mod host;
-pub mod inspect;
-pub mod layers;
-pub mod standard;
+pub(crate) mod checks;
+pub(crate) mod contested;
+pub(crate) mod host;
+pub(crate) mod inspect;
+pub(crate) mod layers;
+pub(crate) mod standard;

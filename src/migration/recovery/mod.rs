@@ -1,7 +1,7 @@
 //! Undoing and finishing, by whoever is left.
 
-pub mod decide;
-pub mod guards;
-pub mod recover;
-pub mod rest;
-pub mod settle;
+pub(crate) mod decide;
+pub(crate) mod guards;
+pub(crate) mod recover;
+pub(crate) mod rest;
+pub(crate) mod settle;

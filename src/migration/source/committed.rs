@@ -64,19 +64,26 @@ impl Committed {
             reporter.warning(&format!("connections stay open here for a moment: {e:#}"));
         }
         let (keeper, hooks) = (begun.keeper.take(), begun.hooks.take());
-        let (mut packets, mut trouble) = (0, None);
+        let ((mut packets, mut lost), mut trouble) = ((0, 0), None);
         let speaker = &begun.speaker;
         let done = recover::source_lets_go(&mut begun.journal, || {
             // Until packets are led elsewhere they come here, and are sent along.
             trouble = hooks.and_then(Hooks::switched);
             if let Some(keeper) = keeper {
-                packets = keeper.stop();
+                (packets, lost) = keeper.stop();
             }
             // Nothing more comes from here: the destination's end and ours need not wait for each
             // other. Without the word it would find out by itself.
             let _ = speaker.say(&Message::Finished);
         });
         reporter.report.packets = packets;
+        reporter.report.packets_lost = lost;
+        if lost > 0 {
+            reporter.warning(&format!(
+                "{lost} packets came in the freeze faster than they could be kept: TCP sends them \
+                 again, datagrams are lost"
+            ));
+        }
         if let Some(e) = trouble {
             reporter.warning(&format!("{e}"));
         }

@@ -13,11 +13,11 @@
 //! consumes it. [`Committed`] has no way back: nothing in it can thaw the container or lift the
 //! fence, and its functions return no error that anybody could take for a reason to.
 
-pub mod ask;
+pub(crate) mod ask;
 mod committed;
-pub mod forecast;
+pub(crate) mod forecast;
 mod frozen;
-pub mod watch;
+pub(crate) mod watch;
 
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};

@@ -1,8 +1,8 @@
 //! What goes over the link: memory, files, images.
 
-pub mod carry;
-pub mod early;
-pub mod haul;
-pub mod intake;
-pub mod lanes;
-pub mod parcels;
+pub(crate) mod carry;
+pub(crate) mod early;
+pub(crate) mod haul;
+pub(crate) mod intake;
+pub(crate) mod lanes;
+pub(crate) mod parcels;

@@ -106,8 +106,6 @@ fn install(
     let rules = Rules::new(addresses, doors);
     let mut close_new = Batch::new();
     rules.add(&mut close_new, table, &[NEW, DOORS]);
-    let mut close_in = Batch::new();
-    rules.add(&mut close_in, table, &[IN, DOORS]);
     let mut close = Batch::new();
     rules.add(&mut close, table, &[IN, DOORS, OUT]);
     if closed {
@@ -131,7 +129,6 @@ fn install(
         close_new: close_new.prepare(),
         open_new: flush(&[IN, DOORS]),
         holds_new: false,
-        close_in: close_in.prepare(),
         close: close.prepare(),
         remove: remove.prepare(),
     })
