@@ -96,7 +96,8 @@ fn all_messages() -> Vec<Message> {
     for verdict in [None, Some(Verdict::Commit), Some(Verdict::Abort)] {
         list.push(Message::Settle { migration: ID.into(), verdict });
     }
-    for standing in [Standing::Running, Standing::Waiting, Standing::Partial, Standing::Gone] {
+    use Standing::{Gone, NeverRan, Partial, Running, Waiting};
+    for standing in [Running, Waiting, Partial, Gone, NeverRan] {
         list.push(Message::Settled { standing });
     }
     list

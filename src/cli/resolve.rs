@@ -11,7 +11,7 @@ use crate::migration::forwarding as forward;
 use crate::migration::journal::away::AwayMark;
 use crate::migration::journal::{Journal, Role, State, holder};
 use crate::migration::protocol::{Standing, Verdict};
-use crate::migration::recovery::decide::{Doubt, Next, Tasks, There, Word, decide};
+use crate::migration::recovery::decide::{self, Doubt, Next, Tasks, There, Word};
 use crate::migration::recovery::{guards, recover, rest, settle};
 use crate::migration::transfer::carry;
 use crate::report::exit::Failed;
@@ -86,26 +86,20 @@ pub fn resolve(globals: &Globals, args: &ResolveArgs) -> Result<(), Failed> {
 
 /// The other host may hold a copy that waits for nothing else. Nobody here does.
 fn tell(journal: &Journal, verdict: Verdict) {
-    let Err(e) = settle::ask(&journal.record, Some(verdict)) else { return };
     let peer = &journal.record.peer;
+    let e = match settle::ask(&journal.record, Some(verdict)) {
+        Ok(Standing::Running | Standing::Partial) if verdict == Verdict::Abort => {
+            let words = "warning: it runs on both hosts now: end it on one of them by hand";
+            let _ = writeln!(std::io::stderr(), "{words} ({peer} is the other one)");
+            return;
+        }
+        Ok(_) => return,
+        Err(e) => e,
+    };
     let _ = writeln!(std::io::stderr(), "warning: {peer} cannot be told: {e:#}");
     if let (Verdict::Abort, Err(e)) = (verdict, guards::tell_later(journal)) {
         let _ = writeln!(std::io::stderr(), "warning: nobody goes on trying: {e:#}");
     }
-}
-
-/// What there is of the container here.
-fn tasks(journal: &Journal) -> Result<Tasks, Failed> {
-    let record = &journal.record;
-    if record.init_lives() {
-        return Ok(Tasks::Here);
-    }
-    let state = recover::runtime(record).state(&record.container)?;
-    Ok(match state {
-        Some(state) if state.pid != 0 && state.status != "stopped" => Tasks::Anew,
-        _ if record.same_boot() => Tasks::Ended,
-        _ => Tasks::Rebooted,
-    })
 }
 
 fn resolve_source(
@@ -127,11 +121,11 @@ fn resolve_source(
     loop {
         match journal.state() {
             // Somebody else has been quicker.
-            State::Aborted => return Ok(Settled::new(stayed(tasks(journal)?))),
+            State::Aborted => return Ok(Settled::new(stayed(recover::tasks(&journal.record)?))),
             State::Finished => return Ok(Settled::new("it runs on the other host")),
             _ => {}
         }
-        match decide(journal.state(), tasks(journal)?, there, word) {
+        match decide::resolve(journal.state(), recover::tasks(&journal.record)?, there, word) {
             Next::Ask(verdict) => {
                 let answer = match verdict {
                     Some(verdict) => settle::insist(&journal.record, verdict),
@@ -149,20 +143,23 @@ fn resolve_source(
                 let handed_over = journal.state() == State::Committed;
                 // First of all: clients wait.
                 guards::source_runs_on_later(journal)?;
-                return Ok(if handed_over {
+                return Ok(if there == There::Is(Standing::NeverRan) {
+                    Settled::new("it never ran on the other host, and runs on here")
+                } else if handed_over {
                     Settled::new(
                         "it runs on here, by your word that the other host does not run it",
                     )
+                    .telling(Verdict::Abort)
                 } else {
                     Settled::new("it runs on here").telling(Verdict::Abort)
                 });
             }
             Next::Abandon => {
-                let tasks = tasks(journal)?;
+                let tasks = recover::tasks(&journal.record)?;
                 guards::source_runs_on_later(journal)?;
                 let settled = Settled::new(stayed(tasks));
                 return Ok(match there {
-                    There::Is(Standing::Gone) => settled,
+                    There::Is(Standing::Gone | Standing::NeverRan) => settled,
                     _ => settled.telling(Verdict::Abort),
                 });
             }
@@ -181,7 +178,7 @@ fn resolve_source(
                     Settled::new("it runs on the other host; what was left here is gone")
                 });
             }
-            Next::BringRest => return bring_rest(journal).map(Settled::new),
+            Next::BringRest => there = There::Is(bring_rest(journal)),
             Next::Doubt(doubt) => return Err(in_doubt(journal, doubt, silent)),
         }
     }
@@ -271,27 +268,15 @@ fn in_doubt(journal: &Journal, doubt: Doubt, silent: Option<anyhow::Error>) -> F
     Failed::in_doubt(anyhow!(words))
 }
 
-/// Post-copy that was broken off.
-fn bring_rest(journal: &mut Journal) -> Result<&'static str, Failed> {
-    let end = rest::bring(&journal.record, carry::Wishes::default(), &mut |why| {
+/// Post-copy that was broken off: how it stands on the destination when no more can be brought.
+fn bring_rest(journal: &Journal) -> Standing {
+    let unending = &mut |why: Option<&str>| {
         if let Some(why) = why {
             let _ = writeln!(std::io::stderr(), "warning: {why}; trying again");
         }
         true
-    });
-    match end {
-        rest::Brought::Whole(_) => {
-            guards::source_lets_go_later(journal)?;
-            Ok("it runs on the other host, with all of its memory; what was left here is gone")
-        }
-        _ => Err(Failed::in_doubt(anyhow!(
-            "the copy on {peer} was lost before it had all of its memory\n\
-             hint: the frozen copy here is as old as the hand-over: `ferry resolve {id} --keep` \
-             lets it run on",
-            peer = journal.record.peer,
-            id = journal.record.container,
-        ))),
-    }
+    };
+    rest::bring(&journal.record, carry::Wishes::default(), unending).standing()
 }
 
 fn resolve_destination(
@@ -307,6 +292,7 @@ fn resolve_destination(
     match settle::answer(state_dir, &journal.record.migration, verdict)? {
         Standing::Running => Ok(Settled::new("it runs here")),
         Standing::Gone => Ok(Settled::new("there is no copy of it here")),
+        Standing::NeverRan => Ok(Settled::new("there is no copy of it here, and none has run")),
         Standing::Partial => Err(Failed::in_doubt(anyhow!(
             "it runs here, and waits for memory that is still on the source\n\
              hint: `ferry resolve {id}` on the source brings it"
@@ -361,7 +347,7 @@ fn tell_again(journal: &Journal) -> Result<(), Failed> {
     let (id, peer) = (&journal.record.container, &journal.record.peer);
     let stayed = format!("migration {} of {id} was given up", journal.record.migration);
     match settle::insist(&journal.record, Verdict::Abort) {
-        Ok(Standing::Gone) => {
+        Ok(Standing::Gone | Standing::NeverRan) => {
             say(&format!("{stayed}, and {peer} holds nothing of it"));
             Ok(())
         }

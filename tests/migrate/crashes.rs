@@ -8,6 +8,7 @@ use libtest_mimic::Trial;
 use crate::common::container::Container;
 use crate::common::facts::{exactly_one_copy, facts, pair};
 use crate::common::lab::{Host, LONG, Lab, SHORT};
+use crate::common::probe::Probe;
 use crate::common::process::until;
 use crate::common::suite::in_lab;
 use crate::common::{Outcome, ensure};
@@ -19,6 +20,7 @@ pub fn trials() -> Vec<Trial> {
     vec![
         in_lab("crashes::source", LIMIT, source),
         in_lab("crashes::carried_through", LIMIT, carried_through),
+        in_lab("crashes::taken_back", LIMIT, taken_back),
     ]
 }
 
@@ -103,4 +105,37 @@ fn carried_through(lab: &Lab) -> Outcome {
     let fault = "FERRY_FAULT=source.committed:kill";
     a.exec(&["env", fault, "ferry", "migrate", "box", "b"])?.exits(137)?;
     exactly_one_copy(&container, &b, &a)
+}
+
+/// Handed over, and the copy is lost before it has run: the source's guard takes the container back
+/// without anybody's asking; where that is gone as well, whoever asks next does.
+fn taken_back(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter");
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    let point = "source.committed";
+    let file = a.path(&format!("/run/ferry-fault/{point}"))?;
+    for guarded in [true, false] {
+        let fault = format!("FERRY_FAULT={point}:hold");
+        let mut running = a.start(&["env", &fault, "ferry", "migrate", "box", "b"])?;
+        until(point, SHORT, || {
+            ensure!(!running.has_ended(), "it was over before it came by {point}");
+            Ok(file.exists().then_some(()))
+        })?;
+        let guard = if guarded { "" } else { "$(pgrep -f '^/proc/self/exe __guard')" };
+        b.sh("kill -KILL $(pgrep -f '^ferry receive')")?;
+        a.sh(&format!("kill -KILL {guard} $(pgrep -f '^ferry migrate')"))?;
+        running.end(LONG)?.exits(137)?;
+        std::fs::remove_file(&file).map_err(|e| format!("{}: {e}", file.display()))?;
+        if !guarded {
+            let said = a.ferry(&["resolve", "box"])?.exits(0)?;
+            ensure!(said.out.contains("never ran on the other host"), "{said}");
+        }
+        exactly_one_copy(&container, &a, &b)?;
+        probe.is_content()?;
+    }
+    a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    exactly_one_copy(&container, &b, &a)?;
+    probe.is_content()
 }

@@ -34,7 +34,8 @@ use super::network::arrival::Arrival;
 use super::preflight::checks;
 use super::protocol::forwarding::{Course, Word};
 use super::protocol::talk::{self, Heard, Speaker};
-use super::protocol::{Message, Plan, Standing, Verdict};
+use super::protocol::{Message, Plan, Verdict};
+use super::recovery::decide::{Act, Event, Phase, hear};
 use super::recovery::guards::PageGuard;
 use super::recovery::recover;
 use super::recovery::settle::{self, Call};
@@ -140,12 +141,15 @@ fn judge(input: Input) -> Result<Input> {
         Input::Heard(Heard::Message(Message::Abort { why })) => {
             bail!("the source gave up: {why}")
         }
-        // Whoever asks learns from the journal when everything is undone.
-        Input::Call(Call::Verdict(Some(Verdict::Abort), _)) => bail!("the source has given up"),
-        Input::Call(Call::Verdict(None, ref reply)) => {
-            // Whoever asks may have gone.
-            let _ = reply.send(Standing::Arriving);
-            Ok(input)
+        Input::Call(Call::Verdict(verdict, ref reply)) => {
+            let event = verdict.map_or(Event::Asked, Event::Verdict);
+            let (act, standing) = hear(Phase::Arriving, event);
+            // Whoever asks may have gone; or learns from the journal when everything is undone.
+            standing.map_or(Ok(()), |standing| reply.send(standing)).ok();
+            match act {
+                Act::Wait | Act::Run => Ok(input),
+                Act::Undo => bail!("the source has given up"),
+            }
         }
         Input::LaneEnded(why) => bail!("a further link to the source broke: {why}"),
         Input::Files(Applied::Failed(why)) => bail!("taking files in: {why}"),

@@ -12,10 +12,12 @@ use crate::migration::checkpoint::restore::{Go, RestoreEvent};
 use crate::migration::checkpoint::streams::Streams;
 use crate::migration::journal::State;
 use crate::migration::protocol::talk::{self, Heard, Speaker};
-use crate::migration::protocol::{self, Message, Standing, Verdict};
+use crate::migration::protocol::{self, Message, Verdict};
+use crate::migration::recovery::decide::{Act, Event, Phase, hear};
 use crate::migration::recovery::recover;
 use crate::migration::recovery::settle::Call;
 use crate::migration::transfer::intake::{self, Current, Stage};
+use crate::report::exit::Told;
 use crate::sys::fault;
 use crate::transport::connect;
 use crate::transport::frame::{Frame, Run};
@@ -23,56 +25,54 @@ use crate::transport::frame::{Frame, Run};
 impl Guest {
     /// Restored and held: the source decides, however long it takes.
     pub(super) fn await_verdict(&mut self, speaker: &Speaker, inputs: &mut Inputs) -> Verdict {
+        let phase = Phase::Held { lacking: self.left > 0 };
         loop {
+            let mut failed = None;
             let input = match inputs.queue.recv_timeout(SILENCE) {
                 Ok(input) => input,
                 Err(RecvTimeoutError::Timeout) => continue,
                 Err(RecvTimeoutError::Disconnected) => return Verdict::Abort,
             };
-            match input {
-                Input::Heard(Heard::Message(Message::Commit)) => return Verdict::Commit,
-                Input::Heard(Heard::Message(Message::Abort { .. })) => return Verdict::Abort,
+            let event = match input {
+                Input::Heard(Heard::Message(Message::Commit)) => Event::Verdict(Verdict::Commit),
+                Input::Heard(Heard::Message(Message::Abort { .. })) => {
+                    Event::Verdict(Verdict::Abort)
+                }
                 Input::Heard(Heard::Frame(Frame::Packet(bytes))) => {
                     // A damaged one is the sender's timer's business.
                     let _ = self.network.keep(&bytes);
+                    continue;
                 }
-                Input::Call(Call::Verdict(Some(verdict), reply)) => {
-                    let standing = match verdict {
-                        Verdict::Commit => Standing::Running,
-                        Verdict::Abort => Standing::Gone,
-                    };
-                    // Told before it is so: from here on it can only come true or, with this
-                    // process, be undone. The source asks again before it lets go of anything.
-                    let _ = reply.send(if verdict == Verdict::Commit {
-                        Standing::Waiting
-                    } else {
-                        standing
-                    });
-                    return verdict;
-                }
-                Input::Call(Call::Verdict(None, reply)) => {
-                    let whole = self.left == 0;
-                    let _ = reply.send(if whole { Standing::Ready } else { Standing::Lacking });
+                Input::Call(Call::Verdict(verdict, reply)) => {
+                    let event = verdict.map_or(Event::Asked, Event::Verdict);
+                    if let (_, Some(standing)) = hear(phase, event) {
+                        // Whoever asked may have gone.
+                        let _ = reply.send(standing);
+                    }
+                    event
                 }
                 Input::Pages(Ended { result: Ok(served), held }) => {
                     self.pages = Some(Ended { result: Ok(served), held });
+                    continue;
                 }
                 // Its memory cannot be put into it; there is nothing that could run.
                 Input::Pages(Ended { result: Err(e), .. }) => {
-                    let phase = self.phase.to_owned();
-                    let _ = speaker.say(&Message::Failed { phase, why: format!("{e:#}") });
-                    return Verdict::Abort;
+                    failed = Some(format!("{e:#}"));
+                    Event::Broken
                 }
                 // The copy has died while it was held; there is nothing to run any more.
                 Input::Restore(RestoreEvent::Ended(_) | RestoreEvent::Died) => {
-                    let why = "the restored copy was killed while it waited".to_owned();
-                    let phase = self.phase.to_owned();
-                    let _ = speaker.say(&Message::Failed { phase, why });
-                    return Verdict::Abort;
+                    failed = Some("the restored copy was killed while it waited".to_owned());
+                    Event::Broken
                 }
-                Input::Want(vpid, at, pages) => drop(want(speaker, vpid, at, pages)),
-                // A later link, or the operator, brings the verdict.
-                Input::Heard(Heard::Gone(_)) => self.link = false,
+                Input::Want(vpid, at, pages) => {
+                    drop(want(speaker, vpid, at, pages));
+                    continue;
+                }
+                Input::Heard(Heard::Gone(_)) => {
+                    self.link = false;
+                    Event::Unlinked
+                }
                 // A signal is no verdict either.
                 Input::Heard(_)
                 | Input::Restore(_)
@@ -81,7 +81,17 @@ impl Guest {
                 | Input::Files(_)
                 | Input::Synced
                 | Input::Awaited(_)
-                | Input::Call(Call::Link(..) | Call::Lane(..)) => {}
+                | Input::Call(Call::Link(..) | Call::Lane(..)) => continue,
+            };
+            match hear(phase, event).0 {
+                Act::Wait => {}
+                Act::Run => return Verdict::Commit,
+                Act::Undo => {
+                    if let Some(why) = failed {
+                        let _ = speaker.say(&Message::Failed { phase: self.phase.into(), why });
+                    }
+                    return Verdict::Abort;
+                }
             }
         }
     }
@@ -102,8 +112,11 @@ impl Guest {
             guard.take_criu(&criu);
         }
         if let Err(e) = self.journal.note(State::Committed) {
-            // The source's journal has it on disk: whoever asks there learns the same.
-            tracing::error!("{e:#}");
+            // Nothing runs of which that is not known: the source takes it back.
+            let why = format!("{e:#}");
+            let undone = self.undo();
+            let _ = speaker.say(&Message::Failed { phase: "starting".into(), why });
+            return undone.and(Err(Told(e).into()));
         }
         // From here on what was made is the container's: no error may take it away again but one
         // that says that there is no container.
@@ -232,13 +245,13 @@ impl Guest {
                 }
                 Ok(Input::Heard(Heard::Message(Message::Finished))) => finished = true,
                 Ok(Input::Heard(Heard::Gone(_))) => link = false,
-                Ok(Input::Call(Call::Verdict(_, reply))) => {
-                    let now = match (running, served.is_some() && synced) {
-                        (true, true) => Standing::Running,
-                        (true, false) if self.left > 0 => Standing::Partial,
-                        _ => Standing::Waiting,
-                    };
-                    let _ = reply.send(now);
+                Ok(Input::Call(Call::Verdict(verdict, reply))) => {
+                    let whole = served.is_some() && synced;
+                    let phase = Phase::Started { running, whole, lacking: self.left > 0 };
+                    let event = verdict.map_or(Event::Asked, Event::Verdict);
+                    if let (_, Some(standing)) = hear(phase, event) {
+                        let _ = reply.send(standing);
+                    }
                 }
                 Ok(_) => {}
                 // Pages that are still on the source may take as long as they like.

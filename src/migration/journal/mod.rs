@@ -311,6 +311,11 @@ impl Journal {
         self.states.last().map_or(State::Begun, |s| s.0)
     }
 
+    /// Whether the line has ever been written that hands the container over; whatever came after it.
+    pub fn was_committed(&self) -> bool {
+        self.states.iter().any(|s| s.0 == State::Committed)
+    }
+
     /// The states in order, with unix times.
     pub fn states(&self) -> &[(State, u64)] {
         &self.states

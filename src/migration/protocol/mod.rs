@@ -33,7 +33,8 @@
 //!
 //! Before `Commit` either side may say `Abort`/`Failed`, or just vanish: the source then runs on.
 //! A destination that has said `Ready` discards nothing by itself: only the source's word, brought
-//! over this link or a later one (`Settle`), or the operator's, decides.
+//! over this link or a later one (`Settle`), or the operator's, decides. Where it has lost its copy
+//! before that was let run, it says so when it is asked, and the source takes the container back.
 
 pub mod forwarding;
 pub mod talk;
@@ -62,7 +63,7 @@ use crate::tasks::locks::Held;
 use crate::transport::frame;
 
 /// Version of this protocol: both sides must speak the same one.
-pub const PROTOCOL: u32 = 6;
+pub const PROTOCOL: u32 = 7;
 
 /// Most image files of one checkpoint.
 pub const MAX_FILES: usize = 100_000;
@@ -261,8 +262,12 @@ pub enum Standing {
     Arriving,
     /// The container runs here, and needs pages that are still on the source.
     Partial,
-    /// There is no copy here, and there will be none of this migration.
+    /// There is no copy here, and there will be none of this migration. There may have been one that
+    /// ran.
     Gone,
+    /// The same, and none has run: the source has it as it was frozen, and nobody has seen anything
+    /// later.
+    NeverRan,
 }
 
 /// Who is there.
@@ -517,6 +522,7 @@ impl Standing {
             Standing::Arriving => "is still being taken in there",
             Standing::Partial => "runs there without all of its memory",
             Standing::Gone => "is not there",
+            Standing::NeverRan => "never ran there, and is gone",
         }
     }
 }

@@ -9,14 +9,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 
-use super::rest::{self, Brought};
-use super::{recover, settle};
+use super::decide::{
+    Guarding, Next, Pages, Released, There, guard as decide, has_heard, pages, released, resolve,
+};
+use super::{recover, rest, settle};
 use crate::connections::{self, Ears, Order, Orders, Vault};
 use crate::criu::interposer::carry_on;
 use crate::memory::serve::{GUARD_ALL_IN, GUARD_CRIU, GUARD_DONE, GUARD_LEAVE_CRIU, GUARD_QUIT};
 use crate::migration::journal::criu;
-use crate::migration::journal::{Held, Journal, Record, Role, State};
-use crate::migration::protocol::{Standing, Verdict};
+use crate::migration::journal::{Held, Journal, Record, State};
+use crate::migration::protocol::Verdict;
 use crate::migration::transfer::carry::Wishes;
 use crate::oci::cgroup::Cgroup;
 use crate::sys::process::{self, is_alive};
@@ -197,30 +199,26 @@ pub fn guard(journal: &Path) -> Result<()> {
         }
     };
     let held = hold(&mut journal, !told)?;
-    let done = match (told, journal.record.role, journal.state()) {
-        (false, Role::Source, State::Begun | State::Returning) => {
+    let done = match decide(journal.state(), told) {
+        Guarding::RunOn => {
             let undone =
                 recover::source_runs_on(&mut journal, &recover::Hands::Later(Some(&vault)));
             drop(held);
             send_word(&journal.record);
             undone
         }
-        (false, Role::Source, State::Committed) => {
+        Guarding::CarryThrough => {
             let hushed = recover::hush(&journal.record);
             criu::wait_for(&journal.record.work);
             drop(held);
-            hushed.and(carry_through(&mut journal))
+            hushed.and(carry_through(&mut journal, &vault))
         }
-        (true, Role::Source, State::Aborted) => {
+        Guarding::Tell => {
             drop(held);
             send_word(&journal.record);
             Ok(())
         }
-        // The destination owns it, or not all could be undone: `ferry resolve` goes on with it.
-        _ => {
-            drop(held);
-            Ok(())
-        }
+        Guarding::Nothing => Ok(()),
     };
     let done = done.context("the guard of a migration");
     if connections::are_out(&journal.record.work) {
@@ -236,31 +234,42 @@ pub fn guard(journal: &Path) -> Result<()> {
 }
 
 /// Tells the destination that it owns the container until it has heard, however long that takes, and
-/// clears away what it needs no more. Each time under the lock, and only if the journal still says
-/// so: an operator who takes the container back must not be overtaken.
-fn carry_through(journal: &mut Journal) -> Result<()> {
+/// clears away what it needs no more; or takes the container back, where the destination's copy never
+/// ran. Each time under the lock, and only if the journal still says so: an operator who takes it back
+/// must not be overtaken.
+fn carry_through(journal: &mut Journal, vault: &Vault) -> Result<()> {
     let mut pause = Duration::from_millis(100);
+    let mut there = There::Unasked;
     loop {
         let held = journal.hold()?;
         if journal.state() != State::Committed {
             return Ok(());
         }
-        let mut standing = settle::ask(&journal.record, Some(Verdict::Commit));
-        if matches!(standing, Ok(Standing::Partial)) {
-            // Whatever breaks: the lock is let go before the next try.
-            let unbroken = &mut |why: Option<&str>| why.is_none();
-            standing = match rest::bring(&journal.record, Wishes::default(), unbroken) {
-                Brought::Whole(_) => Ok(Standing::Running),
-                Brought::Gone => Ok(Standing::Gone),
-                Brought::Stopped => Ok(Standing::Partial),
-            };
-        }
-        match standing {
-            Ok(Standing::Running) => return recover::source_lets_go(journal, || ()),
+        match resolve(State::Committed, recover::tasks(&journal.record)?, there, None) {
+            Next::Ask(verdict) => {
+                there = settle::ask(&journal.record, verdict).map_or(There::Silent, There::Is);
+                continue;
+            }
+            Next::BringRest => {
+                // Whatever breaks: the lock is let go before the next try.
+                let unbroken = &mut |why: Option<&str>| why.is_none();
+                let brought = rest::bring(&journal.record, Wishes::default(), unbroken);
+                there = There::Is(brought.standing());
+                if !matches!(brought, rest::Brought::Stopped) {
+                    continue;
+                }
+            }
+            Next::LetGo => return recover::source_lets_go(journal, || ()),
+            Next::RunsOn | Next::Abandon => {
+                let hands = recover::Hands::Later(Some(vault));
+                return recover::source_runs_on(journal, &hands);
+            }
+            Next::Doubt(doubt) if doubt.passes() => {}
             // Whether what is frozen here is to run again, the operator says.
-            Ok(Standing::Gone) => return Ok(()),
-            _ => drop(held),
+            Next::Doubt(_) | Next::HandOver => return Ok(()),
         }
+        there = There::Unasked;
+        drop(held);
         // Between two tries to reach a host there is nothing to wait on but time.
         std::thread::park_timeout(pause);
         pause = (pause * 2).min(LONGEST_PAUSE);
@@ -343,24 +352,22 @@ pub fn guard_pages(journal: &Path) -> Result<()> {
     }
     let mut journal = Journal::open(journal)?;
     let _held = hold(&mut journal, true)?;
-    if journal.state().is_over() {
-        return Ok(());
-    }
-    let committed = matches!(journal.state(), State::Committed | State::Whole);
-    if !committed {
-        // None of its tasks has run: it is CRIU's own code that may wait in them for memory, and keep it
-        // from giving up.
-        held.clear();
-    }
-    if (all_in || done) && committed {
-        held.clear();
-        release(&journal.record, criu.as_ref());
-        // Past its point of no return CRIU goes on without us; before it, it takes all back.
-        drop((criu.take(), std::mem::take(&mut last_word)));
-        criu::wait_for(&journal.record.work);
-        if recover::restored_init(&journal.record).is_some_and(is_alive) {
-            return recover::destination_keeps(&mut journal);
+    match pages(journal.state(), all_in || done) {
+        Pages::Nothing => return Ok(()),
+        Pages::Release => {
+            held.clear();
+            release(&journal.record, criu.as_ref());
+            // Past its point of no return CRIU goes on without us; before it, it takes all back.
+            drop((criu.take(), std::mem::take(&mut last_word)));
+            criu::wait_for(&journal.record.work);
+            let alive = recover::restored_init(&journal.record).is_some_and(is_alive);
+            if released(alive) == Released::Keep {
+                return recover::destination_keeps(&mut journal);
+            }
         }
+        // It is CRIU's own code that may wait in them for memory, and keep it from giving up.
+        Pages::Discard { held: true } => held.clear(),
+        Pages::Discard { held: false } => {}
     }
     // It gives up.
     drop((criu, last_word));
@@ -391,8 +398,7 @@ fn send_word(record: &Record) {
     let until = Instant::now() + WORD_TIMEOUT;
     let mut pause = Duration::from_millis(100);
     while Instant::now() < until {
-        let said = settle::ask(record, Some(Verdict::Abort));
-        if matches!(said, Ok(Standing::Running | Standing::Partial | Standing::Gone)) {
+        if settle::ask(record, Some(Verdict::Abort)).is_ok_and(has_heard) {
             return;
         }
         // Between two tries to reach a host there is nothing to wait on but time.

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
+use super::decide::Tasks;
 use crate::connections::{self, Order, Orders, Vault};
 use crate::files::sockets::Spares;
 use crate::migration::forwarding::steps as forward;
@@ -41,7 +42,7 @@ pub fn runtime(record: &Record) -> Runtime {
 pub fn source_runs_on(journal: &mut Journal, hands: &Hands) -> Result<()> {
     let mut trouble = Trouble::default();
     let record = journal.record.clone();
-    let committed = journal.states().iter().any(|s| s.0 == State::Committed);
+    let committed = journal.was_committed();
     if journal.state() != State::Returning {
         // Before it can run on: what the destination holds is older from then on, and must not be let
         // run if this host goes down in the middle. A disk that does not take it is no reason to leave
@@ -368,10 +369,7 @@ pub fn destination_discards(journal: &mut Journal) -> Result<()> {
     runtime.clear_restore(&record.container);
     trouble.note("removing what was copied", record.placing.undo());
     // Once it may have run, they tell why it did not go on.
-    let logs = match journal.state() {
-        State::Committed | State::Whole => record.logs.keep(),
-        _ => record.logs.undo(),
-    };
+    let logs = if journal.was_committed() { record.logs.keep() } else { record.logs.undo() };
     trouble.note("putting logs back", logs);
     workdir::remove(&record.work);
     trouble.note("writing the journal", journal.write(State::Aborted));
@@ -390,6 +388,22 @@ pub(in crate::migration) fn restored_init(record: &Record) -> Option<(i32, u64)>
 pub fn note_all_in(work: &Path) {
     // Without it, it is only asked for longer.
     let _ = fs::write(work.join(ALL_IN), "").inspect_err(|e| tracing::error!("{e}"));
+}
+
+/// What there is of the container on its source.
+///
+/// # Errors
+/// When the runtime cannot be asked.
+pub fn tasks(record: &Record) -> Result<Tasks> {
+    if record.init_lives() {
+        return Ok(Tasks::Here);
+    }
+    let state = runtime(record).state(&record.container)?;
+    Ok(match state {
+        Some(state) if state.pid != 0 && state.status != "stopped" => Tasks::Anew,
+        _ if record.same_boot() => Tasks::Ended,
+        _ => Tasks::Rebooted,
+    })
 }
 
 /// Whether whoever took a container in has died when it ran, with all of its memory; so far as that is

@@ -27,10 +27,21 @@ const PAUSE: Duration = Duration::from_secs(5);
 pub enum Brought {
     /// All of it is there.
     Whole(Option<Served>),
-    /// The destination has no copy.
-    Gone,
+    /// The destination has no copy: it says this.
+    Gone(Standing),
     /// Somebody wanted it to end.
     Stopped,
+}
+
+impl Brought {
+    /// How it stands on the destination then.
+    pub fn standing(&self) -> Standing {
+        match self {
+            Brought::Whole(_) => Standing::Running,
+            Brought::Gone(standing) => *standing,
+            Brought::Stopped => Standing::Partial,
+        }
+    }
 }
 
 /// Brings the rest over, over as many links as it takes. `told` is called with what goes wrong, once
@@ -86,7 +97,7 @@ fn attempt(
         Standing::Waiting | Standing::Ready | Standing::Lacking | Standing::Arriving => {
             return Ok(None);
         }
-        Standing::Gone => return Ok(Some(Brought::Gone)),
+        gone @ (Standing::Gone | Standing::NeverRan) => return Ok(Some(Brought::Gone(gone))),
         Standing::Running => return Ok(Some(Brought::Whole(None))),
         Standing::Partial => {}
     }
@@ -146,7 +157,7 @@ fn attempt(
                 Event::Heard(Heard::Message(Message::Settled { standing })) => {
                     return Ok(match standing {
                         Standing::Running => Some(Brought::Whole(None)),
-                        Standing::Gone => Some(Brought::Gone),
+                        Standing::Gone | Standing::NeverRan => Some(Brought::Gone(standing)),
                         _ => None,
                     });
                 }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 
+use super::decide::{Answer, Left, answer as decide, is_swept};
 use super::recover;
 use crate::migration::journal::{Journal, Record, Role, State};
 use crate::migration::protocol::talk::{self, Heard};
@@ -109,22 +110,22 @@ pub fn answer(state_dir: &Path, migration: &str, verdict: Option<Verdict>) -> Re
         }
     };
     let _held = journal.hold()?;
-    match journal.state() {
-        State::Finished => Ok(Standing::Running),
-        State::Aborted => Ok(Standing::Gone),
-        State::Whole => {
-            recover::destination_keeps(&mut journal)?;
-            Ok(Standing::Running)
-        }
-        // It was about to write that down.
-        State::Committed if recover::runs_whole(&journal.record) => {
-            recover::destination_keeps(&mut journal)?;
-            Ok(Standing::Running)
-        }
-        // Whoever held it has died, and the copy with it: held, or without all of its memory.
-        _ => {
-            recover::destination_discards(&mut journal)?;
-            Ok(Standing::Gone)
+    loop {
+        let left = Left {
+            state: journal.state(),
+            started: journal.was_committed(),
+            same_boot: journal.record.same_boot(),
+            whole: recover::runs_whole(&journal.record),
+        };
+        match decide(left) {
+            Answer::Is(standing) => return Ok(standing),
+            Answer::Keep => recover::destination_keeps(&mut journal)?,
+            Answer::Discard { doubtful } => {
+                if doubtful {
+                    journal.write(State::Committed)?;
+                }
+                recover::destination_discards(&mut journal)?;
+            }
         }
     }
 }
@@ -137,8 +138,8 @@ pub fn answer(state_dir: &Path, migration: &str, verdict: Option<Verdict>) -> Re
 pub fn sweep(state_dir: &Path, root: &Path, container: &str) -> Result<()> {
     for journal in Journal::of(state_dir, root, container)? {
         let record = &journal.record;
-        let open = record.role == Role::Destination && !journal.state().is_over();
-        if open && !record.worker_lives() {
+        let came_here = record.role == Role::Destination;
+        if came_here && is_swept(journal.state(), record.worker_lives()) {
             answer(state_dir, &record.migration, None)
                 .context("clearing away an earlier migration")?;
         }

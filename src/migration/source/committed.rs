@@ -7,9 +7,11 @@ use anyhow::{Result, anyhow};
 use super::ask::Input;
 use super::{Begun, FREEZE_LIMIT, GOODBYE_LIMIT, SETTLE_LIMIT, WHOLE_LIMIT};
 use crate::migration::checkpoint::dump::Go;
+use crate::migration::journal::State;
 use crate::migration::network::hooks::Hooks;
 use crate::migration::protocol::talk::Heard;
-use crate::migration::protocol::{Message, Standing, Verdict};
+use crate::migration::protocol::{Message, Standing};
+use crate::migration::recovery::decide::{Next, There, resolve};
 use crate::migration::recovery::rest::{self, Brought};
 use crate::migration::recovery::{recover, settle};
 use crate::migration::transfer::carry::Order;
@@ -21,6 +23,17 @@ use crate::sys::fault;
 
 /// After the commit: the destination owns the container. There is no way back from here.
 pub(super) struct Committed(pub(super) Begun);
+
+/// What has come of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// It runs there, with all of its memory.
+    RunsThere,
+    /// It never ran there, and never will.
+    NeverRan,
+    /// That is not known.
+    InDoubt(Standing),
+}
 
 impl Committed {
     /// Tells the destination, learns that it runs, and clears away what is frozen here.
@@ -35,12 +48,15 @@ impl Committed {
             let _ = job.go.send(Go::Verdict(true));
             job.join();
         }
-        let standing = match running {
-            true => Standing::Running,
-            false if begun.left > 0 => Committed::bring_rest(&mut begun, reporter),
-            false => Committed::look_for(&begun, reporter),
-        };
-        if standing != Standing::Running {
+        let end = if running { End::RunsThere } else { Committed::look_for(&mut begun, reporter) };
+        if end == End::NeverRan {
+            let why = anyhow!(
+                "the container was handed over, but its copy on {} ended before it ran",
+                begun.journal.record.peer
+            );
+            return Err(begun.runs_on(why, reporter));
+        }
+        if let End::InDoubt(standing) = end {
             // The guard stays, if it has something without which what is frozen here is not whole.
             begun.closer.close();
             begun.work.keep();
@@ -143,8 +159,57 @@ impl Committed {
         }
     }
 
+    /// The link broke at the worst moment: asks over new ones, and brings what is still here over them.
+    fn look_for(begun: &mut Begun, reporter: &mut Reporter) -> End {
+        let until = Instant::now() + SETTLE_LIMIT;
+        let mut pause = Duration::from_millis(100);
+        // Where pages are here, that is tried first, for as long as it takes.
+        let lacking = There::Is(Standing::Partial);
+        let mut there = if begun.left > 0 { lacking } else { There::Unasked };
+        let mut standing = Standing::Waiting;
+        loop {
+            if let There::Is(said) = there {
+                standing = said;
+            }
+            let tasks = match recover::tasks(&begun.journal.record) {
+                Ok(tasks) => tasks,
+                Err(e) => {
+                    reporter.warning(&format!("{e:#}"));
+                    return End::InDoubt(standing);
+                }
+            };
+            match resolve(State::Committed, tasks, there, None) {
+                Next::LetGo => return End::RunsThere,
+                Next::RunsOn | Next::Abandon => return End::NeverRan,
+                Next::Ask(verdict) => {
+                    let answer = settle::ask(&begun.journal.record, verdict);
+                    if let Err(e) = &answer
+                        && Instant::now() > until
+                    {
+                        reporter.warning(&format!("{e:#}"));
+                    }
+                    there = answer.map_or(There::Silent, There::Is);
+                    continue;
+                }
+                Next::BringRest => match Committed::bring_rest(begun, reporter) {
+                    Brought::Stopped => return End::InDoubt(Standing::Partial),
+                    brought => {
+                        there = There::Is(brought.standing());
+                        continue;
+                    }
+                },
+                Next::Doubt(doubt) if doubt.passes() && Instant::now() < until => {}
+                Next::Doubt(_) | Next::HandOver => return End::InDoubt(standing),
+            }
+            there = There::Unasked;
+            // Between two tries to reach a host there is nothing to wait on but time.
+            std::thread::park_timeout(pause);
+            pause = (pause * 2).min(Duration::from_secs(5));
+        }
+    }
+
     /// The link broke while the destination runs and pages are here: brings them over new ones.
-    fn bring_rest(begun: &mut Begun, reporter: &mut Reporter) -> Standing {
+    fn bring_rest(begun: &mut Begun, reporter: &mut Reporter) -> Brought {
         begun.closer.close();
         let (record, wishes) = (begun.journal.record.clone(), begun.memory_wishes.clone());
         let queue = &begun.inputs.queue;
@@ -152,40 +217,13 @@ impl Committed {
             if let Some(why) = why {
                 reporter.warning(&format!("{why}; trying again"));
             }
-            // Too late to give up, but nobody has to stand by: `ferry resolve` goes on with it.
+            // Too late to give up, but nobody has to stand by: the guard goes on with it.
             !queue.try_iter().any(|input| matches!(input, Input::Signal(_)))
         });
-        match end {
-            Brought::Whole(served) => {
-                reporter.mark("all of it is there");
-                reporter.report.served = served;
-                Standing::Running
-            }
-            Brought::Gone => Standing::Gone,
-            Brought::Stopped => Standing::Partial,
+        if let Brought::Whole(served) = &end {
+            reporter.mark("all of it is there");
+            reporter.report.served = *served;
         }
-    }
-
-    /// The link broke at the worst moment: asks over new ones.
-    fn look_for(begun: &Begun, reporter: &mut Reporter) -> Standing {
-        let until = Instant::now() + SETTLE_LIMIT;
-        let mut pause = Duration::from_millis(100);
-        loop {
-            match settle::ask(&begun.journal.record, Some(Verdict::Commit)) {
-                Ok(Standing::Waiting) => {}
-                Ok(standing) => return standing,
-                Err(e) if Instant::now() > until => {
-                    reporter.warning(&format!("{e:#}"));
-                    return Standing::Waiting;
-                }
-                Err(_) => {}
-            }
-            if Instant::now() > until {
-                return Standing::Waiting;
-            }
-            // Between two tries to reach a host there is nothing to wait on but time.
-            std::thread::park_timeout(pause);
-            pause = (pause * 2).min(Duration::from_secs(5));
-        }
+        end
     }
 }

@@ -676,7 +676,10 @@ impl Begun {
         drop(self.memory.take());
         self.work.keep();
         let text = match undone {
-            Ok(()) => error.context("the migration was given up; the container runs on here"),
+            Ok(()) if self.journal.record.init_lives() => {
+                error.context("the migration was given up; the container runs on here")
+            }
+            Ok(()) => error.context("the migration was given up; the container has ended here"),
             Err(e) => error.context(format!(
                 "the migration was given up, and not everything could be undone: {e:#}"
             )),

@@ -1,6 +1,6 @@
-//! What `ferry resolve` does on a source, as a function of what is known: without the words of an
-//! operator it never ends the last copy, never makes a second one, and never says that something
-//! runs where nothing does.
+//! What `ferry resolve` does on a source, and after the commit `ferry migrate` and its guard, too:
+//! without the words of an operator it never ends the last copy, never makes a second one, and never
+//! says that something runs where nothing does.
 //!
 //! A copy that is held on the destination is of the moment of the freeze. It may be let run as long
 //! as the container has not run on here since: as its journal says neither that it was handed back
@@ -87,8 +87,23 @@ pub enum Doubt {
     LostBoth,
 }
 
+impl Doubt {
+    /// Whether the destination may answer otherwise when it is asked again.
+    pub fn passes(self) -> bool {
+        match self {
+            Doubt::Silent | Doubt::Starting | Doubt::Arriving => true,
+            Doubt::OnlyHere
+            | Doubt::Ended
+            | Doubt::Anew
+            | Doubt::PagesLost
+            | Doubt::LostThere
+            | Doubt::LostBoth => false,
+        }
+    }
+}
+
 /// See the module. `state` is none that is over.
-pub fn decide(state: State, tasks: Tasks, there: There, word: Option<Word>) -> Next {
+pub fn resolve(state: State, tasks: Tasks, there: There, word: Option<Word>) -> Next {
     match state {
         State::Committed | State::Whole => handed_over(tasks, there, word),
         _ => not_handed_over(state, tasks, there, word),
@@ -107,6 +122,10 @@ fn handed_over(tasks: Tasks, there: There, word: Option<Word>) -> Next {
             Standing::Running => Next::LetGo,
             Standing::Partial if here => Next::BringRest,
             Standing::Partial => Next::Doubt(Doubt::PagesLost),
+            // It has run nowhere since it was frozen.
+            Standing::NeverRan if here => Next::RunsOn,
+            Standing::NeverRan => Next::Abandon,
+            // It may have run there: what is here is older then.
             Standing::Gone if here => Next::Doubt(Doubt::LostThere),
             Standing::Gone => Next::Doubt(Doubt::LostBoth),
             _ => Next::Doubt(Doubt::Starting),
@@ -125,7 +144,7 @@ fn not_handed_over(state: State, tasks: Tasks, there: There, word: Option<Word>)
         (Some(Word::Keep), _) => Next::Abandon,
         (_, There::Unasked) => Next::Ask(None),
         (_, There::Silent) => Next::Doubt(Doubt::Silent),
-        (_, There::Is(Standing::Gone)) => Next::Abandon,
+        (_, There::Is(Standing::Gone | Standing::NeverRan)) => Next::Abandon,
         (_, There::Is(_)) if tasks == Tasks::Anew => Next::Doubt(Doubt::Anew),
         (_, There::Is(standing)) => match standing {
             // By the word of an operator there.
@@ -146,7 +165,7 @@ fn not_handed_over(state: State, tasks: Tasks, there: There, word: Option<Word>)
 mod tests {
     use super::*;
 
-    const STANDINGS: [Standing; 7] = [
+    const STANDINGS: [Standing; 8] = [
         Standing::Running,
         Standing::Waiting,
         Standing::Ready,
@@ -154,6 +173,7 @@ mod tests {
         Standing::Arriving,
         Standing::Partial,
         Standing::Gone,
+        Standing::NeverRan,
     ];
 
     fn everywhere(check: impl Fn(State, Tasks, There, Option<Word>, Next)) {
@@ -163,7 +183,7 @@ mod tests {
             for tasks in [Tasks::Here, Tasks::Ended, Tasks::Rebooted, Tasks::Anew] {
                 for there in &there {
                     for word in [None, Some(Word::Keep), Some(Word::Discard)] {
-                        let next = decide(state, tasks, *there, word);
+                        let next = resolve(state, tasks, *there, word);
                         check(state, tasks, *there, word, next);
                     }
                 }
@@ -177,13 +197,14 @@ mod tests {
         everywhere(|state, tasks, there, word, next| {
             let case = format!("{state:?} {tasks:?} {there:?} {word:?} {next:?}");
             let committed = state == State::Committed;
+            let never_ran = there == There::Is(Standing::NeverRan);
             let whole_there =
                 matches!(there, There::Is(Standing::Ready | Standing::Waiting | Standing::Running));
             match next {
                 // Says that it runs here: something must be here, and nobody else's.
                 Next::RunsOn => {
                     assert_eq!(tasks, Tasks::Here, "{case}");
-                    assert!(!committed || word == Some(Word::Keep), "{case}");
+                    assert!(!committed || never_ran || word == Some(Word::Keep), "{case}");
                 }
                 // Ends what is there: only what may not run, or what the operator wants gone.
                 Next::Abandon => {
@@ -191,7 +212,7 @@ mod tests {
                     let stale = state == State::Returning && there == There::Is(Standing::Ready);
                     assert!(word == Some(Word::Keep) || !whole_there || stale, "{case}");
                     assert!(word == Some(Word::Keep) || matches!(there, There::Is(_)), "{case}");
-                    assert!(word == Some(Word::Keep) || !committed, "{case}");
+                    assert!(word == Some(Word::Keep) || never_ran || !committed, "{case}");
                 }
                 // Lets it run there: nothing here may run, nor have run since.
                 Next::HandOver => {
@@ -225,13 +246,13 @@ mod tests {
     /// The host that was the source has been started again: what it left is not ended.
     #[test]
     fn a_reboot_of_the_source_does_not_end_the_copy() {
-        let after = |there| decide(State::Begun, Tasks::Rebooted, there, None);
+        let after = |there| resolve(State::Begun, Tasks::Rebooted, there, None);
         assert_eq!(after(There::Unasked), Next::Ask(None));
         assert_eq!(after(There::Is(Standing::Ready)), Next::HandOver);
         assert_eq!(after(There::Is(Standing::Gone)), Next::Abandon);
         assert_eq!(after(There::Silent), Next::Doubt(Doubt::Silent));
         // It had been given up, and ran on until the host went down.
-        let back = decide(State::Returning, Tasks::Rebooted, There::Is(Standing::Ready), None);
+        let back = resolve(State::Returning, Tasks::Rebooted, There::Is(Standing::Ready), None);
         assert_eq!(back, Next::Abandon);
     }
 

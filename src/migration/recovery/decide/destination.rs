@@ -1,0 +1,176 @@
+//! What the destination does at each message, and what whoever is left there does.
+
+use crate::migration::journal::State;
+use crate::migration::protocol::{Standing, Verdict};
+
+/// How far the destination is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// It takes the container in: there is no copy yet.
+    Arriving,
+    /// Restored, and held before its first instruction.
+    Held {
+        /// Pages are still on the source.
+        lacking: bool,
+    },
+    /// The journal says that it may run.
+    Started {
+        /// It does.
+        running: bool,
+        /// All of its memory is in, and its files are on the disk.
+        whole: bool,
+        /// See [`Phase::Held`].
+        lacking: bool,
+    },
+}
+
+/// What it hears.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A verdict, over whichever link, or an operator's.
+    Verdict(Verdict),
+    /// A question.
+    Asked,
+    /// The link to the source has ended.
+    Unlinked,
+    /// The copy has died, or cannot be had.
+    Broken,
+}
+
+/// What it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Act {
+    /// It waits on.
+    Wait,
+    /// It undoes everything.
+    Undo,
+    /// It writes down that the copy may run, then lets it; if it cannot be written, it undoes.
+    Run,
+}
+
+/// What follows, and what is answered to whoever has asked: `None` where he is to ask again, when it
+/// has come true.
+///
+/// An answer may come before it is true where it can only come true or, with whoever gives it, be
+/// undone: the source lets go of nothing before it has heard that it runs, and takes nothing back
+/// before it has heard that it never will.
+pub fn hear(phase: Phase, event: Event) -> (Act, Option<Standing>) {
+    let now = phase.standing();
+    match (phase, event) {
+        (_, Event::Asked) => (Act::Wait, Some(now)),
+        (Phase::Arriving, Event::Verdict(Verdict::Commit)) => (Act::Wait, Some(now)),
+        (Phase::Arriving, _) => (Act::Undo, None),
+        (Phase::Held { .. }, Event::Verdict(Verdict::Commit)) => {
+            (Act::Run, Some(Standing::Waiting))
+        }
+        (Phase::Held { .. }, Event::Verdict(Verdict::Abort)) => {
+            (Act::Undo, Some(Standing::NeverRan))
+        }
+        // A later link, or an operator, brings the verdict.
+        (Phase::Held { .. }, Event::Unlinked) => (Act::Wait, Some(now)),
+        (Phase::Held { .. }, Event::Broken) => (Act::Undo, None),
+        (Phase::Started { .. }, Event::Broken) => (Act::Undo, None),
+        (Phase::Started { .. }, Event::Verdict(_) | Event::Unlinked) => (Act::Wait, Some(now)),
+    }
+}
+
+impl Phase {
+    /// What is said of it.
+    pub fn standing(self) -> Standing {
+        match self {
+            Phase::Arriving => Standing::Arriving,
+            Phase::Held { lacking: false } => Standing::Ready,
+            Phase::Held { lacking: true } => Standing::Lacking,
+            Phase::Started { running: true, whole: true, .. } => Standing::Running,
+            Phase::Started { running: true, whole: false, lacking: true } => Standing::Partial,
+            Phase::Started { .. } => Standing::Waiting,
+        }
+    }
+}
+
+/// What a destination's guard does when its Ferry has gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pages {
+    /// It is over.
+    Nothing,
+    /// It lets the copy run, where that has not been done yet.
+    Release,
+    /// It ends the copy.
+    Discard {
+        /// None of its tasks has run: whoever waits for memory in them is CRIU.
+        held: bool,
+    },
+}
+
+/// `all_in`: nothing of its memory has to come any more.
+pub fn pages(state: State, all_in: bool) -> Pages {
+    match state {
+        State::Finished | State::Aborted => Pages::Nothing,
+        State::Committed | State::Whole if all_in => Pages::Release,
+        State::Committed | State::Whole => Pages::Discard { held: false },
+        State::Begun | State::Ready | State::Returning => Pages::Discard { held: true },
+    }
+}
+
+/// What it does when CRIU has let the copy run, or has given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Released {
+    /// It does the rest of Ferry's work.
+    Keep,
+    /// It ends what is left.
+    Discard,
+}
+
+/// `alive`: the copy's init process is there.
+pub fn released(alive: bool) -> Released {
+    if alive { Released::Keep } else { Released::Discard }
+}
+
+/// What is left on a destination whose processes have ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Left {
+    /// The last in its journal.
+    pub state: State,
+    /// Whether [`State::Committed`] is in it.
+    pub started: bool,
+    /// This host has not been started again since. What was not on the disk then is not in the
+    /// journal now.
+    pub same_boot: bool,
+    /// A copy runs that is known to have all of its memory.
+    pub whole: bool,
+}
+
+/// What whoever has asked does then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Nothing; this is the answer.
+    Is(Standing),
+    /// The rest of Ferry's work.
+    Keep,
+    /// What is left goes.
+    Discard {
+        /// First it is written down that the copy may have run: nobody would know it afterwards.
+        doubtful: bool,
+    },
+}
+
+/// See the module. After each but [`Answer::Is`] it is asked anew.
+pub fn answer(left: Left) -> Answer {
+    match left.state {
+        State::Finished => Answer::Is(Standing::Running),
+        State::Aborted if left.started => Answer::Is(Standing::Gone),
+        // The line that would let it run was never written, and never will be.
+        State::Aborted => Answer::Is(Standing::NeverRan),
+        State::Whole => Answer::Keep,
+        // It was about to write that down.
+        State::Committed if left.whole => Answer::Keep,
+        // Whoever held it has died, and the copy with it: held, or without all of its memory.
+        _ => Answer::Discard { doubtful: !left.started && !left.same_boot },
+    }
+}
+
+/// Whether a migration to this host is settled before another one of that container begins: what has
+/// become of it can be seen.
+pub fn is_swept(state: State, worker_lives: bool) -> bool {
+    !state.is_over() && !worker_lives
+}
