@@ -138,17 +138,20 @@ rust_is_new() { # VERSION
     [ -n "$1" ] && [ "$(printf '%s\n' "$RUST_WANTED" "$1" | sort -V | head -n 1)" = "$RUST_WANTED" ]
 }
 
+# rust_is_here: a toolchain that is new enough, and may be taken.
+rust_is_here() {
+    [ "${FERRY_RUST:-}" != base ] && have rustc && rust_is_new "$(cargo --version 2>/dev/null | cut -d ' ' -f 2)"
+}
+
 # rust_ready: from here on `rust cargo …` works. A toolchain that is there and new enough is taken;
 # else Debian's, if that is; else the one of the lab's base, which is Debian testing.
 # FERRY_RUST=base asks for that one. `contrib/lab prepare` must have run.
 rust_ready() {
     local version candidate top lab
+    ! rust_is_here || return 0
     top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     lab=$top/contrib/lab
     version=$(cargo --version 2>/dev/null | cut -d ' ' -f 2) || true
-    if [ "${FERRY_RUST:-}" != base ] && rust_is_new "$version" && have rustc; then
-        return
-    fi
     if [ "${FERRY_RUST:-}" != base ] && have apt-cache; then
         candidate=$(apt-cache policy cargo 2>/dev/null | sed -n 's/^ *Candidate: *//p')
         if rust_is_new "${candidate%%[+~-]*}"; then
