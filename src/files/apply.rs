@@ -306,7 +306,7 @@ impl Work {
         let (parent, name) = super::walk::place(&tree.root, &entry.path)?;
         clear(&parent, &name)?;
         match &entry.kind {
-            Kind::File(size, _) => {
+            Kind::File(size) => {
                 let size = *size;
                 let file = tree::create(parent.as_fd(), &name)?;
                 file.set_len(size)?;
@@ -335,7 +335,7 @@ impl Work {
             super::walk::place(&tree.root, &entry.path)?
         };
         match &entry.kind {
-            Kind::File(size, _) => {
+            Kind::File(size) => {
                 let size = *size;
                 let flags =
                     OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;

@@ -16,7 +16,7 @@
 mod moves;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::ffi::{CString, OsStr, OsString};
+use std::ffi::{CString, OsStr};
 use std::fs::{self, File, Metadata};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -37,6 +37,7 @@ use super::contents::{self, Sums, Touched};
 use super::directory;
 use super::inodes::Inodes;
 use super::ops::{self, SINGLE, Step};
+use super::root::Root;
 use super::tree::{Entry, Kind};
 use super::walk::{Seen, look_at, reach, shown, visit_one, walk};
 use crate::sys::fanotify::{self, Handle};
@@ -76,10 +77,7 @@ pub struct Follower {
 
 #[derive(Debug)]
 struct Tree {
-    /// Of a single file the directory that it is in.
-    root: PathBuf,
-    /// Its name there, and its inode.
-    single: Option<(OsString, u64)>,
+    root: Root,
     known: HashMap<Vec<u8>, Known, Xxh3Builder>,
     /// Of large files, by inode: which inode of the copy, and what it holds.
     sums: HashMap<u64, (u64, Sums)>,
@@ -97,17 +95,10 @@ struct Tree {
 }
 
 impl Tree {
-    fn new(path: PathBuf) -> Tree {
-        let meta = fs::metadata(&path).ok().filter(Metadata::is_file);
-        let single = meta.and_then(|m| Some((path.file_name()?.to_owned(), m.ino())));
-        let root = match (&single, path.parent()) {
-            (Some(_), Some(parent)) => parent.to_owned(),
-            _ => path,
-        };
+    fn new(root: Root) -> Tree {
         Tree {
-            numbered: moves::numbered(&root),
+            numbered: moves::numbered(&root.path()),
             root,
-            single,
             known: HashMap::default(),
             sums: HashMap::new(),
             groups: 0,
@@ -171,7 +162,7 @@ impl Known {
 impl Follower {
     /// Nothing is known of these trees. With `listen` the kernel is asked to tell what changes, if
     /// it can; without, every round looks at everything.
-    pub fn new(roots: Vec<PathBuf>, listen: bool) -> Follower {
+    pub fn new(roots: Vec<Root>, listen: bool) -> Follower {
         Follower::with_window(roots, listen, WINDOW)
     }
 
@@ -182,8 +173,9 @@ impl Follower {
     }
 
     /// With another [`WINDOW`].
-    pub(super) fn with_window(roots: Vec<PathBuf>, listen: bool, window: Duration) -> Follower {
-        let listener = listen.then(|| Listener::start(&roots)).and_then(|started| {
+    pub(super) fn with_window(roots: Vec<Root>, listen: bool, window: Duration) -> Follower {
+        let paths: Vec<PathBuf> = roots.iter().map(Root::path).collect();
+        let listener = listen.then(|| Listener::start(&paths)).and_then(|started| {
             started.inspect_err(|e| tracing::debug!("changes of files are looked for: {e:#}")).ok()
         });
         let trees = roots.into_iter().map(Tree::new).collect();
@@ -220,7 +212,7 @@ impl Follower {
             ops::write(out, &Step::Tree(number as u32))?;
             let mut look = Look {
                 round: self.rounds,
-                top: Rc::new(File::open(&tree.root)?),
+                top: Rc::new(tree.root.top().with_context(|| replaced(&tree.root))?),
                 mapped,
                 out,
                 went,
@@ -238,8 +230,8 @@ impl Follower {
                 summed: HashSet::new(),
                 moves: Moves::default(),
             };
-            if let Some((name, ino)) = tree.single.clone() {
-                look.single(tree, &name, ino)?;
+            if let Some(name) = tree.root.name().map(OsStr::to_owned) {
+                look.single(tree, &name)?;
                 continue;
             }
             match told.as_ref().filter(|_| look.partial) {
@@ -299,23 +291,20 @@ enum Found {
 
 impl<W: Write> Look<'_, W> {
     /// Looks at a tree that is one file.
-    fn single(&mut self, tree: &mut Tree, name: &OsStr, ino: u64) -> Result<()> {
-        let what = tree.root.join(name).display().to_string();
-        let top = self.top.clone();
+    fn single(&mut self, tree: &mut Tree, name: &OsStr) -> Result<()> {
+        let (root, top) = (tree.root.clone(), self.top.clone());
         let seen = look_at(top.as_fd(), &CString::new(name.as_bytes())?)?;
-        let seen = seen.filter(|seen| seen.is_file() && seen.ino == ino);
+        let seen = seen.filter(|seen| seen.is_file() && (seen.device, seen.ino) == root.inode());
         let found = seen.map(|seen| self.one(tree, SINGLE, &reach(&*top, name), &seen));
-        match found.transpose().with_context(|| what.clone())? {
+        match found.transpose().with_context(|| root.place().display().to_string())? {
             Some(Found::There | Found::NewDirectory) => Ok(()),
-            Some(Found::Gone) | None => {
-                bail!("{what} was replaced: the container still has the file that was there before")
-            }
+            Some(Found::Gone) | None => bail!(replaced(&root)),
         }
     }
 
     /// Looks at everything.
     fn all(&mut self, tree: &mut Tree) -> Result<()> {
-        let root = tree.root.clone();
+        let root = tree.root.path();
         tree.directories.clear();
         walk(&root, &mut |path, full, seen| Ok(self.one(tree, path, full, seen)? != Found::Gone))?;
         let round = self.round;
@@ -621,7 +610,7 @@ impl<W: Write> Look<'_, W> {
             return Err(io::Error::from(io::ErrorKind::NotFound).into());
         }
         let size = now.size();
-        let entry = Entry::of(path.to_vec(), Kind::File(size, Vec::new()), &now, full, false)?;
+        let entry = Entry::of(path.to_vec(), Kind::File(size), &now, full, false)?;
         // Those of another inode of the copy say nothing of this one.
         let sums = tree.sums.remove(&meta.ino()).filter(|(of, _)| there && *of == group);
         let sums = sums.map(|(_, sums)| sums);
@@ -648,6 +637,12 @@ impl<W: Write> Look<'_, W> {
         }
         Ok(sent.certain)
     }
+}
+
+/// Why a single file cannot be followed any more.
+fn replaced(root: &Root) -> String {
+    let place = root.place().display();
+    format!("{place} was replaced: the container still has the file that was there before")
 }
 
 /// The directory that a path is in; the root is in itself.

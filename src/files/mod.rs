@@ -1,6 +1,6 @@
 //! Root file system and volumes: what both hosts see, and what is copied.
 //!
-//! [`probe`] proves that a path on the destination is the same file system as on the source, never
+//! A tree's [`root`] is opened once. [`probe`] proves that a path on the destination is the same file system as on the source, never
 //! judging by the path. What is not shared is copied while it is in use: [`follow`] finds what has
 //! changed since the last round, by what the kernel tells ([`changes`], [`writes`]) or by looking
 //! ([`walk`]), and of large files which parts ([`contents`]); [`ops`] is how it is said, [`apply`]
@@ -23,6 +23,7 @@ mod ops;
 pub(crate) mod overlay;
 pub(crate) mod place;
 pub(crate) mod probe;
+pub(crate) mod root;
 pub(crate) mod sockets;
 pub(crate) mod tmpfs;
 pub(crate) mod tree;

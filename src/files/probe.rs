@@ -16,6 +16,7 @@ use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_128;
 
+use super::root::Root;
 use crate::sys::process;
 
 /// How the names of probe files begin.
@@ -41,7 +42,13 @@ pub struct Probe {
     pub proof: Proof,
     made: Option<PathBuf>,
     /// Where `made` leads through one of our descriptors.
-    kept: Option<OwnedFd>,
+    kept: Option<Kept>,
+}
+
+#[derive(Debug)]
+enum Kept {
+    Directory(#[allow(dead_code)] OwnedFd),
+    Root(#[allow(dead_code)] Root),
 }
 
 impl Drop for Probe {
@@ -105,7 +112,18 @@ pub fn make(path: &Path, read_only: bool) -> Result<Probe> {
 /// When it cannot be looked at.
 pub fn make_in(directory: OwnedFd) -> Result<Probe> {
     let mut probe = make(&process::path_of(&directory), false)?;
-    probe.kept = Some(directory);
+    probe.kept = Some(Kept::Directory(directory));
+    Ok(probe)
+}
+
+/// As [`make`], for what was opened.
+///
+/// # Errors
+/// When it cannot be looked at.
+pub fn make_at(root: &Root, read_only: bool) -> Result<Probe> {
+    let made = make(&root.path(), read_only);
+    let mut probe = made.with_context(|| format!("cannot look at {}", root.place().display()))?;
+    probe.kept = Some(Kept::Root(root.clone()));
     Ok(probe)
 }
 

@@ -15,6 +15,10 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use serde::{Deserialize, Serialize};
 
+use super::tree::MAX_ENTRIES;
+use super::walk::walk_one_mount;
+use crate::sys::process;
+
 /// Most of them in one container.
 pub const MAX: usize = 256;
 
@@ -109,12 +113,25 @@ pub fn open_in(root: &Path, place: &str) -> Result<OwnedFd> {
 }
 
 /// Takes down how much is in each; what cannot be looked at counts for nothing.
-pub fn measure(root: &Path, list: &mut [Tmpfs]) {
+///
+/// # Errors
+/// When there is more in one than can be carried.
+pub fn measure(root: &Path, list: &mut [Tmpfs]) -> Result<()> {
     for tmpfs in list {
-        tmpfs.used = open_in(root, &tmpfs.place)
-            .and_then(|found| Ok(fstatfs(&found)?))
-            .map_or(0, |s| (s.blocks() - s.blocks_free()) * s.block_size() as u64);
+        let Ok(found) = open_in(root, &tmpfs.place) else { continue };
+        tmpfs.used =
+            fstatfs(&found).map_or(0, |s| (s.blocks() - s.blocks_free()) * s.block_size() as u64);
+        let mut entries = 0;
+        let look = walk_one_mount(&process::path_of(&found), &mut |_, _, _| {
+            entries += 1;
+            if entries > MAX_ENTRIES {
+                bail!("there are more than {MAX_ENTRIES} files in it");
+            }
+            Ok(true)
+        });
+        look.with_context(|| format!("the tmpfs {} cannot be carried", tmpfs.place))?;
     }
+    Ok(())
 }
 
 /// Refuses what no honest source sends.

@@ -5,7 +5,8 @@
 //! FIFOs. Sockets do not: CRIU binds them again. Mount points inside are made as empty directories
 //! or files.
 //!
-//! Format: for each entry a u32 LE length, a JSON [`Entry`], and the bytes of its extents.
+//! Format: for each entry a u32 LE length and a JSON [`Entry`]; behind that of a regular file, for each
+//! extent with data its offset and length as u64 LE and its bytes, and an extent of length 0.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -17,6 +18,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat};
 use nix::sys::stat::{Mode, SFlag, UtimensatFlags, mkdirat, mknodat, utimensat};
 use nix::sys::time::TimeSpec;
@@ -24,13 +26,13 @@ use nix::unistd::{Gid, LinkatFlags, Uid, Whence, fchownat, linkat, lseek, symlin
 use serde::{Deserialize, Serialize};
 
 use super::directory;
-use super::walk::{place, reach};
+use super::walk::{Seen, place, reach, shown, walk_one_mount};
 use crate::sys::process;
 
 /// Longest description of one entry: names, link targets and attributes are far below.
 const MAX_ENTRY: usize = 1 << 20;
 /// Most entries of one tree.
-const MAX_ENTRIES: usize = 10_000_000;
+pub(super) const MAX_ENTRIES: usize = 10_000_000;
 const PIECE: usize = 256 << 10;
 
 /// A file of any kind: all that there is to say about it but its contents.
@@ -52,8 +54,8 @@ pub(super) struct Entry {
 #[serde(rename_all = "lowercase")]
 pub(super) enum Kind {
     Directory,
-    /// Size, and where there is data: offset and length.
-    File(u64, Vec<(u64, u64)>),
+    /// Its size.
+    File(u64),
     Symlink(Vec<u8>),
     Character(u64),
     Block(u64),
@@ -114,43 +116,41 @@ impl Entry {
 /// # Errors
 /// When it cannot be read, or `out` fails.
 pub fn pack(root: &Path, out: &mut impl Write) -> Result<()> {
-    // The root may be named through a descriptor.
-    let meta = fs::metadata(root).with_context(|| root.display().to_string())?;
-    let mut packer = Packer { root, device: meta.dev(), links: HashMap::new(), out };
-    packer.entry(Path::new(""), &meta)
+    let mut packer = Packer { device: None, links: HashMap::new(), buffer: vec![0; PIECE], out };
+    walk_one_mount(root, &mut |path, full, seen| {
+        packer.entry(path, full, seen).with_context(|| format!("cannot read {}", shown(path)))?;
+        Ok(true)
+    })
 }
 
 struct Packer<'a, W> {
-    root: &'a Path,
-    device: u64,
+    /// The root's.
+    device: Option<u64>,
     links: HashMap<u64, Vec<u8>>,
+    buffer: Vec<u8>,
     out: &'a mut W,
 }
 
 impl<W: Write> Packer<'_, W> {
-    fn entry(&mut self, path: &Path, meta: &Metadata) -> Result<()> {
-        let full = self.root.join(path);
-        let what = || format!("cannot read {}", full.display());
-        let name = path.as_os_str().as_bytes().to_vec();
+    fn entry(&mut self, path: &[u8], full: &Path, seen: &Seen) -> Result<()> {
+        let meta = fs::symlink_metadata(full)?;
         let kind = meta.file_type();
         // Something else is mounted there; what lies beneath cannot be seen by anybody.
-        let mounted = meta.dev() != self.device;
+        let mounted = *self.device.get_or_insert(seen.device) != seen.device;
         let mut file = None;
         let described = if kind.is_dir() {
             Kind::Directory
         } else if mounted {
-            Kind::File(0, Vec::new())
+            Kind::File(0)
         } else if let Some(first) =
             self.links.get(&meta.ino()).filter(|_| meta.nlink() > 1).cloned()
         {
             Kind::Link(first)
         } else if kind.is_file() {
-            let open = directory::open_regular(&full).with_context(what)?;
-            let extents = extents(&open, meta.size()).with_context(what)?;
-            file = Some(open);
-            Kind::File(meta.size(), extents)
+            file = Some(directory::open_regular(full)?);
+            Kind::File(meta.size())
         } else if kind.is_symlink() {
-            Kind::Symlink(fs::read_link(&full).with_context(what)?.as_os_str().as_bytes().to_vec())
+            Kind::Symlink(fs::read_link(full)?.as_os_str().as_bytes().to_vec())
         } else if kind.is_char_device() {
             Kind::Character(meta.rdev())
         } else if kind.is_block_device() {
@@ -161,70 +161,92 @@ impl<W: Write> Packer<'_, W> {
             return Ok(());
         };
         if meta.nlink() > 1 && !kind.is_dir() {
-            self.links.entry(meta.ino()).or_insert_with(|| name.clone());
+            self.links.entry(meta.ino()).or_insert_with(|| path.to_vec());
         }
-        let entry = Entry::of(name, described, meta, &full, mounted).with_context(what)?;
+
+        let entry = Entry::of(path.to_vec(), described, &meta, full, mounted)?;
         let json = serde_json::to_vec(&entry)?;
         if json.len() > MAX_ENTRY {
-            bail!("{}: too much to say about it", full.display());
+            bail!("too much to say about it");
         }
         self.out.write_all(&(json.len() as u32).to_le_bytes())?;
         self.out.write_all(&json)?;
-        if let (Some(file), Kind::File(_, extents)) = (file, &entry.kind) {
-            for &(offset, length) in extents {
-                copy_out(&file, offset, length, self.out).with_context(what)?;
+        if let Kind::File(size) = entry.kind {
+            if let Some(file) = file {
+                self.contents(&file, size)?;
             }
+            self.extent(0, 0)?;
         }
-        if kind.is_dir() && !mounted {
-            let mut names: Vec<_> =
-                fs::read_dir(&full).with_context(what)?.collect::<io::Result<_>>()?;
-            names.sort_by_key(fs::DirEntry::file_name);
-            for child in names {
-                self.entry(&path.join(child.file_name()), &child.metadata()?)?;
+        Ok(())
+    }
+
+    fn contents(&mut self, file: &File, size: u64) -> Result<()> {
+        for extent in Extents::of(file, size) {
+            let (mut offset, length) = extent?;
+            self.extent(offset, length)?;
+            let end = offset + length;
+            while offset < end {
+                let most = PIECE.min((end - offset) as usize);
+                let n = file.read_at(&mut self.buffer[..most], offset)?;
+                if n == 0 {
+                    bail!("it became shorter while it was read");
+                }
+                self.out.write_all(&self.buffer[..n])?;
+                offset += n as u64;
             }
         }
         Ok(())
     }
+
+    fn extent(&mut self, offset: u64, length: u64) -> Result<()> {
+        self.out.write_all(&offset.to_le_bytes())?;
+        Ok(self.out.write_all(&length.to_le_bytes())?)
+    }
 }
 
-/// Where a file has data. lseek(2), `SEEK_DATA`.
-pub(super) fn extents(file: &File, size: u64) -> Result<Vec<(u64, u64)>> {
-    let mut found = Vec::new();
-    let mut at = 0;
-    while at < size {
-        let start = match lseek(file, at as i64, Whence::SeekData) {
-            Ok(start) => start as u64,
-            Err(nix::errno::Errno::ENXIO) => break,
-            Err(e) => return Err(e.into()),
-        };
-        // It may grow and shrink while it is looked at.
-        let end = match lseek(file, start as i64, Whence::SeekHole) {
-            Ok(end) => (end as u64).min(size),
-            Err(nix::errno::Errno::ENXIO) => break,
-            Err(e) => return Err(e.into()),
-        };
-        if end <= start {
-            break;
-        }
-        found.push((start, end - start));
-        at = end;
-    }
-    Ok(found)
+/// Where a file has data, in order: offset and length. There may be very many, so they are found one
+/// by one. lseek(2), `SEEK_DATA`
+pub(super) struct Extents<'a> {
+    file: &'a File,
+    at: u64,
+    size: u64,
 }
 
-fn copy_out(file: &File, mut offset: u64, length: u64, out: &mut impl Write) -> Result<()> {
-    let end = offset + length;
-    let mut buffer = vec![0; PIECE];
-    while offset < end {
-        let most = PIECE.min((end - offset) as usize);
-        let n = file.read_at(&mut buffer[..most], offset)?;
-        if n == 0 {
-            bail!("it became shorter while it was read");
-        }
-        out.write_all(&buffer[..n])?;
-        offset += n as u64;
+impl<'a> Extents<'a> {
+    /// Those of a file of this size; it may grow and shrink meanwhile.
+    pub(super) fn of(file: &'a File, size: u64) -> Extents<'a> {
+        Extents { file, at: 0, size }
     }
-    Ok(())
+
+    fn seek(&self, at: u64, whence: Whence) -> Result<Option<u64>> {
+        match lseek(self.file, i64::try_from(at)?, whence) {
+            Ok(found) => Ok(Some((found as u64).min(self.size))),
+            Err(Errno::ENXIO) => Ok(None),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn find(&mut self) -> Result<Option<(u64, u64)>> {
+        if self.at >= self.size {
+            return Ok(None);
+        }
+        let Some(start) = self.seek(self.at, Whence::SeekData)? else { return Ok(None) };
+        let end = self.seek(start, Whence::SeekHole)?.unwrap_or(start);
+        self.at = end;
+        Ok((start < end).then_some((start, end - start)))
+    }
+}
+
+impl Iterator for Extents<'_> {
+    type Item = Result<(u64, u64)>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let found = self.find().transpose();
+        if !matches!(found, Some(Ok(_))) {
+            self.at = self.size;
+        }
+        found
+    }
 }
 
 fn attributes(path: &Path) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
@@ -296,27 +318,44 @@ fn make(root: &File, entry: &Entry, input: &mut impl Read) -> Result<()> {
     }
     let (parent, name) = place(root, &entry.path)?;
     match &entry.kind {
-        Kind::File(size, extents) => {
+        Kind::File(size) => {
             let file = create(parent.as_fd(), &name)?;
             file.set_len(*size)?;
-            let mut buffer = vec![0; PIECE];
-            for &(offset, length) in extents {
-                if offset.checked_add(length).is_none_or(|end| end > *size) {
-                    bail!("data beyond the end of the file");
-                }
-                let mut done = 0;
-                while done < length {
-                    let most = PIECE.min((length - done) as usize);
-                    input.read_exact(&mut buffer[..most]).context("the stream was cut")?;
-                    file.write_all_at(&buffer[..most], offset + done)?;
-                    done += most as u64;
-                }
-            }
+            fill(&file, *size, input)?;
         }
         Kind::Link(first) => return link(root, first, parent.as_fd(), &name),
         _ => make_node(parent.as_fd(), &name, entry)?,
     }
     describe(parent.as_fd(), &name, entry)
+}
+
+/// Writes the extents of a file of this size, which come in order.
+fn fill(file: &File, size: u64, input: &mut impl Read) -> Result<()> {
+    let mut at = 0;
+    let mut buffer = Vec::new();
+    loop {
+        let (offset, length) = (number(input)?, number(input)?);
+        if length == 0 {
+            return Ok(());
+        }
+        if offset < at || offset.checked_add(length).is_none_or(|end| end > size) {
+            bail!("data beyond the end of the file, or out of order");
+        }
+        buffer.resize(PIECE, 0);
+        at = offset;
+        while at < offset + length {
+            let most = PIECE.min((offset + length - at) as usize);
+            input.read_exact(&mut buffer[..most]).context("the stream was cut")?;
+            file.write_all_at(&buffer[..most], at)?;
+            at += most as u64;
+        }
+    }
+}
+
+fn number(input: &mut impl Read) -> Result<u64> {
+    let mut bytes = [0; 8];
+    input.read_exact(&mut bytes).context("the stream was cut")?;
+    Ok(u64::from_le_bytes(bytes))
 }
 
 /// A new, empty file for nobody but us.
@@ -441,6 +480,35 @@ mod tests {
         assert_eq!((d.mtime(), d.mtime_nsec()), (1_000_000_000, 123_456_789));
     }
 
+    /// More extents than an entry could name, holes that are larger than any disk, and a path that no
+    /// system call takes.
+    #[test]
+    fn nothing_is_too_sparse_or_too_deep() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (a, b) = (from.path(), to.path());
+        let holes = File::create(a.join("holes")).unwrap();
+        for i in 0..60_000 {
+            holes.write_all_at(b"x", i * 8192).unwrap();
+        }
+        let huge = File::create(a.join("huge")).unwrap();
+        huge.set_len(8 << 40).unwrap();
+        huge.write_all_at(b"middle", 4 << 40).unwrap();
+        let last = crate::files::walk::deep(a, 25, 200);
+        fs::write(reach(&last, OsStr::new("file")), b"deep").unwrap();
+        copy(a, b).unwrap();
+        assert_eq!(fs::read(b.join("holes")).unwrap(), fs::read(a.join("holes")).unwrap());
+        let there = File::open(b.join("huge")).unwrap();
+        let mut middle = [0; 6];
+        there.read_exact_at(&mut middle, 4 << 40).unwrap();
+        let there = there.metadata().unwrap();
+        assert_eq!((&middle, there.size()), (b"middle", 8 << 40));
+        assert!(there.blocks() < 100);
+        let path = [format!("{}/", "d".repeat(200)).repeat(25), "file".into()].concat();
+        let root = File::open(b).unwrap();
+        let (parent, name) = place(&root, path.as_bytes()).unwrap();
+        assert_eq!(fs::read(reach(&parent, name.as_os_str())).unwrap(), b"deep");
+    }
+
     #[test]
     fn a_stream_cannot_lead_outside() {
         let to = tempfile::tempdir().unwrap();
@@ -464,7 +532,7 @@ mod tests {
             }
             out
         };
-        let file = || Kind::File(0, Vec::new());
+        let file = || Kind::File(0);
         for bad in ["../out", "/out", "a/../../out", "a/./../../out"] {
             let s = stream(vec![entry("a", Kind::Directory), entry(bad, file())]);
             assert!(unpack(&root, &mut s.as_slice()).is_err(), "{bad}");

@@ -18,6 +18,8 @@ use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
 use serde::{Deserialize, Serialize};
 
+use super::directory;
+
 /// What a tree holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Size {
@@ -27,21 +29,36 @@ pub struct Size {
     pub entries: u64,
 }
 
+/// Most directories in each other. A container may make any number of them; each costs a descriptor
+/// while what is in it is looked at.
+const MAX_DEPTH: usize = 256;
+/// Longest path below a root, in bytes. No system call takes more than 4096 at once: longer ones are
+/// gone in several steps.
+const MAX_PATH: usize = 32 << 10;
+/// Most bytes of all paths in a tree: a copy that is followed remembers them.
+const MAX_PATHS: u64 = 2 << 30;
+
 /// Counts what a tree holds, which may be a single file.
 ///
 /// # Errors
-/// When it cannot be read.
+/// When it cannot be read, or is more than can be copied.
 pub fn measure(root: &Path) -> Result<Size> {
     let mut size = Size::default();
+    let mut paths = 0;
     let mut add = |bytes: u64, blocks: u64| {
         size.entries += 1;
         let on_disk = blocks * 512;
         // Compressed, it takes less room here than it may take there; far less, it is sparse.
         size.bytes += if bytes / 8 <= on_disk { bytes.max(on_disk) } else { on_disk };
     };
-    match fs::metadata(root).with_context(|| root.display().to_string())? {
-        meta if meta.is_dir() => walk(root, &mut |_, _, seen| {
+    let what = || root.display().to_string();
+    match fs::metadata(root).with_context(what)? {
+        meta if meta.is_dir() => walk(root, &mut |path, _, seen| {
             add(seen.size, seen.blocks);
+            paths += path.len() as u64;
+            if paths > MAX_PATHS {
+                bail!("{}: the names of all files in it are too long to be remembered", what());
+            }
             Ok(true)
         })?,
         meta => add(meta.size(), meta.blocks()),
@@ -97,12 +114,24 @@ pub(super) type Visit<'a> = dyn FnMut(&[u8], &Path, &Seen) -> Result<bool> + 'a;
 /// # Errors
 /// When something cannot be read, or is on another file system.
 pub(super) fn walk(root: &Path, visit: &mut Visit) -> Result<()> {
+    walk_all(root, Mounts::Refused, visit)
+}
+
+/// The same, but what is mounted below is visited, too, and nothing that is in it.
+///
+/// # Errors
+/// When something cannot be read.
+pub(super) fn walk_one_mount(root: &Path, visit: &mut Visit) -> Result<()> {
+    walk_all(root, Mounts::Visited, visit)
+}
+
+fn walk_all(root: &Path, mounts: Mounts, visit: &mut Visit) -> Result<()> {
     let what = || root.display().to_string();
     // Its own name may be a symbolic link; what is below is not followed.
     let dir = Dir::open(root, DIRECTORY - OFlag::O_NOFOLLOW, Mode::empty()).with_context(what)?;
     let seen = Seen::new(&fstat(&dir).with_context(what)?);
     if visit(b"", &reach(&dir, OsStr::new(".")), &seen)? {
-        Walk { path: Vec::new(), device: seen.device, visit }.level(dir)?;
+        Walk { path: Vec::new(), depth: 0, device: seen.device, mounts, visit }.level(dir)?;
     }
     Ok(())
 }
@@ -128,7 +157,8 @@ pub(super) fn visit_one(top: &File, path: &[u8], visit: &mut Visit) -> Result<bo
         held = parent;
         (held.as_fd(), CString::new(name.as_os_str().as_bytes())?)
     };
-    let mut walk = Walk { path: path.to_vec(), device, visit };
+    let depth = path.split(|b| *b == b'/').count();
+    let mut walk = Walk { path: path.to_vec(), depth, device, mounts: Mounts::Refused, visit };
     let Some(seen) = look_at(dir, &name).with_context(|| shown(path))? else { return Ok(false) };
     walk.one(dir, &name, &seen)?;
     Ok(true)
@@ -137,16 +167,34 @@ pub(super) fn visit_one(top: &File, path: &[u8], visit: &mut Visit) -> Result<bo
 /// What says that a path leads nowhere, or not on.
 const GONE: [Errno; 3] = [Errno::ENOENT, Errno::ENOTDIR, Errno::ELOOP];
 
+/// What becomes of what is mounted below a root.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mounts {
+    Refused,
+    Visited,
+}
+
 /// The path grows and shrinks in place: there may be very many files.
 struct Walk<'a, 'b> {
     path: Vec<u8>,
+    /// Directories on the way.
+    depth: usize,
     device: u64,
+    mounts: Mounts,
     visit: &'a mut Visit<'b>,
 }
 
 impl Walk<'_, '_> {
     fn level(&mut self, mut dir: Dir) -> Result<()> {
+        if self.depth > MAX_DEPTH || self.path.len() > MAX_PATH {
+            bail!(
+                "there are more than {MAX_DEPTH} directories in each other, or a path of more than \
+                 {MAX_PATH} bytes, below {}",
+                shown(self.path.split(|b| *b == b'/').next().unwrap_or_default())
+            );
+        }
         let found = look_into(&mut dir).with_context(|| shown(&self.path))?;
+        self.depth += 1;
         for (name, seen) in found {
             let length = self.path.len();
             if length > 0 {
@@ -156,12 +204,14 @@ impl Walk<'_, '_> {
             self.one(dir.as_fd(), &name, &seen)?;
             self.path.truncate(length);
         }
+        self.depth -= 1;
         Ok(())
     }
 
     /// What bears this name in a directory.
     fn one(&mut self, dir: BorrowedFd, name: &CStr, seen: &Seen) -> Result<()> {
-        if seen.device != self.device {
+        let mounted = seen.device != self.device;
+        if mounted && self.mounts == Mounts::Refused {
             bail!(
                 "{} is on another file system and cannot be copied with the rest: bind it by \
                  itself, or take it away",
@@ -169,7 +219,7 @@ impl Walk<'_, '_> {
             );
         }
         let reach = reach(&dir, OsStr::from_bytes(name.to_bytes()));
-        if (self.visit)(&self.path, &reach, seen)? && seen.is_dir() {
+        if (self.visit)(&self.path, &reach, seen)? && seen.is_dir() && !mounted {
             match Dir::openat(dir, name, DIRECTORY, Mode::empty()) {
                 Ok(inside) => self.level(inside)?,
                 Err(e) if GONE.contains(&e) => {}
@@ -237,6 +287,22 @@ pub fn remove(path: &Path) -> Result<()> {
     ignore_missing(result).with_context(|| format!("cannot remove {}", path.display()))
 }
 
+/// The same for a path on which there is no symbolic link. Where there is one by now, a container has
+/// put it there, and nothing is taken away.
+///
+/// # Errors
+/// As [`remove`]; `ELOOP`.
+pub fn remove_real(path: &Path) -> Result<()> {
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        bail!("{} cannot be removed", path.display())
+    };
+    let parent = match directory::open(parent) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        other => other.with_context(|| format!("cannot remove {}", path.display()))?,
+    };
+    remove(&reach(&parent, name)).with_context(|| format!("cannot remove {}", path.display()))
+}
+
 pub(super) fn ignore_missing(result: std::io::Result<()>) -> std::io::Result<()> {
     match result {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
@@ -245,17 +311,128 @@ pub(super) fn ignore_missing(result: std::io::Result<()>) -> std::io::Result<()>
 }
 
 /// The directory that an entry lies in, and its name there. Only plain names below the root, and
-/// no symbolic link on the way: openat2(2).
+/// no symbolic link on the way: openat2(2). A long way is gone in steps.
+///
+/// # Errors
+/// `ENOENT`, `ENOTDIR`, `ELOOP` where it leads nowhere; when it is no path below a root.
 pub(super) fn place(root: &File, path: &[u8]) -> Result<(OwnedFd, PathBuf)> {
-    let path = Path::new(OsStr::from_bytes(path));
-    let plain = path.components().all(|c| matches!(c, Component::Normal(_)));
-    let (Some(name), true) = (path.file_name(), plain) else { bail!("not a plain path") };
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let plain = |c: Component| matches!(c, Component::Normal(_));
+    let whole = Path::new(OsStr::from_bytes(path));
+    let (Some(name), true) = (whole.file_name(), whole.components().all(plain)) else {
+        bail!("not a plain path")
+    };
+    if path.len() > MAX_PATH + NAME_MAX || whole.components().count() > MAX_DEPTH + 2 {
+        bail!("a path longer than any that is copied");
+    }
+    let parent = whole.parent().map_or(&b""[..], |p| p.as_os_str().as_bytes());
+    let mut parts = steps(parent).into_iter();
+    let mut at = step(root, parts.next().unwrap_or(b"."))?;
+    for part in parts {
+        at = step(&at, part)?;
+    }
+    Ok((at, name.into()))
+}
+
+/// limits.h
+const NAME_MAX: usize = 255;
+
+/// Cuts a path at slashes into parts that a system call takes.
+fn steps(path: &[u8]) -> Vec<&[u8]> {
+    const MOST: usize = libc::PATH_MAX as usize / 2;
+    let (mut parts, mut rest) = (Vec::new(), path);
+    while rest.len() > MOST {
+        let Some(slash) = rest[..MOST].iter().rposition(|b| *b == b'/') else { break };
+        parts.push(&rest[..slash]);
+        rest = &rest[slash + 1..];
+    }
+    parts.extend((!rest.is_empty()).then_some(rest));
+    parts
+}
+
+/// A directory below another one.
+fn step(from: &impl AsFd, path: &[u8]) -> Result<OwnedFd> {
     let how =
         OpenHow::new().flags(OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC).resolve(
             ResolveFlag::RESOLVE_BENEATH
                 | ResolveFlag::RESOLVE_NO_SYMLINKS
                 | ResolveFlag::RESOLVE_NO_XDEV,
         );
-    Ok((openat2(root, parent, how)?, name.into()))
+    Ok(openat2(from.as_fd(), OsStr::from_bytes(path), how)?)
+}
+
+/// Directories in each other, made one level at a time: no system call takes such a path.
+#[cfg(test)]
+pub(super) fn deep(root: &Path, names: usize, length: usize) -> File {
+    let mut at = File::open(root).expect("it is there");
+    for _ in 0..names {
+        let name = "d".repeat(length);
+        nix::sys::stat::mkdirat(&at, name.as_str(), Mode::S_IRWXU).expect("it can be made");
+        at = step(&at, name.as_bytes()).expect("it can be opened").into();
+    }
+    at
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_way_is_gone_in_steps() {
+        let dir = tempfile::tempdir().unwrap();
+        let last = deep(dir.path(), 25, 200);
+        fs::write(reach(&last, OsStr::new("file")), b"x").unwrap();
+        let mut longest = Vec::new();
+        walk(dir.path(), &mut |path, full, seen| {
+            assert_eq!(fs::symlink_metadata(full)?.ino(), seen.ino);
+            longest = path.to_vec();
+            Ok(true)
+        })
+        .unwrap();
+        assert_eq!(longest.len(), 25 * 201 + 4);
+        let root = File::open(dir.path()).unwrap();
+        let (parent, name) = place(&root, &longest).unwrap();
+        assert_eq!(fs::read(reach(&parent, name.as_os_str())).unwrap(), b"x");
+        let mut found = false;
+        assert!(
+            visit_one(&root, &longest, &mut |_, _, seen| Ok({
+                found = seen.is_file();
+                found
+            }))
+            .unwrap()
+        );
+        assert!(found);
+    }
+
+    #[test]
+    fn nothing_behind_a_link_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let top = fs::canonicalize(dir.path()).unwrap();
+        fs::create_dir_all(top.join("real/tree")).unwrap();
+        std::os::unix::fs::symlink("real", top.join("link")).unwrap();
+        remove_real(&top.join("link/tree")).unwrap_err();
+        assert!(top.join("real/tree").is_dir());
+        for _ in 0..2 {
+            remove_real(&top.join("real/tree")).unwrap();
+        }
+        assert!(!top.join("real/tree").exists());
+    }
+
+    #[test]
+    fn a_bottomless_tree_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        deep(dir.path(), MAX_DEPTH + 10, 1);
+        let why = measure(dir.path()).unwrap_err().to_string();
+        assert!(why.contains("more than 256 directories in each other"), "{why}");
+        let root = File::open(dir.path()).unwrap();
+        assert!(place(&root, &b"d/".repeat(MAX_DEPTH + 10)).is_err());
+    }
+
+    #[test]
+    fn steps_are_short_and_lose_nothing() {
+        for path in ["", "a", "a/b", &format!("{}x", "name/".repeat(3000))] {
+            let parts = steps(path.as_bytes());
+            assert_eq!(parts.join(&b'/'), path.as_bytes());
+            assert!(parts.iter().all(|p| !p.is_empty() && p.len() < 4096));
+        }
+    }
 }

@@ -16,6 +16,7 @@ pub mod locks;
 pub(crate) mod maps;
 pub(crate) mod memory;
 pub(crate) mod mirror;
+pub(crate) mod mntns;
 pub(crate) mod netlink;
 pub mod netns;
 pub mod packet;

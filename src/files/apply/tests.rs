@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::*;
 use crate::files::follow::{Follower, RoundStats};
 use crate::files::inodes::Inodes;
+use crate::files::root::Root;
 use crate::files::walk::measure;
 
 /// Everything that there is to compare of a tree, by path.
@@ -68,7 +69,7 @@ impl Pair {
     fn both() -> [Pair; 2] {
         [false, true].map(|listen| {
             let from = tempfile::tempdir().unwrap();
-            let roots = vec![from.path().to_owned()];
+            let roots = vec![Root::open(from.path()).unwrap()];
             let follower = Follower::with_window(roots, listen, WINDOW);
             Pair { from, to: tempfile::tempdir().unwrap(), follower }
         })
@@ -521,7 +522,7 @@ fn a_stream_cannot_lead_outside_or_beyond_what_was_announced() {
         drop(applying);
         heard.iter().any(|a| matches!(a, Applied::Failed(_)))
     };
-    let file = |size| Kind::File(size, Vec::new());
+    let file = |size| Kind::File(size);
     for bad in ["../out", "/out", "a/../../out"] {
         assert!(apply(vec![Step::Make(entry(bad, file(0)))]), "{bad}");
         assert!(apply(vec![Step::Remove(bad.into())]), "{bad}");
@@ -670,7 +671,7 @@ fn a_single_file_is_a_tree_too() {
         fs::write(here.path().join("other"), b"is not asked for").unwrap();
         let size = measure(&hosts).unwrap();
         assert_eq!(size.entries, 1);
-        let mut follower = Follower::with_window(vec![hosts.clone()], listen, WINDOW);
+        let mut follower = Follower::with_window(vec![Root::open(&hosts).unwrap()], listen, WINDOW);
         let (tell, heard) = channel();
         let roots = [(there.path().to_owned(), size)];
         let applying = Applying::start(&roots, move |a| tell.send(a).unwrap()).unwrap();
@@ -708,5 +709,88 @@ fn a_single_file_is_a_tree_too() {
         assert!(e.to_string().contains("hosts was replaced"), "{e:#}");
         fs::remove_file(&hosts).unwrap();
         assert!(round(true).is_err());
+    }
+}
+
+/// Holes cost nothing: neither time, nor memory, nor a word on the link.
+#[test]
+fn a_hole_of_many_terabytes_is_nothing() {
+    for mut pair in Pair::both() {
+        let path = pair.from.path().join("huge");
+        let file = File::create(&path).unwrap();
+        file.set_len(8 << 40).unwrap();
+        file.write_all_at(&[1; 10_000], 3 << 40).unwrap();
+        later();
+        let first = pair.stats_of_round(&Inodes::new());
+        assert!(first.bytes <= 12_288 && first.read <= 12_288, "{first:?}");
+        let there = File::open(pair.to.path().join("huge")).unwrap();
+        let look = |at, expected: u8| {
+            let mut byte = [7];
+            there.read_exact_at(&mut byte, at).unwrap();
+            assert_eq!(byte, [expected], "at {at}");
+        };
+        look((3 << 40) + 9_999, 1);
+        // Data in other places, and a hole where there was some.
+        file.write_all_at(b"x", 1 << 40).unwrap();
+        file.write_all_at(b"y", (5 << 40) + 1).unwrap();
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(&file, flags, (3 << 40) + 4096, 4096).unwrap();
+        later();
+        let second = pair.stats_of_round(&Inodes::new());
+        assert!(second.bytes <= 2 * 4096, "{second:?}");
+        for (at, byte) in
+            [(1 << 40, b'x'), ((5 << 40) + 1, b'y'), (3 << 40, 1), ((3 << 40) + 5000, 0)]
+        {
+            look(at, byte);
+        }
+        assert!(there.metadata().unwrap().blocks() < 100);
+        later();
+        pair.round();
+        assert_eq!(pair.round(), 0);
+    }
+}
+
+/// As many pieces as a file may have, each of which is to be remembered.
+#[test]
+fn many_pieces_are_told_apart() {
+    for mut pair in Pair::both() {
+        let file = File::create(pair.from.path().join("pieces")).unwrap();
+        for i in 0..2000_u64 {
+            file.write_all_at(&i.to_le_bytes(), i * 12_288).unwrap();
+        }
+        later();
+        pair.round();
+        pair.same();
+        file.write_all_at(b"changed", 1000 * 12_288).unwrap();
+        file.write_all_at(b"new", 1500 * 12_288 + 8192).unwrap();
+        later();
+        assert_eq!(pair.round(), 2 * 4096);
+        pair.same();
+        file.set_len(900 * 12_288 + 3).unwrap();
+        later();
+        assert!(pair.round() <= 4096);
+        pair.same();
+    }
+}
+
+#[test]
+fn a_path_that_no_system_call_takes_arrives() {
+    for mut pair in Pair::both() {
+        let last = crate::files::walk::deep(pair.from.path(), 25, 200);
+        fs::write(crate::files::walk::reach(&last, OsStr::new("file")), b"deep").unwrap();
+        later();
+        pair.round();
+        fs::write(crate::files::walk::reach(&last, OsStr::new("file")), b"deeper").unwrap();
+        later();
+        assert_eq!(pair.round(), 6);
+        let path = [format!("{}/", "d".repeat(200)).repeat(25), "file".into()].concat();
+        let root = File::open(pair.to.path()).unwrap();
+        let (parent, name) = crate::files::walk::place(&root, path.as_bytes()).unwrap();
+        let there = crate::files::walk::reach(&parent, name.as_os_str());
+        assert_eq!(fs::read(there).unwrap(), b"deeper");
+        fs::remove_dir_all(pair.from.path().join("d".repeat(200))).unwrap();
+        later();
+        pair.round();
+        assert_eq!(fs::read_dir(pair.to.path()).unwrap().count(), 0);
     }
 }

@@ -2,14 +2,16 @@
 //! obstacle that shows here.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::host;
 use super::layers::{self, Layered};
 use super::standard::{self, Standard};
 use crate::files::place::{self, Parent};
+use crate::files::root::Root;
 use crate::files::walk::Size;
 use crate::files::{probe, tmpfs};
 use crate::memory::pages;
@@ -27,8 +29,9 @@ use crate::oci::bundle::Bundle;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::{Runtime, State};
 use crate::problem::Problem;
+use crate::sys::mntns;
 use crate::sys::netns::NetNs;
-use crate::sys::process::proc_text;
+use crate::sys::process::{self, proc_text};
 use crate::tasks::losses::Scene;
 use crate::tasks::{descriptors, locks, losses as preflight};
 
@@ -46,6 +49,10 @@ pub struct Subject {
     pub plan: Plan,
     /// Keeps the probe files until the destination has looked.
     pub probes: Vec<probe::Probe>,
+    /// What the plan's probes are of.
+    pub roots: Vec<Root>,
+    /// The root of the container's mounts.
+    pub inside: OwnedFd,
     /// Its logs outside of it, by the number of their stream.
     pub logs: Vec<Option<File>>,
     /// Its root file system, where that is an overlay.
@@ -175,11 +182,21 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         network::hook::usable(&program)?;
     }
     let destination = wishes.bundle.clone().unwrap_or_else(|| state.bundle.clone());
-    let mut listed = Vec::new();
+    let (mut listed, mut roots) = (Vec::new(), Vec::new());
+    let inside = mntns::root_of(state.pid).context("cannot look at the container's mounts")?;
     let mut add = |what: String, place: Place, path: &Path, wish: How, read_only: bool| {
-        let probe = probe::make(path, read_only)?;
-        let (proof, directory, file) = (probe.proof.clone(), path.is_dir(), path.is_file());
+        let opened = Root::open(path);
+        let opened = opened.with_context(|| format!("cannot look at {}", path.display()))?;
+        // A single file that was replaced matters only if it is to be copied.
+        if let Some(problem) = replaced(&inside, &what, &place, &opened)
+            && opened.is_dir()
+        {
+            return Err(problem.into());
+        }
+        let probe = probe::make_at(&opened, read_only)?;
+        let (proof, directory, file) = (probe.proof.clone(), opened.is_dir(), opened.is_file());
         probes.push(probe);
+        roots.push(opened);
         let probe = Probe { what, place, proof: proof.clone(), wish, directory, file, read_only };
         listed.push(probe);
         anyhow::Ok(proof)
@@ -211,7 +228,7 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
     let mountinfo = proc_text(state.pid, "mountinfo")?;
     let bound: Vec<PathBuf> = bundle.bind_mounts().into_iter().map(|m| m.destination).collect();
     let mut tmpfs = tmpfs::find(&mountinfo, &bound);
-    tmpfs::measure(Path::new(&format!("/proc/{}/root", state.pid)), &mut tmpfs);
+    tmpfs::measure(Path::new(&format!("/proc/{}/root", state.pid)), &mut tmpfs)?;
     let resident = resident_bytes(&cgroup)?;
     tracing::debug!(
         ?cgroup,
@@ -261,6 +278,8 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         network,
         plan,
         probes,
+        roots,
+        inside,
         logs,
         layered,
         load: None,
@@ -268,6 +287,23 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         sizes: Vec::new(),
         forward: None,
         warnings: Vec::new(),
+    })
+}
+
+/// Whether the container has something else at a place than what its configuration leads to: it may
+/// have put a symbolic link there that leads out of it. `inside` is the root of its mounts.
+pub fn replaced(inside: &OwnedFd, what: &str, place: &Place, found: &Root) -> Option<Problem> {
+    let place = match place {
+        Place::Rootfs => Path::new("/"),
+        Place::Mount(place) => place,
+    };
+    let has = probe::inode_in(&process::path_of(inside), place);
+    (has != Some(found.inode())).then(|| {
+        Problem::new(
+            format!("the {what} is not what is at {}", found.place().display()),
+            "that was replaced since the container was started: it still has what was there before",
+        )
+        .hint("start the container anew; and do not replace what is bound into a container")
     })
 }
 

@@ -105,7 +105,9 @@ impl Layered {
 pub fn unmount(place: &Path, removed: &[PathBuf]) -> Result<()> {
     let Ok(place) = fs::canonicalize(place) else { return Ok(()) };
     match overlay::at(&overlay::mounts()?, &place) {
-        Mounted::Overlay(Overlay { upper: Some(upper), .. }) if removed.contains(&upper.path) => {
+        Mounted::Overlay(Overlay { upper: Some(upper), .. })
+            if fs::canonicalize(&upper.path).is_ok_and(|path| removed.contains(&path)) =>
+        {
             overlay::unmount(&place)
         }
         _ => Ok(()),

@@ -315,7 +315,7 @@ pub fn source_lets_go(journal: &mut Journal, before_network: impl FnOnce()) -> R
     }
     // Whoever could not be ended, or has come in its place, may use it.
     for path in record.remove.iter().filter(|_| trouble.is_empty()).collect::<Vec<_>>() {
-        trouble.note("removing what was copied", crate::files::walk::remove(path));
+        trouble.note("removing what was copied", crate::files::walk::remove_real(path));
     }
     if !record.leave_mark {
         trouble.note("lifting the away-mark", lift_mark(journal));

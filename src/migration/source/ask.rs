@@ -1,26 +1,24 @@
 //! The source's first conversation: a look at the container, the greeting, the plan, the answer. And
 //! the queue in which everything that happens from then on stands in line.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
 use super::watch::Watch;
 use crate::files::layers::Store;
 use crate::files::overlay::Overlay;
-use crate::files::probe::inode_in;
+use crate::files::root::Root;
 use crate::files::walk;
 use crate::migration::checkpoint::dump::DumpEvent;
 use crate::migration::forwarding as forward;
 use crate::migration::options::Wishes;
 use crate::migration::preflight::contested;
-use crate::migration::preflight::inspect::{Subject, inspect};
+use crate::migration::preflight::inspect::{Subject, inspect, replaced};
 use crate::migration::protocol::talk::{self, Heard, Speaker};
-use crate::migration::protocol::{Message, Place, Probe};
+use crate::migration::protocol::{Message, Place};
 use crate::migration::transfer::carry::{self, MemoryEvent};
 use crate::migration::transfer::haul::{HaulEvent, Load};
 use crate::oci::runtime::Runtime;
@@ -409,8 +407,8 @@ fn announce(
             Ok(lacking) => load.layers = lacking,
             Err(problems) => return Ok(Some(problems)),
         }
-        for path in &load.roots {
-            sizes.push(walk::measure(path)?);
+        for root in &load.roots {
+            sizes.push(walk::measure(&root.path())?);
         }
     }
     if let Some(why) = subject.layered.only_merged().filter(|_| root.is_some()) {
@@ -422,27 +420,28 @@ fn announce(
     for number in copies {
         let probe = subject.plan.probes.get(*number);
         let probe = probe.ok_or_else(|| anyhow!("the destination wants what is not there"))?;
-        let path = probe.place.path(&subject.bundle);
-        let path = path.ok_or_else(|| anyhow!("config.json does not have {}", probe.what))?;
-        let path = match &overlay {
+        let opened = subject.roots.get(*number);
+        let opened = opened.ok_or_else(|| anyhow!("config.json does not have {}", probe.what))?;
+        let opened = match &overlay {
             Some(overlay) if Some(*number) == root => {
                 let Some(upper) = &overlay.upper else { continue };
-                load.merged = Some((path, upper.path.clone()));
-                upper.path.clone()
+                load.merged = Some((opened.place().to_owned(), upper.path.clone()));
+                Root::open(&upper.path)?
             }
-            _ if probe.file => {
-                if let Some(problem) = replaced(subject.state.pid, probe, &path) {
+            _ => {
+                let found = replaced(&subject.inside, &probe.what, &probe.place, opened);
+                if let Some(problem) = found {
                     return Ok(Some(vec![problem]));
                 }
-                fs::canonicalize(&path)?
+                opened.clone()
             }
-            _ => path,
         };
-        let size = walk::measure(&path)?;
+        let size = walk::measure(&opened.path())
+            .with_context(|| format!("the {} cannot be copied", probe.what))?;
         let words =
             format!("{}: copied, {} MiB, {} files", probe.what, size.bytes >> 20, size.entries);
         reporter.phase("files", &words);
-        load.roots.push(path);
+        load.roots.push(opened);
         let mut all = size;
         if Some(*number) == root {
             for layer in &sizes[..load.layers] {
@@ -467,21 +466,6 @@ fn announce(
     }
 }
 
-/// Whether a single file is not the one any more that the container has.
-fn replaced(init: i32, probe: &Probe, path: &Path) -> Option<Problem> {
-    let Place::Mount(place) = &probe.place else { return None };
-    let bound = inode_in(Path::new(&format!("/proc/{init}/root")), place)?;
-    let here = fs::metadata(path).ok()?;
-    (bound != (here.dev(), here.ino())).then(|| {
-        Problem::new(
-            format!("the {} is not what is at {}", probe.what, path.display()),
-            "that was replaced since the container was started: it still has the file that was \
-             there before",
-        )
-        .hint("start the container anew; or write to such a file instead of replacing it")
-    })
-}
-
 /// Tells the destination which layers the overlay has, and learns which it lacks: these are put among
 /// the roots. Reading one for the first time takes its while.
 fn announce_layers(
@@ -490,7 +474,7 @@ fn announce_layers(
     speaker: &Speaker,
     inputs: &mut Inputs,
     reporter: &mut Reporter,
-    roots: &mut Vec<PathBuf>,
+    roots: &mut Vec<Root>,
 ) -> Result<Result<usize, Vec<Problem>>> {
     let mut store = Store::open(state_dir);
     let mut layers = Vec::new();
@@ -513,7 +497,7 @@ fn announce_layers(
     for (i, number) in lacking.iter().enumerate() {
         let lower = overlay.lower.get(*number).filter(|_| i == 0 || lacking[i - 1] < *number);
         let lower = lower.ok_or_else(|| anyhow!("the destination wants what is not there"))?;
-        roots.push(lower.path.clone());
+        roots.push(Root::open(&lower.path)?);
     }
     let layers = Layers { there: overlay.lower.len() - lacking.len(), copied: lacking.len() };
     reporter.report.layers = Some(layers);

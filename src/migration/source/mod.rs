@@ -139,11 +139,13 @@ pub fn migrate(
 /// What of the container's files is of no use here when it runs there. Layers may be others', too.
 fn removable(subject: &Subject) -> Vec<PathBuf> {
     let load = subject.load.iter();
-    let mut list: Vec<PathBuf> = load.flat_map(|l| &l.roots[l.layers..]).cloned().collect();
+    let places = load.flat_map(|l| &l.roots[l.layers..]).map(|root| root.place().to_owned());
+    let mut list: Vec<PathBuf> = places.collect();
+    let real = |path: &std::path::Path| std::fs::canonicalize(path).ok();
     if let Some(upper) = subject.layered.overlay().and_then(|o| o.upper.as_ref())
-        && list.contains(&upper.path)
+        && real(&upper.path).is_some_and(|path| list.contains(&path))
     {
-        list.push(upper.work.clone());
+        list.extend(real(&upper.work));
     }
     list
 }

@@ -18,6 +18,7 @@ use super::parcels::{STREAM, SpeakerFile};
 use crate::files::follow::Follower;
 use crate::files::inodes::{self, Inodes};
 use crate::files::overlay::Merged;
+use crate::files::root::Root;
 use crate::migration::protocol::talk::Speaker;
 use crate::oci::cgroup::Cgroup;
 use crate::report::progress::FilesRound;
@@ -65,7 +66,7 @@ pub enum HaulEvent {
 #[derive(Clone, Debug, Default)]
 pub struct Load {
     /// The trees, in the order that was agreed on.
-    pub roots: Vec<PathBuf>,
+    pub roots: Vec<Root>,
     /// So many of the first are layers, which nobody changes.
     pub layers: usize,
     /// Where an upper layer is among them: the merged tree, and it.
