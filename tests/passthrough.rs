@@ -213,6 +213,19 @@ fn our_lines_come_after_the_runtimes() {
 }
 
 #[test]
+fn version_and_help_need_no_runtime() {
+    let stage = Stage::new();
+    for (flag, ours) in [("--version", "ferry: "), ("--help", "FERRY COMMANDS")] {
+        let told = stage.ferry().env("PATH", "/nowhere").arg(flag).output().unwrap();
+        assert_eq!(told.status.code(), Some(0), "{flag}");
+        assert!(text(&told.stdout).starts_with(ours), "{}", text(&told.stdout));
+        assert!(text(&told.stderr).contains("no container runtime"), "{}", text(&told.stderr));
+    }
+    let other = stage.ferry().env("PATH", "/nowhere").args(["list"]).output().unwrap();
+    assert_eq!((other.status.code(), text(&other.stdout)), (Some(127), String::new()));
+}
+
+#[test]
 fn a_container_that_left_is_not_started() {
     let stage = Stage::new();
     stage.mark("/r");

@@ -26,7 +26,8 @@ use crate::transport::pace::Pace;
     name = "ferry",
     version,
     about = "Carries a running container to another host; in all else it is runc",
-    disable_help_subcommand = true
+    disable_help_subcommand = true,
+    propagate_version = true
 )]
 pub struct Cli {
     /// What goes for all verbs.
@@ -81,6 +82,18 @@ pub enum Verb {
     Migrations(MigrationsArgs),
     /// Settle who owns a container after a crash in the middle of a migration
     Resolve(ResolveArgs),
+    /// Print what makes a shell complete ferry's own verbs and options
+    #[command(after_help = COMPLETIONS_EXAMPLES)]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages: ferry(1), and one for each verb
+    #[command(name = "__man", hide = true)]
+    Man {
+        /// An existing directory.
+        directory: PathBuf,
+    },
     /// For ferry itself
     #[command(name = "__guard", hide = true)]
     Guard {
@@ -100,6 +113,11 @@ pub struct RemoteArgs {
     #[arg(long, value_name = "PATH")]
     pub remote_ferry: Option<OsString>,
 }
+
+const COMPLETIONS_EXAMPLES: &str = "\
+Examples:
+  ferry completions bash >/usr/share/bash-completion/completions/ferry
+  ferry completions zsh >/usr/share/zsh/vendor-completions/_ferry";
 
 const MIGRATE_EXAMPLES: &str = "\
 Examples:

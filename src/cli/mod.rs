@@ -5,6 +5,7 @@
 
 pub(crate) mod args;
 pub(crate) mod destination;
+mod manual;
 pub mod passthrough;
 mod resolve;
 pub(crate) mod runtime;
@@ -58,6 +59,8 @@ fn dispatch(globals: &Globals, verb: Verb) -> Result<(), Failed> {
         Verb::Check(args) => verbs::check(globals, &args),
         Verb::Migrations(args) => verbs::migrations(&args),
         Verb::Resolve(args) => resolve::resolve(globals, &args),
+        Verb::Completions { shell } => manual::completions(shell),
+        Verb::Man { directory } => manual::pages(&directory),
         Verb::Guard { args } => verbs::guard(&args),
     }
 }

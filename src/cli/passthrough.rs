@@ -30,6 +30,15 @@ pub fn run(scan: Scan) -> u8 {
     }
     let runtime = match Runtime::find(scan.ferry_runtime.as_deref()) {
         Ok(runtime) => runtime,
+        Err(Unusable { exit: NONE, error }) => match own(&scan.command) {
+            // Whoever asks who we are may be about to install a runtime.
+            Some(text) => {
+                fail(&scan, NONE, &error);
+                let _ = std::io::stdout().write_all(text.trim_start().as_bytes());
+                return 0;
+            }
+            None => return fail(&scan, NONE, &error),
+        },
         Err(Unusable { exit, error }) => return fail(&scan, exit, &error),
     };
     let done = match &scan.command {
@@ -44,6 +53,18 @@ pub fn run(scan: Scan) -> u8 {
         _ => exec(&runtime, &scan.argv).map(|never| match never {}),
     };
     done.unwrap_or_else(|error| fail(&scan, 126, &error))
+}
+
+/// A shell's exit code for a command that is not there.
+const NONE: u8 = 127;
+
+/// What we say ourselves, whatever the runtime says.
+fn own(command: &Command) -> Option<String> {
+    match command {
+        Command::Version => Some(version()),
+        Command::Help => Some(help()),
+        _ => None,
+    }
 }
 
 fn fail(scan: &Scan, exit: u8, error: &anyhow::Error) -> u8 {

@@ -11,7 +11,8 @@ use std::path::PathBuf;
 use crate::report::log::{ErrorLog, Format};
 
 /// Our verbs. None of them is a verb of runc, crun or youki.
-pub const OURS: [&str; 6] = ["migrate", "receive", "check", "migrations", "resolve", "__guard"];
+pub const OURS: [&str; 8] =
+    ["migrate", "receive", "check", "migrations", "resolve", "completions", "__man", "__guard"];
 
 /// The runtime's verbs that bring a container to life, which an away-mark forbids. To the runtime
 /// one that is frozen for its hand-over is only paused.
