@@ -6,10 +6,15 @@
 //! decides when that is enough, [`staging`] holds them on the destination, [`serve`] puts them into
 //! the restored tasks through userfaultfd; those that stay on the source (post-copy), when they come.
 //!
+//! With `--verify` the source tells [digests](digest) of all memory in the freeze, which the destination
+//! [compares](compare) with its own before the commit.
+//!
 //! What CRIU does not leave to us (file-private pages that were written to, shared anonymous
 //! memory, locked and huge pages, the vDSO) travels in its image files.
 
+pub(crate) mod compare;
 pub(crate) mod converge;
+pub(crate) mod digest;
 pub(crate) mod direct;
 pub(crate) mod pages;
 pub(crate) mod pending;

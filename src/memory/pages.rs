@@ -64,11 +64,16 @@ pub fn anonymous_mappings(pid: i32) -> Result<Vec<(u64, u64)>> {
     for line in text.lines() {
         let mapping = Mapping::parse(line)
             .with_context(|| format!("cannot read a line of /proc/{pid}/maps"))?;
-        if mapping.inode == 0 && !mapping.is_shared() && !SPECIAL.contains(&mapping.name) {
+        if mapping.inode == 0 && !mapping.is_shared() && !is_kernels(&mapping) {
             found.push((mapping.start, mapping.end));
         }
     }
     Ok(found)
+}
+
+/// Whether a mapping is the kernel's own: each kernel has its own contents there.
+pub fn is_kernels(mapping: &Mapping<'_>) -> bool {
+    mapping.inode == 0 && SPECIAL.contains(&mapping.name)
 }
 
 /// Finds populated pages with as few system calls as the kernel allows.

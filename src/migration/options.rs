@@ -25,6 +25,8 @@ pub struct Wishes {
     pub systemd_cgroup: bool,
     /// `--forward`.
     pub forward: Wish,
+    /// `--verify`.
+    pub verify: bool,
     /// Only checks.
     pub check_only: bool,
     /// `--rootfs`.

@@ -126,6 +126,9 @@ pub struct Report {
     pub settled: Option<Next>,
     /// Pages that followed after the resume.
     pub postcopy_pages: u64,
+    /// With `--verify`: pages that were compared before the commit, and are the same on both hosts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verified_pages: Option<u64>,
     /// How the destination put pages into the tasks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub served: Option<Served>,
@@ -413,6 +416,9 @@ impl Reporter {
                 round.wire_bytes as f64 / f64::from(1 << 20),
                 round.rate(),
             );
+        }
+        if let Some(pages) = report.verified_pages {
+            tell!("  {pages} pages of memory compared: the same on both hosts");
         }
         if let Some(served) = report.served.filter(|s| s.faults > 0) {
             tell!(

@@ -6,11 +6,13 @@
 //! - `error`: the point returns an error, as a step that failed would.
 //! - `hold`: writes the process's number to `/run/ferry-fault/POINT` and waits until the file is gone: a
 //!   test then does from outside what it likes (a signal, a cut link, a killed CRIU).
+//! - `spoil`: whoever the point belongs to changes a byte of what it holds, as a fault of the memory or
+//!   of Ferry would ([`spoils`]).
 //!
 //! A held point goes on by itself after a minute: a test that died must leave no process behind.
 
 #[cfg(feature = "faults")]
-pub use armed::point;
+pub use armed::{point, spoils};
 
 /// Nothing: the feature `faults` is off.
 ///
@@ -40,13 +42,8 @@ mod armed {
     /// # Errors
     /// When this point is armed with `error`.
     pub fn point(name: &str) -> Result<()> {
-        let Ok(armed) = std::env::var("FERRY_FAULT") else { return Ok(()) };
-        let action = armed.split(',').find_map(|one| {
-            let (point, action) = one.split_once(':')?;
-            (point == name).then_some(action)
-        });
-        match action {
-            None => Ok(()),
+        match action(name).as_deref() {
+            None | Some("spoil") => Ok(()),
             Some("kill") => {
                 raise(Signal::SIGKILL)?;
                 Ok(())
@@ -55,6 +52,19 @@ mod armed {
             Some("hold") => hold(name),
             Some(other) => bail!("FERRY_FAULT: no action {other}"),
         }
+    }
+
+    /// Whether this point is armed with `spoil`.
+    pub fn spoils(name: &str) -> bool {
+        action(name).is_some_and(|action| action == "spoil")
+    }
+
+    fn action(name: &str) -> Option<String> {
+        let armed = std::env::var("FERRY_FAULT").ok()?;
+        armed.split(',').find_map(|one| {
+            let (point, action) = one.split_once(':')?;
+            (point == name).then(|| action.to_owned())
+        })
     }
 
     fn hold(name: &str) -> Result<()> {

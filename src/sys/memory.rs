@@ -146,6 +146,32 @@ pub fn read_process(pid: i32, places: &[(u64, usize)], into: &mut [u8]) -> io::R
     if n < 0 { Err(io::Error::last_os_error()) } else { Ok(n as usize) }
 }
 
+/// The device number of the tmpfs that nobody has mounted, in which the kernel keeps shared memory: that
+/// of `MAP_SHARED | MAP_ANONYMOUS`, of System V, and of memfd_create(2).
+///
+/// # Errors
+/// When there is no descriptor left.
+pub fn shared_device() -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    static DEVICE: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
+    if let Some(device) = DEVICE.get() {
+        return Ok(*device);
+    }
+    let device = memory_file(c"ferry-device")?.metadata()?.dev();
+    Ok(*DEVICE.get_or_init(|| device))
+}
+
+/// An empty file in memory. memfd_create(2)
+fn memory_file(name: &std::ffi::CStr) -> io::Result<File> {
+    // SAFETY: the name is a C string; a non-negative result is ours alone.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: see above.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
 /// Memory that grows as pages come in, without ever moving: an anonymous file of a fixed largest
 /// size, mapped once; what has been handed over is given back to the system with
 /// [`Arena::release`]. memfd_create(2), fallocate(2).
@@ -165,14 +191,7 @@ impl Arena {
     /// An arena of at most `capacity` bytes; takes up memory only where it is written.
     pub fn new(capacity: usize) -> io::Result<Arena> {
         let capacity = capacity.max(PAGE).next_multiple_of(PAGE);
-        let name = c"ferry-staging";
-        // SAFETY: the name is a C string; a non-negative result is ours alone.
-        let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: see above.
-        let file = unsafe { File::from_raw_fd(fd) };
+        let file = memory_file(c"ferry-staging")?;
         file.set_len(capacity as u64)?;
         // SAFETY: a new mapping at a place of the kernel's choice.
         let base = unsafe {

@@ -32,6 +32,9 @@ const MAX_VDSO: u64 = 64 << 10;
 /// `NT_PRSTATUS`: the register set of the general registers. linux/elf.h
 const GENERAL: usize = 1;
 
+/// `PTRACE_GET_RSEQ_CONFIGURATION` of linux/ptrace.h.
+const RSEQ_CONFIGURATION: u32 = 0x420f;
+
 /// A thread that stands still. Goes on where it was on drop.
 #[derive(Debug)]
 pub struct Stopped {
@@ -114,6 +117,20 @@ impl Stopped {
         extended.truncate(got);
         let general = bytes_of(&self.general).to_vec();
         Ok(ThreadState { tid: self.tid.as_raw(), mask: self.mask, general, extended })
+    }
+
+    /// Where it has its area for restartable sequences, and of what length: the kernel writes there
+    /// whenever the thread goes on. None for a thread that has none, or before Linux 5.13. rseq(2)
+    pub fn sequences(&self) -> Option<(u64, u64)> {
+        let mut area = [0u8; 24];
+        // SAFETY: the kernel writes at most as many bytes as the size that is passed into a live array:
+        // `struct ptrace_rseq_configuration` of linux/ptrace.h.
+        let r = unsafe {
+            libc::ptrace(RSEQ_CONFIGURATION, self.tid.as_raw(), area.len(), area.as_mut_ptr())
+        };
+        let at = u64::from_ne_bytes(std::array::from_fn(|i| area[i]));
+        let length = u32::from_ne_bytes(std::array::from_fn(|i| area[8 + i]));
+        (r > 0 && at != 0).then_some((at, length.into()))
     }
 
     /// Makes it go on from `state`, with no breakpoint in its way, instead of from where it is.

@@ -6,5 +6,6 @@ pub(crate) mod held;
 pub mod locks;
 pub(crate) mod losses;
 pub(crate) mod mend;
+pub(crate) mod sequences;
 pub(crate) mod sleepers;
 pub(crate) mod watched;

@@ -10,7 +10,7 @@ use crate::common::container::Container;
 use crate::common::facts::{exactly_one_copy, facts, pair};
 use crate::common::lab::{Host, LONG, Lab, SHORT};
 use crate::common::probe::{Probe, verify_inside};
-use crate::common::process::{Output, Running, until};
+use crate::common::process::{Output, Running, until, write_script};
 use crate::common::suite::in_lab;
 use crate::common::{Outcome, ensure};
 
@@ -28,6 +28,7 @@ pub fn trials() -> Vec<Trial> {
         in_lab("memory::a_killed_destination_is_known", LIMIT, a_killed_destination_is_known),
         in_lab("memory::by_comparing", LIMIT, by_comparing),
         in_lab("memory::direct_reads", LIMIT, direct_reads),
+        in_lab("memory::compared", LIMIT, compared),
         in_lab("memory::compression", LIMIT, compression),
         in_lab("memory::bandwidth", LIMIT, bandwidth),
         in_lab("memory::several_streams", LIMIT, several_streams),
@@ -196,7 +197,7 @@ fn by_comparing(lab: &Lab) -> Outcome {
     let container = Container::networked("counter").with(&["--arg", "--dirty", "--arg", "500"]);
     container.start(lab, &a)?;
     let mut probe = Probe::start(lab, &container, 5)?;
-    let report = migrate(&a, &["--tracking", "hash"], &b)?;
+    let report = migrate(&a, &["--tracking", "hash", "--verify"], &b)?;
     let tracked =
         report["rounds"].as_array().into_iter().flatten().all(|r| r["tracking"] == "hash");
     ensure!(tracked, "{report}");
@@ -225,7 +226,7 @@ fn direct_reads(lab: &Lab) -> Outcome {
             echo "$device 400" >/run/blkio/ferry-direct/blkio.throttle.read_iops_device
         fi"#)?;
     let mut probe = Probe::start(lab, &container, 5)?;
-    migrate(&a, &["--postcopy", "never"], &b)?;
+    migrate(&a, &["--verify"], &b)?;
     probe.is_content()?;
     exactly_one_copy(&container, &b, &a)
 }
@@ -261,6 +262,32 @@ fn bandwidth(lab: &Lab) -> Outcome {
     ensure!(began.elapsed() > Duration::from_millis(2000), "faster than allowed: {report}");
     ensure!(began.elapsed() < Duration::from_secs(10), "much slower than allowed: {report}");
     Ok(())
+}
+
+/// All of it is compared before the commit, and one wrong byte is enough to stay.
+fn compared(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let options = ["--arg", "--dirty", "--arg", "2000", "--arg", "--threads", "--arg", "2"];
+    let container = Container::networked("counter").with(&options);
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    // None of it before the freeze: it would follow.
+    let report = migrate(&a, &["--verify", "--precopy", "off"], &b)?;
+    ensure!(number(&report, "/verified_pages") > 16_384, "{report}");
+    ensure!(number(&report, "/postcopy_pages") == 0, "{report}");
+    probe.is_content()?;
+    exactly_one_copy(&container, &b, &a)?;
+
+    let faulty = "/srv/shared/bin/faulty";
+    let script = "#!/bin/sh\nexport FERRY_FAULT=destination.verify:spoil; exec ferry \"$@\"\n";
+    write_script(&a.path(faulty)?, script)?;
+    let options = ["--verify", "--precopy", "off", "--remote-ferry", faulty];
+    let said = b.ferry(&[&["migrate"], &options[..], &["box", "a"]].concat())?.exits(1)?;
+    let words =
+        "1 pages of memory are not what they are on the source: process 1 (counter-server) at 0x";
+    ensure!(said.err.contains(words), "{said}");
+    probe.is_content()?;
+    exactly_one_copy(&container, &b, &a)
 }
 
 fn several_streams(lab: &Lab) -> Outcome {

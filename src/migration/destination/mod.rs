@@ -15,6 +15,7 @@
 mod announced;
 mod ready;
 mod verdict;
+mod verify;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;

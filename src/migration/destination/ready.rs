@@ -1,6 +1,5 @@
 //! From `Prepare` to a copy that is restored and held.
 
-use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::BufReader;
 use std::os::fd::OwnedFd;
@@ -13,7 +12,6 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use super::{Guest, Input, Inputs, MAX_LANES, RESTORE_LIMIT, SILENCE};
 use crate::connections::{self, Coming, Landing};
-use crate::criu::images;
 use crate::criu::interposer::Interposer;
 use crate::files::apply::{Applied, Applying};
 use crate::files::tmpfs::{Mounted, Tmpfs};
@@ -139,6 +137,9 @@ impl Guest {
                 Input::Want(vpid, at, pages) => want(speaker, vpid, at, pages)?,
                 _ => {}
             }
+        }
+        if let (true, Some(tasks)) = (self.plan.verify, &dumped) {
+            self.verify(tasks, speaker, inputs)?;
         }
         self.phase = "waiting for the verdict";
         // Not synced: a crash of this host loses the copy with the note about it.
@@ -359,20 +360,7 @@ impl Guest {
         stage: &Stage,
         tell: &Sender<Input>,
     ) -> Result<()> {
-        let mut pagemaps = HashMap::new();
-        for &vpid in tasks {
-            let path = self.work.images().join(format!("pagemap-{vpid}.img"));
-            match fs::read(&path) {
-                Ok(bytes) => {
-                    let (_, entries) = images::parse_pagemap(&bytes)
-                        .with_context(|| format!("pagemap of task {vpid}"))?;
-                    pagemaps.insert(vpid, entries);
-                }
-                // A task that ended in the freeze's last moment: CRIU knows it as a zombie.
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-                Err(e) => return Err(e.into()),
-            }
-        }
+        let pagemaps = self.pagemaps(tasks)?;
         let guard = PageGuard::spawn(&self.journal)?;
         let to_guard = guard.socket.try_clone()?;
         self.guard = Some(guard);

@@ -268,6 +268,7 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         loopback,
         network_path: network.as_ref().and_then(|_| bundle.namespace("network").flatten()),
         placement: wishes.placement.clone(),
+        verify: wishes.verify,
         forward,
     };
     let _ = runtime;

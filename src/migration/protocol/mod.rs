@@ -21,6 +21,9 @@
 //!   ══ image files, connections ══════════▶
 //!   ── Dumped ────────────────────────────▶  restore begins
 //!   ── MemoryDone ────────────────────────▶  pages are installed
+//!   ◀──────────────────────────── Verify ──  all memory is in (only with --verify)
+//!   ══ digests ═══════════════════════════▶  compared
+//!   ◀────────────────────────── Verified ──
 //!   ◀───────────────────────────── Ready ──  restored, no instruction run; source, frozen
 //!   [journal: committed]                                                 destination
 //!   ── Commit ────────────────────────────▶  opens the fence, announces, runs
@@ -54,6 +57,7 @@ use crate::files::place::Parent;
 use crate::files::probe::Proof;
 use crate::files::tmpfs::{self, Tmpfs};
 use crate::files::walk::Size;
+use crate::memory::digest::Mask;
 use crate::memory::serve::Served;
 use crate::network::Floating;
 use crate::network::image::{Kind, NetworkImage};
@@ -170,6 +174,19 @@ pub enum Message {
     MemoryDone {
         /// Pages that stay on the source until then: post-copy.
         left: u64,
+    },
+    /// To the source: restored, with all of its memory; the digests of the source's are wanted. The source
+    /// owns the container, frozen.
+    Verify {
+        /// What the digests depend on.
+        seed: u64,
+        /// What is not compared, as the kernel writes there.
+        masks: Vec<Mask>,
+    },
+    /// To the source: all memory is the same. The source owns the container, frozen.
+    Verified {
+        /// Pages that were compared.
+        pages: u64,
     },
     /// To the source: restored, and held before its first instruction. The source owns the
     /// container, frozen; the destination keeps its copy until it is told.
@@ -342,6 +359,9 @@ pub struct Plan {
     pub network_path: Option<PathBuf>,
     /// `--network`, as on the command line.
     pub placement: String,
+    /// `--verify`.
+    #[serde(default)]
+    pub verify: bool,
     /// What is to become of the address.
     #[serde(default)]
     pub forward: Plans,

@@ -3,10 +3,10 @@
 use std::io::{BufWriter, Write};
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 
 use super::ask::{Awaited, Input};
-use super::{Begun, EMPTY_IMAGE, FREEZE_LIMIT, REMAPS};
+use super::{Begun, EMPTY_IMAGE, FREEZE_LIMIT, REMAPS, VERIFY_LIMIT};
 use crate::connections::Lifted;
 use crate::files::{tmpfs, tree};
 use crate::memory::pages;
@@ -204,11 +204,24 @@ impl Begun {
         fault::point("source.sent")?;
         let rings = aio::rings(&self.subject.cgroup.processes()?);
         loop {
-            if matches!(self.next(reporter)?, Input::Heard(Heard::Message(Message::Ready))) {
-                break;
+            match self.next(reporter)? {
+                Input::Heard(Heard::Message(Message::Ready)) => break,
+                Input::Heard(Heard::Message(Message::Verify { seed, masks })) => {
+                    reporter.mark("destination has restored, and compares memory");
+                    self.inputs.until(VERIFY_LIMIT);
+                    self.obey_limit();
+                    self.tell_memory(Order::Verify(seed, masks))?;
+                }
+                Input::Heard(Heard::Message(Message::Verified { pages })) => {
+                    reporter.report.verified_pages = Some(pages);
+                }
+                _ => {}
             }
         }
         reporter.mark("destination has restored");
+        if self.subject.plan.verify && reporter.report.verified_pages.is_none() {
+            bail!("the destination has not compared the memory");
+        }
         fault::point("source.commit")?;
         // Bad news that came meanwhile is the last that can stop it.
         while let Some(input) = self.inputs.pending()? {

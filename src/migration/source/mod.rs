@@ -68,6 +68,8 @@ use crate::transport::frame::{Frame, Run};
 
 /// From the freeze to the commit: a hand-over that takes longer is given up.
 const FREEZE_LIMIT: Duration = Duration::from_secs(30);
+/// How long nothing may be heard while memory is compared.
+const VERIFY_LIMIT: Duration = Duration::from_secs(120);
 /// How long nothing may be heard of the destination while it makes everything ready and takes in
 /// memory.
 const PREPARE_LIMIT: Duration = Duration::from_secs(45);

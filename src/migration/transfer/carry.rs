@@ -2,7 +2,7 @@
 //! freeze, and what stayed here after the resume.
 //!
 //! ```text
-//! rounds ──▶ Settled ──Frozen──▶ what is left ──Dumped──▶ what CRIU wrote to ──▶ MemoryDone
+//! rounds ──▶ Settled ──Frozen──▶ what is left ──Dumped──▶ what CRIU wrote to ──▶ MemoryDone ──Verify──▶ digests
 //!   ▲  │                                                                            │ post-copy
 //!   └──┘ converge::next                                        Serve ──▶ the rest, wanted pages first
 //! ```
@@ -21,6 +21,7 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use super::lanes::{Lane, LaneSender, Packer};
 use crate::memory::converge::{self, Goal, Next, Seen};
+use crate::memory::digest::{self, Digester, Mask, random_seed};
 use crate::memory::direct;
 use crate::memory::pages::{self, Task};
 use crate::memory::remainder::{ECHO_EVERY, Rest, Window};
@@ -65,7 +66,7 @@ impl Default for Wishes {
 }
 
 /// What the hand-over tells the memory thread.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Order {
     /// The destination has read everything up to the echo of that number on that link; 0 is the
     /// first.
@@ -74,6 +75,8 @@ pub enum Order {
     Frozen,
     /// CRIU has dumped them.
     Dumped,
+    /// Everything is over there: tell digests of it, with this seed, and without those places.
+    Verify(u64, Vec<Mask>),
     /// The destination owns the container: what stayed here may follow.
     Serve,
     /// A task over there waits for these pages: task, address, how many.
@@ -257,10 +260,27 @@ impl Carrier {
                 Order::Want(vpid, at, pages) => {
                     self.send_wanted(&mut rest, vpid, at, pages)?;
                 }
+                Order::Verify(seed, masks) => self.tell_digests(&tasks, seed, &masks)?,
                 _ => {}
             }
         }
         Ok(())
+    }
+
+    /// Tells the destination what all pages are, for it to compare.
+    fn tell_digests(&mut self, tasks: &[Task], seed: u64, masks: &[Mask]) -> Result<()> {
+        let digester = Digester::new(seed, masks)?;
+        let (speaker, mut piece) = (self.sender.main.speaker.clone(), 0);
+        let wire = self.sender.wire();
+        digest::tell(tasks, &digester, &mut |records| {
+            let bytes = postcard::to_allocvec(records)?;
+            speaker.file(digest::STREAM, piece, &bytes)?;
+            piece += 1;
+            // As long as it goes on, nobody gives it up.
+            (self.sender.tell)(MemoryEvent::Progress(self.sender.raw, wire));
+            Ok(())
+        })?;
+        speaker.flush()
     }
 
     /// The next order but echoes; none when the hand-over has ended.
@@ -457,12 +477,6 @@ impl Carrier {
         }
         Ok(self.sender.wire() - before)
     }
-}
-
-fn random_seed() -> u64 {
-    use std::hash::{BuildHasher, Hasher};
-    // The standard library's own source of randomness, one key a process.
-    std::hash::RandomState::new().build_hasher().finish()
 }
 
 /// How long a container may take to stand still for a moment.
