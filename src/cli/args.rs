@@ -158,7 +158,7 @@ pub struct MigrateArgs {
     pub bundle: Option<PathBuf>,
     /// How its network is made there: auto (as it is here), keep (the bundle's namespace is
     /// there already), none, bridge=BRIDGE, macvlan=INTERFACE, or hook=/PROGRAM: as auto, and the
-    /// program, on both hosts, leads packets there (see README)
+    /// program, on both hosts, leads packets there (see docs/networks.md)
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = network)]
     pub network: Network,
     /// For a container with the host's network: this address of the host goes along, to that

@@ -3,7 +3,7 @@
 //! [`scan`] reads just enough of the command line to know whose verb it is. The runtime's
 //! go through [`passthrough`]; ours are parsed by [`args`] and go on from [`run`].
 
-pub(crate) mod args;
+pub mod args;
 pub(crate) mod destination;
 mod manual;
 pub mod passthrough;
