@@ -21,6 +21,7 @@ pub fn trials() -> Vec<Trial> {
         in_lab("crashes::source", LIMIT, source),
         in_lab("crashes::carried_through", LIMIT, carried_through),
         in_lab("crashes::taken_back", LIMIT, taken_back),
+        in_lab("crashes::word_lost", LIMIT, word_lost),
     ]
 }
 
@@ -138,4 +139,32 @@ fn taken_back(lab: &Lab) -> Outcome {
     a.ferry(&["migrate", "box", "b"])?.exits(0)?;
     exactly_one_copy(&container, &b, &a)?;
     probe.is_content()
+}
+
+/// The link ends with the source's word on it that it has given up: nobody takes that for an answer, and
+/// the destination does not hold its copy for ever.
+fn word_lost(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter");
+    container.start(lab, &a)?;
+    let point = "source.commit";
+    let file = a.path(&format!("/run/ferry-fault/{point}"))?;
+    let fault = format!("FERRY_FAULT={point}:hold");
+    let mut running = a.start(&["env", &fault, "ferry", "migrate", "box", "b"])?;
+    until(point, SHORT, || {
+        ensure!(!running.has_ended(), "it was over before it came by {point}");
+        Ok(file.exists().then_some(()))
+    })?;
+    // What is written to it from now on is lost with it.
+    a.sh("kill -STOP $(pgrep -f '^ssh ')")?;
+    a.sh("kill -INT $(pgrep -f '^ferry migrate')")?;
+    std::fs::remove_file(&file).map_err(|e| format!("{}: {e}", file.display()))?;
+    until("it has given up", SHORT, || {
+        Ok(facts(&a)?.migrations.iter().any(|m| m.state == "aborted").then_some(()))
+    })?;
+    a.sh("kill -KILL $(pgrep -f '^ssh ')")?;
+    running.end(LONG)?.exits(1)?;
+    exactly_one_copy(&container, &a, &b)?;
+    a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+    exactly_one_copy(&container, &b, &a)
 }

@@ -35,7 +35,7 @@ use super::network::arrival::Arrival;
 use super::preflight::checks;
 use super::protocol::forwarding::{Course, Word};
 use super::protocol::talk::{self, Heard, Speaker};
-use super::protocol::{Message, Plan, Verdict};
+use super::protocol::{Message, Plan, Standing, Verdict};
 use super::recovery::decide::{Act, Event, Phase, hear};
 use super::recovery::guards::PageGuard;
 use super::recovery::recover;
@@ -411,11 +411,17 @@ impl Guest {
                 // for us, it runs on when it hears, or when the link is cut.
                 let undone = self.undo();
                 let told = speaker.say(&failed).is_ok();
-                return undone.and(Err(if told { Told(e).into() } else { e }));
+                undone?;
+                say_undone(speaker);
+                return Err(if told { Told(e).into() } else { e });
             }
         };
         match verdict {
-            Verdict::Abort => self.undo(),
+            Verdict::Abort => {
+                self.undo()?;
+                say_undone(speaker);
+                Ok(())
+            }
             Verdict::Commit => self.run(speaker.clone(), inputs, tell, stage, current),
         }
     }
@@ -465,6 +471,12 @@ impl Guest {
         self.dismiss_guard();
         undone
     }
+}
+
+/// The source need not tell anybody any more that it has given up. One that has not heard this does, and
+/// is answered.
+fn say_undone(speaker: &Speaker) {
+    let _ = speaker.say(&Message::Settled { standing: Standing::NeverRan });
 }
 
 /// Where copies are staged and put, and what else has to be made for them.

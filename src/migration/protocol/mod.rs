@@ -246,7 +246,8 @@ pub enum Message {
     /// Over a link of its own: the container's frames, when its address stays elsewhere. Says nothing
     /// about who owns the container.
     Forward(Box<Word>),
-    /// To the source: how that migration stands now.
+    /// To the source: how that migration stands now. Over the migration's own link: it has heard that the
+    /// source gave up.
     Settled {
         /// See [`Standing`].
         standing: Standing,
@@ -254,7 +255,7 @@ pub enum Message {
 }
 
 /// The source's decision.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
     /// The destination owns the container.
@@ -264,7 +265,7 @@ pub enum Verdict {
 }
 
 /// How a migration stands on the destination.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Standing {
     /// The container runs here.

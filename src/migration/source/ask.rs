@@ -19,6 +19,7 @@ use crate::migration::preflight::contested;
 use crate::migration::preflight::inspect::{Subject, inspect, replaced};
 use crate::migration::protocol::talk::{self, Heard, Speaker};
 use crate::migration::protocol::{Message, Place};
+use crate::migration::recovery::decide::has_heard;
 use crate::migration::transfer::carry::{self, MemoryEvent};
 use crate::migration::transfer::haul::{HaulEvent, Load};
 use crate::oci::runtime::Runtime;
@@ -112,6 +113,8 @@ pub(super) struct Inputs {
     pub(super) interrupted: bool,
     /// The link has ended.
     pub(super) gone: bool,
+    /// The destination has said that nothing of it will run there.
+    pub(super) undone_there: bool,
     /// The destination owns the container: what the further links were for is over.
     pub(super) committed: bool,
     /// While clients wait: the link is asked for signs of life.
@@ -181,6 +184,10 @@ impl Inputs {
                     "the link to the destination broke: {}",
                     why.unwrap_or("it was closed".into())
                 )
+            }
+            Input::Heard(Heard::Message(Message::Settled { standing })) => {
+                self.undone_there |= has_heard(standing);
+                Ok(input)
             }
             Input::Heard(Heard::Message(Message::Failed { phase, why })) => {
                 bail!("the destination failed while {phase}: {why}")
@@ -282,6 +289,7 @@ pub(super) fn ask(
         asked: None,
         patience: DEAD,
         gone: false,
+        undone_there: false,
         committed: false,
         heard: false,
         watch: watch.clone(),

@@ -54,6 +54,7 @@ impl Committed {
                 "the container was handed over, but its copy on {} ended before it ran",
                 begun.journal.record.peer
             );
+            begun.inputs.undone_there = true;
             return Err(begun.runs_on(why, reporter));
         }
         if let End::InDoubt(standing) = end {

@@ -623,9 +623,7 @@ impl Begun {
         if self.journal.state() == State::Committed {
             let _ = self.journal.write(State::Returning);
         }
-        // The destination learns it while we clean up; if the link is what broke, from the guard.
-        let broken = self.inputs.gone;
-        // From here on only the link's own end says that the destination has undone everything.
+        // The destination learns it while we clean up; if the link breaks, from the guard.
         self.inputs.let_pulse_go();
         let speaker = self.speaker.clone();
         let told = std::thread::spawn(move || speaker.say(&Message::Abort { why }).is_ok());
@@ -661,17 +659,17 @@ impl Begun {
             reporter.mark("runs on here");
             reporter.report.frozen_ms = Some(since.elapsed().as_secs_f64() * 1000.0);
         }
-        // The destination closes the link when it has undone everything. The link may be stuck, and
-        // a writer in it.
+        // The destination says when it has undone everything. The link may be stuck, and a writer in it;
+        // that it ends says nothing: the word may not have got there.
         self.inputs.until(Duration::from_secs(2));
-        while !self.inputs.gone && Instant::now() < self.inputs.deadline {
+        while !(self.inputs.gone || self.inputs.undone_there)
+            && Instant::now() < self.inputs.deadline
+        {
             // Whatever else comes is of no interest any more.
             let _ = self.inputs.next();
         }
-        let knows =
-            !broken && self.inputs.gone && told.is_finished() && told.join().unwrap_or(false);
         // It stays as long as it has something that is to be put back.
-        if knows && undone.is_ok() {
+        if self.inputs.undone_there && undone.is_ok() {
             self.guard.dismiss();
         } else {
             self.guard.send_word();
