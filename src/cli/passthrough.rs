@@ -22,6 +22,7 @@ use super::runtime::{Config, Runtime, Unusable};
 use super::scan::{Command, Scan};
 use crate::migration::journal::away::AwayMark;
 use crate::migration::journal::holder;
+use crate::problem::advice;
 
 /// Does what the runtime would do. Returns an exit code, and only if there is nothing to exec.
 pub fn run(scan: Scan) -> u8 {
@@ -131,10 +132,9 @@ fn refuse_if_away(scan: &Scan, runtime: &Runtime, ids: &[OsString]) -> Result<()
                 None => String::new(),
             };
             let (why, hint) = holder::marked(&state, &mark, &format!("ferry{options}"));
-            return Err(anyhow!(
-                "container {} {why}; starting it here would make a second copy\nhint: {hint}",
-                mark.id
-            ));
+            let what =
+                format!("container {} {why}; starting it here would make a second copy", mark.id);
+            return Err(advice(what, hint));
         }
     }
     Ok(())

@@ -6,7 +6,7 @@ use anyhow::anyhow;
 use serde_json::json;
 
 use super::args::{Globals, RemoteArgs, ResolveArgs};
-use super::verbs::{runtime, say, state_dir};
+use super::verbs::{runtime, say, say_json, state_dir};
 use crate::migration::forwarding as forward;
 use crate::migration::journal::away::AwayMark;
 use crate::migration::journal::{Journal, Role, State, holder};
@@ -14,7 +14,9 @@ use crate::migration::protocol::{Standing, Verdict};
 use crate::migration::recovery::decide::{self, Doubt, Next, Tasks, There, Word};
 use crate::migration::recovery::{guards, recover, rest, settle};
 use crate::migration::transfer::carry;
+use crate::problem::{Advice, Advise, advice};
 use crate::report::exit::Failed;
+use crate::report::log;
 use crate::transport::connect::{Destination as Reach, split_command};
 
 /// What has come of it, and whether the other host is still to be told.
@@ -53,11 +55,9 @@ pub fn resolve(globals: &Globals, args: &ResolveArgs) -> Result<(), Failed> {
         all.into_iter().filter(of_it).partition(|j| !j.state().is_over());
     if open.len() > 1 {
         let list: Vec<_> = open.iter().map(|j| j.record.migration.as_str()).collect();
-        return Err(Failed::refused(anyhow!(
-            "{} migrations of {} are open\nhint: name one of them: {}",
-            open.len(),
-            args.id,
-            list.join(", ")
+        return Err(Failed::refused(advice(
+            format!("{} migrations of {} are open", open.len(), args.id),
+            format!("name one of them: {}", list.join(", ")),
         )));
     }
     let Some(mut journal) = open.pop() else {
@@ -74,7 +74,7 @@ pub fn resolve(globals: &Globals, args: &ResolveArgs) -> Result<(), Failed> {
     };
     if args.json {
         let said = json!({"migration": journal.record.migration, "outcome": settled.said});
-        say(&said.to_string());
+        say_json(&said);
     } else {
         say(&settled.said);
     }
@@ -96,9 +96,9 @@ fn tell(journal: &Journal, verdict: Verdict) {
         Ok(_) => return,
         Err(e) => e,
     };
-    let _ = writeln!(std::io::stderr(), "warning: {peer} cannot be told: {e:#}");
+    log::warn(&format!("{peer} cannot be told: {e:#}"), []);
     if let (Verdict::Abort, Err(e)) = (verdict, guards::tell_later(journal)) {
-        let _ = writeln!(std::io::stderr(), "warning: nobody goes on trying: {e:#}");
+        log::warn(&format!("nobody goes on trying: {e:#}"), []);
     }
 }
 
@@ -108,10 +108,9 @@ fn resolve_source(
     remote: &RemoteArgs,
 ) -> Result<Settled, Failed> {
     if journal.record.worker_lives() {
-        return Err(Failed::refused(anyhow!(
-            "migration {} is under way\nhint: wait for it, or end process {}",
-            journal.record.migration,
-            journal.record.worker.0
+        return Err(Failed::refused(advice(
+            format!("migration {} is under way", journal.record.migration),
+            format!("wait for it, or end process {}", journal.record.worker.0),
         )));
     }
     let _held = journal.hold()?;
@@ -212,67 +211,89 @@ fn stayed(tasks: Tasks) -> &'static str {
 fn in_doubt(journal: &Journal, doubt: Doubt, silent: Option<anyhow::Error>) -> Failed {
     let (id, peer) = (&journal.record.container, &journal.record.peer);
     let handed_over = journal.state() == State::Committed;
-    let words = match doubt {
+    let (what, hint) = match doubt {
         Doubt::OnlyHere => {
-            return Failed::refused(anyhow!(
-                "migration {} was broken off before it was handed over: the only copy is here\n\
-                 hint: `ferry resolve {id}` lets it run on",
-                journal.record.migration,
-            ));
+            let migration = &journal.record.migration;
+            let what = format!(
+                "migration {migration} was broken off before it was handed over: the only copy is here"
+            );
+            return Failed::refused(advice(what, format!("`ferry resolve {id}` lets it run on")));
         }
         Doubt::Silent => {
-            let words = if handed_over {
-                format!(
-                    "{peer} cannot be asked\nhint: try again when it can be reached; if it is gone for \
-                     good: `ferry resolve {id} --keep`"
+            let (what, hint) = if handed_over {
+                (
+                    format!("{peer} cannot be asked"),
+                    format!(
+                        "try again when it can be reached; if it is gone for good: `ferry resolve \
+                         {id} --keep`"
+                    ),
                 )
             } else {
-                format!(
-                    "nothing of it runs here any more, and {peer}, which may hold a copy, cannot be \
-                     asked\nhint: try again when it can be reached; if it is gone for good, `ferry \
-                     resolve {id} --keep` lets it be started anew here"
+                (
+                    format!(
+                        "nothing of it runs here any more, and {peer}, which may hold a copy, cannot \
+                         be asked"
+                    ),
+                    format!(
+                        "try again when it can be reached; if it is gone for good, `ferry resolve \
+                         {id} --keep` lets it be started anew here"
+                    ),
                 )
             };
             let e = silent.unwrap_or_else(|| anyhow!("no answer"));
-            return Failed::in_doubt(e.context(words));
+            return Failed::in_doubt(Advice::over(advice(what, hint), e));
         }
-        Doubt::Starting => format!("{peer} is about to run it\nhint: ask again"),
-        Doubt::Arriving => format!(
-            "nothing of it runs here any more, and {peer} is still taking it in\n\
-             hint: ask again in some minutes: it gives up what does not come any more. `ferry resolve \
-             {id} --keep` tells it to at once"
+        Doubt::Starting => (format!("{peer} is about to run it"), "ask again".to_owned()),
+        Doubt::Arriving => (
+            format!("nothing of it runs here any more, and {peer} is still taking it in"),
+            format!(
+                "ask again in some minutes: it gives up what does not come any more. `ferry resolve \
+                 {id} --keep` tells it to at once"
+            ),
         ),
-        Doubt::Ended => format!(
-            "its tasks have ended here, and {peer} holds a copy of it, as it was when it was frozen\n\
-             hint: `ferry resolve {id} --discard` lets that run, `--keep` ends it"
+        Doubt::Ended => (
+            format!(
+                "its tasks have ended here, and {peer} holds a copy of it, as it was when it was frozen"
+            ),
+            format!("`ferry resolve {id} --discard` lets that run, `--keep` ends it"),
         ),
-        Doubt::Anew => format!(
-            "another container called {id} is here now, and {peer} has a copy of the one that was \
-             migrated\nhint: `ferry resolve {id} --keep` ends a copy that is held there; one that runs \
-             is ended there by hand"
+        Doubt::Anew => (
+            format!(
+                "another container called {id} is here now, and {peer} has a copy of the one that \
+                 was migrated"
+            ),
+            format!(
+                "`ferry resolve {id} --keep` ends a copy that is held there; one that runs is ended \
+                 there by hand"
+            ),
         ),
-        Doubt::PagesLost => format!(
-            "it waits on {peer} for memory that was here, and has been lost\n\
-             hint: it cannot go on: delete it there, and then `ferry resolve {id} --keep` here lets it \
-             be started anew"
+        Doubt::PagesLost => (
+            format!("it waits on {peer} for memory that was here, and has been lost"),
+            format!(
+                "it cannot go on: delete it there, and then `ferry resolve {id} --keep` here lets it \
+                 be started anew"
+            ),
         ),
-        Doubt::LostThere => format!(
-            "it was handed over, but there is no copy on {peer}: it was lost there\n\
-             hint: the frozen copy here is whole: `ferry resolve {id} --keep` lets it run on"
+        Doubt::LostThere => (
+            format!("it was handed over, but there is no copy on {peer}: it was lost there"),
+            format!("the frozen copy here is whole: `ferry resolve {id} --keep` lets it run on"),
         ),
-        Doubt::LostBoth => format!(
-            "it was handed over, but there is no copy on {peer}, and none here any more: it is lost\n\
-             hint: `ferry resolve {id} --keep` lets it be started anew here"
+        Doubt::LostBoth => (
+            format!(
+                "it was handed over, but there is no copy on {peer}, and none here any more: it is \
+                 lost"
+            ),
+            format!("`ferry resolve {id} --keep` lets it be started anew here"),
         ),
     };
-    Failed::in_doubt(anyhow!(words))
+    Failed::in_doubt(advice(what, hint))
 }
 
 /// Post-copy that was broken off: how it stands on the destination when no more can be brought.
 fn bring_rest(journal: &Journal) -> Standing {
     let unending = &mut |why: Option<&str>| {
         if let Some(why) = why {
-            let _ = writeln!(std::io::stderr(), "warning: {why}; trying again");
+            log::warn(&format!("{why}; trying again"), []);
         }
         true
     };
@@ -293,19 +314,24 @@ fn resolve_destination(
         Standing::Running => Ok(Settled::new("it runs here")),
         Standing::Gone => Ok(Settled::new("there is no copy of it here")),
         Standing::NeverRan => Ok(Settled::new("there is no copy of it here, and none has run")),
-        Standing::Partial => Err(Failed::in_doubt(anyhow!(
-            "it runs here, and waits for memory that is still on the source\n\
-             hint: `ferry resolve {id}` on the source brings it"
+        Standing::Partial => Err(Failed::in_doubt(advice(
+            "it runs here, and waits for memory that is still on the source",
+            format!("`ferry resolve {id}` on the source brings it"),
         ))),
         Standing::Waiting if word == Some(Word::Keep) => Ok(Settled::new("it starts to run here")),
-        Standing::Arriving => Err(Failed::in_doubt(anyhow!(
-            "it is still being taken in here\nhint: the source runs it until it is handed over; \
-             `ferry resolve {id} --discard` ends it here"
+        Standing::Arriving => Err(Failed::in_doubt(advice(
+            "it is still being taken in here",
+            format!(
+                "the source runs it until it is handed over; `ferry resolve {id} --discard` ends it \
+                 here"
+            ),
         ))),
-        Standing::Waiting | Standing::Ready | Standing::Lacking => Err(Failed::in_doubt(anyhow!(
-            "it is held here and waits for the source's word\n\
-             hint: `ferry resolve {id}` on the source; if that host is gone for good: `ferry \
-             resolve {id} --keep` here"
+        Standing::Waiting | Standing::Ready | Standing::Lacking => Err(Failed::in_doubt(advice(
+            "it is held here and waits for the source's word",
+            format!(
+                "`ferry resolve {id}` on the source; if that host is gone for good: `ferry resolve \
+                 {id} --keep` here"
+            ),
         ))),
     }
 }
@@ -330,10 +356,12 @@ fn resolve_mark(
             Ok(())
         }
         (None, _) if last.is_some_and(is_given_up) => last.map_or(Ok(()), tell_again),
-        (None, _) => Err(Failed::refused(anyhow!(
-            "no migration of {} is open here, and it is not marked as migrated away\n\
-             hint: see `ferry migrations`",
-            args.id
+        (None, _) => Err(Failed::refused(advice(
+            format!(
+                "no migration of {} is open here, and it is not marked as migrated away",
+                args.id
+            ),
+            "see `ferry migrations`",
         ))),
     }
 }
@@ -351,14 +379,17 @@ fn tell_again(journal: &Journal) -> Result<(), Failed> {
             say(&format!("{stayed}, and {peer} holds nothing of it"));
             Ok(())
         }
-        Ok(standing) => Err(Failed::in_doubt(anyhow!(
-            "{stayed}, and {peer} says of its copy that it {}\n\
-             hint: see `ferry migrations {id}` there; what runs on both hosts is ended on one by hand",
-            standing.describe()
+        Ok(standing) => Err(Failed::in_doubt(advice(
+            format!("{stayed}, and {peer} says of its copy that it {}", standing.describe()),
+            format!(
+                "see `ferry migrations {id}` there; what runs on both hosts is ended on one by hand"
+            ),
         ))),
-        Err(e) => Err(Failed::in_doubt(e.context(format!(
-            "{stayed}, and {peer}, which may hold a copy, cannot be told\nhint: try again when it \
-             can be reached"
-        )))),
+        Err(e) => Err(e)
+            .advise(
+                format!("{stayed}, and {peer}, which may hold a copy, cannot be told"),
+                "try again when it can be reached",
+            )
+            .map_err(Failed::in_doubt),
     }
 }

@@ -9,9 +9,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Result, bail};
 use nix::unistd::{AccessFlags, access, geteuid};
 use serde::Deserialize;
+
+use crate::problem::{Advise, advice};
 
 /// Where a runtime is looked for when the environment has no PATH: podman calls some verbs
 /// with an empty environment.
@@ -38,24 +40,20 @@ impl Config {
         let path = Path::new(path);
         match fs::read_to_string(path) {
             Ok(text) => toml::from_str(&text).map_err(|why| {
-                anyhow!(
-                    "the configuration {} is wrong in line {}: {}\n\
-                     hint: it is TOML, as in `runtime = \"/usr/bin/crun\"`",
-                    path.display(),
-                    why.span().map_or(1, |at| text[..at.start].matches('\n').count() + 1),
-                    why.message(),
+                let line = why.span().map_or(1, |at| text[..at.start].matches('\n').count() + 1);
+                let (path, why) = (path.display(), why.message());
+                advice(
+                    format!("the configuration {path} is wrong in line {line}: {why}"),
+                    "it is TOML, as in `runtime = \"/usr/bin/crun\"`",
                 )
             }),
             Err(why) if why.kind() == ErrorKind::NotFound && named.is_none() => {
                 Ok(Config::default())
             }
-            Err(why) => Err(why).with_context(|| {
-                format!(
-                    "cannot read the configuration {}\nhint: it is named by FERRY_CONFIG or is \
-                     the default {DEFAULT_CONFIG}",
-                    path.display()
-                )
-            }),
+            Err(why) => Err(why).advise(
+                format!("cannot read the configuration {}", path.display()),
+                format!("it is named by FERRY_CONFIG or is the default {DEFAULT_CONFIG}"),
+            ),
         }
     }
 
@@ -107,12 +105,17 @@ impl Runtime {
             Some(path) => Ok(Runtime { path, name }),
             None => Err(Unusable {
                 exit: 127,
-                error: anyhow!(
-                    "no container runtime: {} is not in {}\nhint: {}, or name a runtime by \
-                     --ferry-runtime, FERRY_RUNTIME or `runtime = \"…\"` in {DEFAULT_CONFIG}",
-                    name.display(),
-                    path.display(),
-                    if chosen.is_none() { "install runc" } else { "install it" },
+                error: advice(
+                    format!(
+                        "no container runtime: {} is not in {}",
+                        name.display(),
+                        path.display()
+                    ),
+                    format!(
+                        "{}, or name a runtime by --ferry-runtime, FERRY_RUNTIME or `runtime = \
+                         \"…\"` in {DEFAULT_CONFIG}",
+                        if chosen.is_none() { "install runc" } else { "install it" },
+                    ),
                 ),
             }),
         }
@@ -125,9 +128,12 @@ impl Runtime {
             let shown = path.display();
             Err(Unusable {
                 exit,
-                error: anyhow!(
-                    "cannot use {shown} as the container runtime: {why}\nhint: it was named by \
-                     --ferry-runtime, FERRY_RUNTIME or `runtime = \"…\"` in {DEFAULT_CONFIG}"
+                error: advice(
+                    format!("cannot use {shown} as the container runtime: {why}"),
+                    format!(
+                        "it was named by --ferry-runtime, FERRY_RUNTIME or `runtime = \"…\"` in \
+                         {DEFAULT_CONFIG}"
+                    ),
                 ),
             })
         };

@@ -24,11 +24,12 @@ use crate::migration::transfer::carry;
 use crate::migration::{destination, forwarding as forward};
 use crate::network;
 use crate::oci::runtime::Runtime;
-use crate::problem::Problem;
+use crate::problem::{Problem, advice};
 use crate::report::exit::{Failed, Told};
 use crate::report::forecast::Forecast;
-use crate::report::log::rfc3339;
+use crate::report::log::{self, rfc3339};
 use crate::report::progress::Reporter;
+use crate::report::shown::{self, shown};
 use crate::transport::connect::{self, Destination as Reach, split_command};
 
 pub(super) fn runtime(globals: &Globals) -> Result<Runtime, Failed> {
@@ -211,7 +212,7 @@ fn check_host(globals: &Globals, problems: &mut Vec<Problem>) -> String {
     let name = name.unwrap_or_else(|e| {
         let what = format!("{}: the runtime does not work", crate::sys::host::name());
         let hint = "install runc, or name another with --ferry-runtime or in Ferry's configuration";
-        problems.push(Problem::new(what, format!("{e:#}").replace("\nhint: ", "; ")).hint(hint));
+        problems.push(Problem::new(what, format!("{e:#}")).hint(hint));
         String::new()
     });
     let criu = host::criu().map_or(0, |c| c.1);
@@ -284,10 +285,10 @@ fn tell_check(
         }
         let word = result.as_ref().map_or_else(|f| f.exit.word(), |()| "checked");
         let ok = result.is_ok();
-        say(&json!({"event": "check", "result": word, "ok": ok, "problems": all}).to_string());
+        say_json(&json!({"event": "check", "result": word, "ok": ok, "problems": all}));
     } else {
         for warning in warnings {
-            let _ = writeln!(std::io::stderr(), "warning: {warning}");
+            log::warn(&warning.to_string(), [warning.hint.as_str()]);
         }
         if result.is_ok() {
             say(conclusion);
@@ -298,7 +299,12 @@ fn tell_check(
 
 /// A line on standard output; a reader that went away is no error.
 pub(super) fn say(line: &str) {
-    let _ = writeln!(std::io::stdout(), "{line}");
+    let _ = writeln!(std::io::stdout(), "{}", shown(line));
+}
+
+/// An event on standard output.
+pub(super) fn say_json(value: &serde_json::Value) {
+    let _ = writeln!(std::io::stdout(), "{}", shown::json(value));
 }
 
 /// `ferry migrations`.
@@ -316,7 +322,7 @@ pub fn migrations(args: &MigrationsArgs) -> Result<(), Failed> {
         let in_words = standing_here(&journal, under_way);
         let ended = journal.states().last().filter(|s| s.0.is_over()).map(|s| s.1);
         if args.json {
-            say(&json!({
+            say_json(&json!({
                 "migration": record.migration,
                 "container": record.container,
                 "role": record.role,
@@ -327,8 +333,7 @@ pub fn migrations(args: &MigrationsArgs) -> Result<(), Failed> {
                 "ended": ended,
                 "states": journal.states(),
                 "forward": forward::describe(record).map(|d| d.1),
-            })
-            .to_string());
+            }));
         } else {
             let way = match record.role {
                 Role::Source => "to",
@@ -353,10 +358,11 @@ pub fn migrations(args: &MigrationsArgs) -> Result<(), Failed> {
         return Err(Failed::from(journal.error()));
     }
     match &args.id {
-        Some(id) if !any => Err(Failed::from(anyhow!(
-            "this host knows of no migration of a container {id}, and of none with that ID\n\
-             hint: `ferry migrations` lists all that it has seen, in {}",
-            state_dir.display()
+        Some(id) if !any => Err(Failed::from(advice(
+            format!(
+                "this host knows of no migration of a container {id}, and of none with that ID"
+            ),
+            format!("`ferry migrations` lists all that it has seen, in {}", state_dir.display()),
         ))),
         _ => Ok(()),
     }

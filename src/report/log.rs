@@ -5,14 +5,18 @@
 //! logrus (runc's logger) had written it.
 //!
 //! An error says what happened and why; how to mend it follows on lines that begin with
-//! `hint: `. Anywhere in an [`anyhow`] chain a message may end in `\nhint: …`; the hints are
-//! gathered behind the message.
+//! `hint: `. Hints are fields of the errors that have any ([`Advice`], [`Problem`]), wherever they are
+//! in an [`anyhow`] chain, and are gathered behind the message. All text is told as [`shown`] makes it:
+//! a line that begins so is Ferry's own.
 
 use std::fs::OpenOptions;
 use std::io::{IsTerminal, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::shown::shown;
+use crate::problem::{Advice, Problem, Problems};
 
 /// `--log-format`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -71,7 +75,7 @@ impl ErrorLog {
 
     /// A line of another level, for the log file only; whether there is one and it took it.
     pub fn line(&self, level: &str, message: &str) -> bool {
-        self.write(&record(self.format, &rfc3339(SystemTime::now()), level, message), 0)
+        self.write(&record(self.format, &rfc3339(SystemTime::now()), level, &shown(message)), 0)
     }
 
     /// Whether there is a log file and it took the record.
@@ -102,8 +106,32 @@ impl ErrorLog {
     }
 }
 
-/// An error taken apart into what is said and what to do.
-struct Told {
+/// What an error says, and what to do about it.
+pub fn taken_apart(error: &anyhow::Error) -> (String, Vec<String>) {
+    let told = Told::from(error);
+    let messages: Vec<String> = told.0.iter().map(|one| one.message.clone()).collect();
+    (messages.join("; "), told.0.into_iter().flat_map(|one| one.hints).collect())
+}
+
+/// A warning on standard error, with what to do about it. Nobody need listen.
+pub fn warn<'a>(message: &str, hints: impl IntoIterator<Item = &'a str>) {
+    let mut text = format!("warning: {}\n", shown(message));
+    for hint in hints.into_iter().filter(|hint| !hint.is_empty()) {
+        text.push_str(&hint_line(hint));
+    }
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
+fn hint_line(hint: &str) -> String {
+    format!("  hint: {}\n", shown(hint))
+}
+
+/// An error taken apart; most are one.
+struct Told(Vec<One>);
+
+/// What is said, and what to do.
+#[derive(Debug, Default, PartialEq)]
+struct One {
     message: String,
     hints: Vec<String>,
 }
@@ -111,42 +139,54 @@ struct Told {
 impl From<&anyhow::Error> for Told {
     fn from(error: &anyhow::Error) -> Self {
         let mut said: Vec<String> = Vec::new();
-        let mut hints = Vec::new();
+        let mut hints: Vec<String> = Vec::new();
+        let mut more = Vec::new();
         for cause in error.chain() {
-            let text = cause.to_string();
-            let mut parts = text.split("\nhint: ");
-            let message = parts.next().unwrap_or_default().trim_end();
+            let mut message = cause.to_string();
+            if let Some(Problems(list)) = cause.downcast_ref() {
+                let mut all = list.iter().map(One::of);
+                let first = all.next().unwrap_or_default();
+                message = first.message;
+                hints.extend(first.hints);
+                more.extend(all);
+            } else if let Some(problem) = cause.downcast_ref::<Problem>() {
+                hints.extend(One::of(problem).hints);
+            } else if let Some(advice) = cause.downcast_ref::<Advice>() {
+                hints.extend(advice.hints().iter().cloned());
+            }
+            let message = message.trim_end();
             // Some libraries repeat their cause in their own message.
             if !message.is_empty() && !said.last().is_some_and(|last| last.ends_with(message)) {
                 said.push(message.to_owned());
             }
-            hints.extend(parts.map(|hint| hint.trim_end().to_owned()));
         }
-        Told { message: said.join(": "), hints }
+        let first = One { message: said.join(": "), hints };
+        Told(std::iter::once(first).chain(more).collect())
+    }
+}
+
+impl One {
+    fn of(problem: &Problem) -> One {
+        let hints = (!problem.hint.is_empty()).then(|| problem.hint.clone());
+        One { message: problem.to_string(), hints: hints.into_iter().collect() }
     }
 }
 
 impl Told {
     /// For logs: some readers go by lines.
     fn on_one_line(&self) -> String {
-        let mut line = self.message.clone();
-        for hint in &self.hints {
-            line.push_str("; hint: ");
-            line.push_str(hint);
-        }
-        line.split('\n')
-            .map(str::trim)
-            .filter(|part| !part.is_empty())
-            .collect::<Vec<_>>()
-            .join(" ")
+        let one = |one: &One| {
+            let hints = one.hints.iter().map(|hint| format!("; hint: {}", shown(hint)));
+            std::iter::once(shown(&one.message)).chain(hints).collect::<String>()
+        };
+        self.0.iter().map(one).collect::<Vec<_>>().join("; ")
     }
 
     fn print_for_people(&self) {
-        let mut text = format!("ferry: error: {}\n", self.message);
-        for hint in &self.hints {
-            text.push_str("  hint: ");
-            text.push_str(&hint.replace('\n', "\n        "));
-            text.push('\n');
+        let mut text = String::new();
+        for one in &self.0 {
+            text.push_str(&format!("ferry: error: {}\n", shown(&one.message)));
+            one.hints.iter().for_each(|hint| text.push_str(&hint_line(hint)));
         }
         let _ = std::io::stderr().write_all(text.as_bytes());
     }
@@ -227,6 +267,7 @@ mod tests {
     use anyhow::{Context, anyhow};
 
     use super::*;
+    use crate::problem::{Advise, advice};
 
     #[test]
     fn records_look_like_logrus() {
@@ -248,17 +289,44 @@ mod tests {
 
     #[test]
     fn hints_are_gathered_behind_the_message() {
-        let error = anyhow!("connection refused\nhint: is sshd running?")
-            .context("cannot reach host2\nhint: try `ssh host2`");
-        let told = Told::from(&error);
-        assert_eq!(told.message, "cannot reach host2: connection refused");
-        assert_eq!(told.hints, ["try `ssh host2`", "is sshd running?"]);
+        let why = advice("connection refused", "is sshd running?");
+        let error =
+            Err::<(), _>(why).context("link").advise("cannot reach host2", "try `ssh host2`");
+        let told = Told::from(&error.unwrap_err());
+        assert_eq!(told.0[0].message, "cannot reach host2: link: connection refused");
+        assert_eq!(told.0[0].hints, ["try `ssh host2`", "is sshd running?"]);
         assert_eq!(
             told.on_one_line(),
-            "cannot reach host2: connection refused; hint: try `ssh host2`; hint: is sshd running?"
+            "cannot reach host2: link: connection refused; hint: try `ssh host2`; hint: is sshd running?"
         );
         let plain: anyhow::Result<()> = Err(anyhow!("why")).context("what");
-        assert!(Told::from(&plain.unwrap_err()).hints.is_empty());
+        assert!(Told::from(&plain.unwrap_err()).0[0].hints.is_empty());
+        let two = [Problem::new("a", "b").hint("c"), Problem::new("d", "e")];
+        let (message, hints) = taken_apart(&Problems(two.to_vec()).into());
+        assert_eq!((message.as_str(), hints), ("a: b; d: e", vec!["c".to_owned()]));
+    }
+
+    /// A name that a container has chosen, anywhere in an error, is no advice and not obeyed.
+    #[test]
+    fn nobody_else_gives_advice() {
+        let name = "a\u{1b}]0;x\u{7}\rferry: fine\nhint: run rm";
+        let named = |e: anyhow::Error| e.context(format!("cannot read {name}"));
+        for error in [
+            named(anyhow!("why")),
+            Problem::new(name, name).hint("real").into(),
+            Problems(vec![Problem::new(name, name), Problem::new(name, name)]).into(),
+            named(advice(name, "real")),
+            Advice::with(format!("the destination failed: {name}"), vec![name.to_owned()]),
+        ] {
+            let told = Told::from(&error);
+            let line = told.on_one_line();
+            assert!(
+                !line.contains(char::is_control) && line.contains("\\nhint: run rm"),
+                "{line:?}"
+            );
+            let hints: Vec<_> = told.0.iter().flat_map(|one| &one.hints).collect();
+            assert!(hints.iter().all(|h| *h == "real" || *h == name), "{hints:?}");
+        }
     }
 
     #[test]

@@ -5,4 +5,5 @@ pub(crate) mod failures;
 pub(crate) mod forecast;
 pub(crate) mod log;
 pub(crate) mod progress;
+pub(crate) mod shown;
 pub(crate) mod trace;

@@ -10,6 +10,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use super::forecast::Forecast;
+use super::log;
+use super::shown::{self, shown};
 use crate::files::follow;
 use crate::memory::converge::Next;
 use crate::memory::rounds::{RoundStats, Tracking};
@@ -21,7 +23,7 @@ use crate::transport::codec::Codec;
 /// Like `eprintln!`, which panics when nobody reads: a closed terminal must not stop a migration.
 macro_rules! tell {
     ($($words:tt)*) => {
-        let _ = writeln!(std::io::stderr(), $($words)*);
+        let _ = writeln!(std::io::stderr(), "{}", shown(&format!($($words)*)));
     };
 }
 
@@ -339,23 +341,30 @@ impl Reporter {
     /// A problem that is no obstacle.
     pub fn problem(&mut self, problem: Problem) {
         if !self.quiet {
-            self.warning(&problem.to_string());
+            self.warn(&problem.to_string(), &problem.hint);
         }
         self.warnings.push(problem);
     }
 
     /// Something worth telling that is no obstacle.
     pub fn warning(&mut self, text: &str) {
-        if self.json {
-            self.event(&serde_json::json!({"event": "warning", "message": text}));
-        } else {
-            tell!("warning: {text}");
+        self.warn(text, "");
+    }
+
+    fn warn(&mut self, text: &str, hint: &str) {
+        if !self.json {
+            return log::warn(text, [hint]);
         }
+        let mut value = serde_json::json!({"event": "warning", "message": text});
+        if !hint.is_empty() {
+            value["hint"] = hint.into();
+        }
+        self.event(&value);
     }
 
     fn event(&self, value: &serde_json::Value) {
         // A reader that went away is no reason to stop a migration.
-        let _ = writeln!(std::io::stdout(), "{value}");
+        let _ = writeln!(std::io::stdout(), "{}", shown::json(value));
     }
 
     /// The end: prints the report and writes it to `file`.

@@ -16,6 +16,7 @@ use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
 use super::log::ErrorLog;
+use super::shown::shown;
 
 /// Sets it up for the rest of the process; a second call changes nothing. `who` stands before each
 /// line on stderr: the lines of two hosts come together where one of them is reached through ssh.
@@ -42,7 +43,7 @@ impl<S: Subscriber> Layer<S> for Lines {
         }
         let ms = self.began.elapsed().as_secs_f64() * 1000.0;
         // One write, and none that could panic: nobody may read it.
-        let line = format!("{}: {level}: {ms:>8.1} ms  {}\n", self.who, text.0);
+        let line = format!("{}: {level}: {ms:>8.1} ms  {}\n", self.who, shown(&text.0));
         let _ = std::io::stderr().write_all(line.as_bytes());
     }
 }

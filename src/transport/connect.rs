@@ -12,6 +12,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::socket::{Shutdown, shutdown};
 use serde::{Deserialize, Serialize};
 
+use crate::problem::advice;
 use crate::sys::process;
 
 /// Where the other Ferry is, and how to get there.
@@ -196,33 +197,35 @@ impl Destination {
         }
     }
 
-    /// In words: why the link ended before the other Ferry had said a word.
-    pub fn explain(&self, closer: &mut Closer) -> String {
+    /// Why the link ended before the other Ferry had said a word, and what to do about it.
+    pub fn explain(&self, closer: &mut Closer) -> anyhow::Error {
         match (self, closer) {
             (Destination::Shell { host, rsh, remote_ferry, .. }, Closer::Shell(child)) => {
                 let status = child.wait().ok().and_then(|s| s.code());
                 let rsh = rsh.join(" ");
                 match status {
-                    Some(127 | 126) => format!(
-                        "there is no {remote_ferry} on {host}\nhint: install ferry there, or name \
-                         its place with --remote-ferry PATH"
+                    Some(127 | 126) => advice(
+                        format!("there is no {remote_ferry} on {host}"),
+                        "install ferry there, or name its place with --remote-ferry PATH",
                     ),
-                    Some(255) => format!(
-                        "{rsh} cannot reach {host}\nhint: `{rsh} {host} true` must work without \
-                         asking for anything"
+                    Some(255) => advice(
+                        format!("{rsh} cannot reach {host}"),
+                        format!("`{rsh} {host} true` must work without asking for anything"),
                     ),
-                    Some(2) => format!(
-                        "{remote_ferry} on {host} does not know `receive --stdio`\nhint: install \
-                         the same version of ferry on both hosts"
+                    Some(2) => advice(
+                        format!("{remote_ferry} on {host} does not know `receive --stdio`"),
+                        "install the same version of ferry on both hosts",
                     ),
-                    Some(n) => format!(
-                        "{rsh} {host} ended with exit code {n} before ferry there said a word\n\
-                         hint: see what `{rsh} {host} {remote_ferry} receive --stdio` says"
+                    Some(n) => advice(
+                        format!(
+                            "{rsh} {host} ended with exit code {n} before ferry there said a word"
+                        ),
+                        format!("see what `{rsh} {host} {remote_ferry} receive --stdio` says"),
                     ),
-                    None => format!("{rsh} {host} was ended by a signal"),
+                    None => anyhow!("{rsh} {host} was ended by a signal"),
                 }
             }
-            (other, _) => format!("{other} closed the connection"),
+            (other, _) => anyhow!("{other} closed the connection"),
         }
     }
 }
@@ -291,13 +294,14 @@ pub fn split_command(text: &str) -> Result<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::problem::Advice;
 
     #[test]
     fn a_link_that_never_was_is_explained_with_a_hint() {
         for (code, words) in [
-            (255, "sh cannot reach h\nhint: `sh h true`"),
-            (127, "there is no f on h\nhint: "),
-            (2, "does not know `receive --stdio`\nhint: "),
+            (255, "sh cannot reach h"),
+            (127, "there is no f on h"),
+            (2, "does not know `receive --stdio`"),
             (1, "exit code 1"),
         ] {
             let child = Command::new("sh").args(["-c", &format!("exit {code}")]).spawn().unwrap();
@@ -308,7 +312,8 @@ mod tests {
                 remote_ferry: "f".into(),
             };
             let said = destination.explain(&mut Closer::Shell(Box::new(child)));
-            assert!(said.contains(words), "{said}");
+            assert!(said.to_string().contains(words), "{said}");
+            assert!(said.downcast_ref().is_some_and(|a: &Advice| !a.hints().is_empty()));
         }
     }
 

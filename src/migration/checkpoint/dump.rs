@@ -40,6 +40,7 @@ use crate::network::sockets::Lookout;
 use crate::network::unread::Homes;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
+use crate::problem::Advise;
 use crate::sys::netns::NetNs;
 use crate::sys::{fault, process};
 use crate::tasks::descriptors::MAX_NAMELESS;
@@ -338,9 +339,9 @@ fn job(
 fn vouch(cgroup: &Cgroup) -> Result<JoinHandle<Result<()>>> {
     let pids = cgroup.processes()?;
     let look = move || {
-        watched::vouch(&pids).context(
-            "CRIU has been told that the container's epolls are as they were\n\
-             hint: try again; it will look for itself then",
+        watched::vouch(&pids).advise(
+            "CRIU has been told that the container's epolls are as they were",
+            "try again; it will look for itself then",
         )
     };
     Ok(std::thread::Builder::new().name("vouch".into()).spawn(look)?)

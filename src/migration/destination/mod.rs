@@ -181,7 +181,7 @@ fn converse(
             Input::Heard(Heard::Message(Message::Settle { migration, verdict })) => {
                 let said = match settle::answer(state_dir, &migration, verdict) {
                     Ok(standing) => Message::Settled { standing },
-                    Err(e) => Message::Failed { phase: "settling".into(), why: format!("{e:#}") },
+                    Err(e) => Message::failed("settling", &e),
                 };
                 return speaker.say(&said);
             }
@@ -213,10 +213,7 @@ fn converse(
                     bail!("this link cannot be handed on");
                 };
                 let taken = forward::away::take_link(state_dir, &id, links, input, output);
-                return taken.or_else(|e| {
-                    let why = format!("{e:#}");
-                    speaker.say(&Message::Failed { phase: "forwarding".into(), why })
-                });
+                return taken.or_else(|e| speaker.say(&Message::failed("forwarding", &e)));
             }
             _ => bail!("the source begins with something else than a plan"),
         }
@@ -270,8 +267,7 @@ fn converse(
         match Guest::new(*plan, streams, incoming, course, runtime, state_dir, backlog.clone()) {
             Ok(guest) => guest,
             Err(e) => {
-                let why = format!("{e:#}");
-                let told = speaker.say(&Message::Failed { phase: "preparing".into(), why }).is_ok();
+                let told = speaker.say(&Message::failed("preparing", &e)).is_ok();
                 return Err(if told { Told(e).into() } else { e });
             }
         };
@@ -406,7 +402,7 @@ impl Guest {
         let verdict = match ready {
             Ok(()) => self.await_verdict(speaker, inputs),
             Err(e) => {
-                let failed = Message::Failed { phase: self.phase.into(), why: format!("{e:#}") };
+                let failed = Message::failed(self.phase, &e);
                 // Undone first: a second try must find the place free. The source does not wait
                 // for us, it runs on when it hears, or when the link is cut.
                 let undone = self.undo();

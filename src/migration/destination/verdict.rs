@@ -88,7 +88,8 @@ impl Guest {
                 Act::Run => return Verdict::Commit,
                 Act::Undo => {
                     if let Some(why) = failed {
-                        let _ = speaker.say(&Message::Failed { phase: self.phase.into(), why });
+                        let (phase, hints) = (self.phase.to_owned(), Vec::new());
+                        let _ = speaker.say(&Message::Failed { phase, why, hints });
                     }
                     return Verdict::Abort;
                 }
@@ -113,9 +114,8 @@ impl Guest {
         }
         if let Err(e) = self.journal.note(State::Committed) {
             // Nothing runs of which that is not known: the source takes it back.
-            let why = format!("{e:#}");
             let undone = self.undo();
-            let _ = speaker.say(&Message::Failed { phase: "starting".into(), why });
+            let _ = speaker.say(&Message::failed("starting", &e));
             return undone.and(Err(Told(e).into()));
         }
         // From here on what was made is the container's: no error may take it away again but one
@@ -214,11 +214,10 @@ impl Guest {
                 }
                 Ok(Input::Pages(Ended { result: Err(e), held })) => {
                     let failed = e.context("not all of its memory can be put into the container");
-                    let why = format!("{failed:#}");
                     // Ended while whoever misses a page still waits for it.
                     let undone = self.undo();
                     drop(held);
-                    let _ = speaker.say(&Message::Failed { phase: "starting".into(), why });
+                    let _ = speaker.say(&Message::failed("starting", &failed));
                     undone?;
                     return Err(failed);
                 }
@@ -228,11 +227,10 @@ impl Guest {
                         && !running
                     {
                         let failed = e.context("the copy died after the commit");
-                        let why = format!("{failed:#}");
                         // First of all so that nobody takes what is left of it for a container
                         // that runs. The source still has it, frozen.
                         let undone = self.undo();
-                        let _ = speaker.say(&Message::Failed { phase: "starting".into(), why });
+                        let _ = speaker.say(&Message::failed("starting", &failed));
                         undone?;
                         return Err(failed);
                     }

@@ -97,7 +97,7 @@ pub fn connect(
         Ok(()) => Ok(Carrier { speaker, closer }),
         Err(e) if e.to_string() == GONE => {
             drop(speaker);
-            bail!("{}", destination.explain(&mut closer))
+            Err(destination.explain(&mut closer))
         }
         Err(e) => {
             closer.close();

@@ -42,6 +42,7 @@ use crate::network::image::Kind;
 use crate::network::sockets::Lookout;
 use crate::network::translated::{self, Translated};
 use crate::network::{NetworkImage, Placement, Problem, forward};
+use crate::problem::Advise;
 use crate::sys::netns::NetNs;
 use crate::transport::connect::Destination;
 
@@ -302,7 +303,7 @@ pub fn end(id: &str, idle: Option<Duration>) -> Result<&'static str> {
     for directory in of_container(id) {
         if let Some(idle) = idle {
             control::ask(&directory, &Ask::EndWhenIdle(idle.as_secs().max(1)))
-                .context("its home cannot be told\nhint: `ferry migrations` tells how it stands")?;
+                .advise("its home cannot be told", "`ferry migrations` tells how it stands")?;
             said = Some("its address is forwarded until its connections have ended");
         } else if home_at(&directory).is_ok() {
             if control::ask(&directory, &Ask::End { dismantle: true }).is_err() {
@@ -312,10 +313,10 @@ pub fn end(id: &str, idle: Option<Duration>) -> Result<&'static str> {
             said =
                 Some("its address is not forwarded any more, and this host does not answer for it");
         } else {
-            control::ask(&directory, &Ask::End { dismantle: true }).context(
-                "its home cannot be told\nhint: `ferry resolve --no-forward` there; if that \
-                     host is gone for good, `ferry migrate --forward never` takes the container to \
-                     where its address belongs",
+            control::ask(&directory, &Ask::End { dismantle: true }).advise(
+                "its home cannot be told",
+                "`ferry resolve --no-forward` there; if that host is gone for good, `ferry migrate \
+                 --forward never` takes the container to where its address belongs",
             )?;
             said = Some("its home does not forward its address any more");
         }

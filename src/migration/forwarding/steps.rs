@@ -13,6 +13,7 @@ use crate::migration::journal::part::{Note, Part};
 use crate::migration::protocol::Plan;
 use crate::migration::protocol::forwarding::Ask;
 use crate::network::{self, NetworkImage, Recreated, fence};
+use crate::problem::Advise;
 use crate::sys::fault;
 use crate::sys::netns::{self, NetNs};
 use crate::transport::connect::Destination;
@@ -26,13 +27,13 @@ pub fn check(plan: &Plan, note: &Note, destination: &Destination) -> Result<()> 
         return Ok(());
     }
     let home = plan.forward.from.as_ref().map_or("", |f| &f.1);
-    control::ask(&directory(&note.id), &Ask::Probe(destination.clone())).with_context(|| {
+    control::ask(&directory(&note.id), &Ask::Probe(destination.clone())).advise(
+        format!("{home} keeps the container's address and cannot forward it to {destination}"),
         format!(
-            "{home} keeps the container's address and cannot forward it to {destination}\nhint: \
-             `ssh {destination} true` must work there, without asking for anything; or end the \
+            "`ssh {destination} true` must work there, without asking for anything; or end the \
              forwarding with --forward never"
-        )
-    })
+        ),
+    )
 }
 
 /// The source, before the freeze: where it is the container's home, a process that forwards. Whether

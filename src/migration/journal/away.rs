@@ -19,6 +19,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::oci::runtime::valid_id;
+use crate::problem::Advise;
 
 /// The longest file name that every file system of interest takes.
 const NAME_MAX: usize = 255;
@@ -69,11 +70,15 @@ impl AwayMark {
             Ok(_) => {}
             Err(why) if means_no_mark(&why) => return Ok(None),
             Err(why) => {
-                return Err(why).with_context(|| unreadable(&state_dir.join("away"), id));
+                let (what, hint) = unreadable(&state_dir.join("away"), id);
+                return Err(why).advise(what, hint);
             }
         }
-        read(&root_dir(state_dir, runtime_root).join(id))
-            .with_context(|| unreadable(&root_dir(state_dir, runtime_root), id))
+        let dir = root_dir(state_dir, runtime_root);
+        read(&dir.join(id)).or_else(|why| {
+            let (what, hint) = unreadable(&dir, id);
+            Err(why).advise(what, hint)
+        })
     }
 
     /// Removes the mark of a container; `false` when it had none.
@@ -91,13 +96,15 @@ impl AwayMark {
     }
 }
 
-fn unreadable(place: &Path, id: &OsStr) -> String {
-    format!(
-        "cannot tell whether container {id:?} was migrated away: a mark under {} cannot be read\n\
-         hint: starting it could make a second copy; mend that directory, or see \
-         `ferry migrations` for what happened",
+/// Words for an error, and what to do about it.
+fn unreadable(place: &Path, id: &OsStr) -> (String, &'static str) {
+    let what = format!(
+        "cannot tell whether container {id:?} was migrated away: a mark under {} cannot be read",
         place.display()
-    )
+    );
+    let hint = "starting it could make a second copy; mend that directory, or see `ferry migrations` \
+                for what happened";
+    (what, hint)
 }
 
 fn read(path: &Path) -> Result<Option<AwayMark>> {
@@ -257,7 +264,7 @@ mod tests {
         mark(Path::new("/r")).write(dir.path()).unwrap();
         fs::write(root_dir(dir.path(), Path::new("/r")).join("web"), "{").unwrap();
         let why = AwayMark::find(dir.path(), Path::new("/r"), OsStr::new("web")).unwrap_err();
-        assert!(why.to_string().contains("hint: "), "{why}");
+        assert!(why.is::<crate::problem::Advice>(), "{why}");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::path::Path;
 use super::away::AwayMark;
 use super::{Journal, Record, Role, State};
 use crate::problem::Problem;
+use crate::report::log;
 
 /// What a migration has to do with a container here; nothing, where none is open.
 pub fn in_the_way(state_dir: &Path, root: &Path, container: &str) -> Option<Problem> {
@@ -32,10 +33,9 @@ pub fn leaves(state_dir: &Path, root: &Path, container: &str) -> Option<Problem>
 }
 
 fn unreadable(container: &str, error: &anyhow::Error) -> Problem {
-    let text = format!("{error:#}");
-    let (why, hint) = text.split_once("\nhint: ").unwrap_or((&text, ""));
+    let (why, hints) = log::taken_apart(error);
     let what = format!("{}: it cannot be told whose {container} is", crate::sys::host::name());
-    Problem::new(what, why).hint(hint)
+    Problem::new(what, why).hint(hints.join("; "))
 }
 
 fn problem(record: &Record, state: State, under_way: bool) -> Problem {

@@ -31,6 +31,7 @@ use crate::files::logs::Logs;
 use crate::files::place::Placing;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::DEFAULT_ROOT;
+use crate::problem::advice;
 use crate::sys::process::{boot_id, is_alive};
 use crate::transport::connect::Destination;
 
@@ -450,12 +451,14 @@ impl Unreadable {
     /// For whoever needs what is in it.
     pub fn error(&self) -> anyhow::Error {
         let of = self.container.as_ref().map(|c| format!(" of {c}")).unwrap_or_default();
-        anyhow!(
-            "the journal {} of a migration{of} cannot be read: {}\n\
-             hint: it says who owns the container: use the version of Ferry that has written it. If \
-             you know that the container runs on one host only, and where, move the file away",
-            self.path.display(),
-            self.why
+        advice(
+            format!(
+                "the journal {} of a migration{of} cannot be read: {}",
+                self.path.display(),
+                self.why
+            ),
+            "it says who owns the container: use the version of Ferry that has written it. If you \
+             know that the container runs on one host only, and where, move the file away",
         )
     }
 }
@@ -487,14 +490,21 @@ impl Lock {
         fs::create_dir_all(&dir).with_context(what)?;
         let mut open = OpenOptions::new();
         let file = open.write(true).create(true).truncate(false).mode(0o600).open(&path);
-        let file = Flock::lock(file.with_context(what)?, FlockArg::LockExclusiveNonblock)
-            .map_err(|_| anyhow!("a migration of {container} is under way on this host\nhint: see `ferry migrations {container}`"))?;
+        let file = Flock::lock(file.with_context(what)?, FlockArg::LockExclusiveNonblock).map_err(
+            |_| {
+                advice(
+                    format!("a migration of {container} is under way on this host"),
+                    format!("see `ferry migrations {container}`"),
+                )
+            },
+        )?;
         for journal in Journal::of(state_dir, given, container)? {
             if !journal.state().is_over() && !journal.record.worker_lives() {
-                bail!(
-                    "an earlier migration of {container} ({}) was broken off\nhint: `ferry resolve {container}` first",
-                    journal.record.migration
-                );
+                let migration = &journal.record.migration;
+                return Err(advice(
+                    format!("an earlier migration of {container} ({migration}) was broken off"),
+                    format!("`ferry resolve {container}` first"),
+                ));
             }
         }
         Ok(Lock { _file: file })
@@ -629,7 +639,7 @@ pub(crate) mod tests {
             assert_ne!(changed, text);
             fs::write(&path, &changed).unwrap();
             let why = refused("web").unwrap();
-            assert!(why.contains("cannot be read") && why.contains("hint: "), "{why}");
+            assert!(why.contains("cannot be read"), "{why}");
             assert!(why.contains("00112233aabbccdd"), "{why}");
             assert_eq!(refused("web2"), None);
         }

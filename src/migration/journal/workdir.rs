@@ -126,8 +126,8 @@ pub fn criu_failed(what: &str, log: &Path, answer: anyhow::Error) -> anyhow::Err
     match (said.is_empty(), known) {
         (true, true) => anyhow::anyhow!("{what}, and CRIU does not say why"),
         (true, false) => answer.context(what.to_owned()),
-        (false, true) => anyhow::anyhow!("{what}:\n{said}"),
-        (false, false) => answer.context(format!("{what}:\n{said}")),
+        (false, true) => anyhow::anyhow!("{what}: {said}"),
+        (false, false) => answer.context(format!("{what}: {said}")),
     }
 }
 
@@ -144,7 +144,7 @@ fn errors(log: &str) -> String {
         lines = log.lines().collect();
     }
     let from = lines.len().saturating_sub(6);
-    lines[from..].join("\n")
+    lines[from..].join("; ")
 }
 
 /// In the work directory of a destination: the restored init's number and start time, and the
@@ -199,12 +199,12 @@ mod tests {
             )
         };
         let line = "(00.010000) Error (criu/files.c:9): Can't dump file 7 of that type";
-        assert_eq!(failed("Can't dump file 7 of that type"), format!("CRIU cannot dump:\n{line}"));
-        assert_eq!(failed(""), format!("CRIU cannot dump:\n{line}"));
+        assert_eq!(failed("Can't dump file 7 of that type"), format!("CRIU cannot dump: {line}"));
+        assert_eq!(failed(""), format!("CRIU cannot dump: {line}"));
         // CRIU answers with its first error, whether or not it stopped it.
         let first = text.lines().next().unwrap();
-        assert_eq!(failed(first), format!("CRIU cannot dump:\n{line}"));
-        assert_eq!(failed("it was killed"), format!("CRIU cannot dump:\n{line}: it was killed"));
+        assert_eq!(failed(first), format!("CRIU cannot dump: {line}"));
+        assert_eq!(failed("it was killed"), format!("CRIU cannot dump: {line}: it was killed"));
         fs::remove_file(&log).unwrap();
         assert_eq!(failed("it was killed"), "CRIU cannot dump: it was killed");
         assert_eq!(failed(""), "CRIU cannot dump, and CRIU does not say why");

@@ -49,10 +49,9 @@ pub struct Subject {
     pub plan: Plan,
     /// Keeps the probe files until the destination has looked.
     pub probes: Vec<probe::Probe>,
-    /// What the plan's probes are of.
-    pub roots: Vec<Root>,
-    /// The root of the container's mounts.
-    pub inside: OwnedFd,
+    /// What the plan's probes are of, until it is known what is copied: what is held so cannot be
+    /// unmounted.
+    pub found: Option<Roots>,
     /// Its logs outside of it, by the number of their stream.
     pub logs: Vec<Option<File>>,
     /// Its root file system, where that is an overlay.
@@ -67,6 +66,14 @@ pub struct Subject {
     pub forward: Option<crate::migration::journal::part::Note>,
     /// What will not be over there as it is here.
     pub warnings: Vec<Problem>,
+}
+
+/// What the container has of this host's files.
+pub struct Roots {
+    /// By the number of its probe.
+    pub list: Vec<Root>,
+    /// The root of the container's mounts.
+    pub inside: OwnedFd,
 }
 
 /// Looks at a container.
@@ -279,8 +286,7 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         network,
         plan,
         probes,
-        roots,
-        inside,
+        found: Some(Roots { list: roots, inside }),
         logs,
         layered,
         load: None,

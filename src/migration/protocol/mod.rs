@@ -63,6 +63,7 @@ use crate::network::Floating;
 use crate::network::image::{Kind, NetworkImage};
 use crate::oci::bundle::Bundle;
 use crate::problem::Problem;
+use crate::report::log;
 use crate::tasks::locks::Held;
 use crate::transport::frame;
 
@@ -234,6 +235,9 @@ pub enum Message {
         phase: String,
         /// Why, in full.
         why: String,
+        /// What to do about it.
+        #[serde(default)]
+        hints: Vec<String>,
     },
     /// To the destination, over a later link, instead of a plan: the source's word about an
     /// earlier migration, or only a question.
@@ -252,6 +256,14 @@ pub enum Message {
         /// See [`Standing`].
         standing: Standing,
     },
+}
+
+impl Message {
+    /// What has failed here, in full.
+    pub fn failed(phase: &str, error: &anyhow::Error) -> Message {
+        let (why, hints) = log::taken_apart(error);
+        Message::Failed { phase: phase.to_owned(), why, hints }
+    }
 }
 
 /// The source's decision.

@@ -6,10 +6,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
 use super::{Hello, Message, PROTOCOL};
 use crate::migration::protocol;
+use crate::problem::advice;
 use crate::transport::codec::Codec;
 use crate::transport::connect::{Closer, Link};
 use crate::transport::frame::{self, Frame, Run, Same};
@@ -206,13 +207,15 @@ pub fn hello() -> Message {
 /// Says which version it speaks.
 pub fn check_hello(theirs: &Hello) -> Result<()> {
     if theirs.protocol != PROTOCOL {
-        bail!(
-            "the other host's Ferry {} speaks protocol {}, this one ({}) {PROTOCOL}\n\
-             hint: install the same version on both hosts",
-            theirs.ferry,
-            theirs.protocol,
-            env!("CARGO_PKG_VERSION"),
-        );
+        return Err(advice(
+            format!(
+                "the other host's Ferry {} speaks protocol {}, this one ({}) {PROTOCOL}",
+                theirs.ferry,
+                theirs.protocol,
+                env!("CARGO_PKG_VERSION"),
+            ),
+            "install the same version on both hosts",
+        ));
     }
     Ok(())
 }

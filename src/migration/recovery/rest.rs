@@ -13,6 +13,7 @@ use crate::migration::journal::Record;
 use crate::migration::protocol::talk::{self, Heard};
 use crate::migration::protocol::{Message, Standing, Verdict};
 use crate::migration::transfer::carry::{Memory, MemoryEvent, Order, Wishes};
+use crate::problem::Advice;
 use crate::transport::frame::{Frame, Run};
 
 /// How long a link may be silent before another is tried.
@@ -161,8 +162,9 @@ fn attempt(
                         _ => None,
                     });
                 }
-                Event::Heard(Heard::Message(Message::Failed { phase, why })) => {
-                    bail!("the destination failed while {phase}: {why}")
+                Event::Heard(Heard::Message(Message::Failed { phase, why, hints })) => {
+                    let what = format!("the destination failed while {phase}: {why}");
+                    return Err(Advice::with(what, hints));
                 }
                 Event::Heard(Heard::Gone(why)) => {
                     bail!("the link broke: {}", why.unwrap_or_else(|| "it was closed".into()))

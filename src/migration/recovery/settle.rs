@@ -15,6 +15,7 @@ use super::recover;
 use crate::migration::journal::{Journal, Record, Role, State};
 use crate::migration::protocol::talk::{self, Heard};
 use crate::migration::protocol::{Message, Standing, Verdict};
+use crate::problem::Advice;
 use crate::sys::scm;
 
 /// Name of the socket on which a waiting destination takes the verdict.
@@ -44,7 +45,9 @@ pub fn ask(record: &Record, verdict: Option<Verdict>) -> Result<Standing> {
             match heard.recv_timeout(LIMIT) {
                 Ok(Heard::Message(Message::Hello(theirs))) => talk::check_hello(&theirs)?,
                 Ok(Heard::Message(Message::Settled { standing })) => return Ok(standing),
-                Ok(Heard::Message(Message::Failed { why, .. })) => bail!("{why}"),
+                Ok(Heard::Message(Message::Failed { why, hints, .. })) => {
+                    return Err(Advice::with(why, hints));
+                }
                 Ok(Heard::Gone(why)) => bail!("{}", why.unwrap_or_else(|| "no answer".into())),
                 Ok(_) => {}
                 Err(_) => bail!("{destination} does not answer"),
@@ -55,7 +58,7 @@ pub fn ask(record: &Record, verdict: Option<Verdict>) -> Result<Standing> {
         && e.to_string() == "no answer"
     {
         drop(speaker);
-        bail!("{}", destination.explain(&mut closer));
+        return Err(destination.explain(&mut closer));
     }
     closer.close();
     answer

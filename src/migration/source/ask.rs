@@ -16,14 +16,14 @@ use crate::migration::checkpoint::dump::DumpEvent;
 use crate::migration::forwarding as forward;
 use crate::migration::options::Wishes;
 use crate::migration::preflight::contested;
-use crate::migration::preflight::inspect::{Subject, inspect, replaced};
+use crate::migration::preflight::inspect::{Roots, Subject, inspect, replaced};
 use crate::migration::protocol::talk::{self, Heard, Speaker};
 use crate::migration::protocol::{Message, Place};
 use crate::migration::recovery::decide::has_heard;
 use crate::migration::transfer::carry::{self, MemoryEvent};
 use crate::migration::transfer::haul::{HaulEvent, Load};
 use crate::oci::runtime::Runtime;
-use crate::problem::Problem;
+use crate::problem::{Advice, Problem, Problems, advice};
 use crate::report::exit::Failed;
 use crate::report::progress::{Layers, Reporter};
 use crate::tasks::locks::{self, Found};
@@ -90,10 +90,10 @@ impl Awaited {
             Awaited::Destination => {
                 anyhow!("nothing was heard of the destination for {seconds} s")
             }
-            Awaited::Dump => anyhow!(
-                "CRIU has not dumped the container within {seconds} s\n\
-                 hint: large address space that is reserved and not used makes a dump long, as do \
-                 thousands of processes; `--timeout` ends it sooner"
+            Awaited::Dump => advice(
+                format!("CRIU has not dumped the container within {seconds} s"),
+                "large address space that is reserved and not used makes a dump long, as do \
+                 thousands of processes; `--timeout` ends it sooner",
             ),
         }
     }
@@ -189,8 +189,8 @@ impl Inputs {
                 self.undone_there |= has_heard(standing);
                 Ok(input)
             }
-            Input::Heard(Heard::Message(Message::Failed { phase, why })) => {
-                bail!("the destination failed while {phase}: {why}")
+            Input::Heard(Heard::Message(Message::Failed { phase, why, hints })) => {
+                Err(Advice::with(format!("the destination failed while {phase}: {why}"), hints))
             }
             Input::Lane(_, None) if !self.committed => bail!("a further link broke"),
             Input::Dump(DumpEvent::Ended(Err(e))) => Err(e),
@@ -245,8 +245,8 @@ impl Inputs {
 
 /// Says what stands in the way, all of it.
 pub fn refusal(problems: &[Problem]) -> Failed {
-    let text: Vec<String> = problems.iter().filter(|p| p.fatal).map(ToString::to_string).collect();
-    Failed::refused(anyhow!("{}", text.join("\n")))
+    let fatal = problems.iter().filter(|p| p.fatal).cloned().collect();
+    Failed::refused(Problems(fatal).into())
 }
 
 /// A container that the destination would take.
@@ -311,7 +311,8 @@ pub(super) fn ask(
         let text = if inputs.interrupted || inputs.heard {
             e
         } else {
-            e.context(options.destination.explain(&mut closer))
+            let why = options.destination.explain(&mut closer);
+            Advice::over(why, e)
         };
         closer.close();
         return Err(Failed::refused(text));
@@ -341,14 +342,15 @@ pub(super) fn ask(
     if let Ok(Ok((_, _, copies))) = &answer {
         subject.copies.clone_from(copies);
     }
-    let answer = match answer {
-        Ok(Ok((warnings, shared, copies))) if !copies.is_empty() => {
-            announce(&mut subject, options, &speaker, &mut inputs, &copies, reporter)
+    let found = subject.found.take();
+    let answer = match (answer, found) {
+        (Ok(Ok((warnings, shared, copies))), Some(found)) if !copies.is_empty() => {
+            announce(&mut subject, &found, options, &speaker, &mut inputs, &copies, reporter)
                 .map(|refused| refused.map_or(Ok((warnings, shared)), Err))
         }
-        Ok(Ok((warnings, shared, _))) => Ok(Ok((warnings, shared))),
-        Ok(Err(problems)) => Ok(Err(problems)),
-        Err(e) => Err(e),
+        (Ok(Ok((warnings, shared, _))), _) => Ok(Ok((warnings, shared))),
+        (Ok(Err(problems)), _) => Ok(Err(problems)),
+        (Err(e), _) => Err(e),
     };
     match answer {
         Ok(Ok((warnings, shared))) => {
@@ -398,6 +400,7 @@ fn contested(subject: &Subject, before: &[Found]) -> Option<Problem> {
 /// Tells the destination how much there is to copy; what stands in the way of that.
 fn announce(
     subject: &mut Subject,
+    found: &Roots,
     options: &Options,
     speaker: &Speaker,
     inputs: &mut Inputs,
@@ -428,7 +431,7 @@ fn announce(
     for number in copies {
         let probe = subject.plan.probes.get(*number);
         let probe = probe.ok_or_else(|| anyhow!("the destination wants what is not there"))?;
-        let opened = subject.roots.get(*number);
+        let opened = found.list.get(*number);
         let opened = opened.ok_or_else(|| anyhow!("config.json does not have {}", probe.what))?;
         let opened = match &overlay {
             Some(overlay) if Some(*number) == root => {
@@ -437,8 +440,8 @@ fn announce(
                 Root::open(&upper.path)?
             }
             _ => {
-                let found = replaced(&subject.inside, &probe.what, &probe.place, opened);
-                if let Some(problem) = found {
+                let other = replaced(&found.inside, &probe.what, &probe.place, opened);
+                if let Some(problem) = other {
                     return Ok(Some(vec![problem]));
                 }
                 opened.clone()

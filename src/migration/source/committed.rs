@@ -17,6 +17,7 @@ use crate::migration::recovery::{recover, settle};
 use crate::migration::transfer::carry::Order;
 use crate::migration::transfer::lanes::Lane;
 use crate::network::host_side::Silence;
+use crate::problem::advice;
 use crate::report::exit::Failed;
 use crate::report::progress::Reporter;
 use crate::sys::fault;
@@ -62,13 +63,18 @@ impl Committed {
             begun.closer.close();
             begun.work.keep();
             let id = &begun.journal.record.container;
-            return Err(Failed::in_doubt(anyhow!(
-                "the container was handed over to {peer}, and {peer} does not answer that it runs: \
-                 its copy {what}.\nWhat is here stays frozen and unreachable, and a process of Ferry's goes on \
-                 asking.\nhint: `ferry resolve {id}` asks at once; if {peer} is gone for good, `ferry \
-                 resolve {id} --keep` lets it run on here",
-                peer = begun.journal.record.peer,
-                what = standing.describe(),
+            let peer = &begun.journal.record.peer;
+            return Err(Failed::in_doubt(advice(
+                format!(
+                    "the container was handed over to {peer}, and {peer} does not answer that it \
+                     runs: its copy {}. What is here stays frozen and unreachable, and a process of \
+                     Ferry's goes on asking.",
+                    standing.describe(),
+                ),
+                format!(
+                    "`ferry resolve {id}` asks at once; if {peer} is gone for good, `ferry resolve \
+                     {id} --keep` lets it run on here"
+                ),
             )));
         }
         if !running {
