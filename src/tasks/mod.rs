@@ -3,6 +3,7 @@
 pub(crate) mod aio;
 pub(crate) mod descriptors;
 pub(crate) mod held;
+pub(crate) mod imaged;
 pub mod locks;
 pub(crate) mod losses;
 pub(crate) mod mend;

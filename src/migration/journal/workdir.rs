@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::migration::protocol::Plan;
+use crate::migration::protocol::{MAX_IMAGES, Plan};
 use crate::network::HostSide;
 use crate::sys::tmpfs;
 
@@ -40,6 +40,9 @@ impl WorkDir {
         for sub in ["images", "work"] {
             fs::create_dir(dir.path.join(sub)).with_context(what)?;
         }
+        // What is shared among tasks is among the images: it is memory that counts, and not how large
+        // `/run` is, which others need meanwhile.
+        tmpfs::mount_tmpfs(&dir.images(), MAX_IMAGES).with_context(what)?;
         Ok(dir)
     }
 

@@ -12,7 +12,7 @@ use crate::migration::journal::away::AwayMark;
 use crate::migration::journal::{holder, workdir};
 use crate::migration::network::floating;
 use crate::migration::protocol::forwarding::Course;
-use crate::migration::protocol::{How, Place, Plan, Probe};
+use crate::migration::protocol::{How, MAX_IMAGES, Place, Plan, Probe};
 use crate::network::{self, Placement};
 use crate::oci::bundle::Bundle;
 use crate::oci::runtime::Runtime;
@@ -23,8 +23,10 @@ use crate::tasks::losses::{limits, tasks};
 
 /// Memory that must be left when the container has arrived.
 const RESERVE: u64 = 64 << 20;
-/// For image files without contents of memory or tmpfs mounts, and for the journal.
-const IMAGES: u64 = 16 << 20;
+/// For what CRIU and the runtime say, and for the journal.
+const NOTES: u64 = 16 << 20;
+/// Images of this size fit wherever Ferry can work at all.
+const LITTLE: u64 = 16 << 20;
 
 /// What was found.
 #[derive(Debug, Default)]
@@ -356,30 +358,43 @@ fn room(plan: &Plan, found: &mut Vec<Problem>) {
     if let Ok(free) = host::memory_available() {
         found.extend(memory(plan, free));
     }
-    // Image files are in memory, the journal is on disk. Where the former have a limit of their own
-    // the contents of tmpfs mounts count against it.
-    let images = [workdir::BASE, "/run"].map(Path::new).into_iter().find(|p| p.exists());
-    let images = images.filter(|p| tmpfs::is_tmpfs(p).unwrap_or(false));
-    let packed = IMAGES.saturating_add(in_tmpfs(plan));
-    for (place, needed) in
-        images.into_iter().map(|p| (p, packed)).chain([("/var/lib".as_ref(), IMAGES)])
-    {
-        if let Ok(free) = tmpfs::free_bytes(place)
-            && free < needed
-        {
-            found.push(
-                Problem::new(
-                    format!("{} is full on the destination", place.display()),
-                    format!(
-                        "{} MiB are free, for image files and the journal {} are needed",
-                        free >> 20,
-                        needed >> 20
-                    ),
-                )
-                .hint("free some room there, or make it larger"),
-            );
-        }
-    }
+    found.extend(room_for_notes("the destination"));
+}
+
+/// Whether a host has room for what a migration writes down: what CRIU says is in memory, the journal
+/// on disk.
+pub fn room_for_notes(host: &str) -> Vec<Problem> {
+    let notes = [workdir::BASE, "/run"].map(Path::new).into_iter().find(|p| p.exists());
+    let notes = notes.filter(|p| tmpfs::is_tmpfs(p).unwrap_or(false));
+    let full = |place: &Path| {
+        let free = tmpfs::free_bytes(place).ok().filter(|free| *free < NOTES)?;
+        let what = format!("{} is full on {host}", place.display());
+        let why = format!(
+            "{} MiB are free, for logs and the journal {} are needed",
+            free >> 20,
+            NOTES >> 20
+        );
+        Some(Problem::new(what, why).hint("free some room there, or make it larger"))
+    };
+    notes.into_iter().chain([Path::new("/var/lib")]).filter_map(full).collect()
+}
+
+/// Whether the source has memory for the images of what cannot be read while they are made.
+pub fn room_for_images(plan: &Plan, free: u64) -> Option<Problem> {
+    let needed = plan.imaged_bytes.saturating_add(RESERVE);
+    let why = if free < needed && plan.imaged_bytes > LITTLE {
+        format!("{} MiB are free, {} MiB are needed", free >> 20, needed >> 20)
+    } else if plan.imaged_bytes.saturating_add(in_tmpfs(plan)) > MAX_IMAGES {
+        format!("no more than {} GiB go along so", MAX_IMAGES >> 30)
+    } else {
+        return None;
+    };
+    let what = format!(
+        "the container's shared memory and its files without a name, {} MiB, have no room among \
+         CRIU's images",
+        plan.imaged_bytes >> 20
+    );
+    Some(Problem::new(what, why).hint("free some memory on this host, or have the container use less"))
 }
 
 /// Bytes that all tmpfs mounts hold together.
@@ -390,9 +405,10 @@ fn in_tmpfs(plan: &Plan) -> u64 {
 /// Whether the container finds room in `free` bytes of memory.
 fn memory(plan: &Plan, free: u64) -> Option<Problem> {
     let mib = |bytes: u64| bytes >> 20;
-    // What is in a tmpfs is there packed and unpacked for a moment. Staged pages are given back as
-    // they are installed, so little of them is there twice at a time.
-    let twice = in_tmpfs(plan).saturating_mul(2).saturating_add(RESERVE);
+    // What is in a tmpfs or shared is there packed and unpacked for a moment. Staged pages are given
+    // back as they are installed, so little of them is there twice at a time.
+    let twice = in_tmpfs(plan).saturating_add(plan.imaged_bytes).saturating_mul(2);
+    let twice = twice.saturating_add(RESERVE);
     let now = plan.resident_bytes.saturating_add(plan.resident_bytes / 8).saturating_add(twice);
     let most = plan.memory_bytes.saturating_add(twice);
     let why = |needed: u64| {
@@ -454,6 +470,14 @@ mod tests {
     fn memory_for_pages_and_tmpfs_is_asked_for_before() {
         const GIB: u64 = 1 << 30;
         let fatal = |p: Plan, free| memory(&p, free).map(|p| p.fatal);
+        let shared = |bytes, free| {
+            let plan = Plan { imaged_bytes: bytes, ..plan(0, 0, 0) };
+            (room_for_images(&plan, free).is_some(), fatal(plan, free))
+        };
+        assert_eq!(shared(GIB, 3 * GIB), (false, None));
+        assert_eq!(shared(GIB, 2 * GIB), (false, Some(true)));
+        assert_eq!(shared(GIB, GIB), (true, Some(true)));
+        assert!(shared(65 * GIB, 200 * GIB).0, "more than images may be");
         assert_eq!(fatal(plan(GIB, 3 * GIB, 0), 4 * GIB), None);
         assert_eq!(fatal(plan(GIB, 3 * GIB, 0), 2 * GIB), Some(false));
         assert_eq!(fatal(plan(2 * GIB, 3 * GIB, 0), 2 * GIB), Some(true));

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use super::checks::{room_for_images, room_for_notes};
 use super::host;
 use super::layers::{self, Layered};
 use super::standard::{self, Standard};
@@ -33,7 +34,7 @@ use crate::sys::mntns;
 use crate::sys::netns::NetNs;
 use crate::sys::process::{self, proc_text};
 use crate::tasks::losses::Scene;
-use crate::tasks::{descriptors, locks, losses as preflight};
+use crate::tasks::{descriptors, imaged, locks, losses as preflight};
 
 /// A container that could go, looked at from all sides.
 pub struct Subject {
@@ -120,6 +121,7 @@ pub fn inspect(runtime: &Runtime, wishes: &Wishes) -> Result<Subject, Vec<Proble
     // A task without a group of its own is told of below.
     let tasks = Cgroup::of_process(state.pid).and_then(|cgroup| cgroup.processes());
     let tasks = tasks.unwrap_or_default();
+    problems.extend(room_for_notes(&crate::sys::host::name()));
     problems.extend(descriptors::problems(&tasks));
     problems.extend(locks::problems(&tasks));
     let (scene, bundle) = (Scene { init: state.pid, tasks: &tasks }, Bundle::load(&state.bundle));
@@ -237,6 +239,7 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
     let mut tmpfs = tmpfs::find(&mountinfo, &bound);
     tmpfs::measure(Path::new(&format!("/proc/{}/root", state.pid)), &mut tmpfs)?;
     let resident = resident_bytes(&cgroup)?;
+    let imaged_bytes = imaged::bytes(&cgroup.processes()?);
     tracing::debug!(
         ?cgroup,
         mib = resident >> 20,
@@ -261,6 +264,7 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         console_socket: wishes.console_socket.clone(),
         // What the tasks may still come to use while they are being copied.
         memory_bytes: resident * 2 + (256 << 20),
+        imaged_bytes,
         resident_bytes: resident,
         cpu: host::cpu_flags(),
         machine: host::machine(),
@@ -278,6 +282,9 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         verify: wishes.verify,
         forward,
     };
+    if let Some(problem) = room_for_images(&plan, host::memory_available().unwrap_or(u64::MAX)) {
+        return Err(problem.into());
+    }
     let _ = runtime;
     Ok(Subject {
         state,

@@ -72,6 +72,8 @@ pub const PROTOCOL: u32 = 7;
 
 /// Most image files of one checkpoint.
 pub const MAX_FILES: usize = 100_000;
+/// Most bytes of them: they hold no memory but what CRIU insists on.
+pub const MAX_IMAGES: u64 = 64 << 30;
 /// Most tasks of one container.
 pub const MAX_TASKS: usize = 100_000;
 /// Most probes and bind mounts of one plan.
@@ -340,6 +342,9 @@ pub struct Plan {
     pub console_socket: Option<PathBuf>,
     /// Bytes of memory that will come at most.
     pub memory_bytes: u64,
+    /// Of these and of files without a name, what comes among the images.
+    #[serde(default)]
+    pub imaged_bytes: u64,
     /// Bytes that the container has in memory now.
     pub resident_bytes: u64,
     /// The source's CPU, to compare.

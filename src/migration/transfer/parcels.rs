@@ -8,8 +8,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
-use crate::migration::protocol::MAX_FILES;
 use crate::migration::protocol::talk::Speaker;
+use crate::migration::protocol::{MAX_FILES, MAX_IMAGES};
 use crate::transport::frame;
 use crate::transport::pace::Pace;
 
@@ -70,8 +70,6 @@ pub fn send_file(
     }
 }
 
-/// Most bytes of image files: they hold no memory but what CRIU insists on.
-const MAX_BYTES: u64 = 64 << 30;
 /// Image files open at a time.
 const MAX_OPEN: usize = 128;
 
@@ -103,7 +101,7 @@ impl Images {
             bail!("{name:?} is no image file's name");
         }
         self.bytes += bytes.len() as u64;
-        if self.names.len() >= MAX_FILES || self.bytes > MAX_BYTES {
+        if self.names.len() >= MAX_FILES || self.bytes > MAX_IMAGES {
             bail!("more image files than any checkpoint has");
         }
         if !self.open.contains_key(name) {
