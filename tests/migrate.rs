@@ -25,6 +25,8 @@ mod files;
 mod floating;
 #[path = "migrate/forward.rs"]
 mod forward;
+#[path = "migrate/hostile.rs"]
+mod hostile;
 #[path = "migrate/memory.rs"]
 mod memory;
 #[path = "migrate/moves.rs"]
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
     trials.extend(memory::trials());
     trials.extend(files::trials());
     trials.extend(overlay::trials());
+    trials.extend(hostile::trials());
     trials.extend(networks::trials());
     trials.extend(floating::trials());
     trials.extend(streams::trials());

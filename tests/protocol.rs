@@ -91,7 +91,7 @@ fn all_messages() -> Vec<Message> {
         Message::Joined,
         Message::Finished,
         Message::Abort { why: "it is \"broken\"\n".into() },
-        Message::Failed { phase: "restoring".into(), why: "ä".into() },
+        Message::Failed { phase: "restoring".into(), why: "ä".into(), hints: vec!["ö".into()] },
     ];
     for verdict in [None, Some(Verdict::Commit), Some(Verdict::Abort)] {
         list.push(Message::Settle { migration: ID.into(), verdict });

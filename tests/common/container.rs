@@ -104,7 +104,7 @@ impl Container {
              grep -qE ':{port:04X} 0+:0000 0A' /proc/$pid/net/tcp /proc/$pid/net/tcp6",
             self.id
         );
-        if matches!(self.workload, "stdio" | "echo") {
+        if matches!(self.workload, "stdio" | "echo" | "hostile") {
             return Ok(());
         }
         until("the server listens", SHORT, || {

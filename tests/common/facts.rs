@@ -115,6 +115,7 @@ impl Facts {
     fn process_of(&self, container: &Container) -> bool {
         let program = match container.workload {
             "stdio" => "stdio-ticker",
+            "hostile" => "hostile-tricks",
             "echo" => "echo-server",
             "web" => "nginx",
             "crowd" => "crowd-server",

@@ -394,7 +394,10 @@ pub fn room_for_images(plan: &Plan, free: u64) -> Option<Problem> {
          CRIU's images",
         plan.imaged_bytes >> 20
     );
-    Some(Problem::new(what, why).hint("free some memory on this host, or have the container use less"))
+    Some(
+        Problem::new(what, why)
+            .hint("free some memory on this host, or have the container use less"),
+    )
 }
 
 /// Bytes that all tmpfs mounts hold together.
