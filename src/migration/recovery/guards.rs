@@ -198,27 +198,34 @@ pub fn guard(journal: &Path) -> Result<()> {
             None => break false,
         }
     };
-    let held = hold(&mut journal, !told)?;
-    let done = match decide(journal.state(), told) {
-        Guarding::RunOn => {
-            let undone =
-                recover::source_runs_on(&mut journal, &recover::Hands::Later(Some(&vault)));
-            drop(held);
-            send_word(&journal.record);
-            undone
+    let mut held = hold(&mut journal, !told)?;
+    let done = loop {
+        match decide(journal.state(), told) {
+            Guarding::RunOn => {
+                let undone =
+                    recover::source_runs_on(&mut journal, &recover::Hands::Later(Some(&vault)));
+                drop(held);
+                send_word(&journal.record);
+                break undone;
+            }
+            Guarding::CarryThrough => {
+                let hushed = recover::hush(&journal.record);
+                criu::wait_for(&journal.record.work);
+                drop(held);
+                match hushed.and_then(|()| carry_through(&mut journal, &vault)) {
+                    // Whoever has begun to take it back may have been killed in the middle.
+                    Ok(Carried::Overtaken) => held = journal.hold()?,
+                    Ok(Carried::Through) => break Ok(()),
+                    Err(e) => break Err(e),
+                }
+            }
+            Guarding::Tell => {
+                drop(held);
+                send_word(&journal.record);
+                break Ok(());
+            }
+            Guarding::Nothing => break Ok(()),
         }
-        Guarding::CarryThrough => {
-            let hushed = recover::hush(&journal.record);
-            criu::wait_for(&journal.record.work);
-            drop(held);
-            hushed.and(carry_through(&mut journal, &vault))
-        }
-        Guarding::Tell => {
-            drop(held);
-            send_word(&journal.record);
-            Ok(())
-        }
-        Guarding::Nothing => Ok(()),
     };
     let done = done.context("the guard of a migration");
     if connections::are_out(&journal.record.work) {
@@ -233,17 +240,25 @@ pub fn guard(journal: &Path) -> Result<()> {
     done
 }
 
+/// How carrying through has ended.
+enum Carried {
+    /// It is over, or only an operator can say.
+    Through,
+    /// Somebody else has decided otherwise.
+    Overtaken,
+}
+
 /// Tells the destination that it owns the container until it has heard, however long that takes, and
 /// clears away what it needs no more; or takes the container back, where the destination's copy never
 /// ran. Each time under the lock, and only if the journal still says so: an operator who takes it back
 /// must not be overtaken.
-fn carry_through(journal: &mut Journal, vault: &Vault) -> Result<()> {
+fn carry_through(journal: &mut Journal, vault: &Vault) -> Result<Carried> {
     let mut pause = Duration::from_millis(100);
     let mut there = There::Unasked;
     loop {
         let held = journal.hold()?;
         if journal.state() != State::Committed {
-            return Ok(());
+            return Ok(Carried::Overtaken);
         }
         match resolve(State::Committed, recover::tasks(&journal.record)?, there, None) {
             Next::Ask(verdict) => {
@@ -259,14 +274,17 @@ fn carry_through(journal: &mut Journal, vault: &Vault) -> Result<()> {
                     continue;
                 }
             }
-            Next::LetGo => return recover::source_lets_go(journal, || ()),
+            Next::LetGo => {
+                recover::source_lets_go(journal, || ())?;
+                return Ok(Carried::Through);
+            }
             Next::RunsOn | Next::Abandon => {
-                let hands = recover::Hands::Later(Some(vault));
-                return recover::source_runs_on(journal, &hands);
+                recover::source_runs_on(journal, &recover::Hands::Later(Some(vault)))?;
+                return Ok(Carried::Through);
             }
             Next::Doubt(doubt) if doubt.passes() => {}
             // Whether what is frozen here is to run again, the operator says.
-            Next::Doubt(_) | Next::HandOver => return Ok(()),
+            Next::Doubt(_) | Next::HandOver => return Ok(Carried::Through),
         }
         there = There::Unasked;
         drop(held);
