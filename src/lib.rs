@@ -13,6 +13,7 @@
 //!  5  memory         which pages, dirty tracking, staging, lazy serving
 //!  4  network        capture, fence, re-create, replay, forward
 //!  3  criu files     CRIU's protocol and images; copying what is not shared
+//!  3  engine         whose a container is: podman's, docker's, containerd's, CRI-O's
 //!  2  oci transport  the underlying runtime; the wire between the hosts
 //!  1  problem        what stands in the way, in words
 //!  0  sys            system calls as types, and every `unsafe` line
@@ -23,6 +24,7 @@
 pub mod cli;
 pub mod connections;
 pub mod criu;
+mod engine;
 pub mod files;
 pub mod memory;
 pub mod migration;

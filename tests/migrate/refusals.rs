@@ -19,6 +19,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 pub fn trials() -> Vec<Trial> {
     vec![
         in_lab("refusals::arguments", LIMIT, arguments),
+        in_lab("refusals::engines", LIMIT, engines),
         in_lab("refusals::guests", LIMIT, guests),
         in_lab("refusals::multicast", LIMIT, multicast),
         in_lab("refusals::fifo_without_writer", LIMIT, fifo_without_writer),
@@ -553,4 +554,38 @@ fn clients_notice_nothing(lab: &Lab) -> Outcome {
     let unnoticed = refusal < moved;
     ensure!(unnoticed, "a refusal pauses for {refusal} ms, a migration for {moved} ms");
     probe.is_content()
+}
+
+/// What an engine owns is named and left alone: by what podman 5.8, docker 28 and containerd 2.1 write
+/// into a bundle or lay it at, and by names that the runtime does not know.
+fn engines(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::plain("counter");
+    container.make(&a)?;
+    let config = a.path(&container.bundle)?.join("config.json");
+    let text = std::fs::read(&config).map_err(|e| e.to_string())?;
+    let mut json: serde_json::Value = serde_json::from_slice(&text).map_err(|e| e.to_string())?;
+    json["annotations"] = serde_json::json!({"io.container.manager": "libpod"});
+    std::fs::write(&config, json.to_string()).map_err(|e| e.to_string())?;
+    container.run_on(&a)?;
+    let pid = facts(&a)?.containers[container.id].pid;
+    let words = &["box is podman's container:", "storage and restart policy", "hint:", "planned"];
+    refused(&a, &["box", "b"], words)?;
+    refused(&a, &["--dry-run", "box", "b"], words)?;
+    for arguments in [&["check", "box"][..], &["check", "box", "b"]] {
+        says(&a.ferry(arguments)?.exits(3)?, words)?;
+    }
+    untouched(lab, &container, pid)?;
+
+    // Not by the runtime's ID.
+    let id = "465b65bd374bd919fb3d179886b21f24971792df130c9d7b71df53f73dbf104c";
+    a.sh(&format!(
+        "mkdir -p /var/lib/containers/storage/overlay-containers /run/containerd/runc/moby/{id}
+         echo '[{{\"id\":\"{id}\",\"names\":[\"web\"]}}]' \
+            >/var/lib/containers/storage/overlay-containers/containers.json"
+    ))?;
+    refused(&a, &["web", "b"], &["web is podman's container 465b65bd374b", "hint:"])?;
+    a.sh("rm /var/lib/containers/storage/overlay-containers/containers.json")?;
+    refused(&a, &["465b65", "b"], &["465b65 is docker's container 465b65bd374b", "hint:"])?;
+    refused(&b, &["web", "a"], &["there is no container web", "hint:", "runc list"])
 }

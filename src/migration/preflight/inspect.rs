@@ -11,6 +11,8 @@ use super::checks::{room_for_images, room_for_notes};
 use super::host;
 use super::layers::{self, Layered};
 use super::standard::{self, Standard};
+use crate::engine::lookup::Found;
+use crate::engine::owner::{Facts, owner};
 use crate::files::place::{self, Parent};
 use crate::files::root::Root;
 use crate::files::walk::Size;
@@ -98,12 +100,11 @@ pub fn inspect(runtime: &Runtime, wishes: &Wishes) -> Result<Subject, Vec<Proble
         if let Some(problem) = migrated_away(runtime, wishes) {
             return Err(one(problem));
         }
-        return Err(one(Problem::new(
-            format!("there is no container {id} here"),
-            format!("{} knows none in {}", runtime.program().display(), runtime.root().display()),
-        )
-        .hint("see `runc list`; an engine keeps its containers below another --root")));
+        return Err(one(unknown(runtime, id)));
     };
+    if let Some(owned) = owner(&Facts::of(&state, runtime.root())) {
+        return Err(one(owned.refusal(id)));
+    }
     match state.status.as_str() {
         "running" => {}
         "paused" => problems.push(
@@ -147,6 +148,19 @@ fn held(runtime: &Runtime, wishes: &Wishes, state: Option<&State>) -> Option<Pro
         Some("running") => holder::leaves(state_dir, runtime.root(), id),
         _ => holder::in_the_way(state_dir, runtime.root(), id),
     }
+}
+
+/// A container that the runtime does not know: an engine may, by that name.
+fn unknown(runtime: &Runtime, id: &str) -> Problem {
+    let found = Found::of(id);
+    if let Some(problem) = found.refusal(id) {
+        return problem;
+    }
+    let mut why =
+        format!("{} knows none in {}", runtime.program().display(), runtime.root().display());
+    why.extend(found.silent().map(|silent| format!("; {silent}")));
+    Problem::new(format!("there is no container {id} here"), why)
+        .hint("see `runc list`; what was started with another --root is found with that")
 }
 
 /// Whoever asks for a container that has left wants to know where it is.

@@ -1,0 +1,156 @@
+//! Engines (podman, docker, containerd, CRI-O, whoever stands behind a Kubernetes node): which of them
+//! a container belongs to, and which has one of a name.
+//!
+//! As a runtime Ferry is runc to them. To carry a container away is another matter: the engine would
+//! go on owning what is not here any more, and the other host's would know nothing of what has come.
+//!
+//! ```text
+//! owner   whose a container is that the runtime knows: rules over facts
+//! lookup  whose a container is that the runtime does not know: by name, or by the beginning of its ID
+//! socket  a question to an engine's daemon
+//! ```
+
+pub(crate) mod lookup;
+pub(crate) mod owner;
+mod socket;
+
+use std::fmt;
+
+use crate::oci::runtime::valid_id;
+use crate::problem::Problem;
+
+/// An engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Engine {
+    /// podman, and whatever else uses libpod.
+    Podman,
+    /// docker.
+    Docker,
+    /// containerd itself (`ctr`).
+    Containerd,
+    /// nerdctl, on containerd.
+    Nerdctl,
+    /// containerd for a kubelet.
+    Cri,
+    /// CRI-O.
+    CriO,
+}
+
+impl fmt::Display for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Engine::Podman => "podman",
+            Engine::Docker => "docker",
+            Engine::Containerd | Engine::Cri => "containerd",
+            Engine::Nerdctl => "nerdctl",
+            Engine::CriO => "CRI-O",
+        })
+    }
+}
+
+/// What a container is to its engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// A container by itself.
+    Alone,
+    /// One of several in a pod.
+    Member,
+    /// What holds a pod's namespaces: pause, infra.
+    Sandbox,
+}
+
+/// A container of an engine's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Owned {
+    /// Whose.
+    pub engine: Engine,
+    /// What it is there.
+    pub role: Role,
+    /// As the runtime calls it.
+    pub id: String,
+    /// As the engine calls it, where that is known.
+    pub name: Option<String>,
+}
+
+/// What an ID is cut to, as engines show it.
+const SHORT: usize = 12;
+
+impl Owned {
+    fn new(engine: Engine, role: Role, id: &str, name: Option<&str>) -> Owned {
+        // Whoever made it may have written anything there.
+        let name = name.filter(|name| valid_id(name.as_ref()) && name.len() <= 256);
+        // podman says of what holds a pod nothing but its name.
+        let infra = engine == Engine::Podman && name.is_some_and(|name| name.ends_with("-infra"));
+        let role = if infra { Role::Sandbox } else { role };
+        Owned { engine, role, id: id.to_owned(), name: name.map(str::to_owned) }
+    }
+
+    /// Why it is not carried, in the words of whoever asked for it by `asked`.
+    pub fn refusal(&self, asked: &str) -> Problem {
+        let engine = self.engine;
+        let kind = match self.role {
+            Role::Alone => "container",
+            Role::Member => "container, one of a pod,",
+            Role::Sandbox => "pod sandbox",
+        };
+        let short = self.id.get(..SHORT).unwrap_or(&self.id);
+        let called = match &self.name {
+            _ if !self.id.starts_with(asked) => format!(" {short}"),
+            Some(name) => format!(" {name} ({short})"),
+            None if short.len() > asked.len() => format!(" {short}"),
+            None => String::new(),
+        };
+        let who = if asked == self.id { short } else { asked };
+        let pod = match self.role {
+            Role::Alone => "",
+            Role::Member => "; and what it shares with the others of its pod would be torn apart",
+            Role::Sandbox => "; and the pod's containers would be left without their namespaces",
+        };
+        let there = match engine {
+            Engine::Cri | Engine::CriO => "let Kubernetes start the pod there",
+            _ => "stop it, and start it with the engine there",
+        };
+        Problem::new(
+            format!("{who} is {engine}'s {kind}{called}"),
+            format!(
+                "Ferry does not move engines' containers yet: {engine} on the other host would not \
+                 know of it, and here its network rules, published ports, storage and restart policy \
+                 would stay behind{pod}"
+            ),
+        )
+        .hint(format!(
+            "{there}; what is to move while it runs, start by `ferry run` from a bundle. Moves \
+             together with the engine are planned"
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_says_what_it_is_and_what_can_be_done() {
+        let id = "ab12cd34ef567890";
+        let web = Owned::new(Engine::Podman, Role::Alone, id, Some("web"));
+        for (asked, words) in [
+            ("web", "web is podman's container ab12cd34ef56"),
+            ("ab12", "ab12 is podman's container web (ab12cd34ef56)"),
+            (id, "ab12cd34ef56 is podman's container web (ab12cd34ef56)"),
+        ] {
+            let problem = web.refusal(asked);
+            assert_eq!(problem.what, words);
+            assert!(problem.fatal && problem.why.contains("podman on the other host"));
+            assert!(problem.hint.contains("planned"), "{problem}");
+        }
+        let pause = Owned::new(Engine::Cri, Role::Sandbox, id, None).refusal(id);
+        assert_eq!(pause.what, "ab12cd34ef56 is containerd's pod sandbox");
+        assert!(pause.hint.contains("Kubernetes") && pause.why.contains("namespaces"));
+    }
+
+    #[test]
+    fn a_name_that_is_none_is_not_repeated() {
+        let odd = Owned::new(Engine::Docker, Role::Alone, "ab", Some("a\u{1b}[31m\nb"));
+        assert_eq!(odd.name, None);
+    }
+}
