@@ -5,13 +5,15 @@
 //! go on owning what is not here any more, and the other host's would know nothing of what has come.
 //!
 //! ```text
-//! owner   whose a container is that the runtime knows: rules over facts
-//! lookup  whose a container is that the runtime does not know: by name, or by the beginning of its ID
-//! socket  a question to an engine's daemon
+//! owner     whose a container is that the runtime knows: rules over facts
+//! lookup    whose a container is that the runtime does not know: by name, or by the beginning of its ID
+//! property  what is an engine's though the container is not: namespaces, stores
+//! socket    a question to an engine's daemon
 //! ```
 
 pub(crate) mod lookup;
 pub(crate) mod owner;
+pub(crate) mod property;
 mod socket;
 
 use std::fmt;

@@ -13,6 +13,7 @@ use super::layers::{self, Layered};
 use super::standard::{self, Standard};
 use crate::engine::lookup::Found;
 use crate::engine::owner::{Facts, owner};
+use crate::engine::property;
 use crate::files::place::{self, Parent};
 use crate::files::root::Root;
 use crate::files::walk::Size;
@@ -225,6 +226,10 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         anyhow::Ok(proof)
     };
     let (root, fixed) = (bundle.rootfs()?, bundle.rootfs_read_only());
+    if wishes.rootfs != How::Shared {
+        let problem = property::store_problem("root file system", &root, "--rootfs shared");
+        problem.map_or(Ok(()), Err)?;
+    }
     let proof = add("root file system".into(), Place::Rootfs, &root, wishes.rootfs, fixed)?;
     let layered = layers::look(&root, &proof)?;
     let mounts = bundle.bind_mounts();
@@ -245,7 +250,12 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
     for mount in mounts {
         let what = format!("bind mount {}", mount.destination.display());
         let wish = wishes.volumes.iter().find(|(place, _)| *place == mount.destination);
-        let (wish, place) = (wish.map_or(How::Auto, |w| w.1), Place::Mount(mount.destination));
+        let wish = wish.map_or(How::Auto, |w| w.1);
+        if wish == How::Copy {
+            let option = format!("--volume {}=shared", mount.destination.display());
+            property::store_problem(&what, &mount.source, &option).map_or(Ok(()), Err)?;
+        }
+        let place = Place::Mount(mount.destination);
         add(what, place, &mount.source, wish, mount.read_only)?;
     }
     let mountinfo = proc_text(state.pid, "mountinfo")?;
@@ -388,6 +398,7 @@ type Network = Option<(NetNs, PathBuf, NetworkImage)>;
 fn network(bundle: &Bundle, pid: i32) -> Result<(Network, Option<NetworkImage>)> {
     match bundle.namespace("network") {
         Some(Some(path)) => {
+            property::namespace_problem(&path).map_or(Ok(()), Err)?;
             let namespace = NetNs::open(&path).map_err(|e| {
                 Problem::new(format!("cannot open the network namespace {}", path.display()), e)
             })?;

@@ -10,6 +10,7 @@ use anyhow::Result;
 
 use super::decide::Tasks;
 use crate::connections::{self, Order, Orders, Vault};
+use crate::engine::property;
 use crate::files::sockets::Spares;
 use crate::migration::forwarding::steps as forward;
 use crate::migration::journal::away::AwayMark;
@@ -215,6 +216,11 @@ fn lift_mark(journal: &Journal) -> Result<()> {
 }
 
 fn remove_network(namespace: &NetNs, path: &Path, trouble: &mut Trouble) {
+    if let Some(engine) = property::of_namespace(path) {
+        // Refused beforehand, but a journal may say so. Its fence keeps it silent.
+        tracing::warn!("the network namespace {} is {engine}'s, and stays", path.display());
+        return;
+    }
     for problem in network::dismantle(namespace, Some(path), None).err().unwrap_or_default() {
         trouble.note("removing the container's network", Err::<(), _>(problem));
     }
