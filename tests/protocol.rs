@@ -18,6 +18,7 @@ use ferry::migration::protocol::forwarding::{Course, Word};
 use ferry::migration::protocol::{Hello, Message, PROTOCOL, Plan, Standing, Verdict, talk};
 use ferry::migration::{destination, protocol};
 use ferry::oci::runtime::Runtime;
+use ferry::problem::Advice;
 use ferry::problem::Problem;
 use ferry::sys::locks::{FileLock, Kind};
 use ferry::tasks::locks::Held;
@@ -138,7 +139,7 @@ fn receive(said: Vec<u8>, state_dir: &Path) -> (Vec<Message>, Result<(), String>
         };
         let runtime = Runtime::new("/no/such/runtime".into(), None, false);
         let result = destination::receive(link, &runtime, &state);
-        let _ = tell.send(result.map_err(|e| format!("{e:#}")));
+        let _ = tell.send(result.map_err(|e| in_words(&e)));
     });
     let result = ended.recv_timeout(LIMIT).expect("a receiver ends when its link has ended");
     let bytes = answer.0.lock().expect("no panic in a write").clone();
@@ -273,6 +274,13 @@ fn a_message_out_of_its_order_ends_the_conversation() {
         assert!(result.is_err(), "{message:?}");
         nothing_made(dir.path());
     }
+}
+
+/// An error as its user is told it.
+fn in_words(error: &anyhow::Error) -> String {
+    let hints = error.downcast_ref().map_or(&[][..], |advice: &Advice| advice.hints());
+    let hints = hints.iter().map(|hint| format!("; hint: {hint}"));
+    format!("{error:#}{}", hints.collect::<String>())
 }
 
 #[test]
