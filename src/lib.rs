@@ -15,7 +15,7 @@
 //!  3  criu files     CRIU's protocol and images; copying what is not shared
 //!  3  engine         whose a container is: podman's, docker's, containerd's, CRI-O's
 //!  2  oci transport  the underlying runtime; the wire between the hosts
-//!  1  problem        what stands in the way, in words
+//!  1  problem fuzz   what stands in the way, in words; decoders under bad inputs (tests only)
 //!  0  sys            system calls as types, and every `unsafe` line
 //! ```
 
@@ -26,6 +26,8 @@ pub mod connections;
 pub mod criu;
 mod engine;
 pub mod files;
+#[cfg(test)]
+mod fuzz;
 pub mod memory;
 pub mod migration;
 pub mod network;

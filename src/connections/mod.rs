@@ -137,7 +137,7 @@ struct TakenOut {
 impl TakenOut {
     /// Above all of them.
     fn above(&self) -> RawFd {
-        self.places.last().map_or(FIRST, |place| place.0 + 1)
+        self.places.last().map_or(FIRST, |place| place.0.saturating_add(1))
     }
 }
 
@@ -196,6 +196,7 @@ mod tests {
     use nix::errno::Errno;
 
     use super::*;
+    use crate::fuzz::Target;
 
     #[test]
     fn the_vault_has_room_for_all() {
@@ -229,5 +230,32 @@ mod tests {
         }
         vault.empty().unwrap();
         assert_eq!(vault.contents().unwrap().len(), 0);
+    }
+
+    #[test]
+    fn fuzz_connections() {
+        let watched = Watched { number: 5, events: 1, data: 7 };
+        let epoll = Piece::Watched { vpid: 1, epoll: 3, list: vec![watched; 3] };
+        let connection = crate::sys::connection::tests::sample();
+        let pieces =
+            Piece::Connections(vec![(0, true, connection.clone()), (1, false, connection)]);
+        let taken = Taken(vec![TakenOut {
+            pid: 1,
+            started: Some(7),
+            places: vec![(5, true, false)],
+            epolls: vec![(3, vec![watched])],
+        }]);
+        let target = Target::new("connections").sample(postcard::to_stdvec(&epoll).unwrap());
+        let target = target.sample(postcard::to_stdvec(&pieces).unwrap());
+        // A list takes room for a MiB at most before there is anything in it: serde's.
+        target.sample(postcard::to_stdvec(&taken).unwrap()).room(3 << 20).run(|bytes| {
+            let piece = postcard::from_bytes::<Piece>(bytes).map(drop);
+            let taken = postcard::from_bytes::<Taken>(bytes).map(|taken| {
+                for one in &taken.0 {
+                    std::hint::black_box(one.above());
+                }
+            });
+            Ok(piece.or(taken)?)
+        });
     }
 }

@@ -11,6 +11,8 @@
 use anyhow::{Result, anyhow, bail};
 use protobuf::{CodedInputStream, CodedOutputStream};
 
+use crate::sys::memory::PAGE;
+
 /// Pages of the entry lie in the pages image.
 pub const PE_PRESENT: u32 = 1 << 2;
 /// Pages of the entry were left to us.
@@ -19,6 +21,9 @@ pub const PE_LAZY: u32 = 1 << 1;
 const MAGIC: [u32; 2] = [0x5456_4319, 0x5608_4025];
 /// A pagemap with more entries than this is refused: 16 million separate runs of pages.
 const MAX_ENTRIES: usize = 1 << 24;
+
+/// One past the highest address that any task has, on any machine.
+const MAX_ADDRESS: u64 = 1 << 57;
 
 const COMMON: u32 = 0x5456_4319;
 const IDS: u32 = 0x5443_2030;
@@ -33,6 +38,13 @@ pub struct PagemapEntry {
     pub pages: u64,
     /// `PE_*`.
     pub flags: u32,
+}
+
+impl PagemapEntry {
+    /// One past the last byte.
+    pub fn end(&self) -> u64 {
+        self.vaddr.saturating_add(self.pages.saturating_mul(PAGE as u64))
+    }
 }
 
 /// Reads a pagemap image: the id of its pages image, and its entries.
@@ -52,7 +64,7 @@ pub fn parse_pagemap(bytes: &[u8]) -> Result<(u32, Vec<PagemapEntry>)> {
         .find(|f| f.0 == 1)
         .map(|f| f.1 as u32)
         .ok_or_else(|| anyhow!("a pagemap without a pages id"))?;
-    let mut entries = Vec::new();
+    let mut entries: Vec<PagemapEntry> = Vec::new();
     while !rest.is_empty() {
         let (mut vaddr, mut compat, mut pages, mut flags) = (None, 0, 0, None);
         let mut in_parent = false;
@@ -69,11 +81,16 @@ pub fn parse_pagemap(bytes: &[u8]) -> Result<(u32, Vec<PagemapEntry>)> {
         if in_parent {
             bail!("a pagemap that leans on a parent image, which Ferry never asks for");
         }
-        entries.push(PagemapEntry {
+        let entry = PagemapEntry {
             vaddr: vaddr.ok_or_else(|| anyhow!("a pagemap entry without an address"))?,
             pages: if pages > 0 { pages } else { compat },
             flags: flags.unwrap_or(PE_PRESENT),
-        });
+        };
+        // CRIU writes them so. Otherwise a page could come twice, and a small image name very many.
+        if entry.end() > MAX_ADDRESS || entries.last().is_some_and(|e| e.end() > entry.vaddr) {
+            bail!("a pagemap whose entries overlap, or that no task can have");
+        }
+        entries.push(entry);
         if entries.len() > MAX_ENTRIES {
             bail!("a pagemap with too many entries");
         }
@@ -181,6 +198,7 @@ mod tests {
     use protobuf::CodedOutputStream;
 
     use super::*;
+    use crate::fuzz::Target;
 
     fn image(entries: &[(u64, u64, u32)], modern: bool) -> Vec<u8> {
         fn record(out: &mut Vec<u8>, write: impl FnOnce(&mut CodedOutputStream)) {
@@ -221,6 +239,21 @@ mod tests {
     }
 
     #[test]
+    fn a_pagemap_names_each_page_once_and_only_those_that_can_be() {
+        let flags = PE_LAZY;
+        for (list, good) in [
+            (&[(0x1000, 3, flags), (0x4000, 1, flags)][..], true),
+            (&[(0x1000, 3, flags), (0x3000, 1, flags)], false),
+            (&[(0x4000, 1, flags), (0x1000, 1, flags)], false),
+            (&[(MAX_ADDRESS - 0x1000, 1, flags)], true),
+            (&[(MAX_ADDRESS - 0x1000, 2, flags)], false),
+            (&[(u64::MAX, u64::MAX, flags)], false),
+        ] {
+            assert_eq!(parse_pagemap(&image(list, true)).is_ok(), good, "{list:x?}");
+        }
+    }
+
+    #[test]
     fn descriptors_are_added_in_order() {
         // As CRIU writes them: standard input, a listening socket, an epoll.
         let entry = |file: u8, flags: u8, kind: u8, number: u8| {
@@ -257,5 +290,25 @@ mod tests {
                 assert!(entries.len() < 2);
             }
         }
+    }
+
+    #[test]
+    fn fuzz_images() {
+        let pagemap = image(&[(0x1000, 3, PE_LAZY), (0x9000, 1, PE_PRESENT)], true);
+        let entry = [8, 0, 0, 0, 0x08, 1, 0x10, 0, 0x18, 1, 0x20, 9];
+        let table = [&[COMMON, FDINFO].map(u32::to_le_bytes).concat()[..], &entry, &entry].concat();
+        let ids = [&[COMMON, IDS].map(u32::to_le_bytes).concat()[..], &[4, 0, 0, 0, 8, 1, 16, 77]];
+        let target = Target::new("images").sample(pagemap).sample(table).sample(ids.concat());
+        target.run(|bytes| {
+            let pagemap = parse_pagemap(bytes).map(|(_, entries)| {
+                let mut before = 0;
+                for entry in entries {
+                    assert!(entry.vaddr >= before && entry.end() <= MAX_ADDRESS);
+                    before = entry.end();
+                }
+            });
+            let descriptors = with_descriptors(bytes, 9, &[4, 7, 12]).map(drop);
+            pagemap.or(descriptors).or(parse_table(bytes).map(drop))
+        });
     }
 }

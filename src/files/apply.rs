@@ -188,7 +188,7 @@ impl Work {
                 Step::Tree(number) => {
                     self.current = number as usize;
                     if self.current >= self.trees.len() {
-                        bail!("a tree that was not announced");
+                        bail!(UNKNOWN);
                     }
                 }
                 Step::Remove(path) => self.remove(&path)?,
@@ -228,8 +228,8 @@ impl Work {
         Ok(())
     }
 
-    fn tree(&mut self) -> &mut Tree {
-        &mut self.trees[self.current]
+    fn tree(&mut self) -> Result<&mut Tree> {
+        self.trees.get_mut(self.current).context(UNKNOWN)
     }
 
     fn data(&mut self, offset: u64, length: u32, input: &mut impl Read) -> Result<()> {
@@ -241,7 +241,7 @@ impl Work {
         let mut buffer = vec![0; length];
         input.read_exact(&mut buffer).context("the stream was cut")?;
         open.file.write_all_at(&buffer, offset)?;
-        self.tree().take(length as u64, 0)
+        self.tree()?.take(length as u64, 0)
     }
 
     fn hole(&mut self, offset: u64, length: u64) -> Result<()> {
@@ -253,6 +253,8 @@ impl Work {
         match fallocate(&open.file, flags, offset as i64, length as i64) {
             // Where a file system has no holes, zeros are as good.
             Err(Errno::EOPNOTSUPP) => {
+                let tree = self.trees.get_mut(self.current).context(UNKNOWN)?;
+                tree.take(length, 0)?;
                 let zeros = vec![0; BLOCK];
                 let mut at = offset;
                 while at < offset + length {
@@ -260,7 +262,7 @@ impl Work {
                     open.file.write_all_at(&zeros[..n as usize], at)?;
                     at += n;
                 }
-                self.tree().take(length, 0)
+                Ok(())
             }
             other => Ok(other?),
         }
@@ -274,7 +276,7 @@ impl Work {
     }
 
     fn remove(&mut self, path: &[u8]) -> Result<()> {
-        let root = &self.tree().root;
+        let root = &self.tree()?.root;
         match super::walk::place(root, path) {
             Ok((parent, name)) => clear(&parent, &name),
             // It went with a directory.
@@ -285,7 +287,7 @@ impl Work {
 
     fn rename(&mut self, from: &[u8], to: &[u8]) -> Result<()> {
         let current = self.current;
-        let tree = self.tree();
+        let tree = self.tree()?;
         tree.take(0, 1)?;
         let (parent, name) = super::walk::place(&tree.root, from)?;
         let (other, new) = super::walk::place(&tree.root, to)?;
@@ -301,7 +303,7 @@ impl Work {
 
     fn make(&mut self, entry: Entry) -> Result<()> {
         let current = self.current;
-        let tree = self.tree();
+        let tree = self.tree()?;
         tree.take(entry.said(), 1)?;
         let (parent, name) = super::walk::place(&tree.root, &entry.path)?;
         clear(&parent, &name)?;
@@ -327,7 +329,7 @@ impl Work {
 
     fn change(&mut self, entry: Entry, empty: bool) -> Result<()> {
         let current = self.current;
-        let tree = self.tree();
+        let tree = self.tree()?;
         tree.take(entry.said(), 0)?;
         let (parent, name) = if entry.path.is_empty() {
             (tree.root.try_clone()?.into(), PathBuf::from("."))
@@ -382,6 +384,8 @@ impl Work {
     }
 }
 
+const UNKNOWN: &str = "a tree that was not announced";
+
 /// Something on the way is gone, or is a file or a symbolic link now.
 const NOT_THERE: [Errno; 3] = [Errno::ENOENT, Errno::ENOTDIR, Errno::ELOOP];
 
@@ -415,5 +419,9 @@ fn clear(parent: &OwnedFd, name: &Path) -> Result<()> {
     Ok(unlinkat(parent, name, UnlinkatFlags::RemoveDir)?)
 }
 
+#[cfg(test)]
+mod fuzz;
+#[cfg(test)]
+mod properties;
 #[cfg(test)]
 mod tests;

@@ -469,6 +469,7 @@ fn real(merged: &Path, upper: &Path, name: &Path) -> Option<((u64, u64), (u64, u
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fuzz::Target;
 
     fn one(options: &str) -> Mounted {
         let line =
@@ -529,5 +530,19 @@ mod tests {
         bad.lower = vec![Lower { path: format!("/{}", "a".repeat(200)).into(), data: false }; 30];
         bad.validate().unwrap();
         assert!(bad.data().is_err());
+    }
+
+    #[test]
+    fn fuzz_mounts() {
+        let line = b"5 1 0:40 / /merged rw,nosuid shared:1 - overlay overlay \
+            rw,lowerdir=/l\\1341:/l2::/data,upperdir=/up\\040per,workdir=/work,xino=off";
+        let other = b"5 1 0:40 / /m rw - overlay o rw,lowerdir+=/a,datadir+=/b";
+        let target = Target::new("mounts").sample(*line).sample(*other);
+        let words =
+            [&b" - "[..], b"\\054", b"\\134", b"lowerdir=", b"::", b"upperdir=", b"workdir="];
+        target.words(&words).run(|bytes| {
+            let mount = Mount::parse(bytes).context("no mount")?;
+            mount.overlay().map_err(anyhow::Error::msg)?.validate()
+        });
     }
 }

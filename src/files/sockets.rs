@@ -184,6 +184,7 @@ mod tests {
     use std::os::unix::net::{UnixListener, UnixStream};
 
     use super::*;
+    use crate::fuzz::{Target, found};
 
     #[test]
     fn names_are_read_from_the_table() {
@@ -228,5 +229,17 @@ mod tests {
         let spares = Spares::find(pid, &[pid], "0123").unwrap();
         assert!(spares.names.contains(&path.as_os_str().as_bytes().to_vec()), "{spares:?}");
         assert!(Spares::find(pid, &[], "0123").unwrap().is_empty());
+    }
+
+    #[test]
+    fn fuzz_unix_sockets() {
+        let sample = "Num       RefCount Protocol Flags    Type St Inode Path\n\
+                      0000000000000000: 00000002 00000000 00010000 0001 01 12345 /run/a socket\n\
+                      0000000000000000: 00000003 00000000 00000000 0001 03 12346\n";
+        Target::new("unix-sockets").sample(sample).words(&[b" /", b"\n"]).run(|bytes| {
+            let list = parse(bytes);
+            assert!(list.iter().all(|(_, name)| name.first() == Some(&b'/')));
+            found(&[list.len()])
+        });
     }
 }

@@ -443,6 +443,7 @@ mod tests {
     use std::os::unix::fs::{PermissionsExt, symlink};
 
     use super::*;
+    use crate::fuzz::{Random, Target};
 
     fn copy(from: &Path, to: &Path) -> Result<()> {
         let mut stream = Vec::new();
@@ -555,5 +556,85 @@ mod tests {
         pack(from.path(), &mut stream).unwrap();
         stream.truncate(stream.len() - 3);
         assert!(unpack(to.path(), &mut stream.as_slice()).is_err());
+    }
+
+    /// Nothing outside the root is touched, whatever the stream says.
+    #[test]
+    fn fuzz_trees() {
+        let outer = tempfile::tempdir().unwrap();
+        let canary = outer.path().join("canary");
+        fs::write(&canary, "alive").unwrap();
+        fs::set_permissions(&canary, fs::Permissions::from_mode(0o640)).unwrap();
+        let look = || {
+            let meta = fs::symlink_metadata(&canary).unwrap();
+            let names: Vec<_> =
+                fs::read_dir(outer.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+            (
+                fs::read(&canary).unwrap(),
+                meta.mode(),
+                meta.uid(),
+                meta.mtime(),
+                meta.nlink(),
+                names.len(),
+            )
+        };
+        let from = outer.path().join("from");
+        fs::create_dir(&from).unwrap();
+        fs::create_dir(from.join("d")).unwrap();
+        fs::write(from.join("d/f"), "some contents").unwrap();
+        fs::hard_link(from.join("d/f"), from.join("g")).unwrap();
+        symlink("../canary", from.join("l")).unwrap();
+        let mut packed = Vec::new();
+        pack(&from, &mut packed).unwrap();
+        fs::remove_dir_all(&from).unwrap();
+        let root = outer.path().join("root");
+        fs::create_dir(&root).unwrap();
+        let before = look();
+        // Lengths of entries are right where there is something that may be one.
+        let frame = |bytes: &mut Vec<u8>, _: &mut Random| {
+            let starts: Vec<usize> = bytes
+                .windows(8)
+                .enumerate()
+                .filter(|(_, w)| w == b"{\"path\":")
+                .map(|(i, _)| i)
+                .collect();
+            for start in starts.into_iter().filter(|start| *start >= 4) {
+                let open =
+                    |depth: i32, b: &u8| depth + i32::from(*b == b'{') - i32::from(*b == b'}');
+                let depths = bytes[start..].iter().scan(0, |depth, b| {
+                    *depth = open(*depth, b);
+                    Some(*depth)
+                });
+                if let Some(end) = depths.enumerate().find(|(_, depth)| *depth == 0).map(|(i, _)| i)
+                {
+                    bytes[start - 4..start].copy_from_slice(&(end as u32 + 1).to_le_bytes());
+                }
+            }
+        };
+        let words = [
+            // `..`, `../canary`, `l/x`
+            &b"[46,46]"[..],
+            b"[46,46,47,99,97,110,97,114,121]",
+            b"[108,47,120]",
+            b"[108]",
+            b"[]",
+            b"[47]",
+            b"\"directory\"",
+            b"\"fifo\"",
+            b"\"socket\"",
+            b"{\"character\":259}",
+            b"{\"link\":[108]}",
+            b"{\"file\":5}",
+            b"{\"symlink\":[46,46]}",
+        ];
+        let target = Target::new("trees").sample(packed).words(&words).repair(frame);
+        target.cost(40).room((1 << 20) + 2 * PIECE).run(|bytes| {
+            let done = unpack(&root, &mut &bytes[..]);
+            assert_eq!(look(), before, "something outside has changed");
+            fs::set_permissions(&root, fs::Permissions::from_mode(0o700))?;
+            fs::remove_dir_all(&root)?;
+            fs::create_dir(&root)?;
+            done
+        });
     }
 }

@@ -123,6 +123,7 @@ mod tests {
     use std::os::unix::fs::OpenOptionsExt;
 
     use super::*;
+    use crate::fuzz::{Target, found};
 
     const MOUNTS: &str = "\
         21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n\
@@ -181,5 +182,18 @@ mod tests {
         let own = Mounts::of(std::process::id() as i32);
         let known = own.0.lines().any(|l| l.contains(" - ext4 ") || l.contains(" - overlay "));
         assert!(!cached || !known, "a file that is read through the cache counts");
+    }
+
+    #[test]
+    fn fuzz_open_files() {
+        let info = "pos:\t0\nflags:\t0100002\nmnt_id:\t21\nino:\t5\n";
+        let target = Target::new("open-files").sample([info, "\0", MOUNTS].concat());
+        target.words(&[b"flags:", b"mnt_id:", b" - ", b"\0"]).run(|bytes| {
+            let text = String::from_utf8_lossy(bytes);
+            let (info, mounts) = text.split_once('\0').unwrap_or((&text, ""));
+            let mounts = Mounts(mounts.into());
+            let said = [is_direct(info, |id| mounts.kind(id)), is_file(Path::new(info))];
+            found(&said.map(usize::from))
+        });
     }
 }

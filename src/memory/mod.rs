@@ -18,6 +18,8 @@ pub(crate) mod digest;
 pub(crate) mod direct;
 pub(crate) mod pages;
 pub(crate) mod pending;
+#[cfg(test)]
+mod properties;
 pub(crate) mod remainder;
 pub(crate) mod rounds;
 pub mod serve;

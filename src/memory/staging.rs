@@ -181,6 +181,11 @@ fn numbers(vaddr: u64, pages: usize) -> Result<std::ops::Range<u64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeMap;
+
+    use crate::criu::images::{PE_LAZY, PagemapEntry};
+    use crate::fuzz::{Target, found};
+    use crate::memory::pending::Pending;
 
     fn find(staging: &Staging, vpid: i32, vaddr: u64) -> Option<Slot> {
         staging.find(vpid, vaddr, 1).next().unwrap()
@@ -233,5 +238,75 @@ mod tests {
         assert!(staging.put_zeros(1, u64::MAX - 4095, 1).is_err());
         assert!(staging.put_zeros(1, 1 << 57, 1).is_err());
         assert!(staging.put_zeros(1, 0x8000, 2).is_err());
+    }
+
+    /// Whatever comes, in whatever order, is where it belongs: compared with a map that is as simple as
+    /// can be. Nothing of it may take more room than was announced.
+    #[test]
+    fn fuzz_pages() {
+        const ROOM: usize = 40;
+        // Kind, task, page, pages, from.
+        let some = |kind: u8| vec![kind, 1, 16, 0, 0, 0, 0, 3, 17];
+        let target = Target::new("pages").sample((0..6).flat_map(some).collect::<Vec<u8>>());
+        target.words(&[&[0xff; 5], &[0, 0, 0, 0, 2]]).cost(4).room(4 << 20).run(|bytes| {
+            let mut staging = Staging::new(ROOM)?;
+            let mut model: BTreeMap<(i32, u64), Slot> = BTreeMap::new();
+            let mut contents: BTreeMap<(i32, u64), u8> = BTreeMap::new();
+            let mut entries: Vec<PagemapEntry> = Vec::new();
+            for step in bytes.chunks_exact(9) {
+                let [kind, task, page @ .., pages, from] = step else { unreachable!() };
+                let task = i32::from(task % 2);
+                let page: u64 = page.iter().rev().fold(0, |n, b| n << 8 | u64::from(*b));
+                let (vaddr, from) = (page << 12, u64::from(*from));
+                let all = page..page + u64::from(*pages);
+                let pages = usize::from(*pages);
+                entries.push(PagemapEntry { vaddr, pages: pages as u64, flags: PE_LAZY });
+                match kind % 5 {
+                    0 => {
+                        staging.put(task, vaddr, &vec![*kind; pages.min(4) * PAGE])?;
+                        for page in all.take(4) {
+                            model.insert((task, page), Slot::At(0));
+                            contents.insert((task, page), *kind);
+                        }
+                    }
+                    1 => {
+                        staging.put_zeros(task, vaddr, pages)?;
+                        model.extend(all.map(|page| ((task, page), Slot::Zero)));
+                    }
+                    2 => {
+                        staging.put_remote(task, vaddr, pages)?;
+                        model.extend(all.map(|page| ((task, page), Slot::Remote(page))));
+                    }
+                    3 => {
+                        staging.put_same((task, vaddr), (task, from << 12), pages)?;
+                        for (to, from) in all.zip(from..) {
+                            model.insert((task, to), Slot::At(0));
+                            contents.insert((task, to), contents[&(task, from)]);
+                        }
+                    }
+                    // As an image tells it, which is the peer's, too.
+                    _ => {
+                        entries.sort_by_key(|entry| entry.vaddr);
+                        let _ = Pending::new(task, &entries, &staging).map(|mut pending| {
+                            pending.take(vaddr, vaddr + (pages * PAGE) as u64);
+                            pending.take_remote();
+                        });
+                    }
+                }
+                let full = model.values().filter(|slot| matches!(slot, Slot::At(_))).count();
+                assert!(full <= ROOM && model.len() - full <= ROOM);
+            }
+            for (&(task, page), slot) in &model {
+                match (find(&staging, task, page << 12), slot) {
+                    (Some(Slot::At(found)), Slot::At(_)) => {
+                        let byte = contents[&(task, page)];
+                        assert!(staging.bytes(found, 1).iter().all(|b| *b == byte));
+                    }
+                    (there, wanted) => assert_eq!(there, Some(*wanted), "page {page} of {task}"),
+                }
+            }
+            let full = model.values().filter(|slot| matches!(slot, Slot::At(_))).count();
+            found(&[full, model.len() - full])
+        });
     }
 }

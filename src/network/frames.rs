@@ -324,6 +324,7 @@ pub fn decode(bytes: &[u8]) -> anyhow::Result<Frame> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fuzz::Target;
 
     /// What the kernel makes of a program for a frame that is for this host, not in a VLAN.
     fn passes(program: &[Instruction], frame: &[u8]) -> bool {
@@ -378,5 +379,20 @@ mod tests {
         }
         assert!(!passes(&program, &packet([0x08, 0x06], 38, "10.0.0.5")));
         assert!(!passes(&filter_of(&moved[..1]), &v6("fd00::5")));
+    }
+
+    #[test]
+    fn fuzz_kept_frames() {
+        let frame = |bytes: Vec<u8>| Frame { link: 0, vnet_hdr: [0; VNET_HDR], bytes };
+        let v4 = [vec![0; 12], vec![8, 0], vec![0x45; 40]].concat();
+        let v6 = [vec![0; 12], vec![0x86, 0xdd], vec![58; 60]].concat();
+        let target =
+            Target::new("kept-frames").sample(encode(&frame(v4))).sample(encode(&frame(v6)));
+        target.run(|bytes| {
+            let frame = decode(bytes)?;
+            assert_eq!(encode(&frame), bytes);
+            let _ = (frame.destination(), frame.is_neighbour_discovery());
+            Ok(())
+        });
     }
 }

@@ -47,7 +47,7 @@ fn has_nat(v6: bool) -> bool {
 }
 
 /// Whether the target of an entry is `DNAT`, to this address.
-fn names(mut entries: &[u8], v6: bool, address: &[u8]) -> bool {
+pub(super) fn names(mut entries: &[u8], v6: bool, address: &[u8]) -> bool {
     let short = |bytes: &[u8], at: usize| {
         bytes.get(at..at + 2).and_then(|b| b.try_into().ok()).map_or(0, u16::from_ne_bytes)
     };

@@ -307,13 +307,16 @@ pub(super) fn tables_with_rules(socket: &mut Socket) -> Result<Vec<(u8, String)>
 /// Whether a rule makes one of these addresses the destination of packets that are for another.
 /// Addresses in maps are not seen.
 pub(super) fn leads_to(socket: &mut Socket, addresses: &[IpAddr]) -> Result<bool> {
-    const EXPRESSIONS: u16 = 4;
     let list = socket.dump(SUBSYSTEM << 8 | GETRULE, &fixed(0, 0))?;
-    Ok(list.iter().any(|m| {
-        let rule = m.attributes(FIXED).nest(EXPRESSIONS);
-        let steps: Vec<_> = rule.iter().map(|(_, e)| Attributes::parse(e)).collect();
-        is_destination_nat(&steps) && addresses.iter().any(|a| names(&steps, &octets(*a)))
-    }))
+    Ok(list.iter().any(|rule| publishes(rule, addresses)))
+}
+
+/// The same of one rule.
+pub(super) fn publishes(rule: &Message, addresses: &[IpAddr]) -> bool {
+    const EXPRESSIONS: u16 = 4;
+    let rule = rule.attributes(FIXED).nest(EXPRESSIONS);
+    let steps: Vec<_> = rule.iter().map(|(_, e)| Attributes::parse(e)).collect();
+    is_destination_nat(&steps) && addresses.iter().any(|a| names(&steps, &octets(*a)))
 }
 
 /// nft's own expression, or iptables' target in nft's clothes.
@@ -341,8 +344,35 @@ fn names(steps: &[Attributes<'_>], address: &[u8]) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    /// A rule that leads packets to 10.88.0.5.
+    pub(in crate::network) fn published() -> Request {
+        let mut rule = message(NEWRULE, 0, IPV4);
+        rule.string(1, "nat").string(2, "prerouting").nest(4, |list| {
+            list.nest(1, |e| {
+                e.string(1, "immediate").nest(2, |e| {
+                    e.be32(1, 1).nest(2, |data| {
+                        data.attr(1, &[10, 88, 0, 5]);
+                    });
+                });
+            });
+            list.nest(1, |e| {
+                e.string(1, "nat").nest(2, |e| {
+                    e.be32(1, 1).be32(2, 2);
+                });
+            });
+        });
+        rule
+    }
+
+    #[test]
+    fn a_rule_of_nfts_is_read() {
+        let rule = Message { payload: published().payload() };
+        let leads = |to: &str| publishes(&rule, &[to.parse().unwrap()]);
+        assert!(leads("10.88.0.5") && !leads("10.88.0.6"));
+    }
 
     fn attr(kind: u16, value: &[u8]) -> Vec<u8> {
         let mut bytes = ((value.len() + 4) as u16).to_ne_bytes().to_vec();

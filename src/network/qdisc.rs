@@ -48,7 +48,7 @@ pub struct Qdisc {
 }
 
 impl Qdisc {
-    fn read(m: &Message) -> Option<Self> {
+    pub(super) fn read(m: &Message) -> Option<Self> {
         let word = |at| index_at(m, at).map(|w| w as u32);
         let a = m.attributes(FIXED);
         Some(Self {
@@ -63,7 +63,7 @@ impl Qdisc {
         CARRIED.contains(&self.kind.as_str())
     }
 
-    fn request(&self, kind: u16, flags: u16, index: i32) -> Request {
+    pub(super) fn request(&self, kind: u16, flags: u16, index: i32) -> Request {
         let mut request = Request::new(kind, flags, &tcmsg(index, self.handle, self.parent, 0));
         request.string(TCA_KIND, &self.kind);
         if let Some(options) = &self.options {

@@ -170,3 +170,59 @@ pub(super) fn rules(socket: &mut Rtnl) -> Result<Vec<Rule>, Problem> {
     }
     Ok(rules)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fuzz::{Target, found};
+    use crate::network::restore::{address_request, route_request};
+    use crate::sys::netlink::Attributes;
+
+    /// What the kernel tells of links, addresses, routes, disciplines, connections and rules, much of
+    /// which a container has chosen.
+    #[test]
+    fn fuzz_kernel_answers() {
+        let image = crate::network::image::tests::sample();
+        let one = |list: &str| image["links"][1][list][0].clone();
+        let one_address = serde_json::from_value(one("addresses")).unwrap();
+        let qdisc: crate::network::qdisc::Qdisc = serde_json::from_value(one("qdiscs")).unwrap();
+        let one_route = serde_json::from_value(image["routes"][0].clone()).unwrap();
+        let mut link = crate::sys::netlink::Request::new(16, 0, &[0; 16]);
+        link.string(3, "eth0").u32(4, 1500).attr(1, &[2; 6]).nest(18, |info| {
+            info.string(1, "macvlan").nest(2, |data| {
+                data.u32(1, 4);
+            });
+        });
+        let mut target = Target::new("kernel-answers");
+        let samples = [
+            link,
+            address_request(20, 0, 1, &one_address),
+            route_request(24, 0, Some(1), &one_route),
+            qdisc.request(36, 0, 1),
+            crate::network::nft::tests::published(),
+            crate::network::translated::tests::entry(),
+        ];
+        for sample in samples {
+            target = target.sample(sample.payload());
+        }
+        let name = |_| Some("eth0".to_owned());
+        let ours = "10.88.0.5".parse().unwrap();
+        target.words(&[b"DNAT\0", b"nat\0", b"target\0"]).run(|bytes| {
+            let message = Message { payload: bytes.to_vec() };
+            let read = [
+                rtnl::LinkInfo::read(&message).is_some(),
+                address(&message).is_some(),
+                crate::network::qdisc::Qdisc::read(&message).is_some(),
+                crate::network::nft::publishes(&message, &[ours]),
+                crate::network::translated::flow(&message, ours).is_some(),
+                crate::network::sockets::one(&message).is_some(),
+                crate::network::unix::named(&message).is_some(),
+                crate::network::legacy::names(bytes, false, &[10, 88, 0, 5]),
+                crate::network::legacy::names(bytes, true, &[0xfd; 16]),
+            ];
+            route(&message, &name)?;
+            let read: usize = read.iter().rev().fold(0, |all, one| all << 1 | usize::from(*one));
+            found(&[Attributes::parse(bytes).iter().count(), read & 15, read >> 4 & 15, read >> 8])
+        });
+    }
+}

@@ -97,7 +97,7 @@ impl LinkInfo {
         self.flags & IFF_LOWER_UP != 0 && matches!(self.operstate, 0 | 6)
     }
 
-    fn read(m: &Message) -> Option<Self> {
+    pub fn read(m: &Message) -> Option<Self> {
         let a = m.attributes(16);
         let info = a.nest(IFLA_LINKINFO);
         let kind = info.string(1).unwrap_or_default();

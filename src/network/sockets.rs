@@ -256,7 +256,7 @@ impl Lookout {
 }
 
 /// What is wanted of `struct inet_diag_msg`.
-struct One {
+pub(super) struct One {
     state: u8,
     /// As IPv4 where it is that.
     flow: Flow,
@@ -283,7 +283,7 @@ impl One {
     }
 }
 
-fn one(message: &Message) -> Option<One> {
+pub(super) fn one(message: &Message) -> Option<One> {
     let bytes = message.payload.first_chunk::<ANSWER>()?;
     let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|i| bytes[at + i]));
     let port = |at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);

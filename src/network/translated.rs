@@ -92,7 +92,7 @@ fn request(address: IpAddr, tuple: u16, flags: u16) -> Request {
 }
 
 /// An open TCP connection under translation, from the container's side.
-fn flow(message: &Message, address: IpAddr) -> Option<Flow> {
+pub(super) fn flow(message: &Message, address: IpAddr) -> Option<Flow> {
     let a = message.attributes(FIXED);
     let state = a.nest(CTA_PROTOINFO).nest(1).get(1)?.first().copied()?;
     if a.be32(CTA_STATUS)? & TRANSLATED == 0 || !OPEN.contains(&state) {
@@ -111,4 +111,42 @@ fn face(tuple: &Attributes<'_>) -> Option<Flow> {
         Some(SocketAddr::new(ip_of(&ip, v4).or(ip_of(&ip, v6))?, port))
     };
     Some(Flow { local: end(1, 3, 2)?, remote: end(2, 4, 3)? })
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// A connection of 10.88.0.5's that is translated, as the kernel lists it.
+    pub(in crate::network) fn entry() -> Request {
+        let mut entry = Request::new(CT_GET, 0, &[AF_INET, 0, 0, 0]);
+        for (tuple, from, to) in [
+            (CTA_TUPLE_ORIG, [10, 88, 0, 5], [1, 2, 3, 4]),
+            (CTA_TUPLE_REPLY, [1, 2, 3, 4], [9; 4]),
+        ] {
+            entry.nest(tuple, |tuple| {
+                tuple.nest(1, |ip| {
+                    ip.attr(1, &from).attr(2, &to);
+                });
+                tuple.nest(2, |ports| {
+                    ports.attr(2, &[0xc3, 0x50]).attr(3, &[0, 80]);
+                });
+            });
+        }
+        entry.be32(CTA_STATUS, TRANSLATED).nest(CTA_PROTOINFO, |info| {
+            info.nest(1, |tcp| {
+                tcp.attr(1, &[3]);
+            });
+        });
+        entry
+    }
+
+    #[test]
+    fn a_translated_connection_is_read() {
+        let message = Message { payload: entry().payload() };
+        let found = flow(&message, "10.88.0.5".parse().unwrap()).unwrap();
+        assert_eq!(found.remote, "1.2.3.4:80".parse().unwrap());
+        assert_eq!(found.local.port(), 50000);
+        assert_eq!(flow(&message, "10.88.0.6".parse().unwrap()), None);
+    }
 }

@@ -49,7 +49,7 @@ pub fn named_sockets(pid: i32) -> Result<Vec<Named>, Problem> {
     Ok(list.iter().filter_map(named).collect())
 }
 
-fn named(message: &Message) -> Option<Named> {
+pub(super) fn named(message: &Message) -> Option<Named> {
     let inode = u32::from_ne_bytes(*message.payload.get(4..)?.first_chunk()?);
     let attributes = message.attributes(ANSWER);
     let name = attributes.get(NAME)?;

@@ -397,7 +397,7 @@ fn set_slice<T: Plainly>(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::io::{Read, Write};
     use std::net::{TcpListener, TcpStream};
     use std::time::Duration;
@@ -406,6 +406,20 @@ mod tests {
 
     use super::super::netns::NetNs;
     use super::*;
+
+    pub(crate) fn sample() -> Connection {
+        Connection {
+            sequence: (1, 2),
+            agreed: (7, 7, 1460),
+            timestamp: 5,
+            window: [1, 2, 3, 4, 5],
+            buffers: (1, 2, 0),
+            clamp: 9,
+            reuse: true,
+            nonblocking: false,
+            options: vec![(0, vec![1, 0, 0, 0]), (20, b"cubic".to_vec())],
+        }
+    }
 
     /// Moves one end of a connection into another socket, with its peer talking before and after.
     fn moved(at: &str, by: &str) {

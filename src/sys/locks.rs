@@ -164,6 +164,7 @@ mod tests {
     use nix::fcntl::{FcntlArg, fcntl};
 
     use super::*;
+    use crate::fuzz::{Target, found};
     use crate::sys::door;
 
     #[test]
@@ -233,5 +234,18 @@ mod tests {
         assert_eq!(found, wanted);
         drop(child.stdin.take());
         child.wait().unwrap();
+    }
+
+    #[test]
+    fn fuzz_locks() {
+        let sample = "pos:\t0\nlock:\t1: POSIX  ADVISORY  WRITE 7 08:01:9 0 EOF\n\
+                      lock:\t2: OFDLCK ADVISORY  READ -1 08:01:9 5 9223372036854775807\n";
+        Target::new("locks").sample(sample).words(&[b"lock:", b"FLOCK", b"RW"]).run(|bytes| {
+            let list = in_info(&String::from_utf8_lossy(bytes));
+            for lock in &list {
+                let _ = (lock.as_bytes(), lock.to_string());
+            }
+            found(&[list.len(), list.iter().filter(|lock| lock.write).count()])
+        });
     }
 }

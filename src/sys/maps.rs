@@ -51,6 +51,7 @@ pub fn parse(text: &str) -> impl Iterator<Item = Mapping<'_>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fuzz::{Target, found};
 
     #[test]
     fn fields_are_told_apart_whatever_the_name_is() {
@@ -82,5 +83,22 @@ mod tests {
     fn our_own_are_read_whole() {
         let text = std::fs::read_to_string("/proc/self/maps").unwrap();
         assert_eq!(parse(&text).count(), text.lines().count());
+    }
+
+    #[test]
+    fn fuzz_maps() {
+        let own = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let some: Vec<&str> = own.lines().step_by(7).take(8).collect();
+        let target = Target::new("maps").sample(some.join("\n"));
+        target.sample("10-20 r--s 0 8:1 77 /z[vdso]\n").words(&[b"[vdso]", b"-", b" "]).run(
+            |bytes| {
+                let text = String::from_utf8_lossy(bytes);
+                let list: Vec<_> = parse(&text).collect();
+                let ordered = |m: &&Mapping| m.start < m.end && m.perms.len() == 4;
+                assert!(list.iter().all(|m| ordered(&m)));
+                let special = list.iter().filter(|m| m.is_special("[vdso]")).count();
+                found(&[list.len(), special, list.iter().filter(|m| m.is_shared()).count()])
+            },
+        );
     }
 }

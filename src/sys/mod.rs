@@ -3,6 +3,8 @@
 //! Functions take `AsFd`, return `OwnedFd`, and name their manual page. Nothing here knows what a
 //! migration is.
 
+#[cfg(test)]
+pub(crate) mod allocated;
 pub(crate) mod arch;
 pub(crate) mod connection;
 pub(crate) mod datagrams;

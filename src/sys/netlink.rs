@@ -161,6 +161,12 @@ impl Request {
         self
     }
 
+    /// What follows the netlink header.
+    #[cfg(test)]
+    pub(crate) fn payload(&self) -> Vec<u8> {
+        self.bytes[HEADER..].to_vec()
+    }
+
     fn finish(&self, sequence: u32, into: &mut Vec<u8>) {
         let at = into.len();
         into.extend_from_slice(&self.bytes);
@@ -439,6 +445,7 @@ pub type Mac = [u8; 6];
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fuzz::{Target, found};
 
     #[test]
     fn attributes_come_back_as_they_were_written() {
@@ -456,5 +463,37 @@ mod tests {
     fn malformed_attributes_are_cut_off() {
         assert!(Attributes::parse(&[3, 0, 1, 0, 9]).get(1).is_none());
         assert!(Attributes::parse(&[200, 0, 1, 0, 9, 9]).get(1).is_none());
+    }
+
+    #[test]
+    fn fuzz_netlink() {
+        let mut request = Request::new(7, 0, &[1, 2, 3, 4]);
+        request.string(1, "eth0").nest(2, |n| {
+            n.be32(3, 9).nest(2, |n| {
+                n.u32(1, 7).attr(4, &[5]);
+            });
+        });
+        let mut sample = Prepared::new(&[request.clone(), request]).bytes;
+        let mut error = vec![0; 52];
+        error[..8].copy_from_slice(&[52, 0, 0, 0, 2, 0, 0, 3]);
+        error[16..20].copy_from_slice(&(-1_i32).to_ne_bytes());
+        error[36..44].copy_from_slice(&[12, 0, 1, 0, b'w', b'h', b'y', 0]);
+        sample.extend(error);
+        Target::new("netlink").sample(sample).run(|bytes| {
+            let (mut result, mut seen) = (Ok(()), 0);
+            split(bytes, |header, payload| {
+                let message = Message { payload: payload.to_vec() };
+                let a = message.attributes(4);
+                let nest = a.nest(2);
+                let _ = (nest.be32(3), nest.nest(2).u32(1), a.string(1));
+                seen += 1 + a.iter().count();
+                if header.kind == NLMSG_ERROR {
+                    result = outcome(header.flags, payload);
+                }
+                Ok(())
+            })?;
+            result?;
+            found(&[seen])
+        });
     }
 }

@@ -146,6 +146,7 @@ mod tests {
     use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 
     use super::*;
+    use crate::fuzz::Target as Decoder;
 
     fn found(epoll: &Epoll) -> (Task, Vec<Target>) {
         let task = look(std::process::id() as i32).unwrap();
@@ -192,5 +193,16 @@ mod tests {
         assert_eq!(parse(text).unwrap(), [target]);
         assert!(parse("tfd: x ino:1\n").is_err());
         assert!(parse("tfd: 1 pos:0\n").is_err());
+    }
+
+    #[test]
+    fn fuzz_epolls() {
+        let line = "tfd:       63 events:       19 data:               3f  pos:0 ino:1a sdev:8\n";
+        let target = Decoder::new("epolls").sample(format!("pos:\t0\n{line}{line}"));
+        target.sample("socket:[7]").words(&[b"tfd:", b"ino:"]).run(|bytes| {
+            let text = String::from_utf8_lossy(bytes);
+            let _ = (socket(Path::new(&*text)), is_epoll(Path::new(&*text)));
+            parse(&text).map(drop)
+        });
     }
 }

@@ -185,6 +185,7 @@ impl Chooser {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fuzz::Target;
 
     const LZ4: (Codec, Known) = (Codec::Lz4, Known { speed: 1e9, ratio: 0.5 });
     const ZSTD: (Codec, Known) = (Codec::Zstd, Known { speed: 3e8, ratio: 0.3 });
@@ -237,5 +238,23 @@ mod tests {
             assert!(codec.unpack(&packed, bytes.len() + 1).is_err());
             assert!(codec.unpack(&packed[..packed.len() / 2], bytes.len()).is_err());
         }
+    }
+
+    #[test]
+    fn fuzz_codecs() {
+        let bytes: Vec<u8> = (0..4096_u32).map(|i| (i / 7 % 251) as u8).collect();
+        let mut target = Target::new("codecs").words(&[&[0x28, 0xb5, 0x2f, 0xfd]]);
+        for (number, codec) in [(1, Codec::Lz4), (2, Codec::Zstd)] {
+            let mut packed = Vec::new();
+            codec.pack(&bytes, &mut packed).unwrap();
+            target = target.sample([vec![number, 0, 16], packed].concat());
+        }
+        target.room(2 << 20).run(|input| {
+            let [number, low, high, packed @ ..] = input else { bail!("too short") };
+            let length = usize::from(u16::from_le_bytes([*low, *high])) * 16;
+            let unpacked = Codec::from_wire(*number)?.unpack(packed, length)?;
+            assert_eq!(unpacked.len(), length);
+            Ok(())
+        });
     }
 }

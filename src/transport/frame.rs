@@ -308,6 +308,7 @@ fn run_length(pages: u64) -> Result<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fuzz::{Random, Target};
 
     fn sample() -> Vec<u8> {
         let mut out = Vec::new();
@@ -377,5 +378,40 @@ mod tests {
         header[0] = CONTROL;
         header[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
         assert!(read(&mut header.as_slice()).unwrap_err().to_string().contains("allowed"));
+    }
+
+    /// Frames whose checksums are right, as a hostile peer's are.
+    #[test]
+    fn fuzz_frames() {
+        let seal = |bytes: &mut Vec<u8>, _: &mut Random| {
+            let mut at = 0;
+            while let Some(header) = bytes.get(at..at + HEADER) {
+                let length = u32::from_le_bytes(header[4..8].try_into().unwrap()) as usize;
+                let end = (at + HEADER).saturating_add(length).min(bytes.len());
+                let kind = header[0];
+                let sum = xxh3_64_with_seed(&bytes[at + HEADER..end], u64::from(kind));
+                let length = (end - at - HEADER) as u32;
+                bytes[at + 1..at + 4].fill(0);
+                bytes[at + 4..at + 8].copy_from_slice(&length.to_le_bytes());
+                bytes[at + 8..at + HEADER].copy_from_slice(&sum.to_le_bytes());
+                at = end;
+            }
+        };
+        let (zeros, mut zstd) = (vec![0; 2 * PAGE], Vec::new());
+        let mut packed = Vec::new();
+        Codec::Zstd.pack(&zeros, &mut zstd).unwrap();
+        write_pages(&mut packed, 1, 0x1000, &zeros, Some((Codec::Zstd, &zstd))).unwrap();
+        let (mut small, mut lz4) = (Vec::new(), Vec::new());
+        Codec::Lz4.pack(&zeros, &mut lz4).unwrap();
+        write_pages(&mut small, 1, 0x1000, &zeros, Some((Codec::Lz4, &lz4))).unwrap();
+        write_pages(&mut small, 1, 0x1000, &zeros[..PAGE], None).unwrap();
+        write_control(&mut small, b"{}").unwrap();
+        write_run(&mut small, Run::Remote, 7, 0x9000, 5).unwrap();
+        write_same(&mut small, SAME_RUN).unwrap();
+        write_file(&mut small, "core-1.img", 12, b"xyz").unwrap();
+        write_packet(&mut small, b"frame").unwrap();
+        // The longest message, or the longest run of pages packed and unpacked.
+        let target = Target::new("frames").room(MAX_CONTROL + (1 << 20));
+        target.sample(small).sample(packed).repair(seal).run(|bytes| read_all(bytes).map(drop));
     }
 }

@@ -12,7 +12,7 @@ use crate::files::root::Root;
 use crate::files::walk::measure;
 
 /// Everything that there is to compare of a tree, by path.
-fn all(root: &Path) -> Vec<String> {
+pub(super) fn all(root: &Path) -> Vec<String> {
     fn level(root: &Path, at: &Path, out: &mut Vec<String>, inodes: &mut Vec<u64>) {
         let mut names: Vec<_> = fs::read_dir(at).unwrap().map(|e| e.unwrap().path()).collect();
         names.sort();
@@ -58,10 +58,10 @@ fn all(root: &Path) -> Vec<String> {
     out
 }
 
-struct Pair {
-    from: tempfile::TempDir,
-    to: tempfile::TempDir,
-    follower: Follower,
+pub(super) struct Pair {
+    pub(super) from: tempfile::TempDir,
+    pub(super) to: tempfile::TempDir,
+    pub(super) follower: Follower,
 }
 
 impl Pair {
@@ -85,8 +85,17 @@ impl Pair {
     }
 
     fn stats_of_round(&mut self, mapped: &Inodes) -> RoundStats {
+        self.round_while(mapped, &mut |_| {})
+    }
+
+    /// A round in which something happens whenever some contents have been sent.
+    pub(super) fn round_while(
+        &mut self,
+        mapped: &Inodes,
+        meanwhile: &mut dyn FnMut(u64),
+    ) -> RoundStats {
         let mut stream = Vec::new();
-        let stats = self.follower.round(mapped, false, &mut stream, &mut |_| {}).unwrap();
+        let stats = self.follower.round(mapped, false, &mut stream, meanwhile).unwrap();
         let size = measure(self.from.path()).unwrap();
         let (tell, heard) = channel();
         let roots = [(self.to.path().to_owned(), size)];
@@ -108,7 +117,7 @@ impl Pair {
 }
 
 /// Enough for the file systems of tests, and quick.
-const WINDOW: Duration = Duration::from_millis(20);
+pub(super) const WINDOW: Duration = Duration::from_millis(20);
 
 /// So that a change time says something.
 fn later() {
@@ -550,6 +559,23 @@ fn a_stream_cannot_lead_outside_or_beyond_what_was_announced() {
     }
     assert!(apply(many));
     assert_eq!(fs::read_dir(outer.path()).unwrap().count(), 1);
+}
+
+/// Nobody tells of a file under a name that is gone again, but that it had one.
+#[test]
+fn what_is_written_under_a_name_that_is_gone_is_not_missed() {
+    for mut pair in Pair::both() {
+        let a = pair.from.path().to_owned();
+        fs::write(a.join("f"), b"before").unwrap();
+        later();
+        pair.round();
+        fs::hard_link(a.join("f"), a.join("g")).unwrap();
+        fs::write(a.join("g"), b"behind").unwrap();
+        fs::remove_file(a.join("g")).unwrap();
+        later();
+        pair.round();
+        pair.same();
+    }
 }
 
 /// Two names change places, as renameat2(2) does it.

@@ -204,6 +204,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+    use crate::fuzz::Target;
 
     fn mark(root: &Path) -> AwayMark {
         AwayMark {
@@ -273,5 +274,17 @@ mod tests {
         assert!(long("a").len() <= NAME_MAX);
         assert_ne!(long("a"), long("b"));
         assert_ne!(escape(Path::new("/a%2Fb")), escape(Path::new("/a/b")));
+    }
+
+    #[test]
+    fn fuzz_away_marks() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("web");
+        let sample = serde_json::to_vec(&mark(Path::new("/run/runc"))).unwrap();
+        Target::new("away-marks").sample(sample).cost(4).run(|bytes| {
+            fs::write(&path, bytes)?;
+            read(&path)?.context("none")?;
+            Ok(())
+        });
     }
 }

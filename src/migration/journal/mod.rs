@@ -204,13 +204,14 @@ struct Head {
 /// When something else is among them.
 fn read_states(bytes: &[u8], record_end: u64) -> Result<(Vec<(State, u64)>, u64)> {
     let (mut states, mut at) = (Vec::new(), record_end.next_multiple_of(SECTOR));
-    let (mut place, mut torn) = (record_end, false);
+    let (mut place, mut end, mut torn) = (record_end, record_end, false);
+    let blank = |bytes: &[u8]| bytes.iter().all(|b| b.is_ascii_whitespace() || *b == 0);
     // A line that was cut by a crash has no end, or no beginning, and does not count: it was never
     // told. The next one takes its place.
     let lines = bytes[record_end as usize..].split_inclusive(|b| *b == b'\n');
     for line in lines.filter(|line| line.ends_with(b"\n")) {
         place += line.len() as u64;
-        if line.trim_ascii().is_empty() {
+        if blank(line) {
             continue;
         }
         let Some(state) = read_state(line) else {
@@ -222,12 +223,20 @@ fn read_states(bytes: &[u8], record_end: u64) -> Result<(Vec<(State, u64)>, u64)
         }
         states.push(state);
         at = place.next_multiple_of(SLOT as u64);
+        end = place;
+    }
+    // The next state would be lost behind what is no blank.
+    if bytes.iter().take(at as usize).skip(end as usize).any(|b| !blank(&[*b])) {
+        bail!("it is damaged");
     }
     Ok((states, at))
 }
 
 fn read_state(line: &[u8]) -> Option<(State, u64)> {
-    let (name, time) = std::str::from_utf8(line).ok()?.trim().split_once(' ')?;
+    let line = std::str::from_utf8(line).ok()?;
+    // Where a file was shorter than it is now there are zeros.
+    let line = line.trim_matches(|c: char| c.is_whitespace() || c == '\0');
+    let (name, time) = line.split_once(' ')?;
     Some((serde_json::from_value(name.into()).ok()?, time.trim().parse().ok()?))
 }
 
@@ -524,6 +533,7 @@ pub fn unix_time() -> u64 {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::fuzz::Target;
     use crate::sys::process::{self, start_time, this_process};
 
     pub(crate) fn record(migration: &str) -> Record {
@@ -679,5 +689,45 @@ pub(crate) mod tests {
         assert!(record.same_boot() && record.worker_lives() && record.init_lives());
         record.boot = "00000000-0000-0000-0000-000000000000".into();
         assert!(!record.same_boot() && !record.worker_lives() && !record.init_lives());
+    }
+
+    /// Or the next state would be written behind it and never be found.
+    #[test]
+    fn what_is_no_blank_between_record_and_states_is_damage() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::create(dir.path(), record("00112233aabbccdd")).unwrap();
+        let mut bytes = fs::read(journal.path()).unwrap();
+        let end = bytes.iter().position(|b| *b == b'\n').unwrap();
+        bytes[end + 1] = b'x';
+        fs::write(journal.path(), &bytes).unwrap();
+        assert!(Journal::open(journal.path()).is_err());
+    }
+
+    /// What a bad disk makes of a journal is told, and never a state that was not reached.
+    #[test]
+    fn fuzz_journals() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::create(dir.path(), record("00112233aabbccdd")).unwrap();
+        journal.note(State::Ready).unwrap();
+        journal.note(State::Committed).unwrap();
+        let (path, at) = (journal.path().to_owned(), journal.at as usize);
+        let mut sample = fs::read(&path).unwrap();
+        sample.truncate(at + SLOT);
+        let target = Target::new("journals").sample(sample);
+        let words = [&b"committed 1\n"[..], b"aborted 1\n", b"whole", b"finished", b"\"version\":"];
+        target.words(&words).cost(8).room(2 * SIZE).run(|bytes| {
+            fs::write(&path, bytes)?;
+            let opened = Journal::open(&path);
+            if let Err(e) = &opened {
+                let _ = Unreadable::of(path.clone(), e).map(|u| u.error());
+            }
+            let mut journal = opened?;
+            let before = journal.states().to_vec();
+            journal.note(State::Aborted)?;
+            let again = Journal::open(&path)?;
+            assert_eq!(again.states()[..before.len()], before);
+            assert_eq!(again.state(), State::Aborted);
+            Ok(())
+        });
     }
 }

@@ -139,6 +139,7 @@ impl Places {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fuzz::{Target, found};
 
     #[test]
     fn what_both_hosts_see_is_told_from_the_rest() {
@@ -157,5 +158,14 @@ mod tests {
         let shared = places(true);
         assert!(shared.sees(&at("/", "overlay")) && !shared.sees(&at("/dev/shm", "tmpfs")));
         assert_eq!(mount("7 1 0:9 / /a\\040b rw - xfs x rw").place, Path::new("/a b"));
+    }
+
+    #[test]
+    fn fuzz_mounts_of_locks() {
+        let line = b"33 30 8:1 /data /sl\\040ave rw master:5 - ext4 /dev/vda rw";
+        Target::new("mounts-of-locks").sample(*line).words(&[b" - ", b"\\134"]).run(|bytes| {
+            let mount = parse(bytes);
+            found(&[mount.map_or(0, |(_, mount)| 1 + mount.kind.len())])
+        });
     }
 }

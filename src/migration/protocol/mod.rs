@@ -564,3 +564,83 @@ impl Standing {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fuzz::Target;
+
+    /// One with some of everything.
+    fn plan() -> Value {
+        let network = crate::network::image::tests::sample();
+        let proof =
+            serde_json::json!({ "file": ["n", "c"], "inode": [1, 2, 3, 4], "contents": null });
+        serde_json::json!({
+            "type": "plan", "migration": "00112233aabbccdd", "check_only": false, "container": "web",
+            "source": "a", "bundle": "/b", "config": { "process": { "args": ["x"] }, "mounts": [] },
+            "root": "/run/runc", "systemd_cgroup": false, "apparmor": ["docker-default"],
+            "streams": [{
+                "target": "/var/log/web.log", "external": "file[1:2]", "size": 5, "mode": 420,
+                "owner": [0, 0], "proof": proof,
+            }],
+            "console_socket": null, "memory_bytes": 1, "resident_bytes": 1, "cpu": ["sse2"],
+            "machine": "x86_64", "kernel": "6.12", "criu": 40201,
+            "probes": [{
+                "what": "root file system", "place": "rootfs", "proof": proof, "wish": "auto",
+                "directory": true, "file": false, "read_only": false,
+            }],
+            "parents": [],
+            "overlay": {
+                "lower": [{ "path": "/l1", "data": false }],
+                "upper": { "path": "/upper", "work": "/work" }, "options": [], "flags": [],
+            },
+            "tmpfs": [{ "place": "/dev/shm", "options": ["size=64k"], "used": 5 }],
+            "network": network, "loopback": null, "network_path": "/run/netns/web",
+            "placement": "auto",
+            "forward": {
+                "wish": "auto", "from": ["00112233aabbccdd", "home"],
+                "translated": { "flows": [], "published": true },
+            },
+        })
+    }
+
+    #[test]
+    fn fuzz_messages() {
+        let mut target = Target::new("messages").sample(serde_json::to_vec(&plan()).unwrap());
+        let others = [
+            r#"{"type":"hello","protocol":6,"ferry":"0.1.0","host":"a"}"#,
+            r#"{"type":"connections","list":[{"vpid":1,"number":5,"owner":0,"local":"10.0.0.1:80","remote":"[::1]:7"}]}"#,
+            r#"{"type":"dumped","tasks":[1,2],"connections":1,"locks":[{"vpid":1,"number":5,"lock":{"kind":"posix","write":true,"start":0,"end":null}}]}"#,
+            r#"{"type":"layers","layers":[]}"#,
+            r#"{"type":"trees","sizes":[{"bytes":1,"entries":1}]}"#,
+            r#"{"type":"settle","migration":"00112233aabbccdd","verdict":"commit"}"#,
+            r#"{"type":"forward","carry":{"id":"00112233aabbccdd","links":["eth0"]}}"#,
+            r#"{"type":"running","pid":7,"marks":[["held",1.5]],"packets":1}"#,
+            r#"{"type":"refuse","problems":[{"what":"a","why":"b","hint":"c","fatal":true}]}"#,
+        ];
+        for other in others {
+            target = target.sample(other);
+        }
+        let words =
+            [&b"\"type\":"[..], b"[[[[[[[[", b"{\"a\":", b"0,0,0,0,", b"null", b"/../", b"\\u0000"];
+        target.words(&words).cost(4).run(|bytes| {
+            let message = parse(bytes)?;
+            if let Message::Plan(plan) = &message {
+                plan.validate()?;
+                assert!(plan.bundle.is_absolute() && plan.streams.len() <= 3);
+                let _ = plan.criu_inside();
+            }
+            // What was understood can be said.
+            serde_json::to_vec(&message)?;
+            Ok(())
+        });
+    }
+
+    #[test]
+    fn the_sample_is_valid() {
+        let Message::Plan(plan) = parse(&serde_json::to_vec(&plan()).unwrap()).unwrap() else {
+            panic!("no plan");
+        };
+        plan.validate().unwrap();
+    }
+}

@@ -163,6 +163,7 @@ fn first_is_locked(pid: i32) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fuzz::{Target, found};
 
     const PROGRAM: &str = "\
         55d000000000-55d000001000 r--p 00000000 08:01 5 /bin/a b (deleted)\n\
@@ -201,5 +202,19 @@ mod tests {
             not_to_be_entered(&format!("{PROGRAM}{}", "7f6000000000-7f6000001000 r-xs 0 0 0 /x")),
             None
         );
+    }
+
+    #[test]
+    fn fuzz_maps_for_losses() {
+        let own = fs::read_to_string("/proc/self/maps").unwrap();
+        let some: Vec<&str> = own.lines().step_by(7).take(8).collect();
+        let target = Target::new("maps-for-losses").sample(some.join("\n"));
+        target.words(&[b" (deleted)", b"r-xs", b"ffffffffff600000"]).run(|bytes| {
+            let text = String::from_utf8_lossy(bytes);
+            // Of a process that nobody is.
+            let _ = nameless(i32::MAX, &text);
+            let first = not_to_be_entered(&text).is_some();
+            found(&[(64 - private(&text).leading_zeros()) as usize % 21, first.into()])
+        });
     }
 }

@@ -57,6 +57,7 @@ fn unescape(field: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fuzz::{Target, found};
 
     const INFO: &str = "\
         30 20 0:40 / / rw - overlay overlay rw\n\
@@ -75,5 +76,17 @@ mod tests {
         assert_eq!(shared(INFO, &[]), None, "tied within the container");
         assert!(shared("30 20 0:40 / / rw shared:1 - overlay o rw", &[]).is_some());
         assert_eq!((&*unescape("a\\134\\9"), &*unescape("\\")), ("a\\\\9", "\\"));
+    }
+
+    #[test]
+    fn fuzz_mounts_for_losses() {
+        let target =
+            Target::new("mounts-for-losses").sample(INFO).words(&[b"\\040", b" - ", b"shared:"]);
+        target.run(|bytes| {
+            let text = String::from_utf8_lossy(bytes);
+            let points = points(&text, "mqueue");
+            let bound: Vec<PathBuf> = points.into_iter().map(PathBuf::from).collect();
+            found(&[bound.len(), shared(&text, &bound).map_or(0, |_| 1)])
+        });
     }
 }

@@ -189,6 +189,7 @@ fn other_name(root: &Path, name: &Path, file: u32) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fuzz::Target;
 
     #[test]
     fn only_what_the_kernel_has_not_joined_is_a_membership() {
@@ -267,5 +268,28 @@ mod tests {
         assert_eq!(other_name(Path::new("/"), &bound, file).as_ref(), Some(&other));
         fs::remove_file(&other).unwrap();
         assert_eq!(other_name(Path::new("/"), &bound, file), None, "it is simply gone");
+    }
+
+    #[test]
+    fn fuzz_tables_of_sockets() {
+        let read = |name: &str| fs::read(format!("/proc/self/net/{name}")).unwrap_or_default();
+        let mut target = Target::new("tables-of-sockets").sample(
+            "Idx\tDevice    : Count Querier\tGroup\n1\tlo        :     1      V3\n\t\t\t\t010000E0     1 0:0\t\t0\n",
+        );
+        for name in ["igmp", "igmp6", "packet", "tcp6", "protocols"] {
+            let mut table = read(name);
+            table.truncate(2000);
+            target = target.sample(table);
+        }
+        let line =
+            "   0: 000080FE000000000000000001000000:1F90 000080FE00:C350 01 0:0 0:0 0 0 0 5 1\n";
+        target = target.sample(format!("head\n{line}")).sample("head\np 3 3 0003 9 1 0 0 5\n");
+        let own = HashSet::from([5]);
+        target.words(&[b"MPTCP 1 1", b"\t\t\t\t"]).run(|bytes| {
+            let text = String::from_utf8_lossy(bytes);
+            let found = memberships(&text, &text);
+            let found = found.or(packet(&text, &own, 1)).or(link_local(&text, &own));
+            found.or(mptcp(&text, &[])).map_or(Ok(()), |found| anyhow::bail!("{}", found.why))
+        });
     }
 }
