@@ -24,7 +24,7 @@ const MOST: usize = 50_000;
 /// Bytes that are read at once.
 const ROOM: usize = 64 << 10;
 
-/// Directories and names in them.
+/// Directories and names in them; files themselves, without a name.
 pub(super) type Names = HashSet<(Handle, Vec<u8>)>;
 
 /// Listens to the file systems of some trees until it is dropped.
@@ -150,6 +150,9 @@ impl Shared {
             let more = self.changes.read(&mut room, &mut |change| match change {
                 Change::Name(handle, name) if !lost && names.len() < MOST => {
                     names.insert((handle, name));
+                }
+                Change::File(handle) if !lost && names.len() < MOST => {
+                    names.insert((handle, Vec::new()));
                 }
                 _ => {
                     lost = true;

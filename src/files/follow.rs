@@ -316,7 +316,16 @@ impl<W: Write> Look<'_, W> {
     /// Looks at what the kernel has told of, and at what it does not tell of.
     fn some(&mut self, tree: &mut Tree, told: &Names) -> Result<()> {
         let mut paths = tree.several.clone();
-        for (directory, name) in told {
+        // One that had a second name for a while may have changed under that, of which nothing is told
+        // any more when it is gone.
+        let files = told.iter().filter(|(_, name)| name.is_empty());
+        let mount = File::open(reach(&*self.top, OsStr::new(".")))?;
+        let inodes = files.map(|(file, _)| fanotify::inode_of(&mount, file));
+        let Ok(inodes) = inodes.collect::<io::Result<Vec<_>>>() else {
+            (self.partial, self.stats.told) = (false, false);
+            return self.all(tree);
+        };
+        for (directory, name) in told.iter().filter(|(_, name)| !name.is_empty()) {
             let Some(at) = tree.directories.get(directory) else { continue };
             if name != b"." {
                 let slash = if at.is_empty() { &b""[..] } else { b"/" };
@@ -327,6 +336,7 @@ impl<W: Write> Look<'_, W> {
         let device = self.top.metadata()?.dev();
         let mut mapped: Vec<u64> =
             self.mapped.iter().filter(|(d, _)| *d == device).map(|(_, ino)| *ino).collect();
+        mapped.extend(inodes.into_iter().flatten());
         mapped.sort_unstable();
         if !mapped.is_empty() {
             let known = tree.known.iter().filter(|(_, k)| mapped.binary_search(&k.ino).is_ok());
