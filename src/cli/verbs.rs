@@ -17,7 +17,7 @@ use super::runtime::{Config, Runtime as Found};
 use crate::migration::journal::{Journal, Role, State};
 use crate::migration::options::Wishes;
 use crate::migration::preflight::{host, inspect};
-use crate::migration::recovery::guards;
+use crate::migration::recovery::{guards, successors};
 use crate::migration::source;
 use crate::migration::source::ask::{self, Options};
 use crate::migration::transfer::carry;
@@ -394,7 +394,11 @@ pub fn guard(args: &[std::ffi::OsString]) -> Result<(), Failed> {
             let what = what.to_string_lossy();
             Ok(forward::process(&what, Path::new(directory))?)
         }
-        [what, journal] if what == "pages" => Ok(guards::guard_pages(Path::new(journal))?),
+        [what, journal, will] if what == "pages" => {
+            let will = will.to_str().and_then(|will| will.parse().ok());
+            let will = will.ok_or_else(|| Failed::usage(anyhow!("no descriptor's number")))?;
+            Ok(successors::go_on(Path::new(journal), will)?)
+        }
         [what, journal] if what == "word" => Ok(guards::word(Path::new(journal))?),
         _ => Err(Failed::usage(anyhow!("the guard is for ferry itself"))),
     }

@@ -27,3 +27,4 @@ pub(crate) mod soft_dirty;
 pub(crate) mod staging;
 pub(crate) mod table;
 pub(crate) mod track;
+pub(crate) mod will;

@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Result, anyhow};
+use serde::{Deserialize, Serialize};
 
 use super::staging::{Slot, Staging};
 use crate::criu::images::{PE_LAZY, PagemapEntry};
-use crate::sys::memory::PAGE;
+use crate::sys::memory::{PAGE, UffdEvent};
 
 /// A run of neighbouring pages that are still to be installed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Run {
     /// How many.
     pub pages: u32,
@@ -98,6 +99,22 @@ impl Pending {
             taken.push((from, run));
         }
         taken
+    }
+
+    /// What a task did to its memory; whether any of it has been moved.
+    pub fn change(&mut self, event: UffdEvent) -> bool {
+        match event {
+            UffdEvent::Remap(from, to, length) => {
+                let moved = self.take(from, from + length);
+                self.put_back(moved.into_iter().map(|(start, run)| (start - from + to, run)));
+                true
+            }
+            UffdEvent::Remove(start, end) | UffdEvent::Unmap(start, end) => {
+                self.take(start, end);
+                false
+            }
+            UffdEvent::Fault(_) | UffdEvent::Fork(_) => false,
+        }
     }
 
     /// Takes out all runs that are still on the source.

@@ -11,10 +11,12 @@
 //! for first: the daemon asks for them and installs each as it comes.
 //!
 //! Closing a descriptor while pages are missing would let the task read zeros, so the destination
-//! ends a container whose pages cannot all be installed rather than letting it run on.
+//! ends a container whose pages cannot all be installed rather than letting it run on. If the daemon
+//! itself is killed, whoever has its descriptors goes on by its [`Will`].
 //! Sources: userfaultfd(2), Documentation/admin-guide/mm/userfaultfd.rst, criu/uffd.c.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -30,25 +32,16 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::pending::{Pending, Run};
 use super::staging::{Slot, Staging};
+use super::will::{self, Author, Missing, Snapshot, Will, Word};
 use crate::criu::images::PagemapEntry;
-use crate::sys::memory::{PAGE, UffdEvent, uffd_copy, uffd_read, uffd_wake, uffd_zero};
-use crate::sys::{fault, scm};
+use crate::sys::memory::{
+    PAGE, UffdEvent, uffd_copy, uffd_read, uffd_wake, uffd_wake_all, uffd_zero,
+};
+use crate::sys::{fault, process, scm};
 
 /// Name of the socket in CRIU's work directory.
 pub const SOCKET: &str = "lazy-pages.socket";
 const FINISHED: i32 = 0x5253_5446;
-/// Brings the guard a task's userfaultfd.
-const GUARD_HOLD: &[u8] = b"u";
-/// Tells the guard that every page is in; brings it the other end of what CRIU tells its end over.
-pub const GUARD_ALL_IN: &[u8] = b"i";
-/// Tells the guard that it has nothing to hold any more.
-pub const GUARD_DONE: &[u8] = b"d";
-/// Brings the guard what CRIU is released by.
-pub const GUARD_CRIU: &[u8] = b"c";
-/// Tells the guard that CRIU is not to be released.
-pub const GUARD_LEAVE_CRIU: &[u8] = b"l";
-/// Tells the guard that everything is done, or undone.
-pub const GUARD_QUIT: &[u8] = b"q";
 /// Pages installed at a time in the background: long enough for UFFDIO_COPY's full speed, short
 /// enough that a fault does not wait for long behind it (0.4 ms).
 const BATCH: u32 = 256;
@@ -165,11 +158,10 @@ impl Server {
     }
 
     /// Starts serving; `tell` is called once, at the end. Every page in `pagemaps` must be staged.
-    /// `guard` gets a duplicate of every userfaultfd: while it holds them, the death of this
-    /// process makes no task read zeros.
+    /// Whoever has this process's descriptors can go on with the `will`, once `ready` has been called.
     ///
     /// # Errors
-    /// When one is missing: the restore must not go on then.
+    /// When a page is missing: the restore must not go on then.
     ///
     /// Pages that are on the source are asked for with `want` (task, address, pages), and come in by
     /// the [`Intake`].
@@ -177,42 +169,90 @@ impl Server {
         self,
         staging: Staging,
         pagemaps: &HashMap<i32, Vec<PagemapEntry>>,
-        guard: OwnedFd,
+        will: Arc<Will>,
         want: impl Fn(i32, u64, usize) + Send + 'static,
+        ready: impl Fn() + Send + 'static,
         tell: impl FnOnce(Ended) + Send + 'static,
     ) -> Result<Intake> {
         let mut pending = HashMap::new();
         for (&vpid, entries) in pagemaps {
             pending.insert(vpid, Pending::new(vpid, entries, &staging)?);
         }
-        let (queue, arrivals) = sync_channel(WAITING);
-        let wake = Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?);
-        let intake = Intake { queue, wake: wake.clone() };
-        std::thread::Builder::new().name("pages".into()).spawn(move || {
-            let mut daemon = Daemon {
-                staging,
-                pending,
-                targets: Vec::new(),
-                served: Served::default(),
-                finished: false,
-                stalled: false,
-                all_in: false,
-                shared: false,
-                guard,
-                arrivals,
-                wake,
-                want: Box::new(want),
-            };
-            let result = daemon.run(&self.listener).map(|()| daemon.served);
-            if result.is_ok() {
-                // All is in: whoever touches memory that never had contents must not wait for
-                // somebody to give it some, as he would while anybody holds a descriptor.
-                let _ = scm::send(&daemon.guard, GUARD_DONE, &[]);
-                daemon.targets.clear();
-            }
-            tell(Ended { result, held: daemon.targets.into_iter().map(|t| t.uffd).collect() });
-        })?;
-        Ok(intake)
+        let mut daemon = Daemon::new(staging, will, want)?;
+        daemon.pending = pending;
+        daemon.ready = Box::new(ready);
+        daemon.spawn(tell, move |daemon| {
+            daemon.make_will()?;
+            let (criu, _) = self.listener.accept()?;
+            daemon.run(criu)
+        })
+    }
+}
+
+/// What somebody who was killed while he served had open.
+#[derive(Debug)]
+pub struct Left {
+    /// What is missing.
+    pub snapshot: File,
+    /// The staged pages.
+    pub staging: File,
+    /// Where CRIU's last word comes.
+    pub lazy: UnixStream,
+    /// The tasks'.
+    pub uffds: Vec<OwnedFd>,
+}
+
+/// Goes on in the place of somebody who was killed, as [`Server::start`]; says whether something is
+/// still on the source. The restore must be over but for its end.
+///
+/// # Errors
+/// When his will cannot be read.
+pub fn succeed(
+    will: Arc<Will>,
+    mut left: Left,
+    want: impl Fn(i32, u64, usize) + Send + 'static,
+    tell: impl FnOnce(Ended) + Send + 'static,
+) -> Result<(Intake, bool)> {
+    let snapshot = will::read(&will, &mut left.snapshot)?;
+    let mut daemon = Daemon::new(Staging::adopt(left.staging, snapshot.staging)?, will, want)?;
+    daemon.finished = daemon.will.read(Word::Finished) != 0;
+    // Who shares what with whom, nobody knows any more.
+    daemon.shared = true;
+    let mut tasks: HashMap<_, _> = snapshot.tasks.into_iter().map(|t| (t.uffd, t)).collect();
+    for uffd in left.uffds {
+        // Whoever is not in it came in its last moment, with nothing missing.
+        let mut target = Target::new(uffd, 0, Pending::default());
+        if let Some(task) = tasks.remove(&target.uffd.as_raw_fd()) {
+            target.vpid = task.vpid;
+            target.moved = task.moved;
+            target.pending.put_back(task.runs);
+            target.remote = target.pending.take_remote();
+        }
+        target.early = false;
+        // Faults that were read, and not served.
+        uffd_wake_all(&target.uffd)?;
+        daemon.targets.push(target);
+    }
+    daemon.make_will()?;
+    let lacks = daemon.targets.iter().any(|target| !target.remote.0.is_empty());
+    let lazy = left.lazy;
+    Ok((daemon.spawn(tell, move |daemon| daemon.run(lazy))?, lacks))
+}
+
+impl Target {
+    fn new(uffd: OwnedFd, vpid: i32, mut pending: Pending) -> Target {
+        let remote = pending.take_remote();
+        Target {
+            uffd,
+            vpid,
+            pending,
+            remote,
+            moved: false,
+            waiting: HashMap::new(),
+            cursor: 0,
+            early: true,
+            gone: false,
+        }
     }
 }
 
@@ -224,30 +264,100 @@ struct Daemon {
     finished: bool,
     /// The background ran into a mapping that is not registered yet.
     stalled: bool,
-    /// The guard knows that every page is in.
+    /// Every page was in.
     all_in: bool,
     /// After a fork two tasks may want the same slot.
     shared: bool,
-    guard: OwnedFd,
+    will: Arc<Will>,
+    author: Author,
     arrivals: Receiver<Arrived>,
+    intake: Option<Intake>,
     wake: Arc<EventFd>,
-    want: Box<dyn Fn(i32, u64, usize)>,
+    want: Box<dyn Fn(i32, u64, usize) + Send>,
+    ready: Box<dyn Fn() + Send>,
 }
 
 impl Daemon {
-    fn run(&mut self, listener: &UnixListener) -> Result<()> {
-        let (mut criu, _) = listener.accept()?;
+    fn new(
+        staging: Staging,
+        will: Arc<Will>,
+        want: impl Fn(i32, u64, usize) + Send + 'static,
+    ) -> Result<Daemon> {
+        let (queue, arrivals) = sync_channel(WAITING);
+        let wake = Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?);
+        will.note_descriptor(Word::Staging, Some(staging.number()));
+        Ok(Daemon {
+            staging,
+            pending: HashMap::new(),
+            targets: Vec::new(),
+            served: Served::default(),
+            finished: false,
+            stalled: false,
+            all_in: false,
+            shared: false,
+            author: Author::new(&will)?,
+            will,
+            arrivals,
+            intake: Some(Intake { queue, wake: wake.clone() }),
+            wake,
+            want: Box::new(want),
+            ready: Box::new(|| ()),
+        })
+    }
+
+    /// On a thread of its own.
+    fn spawn(
+        mut self,
+        tell: impl FnOnce(Ended) + Send + 'static,
+        work: impl FnOnce(&mut Daemon) -> Result<()> + Send + 'static,
+    ) -> Result<Intake> {
+        let intake = self.intake.take().ok_or_else(|| anyhow!("it serves already"))?;
+        std::thread::Builder::new().name("pages".into()).spawn(move || {
+            let result = work(&mut self).map(|()| self.served);
+            if result.is_ok() {
+                // All is in: whoever touches memory that never had contents must not wait for
+                // somebody to give it some, as he would while anybody holds a descriptor.
+                self.targets.clear();
+                self.will.note(Word::Done, 1);
+            }
+            tell(Ended { result, held: self.targets.into_iter().map(|t| t.uffd).collect() });
+        })?;
+        Ok(intake)
+    }
+
+    /// Whether CRIU has made all tasks that something is missing in.
+    fn all_here(&self) -> bool {
+        self.pending.values().all(|pending| pending.0.is_empty())
+    }
+
+    /// Writes down what is missing, when all tasks are here.
+    fn make_will(&mut self) -> Result<()> {
+        if !self.all_here() {
+            self.author.forget();
+            return Ok(());
+        }
+        let missing = |target: &Target| Missing {
+            uffd: target.uffd.as_raw_fd(),
+            vpid: target.vpid,
+            moved: target.moved,
+            runs: target.pending.0.iter().chain(&target.remote.0).map(|(s, r)| (*s, *r)).collect(),
+        };
+        let tasks = self.targets.iter().map(missing).collect();
+        self.author.snapshot(&self.will, &Snapshot { staging: self.staging.kept(), tasks })?;
+        (self.ready)();
+        Ok(())
+    }
+
+    fn run(&mut self, mut criu: UnixStream) -> Result<()> {
+        self.will.note_descriptor(Word::Lazy, Some(criu.as_raw_fd()));
         loop {
             let idle = self.targets.iter().all(|t| t.pending.0.is_empty());
             if idle && self.targets.iter().all(|t| t.remote.0.is_empty()) {
                 if self.finished {
                     return Ok(());
                 }
-                if !self.all_in && self.pending.values().all(|p| p.0.is_empty()) {
+                if !self.all_in && self.all_here() {
                     // What comes yet is CRIU's last word.
-                    let fds = [criu.as_raw_fd()];
-                    // Without a guard it is as well off.
-                    let _ = scm::send(&self.guard, GUARD_ALL_IN, &fds);
                     self.all_in = true;
                     fault::point("memory.all-in")?;
                 }
@@ -296,10 +406,15 @@ impl Daemon {
     /// A message of CRIU's: a task's descriptor, or the end of the restore.
     fn hello(&mut self, criu: &mut UnixStream) -> Result<()> {
         let mut number = [0; 4];
-        criu.read_exact(&mut number).context("CRIU closed the lazy-pages socket")?;
-        let vpid = i32::from_le_bytes(number);
+        let vpid = match criu.read_exact(&mut number) {
+            Ok(()) => i32::from_le_bytes(number),
+            // It has nothing to say any more, whatever became of it.
+            Err(_) if self.will.is_made() => FINISHED,
+            Err(e) => return Err(e).context("CRIU closed the lazy-pages socket"),
+        };
         if vpid == FINISHED {
             self.finished = true;
+            self.will.note(Word::Finished, 1);
             if let Some(vpid) = self.pending.iter().find(|(_, p)| !p.0.is_empty()).map(|(v, _)| v) {
                 bail!("CRIU asked for no pages for task {vpid}");
             }
@@ -314,32 +429,22 @@ impl Daemon {
         let (_, mut fds) =
             scm::receive(&*criu)?.ok_or_else(|| anyhow!("CRIU closed the lazy-pages socket"))?;
         let uffd = fds.pop().ok_or_else(|| anyhow!("CRIU sent no userfaultfd"))?;
-        self.keep(&uffd)?;
-        let mut pending = self.pending.remove(&vpid).unwrap_or_default();
-        let remote = pending.take_remote();
-        self.targets.push(Target {
-            uffd,
-            vpid,
-            pending,
-            remote,
-            moved: false,
-            waiting: HashMap::new(),
-            cursor: 0,
-            early: true,
-            gone: false,
-        });
+        let pending = self.pending.remove(&vpid).unwrap_or_default();
+        self.targets.push(Target::new(uffd, vpid, pending));
+        if self.all_here() {
+            self.make_will()?;
+        }
         Ok(())
-    }
-
-    /// The guard takes one too.
-    fn keep(&self, uffd: &OwnedFd) -> Result<()> {
-        scm::send(&self.guard, GUARD_HOLD, &[uffd.as_raw_fd()]).context("the guard process is gone")
     }
 
     /// Everything that a task's descriptor has to say.
     fn events(&mut self, index: usize) -> Result<()> {
         loop {
-            let event = match uffd_read(&self.targets[index].uffd) {
+            if self.author.is_full() {
+                self.make_will()?;
+            }
+            let uffd = &self.targets[index].uffd;
+            let event = match uffd_read(uffd, self.author.place(uffd.as_raw_fd())) {
                 Ok(Some(event)) => event,
                 Ok(None) => return Ok(()),
                 Err(e) if e.raw_os_error() == Some(libc::ESRCH) => {
@@ -348,6 +453,9 @@ impl Daemon {
                 }
                 Err(e) => return Err(e).context("reading a userfaultfd"),
             };
+            if !matches!(event, UffdEvent::Fault(_)) {
+                self.author.keep();
+            }
             let target = &mut self.targets[index];
             match event {
                 UffdEvent::Fault(at) => {
@@ -380,33 +488,16 @@ impl Daemon {
                     }
                     self.served.took(began);
                 }
-                UffdEvent::Fork(uffd) => {
+                UffdEvent::Fork(number) => {
                     self.shared = true;
-                    let (vpid, moved) = (target.vpid, target.moved);
                     let (pending, remote) = (target.pending.clone(), target.remote.clone());
-                    self.keep(&uffd)?;
-                    self.targets.push(Target {
-                        uffd,
-                        vpid,
-                        pending,
-                        remote,
-                        moved,
-                        waiting: HashMap::new(),
-                        cursor: 0,
-                        early: !self.finished,
-                        gone: false,
-                    });
+                    let (vpid, moved, early) = (target.vpid, target.moved, !self.finished);
+                    let child = Target::new(process::adopt_fd(number)?, vpid, pending);
+                    self.targets.push(Target { remote, moved, early, ..child });
                 }
-                UffdEvent::Remap(from, to, length) => {
-                    for list in [&mut target.pending, &mut target.remote] {
-                        let moved = list.take(from, from + length);
-                        list.put_back(moved.into_iter().map(|(s, r)| (s - from + to, r)));
-                    }
-                    target.moved = true;
-                }
-                UffdEvent::Remove(start, end) | UffdEvent::Unmap(start, end) => {
-                    target.pending.take(start, end);
-                    target.remote.take(start, end);
+                change => {
+                    target.moved |= target.pending.change(change);
+                    target.remote.change(change);
                 }
             }
         }

@@ -1,12 +1,16 @@
 //! Pages on the destination, from their arrival until they are in the restored task.
 
+use std::fs::File;
+use std::os::fd::RawFd;
+
 use anyhow::{Result, bail};
+use serde::{Deserialize, Serialize};
 
 use super::table::PageTable;
 use crate::sys::memory::{Arena, PAGE};
 
 /// Where a page's contents are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Slot {
     /// Number of the page in the arena.
     At(u32),
@@ -34,6 +38,13 @@ pub struct Staging {
     index: PageTable<u32>,
 }
 
+/// Slots that are in use: all up to a number, but some.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    used: usize,
+    free: Vec<u32>,
+}
+
 impl Staging {
     /// Room for `pages` pages: the most that the plan has announced. Memory is taken only as they
     /// come.
@@ -44,6 +55,28 @@ impl Staging {
         let pages = pages.clamp(1, (u32::MAX - FIRST) as usize);
         let arena = Arena::new(pages * PAGE)?;
         Ok(Staging { arena, used: 0, free: Vec::new(), empty: 0, index: PageTable::new(NONE) })
+    }
+
+    /// The number of the descriptor behind it.
+    pub fn number(&self) -> RawFd {
+        self.arena.number()
+    }
+
+    /// Which slots are in use.
+    pub fn kept(&self) -> Kept {
+        Kept { used: self.used, free: self.free.clone() }
+    }
+
+    /// What somebody who has died had staged. Which pages they are, nothing in it tells.
+    ///
+    /// # Errors
+    /// When it cannot be mapped.
+    pub fn adopt(file: File, kept: Kept) -> Result<Staging> {
+        let (arena, Kept { used, free }) = (Arena::adopt(file)?, kept);
+        if used * PAGE > arena.capacity() {
+            bail!("more pages than there is room for");
+        }
+        Ok(Staging { arena, used, free, empty: 0, index: PageTable::new(NONE) })
     }
 
     fn capacity(&self) -> usize {

@@ -1,10 +1,12 @@
 //! Memory of other processes: `PAGEMAP_SCAN` (ioctl, Documentation/admin-guide/mm/pagemap.rst),
 //! process_vm_readv(2), userfaultfd(2); and shared arenas of our own: memfd_create(2), mmap(2).
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
+use std::sync::atomic::AtomicU64;
 
 /// Bytes of a page. Ferry refuses hosts whose pages have another size.
 pub const PAGE: usize = 4096;
@@ -161,8 +163,8 @@ pub fn shared_device() -> io::Result<u64> {
     Ok(*DEVICE.get_or_init(|| device))
 }
 
-/// An empty file in memory. memfd_create(2)
-fn memory_file(name: &std::ffi::CStr) -> io::Result<File> {
+/// A file in memory, which has no name that leads to it. memfd_create(2).
+pub fn memory_file(name: &CStr) -> io::Result<File> {
     // SAFETY: the name is a C string; a non-negative result is ours alone.
     let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
     if fd < 0 {
@@ -193,6 +195,16 @@ impl Arena {
         let capacity = capacity.max(PAGE).next_multiple_of(PAGE);
         let file = memory_file(c"ferry-staging")?;
         file.set_len(capacity as u64)?;
+        Arena::map(file, capacity)
+    }
+
+    /// One that another process has made, with all that is in it.
+    pub fn adopt(file: File) -> io::Result<Arena> {
+        let capacity = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
+        Arena::map(file, capacity)
+    }
+
+    fn map(file: File, capacity: usize) -> io::Result<Arena> {
         // SAFETY: a new mapping at a place of the kernel's choice.
         let base = unsafe {
             libc::mmap(
@@ -209,6 +221,26 @@ impl Arena {
         }
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at zero"))?;
         Ok(Arena { file, base, capacity })
+    }
+
+    /// The file, for whoever is to [adopt](Arena::adopt) it.
+    pub fn number(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+
+    /// The file, for another mapping of it.
+    pub fn file(&self) -> io::Result<File> {
+        self.file.try_clone()
+    }
+
+    /// A number in it that is read and written as a whole, by several processes too.
+    ///
+    /// # Panics
+    /// When it does not lie in the arena, at a multiple of eight.
+    pub fn word(&self, offset: usize) -> &AtomicU64 {
+        assert!(offset.is_multiple_of(8) && offset + 8 <= self.capacity);
+        // SAFETY: it lies in the mapping, which lives as long as self, and is aligned as that is.
+        unsafe { AtomicU64::from_ptr(self.base.as_ptr().add(offset).cast()) }
     }
 
     /// Bytes that the arena can hold.
@@ -264,12 +296,12 @@ impl Drop for Arena {
 }
 
 /// One message of a userfaultfd. userfaultfd(2), `struct uffd_msg`.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UffdEvent {
     /// A task waits for the page at this address.
     Fault(u64),
     /// The task forked; the child's memory is behind the new descriptor.
-    Fork(OwnedFd),
+    Fork(RawFd),
     /// Memory moved: from, to, length.
     Remap(u64, u64, u64),
     /// Contents dropped (madvise): start, end.
@@ -278,15 +310,28 @@ pub enum UffdEvent {
     Unmap(u64, u64),
 }
 
-#[repr(C)]
-struct UffdMsg {
-    event: u8,
-    reserved1: u8,
-    reserved2: u16,
-    reserved3: u32,
-    arg: [u64; 3],
+/// Bytes of a message.
+pub const UFFD_MESSAGE: usize = 32;
+
+impl UffdEvent {
+    /// What a message says; none before one was read into that place.
+    ///
+    /// # Errors
+    /// When it says something else.
+    pub fn parse(message: &[u8; UFFD_MESSAGE]) -> io::Result<Option<UffdEvent>> {
+        let word = |at: usize| u64::from_ne_bytes(std::array::from_fn(|i| message[at + i]));
+        let [a, b, c] = [word(8), word(16), word(24)];
+        Ok(Some(match message[0] {
+            0 => return Ok(None),
+            0x12 => UffdEvent::Fault(b),
+            0x13 => UffdEvent::Fork(a as u32 as RawFd),
+            0x14 => UffdEvent::Remap(a, b, c),
+            0x15 => UffdEvent::Remove(a, b),
+            0x16 => UffdEvent::Unmap(a, b),
+            other => return Err(io::Error::other(format!("userfaultfd event {other:#x}"))),
+        }))
+    }
 }
-const _: () = assert!(size_of::<UffdMsg>() == 32);
 
 #[repr(C)]
 struct UffdioCopy {
@@ -337,13 +382,16 @@ mod ioctl {
     nix::ioctl_read!(uffdio_wake, 0xAA, 0x02, UffdioRange);
 }
 
-/// Reads one message; `None` when there is none now. The descriptor must be non-blocking.
-pub fn uffd_read(uffd: impl AsFd) -> io::Result<Option<UffdEvent>> {
-    let mut message = UffdMsg { event: 0, reserved1: 0, reserved2: 0, reserved3: 0, arg: [0; 3] };
-    // SAFETY: the buffer is a live struct of the size passed; any bit pattern is valid in it.
-    let n = unsafe {
-        libc::read(uffd.as_fd().as_raw_fd(), (&raw mut message).cast(), size_of::<UffdMsg>())
-    };
+/// Reads one message into a place that was blank, in one step: with this process killed it either
+/// stands there or waits for another reader. `None` when there is none now. The descriptor must be
+/// non-blocking.
+pub fn uffd_read(
+    uffd: impl AsFd,
+    message: &mut [u8; UFFD_MESSAGE],
+) -> io::Result<Option<UffdEvent>> {
+    // SAFETY: the kernel writes no more than the buffer has room for.
+    let n =
+        unsafe { libc::read(uffd.as_fd().as_raw_fd(), message.as_mut_ptr().cast(), UFFD_MESSAGE) };
     if n < 0 {
         let e = io::Error::last_os_error();
         return match e.kind() {
@@ -351,19 +399,10 @@ pub fn uffd_read(uffd: impl AsFd) -> io::Result<Option<UffdEvent>> {
             _ => Err(e),
         };
     }
-    if n as usize != size_of::<UffdMsg>() {
+    if n as usize != UFFD_MESSAGE {
         return Err(io::Error::other("short userfaultfd message"));
     }
-    let [a, b, c] = message.arg;
-    Ok(Some(match message.event {
-        0x12 => UffdEvent::Fault(b),
-        // SAFETY: the kernel put the child's descriptor into our table for this message.
-        0x13 => UffdEvent::Fork(unsafe { OwnedFd::from_raw_fd(a as u32 as i32) }),
-        0x14 => UffdEvent::Remap(a, b, c),
-        0x15 => UffdEvent::Remove(a, b),
-        0x16 => UffdEvent::Unmap(a, b),
-        other => return Err(io::Error::other(format!("userfaultfd event {other:#x}"))),
-    }))
+    UffdEvent::parse(message)
 }
 
 /// Installs pages at `to` from our memory and wakes who waits for them; says how many bytes went
@@ -393,6 +432,22 @@ pub fn uffd_wake(uffd: impl AsFd, start: u64, len: u64) -> io::Result<()> {
     // SAFETY: the struct is live.
     unsafe { ioctl::uffdio_wake(uffd.as_fd().as_raw_fd(), &mut arg) }?;
     Ok(())
+}
+
+/// Wakes all tasks that wait, so that those whose page is not there ask for it again. `UFFDIO_WAKE`.
+pub fn uffd_wake_all(uffd: impl AsFd) -> io::Result<()> {
+    // Below lies what nobody may map (`vm.mmap_min_addr`), above is the kernel: whatever of it a
+    // machine's addresses do not reach, fails.
+    const START: u64 = 1 << 16;
+    let ends = [57, 56, 52, 48, 47, 42, 39].map(|bits| (1u64 << bits) - PAGE as u64);
+    let mut last = Ok(());
+    for end in ends {
+        last = uffd_wake(&uffd, START, end - START);
+        if last.is_ok() {
+            break;
+        }
+    }
+    last
 }
 
 /// `UFFD_USER_MODE_ONLY`: allowed to everybody whatever `vm.unprivileged_userfaultfd` says.

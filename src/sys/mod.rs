@@ -28,6 +28,7 @@ pub(crate) mod scm;
 pub(crate) mod seccomp;
 pub(crate) mod socket;
 pub(crate) mod stopped;
+pub(crate) mod successor;
 pub(crate) mod tmpfs;
 pub(crate) mod tracepoint;
 pub(crate) mod tun;

@@ -25,7 +25,7 @@ pub fn trials() -> Vec<Trial> {
         in_lab("memory::links_break_while_it_follows", LIMIT, links_break_while_it_follows),
         in_lab("memory::a_lost_commit_is_brought", LIMIT, a_lost_commit_is_brought),
         in_lab("memory::a_killed_source_is_resolved", LIMIT, a_killed_source_is_resolved),
-        in_lab("memory::a_killed_destination_is_known", LIMIT, a_killed_destination_is_known),
+        in_lab("memory::a_killed_destination_is_followed", LIMIT, a_killed_destination_is_followed),
         in_lab("memory::by_comparing", LIMIT, by_comparing),
         in_lab("memory::direct_reads", LIMIT, direct_reads),
         in_lab("memory::compared", LIMIT, compared),
@@ -177,19 +177,26 @@ fn a_killed_source_is_resolved(lab: &Lab) -> Outcome {
     exactly_one_copy(&container, &b, &a)
 }
 
-fn a_killed_destination_is_known(lab: &Lab) -> Outcome {
+/// Whoever fills its memory is killed, and together with him the first of those who wait for that; then
+/// whoever has gone on: the tasks wait, and go on with every page right.
+fn a_killed_destination_is_followed(lab: &Lab) -> Outcome {
     let (a, b) = pair(lab);
-    let container = Container::plain("counter");
+    // Processes that fork while their memory is not there.
+    let options = ["--arg", "--dirty", "--arg", "2000", "--arg", "--threads", "--arg", "2"];
+    let container = Container::networked("counter").with(&options);
     container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
     let running = following(lab, &container)?;
-    kill(&b, "ferry receive")?;
-    let ended = running.end(LONG)?.exits(4)?;
-    ensure!(ended.err.contains("ferry resolve box"), "no hint: {ended}");
-    // Rather than letting it read zeros, it was ended there; what is frozen here is whole.
-    a.ferry(&["resolve", "box"])?.exits(4)?;
-    a.ferry(&["resolve", "box", "--keep"])?.exits(0)?;
-    exactly_one_copy(&container, &a, &b)?;
-    verify_inside(&a, &container).map(drop)
+    b.sh("kill -KILL $(pgrep -f '^ferry receive') $(pgrep -o -f '^__guard pages')")?;
+    let gone_on = "pgrep -f '^/proc/self/exe __guard pages' && pgrep -f '^__guard pages'";
+    until("somebody has gone on, and others wait", SHORT, || {
+        Ok((b.exec(&["sh", "-c", gone_on])?.code == 0).then_some(()))
+    })?;
+    b.sh("kill -KILL $(pgrep -f '^/proc/self/exe __guard pages')")?;
+    let report = report(&running.end(LONG)?.exits(0)?)?;
+    ensure!(number(&report, "/served/fetched") > 0, "{report}");
+    probe.is_content()?;
+    exactly_one_copy(&container, &b, &a)
 }
 
 fn by_comparing(lab: &Lab) -> Outcome {

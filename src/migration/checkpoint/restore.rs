@@ -245,6 +245,9 @@ fn job(
     fs::write(plan.work.join("criu.pid"), session.criu_pid.to_string())?;
     session.send_request(&request)?;
     let mut init = 0;
+    // All tasks have left CRIU's code, each stopped at the end of the system call that does it: they run
+    // when CRIU lets go of them, or dies.
+    let (mut left, mut running) = (false, false);
     let mut gate = plan.gate.take();
     let plan = &*plan;
     let result = loop {
@@ -279,14 +282,17 @@ fn job(
                     }
                 }
                 "pre-resume" => {
+                    left = true;
+                    let _ = fault::point("restore.resume");
                     tell(RestoreEvent::AtResume);
                     // Whoever went away meanwhile: the container runs all the same.
                     let _ = orders.recv_timeout(Duration::from_secs(1));
-                    session.answer(true)?;
+                    let _ = session.answer(true);
                 }
                 "post-resume" => {
+                    running = true;
                     tell(RestoreEvent::Running);
-                    session.answer(true)?;
+                    let _ = session.answer(true);
                 }
                 "setup-namespaces" => {
                     // Before the sockets are made: some are bound to its addresses.
@@ -304,6 +310,12 @@ fn job(
                 // The runtime has ended, unless it was CRIU that failed.
                 let _ = session.relay_reply(&response);
                 break if success { Ok(()) } else { Err(anyhow!("{why}")) };
+            }
+            Event::Hangup if left => {
+                if !running {
+                    tell(RestoreEvent::Running);
+                }
+                break Ok(());
             }
             Event::Hangup => break Err(anyhow!("CRIU ended in the middle of the restore")),
         }

@@ -37,9 +37,9 @@ use super::protocol::forwarding::{Course, Word};
 use super::protocol::talk::{self, Heard, Speaker};
 use super::protocol::{Message, Plan, Standing, Verdict};
 use super::recovery::decide::{Act, Event, Phase, hear};
-use super::recovery::guards::PageGuard;
 use super::recovery::recover;
 use super::recovery::settle::{self, Call};
+use super::recovery::successors::PageGuards;
 use super::transfer::intake::{self, Backlog, Current, Stage};
 use super::transfer::parcels::Images;
 use crate::connections::{Landed, Landing};
@@ -75,6 +75,8 @@ enum Input {
     Synced,
     /// Sockets for connections are prepared, but for these.
     Awaited(Vec<u32>),
+    /// Whoever guards the pages can go on by himself.
+    Guarded,
     /// A task waits for pages that are on the source.
     Want(i32, u64, usize),
     /// A further link has ended.
@@ -284,10 +286,8 @@ struct Guest {
     network: Arrival,
     restore: Option<RestoreJob>,
     server: Option<Server>,
-    /// Pages are being installed; told when they are all in.
-    serving: bool,
     pages: Option<Ended>,
-    guard: Option<PageGuard>,
+    guard: Option<PageGuards>,
     /// What CRIU is released by, for the guard.
     release: Option<OwnedFd>,
     streams: Streams,
@@ -362,7 +362,6 @@ impl Guest {
             network: Arrival::default(),
             restore: None,
             server: None,
-            serving: false,
             pages: None,
             guard: None,
             release: None,
@@ -450,7 +449,7 @@ impl Guest {
         let _ = fault::point("destination.undo");
         // CRIU gives up where nobody can answer it.
         drop(self.release.take());
-        self.guard.iter().for_each(PageGuard::leave_criu);
+        self.guard.iter_mut().for_each(PageGuards::leave_criu);
         // Nothing more is written to what is taken away.
         drop(self.applying.take());
         // CRIU may be waiting for pages that will never come: with nobody to ask it gives up.

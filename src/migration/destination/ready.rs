@@ -5,6 +5,7 @@ use std::io::BufReader;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Instant;
 
@@ -17,14 +18,15 @@ use crate::files::apply::{Applied, Applying};
 use crate::files::tmpfs::{Mounted, Tmpfs};
 use crate::files::tree;
 use crate::memory::serve::Server;
+use crate::memory::will::Will;
 use crate::migration::checkpoint::restore::{Go, RestoreEvent, RestoreJob, RestorePlan};
 use crate::migration::journal::{State, workdir};
 use crate::migration::preflight::{checks, host};
 use crate::migration::protocol::talk::{self, Heard, Speaker};
 use crate::migration::protocol::{MAX_TASKS, Message};
-use crate::migration::recovery::guards::PageGuard;
 use crate::migration::recovery::settle::{self, Call};
-use crate::migration::transfer::intake::{self, Stage};
+use crate::migration::recovery::successors::PageGuards;
+use crate::migration::transfer::intake::{self, Stage, want};
 use crate::migration::transfer::parcels::STREAM;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::warm::Warm;
@@ -32,7 +34,7 @@ use crate::sys::netns::NetNs;
 use crate::sys::{fault, process};
 use crate::tasks::locks::{self, Held};
 use crate::transport::connect;
-use crate::transport::frame::{Frame, Run};
+use crate::transport::frame::Frame;
 
 impl Guest {
     pub(super) fn until_ready(
@@ -124,8 +126,8 @@ impl Guest {
                 self.serve(tasks, server, stage, tell)?;
             }
         }
-        while !self.serving {
-            // CRIU was quicker than the last pages.
+        while !self.guard.as_ref().is_some_and(PageGuards::can_go_on) {
+            // CRIU was quicker than the last pages, or than whoever takes its tasks in.
             match inputs.next(RESTORE_LIMIT)? {
                 Input::Heard(Heard::Message(Message::MemoryDone { left })) => {
                     self.left = left;
@@ -361,22 +363,15 @@ impl Guest {
         tell: &Sender<Input>,
     ) -> Result<()> {
         let pagemaps = self.pagemaps(tasks)?;
-        let guard = PageGuard::spawn(&self.journal)?;
-        let to_guard = guard.socket.try_clone()?;
-        self.guard = Some(guard);
+        let will = Arc::new(Will::new()?);
+        self.guard = Some(PageGuards::start(&self.journal, will.clone())?);
         // The hand-over may have ended already.
-        let (wanted, ended) = (tell.clone(), tell.clone());
+        let (wanted, made, ended) = (tell.clone(), tell.clone(), tell.clone());
         let want = move |vpid, at, pages| drop(wanted.send(Input::Want(vpid, at, pages)));
+        let ready = move || drop(made.send(Input::Guarded));
         let end = move |e| drop(ended.send(Input::Pages(e)));
-        stage.serve(|staging| server.start(staging, &pagemaps, to_guard, want, end))?;
-        self.serving = true;
+        stage.serve(|staging| server.start(staging, &pagemaps, will, want, ready, end))?;
         self.mark("last page is here");
         Ok(())
     }
-}
-
-/// Asks the source for pages that a task waits for.
-pub(super) fn want(speaker: &Speaker, vpid: i32, at: u64, pages: usize) -> Result<()> {
-    speaker.run(Run::Want, vpid, at, pages)?;
-    speaker.flush()
 }

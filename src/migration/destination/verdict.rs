@@ -4,7 +4,6 @@ use std::sync::mpsc::{RecvTimeoutError, Sender};
 
 use anyhow::Result;
 
-use super::ready::want;
 use super::{Guest, Input, Inputs, RESTORE_LIMIT, SILENCE};
 use crate::connections::Landed;
 use crate::memory::serve::{Ended, Served};
@@ -16,11 +15,11 @@ use crate::migration::protocol::{self, Message, Verdict};
 use crate::migration::recovery::decide::{Act, Event, Phase, hear};
 use crate::migration::recovery::recover;
 use crate::migration::recovery::settle::Call;
-use crate::migration::transfer::intake::{self, Current, Stage};
+use crate::migration::transfer::intake::{self, Current, Stage, say_missing, want};
 use crate::report::exit::Told;
 use crate::sys::fault;
 use crate::transport::connect;
-use crate::transport::frame::{Frame, Run};
+use crate::transport::frame::Frame;
 
 impl Guest {
     /// Restored and held: the source decides, however long it takes.
@@ -80,6 +79,7 @@ impl Guest {
                 | Input::LaneEnded(_)
                 | Input::Files(_)
                 | Input::Synced
+                | Input::Guarded
                 | Input::Awaited(_)
                 | Input::Call(Call::Link(..) | Call::Lane(..)) => continue,
             };
@@ -109,8 +109,8 @@ impl Guest {
         self.mark("commit");
         let _ = fault::point("destination.commit");
         // From here on it is the guard who goes on if this process is killed.
-        if let (Some(guard), Some(criu)) = (&self.guard, self.release.take()) {
-            guard.take_criu(&criu);
+        if let (Some(guard), Some(criu)) = (&mut self.guard, self.release.take()) {
+            guard.take_criu(criu);
         }
         if let Err(e) = self.journal.note(State::Committed) {
             // Nothing runs of which that is not known: the source takes it back.
@@ -292,15 +292,4 @@ impl Guest {
         }
         speaker.say(&Message::Whole(served)).is_ok()
     }
-}
-
-/// Tells a source that is back what is missing here.
-fn say_missing(speaker: &Speaker, stage: &Stage) -> Result<()> {
-    let missing = stage.missing()?;
-    let mut pages = 0;
-    for (vpid, at, n) in missing {
-        speaker.run(Run::Want, vpid, at, n)?;
-        pages += n as u64;
-    }
-    speaker.say(&Message::Missing { pages })
 }

@@ -163,9 +163,20 @@ impl Record {
         self.boot.is_empty() || now.is_empty() || self.boot == now
     }
 
-    /// Whether the process that works on it is there.
+    /// Whether the process that works on it is there; on a destination, or one that goes on in its place.
     pub fn worker_lives(&self) -> bool {
-        self.same_boot() && is_alive(self.worker)
+        let guarded = || self.role == Role::Destination && self.guards().into_iter().any(is_alive);
+        self.same_boot() && (is_alive(self.worker) || guarded())
+    }
+
+    /// Who goes on if that is killed, and when they started; in that order.
+    pub fn guards(&self) -> Vec<(i32, u64)> {
+        let text = fs::read_to_string(self.work.join(workdir::GUARD)).unwrap_or_default();
+        let one = |line: &str| {
+            let (pid, started) = line.split_once(' ')?;
+            Some((pid.parse().ok()?, started.parse().ok()?))
+        };
+        text.lines().filter_map(one).collect()
     }
 
     /// Whether the container's init process is there, as far as the record knows it.

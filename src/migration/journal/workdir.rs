@@ -163,6 +163,9 @@ pub const HOST_SIDE: &str = "host-side";
 /// See [`INIT`].
 pub const NETWORK: &str = "network";
 
+/// In the work directory: numbers and start times of those who go on if a Ferry is killed, a line each.
+pub const GUARD: &str = "guard";
+
 /// CRIU's number, in its own work directory.
 pub const CRIU_PID: &str = "criu.pid";
 

@@ -2,31 +2,23 @@
 //! [`crate::migration::recovery::recover`].
 
 use std::fs::{self, File};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 
-use super::decide::{
-    Guarding, Next, Pages, Released, There, guard as decide, has_heard, pages, released, resolve,
-};
+use super::decide::{Guarding, Next, There, guard as decide, has_heard, resolve};
 use super::{recover, rest, settle};
 use crate::connections::{self, Ears, Order, Orders, Vault};
-use crate::criu::interposer::carry_on;
-use crate::memory::serve::{GUARD_ALL_IN, GUARD_CRIU, GUARD_DONE, GUARD_LEAVE_CRIU, GUARD_QUIT};
 use crate::migration::journal::criu;
+use crate::migration::journal::workdir::GUARD;
 use crate::migration::journal::{Held, Journal, Record, State};
 use crate::migration::protocol::Verdict;
 use crate::migration::transfer::carry::Wishes;
-use crate::oci::cgroup::Cgroup;
 use crate::sys::process::{self, is_alive};
-use crate::sys::scm;
-use crate::tasks::mend;
 
-/// How long CRIU may take for a step of its end.
-const CRIU_STEP: Duration = Duration::from_secs(60);
 /// How long a Ferry that was killed may take to be gone.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a destination that cannot be reached is told that the container stayed.
@@ -34,8 +26,7 @@ const WORD_TIMEOUT: Duration = Duration::from_secs(600);
 /// Between two tries to reach the other host, at most.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
-/// In the migration's directory: the guard's number and when it started, and what it has to say.
-const FILE: &str = "guard";
+/// In the migration's directory: what the guard has to say.
 const LOG: &str = "guard.log";
 /// Where the vault's contents come out of it.
 const STDOUT: i32 = 1;
@@ -67,7 +58,7 @@ impl SourceGuard {
         // proc_pid_oom_score_adj(5).
         let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), "-1000");
         let started = process::start_time(pid).unwrap_or(0);
-        let noted = fs::write(work.join(FILE), format!("{pid} {started}"));
+        let noted = fs::write(work.join(GUARD), format!("{pid} {started}"));
         if let Err(e) = noted.map_err(Into::into).and_then(|()| guard.orders.are_for(pid)) {
             guard.dismiss();
             return Err(e);
@@ -97,7 +88,7 @@ pub struct LeftGuard {
 impl LeftGuard {
     /// That of a migration, if it is still there.
     pub fn find(record: &Record) -> Option<LeftGuard> {
-        let text = fs::read_to_string(record.work.join(FILE)).ok()?;
+        let text = fs::read_to_string(record.work.join(GUARD)).ok()?;
         let (pid, started) = text.trim().split_once(' ')?;
         let (pid, started) = (pid.parse().ok()?, started.parse().ok()?);
         let pidfd = process::pidfd_open(pid).ok()?;
@@ -136,46 +127,6 @@ pub fn source_lets_go_later(journal: &mut Journal) -> Result<()> {
     // In repair mode its connections end without a word.
     guard.into_iter().for_each(LeftGuard::end);
     Ok(())
-}
-
-/// The process that holds the restored tasks' memory together if this one is killed: see
-/// [`guard_pages`].
-pub struct PageGuard {
-    child: Child,
-    /// To tell it what to hold.
-    pub socket: OwnedFd,
-}
-
-impl PageGuard {
-    /// Starts it.
-    ///
-    /// # Errors
-    /// When there can be no process.
-    pub fn spawn(journal: &Journal) -> Result<PageGuard> {
-        let (socket, theirs) = scm::seqpacket_pair()?;
-        let mut command = Command::new("/proc/self/exe");
-        command.arg("__guard").arg("pages").arg(journal.path());
-        command.stdin(theirs).stdout(Stdio::null()).stderr(Stdio::null());
-        process::in_new_session(&mut command);
-        Ok(PageGuard { child: command.spawn().context("cannot start the guard process")?, socket })
-    }
-
-    /// CRIU is to be released, whatever becomes of this process.
-    pub fn take_criu(&self, criu: &OwnedFd) {
-        // One that was killed cannot take it.
-        let _ = scm::send(&self.socket, GUARD_CRIU, &[criu.as_raw_fd()]);
-    }
-
-    /// It is not.
-    pub fn leave_criu(&self) {
-        let _ = scm::send(&self.socket, GUARD_LEAVE_CRIU, &[]);
-    }
-
-    /// Everything is done, or undone.
-    pub fn dismiss(mut self) {
-        let _ = scm::send(&self.socket, GUARD_QUIT, &[]);
-        let _ = self.child.wait();
-    }
 }
 
 /// The guard: a process that outlives a killed Ferry and brings the source back.
@@ -332,7 +283,7 @@ fn obey<S: AsFd + Sync>(
 
 /// Holds the journal, before anybody else settles what is in it. A Ferry that was `killed` does nothing
 /// more when this returns, none of its threads, and traces nobody.
-fn hold(journal: &mut Journal, killed: bool) -> Result<Held> {
+pub(super) fn hold(journal: &mut Journal, killed: bool) -> Result<Held> {
     let held = journal.hold()?;
     let worker = journal.record.worker;
     if killed && is_alive(worker) {
@@ -343,71 +294,6 @@ fn hold(journal: &mut Journal, killed: bool) -> Result<Held> {
         *journal = Journal::open(journal.path())?;
     }
     Ok(held)
-}
-
-/// The destination's guard: holds the descriptors of restored tasks whose memory is not all there
-/// yet, so that they wait for it rather than read zeros, and ends them if nobody will bring it. When
-/// it is all there and Ferry dies, the guard does the rest of its work.
-///
-/// # Errors
-/// When what is left cannot be cleared away.
-pub fn guard_pages(journal: &Path) -> Result<()> {
-    let (mut held, mut criu, mut last_word) = (Vec::new(), None, Vec::new());
-    let (mut all_in, mut done) = (false, false);
-    while let Some((word, fds)) = scm::receive(std::io::stdin())? {
-        match &word[..] {
-            GUARD_QUIT => return Ok(()),
-            GUARD_ALL_IN => (all_in, last_word) = (true, fds),
-            GUARD_CRIU => criu = fds.into_iter().next(),
-            GUARD_LEAVE_CRIU => criu = None,
-            GUARD_DONE => {
-                // Whoever touches memory that never had contents waits as long as they are open.
-                held.clear();
-                done = true;
-            }
-            _ => held.extend(fds),
-        }
-    }
-    let mut journal = Journal::open(journal)?;
-    let _held = hold(&mut journal, true)?;
-    match pages(journal.state(), all_in || done) {
-        Pages::Nothing => return Ok(()),
-        Pages::Release => {
-            held.clear();
-            release(&journal.record, criu.as_ref());
-            // Past its point of no return CRIU goes on without us; before it, it takes all back.
-            drop((criu.take(), std::mem::take(&mut last_word)));
-            criu::wait_for(&journal.record.work);
-            let alive = recover::restored_init(&journal.record).is_some_and(is_alive);
-            if released(alive) == Released::Keep {
-                return recover::destination_keeps(&mut journal);
-            }
-        }
-        // It is CRIU's own code that may wait in them for memory, and keep it from giving up.
-        Pages::Discard { held: true } => held.clear(),
-        Pages::Discard { held: false } => {}
-    }
-    // It gives up.
-    drop((criu, last_word));
-    let done = recover::destination_discards(&mut journal);
-    // Only now: closing them lets whoever still waits read zeros.
-    drop(held);
-    done
-}
-
-/// Lets a restored container run, which was to run when its Ferry was killed.
-fn release(record: &Record, criu: Option<&OwnedFd>) {
-    let Some(criu) = criu else { return };
-    // The same for whatever has not been woken yet; nothing of it is heard before the fence is open.
-    if let Some(cgroup) =
-        recover::restored_init(record).and_then(|(pid, _)| Cgroup::of_process(pid).ok())
-    {
-        mend::sockets(&cgroup);
-    }
-    // Whether it runs then can be seen.
-    if let Err(e) = carry_on(criu, CRIU_STEP) {
-        tracing::error!("CRIU, releasing the container: {e:#}");
-    }
 }
 
 /// Tells the destination that the source has kept the container, until it has heard: a copy that

@@ -5,3 +5,4 @@ pub(crate) mod guards;
 pub(crate) mod recover;
 pub(crate) mod rest;
 pub(crate) mod settle;
+pub(crate) mod successors;

@@ -445,6 +445,26 @@ fn delete(runtime: &Runtime, record: &Record, init: Option<(i32, u64)>) -> Resul
     }
 }
 
+/// The destination, when the container runs: it can be reached. Whatever is missing may still come.
+///
+/// # Errors
+/// Says which steps failed; the others were done.
+pub fn destination_opens(record: &Record) -> Result<()> {
+    let mut trouble = Trouble::default();
+    open(record, &mut trouble);
+    trouble.into_result()
+}
+
+fn open(record: &Record, trouble: &mut Trouble) {
+    if let (Some((side, host)), Some((namespace, _))) = (host_side(record), own_network(record)) {
+        trouble.note("leading the address here", side.lead_here(&namespace, &host));
+    }
+    lift_fence(record, trouble);
+    if let Some(addresses) = Addresses::of(record) {
+        addresses.keep(trouble);
+    }
+}
+
 /// The destination, when the container runs and whoever took it in has died: the rest of his work.
 ///
 /// # Errors
@@ -452,13 +472,7 @@ fn delete(runtime: &Runtime, record: &Record, init: Option<(i32, u64)>) -> Resul
 pub fn destination_keeps(journal: &mut Journal) -> Result<()> {
     let mut trouble = Trouble::default();
     let record = journal.record.clone();
-    if let (Some((side, host)), Some((namespace, _))) = (host_side(&record), own_network(&record)) {
-        trouble.note("leading the address here", side.lead_here(&namespace, &host));
-    }
-    lift_fence(&record, &mut trouble);
-    if let Some(addresses) = Addresses::of(&record) {
-        addresses.keep(&mut trouble);
-    }
+    open(&record, &mut trouble);
     // He may not have come to waking the connections that he had made.
     if let Some(cgroup) = restored_init(&record).and_then(|(pid, _)| Cgroup::of_process(pid).ok()) {
         mend::sockets(&cgroup);

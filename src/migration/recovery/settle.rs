@@ -16,6 +16,7 @@ use crate::migration::journal::{Journal, Record, Role, State};
 use crate::migration::protocol::talk::{self, Heard};
 use crate::migration::protocol::{Message, Standing, Verdict};
 use crate::problem::Advice;
+use crate::sys::process::is_alive;
 use crate::sys::scm;
 
 /// Name of the socket on which a waiting destination takes the verdict.
@@ -104,8 +105,10 @@ pub fn answer(state_dir: &Path, migration: &str, verdict: Option<Verdict>) -> Re
         if !journal.record.worker_lives() || journal.state().is_over() {
             break journal;
         }
+        // Whoever goes on in its place has to see first what there is, and may have to undo it.
+        let limit = if is_alive(journal.record.worker) { ENDING } else { LIMIT };
         match pass_on(&journal.record.work, verdict) {
-            Err(e) if began.elapsed() > ENDING => return Err(e),
+            Err(e) if began.elapsed() > limit => return Err(e),
             // It may be ending, with its work done: what came of it is in the journal then, which
             // tells nobody of that.
             Err(_) => std::thread::park_timeout(Duration::from_millis(5)),
@@ -222,7 +225,10 @@ pub enum Call {
 /// # Errors
 /// When the socket cannot be made.
 pub fn take_calls(work: &Path, tell: impl Fn(Call) -> bool + Send + 'static) -> Result<()> {
-    let listener = UnixListener::bind(work.join(SOCKET))?;
+    let place = work.join(SOCKET);
+    // That of a process that has been killed.
+    let _ = std::fs::remove_file(&place);
+    let listener = UnixListener::bind(place)?;
     std::thread::Builder::new().name("control".into()).spawn(move || {
         for socket in listener.incoming().flatten() {
             if socket.set_read_timeout(Some(Duration::from_secs(5))).is_err() {

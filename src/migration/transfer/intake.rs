@@ -42,6 +42,11 @@ impl Stage {
         self.with(|place| *place = Place::Staging(staging));
     }
 
+    /// From here on pages go to a daemon.
+    pub fn serve_by(&self, intake: Intake) {
+        self.with(|place| *place = Place::Serving(Arc::new(intake)));
+    }
+
     /// Hands what has been kept to whoever makes a page daemon of it.
     ///
     /// # Errors
@@ -113,6 +118,29 @@ impl Stage {
         })?;
         Ok(None)
     }
+}
+
+/// Asks the source for pages that a task waits for.
+///
+/// # Errors
+/// When the link is gone.
+pub fn want(speaker: &Speaker, vpid: i32, at: u64, pages: usize) -> Result<()> {
+    speaker.run(Run::Want, vpid, at, pages)?;
+    speaker.flush()
+}
+
+/// Tells a source that is back what is missing here.
+///
+/// # Errors
+/// When the link is gone, or nobody knows it.
+pub fn say_missing(speaker: &Speaker, stage: &Stage) -> Result<()> {
+    let missing = stage.missing()?;
+    let mut pages = 0;
+    for (vpid, at, n) in missing {
+        speaker.run(Run::Want, vpid, at, n)?;
+        pages += n as u64;
+    }
+    speaker.say(&Message::Missing { pages })
 }
 
 /// Listens to a further link, which carries memory and asks for echoes; tells why it ended.

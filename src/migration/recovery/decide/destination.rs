@@ -93,22 +93,18 @@ impl Phase {
 pub enum Pages {
     /// It is over.
     Nothing,
-    /// It lets the copy run, where that has not been done yet.
-    Release,
-    /// It ends the copy.
-    Discard {
-        /// None of its tasks has run: whoever waits for memory in them is CRIU.
-        held: bool,
-    },
+    /// It goes on filling the copy's memory, and lets it run where that has not been done yet.
+    GoOn,
+    /// It ends the copy, of which no task has run.
+    Discard,
 }
 
-/// `all_in`: nothing of its memory has to come any more.
-pub fn pages(state: State, all_in: bool) -> Pages {
+/// By the last line of its journal.
+pub fn pages(state: State) -> Pages {
     match state {
         State::Finished | State::Aborted => Pages::Nothing,
-        State::Committed | State::Whole if all_in => Pages::Release,
-        State::Committed | State::Whole => Pages::Discard { held: false },
-        State::Begun | State::Ready | State::Returning => Pages::Discard { held: true },
+        State::Committed | State::Whole => Pages::GoOn,
+        State::Begun | State::Ready | State::Returning => Pages::Discard,
     }
 }
 

@@ -1,0 +1,407 @@
+//! Those who go on when whoever takes a container in is killed: they fill its memory, let it run, take
+//! questions and new links of the source, and do the rest of his work.
+//!
+//! From the moment on in which pages are put into tasks there are always two of them who wait. Each has all
+//! descriptors that he has ([`Successor`]), the tasks' userfaultfds among them, so that no task can
+//! read zeros in the place of a page; and the [`Will`] says what is missing. One waits for the end
+//! of all who were there before it, so that one at a time goes on.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use nix::sys::wait::waitpid;
+use nix::unistd::Pid;
+
+use super::decide::{self, Pages, Phase, Released, hear, pages, released};
+use super::guards::hold;
+use super::recover;
+use super::settle::{self, Call};
+use crate::criu::interposer::carry_on;
+use crate::memory::serve::{self, Ended, Left, Served};
+use crate::memory::will::{Will, Word};
+use crate::migration::journal::criu;
+use crate::migration::journal::workdir::GUARD;
+use crate::migration::journal::{Journal, Record};
+use crate::migration::protocol::Message;
+use crate::migration::protocol::talk::{self, Heard, Speaker};
+use crate::migration::transfer::intake::{self, Backlog, Current, Stage, say_missing, want};
+use crate::oci::cgroup::Cgroup;
+use crate::sys::fault;
+use crate::sys::process::{self, is_alive};
+use crate::sys::successor::{Successor, inherited};
+use crate::tasks::mend;
+use crate::transport::connect;
+
+/// How many wait.
+const WAITING: usize = 2;
+/// How long CRIU may take for a step of its end.
+const CRIU_STEP: Duration = Duration::from_secs(60);
+
+/// See the module.
+#[derive(Debug)]
+pub struct PageGuards {
+    will: Arc<Will>,
+    /// By what CRIU is released, if it is to be.
+    criu: Option<OwnedFd>,
+    stop: UnixStream,
+    thread: JoinHandle<()>,
+}
+
+impl PageGuards {
+    /// Starts them, and sees to it that there are always as many.
+    ///
+    /// # Errors
+    /// When there can be no process.
+    pub fn start(journal: &Journal, will: Arc<Will>) -> Result<PageGuards> {
+        let path = fs::canonicalize(journal.path())?;
+        let number = will.number().to_string();
+        let arguments = [b"/proc/self/exe", &b"__guard"[..], b"pages", path.as_os_str().as_bytes()];
+        let arguments = arguments.into_iter().chain([number.as_bytes()]).map(<[u8]>::to_vec);
+        let mut row = Row {
+            successor: Successor::new(c"/proc/self/exe", arguments.collect())?,
+            own: process::this_process(),
+            pidfd: process::pidfd_open(process::this_process().0)?,
+            place: journal.record.work.join(GUARD),
+            waiting: Vec::new(),
+            ended: Vec::new(),
+        };
+        row.fill().context("cannot start the guard process")?;
+        let (stop, stopped) = UnixStream::pair()?;
+        let keep = move || row.keep_full(stopped);
+        let thread = std::thread::Builder::new().name("guards".into()).spawn(keep)?;
+        Ok(PageGuards { will, criu: None, stop, thread })
+    }
+
+    /// Whether they know all that they need.
+    pub fn can_go_on(&self) -> bool {
+        self.will.is_made()
+    }
+
+    /// CRIU is to be released, whatever becomes of this process.
+    pub fn take_criu(&mut self, criu: OwnedFd) {
+        use std::os::fd::AsRawFd;
+        self.will.note_descriptor(Word::Criu, Some(criu.as_raw_fd()));
+        self.criu = Some(criu);
+    }
+
+    /// It is not.
+    pub fn leave_criu(&mut self) {
+        self.will.note_descriptor(Word::Criu, None);
+        self.criu = None;
+    }
+
+    /// Everything is done, or undone.
+    pub fn dismiss(self) {
+        drop(self.stop);
+        let _ = self.thread.join();
+    }
+}
+
+/// Those who wait, in their order.
+struct Row {
+    successor: Successor,
+    own: (i32, u64),
+    pidfd: OwnedFd,
+    place: PathBuf,
+    waiting: Vec<(i32, OwnedFd)>,
+    /// Those who were killed: whoever came after one knows him by this descriptor.
+    ended: Vec<OwnedFd>,
+}
+
+impl Row {
+    fn fill(&mut self) -> Result<()> {
+        while self.waiting.len() < WAITING {
+            let waiting = self.waiting.iter().map(|(_, pidfd)| pidfd.as_fd());
+            let before: Vec<BorrowedFd> = [self.pidfd.as_fd()].into_iter().chain(waiting).collect();
+            let pid = self.successor.start(&before)?;
+            // Whoever runs out of memory is to find another victim. Needs CAP_SYS_RESOURCE;
+            // proc_pid_oom_score_adj(5).
+            let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), "-1000");
+            self.waiting.push((pid, process::pidfd_open(pid)?));
+        }
+        self.note()
+    }
+
+    /// Others must know that somebody has the container: at any moment, so that the file is replaced.
+    fn note(&self) -> Result<()> {
+        let started = |pid: i32| process::start_time(pid).unwrap_or(0);
+        let all = self.waiting.iter().map(|(pid, _)| (*pid, started(*pid)));
+        let lines = [self.own].into_iter().chain(all).map(|(pid, at)| format!("{pid} {at}\n"));
+        let fresh = self.place.with_extension("new");
+        fs::write(&fresh, lines.collect::<String>())?;
+        Ok(fs::rename(&fresh, &self.place)?)
+    }
+
+    fn keep_full(&mut self, stopped: UnixStream) {
+        loop {
+            let waiting = self.waiting.iter().map(|(_, pidfd)| pidfd.as_fd());
+            let all: Vec<BorrowedFd> = [stopped.as_fd()].into_iter().chain(waiting).collect();
+            match process::wait_readable(&all, None) {
+                Ok(ready) if !ready.contains(&0) => {}
+                _ => break,
+            }
+            for (pid, pidfd) in self.waiting.extract_if(.., |(_, pidfd)| process::has_ended(pidfd))
+            {
+                let _ = waitpid(Pid::from_raw(pid), None);
+                self.ended.push(pidfd);
+            }
+            if let Err(e) = self.fill() {
+                tracing::error!("a guard was killed, and there can be no other: {e:#}");
+            }
+        }
+        for (pid, pidfd) in self.waiting.drain(..) {
+            let _ = process::pidfd_kill(&pidfd, libc::SIGKILL);
+            let _ = waitpid(Pid::from_raw(pid), None);
+        }
+    }
+}
+
+/// What was left.
+struct Estate {
+    will: Arc<Will>,
+    criu: Option<OwnedFd>,
+    staging: Option<OwnedFd>,
+    lazy: Option<OwnedFd>,
+    snapshot: Option<OwnedFd>,
+    uffds: Vec<OwnedFd>,
+}
+
+impl Estate {
+    /// Takes of what this process has been started with what the will names, and all userfaultfds;
+    /// closes the rest.
+    fn take(will: RawFd) -> Result<Estate> {
+        use std::os::fd::AsRawFd;
+        let all = inherited().context("descriptors of a killed process")?;
+        let mut all: BTreeMap<RawFd, _> =
+            all.into_iter().map(|one| (one.fd.as_raw_fd(), one)).collect();
+        let file = all.remove(&will).ok_or_else(|| anyhow!("no will"))?;
+        let will = Arc::new(Will::adopt(file.fd)?);
+        let mut named =
+            |word| will.descriptor(word).and_then(|number| all.remove(&number)).map(|one| one.fd);
+        let (criu, staging) = (named(Word::Criu), named(Word::Staging));
+        let (lazy, snapshot) = (named(Word::Lazy), named(Word::Snapshot));
+        let uffds = all.into_values().filter(|one| one.what.contains("[userfaultfd]"));
+        let uffds = uffds.map(|one| one.fd).collect();
+        Ok(Estate { criu, staging, lazy, snapshot, uffds, will })
+    }
+}
+
+/// Ends those who wait behind this process: what they have would stay open.
+fn end_others(record: &Record) {
+    let own = process::this_process();
+    for (pid, started) in record.guards().into_iter().filter(|guard| *guard != own) {
+        let Ok(pidfd) = process::pidfd_open(pid) else { continue };
+        // Whoever the descriptor stands for: it was he after it had been opened.
+        if is_alive((pid, started)) {
+            let _ = process::pidfd_kill(&pidfd, libc::SIGKILL);
+            let _ = process::wait_readable(&[pidfd.as_fd()], None);
+        }
+    }
+}
+
+/// `ferry __guard pages JOURNAL WILL`: everybody before has been killed.
+///
+/// # Errors
+/// When what is left cannot be brought to an end.
+pub fn go_on(journal: &Path, will: RawFd) -> Result<()> {
+    let estate = Estate::take(will)?;
+    let mut journal = Journal::open(journal)?;
+    end_others(&journal.record);
+    let _held = hold(&mut journal, true)?;
+    match pages(journal.state()) {
+        Pages::Nothing => return Ok(()),
+        Pages::GoOn => {}
+        Pages::Discard => {
+            // It is CRIU's own code that may wait in them for memory, and keep it from giving up. Without
+            // anybody to answer, it does.
+            drop(estate);
+            return recover::destination_discards(&mut journal);
+        }
+    }
+    let _ = fault::point("successor.begin");
+    let (tell, events) = channel();
+    let mut guards = PageGuards::start(&journal, estate.will.clone());
+    let _ = guards.as_ref().inspect_err(|e| tracing::error!("{e:#}"));
+    let stage = Stage::default();
+    let filling = match Filling::start(estate, &journal.record, &stage, &tell, &mut guards) {
+        Ok(filling) => filling,
+        Err(e) => {
+            tracing::error!("{e:#}");
+            return recover::destination_discards(&mut journal);
+        }
+    };
+    let call = tell.clone();
+    settle::take_calls(&journal.record.work, move |c| call.send(Event::Call(c)).is_ok())?;
+    let _ = fault::point("successor.serving");
+    let (speaker, served) = match filling.wait(&journal.record, &events, &stage, &tell) {
+        End::Whole(speaker, served) => (speaker, served),
+        End::Lost(held) => {
+            let done = recover::destination_discards(&mut journal);
+            // Only now: closing them lets whoever still waits read zeros.
+            drop(held);
+            return done;
+        }
+    };
+    recover::note_all_in(&journal.record.work);
+    let kept = recover::destination_keeps(&mut journal);
+    if let Ok(guards) = guards {
+        guards.dismiss();
+    }
+    if let (Some(speaker), Ok(())) = (speaker, &kept) {
+        // Else it asks.
+        let _ = speaker.say(&Message::Whole(served));
+    }
+    kept
+}
+
+enum Event {
+    Call(Call),
+    Heard(Heard),
+    Want(i32, u64, usize),
+    Pages(Ended),
+    /// CRIU has come to its end.
+    Released,
+}
+
+enum End {
+    /// It runs with all of its memory; perhaps the source waits to hear of it.
+    Whole(Option<Speaker>, Served),
+    /// There is no such container, or it can never have its memory.
+    Lost(Vec<OwnedFd>),
+}
+
+/// A container whose memory comes in, while it is let run.
+struct Filling {
+    /// Something is still on the source.
+    lacks: bool,
+    served: Option<Served>,
+    running: bool,
+    link: Option<Speaker>,
+}
+
+impl Filling {
+    fn start(
+        estate: Estate,
+        record: &Record,
+        stage: &Stage,
+        tell: &Sender<Event>,
+        guards: &mut Result<PageGuards>,
+    ) -> Result<Filling> {
+        let Estate { will, criu, staging, lazy, snapshot, uffds } = estate;
+        let mut filling = Filling { lacks: false, served: None, running: false, link: None };
+        if will.read(Word::Done) == 0 {
+            let none = || anyhow!("who was killed had not come far enough for anybody to go on");
+            let left = Left {
+                snapshot: File::from(snapshot.ok_or_else(none)?),
+                staging: File::from(staging.ok_or_else(none)?),
+                lazy: UnixStream::from(lazy.ok_or_else(none)?),
+                uffds,
+            };
+            let (wanted, ended) = (tell.clone(), tell.clone());
+            let want = move |vpid, at, pages| drop(wanted.send(Event::Want(vpid, at, pages)));
+            let end = move |e| drop(ended.send(Event::Pages(e)));
+            let (intake, lacks) = serve::succeed(will, left, want, end)?;
+            stage.serve_by(intake);
+            filling.lacks = lacks;
+        } else {
+            filling.served = Some(Served::default());
+        }
+        let (record, tell) = (record.clone(), tell.clone());
+        let release = criu.as_ref().map(OwnedFd::try_clone).transpose()?;
+        if let (Ok(guards), Some(criu)) = (guards, criu) {
+            guards.take_criu(criu);
+        }
+        std::thread::Builder::new().name("release".into()).spawn(move || {
+            if let Some(criu) = release {
+                release_criu(&record, &criu);
+            }
+            criu::wait_for(&record.work);
+            let _ = tell.send(Event::Released);
+        })?;
+        Ok(filling)
+    }
+
+    fn wait(
+        mut self,
+        record: &Record,
+        events: &Receiver<Event>,
+        stage: &Stage,
+        tell: &Sender<Event>,
+    ) -> End {
+        let (current, backlog) = (Current::default(), Backlog::default());
+        // As long as the latest link is ours to use, whoever brought it waits.
+        let mut brought = None;
+        loop {
+            if let (true, Some(served)) = (self.running, self.served) {
+                drop(brought);
+                return End::Whole(self.link, served);
+            }
+            let Ok(event) = events.recv() else { return End::Lost(Vec::new()) };
+            match event {
+                Event::Released => {
+                    let alive = recover::restored_init(record).is_some_and(is_alive);
+                    if released(alive) == Released::Discard {
+                        return End::Lost(Vec::new());
+                    }
+                    self.running = true;
+                    let opened = recover::destination_opens(record);
+                    let _ = opened.inspect_err(|e| tracing::error!("{e:#}"));
+                }
+                Event::Pages(Ended { result: Ok(served), .. }) => self.served = Some(served),
+                Event::Pages(Ended { result: Err(e), held }) => {
+                    tracing::error!("not all of its memory can be put into the container: {e:#}");
+                    return End::Lost(held);
+                }
+                Event::Want(vpid, at, pages) => {
+                    // The next link is told of it anew.
+                    let told = |speaker: &mut Speaker| want(speaker, vpid, at, pages).is_ok();
+                    self.link = self.link.take_if(told);
+                }
+                Event::Heard(Heard::Gone(_)) => self.link = None,
+                Event::Heard(_) | Event::Call(Call::Lane(..)) => {}
+                Event::Call(Call::Verdict(_, reply)) => {
+                    let lacking = self.running && self.lacks && self.served.is_none();
+                    // Whoever asks may have gone.
+                    let _ = reply.send(if lacking { Standing::Partial } else { Standing::Waiting });
+                }
+                Event::Call(Call::Link(input, output, held)) => {
+                    let heard = tell.clone();
+                    let hear = move |h| heard.send(Event::Heard(h)).is_ok();
+                    let taken = connect::adopt(input, output).and_then(|new| {
+                        let (speaker, reader, _) = talk::split(new);
+                        intake::listen(reader, &speaker, stage, &current, &backlog, hear)?;
+                        say_missing(&speaker, stage)?;
+                        Ok(speaker)
+                    });
+                    // One that hears nothing comes again.
+                    let _ = taken.as_ref().inspect_err(|e| tracing::error!("a new link: {e:#}"));
+                    self.link = taken.ok();
+                    drop(brought.replace(held));
+                }
+            }
+        }
+    }
+}
+
+/// Lets a restored container run, which was to run when its Ferry was killed.
+fn release_criu(record: &Record, criu: &OwnedFd) {
+    // The same for whatever has not been woken yet; nothing of it is heard before the fence is open.
+    if let Some(cgroup) =
+        recover::restored_init(record).and_then(|(pid, _)| Cgroup::of_process(pid).ok())
+    {
+        mend::sockets(&cgroup);
+    }
+    // Whether it runs then can be seen.
+    if let Err(e) = carry_on(criu, CRIU_STEP) {
+        tracing::error!("CRIU, releasing the container: {e:#}");
+    }
+}
