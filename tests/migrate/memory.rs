@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::common::container::Container;
 use crate::common::facts::{exactly_one_copy, facts, pair};
 use crate::common::lab::{Host, LONG, Lab, SHORT};
-use crate::common::probe::{Probe, verify_inside};
+use crate::common::probe::Probe;
 use crate::common::process::{Output, Running, until, write_script};
 use crate::common::suite::in_lab;
 use crate::common::{Outcome, ensure};
@@ -191,6 +191,12 @@ fn a_killed_destination_is_followed(lab: &Lab) -> Outcome {
     let gone_on = "pgrep -f '^/proc/self/exe __guard pages' && pgrep -f '^__guard pages'";
     until("somebody has gone on, and others wait", SHORT, || {
         Ok((b.exec(&["sh", "-c", gone_on])?.code == 0).then_some(()))
+    })?;
+    // One of those who wait is replaced.
+    b.sh("kill -KILL $(pgrep -o -f '^__guard pages')")?;
+    until("two wait again", SHORT, || {
+        let waiting = b.exec(&["pgrep", "-c", "-f", "^__guard pages"])?;
+        Ok((waiting.out.trim() == "2").then_some(()))
     })?;
     b.sh("kill -KILL $(pgrep -f '^/proc/self/exe __guard pages')")?;
     let report = report(&running.end(LONG)?.exits(0)?)?;

@@ -7,13 +7,13 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::ready::want;
 use super::{Guest, Input, Inputs, RESTORE_LIMIT};
 use crate::criu::images::{self, PagemapEntry};
 use crate::memory::compare::{Comparison, await_pages};
 use crate::memory::digest::{Digester, Record, STREAM, random_seed};
 use crate::migration::protocol::Message;
 use crate::migration::protocol::talk::{Heard, Speaker};
+use crate::migration::transfer::intake::want;
 use crate::oci::cgroup::Cgroup;
 use crate::sys::fault;
 use crate::tasks::held::of_first_space;

@@ -368,10 +368,15 @@ impl Filling {
                 }
                 Event::Heard(Heard::Gone(_)) => self.link = None,
                 Event::Heard(_) | Event::Call(Call::Lane(..)) => {}
-                Event::Call(Call::Verdict(_, reply)) => {
-                    let lacking = self.running && self.lacks && self.served.is_none();
-                    // Whoever asks may have gone.
-                    let _ = reply.send(if lacking { Standing::Partial } else { Standing::Waiting });
+                Event::Call(Call::Verdict(verdict, reply)) => {
+                    let heard = verdict.map_or(decide::Event::Asked, decide::Event::Verdict);
+                    let lacking = self.lacks && self.served.is_none();
+                    // Whole it is when the journal says so.
+                    let phase = Phase::Started { running: self.running, whole: false, lacking };
+                    if let (_, Some(standing)) = hear(phase, heard) {
+                        // Whoever asks may have gone.
+                        let _ = reply.send(standing);
+                    }
                 }
                 Event::Call(Call::Link(input, output, held)) => {
                     let heard = tell.clone();
