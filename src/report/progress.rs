@@ -143,9 +143,20 @@ pub struct Report {
     pub source: Vec<Mark>,
     /// Moments on the destination, milliseconds since it had all images.
     pub arrival: Vec<(String, f64)>,
+    /// What is not as it was before, or may not be.
+    pub changed: Vec<Changed>,
     /// What failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+}
+
+/// A [`Problem`] that did not stand in the way.
+#[derive(Clone, Debug, Serialize)]
+pub struct Changed {
+    /// What it is.
+    pub what: String,
+    /// Whom or what it concerns.
+    pub detail: String,
 }
 
 /// Milliseconds that CRIU took in the freeze: what no tool that uses it can be quicker than.
@@ -343,6 +354,8 @@ impl Reporter {
         if !self.quiet {
             self.warn(&problem.to_string(), &problem.hint);
         }
+        let Problem { what, why, .. } = &problem;
+        self.report.changed.push(Changed { what: what.clone(), detail: why.clone() });
         self.warnings.push(problem);
     }
 

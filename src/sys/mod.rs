@@ -23,6 +23,7 @@ pub(crate) mod netlink;
 pub mod netns;
 pub mod packet;
 pub(crate) mod process;
+pub(crate) mod protection;
 pub(crate) mod sched;
 pub(crate) mod scm;
 pub(crate) mod seccomp;

@@ -59,6 +59,20 @@ pub fn in_new_session(command: &mut Command) {
     }
 }
 
+/// Has a command begin with a session keyring of its own, and an empty one: what it runs is not to possess
+/// the keys of whoever is logged in. keyctl(2), `KEYCTL_JOIN_SESSION_KEYRING`
+pub fn with_own_keyring(command: &mut Command) {
+    const JOIN_SESSION_KEYRING: libc::c_long = 1;
+    // SAFETY: a system call without a pointer, as the name is null.
+    unsafe {
+        command.pre_exec(|| {
+            // Kernels without keys have none to be possessed.
+            libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, 0, 0, 0, 0);
+            Ok(())
+        });
+    }
+}
+
 /// Makes `target` the same open file as `fd`, kept over exec. dup2(2).
 pub fn dup_onto(fd: impl AsFd, target: RawFd) -> io::Result<()> {
     // SAFETY: plain numbers; the shim that calls this owns the target number.

@@ -8,5 +8,6 @@ pub mod locks;
 pub(crate) mod losses;
 pub(crate) mod mend;
 pub(crate) mod sequences;
+pub mod settings;
 pub(crate) mod sleepers;
 pub(crate) mod watched;

@@ -25,6 +25,7 @@ pub fn trials() -> Vec<Trial> {
         in_lab("moves::networked_to_and_fro", LIMIT, networked_to_and_fro),
         in_lab("moves::threads_and_changing_memory", LIMIT, threads_and_changing_memory),
         in_lab("moves::several_processes", LIMIT, several_processes),
+        in_lab("moves::settings_of_threads", LIMIT, settings_of_threads),
         in_lab("moves::read_only_root", LIMIT, read_only_root),
         in_lab("moves::files", LIMIT, files),
         in_lab("moves::away_mark", LIMIT, away_mark),
@@ -272,6 +273,42 @@ fn several_processes(lab: &Lab) -> Outcome {
     ensure!(count(&b)? == before, "{before} processes went, {} came", count(&b)?);
     std::fs::write(again, "").map_err(|e| e.to_string())?;
     client.end(Duration::from_secs(40))?.ok().map(drop)
+}
+
+/// A thread is given a CPU, an I/O priority and a timer slack of its own, from outside.
+fn settings_of_threads(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::plain("counter").with(&["--arg", "--threads", "--arg", "2"]);
+    container.start(lab, &a)?;
+    let look = |host: &Host, deed: &str| {
+        host.sh(&format!(
+            "pid=$(runc state box | grep -o '\"pid\": [0-9]*' | grep -o '[0-9]*')
+             for thread in /proc/$pid/task/*; do thread=${{thread##*/}}; {deed}; done
+             for thread in /proc/$pid/task/*; do
+                 grep Cpus_allowed_list $thread/status
+                 ionice -p ${{thread##*/}}
+                 cat /proc/${{thread##*/}}/timerslack_ns
+             done"
+        ))
+    };
+    // All but the first.
+    let deed = "[ $thread = $pid ] || {
+        taskset -pc 0 $thread; ionice -c 2 -n 7 -p $thread; echo 123456 >/proc/$thread/timerslack_ns
+    } >/dev/null";
+    let before = look(&a, deed)?;
+    ensure!(before.matches("123456").count() == 2, "{before}");
+    let said = a.ferry(&["migrate", "--json", "--verify", "box", "b"])?.exits(0)?;
+    ensure!(!said.out.contains("bound to"), "{said}");
+    exactly_one_copy(&container, &b, &a)?;
+    let after = look(&b, ":")?;
+    // Over there their numbers may be in another order.
+    let sorted = |text: &str| {
+        let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+        lines.sort();
+        lines
+    };
+    ensure!(sorted(&after) == sorted(&before), "before:\n{before}\nafter:\n{after}");
+    Ok(())
 }
 
 /// What is written goes on where it was: in the root, in a tmpfs, in a bind mount.

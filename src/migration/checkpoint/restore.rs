@@ -174,6 +174,7 @@ fn run(
     }
     plan.interposer.configure(&mut command);
     process::in_new_session(&mut command);
+    process::with_own_keyring(&mut command);
     let mut child = command
         .spawn()
         .with_context(|| format!("cannot run {}", plan.runtime.program().display()))?;

@@ -49,6 +49,7 @@ use crate::files::tmpfs::Mounted;
 use crate::memory::serve::{Ended, Server};
 use crate::memory::staging::Staging;
 use crate::oci::runtime::Runtime;
+use crate::problem::Problem;
 use crate::report::exit::Told;
 use crate::sys::memory::PAGE;
 use crate::sys::{fault, process};
@@ -299,6 +300,8 @@ struct Guest {
     /// Connections that come, and those that have.
     landing: Option<Landing>,
     landed: Option<Landed>,
+    /// What is not as it was on the source, to be told.
+    changed: Vec<Problem>,
     images: Images,
     lanes: Vec<UnixStream>,
     backlog: Backlog,
@@ -371,6 +374,7 @@ impl Guest {
             tmpfs: None,
             landing: None,
             landed: None,
+            changed: Vec::new(),
             images,
             lanes: Vec::new(),
             backlog,

@@ -33,6 +33,7 @@ use crate::oci::warm::Warm;
 use crate::sys::netns::NetNs;
 use crate::sys::{fault, process};
 use crate::tasks::locks::{self, Held};
+use crate::tasks::settings;
 use crate::transport::connect;
 use crate::transport::frame::Frame;
 
@@ -63,7 +64,7 @@ impl Guest {
             self.take_files(tell)?;
         }
         let (mut dumped, mut memory_done, mut restored) = (None, false, false);
-        let (mut warm, mut came, mut held) = (None, 0, Vec::new());
+        let (mut warm, mut came, mut held, mut set) = (None, 0, Vec::new(), Vec::new());
         while !restored {
             match inputs.next(SILENCE)? {
                 Input::Restore(RestoreEvent::AtRequest) => {
@@ -93,14 +94,25 @@ impl Guest {
                     self.await_connections(list, tell)?;
                 }
                 Input::Awaited(lacking) => speaker.say(&Message::Awaited { lacking })?,
-                Input::Heard(Heard::Message(Message::Dumped { tasks, connections, locks })) => {
-                    if tasks.len() > MAX_TASKS || locks.len() > locks::MOST {
-                        bail!("a container of {} tasks, {} locks", tasks.len(), locks.len());
+                Input::Heard(Heard::Message(Message::Dumped {
+                    tasks,
+                    connections,
+                    locks,
+                    settings,
+                })) => {
+                    let too_many = locks.len() > locks::MOST || settings.len() > settings::MOST;
+                    if tasks.len() > MAX_TASKS || too_many {
+                        bail!(
+                            "a container of {} tasks, {} locks, {} settings",
+                            tasks.len(),
+                            locks.len(),
+                            settings.len()
+                        );
                     }
                     fault::point("destination.restore")?;
                     self.begin_restore()?;
                     dumped = Some(tasks);
-                    (came, held) = (connections, locks);
+                    (came, held, set) = (connections, locks, settings);
                 }
                 Input::Heard(Heard::Message(Message::MemoryDone { left })) => {
                     self.left = left;
@@ -113,6 +125,7 @@ impl Guest {
                     self.mark("restored");
                     self.land_connections(pid, came)?;
                     self.hold_locks(pid, &held)?;
+                    self.changed = settings::set(&Cgroup::of_process(pid)?.processes()?, &set)?;
                     fault::point("destination.restored")?;
                     restored = true;
                     drop(warm.take());

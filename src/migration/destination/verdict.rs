@@ -161,6 +161,7 @@ impl Guest {
                         pid: self.journal.record.init.map_or(0, |i| i.0),
                         marks: self.marks.clone(),
                         packets: self.network.replayed,
+                        changed: std::mem::take(&mut self.changed),
                     };
                     link &= speaker.say(&Message::Running(Box::new(arrival))).is_ok();
                     if !synced {

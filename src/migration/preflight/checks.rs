@@ -18,8 +18,9 @@ use crate::oci::bundle::Bundle;
 use crate::oci::runtime::Runtime;
 use crate::problem::Problem;
 use crate::sys::netns::NetNs;
-use crate::sys::tmpfs;
+use crate::sys::{sched, tmpfs};
 use crate::tasks::losses::{limits, tasks};
+use crate::tasks::settings;
 
 /// Memory that must be left when the container has arrived.
 const RESERVE: u64 = 64 << 20;
@@ -70,6 +71,7 @@ fn problems(
     }
     machine(plan, &mut found);
     found.extend(tasks::missing_profiles(&plan.apparmor));
+    found.extend(settings::lacking(&plan.bound_cpus, &sched::online_cpus()));
     found.extend(limits::missing_systemd(plan.systemd_cgroup));
     match runtime.state(&plan.container) {
         Ok(None) => {}

@@ -37,7 +37,7 @@ use crate::sys::mntns;
 use crate::sys::netns::NetNs;
 use crate::sys::process::{self, proc_text};
 use crate::tasks::losses::Scene;
-use crate::tasks::{descriptors, imaged, locks, losses as preflight};
+use crate::tasks::{descriptors, imaged, locks, losses as preflight, settings};
 
 /// A container that could go, looked at from all sides.
 pub struct Subject {
@@ -128,7 +128,8 @@ pub fn inspect(runtime: &Runtime, wishes: &Wishes) -> Result<Subject, Vec<Proble
     problems.extend(locks::problems(&tasks));
     let (scene, bundle) = (Scene { init: state.pid, tasks: &tasks }, Bundle::load(&state.bundle));
     let found = preflight::problems(scene, bundle.ok().as_ref());
-    let (found, warnings): (Vec<_>, Vec<_>) = found.into_iter().partition(|p| p.fatal);
+    let (found, mut warnings): (Vec<_>, Vec<_>) = found.into_iter().partition(|p| p.fatal);
+    warnings.extend(preflight::tasks::session_keys(&wishes.container));
     problems.extend(found);
     match look(runtime, wishes, state) {
         Ok(subject) if problems.is_empty() => return Ok(Subject { warnings, ..subject }),
@@ -283,6 +284,7 @@ fn look(runtime: &Runtime, wishes: &Wishes, state: State) -> Result<Subject> {
         config: bundle.config.clone(),
         root: wishes.root.clone(),
         systemd_cgroup: wishes.systemd_cgroup || preflight::limits::by_systemd(&cgroup, &bundle),
+        bound_cpus: settings::bound_cpus(&settings::look(state.pid, &cgroup.processes()?)?),
         apparmor: preflight::tasks::apparmor_profiles(&cgroup.processes()?),
         streams,
         console_socket: wishes.console_socket.clone(),

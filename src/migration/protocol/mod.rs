@@ -65,6 +65,7 @@ use crate::oci::bundle::Bundle;
 use crate::problem::Problem;
 use crate::report::log;
 use crate::tasks::locks::Held;
+use crate::tasks::settings::Setting;
 use crate::transport::frame;
 
 /// Version of this protocol: both sides must speak the same one.
@@ -160,6 +161,8 @@ pub enum Message {
         connections: usize,
         /// The file locks that the tasks hold.
         locks: Vec<Held>,
+        /// What they have set for themselves with the kernel.
+        settings: Vec<Setting>,
     },
     /// Both ways, at any time: sent back as it came. Says nothing about who owns the container.
     Echo {
@@ -333,6 +336,9 @@ pub struct Plan {
     pub root: Option<PathBuf>,
     /// The runtime's `--systemd-cgroup`.
     pub systemd_cgroup: bool,
+    /// CPUs that threads are bound to.
+    #[serde(default)]
+    pub bound_cpus: Vec<String>,
     /// AppArmor profiles of its tasks.
     #[serde(default)]
     pub apparmor: Vec<String>,
@@ -471,6 +477,9 @@ pub struct Arrival {
     pub marks: Vec<(String, f64)>,
     /// Packets replayed so far.
     pub packets: u64,
+    /// What is not as it was.
+    #[serde(default)]
+    pub changed: Vec<Problem>,
 }
 
 /// Sends a control message and whatever was buffered before it.
@@ -517,6 +526,7 @@ impl Plan {
             bail!("the bundle's path must be absolute");
         }
         if self.streams.len() > 3
+            || self.bound_cpus.len() > MAX_PROBES
             || self.probes.len() > MAX_PROBES
             || self.parents.len() > MAX_PARENTS
         {

@@ -145,6 +145,7 @@ impl Committed {
                     reporter.report.frozen_ms =
                         begun.frozen_since.map(|s| s.elapsed().as_secs_f64() * 1000.0);
                     reporter.report.arrival = arrival.marks;
+                    arrival.changed.into_iter().for_each(|problem| reporter.problem(problem));
                     // What is frozen here stays until the last page is in over there.
                     begun.inputs.until(WHOLE_LIMIT);
                 }

@@ -25,7 +25,7 @@ use crate::problem::Problem;
 use crate::report::progress::Reporter;
 use crate::sys::{fault, process};
 use crate::tasks::losses::{Scene, strangers};
-use crate::tasks::{aio, descriptors, locks};
+use crate::tasks::{aio, descriptors, locks, settings};
 use crate::transport::frame;
 use crate::transport::pace::Pace;
 
@@ -52,6 +52,8 @@ impl Begun {
         let processes = self.subject.cgroup.processes()?;
         // Since it was looked at.
         aio::problem(&aio::rings(&processes)).map_or(Ok(()), Err)?;
+        // As late as they can be asked.
+        self.settings = settings::ask(&processes)?;
         self.speaker.say(&Message::Freezing)?;
         descriptors::warm(&processes);
         self.early = Some(Early::start(self.work.images(), self.speaker.clone())?);
@@ -111,6 +113,7 @@ impl Begun {
             return Err(problem.into());
         }
         self.locks = locks.into_iter().map(|found| found.held).collect();
+        self.settings.extend(settings::look(self.subject.state.pid, &pids)?);
         let (mut dumped, mut hauled) = (false, self.haul.is_none());
         self.inputs.awaited = Awaited::Dump;
         while !(dumped && hauled) {
@@ -161,8 +164,10 @@ impl Begun {
         let lifted = lifted.as_mut().map(Lifted::sent).transpose()?;
         reporter.report.connections = lifted;
         let tasks = tasks.iter().map(|t| t.vpid).collect();
-        let (connections, locks) = (lifted.unwrap_or(0), std::mem::take(&mut self.locks));
-        self.speaker.say(&Message::Dumped { tasks, connections, locks })?;
+        let (locks, settings) =
+            (std::mem::take(&mut self.locks), std::mem::take(&mut self.settings));
+        let connections = lifted.unwrap_or(0);
+        self.speaker.say(&Message::Dumped { tasks, connections, locks, settings })?;
         reporter.mark("images are sent");
         Ok(())
     }

@@ -62,6 +62,7 @@ use crate::sys::netns::NetNs;
 use crate::sys::{arch, fault, process};
 use crate::tasks::locks::Held;
 use crate::tasks::mend::Watch;
+use crate::tasks::settings::Setting;
 use crate::tasks::watched;
 use crate::transport::connect::Closer;
 use crate::transport::frame::{Frame, Run};
@@ -180,6 +181,8 @@ struct Begun {
     early: Option<Early>,
     /// The file locks that the frozen tasks hold.
     locks: Vec<Held>,
+    /// What they have set for themselves with the kernel.
+    settings: Vec<Setting>,
     memory_wishes: carry::Wishes,
     /// Further links for memory.
     lanes: Vec<Lane>,
@@ -264,6 +267,7 @@ impl Begun {
             haul: None,
             early: None,
             locks: Vec::new(),
+            settings: Vec::new(),
             memory_wishes: options.memory.clone(),
             lanes: Vec::new(),
             left: 0,

@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use super::{Scene, field, who};
+use super::{Scene, who};
 use crate::problem::Problem;
 use crate::sys::process;
 use crate::tasks::descriptors::MAX_NAMELESS;
@@ -40,7 +40,6 @@ pub fn problems(scene: Scene<'_>) -> Vec<Problem> {
         most = most.max((own, pid));
         found.extend(not_to_be_entered(&maps).map(|name| entered(pid, name)));
         found.extend(nameless(pid, &maps));
-        found.extend(locked(pid));
     }
     found.extend(space(reserved, most));
     found
@@ -135,29 +134,15 @@ fn space(all: u64, (most, pid): (u64, i32)) -> Option<Problem> {
     Some(if all > MOST { problem } else { problem.warning() })
 }
 
-/// A process that has locked all its memory: what it gets from now on is not locked any more there.
-fn locked(pid: i32) -> Option<Problem> {
-    let status = process::proc_text(pid, "status").ok()?;
-    let kib = |name: &str| -> Option<u64> { field(&status, name)?.split(' ').next()?.parse().ok() };
-    let (locked, text) = (kib("VmLck")?, kib("VmExe")?);
-    // Whoever locks its keys or its buffers has not locked its program.
-    (locked > 0 && locked >= text && first_is_locked(pid)).then(|| {
-        Problem::new(
-            "memory that the container gets later is not locked any more over there (mlockall)",
-            format!("{} has locked all of its own; CRIU does not carry MCL_FUTURE", who(pid)),
-        )
-        .warning()
-    })
-}
-
-/// Whether the first mapping, which is the program's, is locked. proc_pid_smaps(5)
-fn first_is_locked(pid: i32) -> bool {
+/// Whether the first mapping, which is the program's, has a flag: `lo` where it is locked, `lf` where a
+/// page is only when it is touched. proc_pid_smaps(5)
+pub(crate) fn first_is_locked(pid: i32, flag: &str) -> bool {
     use std::io::Read;
     let mut text = [0; 2048];
     let read = fs::File::open(format!("/proc/{pid}/smaps")).and_then(|mut f| f.read(&mut text));
     let text = String::from_utf8_lossy(&text[..read.unwrap_or(0)]).into_owned();
     let flags = text.lines().find_map(|line| line.strip_prefix("VmFlags:"));
-    flags.is_some_and(|flags| flags.split_ascii_whitespace().any(|flag| flag == "lo"))
+    flags.is_some_and(|flags| flags.split_ascii_whitespace().any(|has| has == flag))
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 
-use super::{aio, sleepers};
+use super::{aio, settings, sleepers};
 use crate::oci::bundle::Bundle;
 use crate::problem::Problem;
 use crate::sys::process;
@@ -60,6 +60,7 @@ pub fn problems(scene: Scene<'_>, bundle: Option<&Bundle>) -> Vec<Problem> {
     found.extend(files::problems(scene, &open));
     found.extend(sockets::problems(scene, &open));
     found.extend(memory::problems(scene));
+    found.extend(settings::problem(scene.tasks));
     let mounts = process::proc_text(scene.init, "mountinfo").unwrap_or_default();
     let bound = bundle.map(Bundle::bind_mounts).unwrap_or_default();
     let bound: Vec<PathBuf> = bound.into_iter().map(|mount| mount.destination).collect();
@@ -91,7 +92,7 @@ fn directory_in(root: &Path, place: &Path) -> Option<OwnedFd> {
 }
 
 /// The value of a line of `/proc/PID/status`. proc_pid_status(5)
-fn field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
+pub(crate) fn field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
     status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
 }
 

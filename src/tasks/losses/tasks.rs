@@ -1,4 +1,4 @@
-//! What belongs to the tasks themselves: who traces them, where they stand, how they are scheduled.
+//! What belongs to the tasks themselves: who traces and who judges them, and where they stand.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -7,10 +7,8 @@ use std::path::{Path, PathBuf};
 use super::{Scene, field, named, who};
 use crate::oci::bundle::Bundle;
 use crate::problem::Problem;
-use crate::sys::{inject, process, sched};
+use crate::sys::{inject, process};
 
-/// What every process has that nobody has changed. proc_pid_timerslack_ns(5)
-const TIMER_SLACK: &str = "50000";
 /// Namespaces that CRIU carries only where the whole container has the same.
 const WHOLE: [&str; 6] = ["user", "pid", "ipc", "uts", "cgroup", "time"];
 
@@ -24,8 +22,9 @@ pub fn problems(scene: Scene<'_>, bundle: Option<&Bundle>) -> Vec<Problem> {
     found.extend(elsewhere(scene));
     if let Some(bundle) = bundle {
         found.extend(sandboxed(&threads, bundle));
+        found.extend(supervised(bundle));
     }
-    found.extend(scheduling(scene, &threads));
+    found.extend(memory_policy(&threads));
     found.extend(terminal(scene));
     found
 }
@@ -177,42 +176,89 @@ fn by_itself(status: &str) -> bool {
     field(status, "NoNewPrivs") == Some("1") && field(status, "Seccomp") == Some("0")
 }
 
-/// What is not as it was for the scheduler over there.
-fn scheduling(scene: Scene<'_>, threads: &Threads) -> Option<Problem> {
-    // What all have who change nothing: most of them, and the first, say so.
-    let allowed = allowed_cpus(scene.init);
+/// Where memory is to come from: NUMA nodes, by threads and by mappings. set_mempolicy(2), mbind(2)
+fn memory_policy(threads: &Threads) -> Option<Problem> {
+    // Looking at all mappings takes as long as looking at all of their pages.
+    let nodes = fs::read_to_string("/sys/devices/system/node/online").unwrap_or_default();
+    let several = !["0", ""].contains(&nodes.trim());
     let mut words: Vec<String> = Vec::new();
-    let mut seen = HashSet::new();
-    for (pid, tid, status) in threads {
-        let mut changed = Vec::new();
-        let cpus = field(status, "Cpus_allowed_list").unwrap_or_default();
-        if allowed.as_deref().is_some_and(|allowed| allowed != cpus) {
-            changed.push(format!("runs on CPUs {cpus} only"));
-        }
-        changed.extend(match sched::io_class(*tid) {
-            Ok(sched::REALTIME) => Some("has an I/O priority".to_owned()),
-            Ok(sched::IDLE) => Some("has the lowest I/O priority".to_owned()),
-            _ => None,
-        });
-        let slack = process::proc_text(*tid, "timerslack_ns").unwrap_or_default();
-        let slack = slack.trim();
-        // None at all is a real-time task's.
-        if !["", "0", TIMER_SLACK].contains(&slack) {
-            changed.push(format!("has a timer slack of {slack} ns"));
-        }
-        if !changed.is_empty() && seen.insert(*pid) {
-            words.push(format!("{} {}", who(*pid), changed.join(" and ")));
-        }
+    for (pid, tid, _) in threads {
+        let whole = several && pid == tid;
+        let text = head(&format!("/proc/{pid}/task/{tid}/numa_maps"), whole);
+        words.extend(policy(&text).map(|policy| format!("{} has {policy}", who(*pid))));
+        words.dedup();
     }
     (!words.is_empty()).then(|| {
-        Problem::new("CPU affinity, I/O priority and timer slack are not carried", named(&words))
-            .hint("over there: taskset, ionice; or cpuset in the container's config.json")
+        Problem::new("where memory comes from (NUMA policy) is not carried", named(&words))
+            .hint("over there: cpuset.mems in config.json; or start it anew with numactl")
             .warning()
     })
 }
 
+/// The first line of a file of the kernel's, or all of them.
+fn head(path: &str, whole: bool) -> String {
+    use std::io::Read;
+    let limit = if whole { 64 << 20 } else { 512 };
+    let mut bytes = Vec::new();
+    // Whoever has ended meanwhile has none.
+    let _ = fs::File::open(path).and_then(|file| file.take(limit).read_to_end(&mut bytes));
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    if whole { text } else { text.lines().next().unwrap_or_default().to_owned() }
+}
+
+/// The first policy that is not the usual one, in lines of `numa_maps`: `ADDRESS POLICY …`. numa(7)
+fn policy(text: &str) -> Option<&str> {
+    let policies = text.lines().filter_map(|line| line.split(' ').nth(1));
+    policies.into_iter().find(|policy| !["default", ""].contains(policy))
+}
+
+/// Programs whose system calls somebody outside judges, by the configuration. The kernel tells of no
+/// listener but by its descriptor. seccomp_unotify(2)
+fn supervised(bundle: &Bundle) -> Option<Problem> {
+    let filter = &bundle.config["linux"]["seccomp"];
+    let asks = |action: &serde_json::Value| action == "SCMP_ACT_NOTIFY";
+    let rules = filter["syscalls"].as_array().into_iter().flatten();
+    let asked = asks(&filter["defaultAction"]) || rules.into_iter().any(|r| asks(&r["action"]));
+    asked.then(|| {
+        Problem::new(
+            "the container's system calls are supervised from outside (seccomp notification)",
+            "its supervisor would hear of none over there, and the calls would fail",
+        )
+        .hint("linux.seccomp in config.json, without SCMP_ACT_NOTIFY")
+    })
+}
+
+/// Keys of the session keyring that the runtime has made for the container. keyrings(7)
+pub fn session_keys(container: &str) -> Option<Problem> {
+    // Those that we may see: ours, as root.
+    let text = fs::read_to_string("/proc/keys").unwrap_or_default();
+    let count = keys_in(&text, &format!("_ses.{container}"))?;
+    Some(
+        Problem::new(
+            "keys of the container's session keyring do not come along",
+            format!("there are {count} in it; over there it is a new one"),
+        )
+        .hint("have the program add them again over there")
+        .warning(),
+    )
+}
+
+/// How many keys there are in a keyring, if any, by the text of `/proc/keys`.
+fn keys_in(text: &str, name: &str) -> Option<u64> {
+    let list = text.lines().filter_map(|line| {
+        // Serial, flags, uses, expiry, permissions, owner, group, type, description: that of a key is
+        // anybody's choice.
+        let mut fields = line.split_ascii_whitespace();
+        let is_keyring = fields.nth(7)? == "keyring";
+        let is_named = fields.next()?.strip_suffix(':') == Some(name);
+        let count = fields.next()?.parse().ok()?;
+        (is_keyring && is_named).then_some(count)
+    });
+    list.filter(|count| *count > 0).max()
+}
+
 /// The CPUs that a task of the container has by itself: its group's, or all.
-fn allowed_cpus(init: i32) -> Option<String> {
+pub(crate) fn allowed_cpus(init: i32) -> Option<String> {
     let read = |path: &Path| fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
     let group = group(init)?;
     let inside = Path::new("/sys/fs/cgroup").join(group.strip_prefix("/").ok()?);
@@ -303,6 +349,20 @@ mod tests {
         assert_eq!(missing(&wanted, "a (b) (enforce)\nd (complain)\n"), ["c"]);
         assert_eq!(missing_profiles(&[]), None);
         assert!(missing_profiles(&["no-such-profile".to_owned()]).is_some_and(|p| p.fatal));
+    }
+
+    #[test]
+    fn policies_and_keys_are_read() {
+        let usual = "55d0 default file=/x mapped=2 N0=2\n7f00 default anon=1\n";
+        assert_eq!(policy(usual), None);
+        assert_eq!(policy(&format!("{usual}7f10 bind:0-1 anon=1 bind:2\n")), Some("bind:0-1"));
+        assert_eq!(policy(""), None);
+        let keys = "\
+            1c2d3e4f I--Q---     3 perm 3f030000     0     0 keyring   _ses.box: 2\n\
+            1c2d3e50 I--Q---     3 perm 3f030000     0     0 keyring   _ses.bo: empty\n\
+            1c2d3e51 I--Q---     1 perm 3f010000     0     0 user      a keyring _ses.b: 3\n";
+        assert_eq!(keys_in(keys, "_ses.box"), Some(2));
+        assert_eq!((keys_in(keys, "_ses.bo"), keys_in(keys, "_ses.b")), (None, None));
     }
 
     #[test]
