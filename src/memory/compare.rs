@@ -40,6 +40,23 @@ struct Own {
     reader: Reader,
     /// What it has mapped privately.
     mapped: Vec<(u64, u64)>,
+    /// Of that, files: first byte, one past the last, and where in the file the first is.
+    files: Vec<(u64, u64, u64)>,
+}
+
+impl Own {
+    /// What a page is where nobody has written to it: zeros, or the file's. CRIU makes some of a file's
+    /// pages the task's own, such as locked ones.
+    fn untouched(&self, at: u64) -> Result<[u8; PAGE]> {
+        let mut page = [0; PAGE];
+        let file = self.files.iter().find(|(start, end, _)| (*start..*end).contains(&at));
+        if let Some((start, end, offset)) = file {
+            let path = format!("/proc/{}/map_files/{start:x}-{end:x}", self.pid);
+            let file = File::open(&path).with_context(|| format!("cannot open {path}"))?;
+            read_padded(&file, &mut page, offset + (at - start))?;
+        }
+        Ok(page)
+    }
 }
 
 #[derive(Debug)]
@@ -85,9 +102,12 @@ impl Comparison {
         for task in tasks {
             let text = proc_text(task.pid, "maps")?;
             let private = maps::parse(&text).filter(|m| !m.is_shared() && !is_kernels(m));
-            let mapped = private.map(|m| (m.start, m.end)).collect();
+            let private: Vec<_> = private.collect();
+            let mapped = private.iter().map(|m| (m.start, m.end)).collect();
+            let files = private.iter().filter(|m| m.inode != 0);
+            let files = files.map(|m| (m.start, m.end, m.offset)).collect();
             let reader = Reader::open(task.pid)?;
-            all.insert(task.vpid, Own { pid: task.pid, reader, mapped });
+            all.insert(task.vpid, Own { pid: task.pid, reader, mapped, files });
         }
         let found = Differences::default();
         Ok(Comparison { digester, tasks: all, open: Open::Nothing, pages: 0, found })
@@ -210,7 +230,7 @@ impl Comparison {
         Ok(())
     }
 
-    /// What is here and was not told must be zeros.
+    /// What is here and was not told must be as if nobody had written to it.
     fn close(&mut self) -> Result<()> {
         match std::mem::replace(&mut self.open, Open::Nothing) {
             Open::Nothing => {}
@@ -223,8 +243,10 @@ impl Comparison {
                     let bytes = &mut buffer[..count * PAGE];
                     own.reader.read(&[(at, count)], bytes, |_| {})?;
                     for (at, page) in (at..).step_by(PAGE).zip(bytes.chunks_exact_mut(PAGE)) {
+                        let mut untouched = own.untouched(at)?;
                         self.digester.mask(vpid, at, page);
-                        differ.extend(page.iter().any(|byte| *byte != 0).then_some(at));
+                        self.digester.mask(vpid, at, &mut untouched);
+                        differ.extend((*page != untouched[..]).then_some(at));
                     }
                 }
                 differ.into_iter().for_each(|at| self.differs(vpid, at));
@@ -428,6 +450,31 @@ mod tests {
         let mut other = Comparison::new(&[task], digester()).unwrap();
         assert!(other.take(records).unwrap());
         assert!(other.verdict().is_err());
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn what_is_the_files_may_be_the_tasks_own() {
+        let (mut child, task) = idle();
+        let digester = || Digester::new(5, &[]).unwrap();
+        let records = told(task, &digester());
+        // The last page of its code: read-only, and so far nobody's but the file's.
+        let text = proc_text(task.pid, "maps").unwrap();
+        let code = maps::parse(&text).find(|m| m.inode != 0 && m.perms == "r-xp").unwrap();
+        let at = code.end - PAGE as u64 + 7;
+        let path = format!("/proc/{}/mem", task.pid);
+        let memory = File::options().read(true).write(true).open(path).unwrap();
+        let mut byte = [0];
+        memory.read_exact_at(&mut byte, at).unwrap();
+        let compared = |byte: u8| {
+            memory.write_all_at(&[byte], at).unwrap();
+            let mut other = Comparison::new(&[task], digester()).unwrap();
+            assert!(other.take(records.clone()).unwrap());
+            other.verdict()
+        };
+        assert!(compared(byte[0]).is_ok());
+        assert!(compared(!byte[0]).is_err());
         child.kill().unwrap();
         child.wait().unwrap();
     }

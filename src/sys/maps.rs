@@ -12,6 +12,8 @@ pub struct Mapping<'a> {
     pub end: u64,
     /// Four letters: `r`, `w`, `x`, and `s` for shared or `p` for private.
     pub perms: &'a str,
+    /// Where in the file its first byte is.
+    pub offset: u64,
     /// Of the file; 0 where there is none.
     pub inode: u64,
     /// The file's path, something in brackets, or nothing.
@@ -27,9 +29,10 @@ impl<'a> Mapping<'a> {
         let number = |text| u64::from_str_radix(text, 16).ok();
         let (start, end) = (number(start)?, number(end)?);
         let perms = parts.next().filter(|perms| perms.len() == 4)?;
-        let inode = parts.nth(2)?.parse().ok()?;
+        let offset = number(parts.next()?)?;
+        let inode = parts.nth(1)?.parse().ok()?;
         let name = parts.next().unwrap_or_default().trim_start_matches(' ');
-        (start < end).then_some(Mapping { start, end, perms, inode, name })
+        (start < end).then_some(Mapping { start, end, perms, offset, inode, name })
     }
 
     /// Whether it is the kernel's own, of that name in brackets.
