@@ -1,6 +1,6 @@
 //! The decisions of the hand-over: which of the two hosts runs the container, told from the states
 //! that its processes and journals can be in. Pure functions, one for each of those who decide; what
-//! acts, calls exactly these.
+//! acts, calls exactly these, and `explore` tries them against each other, whatever dies or is lost.
 //!
 //! ```text
 //! who                                   decides by              from
@@ -24,6 +24,8 @@
 //!   but where a copy that may have run is lost: whether time may go back, an operator says.
 
 mod destination;
+#[cfg(test)]
+mod explore;
 mod resolve;
 mod source;
 

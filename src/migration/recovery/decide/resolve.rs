@@ -12,7 +12,7 @@ use crate::migration::journal::State;
 use crate::migration::protocol::{Standing, Verdict};
 
 /// The container's tasks on the source.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Tasks {
     /// They are there: frozen, or running.
     Here,
@@ -25,7 +25,7 @@ pub enum Tasks {
 }
 
 /// What the destination says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum There {
     /// Nobody has asked.
     Unasked,
@@ -36,7 +36,7 @@ pub enum There {
 }
 
 /// The operator's word.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Word {
     /// This host owns the container.
     Keep,
