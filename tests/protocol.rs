@@ -22,6 +22,7 @@ use ferry::problem::Advice;
 use ferry::problem::Problem;
 use ferry::sys::locks::{FileLock, Kind};
 use ferry::tasks::locks::Held;
+use ferry::tasks::settings::{Setting, Value};
 use ferry::transport::connect::{Closer, Link};
 use ferry::transport::frame;
 use ferry::transport::frame::{Frame, Run};
@@ -78,7 +79,12 @@ fn all_messages() -> Vec<Message> {
         },
         Message::Awaited { lacking: vec![0, 9] },
         Message::Freezing,
-        Message::Dumped { tasks: vec![1, 7], connections: 3, locks: vec![lock] },
+        Message::Dumped {
+            tasks: vec![1, 7],
+            connections: 3,
+            locks: vec![lock],
+            settings: vec![Setting { vpid: 1, vtid: 7, value: Value::Cpus("0-3".into()) }],
+        },
         Message::Echo { number: 3 },
         Message::MemoryDone { left: 7 },
         Message::Ready,

@@ -346,9 +346,9 @@ mod tests {
         let told = set(&[second], &[setting(&Value::Cpus("x".into()))]).unwrap();
         assert!(told.len() == 1 && !told[0].fatal, "{told:?}");
         let settings = wanted.each_ref().map(setting);
-        assert_eq!(bound_cpus(&settings), [list.clone()]);
+        assert_eq!(bound_cpus(&settings), std::slice::from_ref(&list));
         let online = sched::cpu_list(&all);
-        assert_eq!(lacking(&[list.clone()], &online), None);
+        assert_eq!(lacking(std::slice::from_ref(&list), &online), None);
         let lacks = lacking(&[list, "8000".into()], &online).unwrap();
         assert!(!lacks.fatal && lacks.why.contains("8000"), "{lacks}");
         let nobody = Setting { vtid: vpid + 1, ..setting(&wanted[2]) };
