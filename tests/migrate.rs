@@ -39,6 +39,8 @@ mod overlay;
 mod published;
 #[path = "migrate/refusals.rs"]
 mod refusals;
+#[path = "migrate/resolve.rs"]
+mod resolve;
 #[path = "migrate/streams.rs"]
 mod streams;
 
@@ -61,5 +63,6 @@ fn main() -> ExitCode {
     trials.extend(refusals::trials());
     trials.extend(faults::trials());
     trials.extend(crashes::trials());
+    trials.extend(resolve::trials());
     common::suite::run(trials)
 }

@@ -186,6 +186,10 @@ pub struct MigrateArgs {
     /// Give up if it is not handed over by then: 500ms, 30s, 5m
     #[arg(long, value_name = "DURATION", value_parser = units::duration)]
     pub timeout: Option<Duration>,
+    /// End as by SIGTERM when whoever has called this ends, however that comes: it is not carried on
+    /// unseen. Once it is handed over, it is finished all the same
+    #[arg(long)]
+    pub die_with_parent: bool,
     /// Do everything that leaves the container alone, and stop there
     #[arg(long)]
     pub dry_run: bool,
@@ -462,6 +466,9 @@ pub struct CheckArgs {
     /// Whether its address would stay, as in `ferry migrate`
     #[arg(long, value_name = "WHEN", default_value = "auto")]
     pub forward: ForwardWhen,
+    /// Give up if the other host has not answered by then: 500ms, 30s, 5m
+    #[arg(long, value_name = "DURATION", value_parser = units::duration)]
+    pub timeout: Option<Duration>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -495,6 +502,8 @@ Examples:
         on, and the mark that keeps it from being started is lifted
   ferry resolve web --discard
         the other host owns web: what is left of it here goes away
+  ferry resolve --all --timeout 5m
+        all that are open here, and what hosts that were away have still to be told
   ferry resolve web --no-forward
         web runs on another network, and its old address is needed no more
   ferry resolve web --no-forward --when-idle
@@ -508,8 +517,19 @@ will be two copies.";
 #[command(after_help = RESOLVE_EXAMPLES)]
 pub struct ResolveArgs {
     /// The container's ID, or the migration's
-    #[arg(value_parser = container_id)]
-    pub id: String,
+    #[arg(value_parser = container_id, required_unless_present = "all")]
+    pub id: Option<String>,
+    /// All that are open on this host: what is under way is left alone, hosts that do not answer are
+    /// asked again, and old journals are removed
+    #[arg(long, conflicts_with_all = ["id", "keep", "discard", "no_forward"])]
+    pub all: bool,
+    /// As the unit ferry-resolve.service does it: asks until everybody has answered, however long that
+    /// takes, and says to systemd after the first round that engines may start
+    #[arg(long, requires = "all", conflicts_with_all = ["id", "timeout"])]
+    pub boot: bool,
+    /// Wait no longer than this for other hosts and processes: 500ms, 30s, 5m [default: 1m]
+    #[arg(long, value_name = "DURATION", value_parser = units::duration)]
+    pub timeout: Option<Duration>,
     /// This host owns the container
     #[arg(long, conflicts_with = "discard")]
     pub keep: bool,

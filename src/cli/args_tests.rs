@@ -102,3 +102,26 @@ fn forwarding_ends_now_or_when_idle() {
     assert_eq!(idle("resolve --no-forward --when-idle=2m web"), Ok(Some(Duration::from_secs(120))));
     assert!(idle("resolve --when-idle web").is_err());
 }
+
+#[test]
+fn resolve_is_for_one_or_for_all() {
+    let resolve = |line: &str| match parse(line).map(|cli| cli.verb) {
+        Ok(Verb::Resolve(args)) => Some(args),
+        Ok(other) => panic!("{other:?}"),
+        Err(_) => None,
+    };
+    let one = resolve("resolve web --timeout 5s").unwrap();
+    assert_eq!((one.id.as_deref(), one.all), (Some("web"), false));
+    assert_eq!(one.timeout, Some(Duration::from_secs(5)));
+    assert!(resolve("resolve --all --boot").unwrap().boot);
+    for line in [
+        "resolve",
+        "resolve --all web",
+        "resolve --all --keep",
+        "resolve --all --discard",
+        "resolve --boot web",
+        "resolve --all --boot --timeout 5s",
+    ] {
+        assert!(resolve(line).is_none(), "{line}");
+    }
+}

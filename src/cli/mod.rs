@@ -4,10 +4,12 @@
 //! go through [`passthrough`]; ours are parsed by [`args`] and go on from [`run`].
 
 pub mod args;
+mod bounds;
 pub(crate) mod destination;
 mod manual;
 pub mod passthrough;
 mod resolve;
+mod resolve_all;
 pub(crate) mod runtime;
 pub mod scan;
 pub(crate) mod units;

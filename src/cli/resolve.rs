@@ -1,18 +1,23 @@
 //! `ferry resolve`: settles what a crash has left.
 
 use std::io::Write;
+use std::path::Path;
+use std::time::Duration;
 
 use anyhow::anyhow;
 use serde_json::json;
 
 use super::args::{Globals, RemoteArgs, ResolveArgs};
-use super::verbs::{runtime, say, say_json, state_dir};
+use super::bounds::Bounds;
+use super::resolve_all::resolve_all;
+use super::verbs::{self, runtime, say, say_json};
 use crate::migration::forwarding as forward;
 use crate::migration::journal::away::AwayMark;
-use crate::migration::journal::{Journal, Role, State, holder};
+use crate::migration::journal::{Journal, Role, State, holder, shelf};
 use crate::migration::protocol::{Standing, Verdict};
-use crate::migration::recovery::decide::{self, Doubt, Next, Tasks, There, Word};
-use crate::migration::recovery::{guards, recover, rest, settle};
+use crate::migration::recovery::decide::{self, Doubt, Next, Tasks, There, Word, has_heard};
+use crate::migration::recovery::settle::{self, Asked};
+use crate::migration::recovery::{guards, recover, rest, word};
 use crate::migration::transfer::carry;
 use crate::problem::{Advice, Advise, advice};
 use crate::report::exit::Failed;
@@ -35,59 +40,99 @@ impl Settled {
     }
 }
 
+/// What stands in the way of one that is open still.
+pub(super) struct Stuck {
+    /// It may have gone when it is tried again; else only an operator's word settles it.
+    pub again: bool,
+    /// What is said of it.
+    pub failed: Failed,
+}
+
+impl From<Failed> for Stuck {
+    fn from(failed: Failed) -> Stuck {
+        Stuck { again: true, failed }
+    }
+}
+
+impl From<anyhow::Error> for Stuck {
+    fn from(error: anyhow::Error) -> Stuck {
+        Failed::from(error).into()
+    }
+}
+
+/// How long other hosts and processes may take where nothing else was said.
+const LIMIT: Duration = Duration::from_secs(60);
+
 /// `ferry resolve`.
 pub fn resolve(globals: &Globals, args: &ResolveArgs) -> Result<(), Failed> {
+    let limit = args.timeout.unwrap_or(LIMIT);
+    let bounds = Bounds::new((!args.boot).then_some(limit))?;
+    let Some(id) = &args.id else { return resolve_all(args, &bounds) };
     if args.no_forward {
-        say(forward::end(&args.id, args.when_idle).map_err(Failed::refused)?);
+        say(forward::end(id, args.when_idle).map_err(Failed::refused)?);
         return Ok(());
     }
-    if let Some(said) = forward::revive(&args.id)? {
+    if let Some(said) = forward::revive(id)? {
         say(said);
         return Ok(());
     }
-    let state_dir = state_dir()?;
-    let (all, unreadable) = Journal::all(&state_dir)?;
-    if let Some(journal) = unreadable.into_iter().find(|j| j.may_be_about(&args.id)) {
-        return Err(Failed::refused(journal.error()));
-    }
-    let of_it = |j: &Journal| j.record.container == args.id || j.record.migration == args.id;
-    let (mut open, over): (Vec<_>, Vec<_>) =
-        all.into_iter().filter(of_it).partition(|j| !j.state().is_over());
+    let state_dir = verbs::state_dir()?;
+    let all = shelf::about(&state_dir, id).map_err(Failed::refused)?;
+    let (mut open, mut over): (Vec<_>, Vec<_>) =
+        all.into_iter().partition(|j| !j.state().is_over());
     if open.len() > 1 {
         let list: Vec<_> = open.iter().map(|j| j.record.migration.as_str()).collect();
         return Err(Failed::refused(advice(
-            format!("{} migrations of {} are open", open.len(), args.id),
+            format!("{} migrations of {id} are open", open.len()),
             format!("name one of them: {}", list.join(", ")),
         )));
     }
     let Some(mut journal) = open.pop() else {
-        return resolve_mark(globals, args, &state_dir, over.last());
+        return resolve_mark(globals, id, args.keep, &state_dir, over.pop(), &bounds);
     };
     let word = match (args.keep, args.discard) {
         (true, _) => Some(Word::Keep),
         (_, true) => Some(Word::Discard),
         _ => None,
     };
-    let settled = match journal.record.role {
-        Role::Source => resolve_source(&mut journal, word, &args.remote)?,
-        Role::Destination => resolve_destination(&state_dir, &journal, word)?,
-    };
+    let said = settle_one(&mut journal, word, &args.remote, &bounds).map_err(|s| s.failed)?;
     if args.json {
-        let said = json!({"migration": journal.record.migration, "outcome": settled.said});
+        let said = json!({"migration": journal.record.migration, "outcome": said});
         say_json(&said);
     } else {
-        say(&settled.said);
-    }
-    if let Some(verdict) = settled.tell {
-        tell(&journal, verdict);
+        say(&said);
     }
     Ok(())
 }
 
+/// Brings one that is open to its end; what has come of it.
+///
+/// # Errors
+/// Says what stands in the way.
+pub(super) fn settle_one(
+    journal: &mut Journal,
+    word: Option<Word>,
+    remote: &RemoteArgs,
+    bounds: &Bounds,
+) -> Result<String, Stuck> {
+    let settled = match journal.record.role {
+        Role::Source => resolve_source(journal, word, remote, bounds)?,
+        Role::Destination => resolve_destination(journal, word, bounds)?,
+    };
+    if let Some(verdict) = settled.tell {
+        tell(journal, verdict, bounds);
+    }
+    Ok(settled.said)
+}
+
 /// The other host may hold a copy that waits for nothing else. Nobody here does.
-fn tell(journal: &Journal, verdict: Verdict) {
+fn tell(journal: &mut Journal, verdict: Verdict, bounds: &Bounds) {
+    let told = match verdict {
+        Verdict::Abort => settle::tell_stayed(journal, bounds.answer()),
+        Verdict::Commit => settle::ask(&journal.record, Some(verdict), bounds.answer()),
+    };
     let peer = &journal.record.peer;
-    let e = match settle::ask(&journal.record, Some(verdict)) {
+    let e = match told {
         Ok(Standing::Running | Standing::Partial) if verdict == Verdict::Abort => {
             let words = "warning: it runs on both hosts now: end it on one of them by hand";
             let _ = writeln!(std::io::stderr(), "{words} ({peer} is the other one)");
@@ -97,7 +142,7 @@ fn tell(journal: &Journal, verdict: Verdict) {
         Err(e) => e,
     };
     log::warn(&format!("{peer} cannot be told: {e:#}"), []);
-    if let (Verdict::Abort, Err(e)) = (verdict, guards::tell_later(journal)) {
+    if let (Verdict::Abort, Err(e)) = (verdict, word::send_later(journal)) {
         log::warn(&format!("nobody goes on trying: {e:#}"), []);
     }
 }
@@ -106,14 +151,17 @@ fn resolve_source(
     journal: &mut Journal,
     word: Option<Word>,
     remote: &RemoteArgs,
-) -> Result<Settled, Failed> {
+    bounds: &Bounds,
+) -> Result<Settled, Stuck> {
     if journal.record.worker_lives() {
-        return Err(Failed::refused(advice(
+        return Err(Stuck::from(Failed::refused(advice(
             format!("migration {} is under way", journal.record.migration),
             format!("wait for it, or end process {}", journal.record.worker.0),
-        )));
+        ))));
     }
-    let _held = journal.hold()?;
+    let Some(_held) = journal.hold_within(bounds.left())? else {
+        return Err(Failed::in_doubt(is_busy(journal)).into());
+    };
     reach_by(journal, remote)?;
     let mut there = There::Unasked;
     let mut silent = None;
@@ -127,8 +175,8 @@ fn resolve_source(
         match decide::resolve(journal.state(), recover::tasks(&journal.record)?, there, word) {
             Next::Ask(verdict) => {
                 let answer = match verdict {
-                    Some(verdict) => settle::insist(&journal.record, verdict),
-                    None => settle::ask(&journal.record, None),
+                    Some(verdict) => settle::insist(&journal.record, verdict, bounds.answer()),
+                    None => settle::ask(&journal.record, None, bounds.answer()),
                 };
                 there = match answer {
                     Ok(standing) => There::Is(standing),
@@ -141,7 +189,7 @@ fn resolve_source(
             Next::RunsOn => {
                 let handed_over = journal.state() == State::Committed;
                 // First of all: clients wait.
-                guards::source_runs_on_later(journal)?;
+                bounds.during(|| guards::source_runs_on_later(journal))?;
                 return Ok(if there == There::Is(Standing::NeverRan) {
                     Settled::new("it never ran on the other host, and runs on here")
                 } else if handed_over {
@@ -155,7 +203,7 @@ fn resolve_source(
             }
             Next::Abandon => {
                 let tasks = recover::tasks(&journal.record)?;
-                guards::source_runs_on_later(journal)?;
+                bounds.during(|| guards::source_runs_on_later(journal))?;
                 let settled = Settled::new(stayed(tasks));
                 return Ok(match there {
                     There::Is(Standing::Gone | Standing::NeverRan) => settled,
@@ -164,12 +212,12 @@ fn resolve_source(
             }
             // On the disk before anybody is told, as in a migration; then it goes on from there.
             Next::HandOver => {
-                journal.write(State::Committed)?;
+                bounds.during(|| journal.write(State::Committed))?;
                 there = There::Unasked;
             }
             Next::LetGo => {
                 let by_word = word == Some(Word::Discard);
-                guards::source_lets_go_later(journal)?;
+                bounds.during(|| guards::source_lets_go_later(journal))?;
                 return Ok(if by_word {
                     let said = "what was left of it here is gone, by your word that the other host runs it";
                     Settled::new(said).telling(Verdict::Commit)
@@ -177,10 +225,25 @@ fn resolve_source(
                     Settled::new("it runs on the other host; what was left here is gone")
                 });
             }
-            Next::BringRest => there = There::Is(bring_rest(journal)),
-            Next::Doubt(doubt) => return Err(in_doubt(journal, doubt, silent)),
+            Next::BringRest => there = bring_rest(journal, bounds)?,
+            Next::Doubt(doubt) => {
+                let failed = in_doubt(journal, doubt, silent);
+                return Err(Stuck { again: doubt.passes(), failed });
+            }
         }
     }
+}
+
+/// Somebody else holds the journal.
+fn is_busy(journal: &Journal) -> anyhow::Error {
+    let (migration, peer) = (&journal.record.migration, &journal.record.peer);
+    advice(
+        format!(
+            "another process of Ferry's is settling migration {migration}: it may be waiting for \
+             {peer}, or bringing memory there"
+        ),
+        "ask again",
+    )
 }
 
 fn reach_by(journal: &mut Journal, remote: &RemoteArgs) -> Result<(), Failed> {
@@ -290,64 +353,117 @@ fn in_doubt(journal: &Journal, doubt: Doubt, silent: Option<anyhow::Error>) -> F
 }
 
 /// Post-copy that was broken off: how it stands on the destination when no more can be brought.
-fn bring_rest(journal: &Journal) -> Standing {
-    let unending = &mut |why: Option<&str>| {
+fn bring_rest(journal: &Journal, bounds: &Bounds) -> Result<There, Stuck> {
+    let complain = &mut |why: Option<&str>| {
         if let Some(why) = why {
             log::warn(&format!("{why}; trying again"), []);
         }
         true
     };
-    rest::bring(&journal.record, carry::Wishes::default(), unending).standing()
+    let wishes = carry::Wishes::default();
+    let patience = bounds.left();
+    let (peer, id) = (&journal.record.peer, &journal.record.container);
+    match rest::bring(&journal.record, wishes, Some(patience), complain) {
+        rest::Brought::Stopped => Err(Failed::in_doubt(advice(
+            format!(
+                "nothing was heard of {peer} for {} s, where it waits for memory that is here",
+                patience.as_secs()
+            ),
+            format!(
+                "try again when {peer} can be reached; if it is gone for good: `ferry resolve {id} \
+                 --keep`"
+            ),
+        ))
+        .into()),
+        brought => Ok(There::Is(brought.standing())),
+    }
 }
 
 fn resolve_destination(
-    state_dir: &std::path::Path,
     journal: &Journal,
     word: Option<Word>,
-) -> Result<Settled, Failed> {
-    let verdict = word.map(|word| match word {
-        Word::Keep => Verdict::Commit,
-        Word::Discard => Verdict::Abort,
-    });
+    bounds: &Bounds,
+) -> Result<Settled, Stuck> {
     let id = &journal.record.container;
-    match settle::answer(state_dir, &journal.record.migration, verdict)? {
-        Standing::Running => Ok(Settled::new("it runs here")),
-        Standing::Gone => Ok(Settled::new("there is no copy of it here")),
-        Standing::NeverRan => Ok(Settled::new("there is no copy of it here, and none has run")),
-        Standing::Partial => Err(Failed::in_doubt(advice(
+    let asked = match word {
+        Some(Word::Keep) => Asked::Verdict(Some(Verdict::Commit)),
+        Some(Word::Discard) => Asked::Discard,
+        None => Asked::Verdict(None),
+    };
+    let migration = &journal.record.migration;
+    let answer = || settle::answer_here(state_dir(journal), migration, &asked, bounds.answer());
+    // Whoever lives does it himself.
+    let standing = match journal.record.worker_lives() {
+        true => answer()?,
+        false => bounds.during(answer)?,
+    };
+    let failed = match standing {
+        Standing::Running if word == Some(Word::Discard) => Failed::refused(advice(
+            "it runs here, with all of its memory",
+            format!("if it is to end here all the same: `ferry kill {id}`, `ferry delete {id}`"),
+        )),
+        Standing::Running => return Ok(Settled::new(runs_here(journal))),
+        Standing::Gone => return Ok(Settled::new("there is no copy of it here")),
+        Standing::NeverRan => {
+            return Ok(Settled::new("there is no copy of it here, and none has run"));
+        }
+        Standing::Partial => Failed::in_doubt(advice(
             "it runs here, and waits for memory that is still on the source",
-            format!("`ferry resolve {id}` on the source brings it"),
-        ))),
-        Standing::Waiting if word == Some(Word::Keep) => Ok(Settled::new("it starts to run here")),
-        Standing::Arriving => Err(Failed::in_doubt(advice(
+            format!(
+                "`ferry resolve {id}` on the source brings it; if that host is gone for good, it \
+                 cannot go on: `ferry resolve {id} --discard` ends it here"
+            ),
+        )),
+        Standing::Waiting if word == Some(Word::Keep) => {
+            return Ok(Settled::new("it starts to run here"));
+        }
+        Standing::Arriving => Failed::in_doubt(advice(
             "it is still being taken in here",
             format!(
                 "the source runs it until it is handed over; `ferry resolve {id} --discard` ends it \
                  here"
             ),
-        ))),
-        Standing::Waiting | Standing::Ready | Standing::Lacking => Err(Failed::in_doubt(advice(
+        )),
+        Standing::Waiting | Standing::Ready | Standing::Lacking => Failed::in_doubt(advice(
             "it is held here and waits for the source's word",
             format!(
                 "`ferry resolve {id}` on the source; if that host is gone for good: `ferry resolve \
                  {id} --keep` here"
             ),
-        ))),
+        )),
+    };
+    Err(failed.into())
+}
+
+/// Of one that came here and has all of its memory.
+fn runs_here(journal: &Journal) -> &'static str {
+    match journal.record.same_boot() {
+        true => "it runs here",
+        false => {
+            "it ran here until this host was started again, and is this host's: it can be started here"
+        }
     }
+}
+
+/// Where a journal's host keeps its state.
+fn state_dir(journal: &Journal) -> &Path {
+    recover::state_dir(journal)
 }
 
 /// Nothing is open: what can be settled is the mark that keeps the ID from being started here.
 fn resolve_mark(
     globals: &Globals,
-    args: &ResolveArgs,
-    state_dir: &std::path::Path,
-    last: Option<&Journal>,
+    id: &str,
+    keep: bool,
+    state_dir: &Path,
+    last: Option<Journal>,
+    bounds: &Bounds,
 ) -> Result<(), Failed> {
     let runtime = runtime(globals)?;
-    let mark = AwayMark::find(state_dir, runtime.root(), args.id.as_ref())?;
-    match (mark, args.keep) {
+    let mark = AwayMark::find(state_dir, runtime.root(), id.as_ref())?;
+    match (mark, keep) {
         (Some(_), true) => {
-            AwayMark::remove(state_dir, runtime.root(), args.id.as_ref())?;
+            AwayMark::remove(state_dir, runtime.root(), id.as_ref())?;
             say("the mark is lifted: it can be started here again");
             Ok(())
         }
@@ -355,14 +471,21 @@ fn resolve_mark(
             say(&format!("it {}", holder::marked(state_dir, &mark, "ferry").0));
             Ok(())
         }
-        (None, _) if last.is_some_and(is_given_up) => last.map_or(Ok(()), tell_again),
-        (None, _) => Err(Failed::refused(advice(
-            format!(
-                "no migration of {} is open here, and it is not marked as migrated away",
-                args.id
-            ),
-            "see `ferry migrations`",
-        ))),
+        (None, _) => match last.filter(is_given_up) {
+            Some(mut last) if keep && last.is_untold() => {
+                last.note_told()?;
+                say("it stayed here; by your word, the other host is told no more");
+                Ok(())
+            }
+            Some(mut last) => {
+                say(&tell_stayed(&mut last, bounds).map_err(|s| s.failed)?);
+                Ok(())
+            }
+            None => Err(Failed::refused(advice(
+                format!("no migration of {id} is open here, and it is not marked as migrated away"),
+                "see `ferry migrations`",
+            ))),
+        },
     }
 }
 
@@ -371,25 +494,36 @@ fn is_given_up(journal: &Journal) -> bool {
     journal.record.role == Role::Source && journal.state() == State::Aborted
 }
 
-fn tell_again(journal: &Journal) -> Result<(), Failed> {
+/// Tells again that a container stayed; what the other host says to that.
+///
+/// # Errors
+/// Where it cannot be told, or has a copy that runs.
+pub(super) fn tell_stayed(journal: &mut Journal, bounds: &Bounds) -> Result<String, Stuck> {
+    let told = settle::tell_stayed(journal, bounds.answer());
     let (id, peer) = (&journal.record.container, &journal.record.peer);
     let stayed = format!("migration {} of {id} was given up", journal.record.migration);
-    match settle::insist(&journal.record, Verdict::Abort) {
+    match told {
         Ok(Standing::Gone | Standing::NeverRan) => {
-            say(&format!("{stayed}, and {peer} holds nothing of it"));
-            Ok(())
+            Ok(format!("{stayed}, and {peer} holds nothing of it"))
         }
-        Ok(standing) => Err(Failed::in_doubt(advice(
-            format!("{stayed}, and {peer} says of its copy that it {}", standing.describe()),
-            format!(
-                "see `ferry migrations {id}` there; what runs on both hosts is ended on one by hand"
-            ),
-        ))),
+        Ok(standing) => Err(Stuck {
+            again: !has_heard(standing),
+            failed: Failed::in_doubt(advice(
+                format!("{stayed}, and {peer} says of its copy that it {}", standing.describe()),
+                format!(
+                    "see `ferry migrations {id}` there; what runs on both hosts is ended on one by \
+                     hand"
+                ),
+            )),
+        }),
         Err(e) => Err(e)
             .advise(
                 format!("{stayed}, and {peer}, which may hold a copy, cannot be told"),
-                "try again when it can be reached",
+                format!(
+                    "try again when it can be reached; if it is gone for good: `ferry resolve {id} \
+                     --keep`"
+                ),
             )
-            .map_err(Failed::in_doubt),
+            .map_err(|e| Failed::in_doubt(e).into()),
     }
 }

@@ -17,7 +17,7 @@ use super::runtime::{Config, Runtime as Found};
 use crate::migration::journal::{Journal, Role, State};
 use crate::migration::options::Wishes;
 use crate::migration::preflight::{host, inspect};
-use crate::migration::recovery::{guards, successors};
+use crate::migration::recovery::{guards, successors, word};
 use crate::migration::source;
 use crate::migration::source::ask::{self, Options};
 use crate::migration::transfer::carry;
@@ -30,6 +30,7 @@ use crate::report::forecast::Forecast;
 use crate::report::log::{self, rfc3339};
 use crate::report::progress::Reporter;
 use crate::report::shown::{self, shown};
+use crate::sys::process;
 use crate::transport::connect::{self, Destination as Reach, split_command};
 
 pub(super) fn runtime(globals: &Globals) -> Result<Runtime, Failed> {
@@ -79,6 +80,9 @@ fn absolute(path: Option<&Path>) -> Result<Option<std::path::PathBuf>, Failed> {
 
 /// `ferry migrate`.
 pub fn migrate(globals: &Globals, args: &MigrateArgs) -> Result<(), Failed> {
+    if args.die_with_parent {
+        process::die_with_parent().map_err(|e| Failed::refused(e.into()))?;
+    }
     let runtime = runtime(globals)?;
     let options = Options {
         wishes: Wishes {
@@ -259,7 +263,7 @@ fn check_container(
         wishes,
         destination: reach(destination, &args.remote)?,
         memory: carry::Wishes::default(),
-        timeout: None,
+        timeout: args.timeout,
         leave_mark: false,
         remove_files: false,
     };
@@ -399,7 +403,7 @@ pub fn guard(args: &[std::ffi::OsString]) -> Result<(), Failed> {
             let will = will.ok_or_else(|| Failed::usage(anyhow!("no descriptor's number")))?;
             Ok(successors::go_on(Path::new(journal), will)?)
         }
-        [what, journal] if what == "word" => Ok(guards::word(Path::new(journal))?),
+        [what, journal] if what == "word" => Ok(word::sender(Path::new(journal))?),
         _ => Err(Failed::usage(anyhow!("the guard is for ferry itself"))),
     }
 }

@@ -21,6 +21,7 @@ pub(crate) mod mirror;
 pub(crate) mod mntns;
 pub(crate) mod netlink;
 pub mod netns;
+pub(crate) mod notify;
 pub mod packet;
 pub(crate) mod process;
 pub(crate) mod protection;

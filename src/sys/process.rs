@@ -85,6 +85,24 @@ pub fn path_of(fd: &impl AsRawFd) -> std::path::PathBuf {
     format!("/proc/self/fd/{}", fd.as_raw_fd()).into()
 }
 
+/// Has the kernel send this process SIGTERM when its parent ends: the thread of it that has begun us.
+/// Children do not inherit that. prctl(2), `PR_SET_PDEATHSIG`.
+///
+/// # Errors
+/// Where the kernel does not know it; when the parent has ended already.
+pub fn die_with_parent() -> io::Result<()> {
+    let parent = std::os::unix::process::parent_id();
+    // SAFETY: prctl with PR_SET_PDEATHSIG touches no memory.
+    if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // It may have ended just before, without a signal.
+    match std::os::unix::process::parent_id() == parent {
+        true => Ok(()),
+        false => Err(io::Error::other("whoever has called this has ended")),
+    }
+}
+
 /// Takes ownership of a descriptor that a parent process left for us under a known number.
 ///
 /// # Errors

@@ -26,7 +26,7 @@ pub fn trials() -> Vec<Trial> {
 }
 
 /// A migration comes by the point, and everything of Ferry's on its source is killed there.
-fn killed_at(host: &Host, there: &Host, point: &str) -> Outcome {
+pub fn killed_at(host: &Host, there: &Host, point: &str) -> Outcome {
     let fault = format!("FERRY_FAULT={point}:hold");
     let mut running = host.start(&["env", &fault, "ferry", "migrate", "box", there.name])?;
     let file = host.path(&format!("/run/ferry-fault/{point}"))?;
@@ -42,7 +42,7 @@ fn killed_at(host: &Host, there: &Host, point: &str) -> Outcome {
 
 /// The same, as a loss of power leaves the host: nothing runs, what is in memory is gone, and the
 /// kernel is another one.
-fn reboot(host: &Host) -> Outcome {
+pub fn reboot(host: &Host) -> Outcome {
     host.sh("echo 1 >/sys/fs/cgroup/box/cgroup.kill
              until rmdir /sys/fs/cgroup/box 2>/dev/null; do test -e /sys/fs/cgroup/box || break; done
              ip netns delete box

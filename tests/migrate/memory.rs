@@ -115,7 +115,7 @@ fn or_goes_in_the_freeze(lab: &Lab) -> Outcome {
 }
 
 /// A migration whose memory follows for three seconds, when it has begun to.
-fn following(lab: &Lab, container: &Container) -> Outcome<Running> {
+pub fn following(lab: &Lab, container: &Container) -> Outcome<Running> {
     let (a, b) = pair(lab);
     let slow = ["--precopy", "off", "--bandwidth", "20M", "--json"];
     let mut command = vec!["ferry", "migrate"];

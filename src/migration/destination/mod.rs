@@ -74,6 +74,8 @@ enum Input {
     Files(Applied),
     /// The copies are on the disk.
     Synced,
+    /// The container's init has ended.
+    TasksEnded,
     /// Sockets for connections are prepared, but for these.
     Awaited(Vec<u32>),
     /// Whoever guards the pages can go on by himself.
@@ -155,6 +157,7 @@ fn judge(input: Input) -> Result<Input> {
                 Act::Undo => bail!("the source has given up"),
             }
         }
+        Input::Call(Call::Discard(_)) => bail!("the operator wants it to end here"),
         Input::LaneEnded(why) => bail!("a further link to the source broke: {why}"),
         Input::Files(Applied::Failed(why)) => bail!("taking files in: {why}"),
         Input::Restore(RestoreEvent::Ended(Err(e))) => Err(e),
@@ -183,7 +186,10 @@ fn converse(
             Input::Heard(Heard::Message(Message::Plan(plan))) => break plan,
             Input::Heard(Heard::Message(Message::Settle { migration, verdict })) => {
                 let said = match settle::answer(state_dir, &migration, verdict) {
-                    Ok(standing) => Message::Settled { standing },
+                    Ok(standing) => {
+                        settle::note_answer(state_dir, &migration);
+                        Message::Settled { standing }
+                    }
                     Err(e) => Message::failed("settling", &e),
                 };
                 return speaker.say(&said);
@@ -312,6 +318,8 @@ struct Guest {
     left: u64,
     /// The link to the source works, as far as is known.
     link: bool,
+    /// The source has cleared away what it had.
+    finished: bool,
     _lock: Lock,
 }
 
@@ -325,7 +333,8 @@ impl Guest {
         state_dir: &Path,
         backlog: Backlog,
     ) -> Result<Guest> {
-        let lock = Lock::take(state_dir, runtime.root(), &plan.container)?;
+        let way = format!("from {}", plan.source);
+        let lock = Lock::take(state_dir, runtime.root(), &plan.container, &way)?;
         let work = WorkDir::create(&plan.migration)?;
         let (version, boot) = journal::stamp();
         let record = Record {
@@ -383,6 +392,7 @@ impl Guest {
             marks: Vec::new(),
             left: 0,
             link: true,
+            finished: false,
             _lock: lock,
         })
     }
@@ -444,6 +454,10 @@ impl Guest {
         let kept = recover::settle_files(&self.journal.record, came_back);
         // What could not be done stays open, for `ferry resolve` to try again.
         let written = kept.and_then(|()| self.journal.write(State::Finished));
+        if self.finished {
+            // Else the source will ask.
+            let _ = self.journal.note_told().inspect_err(|e| tracing::error!("{e:#}"));
+        }
         self.dismiss_guard();
         written.and(cleared.map(|_| ()))
     }

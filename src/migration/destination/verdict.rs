@@ -1,8 +1,9 @@
 //! What becomes of the copy that is held, and how it is let run.
 
+use std::os::fd::AsFd;
 use std::sync::mpsc::{RecvTimeoutError, Sender};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use super::{Guest, Input, Inputs, RESTORE_LIMIT, SILENCE};
 use crate::connections::Landed;
@@ -11,13 +12,13 @@ use crate::migration::checkpoint::restore::{Go, RestoreEvent};
 use crate::migration::checkpoint::streams::Streams;
 use crate::migration::journal::State;
 use crate::migration::protocol::talk::{self, Heard, Speaker};
-use crate::migration::protocol::{self, Message, Verdict};
+use crate::migration::protocol::{self, Message, Standing, Verdict};
 use crate::migration::recovery::decide::{Act, Event, Phase, hear};
 use crate::migration::recovery::recover;
 use crate::migration::recovery::settle::Call;
 use crate::migration::transfer::intake::{self, Current, Stage, say_missing, want};
 use crate::report::exit::Told;
-use crate::sys::fault;
+use crate::sys::{fault, process};
 use crate::transport::connect;
 use crate::transport::frame::Frame;
 
@@ -46,6 +47,13 @@ impl Guest {
                     let event = verdict.map_or(Event::Asked, Event::Verdict);
                     if let (_, Some(standing)) = hear(phase, event) {
                         // Whoever asked may have gone.
+                        let _ = reply.send(standing);
+                    }
+                    event
+                }
+                Input::Call(Call::Discard(reply)) => {
+                    let event = Event::Verdict(Verdict::Abort);
+                    if let (_, Some(standing)) = hear(phase, event) {
                         let _ = reply.send(standing);
                     }
                     event
@@ -80,6 +88,7 @@ impl Guest {
                 | Input::Files(_)
                 | Input::Synced
                 | Input::Guarded
+                | Input::TasksEnded
                 | Input::Awaited(_)
                 | Input::Call(Call::Link(..) | Call::Lane(..)) => continue,
             };
@@ -130,11 +139,10 @@ impl Guest {
         let mut served = self.pages.take().and_then(|ended| ended.result.ok());
         // As long as the latest link is ours to use, whoever brought it waits.
         let mut brought = None;
-        let (mut running, mut ended) = (false, false);
-        let mut finished = false;
+        let (mut running, mut ended, mut alive) = (false, false, true);
         // Files that were copied, on the disk.
         let mut synced = self.incoming.is_empty();
-        while !(running && ended && synced && served.is_some() && (finished || !link)) {
+        while !(running && ended && synced && served.is_some() && (self.finished || !link)) {
             match inputs.queue.recv_timeout(RESTORE_LIMIT) {
                 Ok(Input::Restore(RestoreEvent::Released(opened))) => {
                     self.network.open(opened, self.journal.record.init.map_or(0, |i| i.0));
@@ -149,6 +157,7 @@ impl Guest {
                 Ok(Input::Restore(RestoreEvent::Running)) => {
                     running = true;
                     self.mark("running");
+                    self.watch_tasks(tell);
                     if served.is_some() {
                         recover::note_all_in(self.work.path());
                     }
@@ -242,8 +251,22 @@ impl Guest {
                         self.network.replay();
                     }
                 }
-                Ok(Input::Heard(Heard::Message(Message::Finished))) => finished = true,
+                Ok(Input::Heard(Heard::Message(Message::Finished))) => self.finished = true,
                 Ok(Input::Heard(Heard::Gone(_))) => link = false,
+                Ok(Input::TasksEnded) => alive = false,
+                Ok(Input::Call(Call::Discard(reply))) => {
+                    if served.is_none() && self.left > 0 {
+                        // The operator knows that nobody will bring the rest.
+                        let undone = self.undo();
+                        let _ = reply.send(Standing::Gone);
+                        undone?;
+                        bail!(
+                            "it was ended before it had all of its memory, by the operator's word"
+                        );
+                    }
+                    let runs = running && served.is_some();
+                    let _ = reply.send(if runs { Standing::Running } else { Standing::Waiting });
+                }
                 Ok(Input::Call(Call::Verdict(verdict, reply))) => {
                     let whole = served.is_some() && synced;
                     let phase = Phase::Started { running, whole, lacking: self.left > 0 };
@@ -257,9 +280,30 @@ impl Guest {
                 Err(_) if served.is_none() && self.left > 0 => {}
                 Err(_) => link = false,
             }
+            if !alive && !link && served.is_none() {
+                // Nobody waits for it any more, and nobody brings it.
+                self.undo()?;
+                bail!("its tasks have ended before all of its memory was there");
+            }
         }
         drop(brought);
         self.settle_in()
+    }
+
+    /// Tells when the container's init has ended.
+    fn watch_tasks(&self, tell: &Sender<Input>) {
+        let Some((init, _)) = self.journal.record.init else { return };
+        let Ok(pidfd) = process::pidfd_open(init) else {
+            return drop(tell.send(Input::TasksEnded));
+        };
+        let tell = tell.clone();
+        let watch = move || {
+            if process::wait_readable(&[pidfd.as_fd()], None).is_ok() {
+                let _ = tell.send(Input::TasksEnded);
+            }
+        };
+        // Without it, only the operator's word ends what is missing memory.
+        let _ = std::thread::Builder::new().name("tasks".into()).spawn(watch);
     }
 
     /// Brings the copies to the disk, while the container runs.

@@ -38,7 +38,8 @@ fn unreadable(container: &str, error: &anyhow::Error) -> Problem {
     Problem::new(what, why).hint(hints.join("; "))
 }
 
-fn problem(record: &Record, state: State, under_way: bool) -> Problem {
+/// What an open migration of a container has to do with it.
+pub(super) fn problem(record: &Record, state: State, under_way: bool) -> Problem {
     let Record { container, peer, migration, worker, .. } = record;
     let (here, way) = match record.role {
         Role::Source => (crate::sys::host::name(), format!("to {peer}")),

@@ -12,7 +12,9 @@
 pub mod away;
 pub(crate) mod criu;
 pub(crate) mod holder;
+pub(crate) mod lock;
 pub(crate) mod part;
+pub(crate) mod shelf;
 pub(crate) mod workdir;
 
 use std::fs::{self, File, OpenOptions};
@@ -22,10 +24,10 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
-use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use self::away::canonical;
+pub use self::lock::{Held, Lock};
 use self::part::Note;
 use crate::files::logs::Logs;
 use crate::files::place::Placing;
@@ -199,6 +201,22 @@ pub struct Journal {
     /// What the migration is about.
     pub record: Record,
     states: Vec<(State, u64)>,
+    /// See [`Journal::note_told`].
+    told: bool,
+    at: u64,
+    /// Of whoever has made it, for his whole life: see [`Journal::hold`].
+    _held: Option<Held>,
+}
+
+/// The line of [`Journal::note_told`].
+const TOLD: &str = "told";
+
+/// A journal's lines.
+#[derive(Debug, Default)]
+struct Lines {
+    states: Vec<(State, u64)>,
+    told: bool,
+    /// Where the next one goes.
     at: u64,
 }
 
@@ -209,12 +227,12 @@ struct Head {
     version: u32,
 }
 
-/// The states in a journal's bytes, and where the next one goes.
+/// The lines in a journal's bytes, which begin behind its record.
 ///
 /// # Errors
 /// When something else is among them.
-fn read_states(bytes: &[u8], record_end: u64) -> Result<(Vec<(State, u64)>, u64)> {
-    let (mut states, mut at) = (Vec::new(), record_end.next_multiple_of(SECTOR));
+fn read_lines(bytes: &[u8], record_end: u64) -> Result<Lines> {
+    let mut found = Lines { at: record_end.next_multiple_of(SECTOR), ..Lines::default() };
     let (mut place, mut end, mut torn) = (record_end, record_end, false);
     let blank = |bytes: &[u8]| bytes.iter().all(|b| b.is_ascii_whitespace() || *b == 0);
     // A line that was cut by a crash has no end, or no beginning, and does not count: it was never
@@ -225,30 +243,38 @@ fn read_states(bytes: &[u8], record_end: u64) -> Result<(Vec<(State, u64)>, u64)
         if blank(line) {
             continue;
         }
-        let Some(state) = read_state(line) else {
+        let Some((name, time)) = read_line(line) else {
             torn = true;
             continue;
         };
         if torn {
             bail!("it is damaged");
         }
-        states.push(state);
-        at = place.next_multiple_of(SLOT as u64);
+        match name {
+            Some(state) => found.states.push((state, time)),
+            None => found.told = true,
+        }
+        found.at = place.next_multiple_of(SLOT as u64);
         end = place;
     }
     // The next state would be lost behind what is no blank.
-    if bytes.iter().take(at as usize).skip(end as usize).any(|b| !blank(&[*b])) {
+    if bytes.iter().take(found.at as usize).skip(end as usize).any(|b| !blank(&[*b])) {
         bail!("it is damaged");
     }
-    Ok((states, at))
+    Ok(found)
 }
 
-fn read_state(line: &[u8]) -> Option<(State, u64)> {
+/// A state, or [`TOLD`], and when; `None` where it is no line.
+fn read_line(line: &[u8]) -> Option<(Option<State>, u64)> {
     let line = std::str::from_utf8(line).ok()?;
     // Where a file was shorter than it is now there are zeros.
     let line = line.trim_matches(|c: char| c.is_whitespace() || c == '\0');
     let (name, time) = line.split_once(' ')?;
-    Some((serde_json::from_value(name.into()).ok()?, time.trim().parse().ok()?))
+    let state = match name {
+        TOLD => None,
+        name => Some(serde_json::from_value(name.into()).ok()?),
+    };
+    Some((state, time.trim().parse().ok()?))
 }
 
 fn directory(state_dir: &Path) -> PathBuf {
@@ -260,7 +286,8 @@ fn now() -> u64 {
 }
 
 impl Journal {
-    /// Makes the journal of a new migration, in state `Begun`; when this returns it is on disk.
+    /// Makes the journal of a new migration, in state `Begun`; when this returns it is on disk, and
+    /// [held](Journal::hold) by this process until it ends.
     ///
     /// # Errors
     /// When the disk does not take it; nothing has begun then.
@@ -284,10 +311,13 @@ impl Journal {
             .mode(0o600)
             .open(&path)
             .with_context(what)?;
+        // Before anybody can read it.
+        let held = Held::wait(&path)?;
         file.write_all_at(&bytes, 0).with_context(what)?;
         file.sync_all().with_context(what)?;
         File::open(&dir)?.sync_all().with_context(what)?;
-        let mut journal = Journal { file, path, record, states: Vec::new(), at };
+        let (states, told, _held) = (Vec::new(), false, Some(held));
+        let mut journal = Journal { file, path, record, states, told, at, _held };
         journal.note(State::Begun)?;
         Ok(journal)
     }
@@ -298,7 +328,14 @@ impl Journal {
     /// When it is not one.
     pub fn open(path: &Path) -> Result<Journal> {
         let what = || format!("cannot read the journal {}", path.display());
-        let file = OpenOptions::new().read(true).write(true).open(path).with_context(what)?;
+        let mut open = OpenOptions::new();
+        let (file, path) = match open.read(true).write(true).open(path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                let put_by = shelf::place_of(path).with_context(what)?;
+                (open.open(&put_by).with_context(what)?, put_by)
+            }
+            file => (file.with_context(what)?, path.to_owned()),
+        };
         let mut bytes = Vec::new();
         (&file).take(SIZE as u64).read_to_end(&mut bytes).with_context(what)?;
         let end = bytes.iter().position(|b| *b == b'\n');
@@ -308,23 +345,8 @@ impl Journal {
             return Err(anyhow!("another version of Ferry has written it")).with_context(what);
         }
         let record = serde_json::from_slice(&bytes[..end]).with_context(what)?;
-        let (states, at) = read_states(&bytes, end as u64 + 1).with_context(what)?;
-        Ok(Journal { file, path: path.to_owned(), record, states, at })
-    }
-
-    /// For whoever settles what a Ferry that died has left: the guard, `ferry resolve`, a question
-    /// from the other host. Waits until nobody else does, and reads what he has written.
-    ///
-    /// # Errors
-    /// When the journal cannot be read any more.
-    pub fn hold(&mut self) -> Result<Held> {
-        let what = || format!("cannot lock the journal {}", self.path.display());
-        let file = File::open(&self.path).with_context(what)?;
-        let held = Flock::lock(file, FlockArg::LockExclusive)
-            .map_err(|(_, e)| std::io::Error::from(e))
-            .with_context(what)?;
-        *self = Journal::open(&self.path)?;
-        Ok(Held { _file: held })
+        let Lines { states, told, at } = read_lines(&bytes, end as u64 + 1).with_context(what)?;
+        Ok(Journal { file, path, record, states, told, at, _held: None })
     }
 
     /// The state reached.
@@ -354,7 +376,13 @@ impl Journal {
     /// When it cannot be written.
     pub fn note(&mut self, state: State) -> Result<()> {
         let time = now();
-        let line = format!("{:<1$}\n", format!("{} {time}", state.name()), SLOT - 1);
+        self.put_line(state.name(), time)?;
+        self.states.push((state, time));
+        Ok(())
+    }
+
+    fn put_line(&mut self, name: &str, time: u64) -> Result<()> {
+        let line = format!("{:<1$}\n", format!("{name} {time}"), SLOT - 1);
         if self.at as usize + line.len() > SIZE {
             bail!("the journal {} is full", self.path.display());
         }
@@ -362,8 +390,30 @@ impl Journal {
             .write_all_at(line.as_bytes(), self.at)
             .with_context(|| format!("cannot write the journal {}", self.path.display()))?;
         self.at += line.len() as u64;
-        self.states.push((state, time));
         Ok(())
+    }
+
+    /// Writes down, beside the states, that the other host knows how it has ended: nobody has to tell
+    /// it again. Lost in a crash of the host, it is told once more.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn note_told(&mut self) -> Result<()> {
+        if !self.told {
+            self.put_line(TOLD, now())?;
+            self.told = true;
+        }
+        Ok(())
+    }
+
+    /// Whether the other host may still have to learn how it has ended: of a container that stayed, a
+    /// copy may be held there; of one that came, the source may ask.
+    pub fn is_untold(&self) -> bool {
+        let matters = matches!(
+            (self.record.role, self.state()),
+            (Role::Source, State::Aborted) | (Role::Destination, State::Finished)
+        );
+        matters && !self.told
     }
 
     /// Makes what was noted durable.
@@ -388,37 +438,34 @@ impl Journal {
     /// All journals of this host, oldest first, and those that cannot be read.
     ///
     /// # Errors
-    /// When the directory cannot be listed.
+    /// When a directory cannot be listed.
     pub fn all(state_dir: &Path) -> Result<(Vec<Journal>, Vec<Unreadable>)> {
-        let dir = directory(state_dir);
-        let what = || format!("cannot list {}", dir.display());
-        let list = match fs::read_dir(&dir) {
-            Ok(list) => list,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Default::default()),
-            Err(e) => return Err(e).with_context(what),
-        };
-        let (mut all, mut unreadable) = (Vec::new(), Vec::new());
-        for entry in list {
-            let path = entry.with_context(what)?.path();
-            if path.extension().is_none_or(|e| e != "journal") {
-                continue;
-            }
-            match Journal::open(&path) {
-                Ok(journal) => all.push(journal),
-                Err(e) => unreadable.extend(Unreadable::of(path, &e)),
-            }
-        }
+        let (mut all, mut unreadable) = list(&directory(state_dir))?;
+        let (by, bad) = list(&shelf::directory(state_dir))?;
+        all.extend(by);
+        unreadable.extend(bad);
         all.sort_by_key(|j| j.record.begun);
         Ok((all, unreadable))
     }
 
-    /// Those that are about a container.
+    /// The same without those that are [put by](shelf): there are few, however many migrations there
+    /// have been.
+    ///
+    /// # Errors
+    /// When the directory cannot be listed.
+    pub fn current(state_dir: &Path) -> Result<(Vec<Journal>, Vec<Unreadable>)> {
+        let (mut all, unreadable) = list(&directory(state_dir))?;
+        all.sort_by_key(|j| j.record.begun);
+        Ok((all, unreadable))
+    }
+
+    /// The [current](Journal::current) ones that are about a container.
     ///
     /// # Errors
     /// When they cannot be listed, or one that is about it cannot be read: what is in it decides
     /// whose the container is.
     pub fn of(state_dir: &Path, root: &Path, container: &str) -> Result<Vec<Journal>> {
-        let (all, unreadable) = Journal::all(state_dir)?;
+        let (all, unreadable) = Journal::current(state_dir)?;
         if let Some(journal) = unreadable.into_iter().find(|j| j.may_be_about(container)) {
             return Err(journal.error());
         }
@@ -431,8 +478,31 @@ impl Journal {
     /// When it cannot be read.
     pub fn find(state_dir: &Path, migration: &str) -> Result<Option<Journal>> {
         let path = directory(state_dir).join(format!("{migration}.journal"));
-        if !path.exists() { Ok(None) } else { Journal::open(&path).map(Some) }
+        let is_there = path.exists() || shelf::place_of(&path).is_ok_and(|place| place.exists());
+        is_there.then(|| Journal::open(&path)).transpose()
     }
+}
+
+/// The journals in a directory, and those that cannot be read.
+fn list(dir: &Path) -> Result<(Vec<Journal>, Vec<Unreadable>)> {
+    let what = || format!("cannot list {}", dir.display());
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Default::default()),
+        Err(e) => return Err(e).with_context(what),
+    };
+    let (mut all, mut unreadable) = (Vec::new(), Vec::new());
+    for entry in entries {
+        let path = entry.with_context(what)?.path();
+        if path.extension().is_none_or(|e| e != "journal") {
+            continue;
+        }
+        match Journal::open(&path) {
+            Ok(journal) => all.push(journal),
+            Err(e) => unreadable.extend(Unreadable::of(path, &e)),
+        }
+    }
+    Ok((all, unreadable))
 }
 
 /// A journal that this Ferry cannot read: damaged, or another version's.
@@ -480,54 +550,6 @@ impl Unreadable {
             "it says who owns the container: use the version of Ferry that has written it. If you \
              know that the container runs on one host only, and where, move the file away",
         )
-    }
-}
-
-/// See [`Journal::hold`]. flock(2).
-#[derive(Debug)]
-pub struct Held {
-    _file: Flock<File>,
-}
-
-/// Held while a container is being migrated: a second migration of it is refused. flock(2).
-#[derive(Debug)]
-pub struct Lock {
-    _file: Flock<File>,
-}
-
-impl Lock {
-    /// Takes it, if no migration of the container is under way or was broken off.
-    ///
-    /// # Errors
-    /// Says which migration stands in the way, and what to do.
-    pub fn take(state_dir: &Path, root: &Path, container: &str) -> Result<Lock> {
-        let dir = directory(state_dir);
-        let given = root;
-        let root = canonical(root);
-        let name = format!("{}%{container}.lock", root.display()).replace('/', "%");
-        let path = dir.join(name);
-        let what = || format!("cannot write to {}", dir.display());
-        fs::create_dir_all(&dir).with_context(what)?;
-        let mut open = OpenOptions::new();
-        let file = open.write(true).create(true).truncate(false).mode(0o600).open(&path);
-        let file = Flock::lock(file.with_context(what)?, FlockArg::LockExclusiveNonblock).map_err(
-            |_| {
-                advice(
-                    format!("a migration of {container} is under way on this host"),
-                    format!("see `ferry migrations {container}`"),
-                )
-            },
-        )?;
-        for journal in Journal::of(state_dir, given, container)? {
-            if !journal.state().is_over() && !journal.record.worker_lives() {
-                let migration = &journal.record.migration;
-                return Err(advice(
-                    format!("an earlier migration of {container} ({migration}) was broken off"),
-                    format!("`ferry resolve {container}` first"),
-                ));
-            }
-        }
-        Ok(Lock { _file: file })
     }
 }
 
@@ -650,7 +672,9 @@ pub(crate) mod tests {
         let path = Journal::create(dir.path(), record("00112233aabbccdd")).unwrap().path;
         let text = fs::read_to_string(&path).unwrap();
         let refused = |container: &str| {
-            let lock = Lock::take(dir.path(), root, container).map(drop).map_err(|e| e.to_string());
+            let lock = Lock::take(dir.path(), root, container, "to b")
+                .map(drop)
+                .map_err(|e| e.to_string());
             assert_eq!(lock.is_err(), Journal::of(dir.path(), root, container).is_err());
             lock.err()
         };

@@ -4,25 +4,22 @@
 use std::fs::{self, File};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Child, Command};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 
-use super::decide::{Guarding, Next, There, guard as decide, has_heard, resolve};
-use super::{recover, rest, settle};
+use super::decide::{Guarding, Next, There, guard as decide, resolve};
+use super::{recover, rest, settle, word};
 use crate::connections::{self, Ears, Order, Orders, Vault};
 use crate::migration::journal::criu;
 use crate::migration::journal::workdir::GUARD;
-use crate::migration::journal::{Held, Journal, Record, State};
-use crate::migration::protocol::Verdict;
+use crate::migration::journal::{Journal, Record, State};
 use crate::migration::transfer::carry::Wishes;
 use crate::sys::process::{self, is_alive};
 
-/// How long a Ferry that was killed may take to be gone.
-const END_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a destination that cannot be reached is told that the container stayed.
-const WORD_TIMEOUT: Duration = Duration::from_secs(600);
+/// How long the other host may take for one answer: so long an operator has to wait for the journal.
+const ANSWER: Duration = Duration::from_secs(15);
 /// Between two tries to reach the other host, at most.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
@@ -149,14 +146,15 @@ pub fn guard(journal: &Path) -> Result<()> {
             None => break false,
         }
     };
-    let mut held = hold(&mut journal, !told)?;
+    // A Ferry that was killed does nothing more when this returns, none of its threads, and traces nobody.
+    let mut held = journal.hold()?;
     let done = loop {
         match decide(journal.state(), told) {
             Guarding::RunOn => {
                 let undone =
                     recover::source_runs_on(&mut journal, &recover::Hands::Later(Some(&vault)));
                 drop(held);
-                send_word(&journal.record);
+                word::send(&mut journal);
                 break undone;
             }
             Guarding::CarryThrough => {
@@ -172,7 +170,7 @@ pub fn guard(journal: &Path) -> Result<()> {
             }
             Guarding::Tell => {
                 drop(held);
-                send_word(&journal.record);
+                word::send(&mut journal);
                 break Ok(());
             }
             Guarding::Nothing => break Ok(()),
@@ -213,13 +211,14 @@ fn carry_through(journal: &mut Journal, vault: &Vault) -> Result<Carried> {
         }
         match resolve(State::Committed, recover::tasks(&journal.record)?, there, None) {
             Next::Ask(verdict) => {
-                there = settle::ask(&journal.record, verdict).map_or(There::Silent, There::Is);
+                let answer = settle::ask(&journal.record, verdict, ANSWER);
+                there = answer.map_or(There::Silent, There::Is);
                 continue;
             }
             Next::BringRest => {
                 // Whatever breaks: the lock is let go before the next try.
                 let unbroken = &mut |why: Option<&str>| why.is_none();
-                let brought = rest::bring(&journal.record, Wishes::default(), unbroken);
+                let brought = rest::bring(&journal.record, Wishes::default(), None, unbroken);
                 there = There::Is(brought.standing());
                 if !matches!(brought, rest::Brought::Stopped) {
                     continue;
@@ -245,27 +244,6 @@ fn carry_through(journal: &mut Journal, vault: &Vault) -> Result<Carried> {
     }
 }
 
-/// Starts a process that goes on telling the destination that the container stayed.
-///
-/// # Errors
-/// When there can be no process.
-pub fn tell_later(journal: &Journal) -> Result<()> {
-    let mut command = Command::new("/proc/self/exe");
-    command.arg("__guard").arg("word").arg(journal.path());
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    process::in_new_session(&mut command);
-    command.spawn().context("cannot start the guard process").map(drop)
-}
-
-/// That process.
-///
-/// # Errors
-/// When the journal cannot be read.
-pub fn word(journal: &Path) -> Result<()> {
-    send_word(&Journal::open(journal)?.record);
-    Ok(())
-}
-
 fn obey<S: AsFd + Sync>(
     order: Order,
     record: &Record,
@@ -278,35 +256,5 @@ fn obey<S: AsFd + Sync>(
         Order::TakeOut => connections::take_out(cgroup, &record.work, begin),
         Order::PutBack => connections::put_back(vault, cgroup, &record.work, begin),
         Order::Done | Order::Told | Order::Watched => Ok(()),
-    }
-}
-
-/// Holds the journal, before anybody else settles what is in it. A Ferry that was `killed` does nothing
-/// more when this returns, none of its threads, and traces nobody.
-pub(super) fn hold(journal: &mut Journal, killed: bool) -> Result<Held> {
-    let held = journal.hold()?;
-    let worker = journal.record.worker;
-    if killed && is_alive(worker) {
-        if let Ok(pidfd) = process::pidfd_open(worker.0) {
-            let _ = process::wait_readable(&[pidfd.as_fd()], Some(Instant::now() + END_TIMEOUT));
-        }
-        // Its last word may have come since.
-        *journal = Journal::open(journal.path())?;
-    }
-    Ok(held)
-}
-
-/// Tells the destination that the source has kept the container, until it has heard: a copy that
-/// is ready waits there for nothing else.
-fn send_word(record: &Record) {
-    let until = Instant::now() + WORD_TIMEOUT;
-    let mut pause = Duration::from_millis(100);
-    while Instant::now() < until {
-        if settle::ask(record, Some(Verdict::Abort)).is_ok_and(has_heard) {
-            return;
-        }
-        // Between two tries to reach a host there is nothing to wait on but time.
-        std::thread::park_timeout(pause);
-        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }

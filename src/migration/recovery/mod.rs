@@ -6,3 +6,4 @@ pub(crate) mod recover;
 pub(crate) mod rest;
 pub(crate) mod settle;
 pub(crate) mod successors;
+pub(crate) mod word;

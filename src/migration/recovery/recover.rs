@@ -182,8 +182,8 @@ fn root_of(pid: i32) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}/root"))
 }
 
-/// Where the migration's away-mark lies.
-fn state_dir(journal: &Journal) -> &Path {
+/// Where the migration's away-mark lies, and its journal below.
+pub fn state_dir(journal: &Journal) -> &Path {
     journal.path().parent().and_then(Path::parent).unwrap_or(Path::new("/"))
 }
 

@@ -45,18 +45,21 @@ impl Brought {
     }
 }
 
-/// Brings the rest over, over as many links as it takes. `told` is called with what goes wrong, once
+/// Brings the rest over, over as many links as it takes; where there is a `patience`, until nothing has
+/// been heard of the destination for that long. `told` is called with what goes wrong, once
 /// for each reason, and says whether to go on.
 pub fn bring(
     record: &Record,
     wishes: Wishes,
+    patience: Option<Duration>,
     told: &mut dyn FnMut(Option<&str>) -> bool,
 ) -> Brought {
+    let mut heard = Instant::now();
     let mut pause = Duration::from_millis(100);
     let mut last = String::new();
     loop {
         let began = Instant::now();
-        match attempt(record, &wishes, told) {
+        match attempt(record, &wishes, patience, &mut heard, told) {
             Ok(Some(end)) => return end,
             Ok(None) => {}
             Err(e) => {
@@ -70,7 +73,7 @@ pub fn bring(
         if began.elapsed() > SILENCE {
             pause = Duration::from_millis(100);
         }
-        if !told(None) {
+        if !told(None) || patience.is_some_and(|patience| heard.elapsed() >= patience) {
             return Brought::Stopped;
         }
         // Between two tries to reach a host there is nothing to wait on but time.
@@ -88,13 +91,19 @@ enum Event {
 fn attempt(
     record: &Record,
     wishes: &Wishes,
+    patience: Option<Duration>,
+    latest: &mut Instant,
     told: &mut dyn FnMut(Option<&str>) -> bool,
 ) -> Result<Option<Brought>> {
     let destination =
         record.destination.as_ref().ok_or_else(|| anyhow!("only the source can bring it"))?;
     let cgroup = record.cgroup.as_ref().ok_or_else(|| anyhow!("no control group is known"))?;
     // The link may have broken before the commit got there.
-    match settle::ask(record, Some(Verdict::Commit))? {
+    let left = patience.map_or(SILENCE, |patience| patience.saturating_sub(latest.elapsed()));
+    let silence = left.min(SILENCE);
+    let standing = settle::ask(record, Some(Verdict::Commit), silence)?;
+    *latest = Instant::now();
+    match standing {
         Standing::Waiting | Standing::Ready | Standing::Lacking | Standing::Arriving => {
             return Ok(None);
         }
@@ -111,17 +120,16 @@ fn attempt(
         speaker.say(&Message::Resume { migration: record.migration.clone() })?;
         let mut missing = Vec::new();
         let mut memory: Option<Memory> = None;
-        let mut latest = Instant::now();
         loop {
             let event = match events.recv_timeout(TICK) {
                 Ok(event) => event,
                 Err(RecvTimeoutError::Timeout) if !told(None) => {
                     return Ok(Some(Brought::Stopped));
                 }
-                Err(RecvTimeoutError::Timeout) if latest.elapsed() < SILENCE => continue,
+                Err(RecvTimeoutError::Timeout) if latest.elapsed() < silence => continue,
                 Err(_) => bail!("{destination} is silent"),
             };
-            latest = Instant::now();
+            *latest = Instant::now();
             let order = |memory: &Option<Memory>, order| {
                 if let Some(memory) = memory {
                     // It has sent everything.

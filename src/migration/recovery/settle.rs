@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 
-use super::decide::{Answer, Left, answer as decide, is_swept};
+use super::decide::{Answer, Left, answer as decide, has_heard, is_swept};
 use super::recover;
 use crate::migration::journal::{Journal, Record, Role, State};
 use crate::migration::protocol::talk::{self, Heard};
@@ -22,16 +22,18 @@ use crate::sys::scm;
 /// Name of the socket on which a waiting destination takes the verdict.
 const SOCKET: &str = "control.sock";
 /// How long the other host may take to answer.
-const LIMIT: Duration = Duration::from_secs(60);
+pub const LIMIT: Duration = Duration::from_secs(60);
 /// How long whoever holds a container may take to end when it does not answer any more.
 const ENDING: Duration = Duration::from_secs(10);
 
 /// Asks the destination of a migration how it stands there, telling it the source's verdict if
-/// there is one.
+/// there is one. A host that is not there answers nothing, and ssh waits for minutes: `limit` is for
+/// everything.
 ///
 /// # Errors
 /// When it cannot be reached or does not answer.
-pub fn ask(record: &Record, verdict: Option<Verdict>) -> Result<Standing> {
+pub fn ask(record: &Record, verdict: Option<Verdict>, limit: Duration) -> Result<Standing> {
+    let until = Instant::now() + limit;
     let destination =
         record.destination.as_ref().ok_or_else(|| anyhow!("only the source can ask"))?;
     let link = destination.connect()?;
@@ -43,7 +45,7 @@ pub fn ask(record: &Record, verdict: Option<Verdict>) -> Result<Standing> {
         let settle = Message::Settle { migration: record.migration.clone(), verdict };
         speaker.say(&settle)?;
         loop {
-            match heard.recv_timeout(LIMIT) {
+            match heard.recv_timeout(until.saturating_duration_since(Instant::now())) {
                 Ok(Heard::Message(Message::Hello(theirs))) => talk::check_hello(&theirs)?,
                 Ok(Heard::Message(Message::Settled { standing })) => return Ok(standing),
                 Ok(Heard::Message(Message::Failed { why, hints, .. })) => {
@@ -51,7 +53,7 @@ pub fn ask(record: &Record, verdict: Option<Verdict>) -> Result<Standing> {
                 }
                 Ok(Heard::Gone(why)) => bail!("{}", why.unwrap_or_else(|| "no answer".into())),
                 Ok(_) => {}
-                Err(_) => bail!("{destination} does not answer"),
+                Err(_) => bail!("{destination} has not answered within {} s", limit.as_secs()),
             }
         }
     })();
@@ -65,18 +67,34 @@ pub fn ask(record: &Record, verdict: Option<Verdict>) -> Result<Standing> {
     answer
 }
 
-/// Tells the verdict, and asks again until it has come true or ten seconds are over.
+/// Tells the verdict, and asks again until it has come true or ten seconds are over; each answer may
+/// take so long.
 ///
 /// # Errors
 /// As [`ask`].
-pub fn insist(record: &Record, verdict: Verdict) -> Result<Standing> {
-    let until = Instant::now() + Duration::from_secs(10);
+pub fn insist(record: &Record, verdict: Verdict, limit: Duration) -> Result<Standing> {
+    let began = Instant::now();
     loop {
-        let standing = ask(record, Some(verdict))?;
-        if standing != Standing::Waiting || Instant::now() > until {
+        let standing = ask(record, Some(verdict), limit)?;
+        if standing != Standing::Waiting || began.elapsed() > ENDING.min(limit) {
             return Ok(standing);
         }
     }
+}
+
+/// Tells the destination that the container stayed, and notes in the journal when it has heard.
+///
+/// # Errors
+/// As [`ask`].
+pub fn tell_stayed(journal: &mut Journal, limit: Duration) -> Result<Standing> {
+    let standing = ask(&journal.record, Some(Verdict::Abort), limit)?;
+    if has_heard(standing)
+        && let Ok(Some(_held)) = journal.hold_within(ENDING)
+    {
+        // It is told once more, at worst.
+        let _ = journal.note_told().inspect_err(|e| tracing::error!("{e:#}"));
+    }
+    Ok(standing)
 }
 
 /// It becomes a file's name.
@@ -93,6 +111,20 @@ fn check_id(migration: &str) -> Result<()> {
 /// # Errors
 /// When what is waiting does not answer.
 pub fn answer(state_dir: &Path, migration: &str, verdict: Option<Verdict>) -> Result<Standing> {
+    answer_here(state_dir, migration, &Asked::Verdict(verdict), LIMIT)
+}
+
+/// The same for whoever asks on this host, and may be its operator; `limit` is how long whoever is at it
+/// may take.
+///
+/// # Errors
+/// As [`answer`].
+pub fn answer_here(
+    state_dir: &Path,
+    migration: &str,
+    asked: &Asked,
+    limit: Duration,
+) -> Result<Standing> {
     check_id(migration)?;
     let began = Instant::now();
     let mut journal = loop {
@@ -106,16 +138,24 @@ pub fn answer(state_dir: &Path, migration: &str, verdict: Option<Verdict>) -> Re
             break journal;
         }
         // Whoever goes on in its place has to see first what there is, and may have to undo it.
-        let limit = if is_alive(journal.record.worker) { ENDING } else { LIMIT };
-        match pass_on(&journal.record.work, verdict) {
-            Err(e) if began.elapsed() > limit => return Err(e),
+        let patience = if is_alive(journal.record.worker) { ENDING } else { limit };
+        match pass_on(&journal.record.work, asked, limit) {
+            Err(e) if began.elapsed() > patience => return Err(e),
             // It may be ending, with its work done: what came of it is in the journal then, which
             // tells nobody of that.
             Err(_) => std::thread::park_timeout(Duration::from_millis(5)),
             standing => return standing,
         }
     };
-    let _held = journal.hold()?;
+    // What is over is written no more.
+    let _held = match journal.state().is_over() {
+        true => None,
+        false => Some(
+            journal
+                .hold_within(limit)?
+                .ok_or_else(|| anyhow!("another process is settling migration {migration}"))?,
+        ),
+    };
     loop {
         let left = Left {
             state: journal.state(),
@@ -133,6 +173,17 @@ pub fn answer(state_dir: &Path, migration: &str, verdict: Option<Verdict>) -> Re
                 recover::destination_discards(&mut journal)?;
             }
         }
+    }
+}
+
+/// On the destination, when the source is about to hear how its migration ended here: it will not ask
+/// much longer.
+pub fn note_answer(state_dir: &Path, migration: &str) {
+    if let Ok(Some(mut journal)) = Journal::find(state_dir, migration)
+        && journal.is_untold()
+        && let Ok(Some(_held)) = journal.hold_within(Duration::ZERO)
+    {
+        let _ = journal.note_told().inspect_err(|e| tracing::error!("{e:#}"));
     }
 }
 
@@ -156,9 +207,12 @@ pub fn sweep(state_dir: &Path, root: &Path, container: &str) -> Result<()> {
 /// What is said to whoever holds the container, over its control socket.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Asked {
+pub enum Asked {
     /// A verdict, or only a question.
     Verdict(Option<Verdict>),
+    /// The operator's word that it is not to go on here: the source is gone, or runs it. One that runs
+    /// with all of its memory stays.
+    Discard,
     /// Two descriptors come along: a new link to the source, in the place of the old one.
     Link,
     /// The same: a further one, for memory.
@@ -173,10 +227,11 @@ fn connect(work: &Path) -> Result<UnixStream> {
         .context("the process that holds the container here does not answer")
 }
 
-fn pass_on(work: &Path, verdict: Option<Verdict>) -> Result<Standing> {
+fn pass_on(work: &Path, asked: &Asked, limit: Duration) -> Result<Standing> {
     let socket = connect(work)?;
-    socket.set_read_timeout(Some(LIMIT))?;
-    scm::send(&socket, &serde_json::to_vec(&Asked::Verdict(verdict))?, &[])?;
+    // Zero would be no limit.
+    socket.set_read_timeout(Some(limit.max(Duration::from_millis(1))))?;
+    scm::send(&socket, &serde_json::to_vec(asked)?, &[])?;
     let mut answer = String::new();
     BufReader::new(socket).read_line(&mut answer)?;
     serde_json::from_str(&answer).context("the process that holds the container here went away")
@@ -213,6 +268,8 @@ pub fn hand_link(
 pub enum Call {
     /// A verdict or a question, and where the answer goes.
     Verdict(Option<Verdict>, Sender<Standing>),
+    /// See [`Asked::Discard`].
+    Discard(Sender<Standing>),
     /// A new link to the source: reading end, writing end, and what is to be kept as long as it is
     /// used.
     Link(OwnedFd, OwnedFd, UnixStream),
@@ -244,9 +301,13 @@ pub fn take_calls(work: &Path, tell: impl Fn(Call) -> bool + Send + 'static) -> 
                         return;
                     }
                 }
-                (Ok(Asked::Verdict(verdict)), ..) => {
+                (Ok(asked @ (Asked::Verdict(_) | Asked::Discard)), ..) => {
                     let (reply, answer) = channel();
-                    if !tell(Call::Verdict(verdict, reply)) {
+                    let call = match asked {
+                        Asked::Verdict(verdict) => Call::Verdict(verdict, reply),
+                        _ => Call::Discard(reply),
+                    };
+                    if !tell(call) {
                         return;
                     }
                     if let Ok(standing) = answer.recv_timeout(LIMIT)

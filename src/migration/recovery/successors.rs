@@ -22,7 +22,6 @@ use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
 use super::decide::{self, Pages, Phase, Released, hear, pages, released};
-use super::guards::hold;
 use super::recover;
 use super::settle::{self, Call};
 use crate::criu::interposer::carry_on;
@@ -31,8 +30,8 @@ use crate::memory::will::{Will, Word};
 use crate::migration::journal::criu;
 use crate::migration::journal::workdir::GUARD;
 use crate::migration::journal::{Journal, Record};
-use crate::migration::protocol::Message;
 use crate::migration::protocol::talk::{self, Heard, Speaker};
+use crate::migration::protocol::{Message, Standing};
 use crate::migration::transfer::intake::{self, Backlog, Current, Stage, say_missing, want};
 use crate::oci::cgroup::Cgroup;
 use crate::sys::fault;
@@ -216,7 +215,7 @@ pub fn go_on(journal: &Path, will: RawFd) -> Result<()> {
     let estate = Estate::take(will)?;
     let mut journal = Journal::open(journal)?;
     end_others(&journal.record);
-    let _held = hold(&mut journal, true)?;
+    let _held = journal.hold()?;
     match pages(journal.state()) {
         Pages::Nothing => return Ok(()),
         Pages::GoOn => {}
@@ -368,6 +367,12 @@ impl Filling {
                 }
                 Event::Heard(Heard::Gone(_)) => self.link = None,
                 Event::Heard(_) | Event::Call(Call::Lane(..)) => {}
+                Event::Call(Call::Discard(reply)) => match (self.lacks, self.served) {
+                    // The operator knows that nobody will bring the rest. Whoever asks learns from the
+                    // journal when everything is undone.
+                    (true, None) => return End::Lost(Vec::new()),
+                    _ => drop(reply.send(Standing::Waiting)),
+                },
                 Event::Call(Call::Verdict(verdict, reply)) => {
                     let heard = verdict.map_or(decide::Event::Asked, decide::Event::Verdict);
                     let lacking = self.lacks && self.served.is_none();

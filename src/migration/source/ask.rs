@@ -103,6 +103,8 @@ impl Awaited {
 pub(super) struct Inputs {
     pub(super) queue: Receiver<Input>,
     pub(super) tell: Sender<Input>,
+    /// The user's own limit, which no other outlasts.
+    pub(super) user: Option<Instant>,
     /// The deadline is the user's.
     by_user: bool,
     /// Who has to do something before the deadline.
@@ -203,16 +205,10 @@ impl Inputs {
 
     pub(super) fn until(&mut self, limit: Duration) {
         self.limit = limit;
-        self.by_user = false;
-        self.by(Instant::now() + limit);
-    }
-
-    /// The user's own limit, where it comes first.
-    pub(super) fn no_later_than(&mut self, limit: Instant) {
-        if limit < self.deadline {
-            self.by_user = true;
-            self.by(limit);
-        }
+        let own = Instant::now() + limit;
+        self.by_user = self.user.is_some_and(|user| user < own);
+        self.deadline = self.user.map_or(own, |user| user.min(own));
+        self.watch.until(self.deadline);
     }
 
     /// Clients wait from here on: a dead link must be known as dead soon. `rate` is what the link
@@ -235,11 +231,6 @@ impl Inputs {
     /// The time counts anew.
     pub(super) fn again(&mut self) {
         self.until(self.limit);
-    }
-
-    fn by(&mut self, deadline: Instant) {
-        self.deadline = deadline;
-        self.watch.until(deadline);
     }
 }
 
@@ -276,14 +267,14 @@ pub(super) fn ask(
     // A shell that has ended already needs no cutting.
     let watch =
         Watch::start(closer.cutter().unwrap_or(Cutter::Nothing)).map_err(Failed::refused)?;
-    let deadline = Instant::now() + ANSWER_LIMIT;
     let mut inputs = Inputs {
         queue,
         tell,
+        user: options.timeout.map(|timeout| Instant::now() + timeout),
         by_user: false,
         awaited: Awaited::Destination,
         limit: ANSWER_LIMIT,
-        deadline,
+        deadline: Instant::now(),
         interrupted: false,
         pulse: None,
         asked: None,
@@ -294,7 +285,7 @@ pub(super) fn ask(
         heard: false,
         watch: watch.clone(),
     };
-    watch.until(deadline);
+    inputs.until(ANSWER_LIMIT);
     let heard = inputs.tell.clone();
     talk::listen(reader, move |h| heard.send(Input::Heard(h)).is_ok()).map_err(Failed::refused)?;
     let caught = inputs.tell.clone();

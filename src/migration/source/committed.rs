@@ -22,6 +22,11 @@ use crate::report::exit::Failed;
 use crate::report::progress::Reporter;
 use crate::sys::fault;
 
+/// How long a signal lets what is under way go on.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a destination that is looked for may take to answer.
+const ANSWER: Duration = Duration::from_secs(5);
+
 /// After the commit: the destination owns the container. There is no way back from here.
 pub(super) struct Committed(pub(super) Begun);
 
@@ -49,7 +54,11 @@ impl Committed {
             let _ = job.go.send(Go::Verdict(true));
             job.join();
         }
-        let end = if running { End::RunsThere } else { Committed::look_for(&mut begun, reporter) };
+        let end = match running {
+            true => End::RunsThere,
+            false if begun.stopping => End::InDoubt(Standing::Waiting),
+            false => Committed::look_for(&mut begun, reporter),
+        };
         if end == End::NeverRan {
             let why = anyhow!(
                 "the container was handed over, but its copy on {} ended before it ran",
@@ -61,7 +70,11 @@ impl Committed {
         if let End::InDoubt(standing) = end {
             // The guard stays, if it has something without which what is frozen here is not whole.
             begun.closer.close();
+            let left = begun.stopping.then(|| left_to_guard(&begun, reporter));
             begun.work.keep();
+            if let Some(left) = left {
+                return Err(Failed::in_doubt(left));
+            }
             let id = &begun.journal.record.container;
             let peer = &begun.journal.record.peer;
             return Err(Failed::in_doubt(advice(
@@ -155,10 +168,15 @@ impl Committed {
                     return true;
                 }
                 Ok(_) => {}
-                // Too late for Ctrl-C: what is decided is carried through.
+                // Too late to give up. What takes longer than a moment needs nobody to stand by: the
+                // guard goes on with it.
                 Err(_) if std::mem::take(&mut begun.inputs.interrupted) => {
                     reporter.warning("the container has been handed over: finishing");
+                    begun.stopping = true;
+                    begun.inputs.user.get_or_insert(Instant::now() + PATIENCE);
+                    begun.inputs.again();
                 }
+                Err(_) if begun.stopping => return false,
                 Err(e) => {
                     reporter.warning(&format!("{e:#}; looking for the destination"));
                     return false;
@@ -190,7 +208,7 @@ impl Committed {
                 Next::LetGo => return End::RunsThere,
                 Next::RunsOn | Next::Abandon => return End::NeverRan,
                 Next::Ask(verdict) => {
-                    let answer = settle::ask(&begun.journal.record, verdict);
+                    let answer = settle::ask(&begun.journal.record, verdict, ANSWER);
                     if let Err(e) = &answer
                         && Instant::now() > until
                     {
@@ -210,8 +228,16 @@ impl Committed {
                 Next::Doubt(_) | Next::HandOver => return End::InDoubt(standing),
             }
             there = There::Unasked;
-            // Between two tries to reach a host there is nothing to wait on but time.
-            std::thread::park_timeout(pause);
+            // Between two tries to reach a host there is nothing to wait on but time, and a signal.
+            let next = Instant::now() + pause;
+            while let Ok(input) =
+                begun.inputs.queue.recv_timeout(next.saturating_duration_since(Instant::now()))
+            {
+                begun.stopping |= matches!(input, Input::Signal(_));
+            }
+            if begun.stopping {
+                return End::InDoubt(standing);
+            }
             pause = (pause * 2).min(Duration::from_secs(5));
         }
     }
@@ -220,13 +246,14 @@ impl Committed {
     fn bring_rest(begun: &mut Begun, reporter: &mut Reporter) -> Brought {
         begun.closer.close();
         let (record, wishes) = (begun.journal.record.clone(), begun.memory_wishes.clone());
-        let queue = &begun.inputs.queue;
-        let end = rest::bring(&record, wishes, &mut |why| {
+        let (queue, stopping) = (&begun.inputs.queue, &mut begun.stopping);
+        let end = rest::bring(&record, wishes, None, &mut |why| {
             if let Some(why) = why {
                 reporter.warning(&format!("{why}; trying again"));
             }
             // Too late to give up, but nobody has to stand by: the guard goes on with it.
-            !queue.try_iter().any(|input| matches!(input, Input::Signal(_)))
+            *stopping |= queue.try_iter().any(|input| matches!(input, Input::Signal(_)));
+            !*stopping
         });
         if let Brought::Whole(served) = &end {
             reporter.mark("all of it is there");
@@ -234,4 +261,23 @@ impl Committed {
         }
         end
     }
+}
+
+/// What there is still to do, and who does it.
+fn left_to_guard(begun: &Begun, reporter: &Reporter) -> anyhow::Error {
+    let record = &begun.journal.record;
+    let (id, peer) = (&record.container, &record.peer);
+    let now = match reporter.report.frozen_ms {
+        Some(_) => "it runs there, and waits for memory that is still here",
+        None => "it has not been heard yet that it runs there",
+    };
+    advice(
+        format!(
+            "interrupted when {id} had been handed over to {peer}: {now}. A process of Ferry's goes on \
+             with it, until {peer} has all of it"
+        ),
+        format!(
+            "`ferry migrations {id}` tells how it stands, and `ferry resolve {id}` waits for the end"
+        ),
+    )
 }

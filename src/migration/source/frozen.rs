@@ -35,7 +35,6 @@ impl Begun {
         recover::leave_mark(&self.journal)?;
         self.await_drained(reporter)?;
         self.inputs.until(FREEZE_LIMIT);
-        self.obey_limit();
         let rounds = &reporter.report.rounds;
         // Rounds of less tell nothing of the link.
         let telling = rounds.iter().rev().find(|r| r.wire_bytes > 1 << 20);
@@ -214,7 +213,6 @@ impl Begun {
                 Input::Heard(Heard::Message(Message::Verify { seed, masks })) => {
                     reporter.mark("destination has restored, and compares memory");
                     self.inputs.until(VERIFY_LIMIT);
-                    self.obey_limit();
                     self.tell_memory(Order::Verify(seed, masks))?;
                 }
                 Input::Heard(Heard::Message(Message::Verified { pages })) => {

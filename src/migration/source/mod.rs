@@ -39,7 +39,7 @@ use super::preflight::inspect::Subject;
 use super::protocol::Message;
 use super::protocol::talk::{Heard, Speaker};
 use super::recovery::guards::SourceGuard;
-use super::recovery::{recover, settle};
+use super::recovery::{recover, settle, word};
 use super::transfer::carry::{self, Memory, MemoryEvent, Order};
 use super::transfer::early::Early;
 use super::transfer::haul::{self, Haul, HaulEvent};
@@ -128,8 +128,10 @@ pub fn migrate(
     reporter.report.destination = options.destination.to_string();
     // Each task takes some.
     connections::raise_limit().map_err(Failed::refused)?;
+    // Before anything is looked at: what is seen is to hold until the end.
+    let lock = settle_earlier(runtime, state_dir, options).map_err(Failed::refused)?;
     let accepted = ask(runtime, options, reporter)?;
-    let mut begun = Begun::new(accepted, runtime, state_dir, options)?;
+    let mut begun = Begun::new(accepted, lock, runtime, state_dir, options)?;
     match begun.hand_over(reporter) {
         Ok(()) => match begun.commit() {
             Ok(committed) => committed.finish(reporter),
@@ -137,6 +139,20 @@ pub fn migrate(
         },
         Err(e) => Err(begun.runs_on(e, reporter)),
     }
+}
+
+/// Keeps others from migrating the container, when earlier migrations of it are settled.
+fn settle_earlier(
+    runtime: &Runtime,
+    state_dir: &std::path::Path,
+    options: &Options,
+) -> Result<Lock> {
+    let (root, container) = (runtime.root(), &options.wishes.container);
+    settle::sweep(state_dir, root, container)?;
+    let way = format!("to {}", options.destination);
+    let lock = Lock::take(state_dir, root, container, &way)?;
+    word::tell_again(state_dir, root, container, &options.destination)?;
+    Ok(lock)
 }
 
 /// What of the container's files is of no use here when it runs there. Layers may be others', too.
@@ -192,21 +208,20 @@ struct Begun {
     frozen_since: Option<Instant>,
     /// No second migration of the same container meanwhile.
     _lock: Lock,
-    limit: Option<Instant>,
+    /// A signal has come after the commit.
+    stopping: bool,
 }
 
 impl Begun {
     fn new(
         accepted: Accepted,
+        lock: Lock,
         runtime: &Runtime,
         state_dir: &std::path::Path,
         options: &Options,
     ) -> Result<Begun, Failed> {
         let Accepted { subject, speaker, closer, inputs } = accepted;
         let plan = &subject.plan;
-        settle::sweep(state_dir, runtime.root(), &plan.container).map_err(Failed::refused)?;
-        let lock =
-            Lock::take(state_dir, runtime.root(), &plan.container).map_err(Failed::refused)?;
         let work = WorkDir::create(&plan.migration).map_err(Failed::refused)?;
         let (version, boot) = journal::stamp();
         let record = Record {
@@ -274,7 +289,7 @@ impl Begun {
             keeper: None,
             frozen_since: None,
             _lock: lock,
-            limit: options.timeout.map(|t| Instant::now() + t),
+            stopping: false,
         })
     }
 
@@ -293,7 +308,6 @@ impl Begun {
         fault::point("source.prepare")?;
         self.speaker.say(&Message::Prepare)?;
         self.inputs.until(PREPARE_LIMIT);
-        self.obey_limit();
         self.open_lanes()?;
         // First, and alone: memory would only change while files go.
         self.copy_files(reporter)?;
@@ -335,7 +349,6 @@ impl Begun {
         if self.tell_haul(haul::Order::Again) {
             // What has changed while memory went.
             self.inputs.until(FILES_LIMIT);
-            self.obey_limit();
             while !matches!(self.next(reporter)?, Input::Files(HaulEvent::Settled)) {}
         }
         Ok(())
@@ -350,7 +363,6 @@ impl Begun {
             let _ = tell.send(Input::Files(event));
         };
         self.inputs.until(FILES_LIMIT);
-        self.obey_limit();
         // What is written through an overlay, the kernel does not tell of the file system below.
         let listen = self.memory_wishes.tracking != Tracking::Hash && load.merged.is_none();
         let cgroup = &self.subject.cgroup;
@@ -360,7 +372,6 @@ impl Begun {
         reporter.files_settled();
         fault::point("source.copied")?;
         self.inputs.until(PREPARE_LIMIT);
-        self.obey_limit();
         self.speaker.say(&Message::Copied)
     }
 
@@ -558,7 +569,6 @@ impl Begun {
             Input::Memory(MemoryEvent::Progress(raw, wire)) => {
                 // As long as it goes on it may take its time; `--timeout` is the user's limit.
                 self.inputs.again();
-                self.obey_limit();
                 reporter.progress(raw, wire, self.subject.plan.resident_bytes);
                 return None;
             }
@@ -568,7 +578,6 @@ impl Begun {
             }
             Input::Files(HaulEvent::Progress(bytes)) => {
                 self.inputs.again();
-                self.obey_limit();
                 reporter.files_progress(bytes);
                 return None;
             }
@@ -599,20 +608,13 @@ impl Begun {
         None
     }
 
-    fn obey_limit(&mut self) {
-        if let Some(limit) = self.limit {
-            self.inputs.no_later_than(limit);
-        }
-    }
-
     /// **The commit.** When the journal has taken it the destination owns the container.
     fn commit(mut self) -> Result<Committed, (Box<Begun>, anyhow::Error)> {
         match self.journal.write(State::Committed) {
             Ok(()) => {
-                self.inputs.watch.decided();
                 self.inputs.committed = true;
                 // Nobody can give it up any more.
-                self.limit = None;
+                self.inputs.user = None;
                 Ok(Committed(self))
             }
             Err(e) => Err((Box::new(self), e)),
@@ -629,6 +631,8 @@ impl Begun {
         }
         // The destination learns it while we clean up; if the link breaks, from the guard.
         self.inputs.let_pulse_go();
+        // What is undone has limits of its own.
+        self.inputs.user = None;
         let speaker = self.speaker.clone();
         let told = std::thread::spawn(move || speaker.say(&Message::Abort { why }).is_ok());
         if let Some(job) = self.dump.take() {
@@ -674,6 +678,8 @@ impl Begun {
         }
         // It stays as long as it has something that is to be put back.
         if self.inputs.undone_there && undone.is_ok() {
+            // Else it is told once more.
+            let _ = self.journal.note_told().inspect_err(|e| tracing::error!("{e:#}"));
             self.guard.dismiss();
         } else {
             self.guard.send_word();

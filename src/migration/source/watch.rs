@@ -18,8 +18,6 @@ const GRACE: Duration = Duration::from_millis(500);
 #[derive(Debug, Default)]
 struct State {
     deadline: Option<Instant>,
-    /// A signal does not count any more.
-    decided: bool,
 }
 
 /// See the module.
@@ -62,19 +60,10 @@ impl Watch {
         self.change(|s| s.deadline = Some(deadline + GRACE));
     }
 
-    /// Somebody wants it to end: it has `patience` left, unless it is decided already.
+    /// Somebody wants it to end: it has `patience` left.
     pub fn hurry(&self, patience: Duration) {
         let at = Instant::now() + patience;
-        self.change(|s| {
-            if !s.decided {
-                s.deadline = Some(s.deadline.map_or(at, |d| d.min(at)));
-            }
-        });
-    }
-
-    /// The container belongs to the destination: nobody can hurry it any more.
-    pub fn decided(&self) {
-        self.change(|s| s.decided = true);
+        self.change(|s| s.deadline = Some(s.deadline.map_or(at, |d| d.min(at))));
     }
 }
 
@@ -95,13 +84,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_decided_is_not_hurried() {
-        let (mut here, mut there) = UnixStream::pair().unwrap();
+    fn who_is_hurried_has_no_more_time_than_that() {
+        let (mut here, _there) = UnixStream::pair().unwrap();
         let watch = Watch::start(Cutter::Socket(here.try_clone().unwrap())).unwrap();
-        watch.decided();
+        watch.until(Instant::now() + Duration::from_secs(3600));
         watch.hurry(Duration::ZERO);
-        here.write_all(b"x").unwrap();
-        let mut byte = [0];
-        std::io::Read::read_exact(&mut there, &mut byte).unwrap();
+        let bytes = vec![0; 64 << 20];
+        assert!(here.write_all(&bytes).is_err());
     }
 }
