@@ -235,14 +235,17 @@ fn no_userfaultfd(error: &std::io::Error) -> Problem {
     Problem::new("userfaultfd cannot be used", error).hint(hint)
 }
 
+/// Where whoever runs it is not root: nothing else need be tried then.
+pub fn not_root() -> Option<Problem> {
+    let problem = Problem::new("Ferry needs root", "checkpoint, restore and namespaces are root's")
+        .hint("run it with sudo, or log in as root on the other host");
+    (!nix::unistd::geteuid().is_root()).then_some(problem)
+}
+
 fn look() -> Vec<Problem> {
     let mut found = Vec::new();
-    if !nix::unistd::geteuid().is_root() {
-        found.push(
-            Problem::new("Ferry needs root", "checkpoint, restore and namespaces are root's")
-                .hint("run it with sudo, or log in as root on the other host"),
-        );
-        return found;
+    if let Some(problem) = not_root() {
+        return vec![problem];
     }
     let release = kernel();
     if kernel_version(&release) < KERNEL_OLDEST {

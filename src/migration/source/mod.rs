@@ -56,6 +56,7 @@ use crate::network::unread::Homes;
 use crate::network::{Capture, Hook, HostSide, Placement, Replay, fence};
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
+use crate::problem::Problems;
 use crate::report::exit::Failed;
 use crate::report::progress::Reporter;
 use crate::sys::netns::NetNs;
@@ -147,6 +148,10 @@ fn settle_earlier(
     state_dir: &std::path::Path,
     options: &Options,
 ) -> Result<Lock> {
+    // Without it there is nothing that could be locked.
+    if let Some(problem) = host::not_root() {
+        return Err(Problems(vec![problem]).into());
+    }
     let (root, container) = (runtime.root(), &options.wishes.container);
     settle::sweep(state_dir, root, container)?;
     let way = format!("to {}", options.destination);
