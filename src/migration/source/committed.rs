@@ -67,6 +67,10 @@ impl Committed {
             begun.inputs.undone_there = true;
             return Err(begun.runs_on(why, reporter));
         }
+        // Where the link broke in between, an answer over another one has said so, and later.
+        if end == End::RunsThere && reporter.report.frozen_ms.is_none() {
+            Committed::runs_there(&begun, reporter);
+        }
         if let End::InDoubt(standing) = end {
             // The guard stays, if it has something without which what is frozen here is not whole.
             begun.closer.close();
@@ -138,6 +142,12 @@ impl Committed {
         Ok(())
     }
 
+    /// The destination has said so just now.
+    fn runs_there(begun: &Begun, reporter: &mut Reporter) {
+        reporter.mark("runs there");
+        reporter.report.frozen_ms = begun.frozen_since.map(|s| s.elapsed().as_secs_f64() * 1000.0);
+    }
+
     /// Whether the destination has said that it runs.
     fn hand_on(begun: &mut Begun, reporter: &mut Reporter) -> bool {
         if let Some(Err(e)) = begun.silence.as_mut().map(Silence::begin) {
@@ -154,9 +164,7 @@ impl Committed {
         loop {
             match begun.next(reporter) {
                 Ok(Input::Heard(Heard::Message(Message::Running(arrival)))) => {
-                    reporter.mark("runs there");
-                    reporter.report.frozen_ms =
-                        begun.frozen_since.map(|s| s.elapsed().as_secs_f64() * 1000.0);
+                    Committed::runs_there(begun, reporter);
                     reporter.report.arrival = arrival.marks;
                     arrival.changed.into_iter().for_each(|problem| reporter.problem(problem));
                     // What is frozen here stays until the last page is in over there.
