@@ -24,6 +24,7 @@ def steps($from; $to): {
     "connections are taken out": ["\($from): take out connections", "host"],
     "dumped": ["\($from): checkpoint (CRIU)", "host"],
     "images are sent": ["\($from) to \($to): its state", "link"],
+    "last page before the commit is sent": ["\($from) to \($to): last pages", "link"],
     "last page is sent": ["\($from) to \($to): last pages", "link"],
     "destination has restored": ["\($to): restore (CRIU)", "host"],
     "committed": ["commit: \($to) owns it", "commit"],
@@ -35,6 +36,8 @@ def steps($from; $to): {
 | ($report.source[-1].at_ms) as $stop
 | $at["freeze"] as $freeze
 | $at["runs there"] as $runs
+# The last page goes before the commit or behind it.
+| ($at["last page before the commit is sent"] // $at["last page is sent"] // $runs) as $last
 | [$report.source[] | select(.at_ms >= $freeze and .at_ms <= $runs)] as $marks
 | 176 as $closer
 | ($closer + ($marks | length - 1) * row + 14) as $height
@@ -55,7 +58,7 @@ def steps($from; $to): {
   ("link" | text(16; 80; "")),
   bar(68; $at["connect"]; $at["prepare"]; 0; $stop; "made"),
   bar(68; $at["prepare"]; $freeze; 0; $stop; "link"),
-  bar(68; $at["dumped"]; $at["last page is sent"]; 0; $stop; "link"),
+  bar(68; $at["dumped"]; $last; 0; $stop; "link"),
   ("its memory, round by round, while it runs" | text((left + ((right - left) / $stop) * $at["prepare"] + 8 | round); 80; "in")),
   ("host \($to)" | text(16; 108; "")),
   bar(96; $at["prepare"]; $runs; 0; $stop; "made"),

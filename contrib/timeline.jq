@@ -23,6 +23,7 @@ def ending($from; $to): {
     "connections are taken out": "\($from): take the connections out",
     "dumped": "\($from): take down its state (CRIU)",
     "images are sent": "\($from) to \($to): the state",
+    "last page before the commit is sent": "\($from) to \($to): the last pages of memory",
     "last page is sent": "\($from) to \($to): the last pages of memory",
     "destination has restored": "\($to): build it up again (CRIU)",
     "committed": "now \($to) owns it, for good",
