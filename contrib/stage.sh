@@ -19,13 +19,25 @@ stage_clear() {
     probe_abandon
     lab down || true
     rm -rf "$scratch"
+    give_back
 }
 
-# stage_up HOST...: starts the lab. Fills `shared`, where /srv/shared lies on this machine, and
+# give_back: what was built as root goes to whoever has called sudo, or his own cargo could not go on with it.
+give_back() {
+    local directory
+    [ -n "${SUDO_UID:-}" ] && [ "$(id -u)" = 0 ] || return 0
+    for directory in "$top/target" "${CARGO_TARGET_DIR:-$top/target}"; do
+        [ ! -d "$directory" ] ||
+            find "$directory" -uid 0 -exec chown -h "$SUDO_UID:${SUDO_GID:-$SUDO_UID}" {} + || true
+    done
+}
+
+# stage_up [--engines | --programs] HOST...: starts the lab. Fills `shared`, where /srv/shared lies on this machine, and
 # `net`, what all addresses begin with.
 stage_up() {
     # FERRY_BIN: another ferry than the one built last
     lab up ${FERRY_BIN:+--ferry "$FERRY_BIN"} "$@" 2>"$scratch/up" || { cat "$scratch/up" >&2; return 1; }
+    while [ "${1#--}" != "$1" ]; do shift; done
     shared=$(lab root "$1")/srv/shared
     net=$(lab addr "$1")
     net=${net%.*}

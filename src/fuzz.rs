@@ -12,7 +12,6 @@
 //! From the environment: `FERRY_FUZZ_EXECUTIONS` for each target, `FERRY_FUZZ_SEED`,
 //! `FERRY_FUZZ_OUT`, where failing inputs and the number of executions are written.
 
-use std::any::Any;
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -26,6 +25,7 @@ use anyhow::{Result, anyhow};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::sys::allocated::{cpu_time, peak_of};
+use crate::sys::panics::words_of;
 
 /// Executions of each target where nothing else is said: enough for a decoder that fails at once.
 const EXECUTIONS: u64 = 200;
@@ -244,11 +244,6 @@ fn judge(input: &[u8], room: usize, decode: &mut dyn FnMut(&[u8]) -> Result<()>)
         Ok(()) => 0,
         Err(e) => xxh3_64(kind_of(&format!("{e:#}")).as_bytes()),
     })
-}
-
-fn words_of(panic: &(dyn Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or(panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without words")
 }
 
 /// An error's words without what is only about this input: numbers, names, paths.

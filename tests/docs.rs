@@ -4,6 +4,9 @@
 //! A block of text after `<!-- as in FILE -->` is the one in the head of that module. With `FERRY_BLESS=1`
 //! it is copied from there.
 
+#[path = "docs/limits.rs"]
+mod limits;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::OsString;
 use std::fs;

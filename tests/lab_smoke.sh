@@ -117,6 +117,19 @@ check "and what passes is whole" is "$(on a sh -c 'seq 1000000 | ssh b md5sum')"
 check "and be short again" lab link b --delay off
 check "and all passes as before" wait_until 5 on a ping -c 1 -W 1 b
 
+# -- a host that goes down
+boot_id() { on a cat /proc/sys/kernel/random/boot_id; }
+on a sh -c 'echo kept | tee /srv/local/disk >/var/lib/disk; touch /run/lost /tmp/lost; ip netns add lost; sleep 1000 &' >/dev/null
+before=$(boot_id) mac=$(on a cat /sys/class/net/eth0/address)
+check "a host can be started again" lab reboot a
+check "nothing runs of what ran" is "$(on a ps -eo comm= | sort | tr '\n' ' ')" "ps sleep sshd "
+check "its disk is as it was" is "$(on a cat /srv/local/disk /var/lib/disk)" $'kept\nkept'
+check "what was in memory is gone" fails on a sh -c 'ls /run/lost || ls /tmp/lost || ls /run/netns/lost'
+check "it tells another boot_id" fails is "$(boot_id)" "$before"
+check "its hardware address is what it was" is "$(on a cat /sys/class/net/eth0/address)" "$mac"
+check "it is as reachable as before, and reaches others" is "$(on b ssh a ssh b hostname)" b
+check "and has its ferry" is "$(on a ferry)" "second ferry"
+
 # -- runc and CRIU
 check "criu check" on a criu check
 cat >"$scratch/bundle.sh" <<'TXT'
@@ -192,6 +205,20 @@ kill -KILL "$(lab pid b)"
 check "exec in a host that died says so" exits 125 on b true
 on a sh -c 'setsid sleep 1000 & exit 0'
 check "down" lab down
+
+# -- what root builds
+theirs() { # WHAT OWNER: of what is in a target/ when a script has ended that sudo has called as 1234:2345
+    mkdir -p "$scratch/tree/target/debug"
+    touch "$scratch/tree/target/debug/built" "$scratch/tree/target/debug/own"
+    chown 99 "$scratch/tree/target/debug/own"
+    ln -sf "$scratch/ferry1" "$scratch/tree/target/link"
+    # shellcheck disable=SC2016
+    env SUDO_UID=1234 SUDO_GID=2345 CARGO_TARGET_DIR= bash -euc '. contrib/stage.sh; top=$1; give_back' sh "$scratch/tree"
+    is "$(stat -c %u:%g "$scratch/tree/$1")" "$2"
+}
+check "is given back to whoever called sudo" theirs target/debug/built 1234:2345
+check "but what belongs to others" theirs target/debug/own 99:0
+check "and nothing beside it" theirs ../ferry1 0:0
 
 # -- nothing is left
 left() { [ -z "$1" ] || { printf '%s\n' "$1"; return 1; }; }

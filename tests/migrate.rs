@@ -17,6 +17,8 @@ mod connections;
 mod crashes;
 #[path = "migrate/datagrams.rs"]
 mod datagrams;
+#[path = "migrate/failures.rs"]
+mod failures;
 #[path = "migrate/faults.rs"]
 mod faults;
 #[path = "migrate/files.rs"]
@@ -27,10 +29,20 @@ mod floating;
 mod forward;
 #[path = "migrate/hostile.rs"]
 mod hostile;
+#[path = "migrate/limits.rs"]
+mod limits;
+#[path = "migrate/mappings.rs"]
+mod mappings;
+#[path = "migrate/matrix/mod.rs"]
+mod matrix;
 #[path = "migrate/memory.rs"]
 mod memory;
+#[path = "migrate/migratable.rs"]
+mod migratable;
 #[path = "migrate/moves.rs"]
 mod moves;
+#[path = "migrate/names.rs"]
+mod names;
 #[path = "migrate/networks.rs"]
 mod networks;
 #[path = "migrate/overlay.rs"]
@@ -41,6 +53,8 @@ mod published;
 mod refusals;
 #[path = "migrate/resolve.rs"]
 mod resolve;
+#[path = "migrate/sleepers.rs"]
+mod sleepers;
 #[path = "migrate/streams.rs"]
 mod streams;
 
@@ -52,9 +66,15 @@ fn main() -> ExitCode {
     trials.extend(connections::trials());
     trials.extend(datagrams::trials());
     trials.extend(memory::trials());
+    trials.extend(migratable::trials());
+    trials.extend(failures::trials());
+    trials.extend(limits::trials());
+    trials.extend(mappings::trials());
     trials.extend(files::trials());
+    trials.extend(names::trials());
     trials.extend(overlay::trials());
     trials.extend(hostile::trials());
+    trials.extend(sleepers::trials());
     trials.extend(networks::trials());
     trials.extend(floating::trials());
     trials.extend(streams::trials());
@@ -63,6 +83,7 @@ fn main() -> ExitCode {
     trials.extend(refusals::trials());
     trials.extend(faults::trials());
     trials.extend(crashes::trials());
+    trials.extend(matrix::trials());
     trials.extend(resolve::trials());
     common::suite::run(trials)
 }

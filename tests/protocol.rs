@@ -11,11 +11,12 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ferry::connections::Coming;
+use ferry::connections::{Coming, SocketKind};
+use ferry::files::sockets::Renamed;
 use ferry::files::walk::Size;
 use ferry::memory::serve::Served;
-use ferry::migration::protocol::forwarding::{Course, Word};
-use ferry::migration::protocol::{Hello, Message, PROTOCOL, Plan, Standing, Verdict, talk};
+use ferry::migration::protocol::forwarding::{AddressDecision, ForwardMessage};
+use ferry::migration::protocol::{Hello, Message, PROTOCOL, Plan, Standing, Verdict, session};
 use ferry::migration::{destination, protocol};
 use ferry::oci::runtime::Runtime;
 use ferry::problem::Advice;
@@ -23,6 +24,7 @@ use ferry::problem::Problem;
 use ferry::sys::locks::{FileLock, Kind};
 use ferry::tasks::locks::Held;
 use ferry::tasks::settings::{Setting, Value};
+use ferry::tasks::sockets::{Group, SocketSettings};
 use ferry::transport::connect::{Closer, Link};
 use ferry::transport::frame;
 use ferry::transport::frame::{Frame, Run};
@@ -57,16 +59,24 @@ fn all_messages() -> Vec<Message> {
             warnings: vec![problem.clone().warning()],
             shared: vec![0, 2],
             copies: vec![1],
-            course: Course::Stays,
+            course: AddressDecision::Stays,
         },
-        Message::Forward(Box::new(Word::Carry { id: ID.into(), links: vec!["eth0".into()] })),
-        Message::Forward(Box::new(Word::Carried)),
+        Message::Forward(Box::new(ForwardMessage::Carry {
+            id: ID.into(),
+            links: vec!["eth0".into()],
+        })),
+        Message::Forward(Box::new(ForwardMessage::Carried)),
         Message::Trees { sizes: vec![Size { bytes: 1 << 40, entries: 7 }] },
-        Message::Room,
+        Message::SpaceOk,
         Message::Applied { round: 3 },
         Message::Copied,
         Message::Refuse { problems: vec![problem] },
         Message::Prepare,
+        Message::Papers(
+            serde_json::from_value(json!({"config": {"id": "a"}, "spec": {}, "network": null}))
+                .expect("an engine's words"),
+        ),
+        Message::Engage,
         Message::Prepared,
         Message::Connections {
             list: vec![Coming {
@@ -74,26 +84,43 @@ fn all_messages() -> Vec<Message> {
                 number: 9,
                 owner: 1000,
                 local: "10.0.0.9:7000".parse().expect("an address"),
-                remote: "[::ffff:10.0.0.1]:40000".parse().expect("an address"),
+                kind: SocketKind::Connection(
+                    "[::ffff:10.0.0.1]:40000".parse().expect("an address"),
+                ),
             }],
         },
         Message::Awaited { lacking: vec![0, 9] },
         Message::Freezing,
+        Message::Sockets {
+            list: vec![SocketSettings {
+                vpid: 1,
+                number: 9,
+                options: vec![(0, vec![1, 0, 0, 0])],
+                interfaces: vec![(57, "eth0".into())],
+                groups: vec![Group {
+                    interface: "eth0".into(),
+                    group: "239.1.2.3".parse().expect("an address"),
+                    exclude: false,
+                    sources: vec!["10.0.0.1".parse().expect("an address")],
+                }],
+            }],
+        },
         Message::Dumped {
             tasks: vec![1, 7],
             connections: 3,
             locks: vec![lock],
             settings: vec![Setting { vpid: 1, vtid: 7, value: Value::Cpus("0-3".into()) }],
+            renamed: vec![Renamed { bound: b"/run/a".into(), current: b"/run/b".into() }],
         },
         Message::Echo { number: 3 },
         Message::MemoryDone { left: 7 },
         Message::Ready,
         Message::Commit,
         Message::Running(Box::default()),
-        Message::Whole(Served::default()),
+        Message::MemoryComplete(Served::default()),
         Message::Resume { migration: ID.into() },
         Message::Missing { pages: 9 },
-        Message::Open,
+        Message::AcceptChannels,
         Message::Join { migration: ID.into() },
         Message::Joined,
         Message::Finished,
@@ -101,11 +128,11 @@ fn all_messages() -> Vec<Message> {
         Message::Failed { phase: "restoring".into(), why: "ä".into(), hints: vec!["ö".into()] },
     ];
     for verdict in [None, Some(Verdict::Commit), Some(Verdict::Abort)] {
-        list.push(Message::Settle { migration: ID.into(), verdict });
+        list.push(Message::Resolve { migration: ID.into(), verdict });
     }
     use Standing::{Gone, NeverRan, Partial, Running, Waiting};
     for standing in [Running, Waiting, Partial, Gone, NeverRan] {
-        list.push(Message::Settled { standing });
+        list.push(Message::Resolved { standing });
     }
     list
 }
@@ -158,7 +185,7 @@ fn receive(said: Vec<u8>, state_dir: &Path) -> (Vec<Message>, Result<(), String>
 }
 
 fn hello() -> Message {
-    talk::hello()
+    session::hello()
 }
 
 fn nothing_made(state_dir: &Path) {
@@ -193,13 +220,13 @@ fn a_listener_tells_of_every_cut() {
     for cut in cuts.filter(|c| *c <= whole.len()) {
         let (tell, heard) = channel();
         let reader: Box<dyn Read + Send> = Box::new(Cursor::new(whole[..cut].to_vec()));
-        talk::listen(reader, move |h| tell.send(h).is_ok()).expect("a thread");
+        session::listen(reader, move |h| tell.send(h).is_ok()).expect("a thread");
         let mut count = 0;
         let why = loop {
             match heard.recv_timeout(LIMIT).expect("a listener says how it ends") {
-                talk::Heard::Message(_) => count += 1,
-                talk::Heard::Frame(f) => panic!("a frame nobody sent: {f:?}"),
-                talk::Heard::Gone(why) => break why,
+                session::FromPeer::Message(_) => count += 1,
+                session::FromPeer::Frame(f) => panic!("a frame nobody sent: {f:?}"),
+                session::FromPeer::Gone(why) => break why,
             }
         };
         let before = ends.iter().filter(|e| **e != 0 && **e <= cut).count();
@@ -267,11 +294,11 @@ fn a_message_out_of_its_order_ends_the_conversation() {
             message,
             Message::Hello(_)
                 | Message::Plan(_)
-                | Message::Settle { .. }
+                | Message::Resolve { .. }
                 | Message::Resume { .. }
                 | Message::Join { .. }
                 | Message::Echo { .. }
-        ) || matches!(&message, Message::Forward(word) if matches!(**word, Word::Carry { .. }))
+        ) || matches!(&message, Message::Forward(word) if matches!(**word, ForwardMessage::Carry { .. }))
         {
             continue;
         }
@@ -326,7 +353,7 @@ fn a_source_that_is_back_for_an_unknown_migration_is_told_so() {
     let migration = ID.to_owned();
     for back in [Message::Resume { migration: migration.clone() }, Message::Join { migration }] {
         let (said, result) = receive(bytes(&[hello(), back]), dir.path());
-        let gone = matches!(said[..], [_, Message::Settled { standing: Standing::Gone }]);
+        let gone = matches!(said[..], [_, Message::Resolved { standing: Standing::Gone }]);
         assert!(gone && result.is_ok(), "{said:?}");
     }
     let nonsense = Message::Resume { migration: "../../etc/passwd".into() };
@@ -338,14 +365,14 @@ fn a_source_that_is_back_for_an_unknown_migration_is_told_so() {
 fn a_question_about_an_unknown_migration_is_answered() {
     let dir = tempfile::tempdir().expect("a directory");
     for verdict in [None, Some(Verdict::Commit), Some(Verdict::Abort)] {
-        let question = Message::Settle { migration: ID.into(), verdict };
+        let question = Message::Resolve { migration: ID.into(), verdict };
         let (said, result) = receive(bytes(&[hello(), question]), dir.path());
-        let gone = matches!(said[..], [_, Message::Settled { standing: Standing::Gone }]);
+        let gone = matches!(said[..], [_, Message::Resolved { standing: Standing::Gone }]);
         assert!(gone, "{said:?}");
         assert_eq!(result, Ok(()));
     }
     for id in ["", "../x", "00112233AABBCCDDEE"] {
-        let question = Message::Settle { migration: id.into(), verdict: None };
+        let question = Message::Resolve { migration: id.into(), verdict: None };
         let (said, _) = receive(bytes(&[hello(), question]), dir.path());
         assert!(matches!(said[..], [_, Message::Failed { .. }]), "{id:?}: {said:?}");
     }

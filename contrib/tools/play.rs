@@ -172,8 +172,8 @@ impl Player {
                 return Err(io::Error::other("the server lets nobody in"));
             }
         }
-        // The way in was no game.
-        (self.silence, self.missed, self.snapshots) = Default::default();
+        // The way in was no game: it may have begun before the server had its socket.
+        (self.silence, self.missed, self.snapshots, self.refused) = Default::default();
         Ok(())
     }
 

@@ -13,9 +13,9 @@ use super::units;
 use crate::memory::converge::Goal;
 use crate::memory::rounds::Tracking;
 use crate::migration::protocol::How;
-use crate::migration::protocol::forwarding::Wish;
-use crate::migration::transfer::carry::Wishes;
-use crate::network::floating::Wish as MoveAddress;
+use crate::migration::protocol::forwarding::ForwardOption;
+use crate::migration::transfer::memory_sender::MemoryOptions;
+use crate::network::floating::MoveAddress;
 use crate::report::log::{ErrorLog, Format};
 use crate::transport::codec::{self, Codec};
 use crate::transport::pace::Pace;
@@ -145,7 +145,7 @@ was touched; 4 in doubt, see `ferry resolve`.";
 #[derive(Debug, Clone, PartialEq, Eq, Args)]
 #[command(after_help = MIGRATE_EXAMPLES)]
 pub struct MigrateArgs {
-    /// The container's ID
+    /// The container's ID, or its name with podman or docker: `web`, `podman:web`, `docker:web`
     #[arg(value_parser = container_id)]
     pub container: String,
     /// Where it goes: [user@]host, ssh://[user@]host[:port] or unix:/path
@@ -245,11 +245,11 @@ pub enum ForwardWhen {
 
 impl ForwardWhen {
     /// In the migration's own terms.
-    pub fn wish(self) -> Wish {
+    pub fn wish(self) -> ForwardOption {
         match self {
-            ForwardWhen::Auto => Wish::Auto,
-            ForwardWhen::Always => Wish::Always,
-            ForwardWhen::Never => Wish::Never,
+            ForwardWhen::Auto => ForwardOption::Auto,
+            ForwardWhen::Always => ForwardOption::Always,
+            ForwardWhen::Never => ForwardOption::Never,
         }
     }
 }
@@ -371,8 +371,8 @@ pub enum TrackingArg {
 
 impl MemoryArgs {
     /// In the migration's own terms.
-    pub fn wishes(&self) -> Wishes {
-        Wishes {
+    pub fn wishes(&self) -> MemoryOptions {
+        MemoryOptions {
             goal: Goal {
                 max_downtime: self.max_downtime,
                 max_rounds: match self.precopy {
@@ -388,10 +388,10 @@ impl MemoryArgs {
                 TrackingArg::Hash => Tracking::Hash,
             },
             compress: match self.compress {
-                Compress::Auto => codec::Wish::Auto,
-                Compress::Zstd => codec::Wish::Always(Codec::Zstd),
-                Compress::Lz4 => codec::Wish::Always(Codec::Lz4),
-                Compress::None => codec::Wish::Always(Codec::None),
+                Compress::Auto => codec::CompressOption::Auto,
+                Compress::Zstd => codec::CompressOption::Always(Codec::Zstd),
+                Compress::Lz4 => codec::CompressOption::Always(Codec::Lz4),
+                Compress::None => codec::CompressOption::Always(Codec::None),
             },
             pace: Pace::new(self.bandwidth),
             streams: usize::from(self.streams),
@@ -443,7 +443,7 @@ Exit codes: 0 nothing stands in the way; 3 something does.";
 #[derive(Debug, Clone, PartialEq, Eq, Args)]
 #[command(after_help = CHECK_EXAMPLES)]
 pub struct CheckArgs {
-    /// The container's ID
+    /// The container's ID, or its name with podman or docker: `web`, `podman:web`, `docker:web`
     #[arg(value_parser = container_id)]
     pub container: Option<String>,
     /// Where it would go, as in `ferry migrate`
@@ -588,8 +588,13 @@ fn network(text: &str) -> Result<Network, String> {
     }
 }
 
+/// An ID, or what an engine calls a container, with or without the engine's name before it.
 fn container_id(text: &str) -> Result<String, String> {
-    if crate::oci::runtime::valid_id(OsStr::new(text)) {
+    let name = match text.split_once(':') {
+        Some((engine, name)) if crate::engine::Engine::of_word(engine).is_some() => name,
+        _ => text,
+    };
+    if crate::oci::runtime::valid_id(OsStr::new(name)) {
         Ok(text.to_owned())
     } else {
         Err("an ID is made of letters, digits, and _ + . -".into())

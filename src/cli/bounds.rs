@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use crate::migration::protocol::talk;
-use crate::migration::recovery::settle;
+use crate::migration::protocol::session;
+use crate::migration::recovery::verdicts;
 use crate::report::exit::Exit;
 
 /// More than anybody waits.
@@ -28,9 +28,9 @@ impl Bounds {
     pub fn new(limit: Option<Duration>) -> Result<Bounds> {
         let step = Arc::<Mutex<()>>::default();
         let busy = step.clone();
-        talk::catch_signals(move |signal| {
+        session::catch_signals(move |signal| {
             let _busy = busy.lock().unwrap_or_else(PoisonError::into_inner);
-            let name = talk::signal_name(signal);
+            let name = session::signal_name(signal);
             let _ = writeln!(std::io::stderr(), "interrupted by {name}: what is open stays so");
             std::process::exit(u8::from(Exit::InDoubt).into())
         })?;
@@ -50,7 +50,7 @@ impl Bounds {
 
     /// How long another host or process may take for one answer.
     pub fn answer(&self) -> Duration {
-        self.left().min(settle::LIMIT)
+        self.left().min(verdicts::LIMIT)
     }
 
     /// A step that is not to be broken off.

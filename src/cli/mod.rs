@@ -5,15 +5,20 @@
 
 pub mod args;
 mod bounds;
+mod check;
+mod common;
 pub(crate) mod destination;
+mod guard;
 mod manual;
+mod migrate;
+mod migrations;
 pub mod passthrough;
+mod receive;
 mod resolve;
 mod resolve_all;
 pub(crate) mod runtime;
 pub mod scan;
 pub(crate) mod units;
-mod verbs;
 
 use std::ffi::OsString;
 
@@ -56,14 +61,14 @@ pub fn run(line: Vec<OsString>, ferry_runtime: Option<OsString>, log: &ErrorLog)
 /// Where each verb goes.
 fn dispatch(globals: &Globals, verb: Verb) -> Result<(), Failed> {
     match verb {
-        Verb::Migrate(args) => verbs::migrate(globals, &args),
-        Verb::Receive(args) => verbs::receive(globals, &args),
-        Verb::Check(args) => verbs::check(globals, &args),
-        Verb::Migrations(args) => verbs::migrations(&args),
+        Verb::Migrate(args) => migrate::migrate(globals, &args),
+        Verb::Receive(args) => receive::receive(globals, &args),
+        Verb::Check(args) => check::check(globals, &args),
+        Verb::Migrations(args) => migrations::migrations(&args),
         Verb::Resolve(args) => resolve::resolve(globals, &args),
         Verb::Completions { shell } => manual::completions(shell),
         Verb::Man { directory } => manual::pages(&directory),
-        Verb::Guard { args } => verbs::guard(&args),
+        Verb::Guard { args } => guard::guard(&args),
     }
 }
 

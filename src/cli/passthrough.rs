@@ -5,8 +5,9 @@
 //! so that its parent sees its exit code and can signal it. Nothing is set up before the
 //! exec: no threads, no logging.
 //!
-//! Two things are not a plain exec. The general help and the version get some lines of ours
-//! at the end. And a verb that would start a container that was migrated away is refused.
+//! Three things are not a plain exec. The general help and the version get some lines of ours
+//! at the end. A verb that would start a container that was migrated away is refused. And where that is
+//! asked for, the configuration of a new container is made one of a migratable one.
 
 use std::convert::Infallible;
 use std::ffi::{CString, OsString};
@@ -20,8 +21,10 @@ use clap::CommandFactory;
 use super::args::Cli;
 use super::runtime::{Config, Runtime, Unusable};
 use super::scan::{Command, Scan};
+use crate::engine::calls;
 use crate::migration::journal::away::AwayMark;
 use crate::migration::journal::holder;
+use crate::oci::migratable;
 use crate::problem::advice;
 
 /// Does what the runtime would do. Returns an exit code, and only if there is nothing to exec.
@@ -43,8 +46,18 @@ pub fn run(scan: Scan) -> u8 {
         Err(Unusable { exit, error }) => return fail(&scan, exit, &error),
     };
     let done = match &scan.command {
+        Command::Guarded(ids) | Command::Checkpoint(ids)
+            if let Some(expected) = expected(&scan, &runtime, ids) =>
+        {
+            crate::sys::entry::become_rust_program();
+            return match calls::answer(&expected, &scan.argv) {
+                Ok(()) => 0,
+                Err(error) => fail(&scan, 1, &error),
+            };
+        }
         Command::Guarded(ids) => {
-            if let Err(error) = refuse_if_away(&scan, &runtime, ids) {
+            let ready = refuse_if_away(&scan, &runtime, ids).and_then(|()| make_migratable(&scan));
+            if let Err(error) = ready {
                 return fail(&scan, 1, &error);
             }
             exec(&runtime, &scan.argv).map(|never| match never {})
@@ -116,6 +129,19 @@ fn help() -> String {
         "\nFERRY GLOBAL OPTIONS:\n   --ferry-runtime value  the runtime to start instead of runc\n",
     );
     text
+}
+
+/// Whether a migration expects this call of an engine's: it is part of that, then.
+fn expected(scan: &Scan, runtime: &Runtime, ids: &[OsString]) -> Option<calls::Expectation> {
+    let verb = scan.verb.as_ref()?.to_str()?;
+    let root = scan.root.clone().unwrap_or_else(|| runtime.default_root());
+    calls::taken(verb, ids, &root)
+}
+
+/// What is made of this bundle may have to be denied what cannot be migrated.
+fn make_migratable(scan: &Scan) -> Result<()> {
+    let Some(file) = &scan.creates else { return Ok(()) };
+    migratable::make(file, Config::load()?.migratable)
 }
 
 /// An engine's restart policy must not make a second copy of what runs elsewhere.

@@ -9,16 +9,17 @@ use serde_json::json;
 
 use super::args::{Globals, RemoteArgs, ResolveArgs};
 use super::bounds::Bounds;
+use super::common::{self, runtime, say, say_json};
 use super::resolve_all::resolve_all;
-use super::verbs::{self, runtime, say, say_json};
 use crate::migration::forwarding as forward;
 use crate::migration::journal::away::AwayMark;
 use crate::migration::journal::{Journal, Role, State, holder, shelf};
 use crate::migration::protocol::{Standing, Verdict};
 use crate::migration::recovery::decide::{self, Doubt, Next, Tasks, There, Word, has_heard};
-use crate::migration::recovery::settle::{self, Asked};
-use crate::migration::recovery::{guards, recover, rest, word};
-use crate::migration::transfer::carry;
+use crate::migration::recovery::undo::{Rival, StaysFrozen};
+use crate::migration::recovery::verdicts::{self, Asked};
+use crate::migration::recovery::{guards, postcopy_recover, undo, word};
+use crate::migration::transfer::memory_sender;
 use crate::problem::{Advice, Advise, advice};
 use crate::report::exit::Failed;
 use crate::report::log;
@@ -67,7 +68,14 @@ const LIMIT: Duration = Duration::from_secs(60);
 pub fn resolve(globals: &Globals, args: &ResolveArgs) -> Result<(), Failed> {
     let limit = args.timeout.unwrap_or(LIMIT);
     let bounds = Bounds::new((!args.boot).then_some(limit))?;
-    let Some(id) = &args.id else { return resolve_all(args, &bounds) };
+    let Some(word) = &args.id else { return resolve_all(args, &bounds) };
+    let state_dir = common::state_dir()?;
+    if args.no_forward && forward::is_known(word) {
+        // Others may have been called so before.
+        say(forward::end(word, args.when_idle).map_err(Failed::refused)?);
+        return Ok(());
+    }
+    let id = &shelf::id_of(&state_dir, word).map_err(Failed::refused)?;
     if args.no_forward {
         say(forward::end(id, args.when_idle).map_err(Failed::refused)?);
         return Ok(());
@@ -76,7 +84,6 @@ pub fn resolve(globals: &Globals, args: &ResolveArgs) -> Result<(), Failed> {
         say(said);
         return Ok(());
     }
-    let state_dir = verbs::state_dir()?;
     let all = shelf::about(&state_dir, id).map_err(Failed::refused)?;
     let (mut open, mut over): (Vec<_>, Vec<_>) =
         all.into_iter().partition(|j| !j.state().is_over());
@@ -96,6 +103,12 @@ pub fn resolve(globals: &Globals, args: &ResolveArgs) -> Result<(), Failed> {
         _ => None,
     };
     let said = settle_one(&mut journal, word, &args.remote, &bounds).map_err(|s| s.failed)?;
+    if journal.record.role == Role::Source
+        && journal.is_untold()
+        && let Err(e) = word::send_later(&journal)
+    {
+        log::warn(&format!("nobody goes on trying: {e:#}"), []);
+    }
     if args.json {
         let said = json!({"migration": journal.record.migration, "outcome": said});
         say_json(&said);
@@ -105,7 +118,8 @@ pub fn resolve(globals: &Globals, args: &ResolveArgs) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Brings one that is open to its end; what has come of it.
+/// Brings one that is open to its end; what has come of it. If the journal is
+/// [untold](Journal::is_untold) then, the other host has not heard that the container stayed.
 ///
 /// # Errors
 /// Says what stands in the way.
@@ -128,8 +142,10 @@ pub(super) fn settle_one(
 /// The other host may hold a copy that waits for nothing else. Nobody here does.
 fn tell(journal: &mut Journal, verdict: Verdict, bounds: &Bounds) {
     let told = match verdict {
-        Verdict::Abort => settle::tell_stayed(journal, bounds.answer()),
-        Verdict::Commit => settle::ask(&journal.record, Some(verdict), bounds.answer()),
+        // It has heard, from whoever else was at it.
+        Verdict::Abort if journal.is_told() => return,
+        Verdict::Abort => verdicts::tell_stayed(journal, bounds.answer()),
+        Verdict::Commit => verdicts::ask(&journal.record, Some(verdict), bounds.answer()),
     };
     let peer = &journal.record.peer;
     let e = match told {
@@ -138,13 +154,13 @@ fn tell(journal: &mut Journal, verdict: Verdict, bounds: &Bounds) {
             let _ = writeln!(std::io::stderr(), "{words} ({peer} is the other one)");
             return;
         }
+        Ok(standing) if verdict == Verdict::Abort && !has_heard(standing) => {
+            anyhow!("it says of its copy that it {}", standing.describe())
+        }
         Ok(_) => return,
         Err(e) => e,
     };
     log::warn(&format!("{peer} cannot be told: {e:#}"), []);
-    if let (Verdict::Abort, Err(e)) = (verdict, word::send_later(journal)) {
-        log::warn(&format!("nobody goes on trying: {e:#}"), []);
-    }
 }
 
 fn resolve_source(
@@ -168,15 +184,15 @@ fn resolve_source(
     loop {
         match journal.state() {
             // Somebody else has been quicker.
-            State::Aborted => return Ok(Settled::new(stayed(recover::tasks(&journal.record)?))),
+            State::Aborted => return Ok(Settled::new(stayed(undo::tasks(&journal.record)?))),
             State::Finished => return Ok(Settled::new("it runs on the other host")),
             _ => {}
         }
-        match decide::resolve(journal.state(), recover::tasks(&journal.record)?, there, word) {
+        match decide::resolve(journal.state(), undo::tasks(&journal.record)?, there, word) {
             Next::Ask(verdict) => {
                 let answer = match verdict {
-                    Some(verdict) => settle::insist(&journal.record, verdict, bounds.answer()),
-                    None => settle::ask(&journal.record, None, bounds.answer()),
+                    Some(verdict) => verdicts::insist(&journal.record, verdict, bounds.answer()),
+                    None => verdicts::ask(&journal.record, None, bounds.answer()),
                 };
                 there = match answer {
                     Ok(standing) => There::Is(standing),
@@ -189,8 +205,16 @@ fn resolve_source(
             Next::RunsOn => {
                 let handed_over = journal.state() == State::Committed;
                 // First of all: clients wait.
-                bounds.during(|| guards::source_runs_on_later(journal))?;
-                return Ok(if there == There::Is(Standing::NeverRan) {
+                let never_ran = there == There::Is(Standing::NeverRan);
+                let rival = if never_ran || word == Some(Word::Keep) {
+                    Rival::Excluded
+                } else {
+                    Rival::Possible
+                };
+                let done = bounds.during(|| guards::roll_back_source_later(journal, rival));
+                done.map_err(|e| left_frozen(journal, e))?;
+                return Ok(if never_ran {
+                    note_heard(journal);
                     Settled::new("it never ran on the other host, and runs on here")
                 } else if handed_over {
                     Settled::new(
@@ -202,11 +226,15 @@ fn resolve_source(
                 });
             }
             Next::Abandon => {
-                let tasks = recover::tasks(&journal.record)?;
-                bounds.during(|| guards::source_runs_on_later(journal))?;
+                let tasks = undo::tasks(&journal.record)?;
+                // There is nothing here that could run.
+                bounds.during(|| guards::roll_back_source_later(journal, Rival::Excluded))?;
                 let settled = Settled::new(stayed(tasks));
                 return Ok(match there {
-                    There::Is(Standing::Gone | Standing::NeverRan) => settled,
+                    There::Is(Standing::Gone | Standing::NeverRan) => {
+                        note_heard(journal);
+                        settled
+                    }
                     _ => settled.telling(Verdict::Abort),
                 });
             }
@@ -217,7 +245,7 @@ fn resolve_source(
             }
             Next::LetGo => {
                 let by_word = word == Some(Word::Discard);
-                bounds.during(|| guards::source_lets_go_later(journal))?;
+                bounds.during(|| guards::release_source_later(journal))?;
                 return Ok(if by_word {
                     let said = "what was left of it here is gone, by your word that the other host runs it";
                     Settled::new(said).telling(Verdict::Commit)
@@ -232,6 +260,31 @@ fn resolve_source(
             }
         }
     }
+}
+
+/// One that could not be taken back may be the other host's still.
+fn left_frozen(journal: &Journal, e: anyhow::Error) -> Failed {
+    if e.downcast_ref::<StaysFrozen>().is_none() {
+        return e.into();
+    }
+    let (id, peer) = (&journal.record.container, &journal.record.peer);
+    Failed::in_doubt(Advice::over(
+        advice(
+            "the container stays frozen here",
+            format!(
+                "see to the disk of {}, and try again; if {peer} is gone for good: `ferry resolve \
+                 {id} --keep`",
+                journal.path().display()
+            ),
+        ),
+        e,
+    ))
+}
+
+/// The other host has said that it has nothing: nobody has to tell it anything any more.
+fn note_heard(journal: &mut Journal) {
+    // It is told once more, at worst.
+    let _ = journal.note_told().inspect_err(|e| tracing::error!("{e:#}"));
 }
 
 /// Somebody else holds the journal.
@@ -333,8 +386,8 @@ fn in_doubt(journal: &Journal, doubt: Doubt, silent: Option<anyhow::Error>) -> F
         Doubt::PagesLost => (
             format!("it waits on {peer} for memory that was here, and has been lost"),
             format!(
-                "it cannot go on: delete it there, and then `ferry resolve {id} --keep` here lets it \
-                 be started anew"
+                "it cannot go on: `ferry resolve {id} --discard` on {peer} ends it there, and then \
+                 `ferry resolve {id} --keep` here lets it be started anew"
             ),
         ),
         Doubt::LostThere => (
@@ -360,11 +413,11 @@ fn bring_rest(journal: &Journal, bounds: &Bounds) -> Result<There, Stuck> {
         }
         true
     };
-    let wishes = carry::Wishes::default();
+    let wishes = memory_sender::MemoryOptions::default();
     let patience = bounds.left();
     let (peer, id) = (&journal.record.peer, &journal.record.container);
-    match rest::bring(&journal.record, wishes, Some(patience), complain) {
-        rest::Brought::Stopped => Err(Failed::in_doubt(advice(
+    match postcopy_recover::resume(&journal.record, wishes, Some(patience), complain) {
+        postcopy_recover::Brought::Stopped => Err(Failed::in_doubt(advice(
             format!(
                 "nothing was heard of {peer} for {} s, where it waits for memory that is here",
                 patience.as_secs()
@@ -391,12 +444,9 @@ fn resolve_destination(
         None => Asked::Verdict(None),
     };
     let migration = &journal.record.migration;
-    let answer = || settle::answer_here(state_dir(journal), migration, &asked, bounds.answer());
+    let answer = || verdicts::answer_here(state_dir(journal), migration, &asked, bounds.answer());
     // Whoever lives does it himself.
-    let standing = match journal.record.worker_lives() {
-        true => answer()?,
-        false => bounds.during(answer)?,
-    };
+    let standing = if journal.record.worker_lives() { answer()? } else { bounds.during(answer)? };
     let failed = match standing {
         Standing::Running if word == Some(Word::Discard) => Failed::refused(advice(
             "it runs here, with all of its memory",
@@ -437,17 +487,16 @@ fn resolve_destination(
 
 /// Of one that came here and has all of its memory.
 fn runs_here(journal: &Journal) -> &'static str {
-    match journal.record.same_boot() {
-        true => "it runs here",
-        false => {
-            "it ran here until this host was started again, and is this host's: it can be started here"
-        }
+    if journal.record.same_boot() {
+        "it runs here"
+    } else {
+        "it ran here until this host was started again, and is this host's: it can be started here"
     }
 }
 
 /// Where a journal's host keeps its state.
 fn state_dir(journal: &Journal) -> &Path {
-    recover::state_dir(journal)
+    undo::state_dir(journal)
 }
 
 /// Nothing is open: what can be settled is the mark that keeps the ID from being started here.
@@ -499,7 +548,7 @@ fn is_given_up(journal: &Journal) -> bool {
 /// # Errors
 /// Where it cannot be told, or has a copy that runs.
 pub(super) fn tell_stayed(journal: &mut Journal, bounds: &Bounds) -> Result<String, Stuck> {
-    let told = settle::tell_stayed(journal, bounds.answer());
+    let told = verdicts::tell_stayed(journal, bounds.answer());
     let (id, peer) = (&journal.record.container, &journal.record.peer);
     let stayed = format!("migration {} of {id} was given up", journal.record.migration);
     match told {

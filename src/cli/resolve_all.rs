@@ -6,22 +6,27 @@
 //! in each round, however many migrations wait for them.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use super::args::ResolveArgs;
 use super::bounds::Bounds;
+use super::common::{say, say_json, state_dir};
 use super::resolve::{Stuck, settle_one, tell_stayed};
-use super::verbs::{say, say_json, state_dir};
 use crate::migration::journal::{Journal, Role, State, shelf};
+use crate::migration::protocol::Standing;
+use crate::migration::recovery::verdicts::{self, Asked};
+use crate::migration::recovery::{undo, word};
 use crate::problem::{Advice, advice};
 use crate::report::exit::Failed;
 use crate::sys::notify::Readiness;
 
 /// How long another host may take for one answer.
 const ANSWER: Duration = Duration::from_secs(15);
+/// The same for a process of this host.
+const AT_ONCE: Duration = Duration::from_secs(2);
 /// How long engines are kept from starting, at most, where hosts do not answer at boot.
 const BOOT: Duration = Duration::from_secs(20);
 /// Before something is tried a second time, and at most.
@@ -49,6 +54,24 @@ fn deed(role: Role, state: State, untold: bool, under_way: bool) -> Option<Deed>
         // but the source's operator.
         _ if under_way => Some(Deed::Leave),
         _ => Some(Deed::Settle),
+    }
+}
+
+/// What somebody who is at it here may wait for in vain: of whether the other host has lost it for good
+/// he knows nothing.
+fn waits(journal: &Journal) -> String {
+    let record = &journal.record;
+    if record.role != Role::Destination {
+        return String::new();
+    }
+    let asked = Asked::Verdict(None);
+    match verdicts::answer_here(undo::state_dir(journal), &record.migration, &asked, AT_ONCE) {
+        Ok(Standing::Partial) => format!(
+            "; it runs here and waits for memory that is on {}: if that is gone for good, `ferry \
+             resolve {} --discard` ends it here",
+            record.peer, record.container
+        ),
+        _ => String::new(),
     }
 }
 
@@ -105,7 +128,7 @@ pub fn resolve_all(args: &ResolveArgs, bounds: &Bounds) -> Result<(), Failed> {
             None => {}
             Some(Deed::Leave) => {
                 sums.under_way += 1;
-                let why = format!("under way, by process {}", record.worker.0);
+                let why = format!("under way, by process {}", record.worker.0) + &waits(journal);
                 let (migration, container) = (&record.migration, &record.container);
                 let fields = [("migration", &**migration), ("container", container), ("why", &why)];
                 event(args, "under_way", &fields);
@@ -133,6 +156,11 @@ pub fn resolve_all(args: &ResolveArgs, bounds: &Bounds) -> Result<(), Failed> {
         std::thread::sleep(until.min(bounds.left()));
     }
     ready.now();
+    for open in list.iter().filter(|open| open.deed == Deed::Tell) {
+        // Nobody waits for that here.
+        let later = Journal::open(&open.journal).and_then(|journal| word::send_later(&journal));
+        let _ = later.inspect_err(|e| tracing::error!("{e:#}"));
+    }
     sums.waiting = list.len();
     let pruned = shelf::tidy(&state_dir).map_err(Failed::refused)?;
     conclude(args, &sums, pruned)
@@ -161,6 +189,14 @@ fn round(
             Ok(outcome) => {
                 sums.settled += 1;
                 event(args, "settled", &[&fields[..], &[("outcome", &outcome)]].concat());
+                // It is settled here; the other host may hold a copy until it has heard.
+                if is_untold(&open.journal) {
+                    open.deed = Deed::Tell;
+                    open.tries += 1;
+                    open.due = Instant::now() + pause(open.tries);
+                    silent.insert(open.peer.clone(), open.due);
+                    left.push(open);
+                }
             }
             Err(Stuck { again, failed }) => {
                 let advice = failed.error.downcast_ref::<Advice>();
@@ -184,6 +220,12 @@ fn round(
     }
     *list = left;
     Ok(())
+}
+
+fn is_untold(journal: &Path) -> bool {
+    Journal::open(journal).is_ok_and(|journal| {
+        deed(journal.record.role, journal.state(), journal.is_untold(), false) == Some(Deed::Tell)
+    })
 }
 
 fn attempt(open: &Open, args: &ResolveArgs, bounds: &Bounds) -> Result<String, Stuck> {

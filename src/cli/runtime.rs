@@ -30,6 +30,10 @@ pub struct Config {
     pub runtime: Option<PathBuf>,
     /// Ferry's state directory.
     pub state: Option<PathBuf>,
+    /// Whether new containers are denied what cannot be migrated:
+    /// [`make`](crate::oci::migratable::make).
+    #[serde(default)]
+    pub migratable: bool,
 }
 
 impl Config {

@@ -29,7 +29,7 @@ const VALUED: [&str; 7] =
 const SWITCHES: [&str; 2] = ["debug", "systemd-cgroup"];
 
 /// Flags with a value of the guarded verbs, of runc, crun and youki.
-const GUARDED_VALUED: [&str; 13] = [
+const GUARDED_VALUED: [&str; 16] = [
     "b",
     "bundle",
     "config",
@@ -39,6 +39,9 @@ const GUARDED_VALUED: [&str; 13] = [
     "lsm-mount-context",
     "lsm-profile",
     "manage-cgroups-mode",
+    "page-server",
+    "parent-path",
+    "status-fd",
     "pid-file",
     "pidfd-socket",
     "preserve-fds",
@@ -52,6 +55,8 @@ pub enum Command {
     Ours(Vec<OsString>),
     /// A verb that starts a container; each of these arguments may be its ID.
     Guarded(Vec<OsString>),
+    /// A checkpoint, which an engine may be expected to ask for; each of these may be the ID.
+    Checkpoint(Vec<OsString>),
     /// The runtime's version, to which we add ours.
     Version,
     /// The runtime's general help, to which we add our verbs.
@@ -67,12 +72,16 @@ pub enum Command {
 pub struct Scan {
     /// What is asked for.
     pub command: Command,
+    /// The verb, or what stands in its place.
+    pub verb: Option<OsString>,
     /// The arguments for the runtime: all of them but ours.
     pub argv: Vec<OsString>,
     /// `--ferry-runtime`.
     pub ferry_runtime: Option<OsString>,
     /// `--root`.
     pub root: Option<PathBuf>,
+    /// The configuration of which a container is to be made.
+    pub creates: Option<PathBuf>,
     /// `--log` and `--log-format`.
     pub log: ErrorLog,
 }
@@ -115,8 +124,10 @@ impl Scan {
         let mut scan = Scan {
             command: Command::Runtime,
             argv: Vec::with_capacity(arguments.len()),
+            verb: None,
             ferry_runtime: None,
             root: None,
+            creates: None,
             log: ErrorLog::default(),
         };
         // The globals that our own verbs share with runc, in the one form that clap takes.
@@ -173,6 +184,10 @@ impl Scan {
                 _ => command(&words, help, shared),
             };
         }
+        if matches!(scan.command, Command::Guarded(_)) {
+            scan.creates = creates(&words);
+        }
+        scan.verb = words.first().cloned();
         scan.argv.extend(words);
         scan
     }
@@ -222,6 +237,8 @@ fn command(words: &[OsString], help: bool, mut shared: Vec<OsString>) -> Command
         }
     } else if GUARDED.iter().any(|guarded| verb == guarded) {
         Command::Guarded(positionals(arguments))
+    } else if verb == "checkpoint" {
+        Command::Checkpoint(positionals(arguments))
     } else {
         Command::Runtime
     }
@@ -234,6 +251,35 @@ fn after_unknown_flags(words: &[OsString]) -> Command {
         Some(at) => Command::Guarded(positionals(&words[at + 1..])),
         None => Command::Runtime,
     }
+}
+
+/// The configuration that `create` or `run` will read; relative to the working directory.
+fn creates(words: &[OsString]) -> Option<PathBuf> {
+    let at = words.iter().position(|word| GUARDED.iter().any(|guarded| word == guarded))?;
+    if words[at] != "create" && words[at] != "run" {
+        return None;
+    }
+    let value = |names: &[&str]| value(&words[at + 1..], names).map(PathBuf::from);
+    let bundle = value(&["b", "bundle"]).unwrap_or_default();
+    Some(bundle.join(value(&["config"]).unwrap_or_else(|| "config.json".into())))
+}
+
+/// The value of a flag of a guarded verb; of several the last one counts.
+fn value(arguments: &[OsString], names: &[&str]) -> Option<OsString> {
+    let mut found = None;
+    let mut rest = arguments.iter().take_while(|argument| *argument != "--");
+    while let Some(argument) = rest.next() {
+        let Some(flag) = Flag::of(argument) else { continue };
+        let given = match flag.value {
+            Some(value) => Some(value.to_owned()),
+            None if flag.is_in(&GUARDED_VALUED) => rest.next().cloned(),
+            None => None,
+        };
+        if flag.is_in(names) {
+            found = given.or(found);
+        }
+    }
+    found
 }
 
 /// What may be the ID among the arguments of a guarded verb: flags may stand behind it too.

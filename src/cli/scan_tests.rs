@@ -32,9 +32,24 @@ fn callers_of_runc() {
     assert_eq!(with(&["update", "--resources=-", "web"]).command, Command::Runtime);
     // podman's and CRI-O's question whether restore knows the flag.
     assert_eq!(scan(&["restore", "--lsm-mount-context"]).command, guarded(&[]));
-    assert_eq!(scan(&["checkpoint", "--help"]).command, Command::Runtime);
+    assert_eq!(scan(&["checkpoint", "--help"]).command, Command::Checkpoint(Vec::new()));
     assert_eq!(scan(&["features"]).command, Command::Runtime);
     assert_eq!(scan(&["--systemd-cgroup", "run", "web"]).command, guarded(&["web"]));
+}
+
+#[test]
+fn the_configuration_of_a_new_container() {
+    let file = |words: &[&str]| scan(words).creates.map(|path| path.display().to_string());
+    let at = |path: &str| Some(path.to_owned());
+    assert_eq!(file(&["create", "--bundle", "/b", "web"]), at("/b/config.json"));
+    assert_eq!(file(&["--root", "/r", "run", "-d", "-b=b", "web"]), at("b/config.json"));
+    assert_eq!(file(&["run", "--pid-file", "--bundle", "web"]), at("config.json"));
+    assert_eq!(file(&["run", "-b", "a", "--bundle=b", "--", "-b", "c"]), at("b/config.json"));
+    assert_eq!(file(&["create", "--config=mine", "-b", "/b", "web"]), at("/b/mine"));
+    assert_eq!(file(&["--new", "x", "create", "-b", "/b", "web"]), at("/b/config.json"));
+    for other in [&["start", "web"][..], &["restore", "-b", "/b", "web"], &["ps", "create"], &[]] {
+        assert_eq!(file(other), None, "{other:?}");
+    }
 }
 
 #[test]

@@ -7,17 +7,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use super::{Coming, MOST, MOST_HOLES, SPARE, Vault};
-use crate::network::sockets::{Established, Lookout};
+use super::{Coming, MOST, MOST_HOLES, SPARE, SocketKind, Vault};
+use crate::network::sockets::{Established, SockDiag};
 use crate::sys::connection::{self, Options};
-use crate::sys::mirror::FIRST;
+use crate::sys::fd_table::FIRST;
+use crate::sys::listener::{self, Listener};
 use crate::sys::netns::NetNs;
-use crate::sys::{door, process};
-use crate::tasks::held::{native, of_first_space};
-use crate::tasks::watched;
+use crate::sys::{fd_inject, process, socket};
+use crate::tasks::epoll;
+use crate::tasks::freezer::{native, of_first_space};
+use crate::tasks::mptcp::{self, Found};
 
 /// Fewer that have come since the first look are left to CRIU.
 const FEW: usize = 32;
@@ -54,6 +56,17 @@ pub(super) struct Known {
     pub(super) v6: bool,
     /// Its number among those that were announced.
     pub(super) index: u32,
+    /// Not a connection, but a listening socket of Multipath TCP.
+    pub(super) listens: bool,
+}
+
+/// Listening sockets of Multipath TCP, as they were announced.
+#[derive(Clone, Debug)]
+pub(super) struct Listeners {
+    /// Of a fresh one of IPv4, and of IPv6, as far as there are.
+    pub(super) fresh: [Option<Options>; 2],
+    /// By their numbers among all that were announced.
+    pub(super) known: HashMap<u32, Listener>,
 }
 
 /// Those that are to be taken out when the container is frozen.
@@ -67,6 +80,7 @@ pub struct Lifting {
     pub(super) work: PathBuf,
     /// Of a fresh socket of IPv4, and of IPv6, as far as there are.
     pub(super) fresh: [Option<Options>; 2],
+    pub(super) listeners: Listeners,
     /// See [`raise_limit`].
     limit: RawFd,
     pub(super) stop: Arc<AtomicBool>,
@@ -79,36 +93,43 @@ impl Lifting {
     /// # Errors
     /// When the namespace cannot be entered.
     pub fn new(namespace: Option<&NetNs>, vault: Arc<Vault>, work: &Path) -> Result<Lifting> {
-        let look = || [false, true].map(|v6| connection::fresh_options(v6).ok());
-        let fresh = match namespace {
+        let look = || {
+            let connections = [false, true].map(|v6| connection::fresh_options(v6).ok());
+            (connections, [false, true].map(|v6| listener::fresh_options(v6).ok()))
+        };
+        let (fresh, of_listeners) = match namespace {
             Some(namespace) => namespace.run(look)?,
             None => look(),
         };
         let limit = raise_limit()?;
         let (known, cookies, work) = (BTreeMap::new(), HashSet::new(), work.to_owned());
         let stop = Arc::new(AtomicBool::new(false));
-        Ok(Lifting { known, cookies, announced: 0, vault, work, fresh, limit, stop })
+        let listeners = Listeners { fresh: of_listeners, known: HashMap::new() };
+        Ok(Lifting { known, cookies, announced: 0, vault, work, fresh, listeners, limit, stop })
     }
 
     /// Those that were not known yet, in the order in which they are to be announced.
     ///
     /// # Errors
     /// When the kernel does not list them.
-    pub fn look(&mut self, lookout: &mut Lookout, pids: &[i32]) -> Result<Vec<Coming>> {
+    pub fn look(&mut self, lookout: &mut SockDiag, pids: &[i32]) -> Result<Vec<Coming>> {
+        // First of all: nothing may stand at their ports when they are bound.
+        let mut coming = self.listeners(pids)?;
+        self.announced += coming.len();
         let mut established = lookout.established()?;
         established.retain(|one| !self.cookies.contains(&one.cookie));
-        if self.announced > 0 && established.len() < FEW {
+        if self.announced > coming.len() && established.len() < FEW {
             // The search for their descriptors takes longer than CRIU for so many.
-            return Ok(Vec::new());
+            return Ok(coming);
         }
         let all: HashMap<u32, &Established> = established.iter().map(|e| (e.inode, e)).collect();
         let mut places: HashMap<u32, Option<(i32, RawFd)>> = HashMap::new();
         let mut open = BTreeMap::new();
         for &pid in pids {
             // Whoever has ended meanwhile has nothing open.
-            let Ok(numbers) = door::numbers(pid) else { continue };
+            let Ok(numbers) = fd_inject::numbers(pid) else { continue };
             for &number in &numbers {
-                if let Some(inode) = socket(pid, number).filter(|inode| all.contains_key(inode)) {
+                if let Some(inode) = inode_of(pid, number).filter(|inode| all.contains_key(inode)) {
                     // One that has several is CRIU's.
                     places.entry(inode).and_modify(|p| *p = None).or_insert(Some((pid, number)));
                 }
@@ -121,8 +142,8 @@ impl Lifting {
                 own.entry(*pid).or_default().push((*number, *inode));
             }
         }
-        let mut coming = Vec::new();
         let most = room(self.limit);
+        let before = coming.len();
         for task in of_first_space(pids)? {
             let Some(mut list) = own.remove(&task.pid).filter(|_| native(task.pid)) else {
                 continue;
@@ -135,14 +156,15 @@ impl Lifting {
             // What had one of these numbers has been closed.
             let fresh: HashSet<RawFd> = list.iter().map(|(number, _)| *number).collect();
             let earlier = self.known.entry(task.pid).or_default();
-            earlier.retain(|known| !fresh.contains(&known.number));
+            earlier.retain(|known| known.listens || !fresh.contains(&known.number));
             for (number, inode) in list.into_iter().take_while(|(number, _)| *number < until) {
                 let Established { ends, cookie, owner, .. } = *all[&inode];
-                let full = self.announced + coming.len() >= most;
+                let index = self.announced + coming.len() - before;
+                let full = index >= most;
                 if full || number < FIRST || !self.cookies.insert(cookie) {
                     continue;
                 }
-                let index = (self.announced + coming.len()) as u32;
+                let index = index as u32;
                 let v6 = ends.local.is_ipv6();
                 self.known.entry(task.pid).or_default().push(Known {
                     number,
@@ -150,26 +172,80 @@ impl Lifting {
                     inode,
                     v6,
                     index,
+                    listens: false,
                 });
-                let (local, remote) = (ends.local, ends.remote);
-                coming.push(Coming { vpid: task.vpid, number, owner, local, remote });
+                let (local, kind) = (ends.local, SocketKind::Connection(ends.remote));
+                coming.push(Coming { vpid: task.vpid, number, owner, local, kind });
             }
         }
-        self.announced += coming.len();
+        self.announced += coming.len() - before;
+        Ok(coming)
+    }
+
+    /// Listening sockets of Multipath TCP that were not known yet.
+    fn listeners(&mut self, pids: &[i32]) -> Result<Vec<Coming>> {
+        let found = mptcp::sockets(pids);
+        let Some(init) = pids.first().filter(|_| !found.is_empty()) else { return Ok(Vec::new()) };
+        // It has been looked for before: this one has come since.
+        if let Some((pid, why)) = mptcp::obstacle(*init, &found) {
+            bail!("process {pid} has a socket of Multipath TCP: {why}");
+        }
+        let numbers: HashMap<i32, i32> =
+            of_first_space(pids)?.into_iter().map(|task| (task.pid, task.vpid)).collect();
+        let mut coming = Vec::new();
+        for one in found {
+            let cookie = connection::cookie(&one.file)?;
+            let Some(&vpid) = numbers.get(&one.pid).filter(|_| !self.cookies.contains(&cookie))
+            else {
+                continue;
+            };
+            let v6 = socket::is_v6(&one.file)?;
+            let fresh = self.listeners.fresh[usize::from(v6)].as_ref();
+            let fresh = fresh.context("there is no Multipath TCP any more")?;
+            // Closed since.
+            let Some((local, listener)) = listener::look(&one.file, fresh)? else { continue };
+            let limit = process::file_limit(one.pid)?.min(self.limit as u64);
+            if one.number as u64 + SPARE as u64 > limit {
+                bail!("process {} has no room for another descriptor", one.pid);
+            }
+            self.cookies.insert(cookie);
+            let index = (self.announced + coming.len()) as u32;
+            let inode = u32::try_from(one.inode)?;
+            let known = self.known.entry(one.pid).or_default();
+            known.retain(|known| known.number != one.number);
+            let Found { number, .. } = one;
+            known.push(Known { number, cookie, inode, v6, index, listens: true });
+            self.listeners.known.insert(index, listener.clone());
+            let owner = nix::sys::stat::fstat(&one.file)?.st_uid;
+            coming.push(Coming {
+                vpid,
+                number,
+                owner,
+                local,
+                kind: SocketKind::Listener(listener),
+            });
+        }
         Ok(coming)
     }
 
     /// Leaves to CRIU what the destination cannot take.
-    pub fn leave(&mut self, lacking: &[u32]) {
+    ///
+    /// # Errors
+    /// When CRIU cannot take it, either.
+    pub fn leave(&mut self, lacking: &[u32]) -> Result<()> {
         let lacking: HashSet<u32> = lacking.iter().copied().collect();
+        if lacking.iter().any(|index| self.listeners.known.contains_key(index)) {
+            bail!("the other host cannot listen for Multipath TCP where the container does");
+        }
         self.known.values_mut().for_each(|list| list.retain(|k| !lacking.contains(&k.index)));
+        Ok(())
     }
 }
 
 /// The inode of a socket.
-fn socket(pid: i32, number: RawFd) -> Option<u32> {
+fn inode_of(pid: i32, number: RawFd) -> Option<u32> {
     let target = fs::read_link(format!("/proc/{pid}/fd/{number}")).ok()?;
-    watched::socket(&target)?.try_into().ok()
+    epoll::socket(&target)?.try_into().ok()
 }
 
 /// Up to below which number descriptors of a process can be taken out: not where many numbers below are

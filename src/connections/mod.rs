@@ -9,7 +9,7 @@
 //!   lift: those that are still there, and have
 //!     nothing in their queues, are taken out of
 //!     the tasks: CRIU sees none of them
-//!   CRIU dumps; take_down    ══ connections ═════▶ build_up, beside CRIU's restore
+//!   CRIU dumps; repair_dump    ══ connections ═════▶ repair_restore, beside CRIU's restore
 //!                                                  land: into the tasks, when CRIU has restored them
 //!   commit                                         wake: out of repair mode; then the fence opens
 //!   silent end, or put_back
@@ -18,20 +18,23 @@
 //! In CRIU's images something else stands in their places until they land.
 //!
 //! **Taken out** means: what watches them by epoll(7) watches them no more, and their descriptors are
-//! closed in the tasks ([`crate::sys::door`]). Other descriptors of them are on their way in a socket,
+//! closed in the tasks ([`crate::sys::fd_inject`]). Other descriptors of them are on their way in a socket,
 //! the [`Vault`], whose other end both this process and the guard hold; what was taken is written down
 //! before anything is. Whoever undoes the migration, or brings back what was handed over in vain,
 //! [puts them back](put_back()) from there.
 //!
-//! What makes calls in the tasks is [the guard](Orders): if Ferry is killed meanwhile it goes on, and if
+//! What makes calls in the tasks is [the guard](GuardCommands): if Ferry is killed meanwhile it goes on, and if
 //! the guard is, Ferry sees to it that none of the tasks runs before it is whole.
 //!
 //! All else that is open, and every connection of which anything is out of the ordinary, is CRIU's.
+//!
+//! Listening sockets of Multipath TCP, which CRIU does not know, go the same way, however few there are:
+//! their likes listen on the destination from the announcement on, behind the closed fence.
 
-mod land;
-mod lift;
+mod extract;
+mod guard_commands;
+mod install;
 mod look;
-mod orders;
 mod put_back;
 mod tasks;
 
@@ -43,14 +46,15 @@ use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::SndBufForce;
 use serde::{Deserialize, Serialize};
 
-pub use land::{Landed, Landing};
-pub use lift::Lifted;
+pub use extract::Lifted;
+pub use guard_commands::{GuardCommand, GuardCommands, GuardSocket};
+pub use install::{Landed, Landing};
 pub use look::{Lifting, raise_limit};
-pub use orders::{Ears, Order, Orders};
 pub use put_back::{are_out, put_back, take_out};
 
 use crate::sys::connection::Connection;
-use crate::sys::mirror::FIRST;
+use crate::sys::fd_table::FIRST;
+use crate::sys::listener::Listener;
 use crate::sys::scm;
 
 /// Fewer are left to CRIU: 5 ms.
@@ -67,7 +71,7 @@ const MOST_HOLES: usize = 4096;
 const SPARE: usize = 16;
 
 /// A connection that will come. Its place among all that were announced is its number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Coming {
     /// The process that has it, as the container numbers it.
     pub vpid: i32,
@@ -77,17 +81,34 @@ pub struct Coming {
     pub owner: u32,
     /// The socket's own end.
     pub local: SocketAddr,
-    /// The peer's.
-    pub remote: SocketAddr,
+    /// What it is.
+    pub kind: SocketKind,
+}
+
+/// What a socket is that will come.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SocketKind {
+    /// A connection, and its peer's end.
+    Connection(SocketAddr),
+    /// A listening socket of Multipath TCP.
+    Listener(Listener),
 }
 
 impl Coming {
+    /// Whether it is one that waits for connections.
+    pub fn listens(&self) -> bool {
+        matches!(self.kind, SocketKind::Listener(_))
+    }
+
     /// Whether it can be one.
     ///
     /// # Errors
     /// Says what it is instead.
     fn validate(&self) -> Result<()> {
-        let same = self.local.is_ipv4() == self.remote.is_ipv4();
+        let same = match &self.kind {
+            SocketKind::Connection(remote) => self.local.is_ipv4() == remote.is_ipv4(),
+            SocketKind::Listener(_) => true,
+        };
         if self.vpid <= 0 || self.number < FIRST || self.number > 1 << 24 || !same {
             bail!("no connection is like {self:?}");
         }
@@ -107,6 +128,8 @@ fn share(all: usize) -> usize {
 enum Piece {
     /// Connections by their numbers; whether execve(2) closes them.
     Connections(Vec<(u32, bool, Connection)>),
+    /// Listening sockets, in the same way: they are as they were announced.
+    Listeners(Vec<(u32, bool)>),
     /// What the epoll under this number in that process watches.
     Watched { vpid: i32, epoll: RawFd, list: Vec<Watched> },
 }
@@ -129,15 +152,25 @@ struct TakenOut {
     pid: i32,
     /// With the number, a name that is not used twice.
     started: Option<u64>,
-    /// By their numbers rising: closed by execve(2), `SO_REUSEADDR`.
-    places: Vec<(RawFd, bool, bool)>,
+    /// By their numbers rising.
+    places: Vec<PlaceTaken>,
     epolls: Vec<(RawFd, Vec<Watched>)>,
+}
+
+/// Where something was that was taken out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct PlaceTaken {
+    number: RawFd,
+    /// execve(2) closes it.
+    cloexec: bool,
+    /// Of a connection, which is in repair mode: `SO_REUSEADDR`.
+    wake: Option<bool>,
 }
 
 impl TakenOut {
     /// Above all of them.
     fn above(&self) -> RawFd {
-        self.places.last().map_or(FIRST, |place| place.0.saturating_add(1))
+        self.places.last().map_or(FIRST, |place| place.number.saturating_add(1))
     }
 }
 
@@ -242,10 +275,12 @@ mod tests {
         let taken = Taken(vec![TakenOut {
             pid: 1,
             started: Some(7),
-            places: vec![(5, true, false)],
+            places: vec![PlaceTaken { number: 5, cloexec: true, wake: Some(false) }],
             epolls: vec![(3, vec![watched])],
         }]);
+        let listeners = Piece::Listeners(vec![(0, true), (1, false)]);
         let target = Target::new("connections").sample(postcard::to_stdvec(&epoll).unwrap());
+        let target = target.sample(postcard::to_stdvec(&listeners).unwrap());
         let target = target.sample(postcard::to_stdvec(&pieces).unwrap());
         // A list takes room for a MiB at most before there is anything in it: serde's.
         target.sample(postcard::to_stdvec(&taken).unwrap()).room(3 << 20).run(|bytes| {

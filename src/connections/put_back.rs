@@ -8,29 +8,29 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 
-use super::{Taken, TakenOut, Vault, lift, look};
+use super::{Taken, TakenOut, Vault, extract, look};
 use crate::oci::cgroup::Cgroup;
-use crate::report::failures::Trouble;
-use crate::sys::door::{self, Place};
-use crate::sys::mirror::Mirror;
+use crate::report::failures::Failures;
+use crate::sys::fd_inject::{self, Place};
+use crate::sys::fd_table::Mirror;
 use crate::sys::process::is_alive;
 use crate::sys::stopped::Stopped;
 use crate::sys::{connection, fault};
-use crate::tasks::held::while_held;
+use crate::tasks::freezer::with_tasks_stopped;
 
 /// Whether connections were taken out of the tasks, or were about to be, and not put back. `work` is the
 /// migration's directory.
 pub fn are_out(work: &Path) -> bool {
-    work.join(lift::FILE).exists()
+    work.join(extract::FILE).exists()
 }
 
 fn taken(work: &Path) -> Result<Taken> {
-    let bytes = fs::read(work.join(lift::FILE)).context("what was taken out of the tasks")?;
+    let bytes = fs::read(work.join(extract::FILE)).context("what was taken out of the tasks")?;
     postcard::from_bytes(&bytes).context("what was taken out of the tasks")
 }
 
 /// Takes connections out of the tasks of a frozen control group: those that are written down in the
-/// migration's directory, and kept elsewhere. `begin`: see [`while_held`].
+/// migration's directory, and kept elsewhere. `begin`: see [`with_tasks_stopped`].
 ///
 /// # Errors
 /// When it fails half-way.
@@ -40,12 +40,12 @@ pub fn take_out(
     begin: impl FnOnce(i32) -> Result<()> + Send,
 ) -> Result<()> {
     let taken = taken(work)?;
-    while_held(cgroup, begin, |held| {
+    with_tasks_stopped(cgroup, begin, |held| {
         for one in &taken.0 {
             let thread = held.get_mut(&one.pid).and_then(|threads| threads.first_mut());
             let thread = thread.ok_or_else(|| anyhow!("process {} is gone", one.pid))?;
-            let numbers: Vec<_> = one.places.iter().map(|place| place.0).collect();
-            door::close(thread, one.pid, &numbers)?;
+            let numbers: Vec<_> = one.places.iter().map(|place| place.number).collect();
+            fd_inject::close(thread, one.pid, &numbers)?;
             fault::point("guard.taken")?;
         }
         Ok(())
@@ -54,7 +54,7 @@ pub fn take_out(
 }
 
 /// Puts connections back into the tasks of a frozen control group from which they were taken, and lets
-/// them live. What is there already stays as it is. `begin`: see [`while_held`].
+/// them live. What is there already stays as it is. `begin`: see [`with_tasks_stopped`].
 ///
 /// # Errors
 /// Says what could not be put back; the rest was, and it can be tried again.
@@ -78,55 +78,58 @@ pub fn put_back(
             lots.push((one, own));
         }
     }
-    let mut trouble = Trouble::default();
+    let mut failures = Failures::default();
     if lots.iter().any(|(_, files)| !files.is_empty()) {
-        let done = while_held(cgroup, begin, |held| {
-            let mut trouble = Trouble::default();
+        let done = with_tasks_stopped(cgroup, begin, |held| {
+            let mut failures = Failures::default();
             for (one, files) in &lots {
                 let thread = held.get_mut(&one.pid).and_then(|all| all.first_mut());
-                trouble.note(&format!("process {}", one.pid), install(thread, one, files));
+                failures.note(&format!("process {}", one.pid), install(thread, one, files));
                 fault::point("guard.put")?;
             }
-            trouble.into_result()
+            failures.into_result()
         });
-        trouble.note("descriptors", done);
+        failures.note("descriptors", done);
     }
     let alive: HashSet<i32> = lots.iter().map(|(one, _)| one.pid).collect();
     drop(lots);
     for one in taken.0.into_iter().filter(|one| alive.contains(&one.pid)) {
         let step = format!("process {}", one.pid);
-        trouble.note(&step, watch_again(one, vault));
+        failures.note(&step, watch_again(one, vault));
     }
-    trouble.into_result()?;
-    fs::remove_file(work.join(lift::FILE))?;
+    failures.into_result()?;
+    fs::remove_file(work.join(extract::FILE))?;
     // What a task closes is to be closed.
     vault.empty()
 }
 
 /// Whether nothing of a process is left but its number.
 fn is_dead(pid: i32) -> bool {
-    door::numbers(pid).map_or(true, |numbers| numbers.is_empty())
+    fd_inject::numbers(pid).map_or(true, |numbers| numbers.is_empty())
 }
 
 fn install(thread: Option<&mut Stopped>, one: &TakenOut, files: &[OwnedFd]) -> Result<()> {
     let thread = thread.ok_or_else(|| anyhow!("it is gone"))?;
-    let there: HashSet<_> = door::numbers(one.pid)?.into_iter().collect();
-    let places = one.places.iter().zip(files).filter(|(place, _)| !there.contains(&place.0));
-    let places = places.map(|(&(number, cloexec, _), file)| {
-        let file = file.as_fd();
-        Place { number, cloexec, file }
+    let there: HashSet<_> = fd_inject::numbers(one.pid)?.into_iter().collect();
+    let places = one.places.iter().zip(files).filter(|(place, _)| !there.contains(&place.number));
+    let places = places.map(|(place, file)| Place {
+        number: place.number,
+        cloexec: place.cloexec,
+        file: file.as_fd(),
     });
     let places: Vec<Place> = places.collect();
-    Ok(door::put(thread, one.pid, &places)?)
+    Ok(fd_inject::put(thread, one.pid, &places)?)
 }
 
 /// Has them watched again, and lets them live.
 fn watch_again(one: TakenOut, vault: &Vault) -> Result<()> {
     let (pid, above) = (one.pid, one.above());
     let watch = move |mirror: &Mirror| -> std::io::Result<()> {
-        for &(number, _, reuse) in &one.places {
-            mirror.take(number)?;
-            connection::wake(mirror.get(number), reuse)?;
+        for place in &one.places {
+            mirror.take(place.number)?;
+            if let Some(reuse) = place.wake {
+                connection::wake(mirror.get(place.number), reuse)?;
+            }
         }
         for (epoll, list) in &one.epolls {
             let epoll = mirror.epoll(*epoll)?;

@@ -12,18 +12,18 @@ use anyhow::{Result, anyhow};
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 
-use super::look::{Known, Lifting};
-use super::{TakenOut, Watched, share};
+use super::look::{Known, Lifting, Listeners};
+use super::{PlaceTaken, TakenOut, Watched, share};
 use crate::memory::pages;
 use crate::sys::connection::{self, Connection, Options, Plain};
-use crate::sys::mirror::{self, Mirror};
-use crate::sys::{process, scm};
-use crate::tasks::watched;
+use crate::sys::fd_table::{self, Mirror};
+use crate::sys::{listener, process, scm};
+use crate::tasks::{epoll, mptcp};
 
 /// Most connections that go in one piece.
 const SOME: usize = 256;
 
-pub(super) type MirrorHandle = mirror::JoinHandle<std::io::Result<()>>;
+pub(super) type MirrorHandle = fd_table::JoinHandle<std::io::Result<()>>;
 
 /// What the thread with a process's descriptors is told.
 pub(super) enum Step {
@@ -36,6 +36,13 @@ pub(super) enum Step {
 /// Some that were taken down, by their place among the known ones.
 pub(super) type Batch = (i32, Vec<(usize, Connection)>);
 
+/// What can be taken out.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Seen {
+    Connection(Plain),
+    Listener,
+}
+
 /// A process with connections.
 pub(super) struct Task {
     pub(super) pid: i32,
@@ -44,13 +51,13 @@ pub(super) struct Task {
     /// Of each whether execve(2) closes it.
     pub(super) cloexec: Vec<Option<bool>>,
     /// Of each whether it can be taken out.
-    pub(super) seen: Vec<Option<Plain>>,
+    pub(super) seen: Vec<Option<Seen>>,
     /// See [`Others`].
     pub(super) like: Option<RawFd>,
     pub(super) chosen: Vec<usize>,
     pub(super) epolls: Vec<(RawFd, Vec<Watched>)>,
     pub(super) orders: Option<Sender<Step>>,
-    pub(super) heard: Receiver<Vec<Option<Plain>>>,
+    pub(super) heard: Receiver<Vec<Option<Seen>>>,
     pub(super) done: Receiver<std::io::Result<()>>,
     pub(super) mirror: Option<MirrorHandle>,
 }
@@ -59,7 +66,7 @@ impl Drop for Task {
     fn drop(&mut self) {
         // Given up: nothing more is done when this returns.
         self.orders = None;
-        let _ = self.mirror.take().map(mirror::JoinHandle::join);
+        let _ = self.mirror.take().map(fd_table::JoinHandle::join);
     }
 }
 
@@ -78,18 +85,22 @@ impl Task {
         let (tell, heard) = channel();
         let (tell_done, done) = channel();
         let (list, fresh, stop) = (known.clone(), lifting.fresh.clone(), lifting.stop.clone());
+        let listeners = lifting.listeners.clone();
         // Nothing in here may have to do with a descriptor of ours: see there.
         let work = move |mirror: &Mirror| {
-            let seen: Vec<_> = list.iter().map(|known| grab(mirror, *known)).collect();
+            let seen: Vec<_> = list.iter().map(|known| grab(mirror, *known, &listeners)).collect();
             let _ = tell.send(seen.clone());
             let Ok(Step::Take(chosen, epolls)) = ordered.recv() else { return Ok(()) };
             let numbers: Vec<RawFd> = chosen.iter().map(|at| list[*at].number).collect();
             let kept = keep(mirror, &numbers, &epolls);
             let _ = tell_done.send(kept);
             let Ok(Step::Go) = ordered.recv() else { return Ok(()) };
-            let chosen: Vec<(usize, Known, Plain)> =
-                chosen.iter().filter_map(|at| Some((*at, list[*at], seen[*at]?))).collect();
-            take_down_all(mirror, &chosen, &fresh, |some| {
+            let connection = |at: &usize| match seen[*at]? {
+                Seen::Connection(plain) => Some((*at, list[*at], plain)),
+                Seen::Listener => None,
+            };
+            let chosen: Vec<(usize, Known, Plain)> = chosen.iter().filter_map(connection).collect();
+            repair_dump_all(mirror, &chosen, &fresh, |some| {
                 give.send((pid, some)).is_ok() && !stop.load(Ordering::SeqCst)
             })
         };
@@ -119,10 +130,19 @@ impl Task {
         let _ = self.orders.as_ref().map(|orders| orders.send(order));
     }
 
+    /// Those of the chosen that listen, by their place among the known ones.
+    pub(super) fn listeners(&self) -> impl Iterator<Item = usize> {
+        self.chosen.iter().copied().filter(|at| self.known[*at].listens)
+    }
+
     pub(super) fn taken(&self) -> TakenOut {
-        let place = |at: &usize| {
-            let reuse = self.seen[*at].is_some_and(|plain| plain.reuse);
-            (self.known[*at].number, self.cloexec[*at] == Some(true), reuse)
+        let place = |at: &usize| PlaceTaken {
+            number: self.known[*at].number,
+            cloexec: self.cloexec[*at] == Some(true),
+            wake: match self.seen[*at] {
+                Some(Seen::Connection(plain)) => Some(plain.reuse),
+                Some(Seen::Listener) | None => None,
+            },
         };
         TakenOut {
             pid: self.pid,
@@ -134,11 +154,19 @@ impl Task {
 }
 
 /// Duplicates a descriptor; what it is, if it is the same as ever and can be taken out.
-fn grab(mirror: &Mirror, known: Known) -> Option<Plain> {
+fn grab(mirror: &Mirror, known: Known, listeners: &Listeners) -> Option<Seen> {
     mirror.take(known.number).ok()?;
     let socket = mirror.get(known.number);
-    let same = connection::cookie(socket).is_ok_and(|cookie| cookie == known.cookie);
-    if same { connection::plain(socket).ok()? } else { None }
+    if connection::cookie(socket).ok()? != known.cookie {
+        return None;
+    }
+    if !known.listens {
+        return connection::plain(socket).ok()?.map(Seen::Connection);
+    }
+    let fresh = listeners.fresh[usize::from(known.v6)].as_ref()?;
+    let (_, now) = listener::look(socket, fresh).ok()??;
+    let same = listeners.known.get(&known.index) == Some(&now);
+    (same && listener::waiting(socket).ok()? == 0).then_some(Seen::Listener)
 }
 
 /// Puts descriptors into the vault, and ends that they are watched.
@@ -161,7 +189,7 @@ fn keep(
 }
 
 /// On several threads: they share the table.
-fn take_down_all(
+fn repair_dump_all(
     mirror: &Mirror,
     chosen: &[(usize, Known, Plain)],
     fresh: &[Option<Options>; 2],
@@ -181,7 +209,7 @@ fn take_down_all(
                     let mut batch = Vec::with_capacity(some.len());
                     for &(at, socket, fresh, plain) in some {
                         let fresh = fresh.ok_or(std::io::ErrorKind::Unsupported)?;
-                        batch.push((at, connection::take_down(socket, plain, fresh)?));
+                        batch.push((at, connection::repair_dump(socket, plain, fresh)?));
                     }
                     if !give(batch) {
                         break;
@@ -202,23 +230,30 @@ fn panicked() -> std::io::Error {
 #[derive(Debug, Default)]
 pub(super) struct Others {
     /// Process and number; what it watches.
-    epolls: Vec<(i32, RawFd, Vec<watched::Target>)>,
+    epolls: Vec<(i32, RawFd, Vec<epoll::Target>)>,
     /// Inodes.
     sockets: HashSet<u64>,
     /// By process: one that CRIU restores, of which another one can stand anywhere for a while: of no
     /// file, whose locks would end with it. An epoll, where there is one.
     like: HashMap<i32, RawFd>,
+    /// The same, of those that have none but a device.
+    devices: HashMap<i32, RawFd>,
 }
 
 impl Others {
     pub(super) fn look(&mut self, pid: i32, number: RawFd) -> Result<()> {
         let target = fs::read_link(format!("/proc/{pid}/fd/{number}")).unwrap_or_default();
-        self.sockets.extend(watched::socket(&target));
-        if watched::is_epoll(&target) {
-            self.epolls.push((pid, number, watched::targets(pid, number)?));
+        self.sockets.extend(epoll::socket(&target));
+        if epoll::is_epoll(&target) {
+            self.epolls.push((pid, number, epoll::targets(pid, number)?));
             self.like.insert(pid, number);
         } else if !target.is_absolute() {
             self.like.entry(pid).or_insert(number);
+        } else if !self.like.contains_key(&pid)
+            && !self.devices.contains_key(&pid)
+            && mptcp::stands_in(pid, number, &target)
+        {
+            self.devices.insert(pid, number);
         }
         Ok(())
     }
@@ -229,7 +264,7 @@ impl Others {
 pub(super) fn choose(tasks: &mut [Task], others: Others) {
     let mut by_inode = HashMap::new();
     for (at, task) in tasks.iter_mut().enumerate() {
-        task.like = others.like.get(&task.pid).copied();
+        task.like = others.like.get(&task.pid).or(others.devices.get(&task.pid)).copied();
         for (n, known) in task.known.iter().enumerate() {
             let inode = u64::from(known.inode);
             let only = !others.sockets.contains(&inode) && task.like.is_some();

@@ -5,13 +5,14 @@
 //! a protobuf message; first `pagemap_head {1: pages_id}`, then `pagemap_entry {1: vaddr,
 //! 2: compat_nr_pages, 4: flags, 5: nr_pages}`; CRIU 4.1 and older count in field 2.
 //! `ids-<pid>.img`: one record, in which field 2 is the number of a table of descriptors;
+//! `core-<pid>.img`: one record, in whose message 3 (`task_core_entry`) field 6 is the command's name;
 //! `fdinfo-<table>.img`: a record `fdinfo_entry {1: file, 2: flags, 3: type, 4: fd}` for each.
 //! Source: CRIU images/pagemap.proto, core.proto, fdinfo.proto, criu/include/magic.h.
 
 use anyhow::{Result, anyhow, bail};
 use protobuf::{CodedInputStream, CodedOutputStream};
 
-use crate::sys::memory::PAGE;
+use crate::sys::memory::{PAGE, PageRegion};
 
 /// Pages of the entry lie in the pages image.
 pub const PE_PRESENT: u32 = 1 << 2;
@@ -26,6 +27,7 @@ const MAX_ENTRIES: usize = 1 << 24;
 const MAX_ADDRESS: u64 = 1 << 57;
 
 const COMMON: u32 = 0x5456_4319;
+const CORE: u32 = 0x5505_3847;
 const IDS: u32 = 0x5443_2030;
 const FDINFO: u32 = 0x5621_3732;
 
@@ -98,6 +100,44 @@ pub fn parse_pagemap(bytes: &[u8]) -> Result<(u32, Vec<PagemapEntry>)> {
     Ok((pages_id, entries))
 }
 
+/// A pagemap image, with further entries of pages that were left to us, rising.
+///
+/// # Errors
+/// When it is none, or cut short, or has one of the pages already.
+pub fn with_lazy(bytes: &[u8], more: &[PageRegion]) -> Result<Vec<u8>> {
+    let mut rest = after_magics(bytes, MAGIC[1])?;
+    let head = take_record(&mut rest)?;
+    let mut all = Vec::new();
+    while !rest.is_empty() {
+        let record = take_record(&mut rest)?;
+        let vaddr = fields(record)?.iter().find(|f| f.0 == 1).map(|f| f.1);
+        all.push((
+            vaddr.ok_or_else(|| anyhow!("a pagemap entry without an address"))?,
+            record.to_vec(),
+        ));
+    }
+    for region in more {
+        let pages = (region.end - region.start) / PAGE as u64;
+        let mut record = Vec::new();
+        let mut out = CodedOutputStream::vec(&mut record);
+        for (field, value) in [(1, region.start), (2, 0), (4, u64::from(PE_LAZY)), (5, pages)] {
+            out.write_uint64(field, value)?;
+        }
+        out.flush()?;
+        drop(out);
+        all.push((region.start, record));
+    }
+    all.sort_by_key(|(vaddr, _)| *vaddr);
+    let mut whole = MAGIC.map(u32::to_le_bytes).concat();
+    for record in std::iter::once(head).chain(all.iter().map(|(_, record)| &record[..])) {
+        whole.extend((record.len() as u32).to_le_bytes());
+        whole.extend(record);
+    }
+    // Each page once, or the destination would refuse it.
+    parse_pagemap(&whole)?;
+    Ok(whole)
+}
+
 /// The number of a task's table of descriptors, out of its `ids` image.
 ///
 /// # Errors
@@ -107,6 +147,19 @@ pub fn parse_table(bytes: &[u8]) -> Result<u32> {
     let record = fields(take_record(&mut rest)?)?;
     let table = record.iter().find(|field| field.0 == 2);
     table.map(|field| field.1 as u32).ok_or_else(|| anyhow!("a task without descriptors"))
+}
+
+/// Reads the command's name in the image of a task.
+///
+/// # Errors
+/// When it is none, or cut short.
+pub fn parse_command(bytes: &[u8]) -> Result<String> {
+    let mut rest = after_magics(bytes, CORE)?;
+    let task = bytes_field(take_record(&mut rest)?, 3)?;
+    let name = bytes_field(task.ok_or_else(|| anyhow!("a thread's image"))?, 6)?;
+    let name = name.ok_or_else(|| anyhow!("a task without a command"))?;
+    // The kernel has no room for more: proc_pid_comm(5).
+    Ok(String::from_utf8_lossy(&name[..name.len().min(16)]).into_owned())
 }
 
 /// The image of a table of descriptors, with more of them: each of `numbers`, rising, is another one of
@@ -151,7 +204,7 @@ pub fn with_descriptors(bytes: &[u8], like: i32, numbers: &[i32]) -> Result<Vec<
     Ok(whole)
 }
 
-fn after_magics(bytes: &[u8], kind: u32) -> Result<&[u8]> {
+pub(super) fn after_magics(bytes: &[u8], kind: u32) -> Result<&[u8]> {
     let mut rest = bytes;
     if [take_u32(&mut rest)?, take_u32(&mut rest)?] != [COMMON, kind] {
         bail!("an image of another kind");
@@ -166,7 +219,7 @@ fn take_u32(rest: &mut &[u8]) -> Result<u32> {
     Ok(u32::from_le_bytes(*head))
 }
 
-fn take_record<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8]> {
+pub(super) fn take_record<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8]> {
     let length = take_u32(rest)? as usize;
     if length > rest.len() {
         bail!("an image file cut short");
@@ -177,7 +230,7 @@ fn take_record<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8]> {
 }
 
 /// The varint fields of a small message; others are skipped.
-fn fields(record: &[u8]) -> Result<Vec<(u32, u64)>> {
+pub(super) fn fields(record: &[u8]) -> Result<Vec<(u32, u64)>> {
     let mut input = CodedInputStream::from_bytes(record);
     let mut found = Vec::with_capacity(5);
     while let Some(tag) = input.read_raw_tag_or_eof()? {
@@ -191,6 +244,33 @@ fn fields(record: &[u8]) -> Result<Vec<(u32, u64)>> {
         }
     }
     Ok(found)
+}
+
+/// What a field has that is text, or another message, with `input` at its length in `record`. Not
+/// `read_bytes`, which sets memory aside for whatever length is claimed.
+pub(super) fn take_bytes<'a>(
+    input: &mut CodedInputStream<'_>,
+    record: &'a [u8],
+) -> Result<&'a [u8]> {
+    let length = input.read_raw_varint32()?;
+    let rest = record.get(input.pos() as usize..).unwrap_or_default();
+    let bytes = rest.get(..length as usize).ok_or_else(|| anyhow!("cut short"))?;
+    input.skip_raw_bytes(length)?;
+    Ok(bytes)
+}
+
+/// A field of a message that is text, or another message.
+fn bytes_field(record: &[u8], wanted: u32) -> Result<Option<&[u8]>> {
+    let mut input = CodedInputStream::from_bytes(record);
+    while let Some(tag) = input.read_raw_tag_or_eof()? {
+        let (number, wire) = (tag >> 3, tag & 7);
+        if (number, wire) == (wanted, 2) {
+            return Ok(Some(take_bytes(&mut input, record)?));
+        }
+        let wire = protobuf::rt::WireType::new(wire).ok_or_else(|| anyhow!("bad wire type"))?;
+        input.skip_field(wire)?;
+    }
+    Ok(None)
 }
 
 #[cfg(test)]
@@ -254,6 +334,22 @@ mod tests {
     }
 
     #[test]
+    fn pages_are_added_in_order_and_once() {
+        let old = image(&[(0x1000, 3, PE_PRESENT), (0x9000, 1, PE_LAZY)], true);
+        let region = |start, end| PageRegion { start, end, categories: 0 };
+        let new = with_lazy(&old, &[region(0x4000, 0x6000), region(0xa000, 0xb000)]).unwrap();
+        let list = [
+            (0x1000, 3, PE_PRESENT),
+            (0x4000, 2, PE_LAZY),
+            (0x9000, 1, PE_LAZY),
+            (0xa000, 1, PE_LAZY),
+        ];
+        assert_eq!(new, image(&list, true));
+        assert!(with_lazy(&old, &[region(0x3000, 0x5000)]).is_err());
+        assert!(with_lazy(&old[..old.len() - 1], &[]).is_err());
+    }
+
+    #[test]
     fn descriptors_are_added_in_order() {
         // As CRIU writes them: standard input, a listening socket, an epoll.
         let entry = |file: u8, flags: u8, kind: u8, number: u8| {
@@ -283,6 +379,20 @@ mod tests {
     }
 
     #[test]
+    fn a_command_is_read() {
+        let head = [COMMON, CORE].map(u32::to_le_bytes).concat();
+        let record =
+            |message: &[u8]| [&head[..], &(message.len() as u32).to_le_bytes(), message].concat();
+        // `mtype: 1`, `tc: {task_state: 1, comm: "init"}`
+        let core = record(b"\x08\x01\x1a\x08\x08\x01\x32\x04init");
+        assert_eq!(parse_command(&core).unwrap(), "init");
+        for cut in 0..core.len() {
+            assert!(parse_command(&core[..cut]).is_err(), "{cut}");
+        }
+        assert!(parse_command(&record(b"\x08\x01")).is_err());
+    }
+
+    #[test]
     fn a_pagemap_cut_anywhere_is_an_error_or_shorter_never_a_panic() {
         let whole = image(&[(0x1000, 3, PE_LAZY), (0x9000, 1, PE_PRESENT)], true);
         for length in 0..whole.len() {
@@ -298,7 +408,10 @@ mod tests {
         let entry = [8, 0, 0, 0, 0x08, 1, 0x10, 0, 0x18, 1, 0x20, 9];
         let table = [&[COMMON, FDINFO].map(u32::to_le_bytes).concat()[..], &entry, &entry].concat();
         let ids = [&[COMMON, IDS].map(u32::to_le_bytes).concat()[..], &[4, 0, 0, 0, 8, 1, 16, 77]];
+        let core = [COMMON, CORE].map(u32::to_le_bytes).concat();
+        let core = [&core[..], &[10, 0, 0, 0, 8, 1, 0x1a, 6, 8, 1, 0x32, 2], b"me"].concat();
         let target = Target::new("images").sample(pagemap).sample(table).sample(ids.concat());
+        let target = target.sample(core);
         target.run(|bytes| {
             let pagemap = parse_pagemap(bytes).map(|(_, entries)| {
                 let mut before = 0;
@@ -308,7 +421,8 @@ mod tests {
                 }
             });
             let descriptors = with_descriptors(bytes, 9, &[4, 7, 12]).map(drop);
-            pagemap.or(descriptors).or(parse_table(bytes).map(drop))
+            let command = parse_command(bytes).map(|name| assert!(name.len() <= 48));
+            pagemap.or(descriptors).or(parse_table(bytes).map(drop)).or(command)
         });
     }
 }

@@ -16,7 +16,8 @@
 //! of the socket pair, which is now this process: callers must put numbers of ours there.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -42,6 +43,8 @@ pub struct Interposer {
     /// The network namespace that criu is to run in, if not ours.
     namespace: Option<NetNs>,
     vouched: bool,
+    /// Files that are to lie over tasks' `smaps` for criu.
+    cover: Option<PathBuf>,
 }
 
 impl Interposer {
@@ -63,13 +66,20 @@ impl Interposer {
         let socket = directory.join("criu.sock");
         let listener = UnixListener::bind(&socket)
             .with_context(|| format!("cannot listen on {}", socket.display()))?;
-        Ok(Interposer { bin, socket, real: real.to_owned(), listener, namespace, vouched: false })
+        let real = real.to_owned();
+        Ok(Interposer { bin, socket, real, listener, namespace, vouched: false, cover: None })
     }
 
     /// Has criu believe that what its tasks watch with epoll is what its number says. Whoever asks
     /// for this must see to it. Only for a dump: tasks that are restored would inherit it.
     pub fn vouch_for_epolls(&mut self) {
         self.vouched = true;
+    }
+
+    /// Has criu, and nobody else, find each file of a directory in place of the `smaps` of the task whose
+    /// number is its name. Whether that could be done, [`Session::covered`] says.
+    pub fn cover(&mut self, directory: &Path) {
+        self.cover = Some(directory.to_owned());
     }
 
     /// Makes the runtime that `command` starts find the shim.
@@ -105,10 +115,12 @@ impl Interposer {
             let (ours, for_criu) = scm::seqpacket_pair()?;
             let mut fds = vec![for_criu.as_raw_fd()];
             fds.extend(self.namespace.as_ref().map(|n| n.as_fd().as_raw_fd()));
-            let word = if self.vouched { shim::VOUCHED } else { shim::GO };
-            scm::send(&hub, word, &fds)?;
+            let mut word = if self.vouched { shim::VOUCHED } else { shim::GO }.to_vec();
+            word.extend(self.cover.iter().flat_map(|path| path.as_os_str().as_bytes()));
+            scm::send(&hub, &word, &fds)?;
             drop(for_criu);
-            let session = Session { runtime: theirs, criu: ours, criu_pid };
+            let covered = self.cover.is_some() && covered(&hub, deadline)?;
+            let session = Session { runtime: theirs, criu: ours, criu_pid, covered };
             let Some((bytes, _)) = session.receive_from_runtime(Some(deadline))? else { continue };
             let request = Criu_req::parse_from_bytes(&bytes).context("the runtime's request")?;
             match request.type_() {
@@ -119,6 +131,18 @@ impl Interposer {
             }
         }
     }
+}
+
+/// Whether the shim could do what was asked of it.
+fn covered(hub: &UnixStream, deadline: Instant) -> Result<bool> {
+    wait_readable(&[hub.as_fd()], Some(deadline))?;
+    let (said, _) = scm::receive_stream(hub, shim::LONGEST)?
+        .ok_or_else(|| anyhow!("the criu shim went away"))?;
+    if said != shim::COVERED {
+        let why = String::from_utf8_lossy(&said);
+        tracing::debug!("nothing can be hidden from CRIU: {why}");
+    }
+    Ok(said == shim::COVERED)
 }
 
 fn answer(criu: &OwnedFd, agreed: bool) -> Result<()> {
@@ -176,6 +200,8 @@ pub struct Session {
     criu: OwnedFd,
     /// The process that is criu.
     pub criu_pid: i32,
+    /// It finds what it is to find of the tasks' mappings: [`Interposer::cover`].
+    pub covered: bool,
 }
 
 impl Session {

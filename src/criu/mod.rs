@@ -10,8 +10,19 @@
 //!   runc ── SEQPACKET ── ferry ── SEQPACKET ── criu
 //! ```
 //!
-//! [`images`] reads and writes the image files that the hand-over needs to understand.
+//! CRIU learns of a task's mappings from one file, in whose place it may find another: what it then does not
+//! see, [`hidden`] decides, and [`mm`] puts it into the images.
+//!
+//! [`failure`] tells why a run has failed, with hints for [`causes`] that are known.
+//!
+//! [`images`] reads and writes the image files that the hand-over needs to understand, and [`unix_names`] that of
+//! all files.
 
+mod causes;
+pub(crate) mod failure;
+pub(crate) mod hidden;
 pub(crate) mod images;
 pub(crate) mod interposer;
+pub(crate) mod mm;
 pub mod shim;
+pub(crate) mod unix_names;

@@ -4,16 +4,21 @@
 //! and staying as the parent would break runc in three ways (cgroup of the child, exit status,
 //! `CLONE_PARENT` of the restored init), so nothing is left of the shim when criu runs.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, anyhow};
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::sched::CloneFlags;
 
-use crate::sys::{process, scm, seccomp};
+use crate::sys::{fault, process, scm, seccomp};
 
 /// Path of the interposer's socket.
 pub const ENV_SOCKET: &str = "FERRY_CRIU_SOCKET";
@@ -23,6 +28,10 @@ pub const ENV_REAL: &str = "FERRY_CRIU_REAL";
 pub const GO: &[u8] = b"c";
 /// The same, and kcmp(2) need not look for what an epoll watches.
 pub const VOUCHED: &[u8] = b"v";
+/// What is answered where something was to [lie over](cover) tasks' files, and does.
+pub const COVERED: &[u8] = b"y";
+/// Longest word to the shim, or answer of its.
+pub const LONGEST: usize = 8192;
 
 /// Entry point when Ferry was started under the name `criu`. Returns only when it fails.
 pub fn main() -> u8 {
@@ -32,6 +41,27 @@ pub fn main() -> u8 {
     };
     let _ = writeln!(std::io::stderr(), "ferry (standing in for criu): {error:#}");
     1
+}
+
+/// Has this process, and nobody else, find other files where tasks' mappings are told: each file of the
+/// directory, whose name is a task's number, lies over that task's `smaps`. mount_namespaces(7)
+fn cover(directory: &Path) -> Result<()> {
+    let none = None::<&str>;
+    // This process has one thread, and is criu from here on: nothing is left of it when that ends.
+    nix::sched::unshare(CloneFlags::CLONE_NEWNS).context("a mount namespace")?;
+    // Other mounts keep their groups, which CRIU compares with the container's.
+    let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+    mount(none, "/proc", none, private, none).context("/proc")?;
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        let place = Path::new("/proc").join(entry.file_name()).join("smaps");
+        match mount(Some(&entry.path()), &place, none, MsFlags::MS_BIND, none) {
+            // A task that has ended since needs none.
+            Ok(()) | Err(Errno::ENOENT) => {}
+            Err(e) => return Err(anyhow!(e).context(place.display().to_string())),
+        }
+    }
+    fault::point("shim.covered")
 }
 
 fn run() -> Result<std::convert::Infallible> {
@@ -49,14 +79,23 @@ fn run() -> Result<std::convert::Infallible> {
             .with_context(|| format!("cannot reach ferry at {}", path.to_string_lossy()))?;
         let theirs = process::adopt_fd(fd).context("the descriptor named by the runtime")?;
         scm::send(&hub, b"s", &[theirs.as_raw_fd()])?;
-        let (word, fds) =
-            scm::receive(&hub)?.ok_or_else(|| anyhow!("ferry closed the connection"))?;
+        let (word, fds) = scm::receive_stream(&hub, LONGEST)?
+            .ok_or_else(|| anyhow!("ferry closed the connection"))?;
         let mut fds = fds.into_iter();
         let ours = fds.next().ok_or_else(|| anyhow!("ferry sent no socket"))?;
         if let Some(namespace) = fds.next() {
             // This process has one thread, and is criu from here on.
-            nix::sched::setns(&namespace, nix::sched::CloneFlags::CLONE_NEWNET)
+            nix::sched::setns(&namespace, CloneFlags::CLONE_NEWNET)
                 .context("cannot enter the container's network namespace")?;
+        }
+        let (word, directory) = word.split_at_checked(1).unwrap_or_default();
+        if !directory.is_empty() {
+            // Ferry knows what to do without.
+            let answer = match cover(Path::new(OsStr::from_bytes(directory))) {
+                Ok(()) => COVERED.to_vec(),
+                Err(e) => format!("{e:#}").into_bytes(),
+            };
+            scm::send(&hub, &answer[..answer.len().min(LONGEST)], &[])?;
         }
         if word == VOUCHED {
             // Only ever a help.

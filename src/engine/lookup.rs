@@ -77,6 +77,22 @@ impl Found {
         }
     }
 
+    /// The only one of that name that can be handed over: the runtime's ID, and the `--root` that its
+    /// engine gives the runtime, where that is another one.
+    pub fn one(&self) -> Option<(&str, Option<PathBuf>)> {
+        match self.owned.as_slice() {
+            [one] => one.handover().map(|engine| (&*one.id, engine.root(&one.id))),
+            _ => None,
+        }
+    }
+
+    /// What an engine has of it, and no other.
+    pub fn only(mut self, engine: Engine) -> Found {
+        self.owned.retain(|owned| owned.engine == engine);
+        self.silent.retain(|silent| *silent == engine);
+        self
+    }
+
     /// Why it is not carried, if somebody has it.
     pub fn refusal(&self, asked: &str) -> Option<Problem> {
         let list = |owned: &Owned| {

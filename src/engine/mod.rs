@@ -9,10 +9,26 @@
 //! lookup    whose a container is that the runtime does not know: by name, or by the beginning of its ID
 //! property  what is an engine's though the container is not: namespaces, stores
 //! socket    a question to an engine's daemon
+//! handover  what is asked of an engine so that the other host's comes to own the container
+//! papers    what goes from one host to the other about it
+//! calls     the engine's call of its runtime, which is expected
+//! podman    one that can be asked, by its own command
+//! docker    another one, by its daemon
+//! json_log  its log
+//! common    what engines have in common
 //! ```
 
+mod archive;
+pub(crate) mod calls;
+pub(crate) mod command;
+mod common;
+mod docker;
+pub(crate) mod handover;
+pub(crate) mod json_log;
 pub(crate) mod lookup;
 pub(crate) mod owner;
+pub(crate) mod papers;
+mod podman;
 pub(crate) mod property;
 mod socket;
 
@@ -22,8 +38,11 @@ use crate::oci::runtime::valid_id;
 use crate::problem::Problem;
 
 /// An engine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Engine {
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum Engine {
     /// podman, and whatever else uses libpod.
     Podman,
     /// docker.
@@ -36,6 +55,21 @@ pub(crate) enum Engine {
     Cri,
     /// CRI-O.
     CriO,
+}
+
+impl Engine {
+    /// The one that a user means by a word.
+    pub(crate) fn of_word(word: &str) -> Option<Engine> {
+        Some(match word {
+            "podman" => Engine::Podman,
+            "docker" => Engine::Docker,
+            "containerd" => Engine::Containerd,
+            "nerdctl" => Engine::Nerdctl,
+            "cri" => Engine::Cri,
+            "cri-o" => Engine::CriO,
+            _ => return None,
+        })
+    }
 }
 
 impl fmt::Display for Engine {
@@ -87,6 +121,11 @@ impl Owned {
         Owned { engine, role, id: id.to_owned(), name: name.map(str::to_owned) }
     }
 
+    /// The engine, if it can be asked to hand this one over: a container by itself.
+    pub fn handover(&self) -> Option<&'static dyn handover::Handover> {
+        handover::of(self.engine).filter(|_| self.role == Role::Alone)
+    }
+
     /// Why it is not carried, in the words of whoever asked for it by `asked`.
     pub fn refusal(&self, asked: &str) -> Problem {
         let engine = self.engine;
@@ -112,10 +151,23 @@ impl Owned {
             Engine::Cri | Engine::CriO => "let Kubernetes start the pod there",
             _ => "stop it, and start it with the engine there",
         };
+        let what = format!("{who} is {engine}'s {kind}{called}");
+        if self.handover().is_some() {
+            let why = format!("{engine} has it, and the runtime does not know it: it does not run");
+            let runtime = match engine {
+                Engine::Docker => "docker inspect --format '{{.HostConfig.Runtime}}'",
+                _ => "podman inspect --format '{{.OCIRuntime}}'",
+            };
+            let hint = format!(
+                "there is no state to keep: start it there; or another runtime than Ferry's runs it \
+                 (`{runtime}`)"
+            );
+            return Problem::new(what, why).hint(hint);
+        }
         Problem::new(
-            format!("{who} is {engine}'s {kind}{called}"),
+            what,
             format!(
-                "Ferry does not move engines' containers yet: {engine} on the other host would not \
+                "Ferry does not move such a container yet: {engine} on the other host would not \
                  know of it, and here its network rules, published ports, storage and restart policy \
                  would stay behind{pod}"
             ),
@@ -134,17 +186,24 @@ mod tests {
     #[test]
     fn a_refusal_says_what_it_is_and_what_can_be_done() {
         let id = "ab12cd34ef567890";
-        let web = Owned::new(Engine::Podman, Role::Alone, id, Some("web"));
+        let web = Owned::new(Engine::Nerdctl, Role::Alone, id, Some("web"));
         for (asked, words) in [
-            ("web", "web is podman's container ab12cd34ef56"),
-            ("ab12", "ab12 is podman's container web (ab12cd34ef56)"),
-            (id, "ab12cd34ef56 is podman's container web (ab12cd34ef56)"),
+            ("web", "web is nerdctl's container ab12cd34ef56"),
+            ("ab12", "ab12 is nerdctl's container web (ab12cd34ef56)"),
+            (id, "ab12cd34ef56 is nerdctl's container web (ab12cd34ef56)"),
         ] {
             let problem = web.refusal(asked);
             assert_eq!(problem.what, words);
-            assert!(problem.fatal && problem.why.contains("podman on the other host"));
+            assert!(problem.fatal && problem.why.contains("nerdctl on the other host"));
             assert!(problem.hint.contains("planned"), "{problem}");
         }
+        let ended = Owned::new(Engine::Podman, Role::Alone, id, Some("web")).refusal("web");
+        assert_eq!(ended.what, "web is podman's container ab12cd34ef56");
+        assert!(ended.why.contains("does not run"), "{ended}");
+        let ended = Owned::new(Engine::Docker, Role::Alone, id, Some("web")).refusal("web");
+        assert!(ended.hint.contains("docker inspect"), "{ended}");
+        let member = Owned::new(Engine::Podman, Role::Member, id, Some("web")).refusal("web");
+        assert!(member.why.contains("torn apart"), "{member}");
         let pause = Owned::new(Engine::Cri, Role::Sandbox, id, None).refusal(id);
         assert_eq!(pause.what, "ab12cd34ef56 is containerd's pod sandbox");
         assert!(pause.hint.contains("Kubernetes") && pause.why.contains("namespaces"));

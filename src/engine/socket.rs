@@ -1,4 +1,4 @@
-//! A question to an engine's daemon: one GET over its unix socket.
+//! A question to an engine's daemon, or a request: one over its unix socket.
 //!
 //! The daemon may hang, and whoever listens there may answer anything: time and bytes are limited.
 
@@ -25,10 +25,48 @@ const MAX_ANSWER: u64 = 4 << 20;
 /// `NotFound` and `ConnectionRefused` when no daemon is there; `TimedOut` when it says nothing;
 /// `InvalidData` when it says something else than JSON.
 pub(super) fn get(at: &Path, path: &str) -> io::Result<Option<Value>> {
-    let until = Instant::now() + LIMIT;
-    let mut stream = connect_within(at, LIMIT)?;
+    let answer = request(at, "GET", path, None, LIMIT)?;
+    match answer.status {
+        200 => Ok(Some(
+            serde_json::from_slice(&answer.body).map_err(|_| odd("it does not send JSON"))?,
+        )),
+        404 => Ok(None),
+        _ => Err(odd("it does not answer the question")),
+    }
+}
+
+/// What a daemon has said.
+#[derive(Debug)]
+pub(super) struct Answer {
+    /// As in RFC 9110.
+    pub status: u16,
+    /// JSON, if anything.
+    pub body: Vec<u8>,
+}
+
+/// Asks for something, with a body in JSON where there is one.
+///
+/// # Errors
+/// See [`get`].
+pub(super) fn request(
+    at: &Path,
+    method: &str,
+    path: &str,
+    body: Option<&Value>,
+    limit: Duration,
+) -> io::Result<Answer> {
+    let until = Instant::now() + limit;
+    let mut stream = connect_within(at, limit)?;
     // HTTP/1.0: an answer in one piece, which ends with the connection.
-    stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: ferry\r\n\r\n").as_bytes())?;
+    let mut text = format!("{method} {path} HTTP/1.0\r\nHost: ferry\r\n");
+    let body = body.map(serde_json::to_vec).transpose()?;
+    if let Some(body) = &body {
+        let length = body.len();
+        text.push_str(&format!("Content-Type: application/json\r\nContent-Length: {length}\r\n"));
+    }
+    text.push_str("\r\n");
+    stream.write_all(text.as_bytes())?;
+    stream.write_all(&body.unwrap_or_default())?;
 
     let mut answer = Vec::new();
     let mut piece = vec![0; 64 << 10];
@@ -65,20 +103,18 @@ fn connect_within(at: &Path, limit: Duration) -> io::Result<UnixStream> {
     Ok(UnixStream::from(socket))
 }
 
-/// The JSON of an answer. RFC 9112.
-fn parse(answer: &[u8]) -> io::Result<Option<Value>> {
-    let odd = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
+/// An answer's parts. RFC 9112.
+fn parse(answer: &[u8]) -> io::Result<Answer> {
     let end = answer.windows(4).position(|four| four == b"\r\n\r\n");
     let (head, body) = answer.split_at(end.ok_or_else(|| odd("it does not speak HTTP"))?);
     let head = std::str::from_utf8(head).map_err(|_| odd("it does not speak HTTP"))?;
-    let status = head.strip_prefix("HTTP/1.").and_then(|rest| rest.get(2..5));
-    match status {
-        Some("200") => {
-            Ok(Some(serde_json::from_slice(&body[4..]).map_err(|_| odd("it does not send JSON"))?))
-        }
-        Some("404") => Ok(None),
-        _ => Err(odd("it does not answer the question")),
-    }
+    let status = head.strip_prefix("HTTP/1.").and_then(|rest| rest.get(2..5)?.parse().ok());
+    let status = status.ok_or_else(|| odd("it does not speak HTTP"))?;
+    Ok(Answer { status, body: body[4..].to_vec() })
+}
+
+fn odd(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what.to_owned())
 }
 
 #[cfg(test)]
@@ -117,6 +153,31 @@ mod tests {
         ] {
             assert_eq!(ask(odd).0.unwrap_err().kind(), io::ErrorKind::InvalidData);
         }
+    }
+
+    #[test]
+    fn a_request_has_a_body() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = directory.path().join("socket");
+        let listener = UnixListener::bind(&at).unwrap();
+        let daemon = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut asked = Vec::new();
+            while !asked.ends_with(b"{\"Name\":\"data\"}") {
+                let mut piece = [0; 100];
+                let n = stream.read(&mut piece).unwrap();
+                assert!(n > 0, "{}", String::from_utf8_lossy(&asked));
+                asked.extend(&piece[..n]);
+            }
+            stream.write_all(b"HTTP/1.0 201 Created\r\n\r\n{}").unwrap();
+            String::from_utf8(asked).unwrap()
+        });
+        let body = serde_json::json!({ "Name": "data" });
+        let answer = request(&at, "POST", "/volumes/create", Some(&body), LIMIT).unwrap();
+        assert_eq!((answer.status, answer.body), (201, b"{}".to_vec()));
+        let asked = daemon.join().unwrap();
+        assert!(asked.starts_with("POST /volumes/create HTTP/1.0\r\n"), "{asked}");
+        assert!(asked.contains("\r\nContent-Length: 15\r\n"), "{asked}");
     }
 
     #[test]

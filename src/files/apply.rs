@@ -367,11 +367,11 @@ impl Work {
         for ((number, path), entry) in self.directories.drain() {
             let root = &self.trees[number].root;
             if path.is_empty() {
-                tree::set_time(root.as_fd(), Path::new("."), &entry)?;
+                tree::set_time(root.as_fd(), Path::new("."), entry.mtime)?;
                 continue;
             }
             match super::walk::place(root, &path) {
-                Ok((parent, name)) => match tree::set_time(parent.as_fd(), &name, &entry) {
+                Ok((parent, name)) => match tree::set_time(parent.as_fd(), &name, entry.mtime) {
                     Err(e) if !is(&e, &[Errno::ENOENT]) => return Err(e),
                     _ => {}
                 },
@@ -425,3 +425,5 @@ mod fuzz;
 mod properties;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_of_extremes;

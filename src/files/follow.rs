@@ -453,9 +453,10 @@ impl<W: Write> Look<'_, W> {
             self.meet(tree, path, seen)?;
         }
         let heard = self.listener.is_some() && seen.is_dir();
-        let found = match heard && (tree.is_new_directory(path, full) || another) {
-            true => Found::NewDirectory,
-            false => Found::There,
+        let found = if heard && (tree.is_new_directory(path, full) || another) {
+            Found::NewDirectory
+        } else {
+            Found::There
         };
         // Most of all files, most of the time.
         if let Some(known) = tree.known.get_mut(path)

@@ -6,7 +6,7 @@ use std::fs::{self, Metadata};
 use anyhow::Result;
 
 use super::overlay::Merged;
-use crate::sys::process::proc_text;
+use crate::sys::process::{proc_head, proc_text};
 
 /// Files by device and inode.
 pub type Inodes = HashSet<(u64, u64)>;
@@ -48,7 +48,7 @@ pub fn open_for_writing(pids: &[i32], merged: &mut Merged) -> Result<Inodes> {
             let path = entry?.path();
             let Some(meta) = fs::metadata(&path).ok().filter(Metadata::is_file) else { continue };
             let number = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let info = proc_text(*pid, &format!("fdinfo/{number}"))?;
+            let info = proc_head(*pid, &format!("fdinfo/{number}"))?;
             let flags = info.lines().find_map(|l| l.strip_prefix("flags:"));
             let flags = flags.and_then(|f| i32::from_str_radix(f.trim(), 8).ok()).unwrap_or(0);
             if flags & libc::O_ACCMODE != libc::O_RDONLY {

@@ -24,7 +24,7 @@ pub(crate) mod overlay;
 pub(crate) mod place;
 pub(crate) mod probe;
 pub(crate) mod root;
-pub(crate) mod sockets;
+pub mod sockets;
 pub(crate) mod tmpfs;
 pub(crate) mod tree;
 pub mod walk;

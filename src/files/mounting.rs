@@ -14,9 +14,10 @@
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde::{Deserialize, Serialize};
 
@@ -131,4 +132,36 @@ impl Mounting {
             Err(e) => Err(e).with_context(|| self.place.display().to_string()),
         }
     }
+}
+
+/// Puts a tree in the place of the upper layer of an overlay that somebody else has mounted, and that
+/// nobody uses yet. It is mounted anew for that: what the kernel knows of an upper layer may not be
+/// changed beneath it. `from` is in the same file system, and empty afterwards.
+///
+/// # Errors
+/// When something else is mounted there, or somebody uses it.
+pub fn refill(place: &Path, from: &Path) -> Result<()> {
+    let real = fs::canonicalize(place).with_context(|| place.display().to_string())?;
+    let Mounted::Overlay(mut overlay) = overlay::at(&overlay::mounts()?, &real) else {
+        bail!("{} is no overlay", real.display());
+    };
+    let upper = overlay.upper.as_ref().map(|upper| upper.path.clone());
+    let upper = upper.with_context(|| format!("nobody can write to {}", real.display()))?;
+    // It has one.
+    overlay.options.retain(|option| !option.starts_with("uuid="));
+    // The runtime holds on to it elsewhere.
+    umount2(&real, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
+        .with_context(|| format!("cannot unmount {}", real.display()))?;
+    let what = || format!("cannot fill {}", upper.display());
+    for entry in fs::read_dir(&upper).with_context(what)? {
+        super::walk::remove(&entry?.path())?;
+    }
+    for entry in fs::read_dir(from).with_context(what)? {
+        let entry = entry?;
+        fs::rename(entry.path(), upper.join(entry.file_name())).with_context(what)?;
+    }
+    let meta = fs::metadata(from).with_context(what)?;
+    std::os::unix::fs::chown(&upper, Some(meta.uid()), Some(meta.gid())).with_context(what)?;
+    fs::set_permissions(&upper, meta.permissions()).with_context(what)?;
+    overlay.mount(&real)
 }

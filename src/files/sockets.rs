@@ -6,6 +6,12 @@
 //! the end it is renamed back or removed. (A hard link would not do: the kernel and CRIU take a
 //! socket for deleted whose own directory entry is gone, whatever other names its file has.) What
 //! is on a tmpfs is on one host only and needs nothing.
+//!
+//! Some programs bind a name and rename the file to the one that clients know (haproxy), or link it there and
+//! remove the first name (supervisord). The socket keeps the first name, and a checkpoint looks there. So
+//! the file gets its first name back before CRIU looks, in the freeze, and the second one on the host
+//! where the container runs on. That CRIU takes a linked one for deleted all the same,
+//! [`crate::criu::unix_names`] mends in its image.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -14,7 +20,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2, renameat};
 use nix::sys::stat::{SFlag, fstatat};
@@ -29,6 +35,106 @@ pub struct Spares {
     prefix: String,
     /// As seen in the container, byte for byte.
     names: Vec<Vec<u8>>,
+}
+
+/// A socket whose file was renamed since it was bound, within its directory. Names as seen in the container,
+/// byte for byte.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Renamed {
+    /// What it was bound to, and is called by the kernel.
+    pub bound: Vec<u8>,
+    /// Where its file is.
+    pub current: Vec<u8>,
+}
+
+/// Most of them.
+pub const MOST_RENAMED: usize = 1000;
+/// `sun_path`, unix(7).
+const LONGEST_NAME: usize = 108;
+
+/// Whether a peer's can be some.
+///
+/// # Errors
+/// Says what they are instead.
+pub fn validate(renamed: &[Renamed]) -> Result<()> {
+    let file = |name: &[u8]| PathBuf::from(OsString::from_vec(name.to_vec()));
+    let is_name = |name: &[u8]| {
+        name.starts_with(b"/") && name.len() <= LONGEST_NAME + 255 && !name.contains(&0)
+    };
+    for one in renamed {
+        let (bound, current) = (file(&one.bound), file(&one.current));
+        let named = is_name(&one.bound) && is_name(&one.current);
+        let both = bound.file_name().zip(current.file_name());
+        if !named || both.is_none_or(|(a, b)| a == b) || bound.parent() != current.parent() {
+            bail!("no socket is renamed like {one:?}");
+        }
+    }
+    if renamed.len() > MOST_RENAMED {
+        bail!("{} renamed sockets", renamed.len());
+    }
+    Ok(())
+}
+
+/// Gives sockets the names back that they were bound to, below the container's root.
+///
+/// # Errors
+/// Says which one cannot have it; it is tried with all.
+pub fn to_bound_names(root: &Path, renamed: &[Renamed]) -> Result<()> {
+    each_renamed(renamed, |one| rename_socket(root, &one.current, &one.bound))
+}
+
+/// On the host to which the container has gone, where they were bound anew: renames them as they were
+/// renamed here.
+///
+/// # Errors
+/// Says which one is not there, or cannot be renamed; it is tried with all.
+pub fn to_current_names(root: &Path, renamed: &[Renamed]) -> Result<()> {
+    each_renamed(renamed, |one| rename_socket(root, &one.bound, &one.current))
+}
+
+/// Undoes [`to_bound_names`], as far as it was done.
+///
+/// # Errors
+/// Says which one cannot be renamed; it is tried with all.
+pub fn back_to_current_names(root: &Path, renamed: &[Renamed]) -> Result<()> {
+    each_renamed(renamed, |one| {
+        let there = place(root, &one.bound).is_some_and(|(directory, file)| {
+            fstatat(&directory, file.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW).is_ok()
+        });
+        if there { rename_socket(root, &one.bound, &one.current) } else { Ok(()) }
+    })
+}
+
+fn each_renamed(renamed: &[Renamed], act: impl Fn(&Renamed) -> Result<()>) -> Result<()> {
+    let mut first = Ok(());
+    for one in renamed {
+        let shown =
+            || format!("the socket {}", String::from_utf8_lossy(&one.current).escape_debug());
+        let done = act(one).with_context(shown);
+        if first.is_ok() {
+            first = done;
+        }
+    }
+    first
+}
+
+/// Within a directory. Never over anything but another socket.
+fn rename_socket(root: &Path, from: &[u8], to: &[u8]) -> Result<()> {
+    let there = place(root, from).zip(place(root, to));
+    let ((directory, from), (_, to)) = there.context("its directory is gone")?;
+    let is_socket = |name: &OsString| {
+        let found = fstatat(&directory, name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW);
+        found.map(|s| s.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFSOCK.bits())
+    };
+    if !is_socket(&from)? {
+        bail!("it is none any more");
+    }
+    match is_socket(&to) {
+        Ok(true) | Err(Errno::ENOENT) => {}
+        Ok(false) => bail!("something else has its name"),
+        Err(e) => return Err(e.into()),
+    }
+    Ok(renameat(&directory, from.as_os_str(), &directory, to.as_os_str())?)
 }
 
 impl Spares {
@@ -218,6 +324,38 @@ mod tests {
         spares.make(root.path()).unwrap();
         spares.remove(root.path()).unwrap();
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_renamed_socket_has_its_first_name_meanwhile() {
+        let root = tempfile::tempdir().unwrap();
+        let (first, second) = (root.path().join("first"), root.path().join("second"));
+        let _listener = UnixListener::bind(&first).unwrap();
+        fs::rename(&first, &second).unwrap();
+        let one = Renamed { bound: b"/first".to_vec(), current: b"/second".to_vec() };
+        let all = [one.clone()];
+        validate(&all).unwrap();
+        to_bound_names(root.path(), &all).unwrap();
+        UnixStream::connect(&first).unwrap();
+        to_current_names(root.path(), &all).unwrap();
+        UnixStream::connect(&second).unwrap();
+        to_current_names(root.path(), &all).unwrap_err();
+        // As long as nothing was done there is nothing to undo.
+        back_to_current_names(root.path(), &all).unwrap();
+        to_bound_names(root.path(), &all).unwrap();
+        back_to_current_names(root.path(), &all).unwrap();
+        UnixStream::connect(&second).unwrap();
+
+        fs::write(&first, "").unwrap();
+        to_bound_names(root.path(), &all).unwrap_err();
+        assert_eq!(fs::metadata(&first).unwrap().len(), 0, "it was replaced");
+        for (bound, current) in
+            [("/a/b", "/c"), ("/a", "/a"), ("a", "b"), ("/..", "/b"), ("/", "/b")]
+        {
+            let wrong = Renamed { bound: bound.into(), current: current.into() };
+            validate(&[wrong]).unwrap_err();
+        }
+        validate(&vec![one; MOST_RENAMED + 1]).unwrap_err();
     }
 
     #[test]

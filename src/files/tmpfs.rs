@@ -3,8 +3,10 @@
 //! CRIU runs `tar` for each of them, on both sides, inside the freeze: 5 ms and 5 ms for an empty
 //! one, and a plain runc container has five (/dev, /dev/shm, /run, a mask, …). So they are declared
 //! external: on the source CRIU only notes them, Ferry reads their contents; on the destination
-//! Ferry mounts fresh ones ahead of time, fills them, and CRIU binds them into place.
+//! Ferry mounts fresh ones ahead of time, fills them, and CRIU binds them into place. One that the container
+//! has at several places (runc masks directories so) is one over there, too.
 
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -12,10 +14,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::fstat;
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use serde::{Deserialize, Serialize};
 
-use super::tree::MAX_ENTRIES;
+use super::tree::{Names, fits};
 use super::walk::walk_one_mount;
 use crate::sys::process;
 
@@ -27,6 +30,9 @@ pub const MAX: usize = 256;
 pub struct Tmpfs {
     /// Where the container has it.
     pub place: String,
+    /// Where else.
+    #[serde(default)]
+    pub also: Vec<String>,
     /// Its own options (size, mode …), tmpfs(5).
     pub options: Vec<String>,
     /// Bytes in it when it was looked at: they go along, and the destination must have room.
@@ -34,10 +40,19 @@ pub struct Tmpfs {
     pub used: u64,
 }
 
+impl Tmpfs {
+    /// Everywhere that the container has it.
+    pub fn places(&self) -> impl Iterator<Item = &String> {
+        std::iter::once(&self.place).chain(&self.also)
+    }
+}
+
 /// Finds, in the mountinfo of a task of the container (proc_pid_mountinfo(5)), the tmpfs mounts
-/// that can be carried so: whole, mounted once, not tied to other mounts by propagation. The others
-/// are left to CRIU. `bound` are the bind mounts of the configuration, which come from the host.
-pub fn find(mountinfo: &str, bound: &[PathBuf]) -> Vec<Tmpfs> {
+/// that can be carried so: whole, and not tied to other mounts by propagation. The others
+/// are left to CRIU. `bound` are the bind mounts of the configuration, which come from the host, as do the
+/// `masked` files that the runtime binds `/dev/null` over: files of a tmpfs that are bound elsewhere are no
+/// reason to leave it to CRIU where the runtime declares them external.
+pub fn find(mountinfo: &str, bound: &[PathBuf], masked: &[String]) -> Vec<Tmpfs> {
     struct Line<'a> {
         device: &'a str,
         root: &'a str,
@@ -58,22 +73,35 @@ pub fn find(mountinfo: &str, bound: &[PathBuf]) -> Vec<Tmpfs> {
             Some(Line { device, root, place, tied, kind, options })
         })
         .collect();
-    lines
-        .iter()
-        .filter(|l| l.kind == "tmpfs" && l.root == "/" && l.place != "/" && !l.tied)
-        .filter(|l| lines.iter().filter(|o| o.device == l.device).count() == 1)
-        // A second mount over the first hides it; CRIU knows how to tell them apart.
-        .filter(|l| lines.iter().filter(|o| o.place == l.place).count() == 1)
-        .filter(|l| !bound.iter().any(|b| b.as_path() == Path::new(l.place)))
-        // Blanks and the like are escaped: rare enough for CRIU's way.
-        .filter(|l| !l.place.contains('\\'))
-        .map(|l| Tmpfs {
-            place: l.place.to_owned(),
-            options: l.options.split(',').filter(|o| known(o)).map(str::to_owned).collect(),
-            used: 0,
-        })
-        .take(MAX)
-        .collect()
+    let (mut devices, mut places) = (HashMap::<&str, Vec<&Line>>::new(), HashMap::new());
+    for line in &lines {
+        devices.entry(line.device).or_default().push(line);
+        *places.entry(line.place).or_insert(0) += 1;
+    }
+    let bound: HashSet<&Path> = bound.iter().map(PathBuf::as_path).collect();
+    let masked: HashSet<&str> = masked.iter().map(String::as_str).collect();
+    let is_bound = |place: &str| bound.contains(Path::new(place));
+    // A second mount over the first hides it; CRIU knows how to tell them apart. Blanks and the like are
+    // escaped: rare enough for CRIU's way.
+    let is_plain = |l: &Line| {
+        let alone = places[l.place] == 1;
+        l.place != "/" && !l.tied && alone && !is_bound(l.place) && !l.place.contains('\\')
+    };
+    let mut found = Vec::new();
+    for line in lines.iter().filter(|l| l.kind == "tmpfs" && l.root == "/") {
+        // All of it is told at its first place.
+        let Some(all) = devices.remove(line.device) else { continue };
+        let carried = all.iter().all(|other| match other.root {
+            "/" => is_plain(other),
+            _ => is_bound(other.place) || masked.contains(other.place),
+        });
+        let mut whole = all.iter().filter(|l| l.root == "/").map(|l| l.place.to_owned());
+        if let (true, Some(place)) = (carried, whole.next()) {
+            let options = line.options.split(',').filter(|o| known(o)).map(str::to_owned).collect();
+            found.push(Tmpfs { place, also: whole.collect(), options, used: 0 });
+        }
+    }
+    found.into_iter().filter(|one| one.also.len() < MAX).take(MAX).collect()
 }
 
 /// Options that a tmpfs may be mounted with.
@@ -115,17 +143,19 @@ pub fn open_in(root: &Path, place: &str) -> Result<OwnedFd> {
 /// Takes down how much is in each; what cannot be looked at counts for nothing.
 ///
 /// # Errors
-/// When there is more in one than can be carried.
+/// When there is more in one than can be carried, or in all of them together.
 pub fn measure(root: &Path, list: &mut [Tmpfs]) -> Result<()> {
+    let mut names = Names::default();
     for tmpfs in list {
         let Ok(found) = open_in(root, &tmpfs.place) else { continue };
         tmpfs.used =
             fstatfs(&found).map_or(0, |s| (s.blocks() - s.blocks_free()) * s.block_size() as u64);
-        let mut entries = 0;
-        let look = walk_one_mount(&process::path_of(&found), &mut |_, _, _| {
-            entries += 1;
-            if entries > MAX_ENTRIES {
-                bail!("there are more than {MAX_ENTRIES} files in it");
+        let device = fstat(&found).map_or(0, |stat| stat.st_dev);
+        let look = walk_one_mount(&process::path_of(&found), &mut |path, full, seen| {
+            names.add(path)?;
+            // What is mounted in it goes its own way, and may answer to nobody.
+            if seen.device == device {
+                fits(path, full)?;
             }
             Ok(true)
         });
@@ -143,8 +173,11 @@ pub fn validate(list: &[Tmpfs]) -> Result<()> {
         bail!("{} tmpfs mounts, more than {MAX}", list.len());
     }
     for tmpfs in list {
-        if !tmpfs.place.starts_with('/') || tmpfs.place.len() > 4096 {
-            bail!("{:?} is no mount point", tmpfs.place);
+        if tmpfs.also.len() >= MAX {
+            bail!("a tmpfs at {} places, more than {MAX}", tmpfs.also.len() + 1);
+        }
+        if let Some(odd) = tmpfs.places().find(|p| !p.starts_with('/') || p.len() > 4096) {
+            bail!("{odd:?} is no mount point");
         }
         if let Some(odd) = tmpfs.options.iter().find(|o| !known(o)) {
             bail!("{odd:?} is no option of a tmpfs");
@@ -224,19 +257,51 @@ mod tests {
 
     #[test]
     fn only_whole_and_untied_ones_are_taken() {
-        let found = find(INFO, &["/secrets".into()]);
-        let places: Vec<&str> = found.iter().map(|t| t.place.as_str()).collect();
-        assert_eq!(places, ["/dev", "/dev/shm"]);
+        let found = find(INFO, &["/secrets".into()], &[]);
+        let places: Vec<Vec<&String>> = found.iter().map(|t| t.places().collect()).collect();
+        assert_eq!(places, [vec!["/dev"], vec!["/dev/shm"], vec!["/twice", "/again"]]);
         assert_eq!(found[0].options, ["size=65536k", "mode=755", "inode64"]);
         validate(&found).unwrap();
+        let bound = find(INFO, &["/secrets".into(), "/again".into()], &[]);
+        assert_eq!(
+            bound.len(),
+            2,
+            "of the host's own nothing is carried, wherever it is mounted, too"
+        );
+    }
+
+    #[test]
+    fn files_that_are_masked_by_its_null_keep_dev_from_nothing() {
+        let info = format!(
+            "{INFO}\n40 30 0:41 /null /proc/keys rw,nosuid - tmpfs tmpfs rw,size=65536k,mode=755,inode64\n"
+        );
+        let places = |masked: &[String]| -> Vec<String> {
+            find(&info, &["/secrets".into()], masked).into_iter().map(|t| t.place).collect()
+        };
+        assert_eq!(
+            places(&["/proc/kcore".into(), "/proc/keys".into()]),
+            ["/dev", "/dev/shm", "/twice"]
+        );
+        assert_eq!(places(&[]), ["/dev/shm", "/twice"]);
     }
 
     #[test]
     fn strange_options_are_refused() {
-        let odd =
-            |o: &str| validate(&[Tmpfs { place: "/x".into(), options: vec![o.into()], used: 0 }]);
+        let odd = |o: &str| {
+            validate(&[Tmpfs {
+                place: "/x".into(),
+                also: vec![],
+                options: vec![o.into()],
+                used: 0,
+            }])
+        };
         assert!(odd("size=1m").is_ok());
         assert!(odd("context=x").is_err());
         assert!(odd("size=1,uid=0").is_err());
+        let at = |also: Vec<String>| {
+            validate(&[Tmpfs { place: "/x".into(), also, options: vec![], used: 0 }])
+        };
+        assert!(at(vec!["/y".into()]).is_ok());
+        assert!(at(vec!["y".into()]).is_err() && at(vec!["/y".into(); MAX]).is_err());
     }
 }

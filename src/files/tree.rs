@@ -32,7 +32,11 @@ use crate::sys::process;
 /// Longest description of one entry: names, link targets and attributes are far below.
 const MAX_ENTRY: usize = 1 << 20;
 /// Most entries of one tree.
-pub(super) const MAX_ENTRIES: usize = 10_000_000;
+const MAX_ENTRIES: usize = 10_000_000;
+/// Most bytes of all their paths: some of them are remembered.
+const MAX_NAMES: usize = 512 << 20;
+/// Most bytes of one file's attributes, and of where a link leads. In JSON each takes up to four.
+const MAX_SAID: usize = MAX_ENTRY / 5;
 const PIECE: usize = 256 << 10;
 
 /// A file of any kind: all that there is to say about it but its contents.
@@ -111,13 +115,56 @@ impl Entry {
     }
 }
 
+/// How many entries there are, and how long their paths are, counted as they come.
+#[derive(Debug, Default)]
+pub(super) struct Names {
+    entries: usize,
+    bytes: usize,
+}
+
+impl Names {
+    /// One more.
+    ///
+    /// # Errors
+    /// When that is one too many.
+    pub(super) fn add(&mut self, path: &[u8]) -> Result<()> {
+        self.entries += 1;
+        self.bytes += path.len();
+        if self.entries > MAX_ENTRIES {
+            bail!("there are more than {MAX_ENTRIES} files in it");
+        }
+        if self.bytes > MAX_NAMES {
+            bail!("the names of all files in it have more than {} MiB", MAX_NAMES >> 20);
+        }
+        Ok(())
+    }
+}
+
+/// Checks that what there is to say of a file is not more than goes along; a file that has gone is none.
+///
+/// # Errors
+/// When it is, or cannot be looked at.
+pub(super) fn fits(path: &[u8], full: &Path) -> Result<()> {
+    match attributes(full) {
+        Err(e)
+            if e.downcast_ref::<io::Error>()
+                .is_some_and(|e| e.kind() == io::ErrorKind::NotFound) =>
+        {
+            Ok(())
+        }
+        other => other.map(drop).with_context(|| shown(path)),
+    }
+}
+
 /// Writes a tree.
 ///
 /// # Errors
 /// When it cannot be read, or `out` fails.
 pub fn pack(root: &Path, out: &mut impl Write) -> Result<()> {
     let mut packer = Packer { device: None, links: HashMap::new(), buffer: vec![0; PIECE], out };
+    let mut names = Names::default();
     walk_one_mount(root, &mut |path, full, seen| {
+        names.add(path)?;
         packer.entry(path, full, seen).with_context(|| format!("cannot read {}", shown(path)))?;
         Ok(true)
     })
@@ -256,8 +303,13 @@ fn attributes(path: &Path) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
         Err(e) => return Err(e.into()),
     };
     let mut found = Vec::new();
+    let mut said = 0;
     for name in names.filter(|n| !is_of_this_host(n)) {
         if let Some(value) = xattr::get(path, &name)? {
+            said += name.len() + value.len();
+            if said > MAX_SAID {
+                bail!("its extended attributes have more than {} KiB", MAX_SAID >> 10);
+            }
             found.push((name.as_bytes().to_vec(), value));
         }
     }
@@ -279,15 +331,16 @@ fn is_of_this_host(attribute: &OsStr) -> bool {
 /// When the stream is not one, is cut, or an entry cannot be made.
 pub fn unpack(root: &Path, input: &mut impl Read) -> Result<()> {
     let root = File::open(root).with_context(|| root.display().to_string())?;
-    let mut directories = Vec::new();
-    for _ in 0..MAX_ENTRIES {
+    let mut directories: Vec<(Vec<u8>, (i64, i64))> = Vec::new();
+    let mut names = Names::default();
+    loop {
         let mut length = [0; 4];
         match input.read_exact(&mut length) {
             Ok(()) => {}
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
                 // From the inside outwards: making an entry changes its directory's time.
-                for entry in directories.iter().rev() {
-                    times(&root, entry)?;
+                for (path, time) in directories.iter().rev() {
+                    times(&root, path, *time)?;
                 }
                 return Ok(());
             }
@@ -300,13 +353,13 @@ pub fn unpack(root: &Path, input: &mut impl Read) -> Result<()> {
         let mut json = vec![0; length];
         input.read_exact(&mut json).context("the stream was cut")?;
         let entry: Entry = serde_json::from_slice(&json)?;
+        names.add(&entry.path)?;
         let shown = String::from_utf8_lossy(&entry.path).into_owned();
         make(&root, &entry, input).with_context(|| format!("cannot make {shown:?}"))?;
         if matches!(entry.kind, Kind::Directory) {
-            directories.push(entry);
+            directories.push((entry.path, entry.mtime));
         }
     }
-    bail!("more than {MAX_ENTRIES} entries")
 }
 
 fn make(root: &File, entry: &Entry, input: &mut impl Read) -> Result<()> {
@@ -408,7 +461,7 @@ pub(super) fn describe(parent: BorrowedFd, name: &Path, entry: &Entry) -> Result
         for (attribute, value) in &entry.attributes {
             xattr::set(reach(&parent, name.as_os_str()), OsStr::from_bytes(attribute), value)?;
         }
-        return set_time(parent, name, entry);
+        return set_time(parent, name, entry.mtime);
     }
     let path = process::path_of(&thing);
     // From before, or inherited from a directory with a default ACL: acl(5).
@@ -425,16 +478,16 @@ pub(super) fn describe(parent: BorrowedFd, name: &Path, entry: &Entry) -> Result
     Ok(utimensat(AT_FDCWD, &path, &time, &time, UtimensatFlags::FollowSymlink)?)
 }
 
-fn times(root: &File, entry: &Entry) -> Result<()> {
-    if entry.path.is_empty() {
-        return set_time(root.as_fd(), Path::new("."), entry);
+fn times(root: &File, path: &[u8], time: (i64, i64)) -> Result<()> {
+    if path.is_empty() {
+        return set_time(root.as_fd(), Path::new("."), time);
     }
-    let (parent, name) = place(root, &entry.path)?;
-    set_time(parent.as_fd(), &name, entry)
+    let (parent, name) = place(root, path)?;
+    set_time(parent.as_fd(), &name, time)
 }
 
-pub(super) fn set_time(parent: BorrowedFd, name: &Path, entry: &Entry) -> Result<()> {
-    let time = TimeSpec::new(entry.mtime.0, entry.mtime.1);
+pub(super) fn set_time(parent: BorrowedFd, name: &Path, time: (i64, i64)) -> Result<()> {
+    let time = TimeSpec::new(time.0, time.1);
     Ok(utimensat(parent, name, &time, &time, UtimensatFlags::NoFollowSymlink)?)
 }
 

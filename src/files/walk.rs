@@ -3,6 +3,7 @@
 //! The container may put a symbolic link in the place of any directory: each is reached by a
 //! descriptor of the one that it is in, and never by its path.
 
+use std::collections::{HashMap, HashSet};
 use std::ffi::{CStr, CString, OsStr};
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -37,6 +38,8 @@ const MAX_DEPTH: usize = 256;
 const MAX_PATH: usize = 32 << 10;
 /// Most bytes of all paths in a tree: a copy that is followed remembers them.
 const MAX_PATHS: u64 = 2 << 30;
+/// Most names in one directory, which are put in order before one is looked at; and most bytes of these.
+const MAX_IN_ONE: (usize, usize) = (10_000_000, 512 << 20);
 
 /// Counts what a tree holds, which may be a single file.
 ///
@@ -64,6 +67,43 @@ pub fn measure(root: &Path) -> Result<Size> {
         meta => add(meta.size(), meta.blocks()),
     }
     Ok(size)
+}
+
+/// Where inodes bear a name below a directory, by their paths from there: of each the first that is found.
+/// Nothing that is mounted below is entered.
+///
+/// # Errors
+/// When something cannot be read; when there are more than `most` files, or anything is mounted, in those
+/// of them that are directories.
+pub fn names_of(root: &Path, inodes: &HashSet<u64>, most: u64) -> Result<HashMap<u64, PathBuf>> {
+    let device = fs::metadata(root).with_context(|| root.display().to_string())?.dev();
+    let mut found = HashMap::new();
+    // The directory of them that is being looked through, and how many files were in such.
+    let (mut within, mut count) = (None::<Vec<u8>>, 0);
+    walk_one_mount(root, &mut |path, _, seen| {
+        let below =
+            |top: &Vec<u8>| path.strip_prefix(&top[..]).is_some_and(|p| p.starts_with(b"/"));
+        within = within.take().filter(below);
+        if within.is_some() {
+            count += 1;
+            if count > most {
+                bail!("there are more than {most} files in it");
+            }
+            if seen.is_dir() && seen.device != device {
+                bail!("something is mounted in it, at {}", shown(path));
+            }
+        }
+        if seen.device == device && inodes.contains(&seen.ino) {
+            let path = || PathBuf::from(OsStr::from_bytes(path));
+            found.entry(seen.ino).or_insert_with(path);
+            if seen.is_dir() && within.is_none() {
+                within = Some(path().into_os_string().into_encoded_bytes());
+            }
+        }
+        // The rest is of no interest.
+        Ok(found.len() < inodes.len() || within.is_some())
+    })?;
+    Ok(found)
 }
 
 /// What a look at a file tells, and no more of it than a round needs of files that have not changed.
@@ -193,7 +233,7 @@ impl Walk<'_, '_> {
                 shown(self.path.split(|b| *b == b'/').next().unwrap_or_default())
             );
         }
-        let found = look_into(&mut dir).with_context(|| shown(&self.path))?;
+        let found = look_into(&mut dir, MAX_IN_ONE).with_context(|| shown(&self.path))?;
         self.depth += 1;
         for (name, seen) in found {
             let length = self.path.len();
@@ -233,13 +273,18 @@ impl Walk<'_, '_> {
 const DIRECTORY: OFlag =
     OFlag::O_RDONLY.union(OFlag::O_DIRECTORY).union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
 
-/// What is in a directory.
-fn look_into(dir: &mut Dir) -> Result<Vec<(CString, Seen)>> {
+/// What is in a directory, if that is not more names than that, nor more bytes of them.
+fn look_into(dir: &mut Dir, most: (usize, usize)) -> Result<Vec<(CString, Seen)>> {
     let mut names = Vec::new();
+    let mut bytes = 0;
     for entry in dir.iter() {
         let entry = entry?;
         if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
+            bytes += entry.file_name().count_bytes();
             names.push(entry.file_name().to_owned());
+        }
+        if names.len() > most.0 || bytes > most.1 {
+            bail!("it has more than {} names, or more than {} MiB of them", most.0, most.1 >> 20);
         }
     }
     names.sort_unstable();
@@ -377,6 +422,31 @@ mod tests {
     use super::*;
 
     #[test]
+    fn names_are_found_by_their_inodes() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::create_dir_all(at("a/b")).unwrap();
+        for name in ["a/b/1", "a/2", "c"] {
+            fs::write(at(name), name).unwrap();
+        }
+        let inodes = |names: &[&str]| -> HashSet<u64> {
+            names.iter().map(|name| fs::metadata(at(name)).unwrap().ino()).collect()
+        };
+        let find = |names: &[&str], most: u64| {
+            let found = names_of(dir.path(), &inodes(names), most)?;
+            let mut found: Vec<_> = found.into_values().collect();
+            found.sort();
+            anyhow::Ok(found)
+        };
+        assert_eq!(find(&["c", "a/b/1"], 0).unwrap(), [Path::new("a/b/1"), Path::new("c")]);
+        // Three files are below `a`, of which `b` is one.
+        assert_eq!(find(&["a", "a/b"], 3).unwrap(), [Path::new("a"), Path::new("a/b")]);
+        assert!(find(&["a", "c"], 2).unwrap_err().to_string().contains("more than 2 files"));
+        fs::remove_file(at("c")).unwrap();
+        assert_eq!(names_of(dir.path(), &HashSet::from([1 << 60]), 0).unwrap().len(), 0);
+    }
+
+    #[test]
     fn a_long_way_is_gone_in_steps() {
         let dir = tempfile::tempdir().unwrap();
         let last = deep(dir.path(), 25, 200);
@@ -415,6 +485,20 @@ mod tests {
             remove_real(&top.join("real/tree")).unwrap();
         }
         assert!(!top.join("real/tree").exists());
+    }
+
+    #[test]
+    fn an_endless_directory_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["a", "bb", "ccc"] {
+            fs::write(dir.path().join(name), b"").unwrap();
+        }
+        let look = |most| {
+            let mut dir = Dir::open(dir.path(), DIRECTORY, Mode::empty()).unwrap();
+            look_into(&mut dir, most).map(|found| found.len())
+        };
+        assert_eq!(look((3, 6)).unwrap(), 3);
+        assert!(look((2, 6)).is_err() && look((3, 5)).is_err());
     }
 
     #[test]

@@ -18,7 +18,7 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use crate::sys::process::proc_text;
+use crate::sys::process::{proc_head, proc_text};
 
 /// File systems that read through the page cache unless a file was opened with O_DIRECT: what is
 /// read is copied by the processor, and that shows. FUSE, 9p, SMB and others may do otherwise.
@@ -72,7 +72,7 @@ fn task_may(pid: i32, outside: &Mounts) -> bool {
             return false;
         }
         let number = entry.file_name();
-        let Ok(info) = proc_text(pid, &format!("fdinfo/{}", number.to_string_lossy())) else {
+        let Ok(info) = proc_head(pid, &format!("fdinfo/{}", number.to_string_lossy())) else {
             return false;
         };
         let mounts = mounts.get_or_insert_with(|| Mounts::of(pid));

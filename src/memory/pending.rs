@@ -47,24 +47,26 @@ impl Pending {
         let mut all = Pending::default();
         let mut last: Option<(u64, Run)> = None;
         for entry in entries.iter().filter(|e| e.flags & PE_LAZY != 0) {
-            let slots = staging.find(vpid, entry.vaddr, entry.pages);
-            for (at, slot) in (entry.vaddr..).step_by(PAGE).zip(slots) {
+            let mut at = entry.vaddr;
+            for (pages, slot) in staging.find(vpid, entry.vaddr, entry.pages) {
                 let slot =
                     slot.ok_or_else(|| anyhow!("page {at:#x} of task {vpid} did not arrive"))?;
-                if let Some((start, run)) = &mut last {
+                let start = at;
+                at += u64::from(pages) * PAGE as u64;
+                if let Some((first, run)) = &mut last {
                     let follows = match (run.slot, slot) {
                         (Slot::At(a), Slot::At(b)) => b == a + run.pages,
                         (Slot::Zero, Slot::Zero) => true,
                         (Slot::Remote(a), Slot::Remote(b)) => b == a + u64::from(run.pages),
                         _ => false,
                     };
-                    if follows && run.end(*start) == at && run.pages < u32::MAX {
-                        run.pages += 1;
+                    if follows && run.end(*first) == start && run.pages < u32::MAX - pages {
+                        run.pages += pages;
                         continue;
                     }
-                    all.0.insert(*start, *run);
+                    all.0.insert(*first, *run);
                 }
-                last = Some((at, Run { pages: 1, slot }));
+                last = Some((start, Run { pages, slot }));
             }
         }
         if let Some((start, run)) = last {

@@ -193,6 +193,7 @@ impl Puppet {
                     libc::MADV_PAGEOUT,
                     libc::MADV_POPULATE_READ,
                     libc::MADV_POPULATE_WRITE,
+                    libc::MADV_MERGEABLE,
                     // MADV_COLLAPSE, MADV_GUARD_INSTALL and _REMOVE
                     25,
                     102,
@@ -308,6 +309,9 @@ fn round(rounds: &mut Rounds, puppets: &mut [Puppet], over: &mut Over) {
 /// What is wrong over there about a task that stands still.
 fn differences(task: Task, over: &Over) -> Vec<String> {
     let regions = pages::populated(task.pid).unwrap();
+    let anonymous = pages::anonymous_mappings(task.pid).unwrap();
+    // Huge pages, zero pages, guards, merged and swapped ones: no file's are among them.
+    assert_eq!(regions, pages::populated_in(task.pid, &anonymous).unwrap());
     let entry = |from: u64, to: u64| PagemapEntry {
         vaddr: from,
         pages: (to - from) / PAGE as u64,

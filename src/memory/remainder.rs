@@ -79,7 +79,7 @@ impl Window {
             self.most = (self.most + bytes).min(256 << 20);
         } else {
             // Halves in a round trip.
-            self.most = (self.most - bytes / 2).max(LEAST);
+            self.most = self.most.saturating_sub(bytes / 2).max(LEAST);
         }
     }
 }
@@ -173,6 +173,18 @@ mod tests {
             .chain((1..5).map(|p| (2, p)))
             .collect();
         assert_eq!(all, expected);
+    }
+
+    /// Much that went out before anybody asked for an echo, on a link that is slow then.
+    #[test]
+    fn the_window_is_never_less_than_the_least() {
+        let mut window = Window::default();
+        let now = Instant::now();
+        for (bytes, took) in [(1, 1), (4 * LEAST, 1000)] {
+            window.sent(bytes, now);
+            window.echoed(now + Duration::from_millis(took));
+        }
+        assert_eq!(window.most, LEAST);
     }
 
     #[test]

@@ -271,7 +271,7 @@ impl Rounds {
         let mappings = pages::anonymous_mappings(task.pid)?;
         if self.tracking == Tracking::SoftDirty {
             let mut regions = if new {
-                pages::populated_in(task.pid, &mappings)?
+                pages::populated_anonymous(task.pid, &mappings)?
             } else {
                 soft_dirty::written(task, &mappings)?
             };
@@ -285,7 +285,9 @@ impl Rounds {
         }
         let looked = known.tracker.as_mut().map(|t| t.look(task, &mappings));
         match looked {
-            None => Ok(Found { regions: pages::populated_in(task.pid, &mappings)?, told: 0 }),
+            None => {
+                Ok(Found { regions: pages::populated_anonymous(task.pid, &mappings)?, told: 0 })
+            }
             Some(Ok(mut written)) => {
                 for page in std::mem::take(&mut known.again) {
                     let at = page * PAGE as u64;
@@ -294,14 +296,14 @@ impl Rounds {
                 }
                 let told = written.regions.len();
                 let mut regions = written.regions;
-                regions.extend(pages::populated_in(task.pid, &written.unwatched)?);
+                regions.extend(pages::populated_anonymous(task.pid, &written.unwatched)?);
                 Ok(Found { regions, told })
             }
             // It lives in other memory since an exec, or something that nobody foresaw: compared
             // from here on.
             Some(Err(_)) => {
                 known.tracker = None;
-                Ok(Found { regions: pages::populated_in(task.pid, &mappings)?, told: 0 })
+                Ok(Found { regions: pages::populated_anonymous(task.pid, &mappings)?, told: 0 })
             }
         }
     }

@@ -15,36 +15,51 @@
 //! itself is killed, whoever has its descriptors goes on by its [`Will`].
 //! Sources: userfaultfd(2), Documentation/admin-guide/mm/userfaultfd.rst, criu/uffd.c.
 
+mod install;
+mod succession;
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::signal::{Signal, raise};
 
-use super::pending::{Pending, Run};
+use super::pending::Pending;
 use super::staging::{Slot, Staging};
-use super::will::{self, Author, Missing, Snapshot, Will, Word};
+use super::will::{Author, Missing, Snapshot, Will, Word};
 use crate::criu::images::PagemapEntry;
-use crate::sys::memory::{
-    PAGE, UffdEvent, uffd_copy, uffd_read, uffd_wake, uffd_wake_all, uffd_zero,
-};
+use crate::sys::memory::{PAGE, UffdEvent, uffd_read, uffd_wake, uffd_zero};
+use crate::sys::panics::{Panicked, caught};
 use crate::sys::{fault, process, scm};
+
+pub use succession::{Left, Stranded, succeed};
 
 /// Name of the socket in CRIU's work directory.
 pub const SOCKET: &str = "lazy-pages.socket";
+
+/// CRIU has ended before it had restored everything. Whoever has started it knows why.
+#[derive(Clone, Copy, Debug)]
+pub struct CriuClosed;
+
+impl std::fmt::Display for CriuClosed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("CRIU closed the lazy-pages socket")
+    }
+}
+
+impl std::error::Error for CriuClosed {}
 const FINISHED: i32 = 0x5253_5446;
-/// Pages installed at a time in the background: long enough for UFFDIO_COPY's full speed, short
-/// enough that a fault does not wait for long behind it (0.4 ms).
-const BATCH: u32 = 256;
 /// Pages fetched from the source with one that a task waits for: what lies behind it is likely to be
 /// wanted next.
 const AROUND: u32 = 16;
@@ -181,62 +196,23 @@ impl Server {
         let mut daemon = Daemon::new(staging, will, want)?;
         daemon.pending = pending;
         daemon.ready = Box::new(ready);
-        daemon.spawn(tell, move |daemon| {
-            daemon.make_will()?;
-            let (criu, _) = self.listener.accept()?;
-            daemon.run(criu)
-        })
+        let started = daemon.spawn(tell, move |daemon| {
+            let served = caught(|| {
+                daemon.make_will()?;
+                let (criu, _) = self.listener.accept()?;
+                daemon.run(criu)?;
+                fault::point("memory.served")
+            });
+            if served.as_ref().is_err_and(|e| e.is::<Panicked>()) && daemon.will.is_made() {
+                // The container may run already, and an error would end it. Whoever has this process's
+                // descriptors goes on as if it had been killed; once, for he says when it happens to him.
+                let _ = raise(Signal::SIGKILL);
+            }
+            served
+        });
+        // No task is there that could miss anything.
+        started.map_err(|stranded| stranded.why)
     }
-}
-
-/// What somebody who was killed while he served had open.
-#[derive(Debug)]
-pub struct Left {
-    /// What is missing.
-    pub snapshot: File,
-    /// The staged pages.
-    pub staging: File,
-    /// Where CRIU's last word comes.
-    pub lazy: UnixStream,
-    /// The tasks'.
-    pub uffds: Vec<OwnedFd>,
-}
-
-/// Goes on in the place of somebody who was killed, as [`Server::start`]; says whether something is
-/// still on the source. The restore must be over but for its end.
-///
-/// # Errors
-/// When his will cannot be read.
-pub fn succeed(
-    will: Arc<Will>,
-    mut left: Left,
-    want: impl Fn(i32, u64, usize) + Send + 'static,
-    tell: impl FnOnce(Ended) + Send + 'static,
-) -> Result<(Intake, bool)> {
-    let snapshot = will::read(&will, &mut left.snapshot)?;
-    let mut daemon = Daemon::new(Staging::adopt(left.staging, snapshot.staging)?, will, want)?;
-    daemon.finished = daemon.will.read(Word::Finished) != 0;
-    // Who shares what with whom, nobody knows any more.
-    daemon.shared = true;
-    let mut tasks: HashMap<_, _> = snapshot.tasks.into_iter().map(|t| (t.uffd, t)).collect();
-    for uffd in left.uffds {
-        // Whoever is not in it came in its last moment, with nothing missing.
-        let mut target = Target::new(uffd, 0, Pending::default());
-        if let Some(task) = tasks.remove(&target.uffd.as_raw_fd()) {
-            target.vpid = task.vpid;
-            target.moved = task.moved;
-            target.pending.put_back(task.runs);
-            target.remote = target.pending.take_remote();
-        }
-        target.early = false;
-        // Faults that were read, and not served.
-        uffd_wake_all(&target.uffd)?;
-        daemon.targets.push(target);
-    }
-    daemon.make_will()?;
-    let lacks = daemon.targets.iter().any(|target| !target.remote.0.is_empty());
-    let lazy = left.lazy;
-    Ok((daemon.spawn(tell, move |daemon| daemon.run(lazy))?, lacks))
 }
 
 impl Target {
@@ -268,6 +244,8 @@ struct Daemon {
     all_in: bool,
     /// After a fork two tasks may want the same slot.
     shared: bool,
+    /// A task of the will has gone since.
+    outdated: bool,
     will: Arc<Will>,
     author: Author,
     arrivals: Receiver<Arrived>,
@@ -295,6 +273,7 @@ impl Daemon {
             stalled: false,
             all_in: false,
             shared: false,
+            outdated: false,
             author: Author::new(&will)?,
             will,
             arrivals,
@@ -310,19 +289,40 @@ impl Daemon {
         mut self,
         tell: impl FnOnce(Ended) + Send + 'static,
         work: impl FnOnce(&mut Daemon) -> Result<()> + Send + 'static,
-    ) -> Result<Intake> {
-        let intake = self.intake.take().ok_or_else(|| anyhow!("it serves already"))?;
-        std::thread::Builder::new().name("pages".into()).spawn(move || {
-            let result = work(&mut self).map(|()| self.served);
+    ) -> Result<Intake, Stranded> {
+        let Some(intake) = self.intake.take() else {
+            return Err(Stranded { why: anyhow!("it serves already"), held: self.give_up() });
+        };
+        // Where there can be no thread, what it was to have is not lost with it.
+        let place = Arc::new(Mutex::new(Some(self)));
+        let own = place.clone();
+        let taken = move |place: &Mutex<Option<Daemon>>| {
+            place.lock().unwrap_or_else(PoisonError::into_inner).take()
+        };
+        let serve = move || {
+            let Some(mut daemon) = taken(&own) else { return };
+            // Not even by a panic may anything be closed here.
+            let result = caught(|| work(&mut daemon)).map(|()| daemon.served);
             if result.is_ok() {
+                let _ = fault::point("memory.done");
                 // All is in: whoever touches memory that never had contents must not wait for
                 // somebody to give it some, as he would while anybody holds a descriptor.
-                self.targets.clear();
-                self.will.note(Word::Done, 1);
+                daemon.targets.clear();
             }
-            tell(Ended { result, held: self.targets.into_iter().map(|t| t.uffd).collect() });
-        })?;
-        Ok(intake)
+            tell(Ended { result, held: daemon.give_up() });
+        };
+        match std::thread::Builder::new().name("pages".into()).spawn(serve) {
+            Ok(_) => Ok(intake),
+            Err(e) => {
+                let held = taken(&place).map(Daemon::give_up).unwrap_or_default();
+                Err(Stranded { why: e.into(), held })
+            }
+        }
+    }
+
+    /// What tasks wait on.
+    fn give_up(self) -> Vec<OwnedFd> {
+        self.targets.into_iter().map(|target| target.uffd).collect()
     }
 
     /// Whether CRIU has made all tasks that something is missing in.
@@ -344,6 +344,7 @@ impl Daemon {
         };
         let tasks = self.targets.iter().map(missing).collect();
         self.author.snapshot(&self.will, &Snapshot { staging: self.staging.kept(), tasks })?;
+        self.outdated = false;
         (self.ready)();
         Ok(())
     }
@@ -354,6 +355,8 @@ impl Daemon {
             let idle = self.targets.iter().all(|t| t.pending.0.is_empty());
             if idle && self.targets.iter().all(|t| t.remote.0.is_empty()) {
                 if self.finished {
+                    // Before anything is closed: whoever comes after has nothing to fill any more.
+                    self.will.note(Word::Done, 1);
                     return Ok(());
                 }
                 if !self.all_in && self.all_here() {
@@ -399,7 +402,9 @@ impl Daemon {
             }
             self.stalled = false;
             self.background()?;
+            let before = self.targets.len();
             self.targets.retain(|t| !t.gone);
+            self.outdated |= self.targets.len() < before;
         }
     }
 
@@ -410,7 +415,7 @@ impl Daemon {
             Ok(()) => i32::from_le_bytes(number),
             // It has nothing to say any more, whatever became of it.
             Err(_) if self.will.is_made() => FINISHED,
-            Err(e) => return Err(e).context("CRIU closed the lazy-pages socket"),
+            Err(e) => return Err(e).context(CriuClosed),
         };
         if vpid == FINISHED {
             self.finished = true;
@@ -426,12 +431,13 @@ impl Daemon {
         if vpid < 0 {
             return Ok(());
         }
-        let (_, mut fds) =
-            scm::receive(&*criu)?.ok_or_else(|| anyhow!("CRIU closed the lazy-pages socket"))?;
+        let (_, mut fds) = scm::receive(&*criu)?.ok_or(CriuClosed)?;
         let uffd = fds.pop().ok_or_else(|| anyhow!("CRIU sent no userfaultfd"))?;
         let pending = self.pending.remove(&vpid).unwrap_or_default();
         self.targets.push(Target::new(uffd, vpid, pending));
-        if self.all_here() {
+        // Whoever comes later with nothing missing need not stand in it; but the number of one that has
+        // gone, and does, may be his.
+        if self.all_here() && (self.outdated || !self.will.is_made()) {
             self.make_will()?;
         }
         Ok(())
@@ -532,49 +538,6 @@ impl Daemon {
         Ok(())
     }
 
-    /// Puts pages that came from the source where they are missing: into every task of that family.
-    fn arrive(&mut self, vpid: i32, first: u64, pages: u64, bytes: Option<&[u8]>) -> Result<()> {
-        // A task that CRIU has not made yet.
-        if let Some(list) = self.pending.get_mut(&vpid) {
-            for (at, run) in list.take_origin(first, pages, false) {
-                match run.slot {
-                    Slot::Remote(origin) => {
-                        for n in 0..run.pages {
-                            let slot =
-                                stage(&mut self.staging, bytes, origin + u64::from(n) - first)?;
-                            list.add(at + u64::from(n) * PAGE as u64, slot);
-                        }
-                    }
-                    _ => list.put_back([(at, run)]),
-                }
-            }
-        }
-        for index in 0..self.targets.len() {
-            let target = &mut self.targets[index];
-            if target.vpid != vpid {
-                continue;
-            }
-            for (at, run) in target.remote.take_origin(first, pages, target.moved) {
-                let Slot::Remote(origin) = run.slot else { continue };
-                self.served.fetched += u64::from(run.pages);
-                for n in 0..run.pages {
-                    let slot = stage(&mut self.staging, bytes, origin + u64::from(n) - first)?;
-                    let page = at + u64::from(n) * PAGE as u64;
-                    let waited = self.targets[index].waiting.remove(&page);
-                    match waited {
-                        // Ahead of its neighbours.
-                        Some(since) => {
-                            self.install(index, page, Run { pages: 1, slot })?;
-                            self.served.took(since);
-                        }
-                        None => self.targets[index].pending.add(page, slot),
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// What is still on the source.
     fn missing(&self) -> Vec<(i32, u64, usize)> {
         let of = |vpid: i32, list: &Pending| -> Vec<(i32, u64, usize)> {
@@ -591,107 +554,4 @@ impl Daemon {
         all.dedup();
         all
     }
-
-    /// One batch for each task that has something left.
-    fn background(&mut self) -> Result<()> {
-        for index in 0..self.targets.len() {
-            let target = &mut self.targets[index];
-            let next = target
-                .pending
-                .0
-                .range(target.cursor..)
-                .next()
-                .or_else(|| target.pending.0.iter().next())
-                .map(|(s, r)| (*s, *r));
-            let Some((start, run)) = next else { continue };
-            let pages = run.pages.min(BATCH);
-            let end = start + u64::from(pages) * PAGE as u64;
-            target.cursor = end;
-            for (start, run) in target.pending.take(start, end) {
-                self.install(index, start, run)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Installs a run that has been taken out of the pending ones; puts back what has to wait.
-    fn install(&mut self, index: usize, mut start: u64, mut run: Run) -> Result<()> {
-        while run.pages > 0 {
-            let target = &mut self.targets[index];
-            let length = run.pages as usize * PAGE;
-            let (done, result) = match run.slot {
-                Slot::At(slot) => {
-                    uffd_copy(&target.uffd, start, self.staging.bytes(slot, run.pages as usize))
-                }
-                Slot::Zero => uffd_zero(&target.uffd, start, length),
-                // Only what is here is ever pending.
-                Slot::Remote(_) => bail!("a page that has not come is to be installed"),
-            };
-            let mut pages = (done / PAGE) as u32;
-            if pages > 0 {
-                self.served.pages += u64::from(pages);
-                if let (Slot::At(slot), false) = (run.slot, self.shared) {
-                    self.staging.release(slot, pages as usize);
-                }
-            }
-            if let Err(e) = result {
-                match e.raw_os_error() {
-                    // The first page not installed is there already: go on behind it.
-                    Some(libc::EEXIST) => {
-                        let _ = uffd_wake(&target.uffd, start + done as u64, PAGE as u64);
-                        pages += 1;
-                    }
-                    // Not registered yet, or an event has to be read first.
-                    Some(libc::ENOENT) if target.early => {
-                        let rest = run.from(pages);
-                        target.pending.put_back([(start + u64::from(pages) * PAGE as u64, rest)]);
-                        target.cursor = 0;
-                        self.stalled = true;
-                        return Ok(());
-                    }
-                    Some(libc::EAGAIN) => {
-                        let (start, run) =
-                            (start + u64::from(pages) * PAGE as u64, run.from(pages));
-                        if run.pages > 0 {
-                            target.pending.put_back([(start, run)]);
-                        }
-                        return Ok(());
-                    }
-                    // Unmapped since: an event that says so may be on its way. Page by page, so
-                    // that what is still mapped gets its own.
-                    Some(libc::ENOENT) if run.pages - pages > 1 => {
-                        let rest = run.from(pages);
-                        let at = start + u64::from(pages) * PAGE as u64;
-                        for n in 0..rest.pages {
-                            let one = Run { pages: 1, slot: rest.from(n).slot };
-                            self.install(index, at + u64::from(n) * PAGE as u64, one)?;
-                        }
-                        return Ok(());
-                    }
-                    Some(libc::ENOENT) => pages += 1,
-                    Some(libc::ESRCH | libc::ENOSPC) => {
-                        target.gone = true;
-                        target.pending = Pending::default();
-                        return Ok(());
-                    }
-                    _ => return Err(e).context("putting a page into the restored task"),
-                }
-            }
-            continue_after(&mut start, &mut run, pages);
-        }
-        Ok(())
-    }
-}
-
-/// Keeps one of the pages that came.
-fn stage(staging: &mut Staging, bytes: Option<&[u8]>, index: u64) -> Result<Slot> {
-    Ok(match bytes {
-        None => Slot::Zero,
-        Some(bytes) => Slot::At(staging.keep(&bytes[index as usize * PAGE..][..PAGE])?),
-    })
-}
-
-fn continue_after(start: &mut u64, run: &mut Run, pages: u32) {
-    *start += u64::from(pages) * PAGE as u64;
-    *run = run.from(pages.min(run.pages));
 }

@@ -25,15 +25,22 @@ impl<T: Copy> PageTable<T> {
         chunk.map_or(self.blank, |c| c[page as usize % CHUNK])
     }
 
-    /// The values of `pages` neighbours: one look-up for each chunk, as a container has millions.
-    pub fn values(&self, task: i32, first: u64, pages: u64) -> impl Iterator<Item = T> {
+    /// The values of `pages` neighbours, piece by piece, as a container has millions: how many pages, and
+    /// their values; none where all are blank.
+    pub fn values(
+        &self,
+        task: i32,
+        first: u64,
+        pages: u64,
+    ) -> impl Iterator<Item = (u64, Option<&[T]>)> {
         let end = first.saturating_add(pages);
-        (first / CHUNK as u64..end.div_ceil(CHUNK as u64)).flat_map(move |number| {
+        let chunks = first / CHUNK as u64..end.div_ceil(CHUNK as u64);
+        chunks.filter(move |_| first < end).map(move |number| {
             let start = number * CHUNK as u64;
             let from = first.saturating_sub(start) as usize;
             let to = (end - start).min(CHUNK as u64) as usize;
             let chunk = self.chunks.get(&(task, number));
-            (from..to).map(move |i| chunk.map_or(self.blank, |c| c[i]))
+            ((to - from) as u64, chunk.map(|chunk| &chunk[from..to]))
         })
     }
 
@@ -62,7 +69,10 @@ mod tests {
         assert_eq!(table.get(7, 512), 513);
         assert_eq!((table.get(7, 1), table.get(8, 511)), (0, 0));
         *table.at(7, 3 * 512) = 9;
-        let values: Vec<u32> = table.values(7, 510, 2 * 512 + 3).collect();
+        let values: Vec<u32> = table
+            .values(7, 510, 2 * 512 + 3)
+            .flat_map(|(n, some)| some.map_or(vec![0; n as usize], <[u32]>::to_vec))
+            .collect();
         let expected: Vec<u32> = (510..).take(values.len()).map(|p| table.get(7, p)).collect();
         assert_eq!((values.len(), values), (2 * 512 + 3, expected));
         assert_eq!(table.values(7, 512, 0).count(), 0);

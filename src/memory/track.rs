@@ -14,10 +14,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use super::pages::{self, Task};
+use super::pages::Task;
 use crate::sys::memory::{
     PAGE, PageRegion, UFFD_USER_MODE_ONLY, Wanted, category, pagemap_scan, uffd_new,
-    uffd_track_writes, uffd_watch_writes,
+    uffd_track_writes, uffd_unprotect, uffd_watch_writes,
 };
 use crate::sys::{inject, process};
 
@@ -84,10 +84,7 @@ impl Tracker {
                         // The first try has protected what it found before it failed, and told
                         // nobody: all that is there counts as written.
                         Ok(()) => {
-                            let mut again = Vec::new();
-                            self.scan(&pagemap, start, end, &mut again)?;
-                            let all = pages::populated_in(task.pid, &[(start, end)])?;
-                            written.regions.extend(all);
+                            written.regions.extend(self.begin(&pagemap, start, end)?);
                         }
                         Err(e) if matches!(e.raw_os_error(), Some(libc::EBUSY | libc::EINVAL)) => {
                             written.unwatched.push((start, end));
@@ -99,6 +96,20 @@ impl Tracker {
             }
         }
         Ok(written)
+    }
+
+    /// Protects a mapping that is watched from now on; all that it has.
+    ///
+    /// Some of it may have been watched before: a mapping that another one was moved beside becomes one
+    /// with that, and neither is watched then. But its pages keep the mark that says that nobody has written to
+    /// them, also when somebody does: a look would take them for unwritten and protected for ever. So every
+    /// mark goes first. To count what a look finds against what is there would not do: the task gives pages
+    /// back between the two.
+    fn begin(&mut self, pagemap: &File, start: u64, end: u64) -> io::Result<Vec<PageRegion>> {
+        uffd_unprotect(&self.uffd, start, end - start)?;
+        let mut all = Vec::new();
+        self.scan(pagemap, start, end, &mut all)?;
+        Ok(all)
     }
 
     /// How many pages were written to since the last look, without starting a new one.
@@ -171,6 +182,7 @@ mod tests {
     use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
     use super::*;
+    use crate::memory::pages;
 
     /// A task that holds 4 MiB and writes to one byte of it each time it is told an offset.
     struct Writer {
@@ -253,6 +265,67 @@ mod tests {
         assert!(child.wait().unwrap().success());
         let can = [io::ErrorKind::TimedOut, io::ErrorKind::Unsupported].contains(&failed.kind());
         assert!(can, "{failed}");
+    }
+
+    /// A mapping between two others makes one with them, of which the kernel forgets that it was watched,
+    /// but not which of its pages nobody has written to.
+    #[test]
+    fn mappings_that_grow_together_are_watched_anew() {
+        // A byte of the first page is written to each time; when told, what lies elsewhere is put between.
+        let program = r#"
+            my ($mmap, $mremap, $read, $mprotect) = @ARGV; $| = 1;
+            open(my $zero, "<", "/dev/zero"); my $n = 16 * 4096;
+            my $at = syscall($mmap + 0, 0, 3 * $n, 3, 34, -1, 0);
+            my $other = syscall($mmap + 0, 0, 3 * $n, 0, 34, -1, 0) + $n;
+            syscall($mprotect + 0, $other, $n, 3);
+            for (0, 2) { syscall($read + 0, fileno($zero), $at + $_ * $n, $n); }
+            print "$at\n";
+            while (<STDIN>) {
+                if (/move/) { print syscall($mremap + 0, $other, $n, $n, 3, $at + $n), "\n"; }
+                else { print syscall($read + 0, fileno($zero), $at, 1), "\n"; }
+            }
+        "#;
+        let numbers = [libc::SYS_mmap, libc::SYS_mremap, libc::SYS_read, libc::SYS_mprotect];
+        let numbers = numbers.map(|n| n.to_string());
+        let mut child = Command::new("perl")
+            .args(["-e", program])
+            .args(&numbers)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut input = child.stdin.take().unwrap();
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        let mut line = || {
+            let mut line = String::new();
+            output.read_line(&mut line).unwrap();
+            line.trim().parse::<u64>().unwrap()
+        };
+        let at = line();
+        let task = Task { pid: child.id() as i32, vpid: 1 };
+        // A kernel without it: the hashes take over, and have their own test.
+        let Ok(mut tracker) = Tracker::attach(task) else {
+            drop(input);
+            let _ = child.wait();
+            return;
+        };
+        let mut look = || {
+            let found = tracker.look(task, &pages::anonymous_mappings(task.pid).unwrap()).unwrap();
+            found.regions.iter().any(|r| (r.start..r.end).contains(&at))
+        };
+        assert!(look(), "at first all of it");
+        assert!(!look());
+        writeln!(input, "move").unwrap();
+        assert_eq!(line(), at + 16 * PAGE as u64);
+        // The first time as nobody watches it.
+        for round in 0..3 {
+            writeln!(input, "write").unwrap();
+            assert_eq!(line(), 1);
+            assert!(look(), "in round {round}");
+        }
+        assert!(!look());
+        drop(input);
+        let _ = child.wait();
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub enum Word {
     Criu = 3,
     /// CRIU has said its last on the former.
     Finished = 4,
-    /// Every page is in, and every userfaultfd closed.
+    /// Every page is in; the userfaultfds may be open still.
     Done = 5,
     /// The snapshot's descriptor, and above that its number.
     Snapshot = 6,
@@ -47,7 +47,7 @@ const ENTRY: usize = 16 + UFFD_MESSAGE;
 /// Entries that there is room for; then a new snapshot is due.
 const ENTRIES: usize = 1 << 16;
 
-/// See the module.
+/// Memory of Ferry and its successors (memfd_create(2)), in which the former keeps what the latter need.
 #[derive(Debug)]
 pub struct Will {
     arena: Arena,

@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 
 use crate::migration::protocol::How;
-use crate::migration::protocol::forwarding::Wish;
-use crate::network::floating::Wish as MoveAddress;
+use crate::migration::protocol::forwarding::ForwardOption;
+use crate::network::floating::MoveAddress;
 
 /// What the user asked for, as far as the plan depends on it.
 #[derive(Clone, Debug)]
-pub struct Wishes {
+pub struct MigrateOptions {
     /// Container ID.
     pub container: String,
     /// The bundle's place on the destination.
@@ -24,7 +24,7 @@ pub struct Wishes {
     /// See `root`.
     pub systemd_cgroup: bool,
     /// `--forward`.
-    pub forward: Wish,
+    pub forward: ForwardOption,
     /// `--verify`.
     pub verify: bool,
     /// Only checks.

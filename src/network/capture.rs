@@ -4,6 +4,7 @@
 //! almost the same is worse than a container that stays where it is.
 
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::Path;
 
 use super::image::{Kind, Link, LinkSysctl, Neighbour, NetworkImage, Sysctl, VERSION};
@@ -17,6 +18,10 @@ use crate::sys::netns::NetNs;
 const NUD_PERMANENT: u16 = 0x80;
 /// REACHABLE, STALE, DELAY, PROBE: an answer was heard.
 const NUD_KNOWN: u16 = 0x02 | 0x04 | 0x08 | 0x10;
+
+/// Where containers find docker's resolver of names, which listens elsewhere in their namespace: rules
+/// lead there. Nobody else has this address. moby, daemon/libnetwork/resolver_unix.go
+const RESOLVER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 11);
 
 /// Kinds of devices that loading a module puts into every namespace, unasked and down.
 const UNASKED: [&str; 10] =
@@ -43,6 +48,26 @@ pub fn capture_forwarded(
     path: Option<&Path>,
     forwarded: &[(String, Kind)],
 ) -> Result<NetworkImage, Problem> {
+    capture_with(container, host, path, forwarded, false)
+}
+
+/// The same of a namespace that an engine has filled, and fills anew where the container goes: its own
+/// packet filter rules are left out.
+pub fn capture_engines(
+    container: &NetNs,
+    host: &NetNs,
+    path: Option<&Path>,
+) -> Result<NetworkImage, Problem> {
+    capture_with(container, host, path, &[], true)
+}
+
+fn capture_with(
+    container: &NetNs,
+    host: &NetNs,
+    path: Option<&Path>,
+    forwarded: &[(String, Kind)],
+    engines: bool,
+) -> Result<NetworkImage, Problem> {
     let trying = || "cannot read the container's network".to_owned();
     if container.identity().trying(trying)? == host.identity().trying(trying)? {
         return Err(Problem::new(
@@ -51,7 +76,7 @@ pub fn capture_forwarded(
         )
         .hint("give the container a network namespace of its own"));
     }
-    refuse_filters(container, path)?;
+    refuse_filters(container, path, engines)?;
 
     let mut inside = Rtnl::open(container).trying(trying)?;
     let mut infos = inside.links().trying(trying)?;
@@ -105,10 +130,10 @@ pub fn capture_forwarded(
 
 /// Rules of a packet filter are state that nobody carries yet, and without them the container
 /// would be open to what they kept out.
-fn refuse_filters(container: &NetNs, path: Option<&Path>) -> Result<(), Problem> {
+fn refuse_filters(container: &NetNs, path: Option<&Path>, engines: bool) -> Result<(), Problem> {
     let mut found = Vec::new();
     if let Ok(mut socket) = Socket::open_in(container, Protocol::Netfilter) {
-        found.extend(filtering(&mut socket).unwrap_or_default());
+        found.extend(filtering(&mut socket, engines).unwrap_or_default());
     }
     let legacy = container.run(|| {
         ["/proc/thread-self/net/ip_tables_names", "/proc/thread-self/net/ip6_tables_names"]
@@ -117,28 +142,29 @@ fn refuse_filters(container: &NetNs, path: Option<&Path>) -> Result<(), Problem>
     });
     found.extend(legacy.unwrap_or_default().lines().map(str::to_owned));
     found.dedup();
-    match found.is_empty() {
-        true => Ok(()),
-        false => Err(Problem::new(
+    if found.is_empty() {
+        Ok(())
+    } else {
+        Err(Problem::new(
             "the container's namespace has packet filter rules",
             format!("they are not carried (tables {})", found.join(", ")),
         )
         .hint(format!(
             "look at them with `{enter} nft list ruleset`, delete them with `{enter} nft flush \
-             ruleset`, or let the host filter",
+         ruleset`, or let the host filter",
             enter = enter(path)
-        ))),
+        )))
     }
 }
 
 /// The tables that do something. iptables leaves empty ones behind, with chains that let
 /// everything through: to come without them is to come the same.
-fn filtering(socket: &mut Socket) -> crate::sys::netlink::Result<Vec<String>> {
+fn filtering(socket: &mut Socket, engines: bool) -> crate::sys::netlink::Result<Vec<String>> {
     let tables = nft::tables(socket)?;
     if tables.is_empty() {
         return Ok(Vec::new());
     }
-    let rules = nft::tables_with_rules(socket)?;
+    let rules = nft::tables_with_rules(socket, |rule| engines && nft::concerns(rule, RESOLVER))?;
     let chains = nft::chains(socket)?;
     let drops = |(family, name): &(u8, String)| {
         let accepts = |c: &nft::Chain| c.policy.is_none_or(|p| p == nft::Policy::Accept as u32);

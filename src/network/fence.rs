@@ -6,10 +6,10 @@
 //!
 //! Registering hooks costs milliseconds, changing a chain's policy tens of microseconds. So
 //! [`arm`] registers the chains ahead of time, letting everything through, and what happens
-//! while the container is frozen ([`Armed::close`], [`Armed::open`]) only flips policies, in a
+//! while the container is frozen ([`ArmedFence::close`], [`ArmedFence::open`]) only flips policies, in a
 //! batch encoded beforehand, on a socket that is already in the namespace. Measured on a virtual
 //! machine with two cores: arming 1 ms and at times 8, a flip 8 µs, removing 12 to 16 ms, and
-//! dropping an [`Armed`] as long if something was just removed.
+//! dropping an [`ArmedFence`] as long if something was just removed.
 //!
 //! Kernels older than 5.16 (or without `CONFIG_NETFILTER_EGRESS`) get output chains of the inet
 //! and arp families instead of egress; frames that a process writes on a packet socket are then
@@ -65,7 +65,7 @@ pub enum State {
 
 /// A fence whose chains are in place, with everything ready to flip it.
 #[derive(Debug)]
-pub struct Armed {
+pub struct ArmedFence {
     pub(super) socket: Socket,
     pub(super) open: Prepared,
     pub(super) close_new: Prepared,
@@ -76,7 +76,7 @@ pub struct Armed {
     pub(super) remove: Prepared,
 }
 
-impl Armed {
+impl ArmedFence {
     /// Lets nothing (more) through. Tens of microseconds.
     pub fn close(&mut self, side: Side) -> Result<(), Problem> {
         let batch = match side {
@@ -108,19 +108,19 @@ impl Armed {
 }
 
 /// Puts an open fence into the namespace; one that is there already is replaced in one step.
-pub fn arm(namespace: &NetNs) -> Result<Armed, Problem> {
+pub fn arm(namespace: &NetNs) -> Result<ArmedFence, Problem> {
     install(namespace, Policy::Accept)
 }
 
 /// Puts a closed fence into the namespace, or closes the one that is there. Devices that come
 /// later are not fenced until this is called again.
-pub fn raise(namespace: &NetNs) -> Result<Armed, Problem> {
+pub fn raise(namespace: &NetNs) -> Result<ArmedFence, Problem> {
     install(namespace, Policy::Drop)
 }
 
 /// [`raise`] as it is done on kernels without the egress hook; for tests.
 #[doc(hidden)]
-pub fn raise_without_egress(namespace: &NetNs) -> Result<Armed, Problem> {
+pub fn raise_without_egress(namespace: &NetNs) -> Result<ArmedFence, Problem> {
     install_with(namespace, Policy::Drop, Outward::Output)
         .trying(|| "cannot put up the network fence".into())
 }
@@ -158,7 +158,7 @@ fn ours(socket: &mut Socket) -> crate::sys::netlink::Result<Vec<nft::Chain>> {
     Ok(chains)
 }
 
-fn install(namespace: &NetNs, policy: Policy) -> Result<Armed, Problem> {
+fn install(namespace: &NetNs, policy: Policy) -> Result<ArmedFence, Problem> {
     match install_with(namespace, policy, Outward::Egress) {
         Err(e) if e.errno == Errno::EOPNOTSUPP || e.errno == Errno::EINVAL => {
             install_with(namespace, policy, Outward::Output)
@@ -173,7 +173,7 @@ fn install_with(
     namespace: &NetNs,
     policy: Policy,
     outward: Outward,
-) -> crate::sys::netlink::Result<Armed> {
+) -> crate::sys::netlink::Result<ArmedFence> {
     let mut links = Rtnl::open(namespace)?;
     let devices: Vec<String> =
         links.links()?.into_iter().filter(|l| !l.is_loopback()).map(|l| l.name).collect();
@@ -222,7 +222,7 @@ fn install_with(
     }
     let mut removal = Batch::new();
     families.iter().for_each(|&family| removal.delete_table(family, TABLE));
-    Ok(Armed {
+    Ok(ArmedFence {
         socket,
         open: flip(&names, Policy::Accept),
         close_new: close_new.prepare(),

@@ -19,7 +19,7 @@ use super::image::{Link, NetworkImage};
 use super::placement::{Hook, Placement};
 use super::read::address;
 use super::rtnl::{self, Rtnl, ifinfo};
-use super::sockets::Lookout;
+use super::sockets::SockDiag;
 use crate::problem::{Problem, Trying};
 use crate::sys::netlink::Request;
 use crate::sys::netns::NetNs;
@@ -170,7 +170,7 @@ pub fn frame(link: u16, bytes: &[u8]) -> Option<Frame> {
 /// Counts the container's connections over its links of some names.
 #[derive(Debug)]
 pub struct Meter {
-    lookout: Lookout,
+    sock_diag: SockDiag,
     links: Rtnl,
     names: Vec<String>,
 }
@@ -179,7 +179,7 @@ impl Meter {
     /// Makes ready to look into a namespace.
     pub fn new(namespace: &NetNs, names: Vec<String>) -> Result<Self, Problem> {
         let links = Rtnl::open(namespace).trying(|| "cannot open the namespace".into())?;
-        Ok(Self { lookout: Lookout::new(namespace)?, links, names })
+        Ok(Self { sock_diag: SockDiag::new(namespace)?, links, names })
     }
 
     /// TCP connections that are open over an address of these links, as these are now.
@@ -191,7 +191,7 @@ impl Meter {
         let all = self.links.addresses().trying(trying)?;
         let all = all.iter().filter(|m| rtnl::index_at(m, 4).is_some_and(|i| ours.contains(&i)));
         let addresses: Vec<IpAddr> = all.filter_map(address).map(|a| a.local).collect();
-        Ok(self.lookout.connections(&addresses)?.len() as u32)
+        Ok(self.sock_diag.connections(&addresses)?.len() as u32)
     }
 }
 

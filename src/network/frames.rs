@@ -49,11 +49,11 @@ impl std::fmt::Debug for Frame {
 impl Frame {
     /// Refuses what no honest peer sends. The kernel itself checks `vnet_hdr` on injection.
     pub fn validate(&self) -> Result<(), Problem> {
-        match (MIN_FRAME..=MAX_FRAME).contains(&self.bytes.len())
-            && usize::from(self.link) < MAX_LINKS
+        if (MIN_FRAME..=MAX_FRAME).contains(&self.bytes.len()) && usize::from(self.link) < MAX_LINKS
         {
-            true => Ok(()),
-            false => Err(Problem::new("a kept frame is not valid", format!("{self:?}"))),
+            Ok(())
+        } else {
+            Err(Problem::new("a kept frame is not valid", format!("{self:?}")))
         }
     }
 
@@ -134,9 +134,10 @@ impl Capture {
     /// Begins to keep frames. Right before the fence closes is best: what came earlier has
     /// reached the container, and doing it after would lose what comes between.
     pub fn start(&mut self) -> io::Result<()> {
-        match self.addresses.is_empty() {
-            true => self.socket.filter(&FILTER)?,
-            false => self.socket.filter(&filter_of(&self.addresses))?,
+        if self.addresses.is_empty() {
+            self.socket.filter(&FILTER)?
+        } else {
+            self.socket.filter(&filter_of(&self.addresses))?
         }
         self.listen()
     }

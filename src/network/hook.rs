@@ -48,7 +48,7 @@ const TOLD: usize = 1000;
 /// PATH_MAX of linux/limits.h.
 const LONGEST: usize = 4096;
 
-/// See the module.
+/// When the program is called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
     /// Make ready.
@@ -98,9 +98,10 @@ pub struct About<'a> {
 pub(super) fn command(text: &str) -> Result<PathBuf, String> {
     let path = Path::new(text);
     let plain = path.components().all(|c| matches!(c, Component::RootDir | Component::Normal(_)));
-    match path.is_absolute() && plain && text.len() < LONGEST && !text.contains('\0') {
-        true => Ok(path.to_owned()),
-        false => Err(format!("{text:?} is no absolute path of a program")),
+    if path.is_absolute() && plain && text.len() < LONGEST && !text.contains('\0') {
+        Ok(path.to_owned())
+    } else {
+        Err(format!("{text:?} is no absolute path of a program"))
     }
 }
 

@@ -3,7 +3,7 @@
 //! A host that answers for the container by proxy ARP or a proxy entry must stop it the moment the
 //! other one begins, or neighbours learn the wrong one of two. The route stays until the container is
 //! gone here: packets of those who have not heard of the move still come in, are kept, and are sent
-//! along. So on the source, from the commit on, a [`Silence`] lets no answer out; the route goes with
+//! along. So on the source, from the commit on, a [`ProxyArpBlock`] lets no answer out; the route goes with
 //! the link.
 //!
 //! [`HostSide`] is written down before anything is changed: it is enough to undo or finish it.
@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::image::NetworkImage;
 use super::nft::{self, Batch, Expression, NewChain, Policy};
-use super::routed::{self, Lead, Uplinks};
+use super::routed::{self, HostRoutes, Uplinks};
 use crate::problem::{Problem, Trying};
 use crate::sys::netlink::{Prepared, Protocol, Socket};
 use crate::sys::netns::NetNs;
@@ -24,7 +24,7 @@ const NF_ARP_OUT: u32 = 1;
 const NF_INET_LOCAL_OUT: u32 = 3;
 const FAMILIES: [(u8, u32); 2] = [(nft::ARP, NF_ARP_OUT), (nft::IPV6, NF_INET_LOCAL_OUT)];
 
-/// See the module.
+/// A host's end of a routed container: what it answers, its route and its proxy entries.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct HostSide {
     /// Name of the table on the host.
@@ -34,12 +34,12 @@ pub struct HostSide {
 
 /// Ready to keep the host from answering for the container.
 #[derive(Debug)]
-pub struct Silence {
+pub struct ProxyArpBlock {
     socket: Socket,
     rules: Prepared,
 }
 
-impl Silence {
+impl ProxyArpBlock {
     /// No answer leaves the host any more. Some 50 µs.
     pub fn begin(&mut self) -> Result<(), Problem> {
         self.socket
@@ -61,7 +61,7 @@ impl HostSide {
     }
 
     /// On the source, ahead of time: chains that let everything through.
-    pub fn arm(&self, host: &NetNs) -> Result<Silence, Problem> {
+    pub fn arm(&self, host: &NetNs) -> Result<ProxyArpBlock, Problem> {
         let trying = || "cannot prepare this host's packet filter".to_owned();
         let mut socket = Socket::open_in(host, Protocol::Netfilter).trying(trying)?;
         let (mut chains, mut rules) = (Batch::new(), Batch::new());
@@ -102,7 +102,7 @@ impl HostSide {
             }
         }
         socket.transact(&chains.prepare()).trying(trying)?;
-        Ok(Silence { socket, rules: rules.prepare() })
+        Ok(ProxyArpBlock { socket, rules: rules.prepare() })
     }
 
     /// Takes the host's own part away, for good: the container is not here.
@@ -118,7 +118,7 @@ impl HostSide {
 
     /// On the destination of whom nobody knows how far he came: everything leads here.
     pub fn lead_here(&self, container: &NetNs, host: &NetNs) -> Result<(), Problem> {
-        if let Some(mut lead) = Lead::prepare(container, &self.image, host)? {
+        if let Some(mut lead) = HostRoutes::prepare(container, &self.image, host)? {
             lead.lead_here()?;
         }
         self.announce(host)

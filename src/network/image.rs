@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 use super::qdisc::{self, Qdisc};
+use super::sysctl;
 use crate::problem::Problem;
 use crate::sys::netlink::Mac;
 
@@ -294,9 +295,12 @@ impl NetworkImage {
                 return Err(format!("two links are called {}", link.name));
             }
         }
-        let known = |name: &str| match self.links.iter().any(|l| l.name == name) {
-            true => Ok(()),
-            false => Err(format!("no link is called {name:?}")),
+        let known = |name: &str| {
+            if self.links.iter().any(|l| l.name == name) {
+                Ok(())
+            } else {
+                Err(format!("no link is called {name:?}"))
+            }
         };
         for route in &self.routes {
             route.link.as_deref().map_or(Ok(()), known)?;
@@ -314,7 +318,7 @@ impl NetworkImage {
         self.neighbours.iter().try_for_each(|n| known(&n.link))?;
         for sysctl in &self.sysctls {
             let mut parts = sysctl.path.split('/');
-            if !matches!(parts.next(), Some("ipv4" | "ipv6" | "core" | "unix")) {
+            if !parts.next().is_some_and(|top| sysctl::OF_NAMESPACE.contains(&top)) {
                 return Err(format!("{:?} is no parameter of a namespace", sysctl.path));
             }
             parts.try_for_each(sysctl_name)?;
@@ -389,9 +393,12 @@ impl Address {
 
 impl Route {
     pub(super) fn check(&self) -> Result<(), String> {
-        let family = |a: IpAddr| match a.is_ipv6() == self.v6 {
-            true => Ok(()),
-            false => Err(format!("{a} in a route of the other family")),
+        let family = |a: IpAddr| {
+            if a.is_ipv6() == self.v6 {
+                Ok(())
+            } else {
+                Err(format!("{a} in a route of the other family"))
+            }
         };
         if let Some(destination) = self.destination {
             family(destination)?;
@@ -416,16 +423,14 @@ impl Route {
 }
 
 fn bounded(what: &str, count: usize, most: usize) -> Result<(), String> {
-    match count <= most {
-        true => Ok(()),
-        false => Err(format!("{count} {what}, more than {most}")),
-    }
+    if count <= most { Ok(()) } else { Err(format!("{count} {what}, more than {most}")) }
 }
 
 pub(super) fn prefix(address: IpAddr, bits: u8) -> Result<(), String> {
-    match bits <= if address.is_ipv4() { 32 } else { 128 } {
-        true => Ok(()),
-        false => Err(format!("{address} has a prefix of {bits} bits")),
+    if bits <= if address.is_ipv4() { 32 } else { 128 } {
+        Ok(())
+    } else {
+        Err(format!("{address} has a prefix of {bits} bits"))
     }
 }
 
@@ -433,25 +438,28 @@ pub(super) fn prefix(address: IpAddr, bits: u8) -> Result<(), String> {
 pub(crate) fn ifname(name: &str) -> Result<(), String> {
     let good = |b: u8| b.is_ascii_graphic() && !b"/:%".contains(&b);
     let length = (1..=MAX_IFNAME).contains(&name.len());
-    match length && name.bytes().all(good) && name != "." && name != ".." {
-        true => Ok(()),
-        false => Err(format!("{name:?} is no name of an interface")),
+    if length && name.bytes().all(good) && name != "." && name != ".." {
+        Ok(())
+    } else {
+        Err(format!("{name:?} is no name of an interface"))
     }
 }
 
 fn sysctl_name(name: &str) -> Result<(), String> {
     let good = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
-    match !name.is_empty() && name.len() <= 64 && name.bytes().all(good) {
-        true => Ok(()),
-        false => Err(format!("{name:?} is no name of a kernel parameter")),
+    if !name.is_empty() && name.len() <= 64 && name.bytes().all(good) {
+        Ok(())
+    } else {
+        Err(format!("{name:?} is no name of a kernel parameter"))
     }
 }
 
 fn sysctl_value(value: &str) -> Result<(), String> {
     let good = |b: u8| b.is_ascii_graphic() || b == b' ' || b == b'\t';
-    match value.len() <= MAX_SYSCTL_VALUE && value.bytes().all(good) {
-        true => Ok(()),
-        false => Err("the value of a kernel parameter is too long or not text".into()),
+    if value.len() <= MAX_SYSCTL_VALUE && value.bytes().all(good) {
+        Ok(())
+    } else {
+        Err("the value of a kernel parameter is too long or not text".into())
     }
 }
 
@@ -495,9 +503,12 @@ impl HostEnd {
             return Err(format!("too many routes to {}", self.name));
         }
         self.proxies.iter().try_for_each(|p| ifname(&p.link))?;
-        self.routes.iter().try_for_each(|r| match r.link.as_deref() == Some(&self.name) {
-            true => r.check(),
-            false => Err(format!("a route over {:?} as one to {}", r.link, self.name)),
+        self.routes.iter().try_for_each(|r| {
+            if r.link.as_deref() == Some(&self.name) {
+                r.check()
+            } else {
+                Err(format!("a route over {:?} as one to {}", r.link, self.name))
+            }
         })
     }
 

@@ -14,7 +14,7 @@
 //!    source calls [`dismantle`] so that no kernel answers for a container that is not there.
 //!
 //! Where the address cannot move, the first host keeps it: [`forward`] has what its frames go in and
-//! out by, on both hosts.
+//! out by, on both hosts. Where it is an engine's, and only connections cannot, see [`published`].
 //!
 //! Containers that use the host's network have addresses of the host move with them: [`floating`].
 //!
@@ -22,11 +22,11 @@
 
 pub(crate) mod announce;
 pub(crate) mod capture;
+pub(crate) mod curtain;
 pub mod fence;
 pub(crate) mod floating;
 pub(crate) mod forward;
 pub(crate) mod frames;
-pub(crate) mod gate;
 pub(crate) mod hook;
 pub(crate) mod host_side;
 pub mod image;
@@ -34,32 +34,36 @@ mod legacy;
 mod neighbours;
 mod nft;
 pub(crate) mod placement;
+pub(crate) mod published;
 pub(crate) mod qdisc;
 pub(crate) mod read;
 mod recreate;
+pub(crate) mod release;
 pub(crate) mod replay;
 mod restore;
-pub(crate) mod room;
 pub(crate) mod routed;
 mod rtnl;
 pub(crate) mod sockets;
 mod sysctl;
 pub(crate) mod translated;
+pub(crate) mod udp_buffers;
+pub(crate) mod udp_queues;
+mod understudy;
 pub(crate) mod unix;
-pub(crate) mod unread;
 pub mod usable;
 
 pub use crate::problem::Problem;
 pub use announce::{Announcer, announce};
-pub use capture::{capture, capture_at, capture_forwarded};
+pub use capture::{capture, capture_at, capture_engines, capture_forwarded};
 pub use floating::Floating;
 pub use frames::{Capture, Frame};
-pub use gate::Gate;
 pub use hook::Hook;
 pub use host_side::HostSide;
 pub use image::NetworkImage;
 pub use neighbours::Neighbours;
 pub use placement::{Placement, preflight};
 pub use recreate::{Recreated, come_home, dismantle, fill_loopback, recreate};
+pub use release::ReleaseSet;
 pub use replay::Replay;
-pub use routed::{Lead, Uplinks};
+pub use routed::{HostRoutes, Uplinks};
+pub use understudy::Understudy;

@@ -24,7 +24,7 @@ const PROBE: u16 = 0x10;
 /// `struct ndmsg`
 const HEAD: usize = 12;
 
-/// See the module.
+/// The container's neighbours with their hardware addresses, and the socket to write them down again.
 #[derive(Debug)]
 pub struct Neighbours {
     socket: Rtnl,

@@ -1,14 +1,17 @@
-//! As much of the nf_tables protocol as the fence needs: one table, base chains without rules; and
-//! what others' rules have to do with an address.
+//! As much of the nf_tables protocol as Ferry needs: tables, base chains, rules, sets; and what others'
+//! rules have to do with an address.
 //!
 //! All changes go in one batch, which the kernel does wholly or not at all. The numbers are those
 //! of linux/netfilter/nf_tables.h and linux/netfilter/nfnetlink.h; nftables' own page on the
 //! hooks is [nft(8)](https://www.netfilter.org/projects/nftables/manpage.html).
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Duration;
 
 use super::rtnl::octets;
-use crate::sys::netlink::{ACK, Attributes, CREATE, Message, Prepared, Request, Result, Socket};
+use crate::sys::netlink::{
+    ACK, Attributes, CREATE, DUMP, Message, Prepared, Request, Result, Socket,
+};
 
 /// `NFPROTO_INET`
 pub(super) const INET: u8 = 1;
@@ -32,6 +35,12 @@ const GETCHAIN: u16 = 4;
 const NEWRULE: u16 = 6;
 const GETRULE: u16 = 7;
 const DELRULE: u16 = 8;
+const NEWSET: u16 = 9;
+const NEWSETELEM: u16 = 12;
+const GETSETELEM: u16 = 13;
+const DELSETELEM: u16 = 14;
+/// Most keys of a set.
+const SET_SIZE: u32 = 1 << 16;
 const FIXED: usize = 4;
 /// `NLM_F_APPEND`
 const APPEND: u16 = 0x800;
@@ -117,10 +126,24 @@ impl Batch {
         self.accept(family, table, chain, OIF, 1);
     }
 
+    /// `iif == 1 accept`
+    pub fn accept_from_loopback(&mut self, family: u8, table: &str, chain: &str) {
+        const IIF: u32 = 4;
+        self.accept(family, table, chain, IIF, 1);
+    }
+
     /// `meta mark == … accept`: what a packet socket of ours sends.
     pub fn accept_mark(&mut self, family: u8, table: &str, chain: &str, mark: u32) {
         const MARK: u32 = 3;
         self.accept(family, table, chain, MARK, mark);
+    }
+
+    /// `meta mark == … notrack`: connection tracking does not see what a socket of ours sends.
+    pub fn untrack_mark(&mut self, family: u8, table: &str, chain: &str, mark: u32) {
+        const MARK: u32 = 3;
+        let equal = Expression::Equal(mark.to_ne_bytes().into());
+        let rule = [Expression::Meta(MARK), equal, Expression::Untracked];
+        self.add_rule(family, table, chain, &rule);
     }
 
     /// Lets through what has this value of a `NFT_META_*` key.
@@ -141,6 +164,50 @@ impl Batch {
             }
         });
         self.0.push(request);
+    }
+
+    /// A set.
+    pub fn add_set(&mut self, family: u8, table: &str, set: &NewSet) {
+        /// `NFT_SET_TIMEOUT`, `NFT_SET_EVAL`
+        const RENEWED: u32 = 0x10 | 0x20;
+        let id = self.0.len() as u32;
+        let mut request = message(NEWSET, ACK | CREATE, family);
+        let (kind, bytes) = (Cell::of_key(set.key), 4 * set.key.len() as u32);
+        request.string(1, table).string(2, set.name).be32(4, kind).be32(5, bytes);
+        request.be32(10, id).nest(9, |description| {
+            description.be32(1, SET_SIZE);
+        });
+        if let Some(timeout) = set.timeout {
+            request.be32(3, RENEWED).attr(11, &(timeout.as_millis() as u64).to_be_bytes());
+        }
+        self.0.push(request);
+    }
+
+    /// Puts keys into a set; some may be there.
+    pub fn add_keys<K: AsRef<[u8]>>(&mut self, family: u8, table: &str, set: &str, keys: &[K]) {
+        self.change_keys(message(NEWSETELEM, ACK | CREATE, family), table, set, keys);
+    }
+
+    /// Takes keys out of a set; all must be there.
+    pub fn delete_keys<K: AsRef<[u8]>>(&mut self, family: u8, table: &str, set: &str, keys: &[K]) {
+        self.change_keys(message(DELSETELEM, ACK, family), table, set, keys);
+    }
+
+    fn change_keys<K: AsRef<[u8]>>(&mut self, begun: Request, table: &str, set: &str, keys: &[K]) {
+        // A nest has no more than 64 KiB.
+        for some in keys.chunks(500) {
+            let mut request = begun.clone();
+            request.string(1, table).string(2, set).nest(3, |list| {
+                for key in some {
+                    list.nest(1, |element| {
+                        element.nest(1, |data| {
+                            data.attr(1, key.as_ref());
+                        });
+                    });
+                }
+            });
+            self.0.push(request);
+        }
     }
 
     /// Who has not begun yet may not begin.
@@ -175,6 +242,20 @@ pub(super) enum Expression {
     Masked(Vec<u8>),
     /// The rule goes on only if this was found.
     Equal(Vec<u8>),
+    /// An index of a device.
+    Device(u32),
+    /// To the device of that index: as far as the sender can tell it is out.
+    Forward,
+    /// `NFT_META_*`, into one of the cells of 4 bytes that make a set's key.
+    MetaTo(u32, u32),
+    /// Base, offset and length, into a cell.
+    PayloadTo(u32, u32, u32, u32),
+    /// The rule goes on only if a set has the key.
+    Lookup(&'static str),
+    /// Puts the key into a set, or renews it there.
+    Update(&'static str),
+    /// Connection tracking leaves the packet alone.
+    Untracked,
     /// The end.
     Verdict(Policy),
 }
@@ -183,6 +264,11 @@ impl Expression {
     pub const DROP: Self = Self::Verdict(Policy::Drop);
     /// `NFT_META_L4PROTO`
     pub const L4_PROTOCOL: Self = Self::Meta(16);
+
+    /// Of the frame's own header.
+    pub fn link(offset: u32, length: u32) -> Self {
+        Self::Payload(0, offset, length)
+    }
 
     /// Of the network header, or of an ARP packet.
     pub fn network(offset: u32, length: u32) -> Self {
@@ -211,18 +297,32 @@ impl Expression {
 
     fn name(&self) -> &'static str {
         match self {
-            Self::Meta(_) => "meta",
-            Self::Payload(..) => "payload",
+            Self::Meta(_) | Self::MetaTo(..) => "meta",
+            Self::Payload(..) | Self::PayloadTo(..) => "payload",
+            Self::Lookup(_) => "lookup",
+            Self::Update(_) => "dynset",
+            Self::Untracked => "notrack",
             Self::Masked(_) => "bitwise",
             Self::Equal(_) => "cmp",
-            Self::Verdict(_) => "immediate",
+            Self::Device(_) | Self::Verdict(_) => "immediate",
+            Self::Forward => "fwd",
         }
     }
 
     fn fill(&self, e: &mut Request) {
         const REGISTER: u32 = 1;
         const VERDICT: u32 = 0;
+        /// `NFT_REG32_00`, which is where the first register is, too.
+        const CELLS: u32 = 8;
+        const UPDATE: u32 = 1;
         match self {
+            Self::MetaTo(cell, key) => e.be32(1, CELLS + cell).be32(2, *key),
+            Self::PayloadTo(cell, base, offset, length) => {
+                e.be32(1, CELLS + cell).be32(2, *base).be32(3, *offset).be32(4, *length)
+            }
+            Self::Lookup(set) => e.string(1, set).be32(2, CELLS),
+            Self::Update(set) => e.string(1, set).be32(3, UPDATE).be32(4, CELLS),
+            Self::Untracked => e,
             Self::Meta(key) => e.be32(1, REGISTER).be32(2, *key),
             Self::Payload(base, offset, length) => {
                 e.be32(1, REGISTER).be32(2, *base).be32(3, *offset).be32(4, *length)
@@ -239,6 +339,10 @@ impl Expression {
             Self::Equal(value) => e.be32(1, REGISTER).be32(2, 0).nest(3, |data| {
                 data.attr(1, value);
             }),
+            Self::Device(index) => e.be32(1, REGISTER).nest(2, |data| {
+                data.attr(1, &index.to_ne_bytes());
+            }),
+            Self::Forward => e.be32(1, REGISTER),
             Self::Verdict(policy) => e.be32(1, VERDICT).nest(2, |data| {
                 data.nest(2, |verdict| {
                     verdict.be32(1, *policy as u32);
@@ -257,6 +361,50 @@ pub(super) struct NewChain<'a> {
     pub hook: u32,
     pub devices: &'a [String],
     pub policy: Policy,
+}
+
+/// Part of a key, by the number that nft(8) knows it by: without, it could not list the set.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Cell {
+    Address = 7,
+    Protocol = 12,
+    Port = 13,
+}
+
+impl Cell {
+    /// The type of a key that is made of these.
+    fn of_key(cells: &[Cell]) -> u32 {
+        cells.iter().fold(0, |kind, cell| kind << 6 | *cell as u32)
+    }
+}
+
+/// A set to be made.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct NewSet {
+    pub name: &'static str,
+    /// What a key is made of, each in a cell of four bytes.
+    pub key: &'static [Cell],
+    /// Rules put keys into it, which are forgotten when nothing has renewed them for so long.
+    pub timeout: Option<Duration>,
+}
+
+/// The keys of a set.
+pub(super) fn keys(
+    socket: &mut Socket,
+    family: u8,
+    table: &str,
+    set: &str,
+) -> Result<Vec<Vec<u8>>> {
+    const ELEMENTS: u16 = 3;
+    let mut request = message(GETSETELEM, DUMP, family);
+    request.string(1, table).string(2, set);
+    let list = socket.list(&request)?;
+    let read = |m: &Message| -> Vec<Vec<u8>> {
+        let elements = m.attributes(FIXED).nest(ELEMENTS);
+        let key = |(_, e): (u16, &[u8])| Some(Attributes::parse(e).nest(1).get(1)?.to_vec());
+        elements.iter().filter_map(key).collect()
+    };
+    Ok(list.iter().flat_map(read).collect())
 }
 
 /// All chains of the namespace.
@@ -291,17 +439,43 @@ pub(super) fn delete_tables(socket: &mut Socket, ours: impl Fn(u8, &str) -> bool
             any = true;
         }
     }
-    match any {
-        true => socket.transact(&batch.prepare()).map(drop),
-        false => Ok(()),
-    }
+    if any { socket.transact(&batch.prepare()).map(drop) } else { Ok(()) }
 }
 
-/// Family and name of the tables that have any rule, one entry a rule.
-pub(super) fn tables_with_rules(socket: &mut Socket) -> Result<Vec<(u8, String)>> {
+/// Family and name of the tables that have any other rule than these, one entry a rule.
+pub(super) fn tables_with_rules(
+    socket: &mut Socket,
+    but: impl Fn(&Message) -> bool,
+) -> Result<Vec<(u8, String)>> {
     let read = |m: Message| Some((*m.payload.first()?, m.attributes(FIXED).string(1)?));
     let list = socket.dump(SUBSYSTEM << 8 | GETRULE, &fixed(0, 0))?;
-    Ok(list.into_iter().filter_map(read).collect())
+    Ok(list.into_iter().filter(|rule| !but(rule)).filter_map(read).collect())
+}
+
+/// Whether a rule of IPv4 concerns packets from or to one address, and no others: it begins with that.
+pub(super) fn concerns(rule: &Message, address: Ipv4Addr) -> bool {
+    /// Of the network header, where the two addresses are in that, and equality.
+    const NETWORK: u32 = 1;
+    const ADDRESSES: [u32; 2] = [12, 16];
+    const EQUAL: u32 = 0;
+    let [loads, compares, ..] = &steps(rule)[..] else { return false };
+    let (load, compare) = (loads.nest(2), compares.nest(2));
+    rule.payload.first() == Some(&IPV4)
+        && loads.string(1).as_deref() == Some("payload")
+        && load.be32(2) == Some(NETWORK)
+        && load.be32(3).is_some_and(|at| ADDRESSES.contains(&at))
+        && load.be32(4) == Some(4)
+        && compares.string(1).as_deref() == Some("cmp")
+        && compare.be32(1) == load.be32(1)
+        && compare.be32(2) == Some(EQUAL)
+        && compare.nest(3).get(1) == Some(&address.octets())
+}
+
+/// What a rule does, step by step.
+fn steps(rule: &Message) -> Vec<Attributes<'_>> {
+    const EXPRESSIONS: u16 = 4;
+    let rule = rule.attributes(FIXED).nest(EXPRESSIONS);
+    rule.iter().map(|(_, e)| Attributes::parse(e)).collect()
 }
 
 /// Whether a rule makes one of these addresses the destination of packets that are for another.
@@ -313,9 +487,7 @@ pub(super) fn leads_to(socket: &mut Socket, addresses: &[IpAddr]) -> Result<bool
 
 /// The same of one rule.
 pub(super) fn publishes(rule: &Message, addresses: &[IpAddr]) -> bool {
-    const EXPRESSIONS: u16 = 4;
-    let rule = rule.attributes(FIXED).nest(EXPRESSIONS);
-    let steps: Vec<_> = rule.iter().map(|(_, e)| Attributes::parse(e)).collect();
+    let steps = steps(rule);
     is_destination_nat(&steps) && addresses.iter().any(|a| names(&steps, &octets(*a)))
 }
 
@@ -398,5 +570,29 @@ pub(super) mod tests {
             let leads = is_destination_nat(&steps) && names(&steps, &address);
             assert_eq!(leads, found, "{name:?}");
         }
+    }
+
+    #[test]
+    fn a_rule_tells_whom_it_concerns() {
+        let ours = Ipv4Addr::new(127, 0, 0, 11);
+        let rule = |offset: u32, address: [u8; 4], first: &str| {
+            let mut rule = message(NEWRULE, 0, IPV4);
+            let steps = [Expression::network(offset, 4), Expression::Equal(address.into())];
+            rule.string(1, "nat").string(2, "OUTPUT").nest(4, |list| {
+                for step in &steps {
+                    list.nest(1, |e| {
+                        let name = if step.name() == "payload" { first } else { step.name() };
+                        e.string(1, name).nest(2, |e| step.fill(e));
+                    });
+                }
+            });
+            Message { payload: rule.payload() }
+        };
+        assert!(concerns(&rule(16, [127, 0, 0, 11], "payload"), ours));
+        assert!(concerns(&rule(12, [127, 0, 0, 11], "payload"), ours));
+        assert!(!concerns(&rule(16, [127, 0, 0, 12], "payload"), ours));
+        assert!(!concerns(&rule(8, [127, 0, 0, 11], "payload"), ours));
+        assert!(!concerns(&rule(16, [127, 0, 0, 11], "meta"), ours));
+        assert!(!concerns(&Message { payload: published().payload() }, ours));
     }
 }

@@ -175,9 +175,10 @@ pub(super) fn restore(
             let missing = e.errno == Errno::ENOENT;
             let what = format!("cannot make the queueing discipline {} of {}", one.kind, link.name);
             let problem = Problem::new(what, e);
-            match missing {
-                true => problem.hint(format!("this kernel lacks the module sch_{}", one.kind)),
-                false => problem,
+            if missing {
+                problem.hint(format!("this kernel lacks the module sch_{}", one.kind))
+            } else {
+                problem
             }
         })?;
     }

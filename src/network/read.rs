@@ -214,9 +214,11 @@ mod tests {
                 address(&message).is_some(),
                 crate::network::qdisc::Qdisc::read(&message).is_some(),
                 crate::network::nft::publishes(&message, &[ours]),
-                crate::network::translated::flow(&message, ours).is_some(),
+                crate::network::translated::entry(&message, ours).is_some(),
                 crate::network::sockets::one(&message).is_some(),
-                crate::network::unix::named(&message).is_some(),
+                crate::network::unix::named(&message).is_some()
+                    || crate::network::unix::peer(&message).is_some()
+                    || crate::network::unix::queue(&message).is_some(),
                 crate::network::legacy::names(bytes, false, &[10, 88, 0, 5]),
                 crate::network::legacy::names(bytes, true, &[0xfd; 16]),
             ];

@@ -12,14 +12,14 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use super::fence::{self, Armed};
+use super::fence::{self, ArmedFence};
 use super::image::{Kind, Link, NetworkImage};
 use super::placement::{Hook, Placement, fits, kept};
 use super::restore::Restoring;
 use super::rtnl::{self, IFF_UP, LinkInfo, Rtnl, ifinfo};
 use super::{forward, routed};
 use crate::problem::{Problem, Trying};
-use crate::sys::netlink::{CREATE, EXCL, Request};
+use crate::sys::netlink::{self, CREATE, EXCL, Request};
 use crate::sys::netns::{self, NetNs};
 use crate::sys::tun::Tap;
 
@@ -39,7 +39,7 @@ pub struct Recreated {
     links: Vec<String>,
     /// The namespace was made here.
     made: bool,
-    fence: Option<Armed>,
+    fence: Option<ArmedFence>,
     /// Devices whose frames go to another host, with their links' names.
     taps: Vec<(String, Tap)>,
     kept: bool,
@@ -57,12 +57,12 @@ impl Recreated {
     }
 
     /// The fence, closed until somebody opens it.
-    pub fn fence(&mut self) -> Option<&mut Armed> {
+    pub fn fence(&mut self) -> Option<&mut ArmedFence> {
         self.fence.as_mut()
     }
 
     /// Takes the fence out, to open it elsewhere.
-    pub fn take_fence(&mut self) -> Option<Armed> {
+    pub fn take_fence(&mut self) -> Option<ArmedFence> {
         self.fence.take()
     }
 
@@ -151,6 +151,33 @@ impl Recreated {
         let (links, taps) = (Vec::new(), Vec::new());
         Self { namespace, path, links, made, fence: None, taps, kept: false }
     }
+
+    /// Sends, in the host's namespace, what makes a link in the container's; there it gets its name.
+    ///
+    /// Until Linux 6.15 the kernel looks for the name of a new link where the request is sent, and
+    /// answers "File exists" for an `eth0` if that host has one too. So the request has no name: the
+    /// kernel chooses one that is free in the container's namespace.
+    fn add(
+        &mut self,
+        link: &Link,
+        request: &Request,
+        outside: &mut Rtnl,
+        inside: &mut Rtnl,
+    ) -> netlink::Result<()> {
+        let before: Vec<i32> = inside.links()?.iter().map(|l| l.index).collect();
+        outside.change(request)?;
+        let made = inside.links()?.into_iter().find(|l| !before.contains(&l.index));
+        let made = made.ok_or(Errno::ENODEV)?;
+
+        // Noted by whichever name it has, so that it can be taken back.
+        self.links.push(made.name);
+        let mut rename = Request::new(rtnl::NEWLINK, 0, &ifinfo(made.index, 0, 0));
+        rename.string(rtnl::IFLA_IFNAME, &link.name);
+        inside.change(&rename)?;
+        self.links.pop();
+        self.links.push(link.name.clone());
+        Ok(())
+    }
 }
 
 /// The container comes back to the namespace that was kept for it here: it gets its name back and
@@ -218,8 +245,8 @@ fn furnish(
         let host_links = outside.links().trying(|| "cannot read this host's links".into())?;
         if let (Hook::Routed, Kind::Routed { end }) = (&hook, &link.kind) {
             let request = veth(link, &host_links, &made.namespace);
-            outside.change(&request).trying(|| format!("cannot make {}", link.name))?;
-            made.links.push(link.name.clone());
+            made.add(link, &request, &mut outside, &mut inside)
+                .trying(|| format!("cannot make {}", link.name))?;
             links.push(link);
             routed.push((link, end));
             continue;
@@ -229,8 +256,8 @@ fn furnish(
             Hook::Macvlan { mode, .. } => macvlan(link, on, *mode, &made.namespace),
             Hook::Bridge(_) | Hook::Tap | Hook::Routed => veth(link, &host_links, &made.namespace),
         };
-        outside.change(&request).trying(|| format!("cannot make {} on {}", link.name, on.name))?;
-        made.links.push(link.name.clone());
+        made.add(link, &request, &mut outside, &mut inside)
+            .trying(|| format!("cannot make {} on {}", link.name, on.name))?;
         links.push(link);
         if let Hook::Bridge(_) = hook {
             ports.push((link.name.clone(), on.index));
@@ -272,9 +299,9 @@ fn furnish(
     restoring.settle(image)
 }
 
+/// All but the name: see [`Recreated::add`].
 fn describe(request: &mut Request, link: &Link, namespace: &NetNs) {
     request
-        .string(rtnl::IFLA_IFNAME, &link.name)
         .attr(rtnl::IFLA_ADDRESS, &link.mac.unwrap_or_default())
         .u32(rtnl::IFLA_MTU, link.mtu)
         .u32(rtnl::IFLA_TXQLEN, link.txqlen)
@@ -426,4 +453,48 @@ pub fn dismantle(
         }
     }
     if problems.is_empty() { Ok(()) } else { Err(problems) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::network::image::tests::sample;
+    use crate::sys::netlink::Attributes;
+
+    #[test]
+    fn a_new_link_is_asked_for_without_its_name() {
+        let image: NetworkImage = serde_json::from_value(sample()).expect("an image");
+        let namespace = NetNs::current().expect("a namespace");
+        let host = LinkInfo {
+            index: 7,
+            flags: 0,
+            name: "eth0".into(),
+            mac: None,
+            mtu: 1500,
+            txqlen: 0,
+            master: None,
+            lower: None,
+            lower_nsid: None,
+            operstate: 0,
+            kind: String::new(),
+            macvlan_mode: None,
+            addr_gen_mode: None,
+            port_state: None,
+        };
+        let mut looked_at = 0;
+        for (_, link) in image.outward() {
+            for request in [
+                macvlan(link, &host, 4, &namespace),
+                veth(link, std::slice::from_ref(&host), &namespace),
+            ] {
+                let payload = request.payload();
+                let attributes = Attributes::parse(&payload[16..]);
+                assert_eq!(attributes.u32(rtnl::IFLA_MTU), Some(link.mtu));
+                // A kernel before 6.15 would find the host's own `eth0` by it.
+                assert_eq!(attributes.string(rtnl::IFLA_IFNAME), None, "{}", link.name);
+                looked_at += 1;
+            }
+        }
+        assert!(looked_at >= 4, "{looked_at} requests");
+    }
 }

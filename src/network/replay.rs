@@ -12,7 +12,7 @@
 use super::frames::Frame;
 use super::image::NetworkImage;
 use super::rtnl::{self, IFF_UP, NEWQDISC, Rtnl, TCA_KIND, TCA_OPTIONS, ifinfo, tcmsg};
-use super::sockets::Lookout;
+use super::sockets::SockDiag;
 use super::sysctl;
 use crate::problem::{Problem, Trying};
 use crate::sys::netlink::{CREATE, EXCL, Mac, Request};
@@ -40,7 +40,7 @@ pub struct Replay {
     taps: Vec<Option<Tap>>,
     /// Hardware addresses of the links, where they are others than on the source.
     macs: Vec<Mac>,
-    lookout: Lookout,
+    sock_diag: SockDiag,
 }
 
 impl Replay {
@@ -54,7 +54,7 @@ impl Replay {
             let mac = link.mac.unwrap_or_default();
             taps[i] = Some(device(container, &mut socket, &name, &link.name, mac)?);
         }
-        Ok(Self { taps, macs: Vec::new(), lookout: Lookout::new(container)? })
+        Ok(Self { taps, macs: Vec::new(), sock_diag: SockDiag::new(container)? })
     }
 
     /// The same for interfaces of a host, which have hardware addresses of their own: frames are for
@@ -70,12 +70,12 @@ impl Replay {
             let name = format!("ferry-{}{i}", tag.get(..TAG).unwrap_or_default());
             taps.push(Some(device(host, &mut socket, &name, interface, macs[i])?));
         }
-        Ok(Self { taps, macs, lookout: Lookout::new(host)? })
+        Ok(Self { taps, macs, sock_diag: SockDiag::new(host)? })
     }
 
     /// Looks for sockets where the frames come in.
-    pub fn lookout(&mut self) -> &mut Lookout {
-        &mut self.lookout
+    pub fn sock_diag(&mut self) -> &mut SockDiag {
+        &mut self.sock_diag
     }
 
     /// Lets one frame come in, at once: when this returns, the namespace's stack has had it. The

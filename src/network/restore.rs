@@ -272,12 +272,12 @@ impl Restoring<'_> {
         });
         // A link whose MTU is too small for it, or a kernel started without it, has no IPv6.
         let has_ipv6 = self.find(link)?.addr_gen_mode.is_some();
-        match has_ipv6 {
-            true => self
-                .socket
+        if has_ipv6 {
+            self.socket
                 .change(&request)
-                .trying(|| format!("cannot set how {} gets its IPv6 addresses", link.name)),
-            false => Ok(()),
+                .trying(|| format!("cannot set how {} gets its IPv6 addresses", link.name))
+        } else {
+            Ok(())
         }
     }
 

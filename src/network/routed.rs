@@ -4,7 +4,7 @@
 //! The host's end goes along with its address, parameters and hardware address: the container's
 //! gateway stays what it was. The routes to it are another matter: only one host may have them.
 //! They are read with the rest, and made on the destination at the moment of the hand-over, by
-//! [`Lead`]; until then what that host sends to the container still finds the source.
+//! [`HostRoutes`]; until then what that host sends to the container still finds the source.
 
 use std::fs;
 use std::net::IpAddr;
@@ -170,12 +170,12 @@ pub(super) fn furnish(
 
 /// What leads the container's packets to this host, ready to be put in place.
 #[derive(Debug)]
-pub struct Lead {
+pub struct HostRoutes {
     socket: Rtnl,
     requests: Vec<(Request, String)>,
 }
 
-impl Lead {
+impl HostRoutes {
     /// Of requests that are ready, with what they add.
     pub(super) fn of(socket: Rtnl, requests: Vec<(Request, String)>) -> Self {
         Self { socket, requests }
@@ -235,9 +235,10 @@ pub(super) fn set_proxies(host: &NetNs, proxies: &[Proxy], present: bool) -> Res
     let links = socket.links().trying(trying)?;
     for proxy in proxies {
         let Some(on) = links.iter().find(|l| l.name == proxy.link) else { continue };
-        let request = match present {
-            true => proxy_request(rtnl::NEWNEIGH, CREATE | REPLACE, on.index, proxy.address),
-            false => proxy_request(rtnl::DELNEIGH, 0, on.index, proxy.address),
+        let request = if present {
+            proxy_request(rtnl::NEWNEIGH, CREATE | REPLACE, on.index, proxy.address)
+        } else {
+            proxy_request(rtnl::DELNEIGH, 0, on.index, proxy.address)
         };
         match socket.change(&request) {
             Err(e) if e.errno != Errno::ENOENT => return Err(e).trying(trying),

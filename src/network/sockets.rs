@@ -12,16 +12,20 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use serde::{Deserialize, Serialize};
 
 use crate::problem::{Problem, Trying};
-use crate::sys::netlink::{Message, Protocol, Socket};
+use crate::sys::netlink::{Message, Protocol, Request, Socket};
 use crate::sys::netns::NetNs;
 
-/// `SOCK_DIAG_BY_FAMILY` of linux/sock_diag.h.
+/// `SOCK_DIAG_BY_FAMILY`, `SOCK_DESTROY` of linux/sock_diag.h.
 const BY_FAMILY: u16 = 20;
+const DESTROY: u16 = 21;
 const FAMILIES: [u8; 2] = [libc::AF_INET as u8, libc::AF_INET6 as u8];
 /// `struct inet_diag_req_v2` of linux/inet_diag.h.
 const REQUEST: usize = 56;
 /// `struct inet_diag_msg`.
 const ANSWER: usize = 72;
+/// `struct inet_diag_sockid`, which is in both, and where.
+const ID: std::ops::Range<usize> = 4..52;
+const ID_ASKED: std::ops::Range<usize> = 8..56;
 /// A peer that has not answered so many times is gone: what it was sent comes to nobody.
 const UNANSWERED: u8 = 3;
 /// `INET_DIAG_SKMEMINFO`: what waits in a socket, and how much may, are the first two numbers.
@@ -106,12 +110,12 @@ pub struct Only {
 
 /// Looks for what is nobody's, again and again.
 #[derive(Debug)]
-pub struct Lookout {
+pub struct SockDiag {
     socket: Socket,
     only: Option<Only>,
 }
 
-impl Lookout {
+impl SockDiag {
     /// Makes ready to look into a namespace.
     pub fn new(namespace: &NetNs) -> Result<Self, Problem> {
         let socket = Socket::open_in(namespace, Protocol::SockDiag);
@@ -223,6 +227,32 @@ impl Lookout {
         Ok(found)
     }
 
+    /// Ends TCP connections at once, with nothing left that would be sent later, or stand in the way of
+    /// the same connection when it comes here again. The fence must be closed: the kernel tells the other
+    /// end of it. What it does not end is left as it is: it needs `CONFIG_INET_DIAG_DESTROY`.
+    ///
+    /// # Errors
+    /// When they cannot be listed.
+    pub fn cut(&mut self, wanted: impl Fn(&Known) -> bool) -> Result<(), Problem> {
+        let states: Vec<u8> = (1..=CLOSING).filter(|s| ![CLOSE, LISTEN].contains(s)).collect();
+        let mut requests = Vec::new();
+        self.ask(libc::IPPROTO_TCP, &states, None, |message| {
+            let Some(one) = one(message) else { return };
+            let known = Known { udp: false, listens: false, flow: one.flow, inode: one.inode };
+            if wanted(&known) && one.can_be_cut(kernel()) {
+                let mut request = [0; REQUEST];
+                (request[0], request[1]) = (message.payload[0], libc::IPPROTO_TCP as u8);
+                request[ID_ASKED].copy_from_slice(&message.payload[ID]);
+                requests.push(Request::new(DESTROY, 0, &request));
+            }
+        })?;
+        for request in requests {
+            // Ended by itself meanwhile, or a kernel that does not do it.
+            let _ = self.socket.change(&request);
+        }
+        Ok(())
+    }
+
     fn list(
         &mut self,
         protocol: libc::c_int,
@@ -277,10 +307,23 @@ pub(super) struct One {
 }
 
 impl One {
+    /// Whether the kernel ends it in full. Before Linux 6.11 it throws away what a closed one has yet to
+    /// send, and with it the timer that would end it.
+    fn can_be_cut(&self, kernel: (u32, u32)) -> bool {
+        self.inode != 0 || self.state == TIME_WAIT || kernel >= (6, 11)
+    }
+
     /// Of a closed one: whether somebody still takes what is left.
     fn drains(&self) -> bool {
         self.sent > 1 && self.retries < UNANSWERED
     }
+}
+
+/// The kernel's version: its first two numbers.
+fn kernel() -> (u32, u32) {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
 pub(super) fn one(message: &Message) -> Option<One> {
@@ -329,5 +372,19 @@ mod tests {
         assert!(one(2, 0) && one(1 << 20, UNANSWERED - 1));
         assert!(!one(1, 0), "only the end is left");
         assert!(!one(1 << 20, UNANSWERED), "the peer is gone");
+    }
+
+    #[test]
+    fn an_old_kernel_does_not_end_what_nobody_has() {
+        let one = |state: u8, inode: u32, kernel| {
+            let mut bytes = [0; ANSWER];
+            (bytes[0], bytes[1]) = (libc::AF_INET as u8, state);
+            bytes[68..].copy_from_slice(&inode.to_ne_bytes());
+            one(&Message { payload: bytes.to_vec() }).is_some_and(|one| one.can_be_cut(kernel))
+        };
+        assert!(one(ESTABLISHED, 7, (5, 10)) && one(TIME_WAIT, 0, (5, 10)));
+        assert!(!one(FIN_WAIT1, 0, (6, 8)) && !one(FIN_WAIT1, 0, (5, 19)));
+        assert!(one(FIN_WAIT1, 0, (6, 11)) && one(FIN_WAIT1, 0, (7, 0)));
+        assert!(kernel() > (3, 0));
     }
 }

@@ -11,7 +11,7 @@ use super::image::{LinkSysctl, Sysctl, Tree};
 
 const ROOT: &str = "/proc/sys/net";
 /// What a namespace has, apart from tables of per-link parameters.
-const OF_NAMESPACE: [&str; 4] = ["ipv4", "ipv6", "core", "unix"];
+pub(super) const OF_NAMESPACE: [&str; 5] = ["ipv4", "ipv6", "core", "unix", "mptcp"];
 /// Not parameters but results, secrets tied to a host, or set by other means.
 const LEFT_OUT: [&str; 6] =
     ["mtu", "mc_forwarding", "stable_secret", "flush", "addr_gen_mode", "netdev_rss_key"];
@@ -118,6 +118,12 @@ pub(super) fn set(path: &str, value: &str, needed: bool) -> io::Result<()> {
         Err(e) => Err(e),
     };
     match result {
+        // A kernel that has no MPTCP has it switched off.
+        Err(e)
+            if e.kind() == io::ErrorKind::NotFound && (path, value) == ("mptcp/enabled", "0") =>
+        {
+            Ok(())
+        }
         Err(e) if needed => Err(io::Error::new(e.kind(), format!("net/{path} = {value:?}: {e}"))),
         _ => Ok(()),
     }

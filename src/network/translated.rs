@@ -9,6 +9,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
+use super::published::packet::{TCP, UDP};
+use super::published::{Ends, Translation};
 use super::rtnl::{AF_INET, AF_INET6, ip_of, octets};
 use super::sockets::Flow;
 use super::{legacy, nft};
@@ -43,6 +45,49 @@ pub struct Translated {
     pub published: bool,
 }
 
+/// A connection under translation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Entry {
+    /// `IPPROTO_TCP` or `IPPROTO_UDP`.
+    pub protocol: u8,
+    /// As the container sees it.
+    pub inside: Flow,
+    /// As the other end does: the host's address, and its own.
+    pub wire: Flow,
+}
+
+impl Entry {
+    /// What packets to the container have on the wire, and inside; nothing for IPv6.
+    pub fn translation(&self) -> Option<Translation> {
+        let ends = |flow: Flow| match (flow.remote, flow.local) {
+            (SocketAddr::V4(from), SocketAddr::V4(to)) => {
+                Some(Ends { protocol: self.protocol, from, to })
+            }
+            _ => None,
+        };
+        Some(Translation { wire: ends(self.wire)?, inside: ends(self.inside)? })
+    }
+}
+
+/// All that are open at these addresses, or in use.
+///
+/// # Errors
+/// When they cannot be read.
+pub fn entries(host: &NetNs, addresses: &[IpAddr]) -> Result<Vec<Entry>, Problem> {
+    let trying = || "cannot read this host's address translation".to_owned();
+    let mut socket = Socket::open_in(host, Protocol::Netfilter).trying(trying)?;
+    let mut entries = Vec::new();
+    for address in addresses {
+        for (tuple, flags) in [(CTA_TUPLE_ORIG, 1), (CTA_TUPLE_REPLY, 2)] {
+            let list = socket.list(&request(*address, tuple, flags)).trying(trying)?;
+            entries.extend(list.iter().filter_map(|m| entry(m, *address)));
+        }
+    }
+    entries.sort_unstable();
+    entries.dedup();
+    Ok(entries)
+}
+
 /// Looks at the host's tables.
 ///
 /// # Errors
@@ -50,13 +95,8 @@ pub struct Translated {
 pub fn look(host: &NetNs, addresses: &[IpAddr]) -> Result<Translated, Problem> {
     let trying = || "cannot read this host's address translation".to_owned();
     let mut socket = Socket::open_in(host, Protocol::Netfilter).trying(trying)?;
-    let mut flows = Vec::new();
-    for address in addresses {
-        for (tuple, flags) in [(CTA_TUPLE_ORIG, 1), (CTA_TUPLE_REPLY, 2)] {
-            let list = socket.list(&request(*address, tuple, flags)).trying(trying)?;
-            flows.extend(list.iter().filter_map(|m| flow(m, *address)));
-        }
-    }
+    let tcp = |entry: &Entry| (entry.protocol == TCP).then_some(entry.inside);
+    let mut flows: Vec<Flow> = entries(host, addresses)?.iter().filter_map(tcp).collect();
     flows.sort_unstable();
     flows.dedup();
     flows.truncate(MOST);
@@ -91,16 +131,24 @@ fn request(address: IpAddr, tuple: u16, flags: u16) -> Request {
     request
 }
 
-/// An open TCP connection under translation, from the container's side.
-pub(super) fn flow(message: &Message, address: IpAddr) -> Option<Flow> {
+/// A connection under translation: an open one of TCP, or one of UDP.
+pub(super) fn entry(message: &Message, address: IpAddr) -> Option<Entry> {
     let a = message.attributes(FIXED);
-    let state = a.nest(CTA_PROTOINFO).nest(1).get(1)?.first().copied()?;
-    if a.be32(CTA_STATUS)? & TRANSLATED == 0 || !OPEN.contains(&state) {
+    let protocol = *a.nest(CTA_TUPLE_ORIG).nest(2).get(1)?.first()?;
+    let open = || OPEN.contains(a.nest(CTA_PROTOINFO).nest(1).get(1)?.first()?).then_some(());
+    match protocol {
+        TCP => open()?,
+        UDP => {}
+        _ => return None,
+    }
+    if a.be32(CTA_STATUS)? & TRANSLATED == 0 {
         return None;
     }
-    let faces = [a.nest(CTA_TUPLE_ORIG), a.nest(CTA_TUPLE_REPLY)];
-    let mut faces = faces.iter().filter_map(face);
-    faces.find(|flow| flow.local.ip() == address)
+    let faces = [face(&a.nest(CTA_TUPLE_ORIG))?, face(&a.nest(CTA_TUPLE_REPLY))?];
+    let own = faces.iter().position(|flow| flow.local.ip() == address)?;
+    // The other direction is told as its sender sees it, who is the other end.
+    let Flow { local: remote, remote: local } = faces[1 - own];
+    Some(Entry { protocol, inside: faces[own], wire: Flow { local, remote } })
 }
 
 /// One direction: who sends, and to whom.
@@ -120,6 +168,11 @@ pub(super) mod tests {
     /// A connection of 10.88.0.5's that is translated, as the kernel lists it.
     pub(in crate::network) fn entry() -> Request {
         let mut entry = Request::new(CT_GET, 0, &[AF_INET, 0, 0, 0]);
+        let port = |of: [u8; 4]| match of {
+            [1, 2, 3, 4] => [0, 80],
+            [9, ..] => [0xea, 0x60],
+            _ => [0xc3, 0x50],
+        };
         for (tuple, from, to) in [
             (CTA_TUPLE_ORIG, [10, 88, 0, 5], [1, 2, 3, 4]),
             (CTA_TUPLE_REPLY, [1, 2, 3, 4], [9; 4]),
@@ -129,7 +182,7 @@ pub(super) mod tests {
                     ip.attr(1, &from).attr(2, &to);
                 });
                 tuple.nest(2, |ports| {
-                    ports.attr(2, &[0xc3, 0x50]).attr(3, &[0, 80]);
+                    ports.attr(1, &[TCP]).attr(2, &port(from)).attr(3, &port(to));
                 });
             });
         }
@@ -144,9 +197,16 @@ pub(super) mod tests {
     #[test]
     fn a_translated_connection_is_read() {
         let message = Message { payload: entry().payload() };
-        let found = flow(&message, "10.88.0.5".parse().unwrap()).unwrap();
-        assert_eq!(found.remote, "1.2.3.4:80".parse().unwrap());
-        assert_eq!(found.local.port(), 50000);
-        assert_eq!(flow(&message, "10.88.0.6".parse().unwrap()), None);
+        let found = super::entry(&message, "10.88.0.5".parse().unwrap()).unwrap();
+        let flow = |local: &str, remote: &str| Flow {
+            local: local.parse().unwrap(),
+            remote: remote.parse().unwrap(),
+        };
+        assert_eq!(found.inside, flow("10.88.0.5:50000", "1.2.3.4:80"));
+        assert_eq!(found.wire, flow("9.9.9.9:60000", "1.2.3.4:80"));
+        let translation = found.translation().unwrap();
+        assert_eq!(translation.wire.to, "9.9.9.9:60000".parse().unwrap());
+        assert_eq!(translation.inside.to, "10.88.0.5:50000".parse().unwrap());
+        assert_eq!(super::entry(&message, "10.88.0.6".parse().unwrap()), None);
     }
 }

@@ -89,6 +89,13 @@ impl Bundle {
             .collect()
     }
 
+    /// What the container is not to see: the runtime binds its `/dev/null` over files, and an empty tmpfs
+    /// over directories.
+    pub fn masked_paths(&self) -> Vec<String> {
+        let list = self.config["linux"]["maskedPaths"].as_array();
+        list.into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
+    }
+
     /// The path of a namespace that the container joins instead of making its own; `Some(None)`
     /// for one of its own, `None` where it shares the host's.
     pub fn namespace(&self, kind: &str) -> Option<Option<PathBuf>> {

@@ -24,6 +24,20 @@ pub fn move_to_where_it_is(pid: i32) -> Result<()> {
     Ok(fs::write(group.path().join("cgroup.procs"), pid.to_string())?)
 }
 
+/// Has a process of ours be in no control group but the topmost one that can be seen: whoever ends a group
+/// ends it no more. cgroups(7), version 2.
+///
+/// # Errors
+/// Where there is none, or it cannot be written to.
+pub fn move_to_root(pid: i32) -> Result<()> {
+    let mounts = String::from_utf8_lossy(&fs::read("/proc/self/mountinfo")?).into_owned();
+    let unified = |line: &&str| line.contains(" - cgroup2 ");
+    let place = mounts.lines().find(unified).and_then(|line| line.split(' ').nth(4));
+    let place = Path::new(place.context("no control groups of version 2")?).join("cgroup.procs");
+    fs::write(&place, pid.to_string())
+        .with_context(|| format!("cannot write to {}", place.display()))
+}
+
 /// A control group that can be frozen.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", tag = "version", content = "path")]

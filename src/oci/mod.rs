@@ -2,8 +2,9 @@
 
 pub(crate) mod bundle;
 pub(crate) mod cgroup;
+pub(crate) mod cgroup_warmer;
+pub(crate) mod migratable;
 pub mod runtime;
-pub(crate) mod warm;
 
 /// Where programs are looked for when the environment names no PATH (podman calls so).
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";

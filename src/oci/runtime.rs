@@ -143,9 +143,32 @@ pub fn first_error(stderr: &str) -> String {
         .map_or_else(|| "no message".to_owned(), |l| (*l).to_owned())
 }
 
+/// The message of the last error in a log of runc's, if there is any: `time=… level=error msg="…"`.
+pub fn last_error(log: &str) -> Option<String> {
+    let line = log.lines().rev().find(|line| line.contains("level=error"))?;
+    let (_, message) = line.split_once(" msg=")?;
+    let bare = message.strip_prefix('"').and_then(|message| message.strip_suffix('"'));
+    Some(bare.unwrap_or(message).replace("\\\"", "\""))
+}
+
 /// Whether this can be a container's ID: runc's rule, which leaves no room for paths.
 pub fn valid_id(id: &OsStr) -> bool {
     let bytes = id.as_bytes();
     !matches!(bytes, b"" | b"." | b"..")
         && bytes.iter().all(|b| b.is_ascii_alphanumeric() || b"_+.-".contains(b))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_error_of_a_log_is_its_message() {
+        let log = "time=\"2026-03-01T12:00:00Z\" level=warning msg=\"odd\"\n\
+                   time=\"2026-03-01T12:00:00Z\" level=error msg=\"a \\\"b\\\" c\"\n\
+                   time=\"2026-03-01T12:00:00Z\" level=info msg=over\n";
+        assert_eq!(last_error(log).as_deref(), Some("a \"b\" c"));
+        assert_eq!(last_error("level=error msg=plain").as_deref(), Some("plain"));
+        assert_eq!((last_error(""), last_error("level=error")), (None, None));
+    }
 }

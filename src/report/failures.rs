@@ -4,9 +4,9 @@ use anyhow::Result;
 
 /// Collects errors of steps that must not keep later steps from being tried.
 #[derive(Debug, Default)]
-pub struct Trouble(Vec<String>);
+pub struct Failures(Vec<String>);
 
-impl Trouble {
+impl Failures {
     /// Notes the error of a step.
     pub fn note<T, E: std::fmt::Display>(&mut self, step: &str, result: Result<T, E>) -> Option<T> {
         result.map_err(|e| self.0.push(format!("{step}: {e:#}"))).ok()

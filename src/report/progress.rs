@@ -104,6 +104,9 @@ pub struct Report {
     /// Of these, CRIU's own work.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub criu_ms: Option<CriuTimes>,
+    /// Pages that CRIU was not shown, and Ferry knew of anyway; none where it was shown all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hidden_pages: Option<u64>,
     /// From the command's beginning to its end.
     pub total_ms: f64,
     /// Bytes put on the link.

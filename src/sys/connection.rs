@@ -102,15 +102,14 @@ pub struct Connection {
     timestamp: u32,
     /// `struct tcp_repair_window`
     window: [u32; 5],
-    /// `SO_SNDBUF`, `SO_RCVBUF`, and which of them the program has set.
-    buffers: (u32, u32, u32),
+    buffers: Buffers,
     /// `TCP_WINDOW_CLAMP`: the window that it may ever offer.
     clamp: u32,
     /// `SO_REUSEADDR`. Repair mode has its own.
     pub reuse: bool,
     /// `O_NONBLOCK`
     nonblocking: bool,
-    options: Vec<(u8, Vec<u8>)>,
+    options: Changed,
 }
 
 /// What [`plain`] has seen.
@@ -143,17 +142,11 @@ pub fn plain(socket: impl AsFd) -> io::Result<Option<Plain>> {
     if info[0] != ESTABLISHED || waiting(fd, libc::FIONREAD)? != 0 || waiting(fd, OUTQ)? != 0 {
         return Ok(None);
     }
-    // SAFETY: these take and return numbers.
-    let (flags, owner) = unsafe {
-        let raw = fd.as_raw_fd();
-        (libc::fcntl(raw, libc::F_GETFL), libc::fcntl(raw, libc::F_GETOWN))
-    };
-    // Of neither there is anything.
-    let filter = length(fd, libc::SOL_SOCKET, libc::SO_GET_FILTER) != Some(0);
+    let Some(flags) = is_ordinary(fd) else { return Ok(None) };
     let upon = value(fd, (libc::IPPROTO_TCP, TCP_ULP)).0 != 0;
     // It counts what it has sent for its program.
     let zerocopy = get::<libc::c_int>(fd, libc::SOL_SOCKET, libc::SO_ZEROCOPY)? != 0;
-    if flags < 0 || flags & libc::O_ASYNC != 0 || owner != 0 || filter || upon || zerocopy {
+    if upon || zerocopy {
         return Ok(None);
     }
     // Half shut, with an urgent byte, with an error that nobody has been told.
@@ -166,7 +159,7 @@ pub fn plain(socket: impl AsFd) -> io::Result<Option<Plain>> {
         reuse: get::<libc::c_int>(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR)? != 0,
         options: info[5],
         scales: info[6],
-        nonblocking: flags & libc::O_NONBLOCK != 0,
+        nonblocking: flags.nonblocking,
     }))
 }
 
@@ -175,10 +168,90 @@ pub fn plain(socket: impl AsFd) -> io::Result<Option<Plain>> {
 /// # Errors
 /// When there can be none.
 pub fn fresh_options(v6: bool) -> io::Result<Options> {
-    let socket = fresh(v6)?;
-    let all = OPTIONS.iter().zip(0..).map(|(name, number)| (number, *name));
-    let all = all.map(|(number, name)| (number, name, value(socket.as_fd(), name)));
-    Ok(Options(all.filter(|(_, _, (length, _))| *length > 0).collect()))
+    Ok(Options::of(fresh(v6, libc::IPPROTO_TCP)?.as_fd()))
+}
+
+impl Options {
+    pub(super) fn of(fd: BorrowedFd) -> Options {
+        let all = OPTIONS.iter().zip(0..).map(|(name, number)| (number, *name));
+        let all = all.map(|(number, name)| (number, name, value(fd, name)));
+        Options(all.filter(|(_, _, (length, _))| *length > 0).collect())
+    }
+
+    /// Those of a socket that are not as in this fresh one.
+    pub(super) fn changed(&self, fd: BorrowedFd) -> Changed {
+        let options = self.0.iter().filter_map(|(number, name, fresh)| {
+            let (length, bytes) = value(fd, *name);
+            let own = (length, bytes) != *fresh && length > 0;
+            own.then(|| (*number, bytes[..usize::from(length)].to_vec()))
+        });
+        options.collect()
+    }
+}
+
+/// Options by their numbers, and their values.
+pub(super) type Changed = Vec<(u8, Vec<u8>)>;
+
+pub(super) fn set_options(fd: BorrowedFd, changed: &Changed) -> io::Result<()> {
+    for (number, value) in changed {
+        let option = OPTIONS.get(usize::from(*number)).copied();
+        let (level, name) = option.ok_or(io::ErrorKind::InvalidData)?;
+        let done = set_slice(fd, level, name, value);
+        if (level, name) != CONGESTION {
+            done?;
+        }
+    }
+    Ok(())
+}
+
+/// `SO_SNDBUF`, `SO_RCVBUF`, and which of them the program has set.
+pub(super) type Buffers = (u32, u32, u32);
+
+pub(super) fn buffers(fd: BorrowedFd) -> io::Result<Buffers> {
+    let size = |name| get::<u32>(fd, libc::SOL_SOCKET, name);
+    Ok((size(libc::SO_SNDBUF)?, size(libc::SO_RCVBUF)?, size(SO_BUF_LOCK).unwrap_or(0)))
+}
+
+pub(super) fn set_buffers(fd: BorrowedFd, (send, receive, locked): Buffers) -> io::Result<()> {
+    let mut changed = false;
+    for (name, force, wanted) in [
+        (libc::SO_SNDBUF, libc::SO_SNDBUFFORCE, send),
+        (libc::SO_RCVBUF, libc::SO_RCVBUFFORCE, receive),
+    ] {
+        if get::<u32>(fd, libc::SOL_SOCKET, name)? < wanted || locked != 0 {
+            // What is asked for is doubled. socket(7)
+            set(fd, libc::SOL_SOCKET, force, &(wanted / 2))?;
+            changed = true;
+        }
+    }
+    if changed {
+        // Unknown before Linux 5.14: they are not adapted any more then.
+        let _ = set(fd, libc::SOL_SOCKET, SO_BUF_LOCK, &locked);
+    }
+    Ok(())
+}
+
+/// A socket that nobody wants a signal of, and that filters nothing.
+pub(super) fn is_ordinary(fd: BorrowedFd) -> Option<Flags> {
+    // SAFETY: these take and return numbers.
+    let (flags, owner) = unsafe {
+        let raw = fd.as_raw_fd();
+        (libc::fcntl(raw, libc::F_GETFL), libc::fcntl(raw, libc::F_GETOWN))
+    };
+    // Of neither there is anything.
+    let filter = length(fd, libc::SOL_SOCKET, libc::SO_GET_FILTER) != Some(0);
+    let ordinary = flags >= 0 && flags & libc::O_ASYNC == 0 && owner == 0 && !filter;
+    ordinary.then_some(Flags { nonblocking: flags & libc::O_NONBLOCK != 0 })
+}
+
+pub(super) struct Flags {
+    pub(super) nonblocking: bool,
+}
+
+pub(super) fn set_nonblocking(fd: BorrowedFd) -> io::Result<()> {
+    // SAFETY: it takes numbers.
+    let r = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) };
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Takes a connection down whose socket nobody uses. It stays as it is, in repair mode: silent, also
@@ -186,16 +259,9 @@ pub fn fresh_options(v6: bool) -> io::Result<Options> {
 ///
 /// # Errors
 /// When it is not what [`plain`] has seen.
-pub fn take_down(socket: impl AsFd, seen: Plain, fresh: &Options) -> io::Result<Connection> {
+pub fn repair_dump(socket: impl AsFd, seen: Plain, fresh: &Options) -> io::Result<Connection> {
     let fd = socket.as_fd();
-    let options = fresh.0.iter().filter_map(|(number, name, fresh)| {
-        let (length, bytes) = value(fd, *name);
-        let own = (length, bytes) != *fresh && length > 0;
-        own.then(|| (*number, bytes[..usize::from(length)].to_vec()))
-    });
-    let options = options.collect();
-    let size = |name| get::<u32>(fd, libc::SOL_SOCKET, name);
-    let buffers = (size(libc::SO_SNDBUF)?, size(libc::SO_RCVBUF)?, size(SO_BUF_LOCK).unwrap_or(0));
+    let (options, buffers) = (fresh.changed(fd), buffers(fd)?);
     enter_repair(fd)?;
     let tcp = |name| get::<u32>(fd, libc::IPPROTO_TCP, name);
     let next = |queue: libc::c_int| {
@@ -221,7 +287,7 @@ pub fn take_down(socket: impl AsFd, seen: Plain, fresh: &Options) -> io::Result<
 /// # Errors
 /// When there can be none, or the address is not there.
 pub fn prepare(local: SocketAddr, owner: u32, early: bool) -> io::Result<OwnedFd> {
-    let socket = fresh(local.is_ipv6())?;
+    let socket = fresh(local.is_ipv6(), libc::IPPROTO_TCP)?;
     // Packet filters see it, too.
     fchown(&socket, Some(Uid::from_raw(owner)), None)?;
     enter_repair(&socket)?;
@@ -239,7 +305,7 @@ pub fn prepare(local: SocketAddr, owner: u32, early: bool) -> io::Result<OwnedFd
 ///
 /// # Errors
 /// When the kernel has such a connection already, has no way to `remote`, or does not know an option.
-pub fn build_up(socket: impl AsFd, remote: SocketAddr, was: &Connection) -> io::Result<()> {
+pub fn repair_restore(socket: impl AsFd, remote: SocketAddr, was: &Connection) -> io::Result<()> {
     let fd = socket.as_fd();
     let tcp = |name, value: u32| set(fd, libc::IPPROTO_TCP, name, &value);
     for (queue, next) in [(RECEIVED, was.sequence.1), (SENT, was.sequence.0)] {
@@ -260,39 +326,11 @@ pub fn build_up(socket: impl AsFd, remote: SocketAddr, was: &Connection) -> io::
         tcp(TCP_TIMESTAMP, was.timestamp)?;
     }
     set(fd, libc::IPPROTO_TCP, TCP_REPAIR_WINDOW, &was.window)?;
-    for (number, value) in &was.options {
-        let option = OPTIONS.get(usize::from(*number)).copied();
-        let (level, name) = option.ok_or(io::ErrorKind::InvalidData)?;
-        let done = set_slice(fd, level, name, value);
-        if (level, name) != CONGESTION {
-            done?;
-        }
-    }
-    let (send, receive, locked) = was.buffers;
-    let mut changed = false;
-    for (name, force, wanted) in [
-        (libc::SO_SNDBUF, libc::SO_SNDBUFFORCE, send),
-        (libc::SO_RCVBUF, libc::SO_RCVBUFFORCE, receive),
-    ] {
-        if get::<u32>(fd, libc::SOL_SOCKET, name)? < wanted || locked != 0 {
-            // What is asked for is doubled. socket(7)
-            set(fd, libc::SOL_SOCKET, force, &(wanted / 2))?;
-            changed = true;
-        }
-    }
-    if changed {
-        // Unknown before Linux 5.14: they are not adapted any more then.
-        let _ = set(fd, libc::SOL_SOCKET, SO_BUF_LOCK, &locked);
-    }
+    set_options(fd, &was.options)?;
+    set_buffers(fd, was.buffers)?;
     // Connecting has set it to what the buffers were then.
     tcp(libc::TCP_WINDOW_CLAMP, was.clamp)?;
-    if was.nonblocking {
-        // SAFETY: it takes numbers.
-        if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    Ok(())
+    if was.nonblocking { set_nonblocking(fd) } else { Ok(()) }
 }
 
 /// Lets a connection live, without a word to its peer.
@@ -306,10 +344,10 @@ pub fn wake(socket: impl AsFd, reuse: bool) -> io::Result<()> {
     if reuse { set(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, &1) } else { Ok(()) }
 }
 
-fn fresh(v6: bool) -> io::Result<OwnedFd> {
+pub(super) fn fresh(v6: bool, protocol: libc::c_int) -> io::Result<OwnedFd> {
     let family = if v6 { libc::AF_INET6 } else { libc::AF_INET };
     // SAFETY: no pointers; a non-negative result is a new descriptor that is ours alone.
-    let fd = unsafe { libc::socket(family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
+    let fd = unsafe { libc::socket(family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, protocol) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -334,7 +372,7 @@ fn length(fd: BorrowedFd, level: libc::c_int, name: libc::c_int) -> Option<u32> 
     (r >= 0).then_some(length)
 }
 
-fn value(fd: BorrowedFd, (level, name): Name) -> Value {
+pub(super) fn value(fd: BorrowedFd, (level, name): Name) -> Value {
     let mut bytes = [0; LONGEST];
     let mut length = LONGEST as libc::socklen_t;
     let place = bytes.as_mut_ptr().cast();
@@ -344,7 +382,7 @@ fn value(fd: BorrowedFd, (level, name): Name) -> Value {
 }
 
 /// Numbers that any bytes make, without padding.
-trait Plainly: Copy {
+pub(super) trait Plainly: Copy {
     const ZERO: Self;
 }
 impl Plainly for u8 {
@@ -366,7 +404,11 @@ impl<const N: usize> Plainly for [u8; N] {
     const ZERO: Self = [0; N];
 }
 
-fn get<T: Plainly>(fd: BorrowedFd, level: libc::c_int, name: libc::c_int) -> io::Result<T> {
+pub(super) fn get<T: Plainly>(
+    fd: BorrowedFd,
+    level: libc::c_int,
+    name: libc::c_int,
+) -> io::Result<T> {
     let mut value = T::ZERO;
     let mut length = size_of::<T>() as libc::socklen_t;
     let place = (&raw mut value).cast();
@@ -375,7 +417,7 @@ fn get<T: Plainly>(fd: BorrowedFd, level: libc::c_int, name: libc::c_int) -> io:
     if r < 0 { Err(io::Error::last_os_error()) } else { Ok(value) }
 }
 
-fn set<T: Plainly>(
+pub(super) fn set<T: Plainly>(
     fd: BorrowedFd,
     level: libc::c_int,
     name: libc::c_int,
@@ -384,7 +426,7 @@ fn set<T: Plainly>(
     set_slice(fd, level, name, std::slice::from_ref(value))
 }
 
-fn set_slice<T: Plainly>(
+pub(super) fn set_slice<T: Plainly>(
     fd: BorrowedFd,
     level: libc::c_int,
     name: libc::c_int,
@@ -454,12 +496,12 @@ pub(crate) mod tests {
         };
         let had = clamp(&server);
         let seen = plain(&server).unwrap().expect("it is plain");
-        let (was, before) = (take_down(&server, seen, &fresh).unwrap(), all(&server));
+        let (was, before) = (repair_dump(&server, seen, &fresh).unwrap(), all(&server));
         assert!(cookie(&server).unwrap() != cookie(&client).unwrap());
         // Silent, as it is in repair mode.
         drop(server);
         let again = prepare(local, 77, false).unwrap();
-        build_up(&again, peer, &was).unwrap();
+        repair_restore(&again, peer, &was).unwrap();
         wake(&again, was.reuse).unwrap();
         let mut server = TcpStream::from(again);
         assert_eq!(all(&server), before);

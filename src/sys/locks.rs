@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 
 use serde::{Deserialize, Serialize};
 
-use super::process::proc_text;
+use super::process::{lines, proc_lines};
 use super::stopped::{Stopped, instruction};
 
 /// Whose a lock is.
@@ -92,17 +92,36 @@ impl std::fmt::Display for FileLock {
     }
 }
 
-/// The locks that a process holds by one of its descriptors. proc_pid_fdinfo(5)
+/// Tells the locks that a process holds by one of its descriptors, one by one: no limit is set to how many
+/// those are. proc_pid_fdinfo(5)
 ///
 /// # Errors
-/// When it has no such descriptor.
-pub fn held(pid: i32, number: RawFd) -> io::Result<Vec<FileLock>> {
-    Ok(in_info(&proc_text(pid, &format!("fdinfo/{number}"))?))
+/// When it has no such descriptor; what `tell` ends it with.
+pub fn held(
+    pid: i32,
+    number: RawFd,
+    mut tell: impl FnMut(FileLock) -> io::Result<()>,
+) -> io::Result<()> {
+    let tell = |line: &str| lock_in(line).map_or(Ok(()), &mut tell);
+    proc_lines(pid, &format!("fdinfo/{number}"), tell)
 }
 
 /// See [`held`].
-pub fn in_info(text: &str) -> Vec<FileLock> {
-    text.lines().filter_map(|line| FileLock::parse(line.strip_prefix("lock:")?)).collect()
+fn lock_in(line: &str) -> Option<FileLock> {
+    FileLock::parse(line.strip_prefix("lock:")?)
+}
+
+/// The locks that the text of an `fdinfo` tells of, up to `most`.
+///
+/// # Errors
+/// `FileTooLarge` when there are more.
+pub fn in_info(text: impl io::Read, most: usize) -> io::Result<Vec<FileLock>> {
+    let mut found = Vec::new();
+    lines(text, |line| {
+        found.extend(lock_in(line));
+        if found.len() > most { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(()) }
+    })?;
+    Ok(found)
 }
 
 /// Sets locks in a process's name.
@@ -165,7 +184,7 @@ mod tests {
 
     use super::*;
     use crate::fuzz::{Target, found};
-    use crate::sys::door;
+    use crate::sys::fd_inject;
 
     #[test]
     fn lines_are_read() {
@@ -181,7 +200,8 @@ mod tests {
             lock(Kind::Flock, false, 0, None),
             lock(Kind::Ofd, false, 5, Some(i64::MAX as u64 - 1)),
         ];
-        assert_eq!(in_info(text), wanted);
+        assert_eq!(in_info(text.as_bytes(), 3).unwrap(), wanted);
+        assert_eq!(in_info(text.as_bytes(), 2).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
     }
 
     /// In a process that has the file open as 9, and stands still while it is worked in.
@@ -207,7 +227,7 @@ mod tests {
             lock(Kind::Ofd, true, 5, Some(6)),
             lock(Kind::Flock, true, 0, None),
         ];
-        let mut thread = door::first_thread(pid).unwrap();
+        let mut thread = fd_inject::first_thread(pid).unwrap();
         let mut setter = Setter::open(&mut thread, pid).unwrap();
         for lock in wanted.iter().chain(&wanted[..1]) {
             setter.set(9, lock).unwrap();
@@ -226,7 +246,12 @@ mod tests {
         assert_eq!(setter.set(99, &taken).unwrap_err().raw_os_error(), Some(libc::EBADF));
         setter.close().unwrap();
         drop(thread);
-        let mut found = held(pid, 9).unwrap();
+        let mut found = Vec::new();
+        held(pid, 9, |lock| {
+            found.push(lock);
+            Ok(())
+        })
+        .unwrap();
         let key = |lock: &FileLock| lock.start;
         found.sort_by_key(key);
         wanted.sort_by_key(key);
@@ -241,7 +266,7 @@ mod tests {
         let sample = "pos:\t0\nlock:\t1: POSIX  ADVISORY  WRITE 7 08:01:9 0 EOF\n\
                       lock:\t2: OFDLCK ADVISORY  READ -1 08:01:9 5 9223372036854775807\n";
         Target::new("locks").sample(sample).words(&[b"lock:", b"FLOCK", b"RW"]).run(|bytes| {
-            let list = in_info(&String::from_utf8_lossy(bytes));
+            let list = in_info(bytes, 1000)?;
             for lock in &list {
                 let _ = (lock.as_bytes(), lock.to_string());
             }

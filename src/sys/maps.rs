@@ -14,6 +14,8 @@ pub struct Mapping<'a> {
     pub perms: &'a str,
     /// Where in the file its first byte is.
     pub offset: u64,
+    /// Of the file; 00:00 where there is none.
+    pub device: &'a str,
     /// Of the file; 0 where there is none.
     pub inode: u64,
     /// The file's path, something in brackets, or nothing.
@@ -30,14 +32,20 @@ impl<'a> Mapping<'a> {
         let (start, end) = (number(start)?, number(end)?);
         let perms = parts.next().filter(|perms| perms.len() == 4)?;
         let offset = number(parts.next()?)?;
-        let inode = parts.nth(1)?.parse().ok()?;
+        let device = parts.next()?;
+        let inode = parts.next()?.parse().ok()?;
         let name = parts.next().unwrap_or_default().trim_start_matches(' ');
-        (start < end).then_some(Mapping { start, end, perms, offset, inode, name })
+        (start < end).then_some(Mapping { start, end, perms, offset, device, inode, name })
     }
 
     /// Whether it is the kernel's own, of that name in brackets.
     pub fn is_special(&self, name: &str) -> bool {
         self.inode == 0 && self.name == name
+    }
+
+    /// Whether there is no file behind it. Some file systems number files from 0.
+    pub fn is_anonymous(&self) -> bool {
+        self.inode == 0 && self.device.bytes().all(|b| matches!(b, b'0' | b':'))
     }
 
     /// Whether others see what is written to it.
@@ -80,6 +88,8 @@ mod tests {
         assert_eq!(special.len(), 1);
         assert_eq!((special[0].start, special[0].end), (0x7ff_d000, 0x7ff_f000));
         assert!(list[0].is_shared() && !list[1].is_shared());
+        let first = Mapping::parse("1000-2000 rw-p 00000000 00:2f 0 /on/fuse").unwrap();
+        assert!(list[2].is_anonymous() && !list[1].is_anonymous() && !first.is_anonymous());
     }
 
     #[test]

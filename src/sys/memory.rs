@@ -366,6 +366,13 @@ struct UffdioRegister {
 }
 
 #[repr(C)]
+struct UffdioWriteprotect {
+    start: u64,
+    len: u64,
+    mode: u64,
+}
+
+#[repr(C)]
 struct UffdioRange {
     start: u64,
     len: u64,
@@ -373,10 +380,14 @@ struct UffdioRange {
 
 #[allow(missing_docs)]
 mod ioctl {
-    use super::{PmScanArg, UffdioApi, UffdioCopy, UffdioRange, UffdioRegister, UffdioZeropage};
+    use super::{
+        PmScanArg, UffdioApi, UffdioCopy, UffdioRange, UffdioRegister, UffdioWriteprotect,
+        UffdioZeropage,
+    };
     nix::ioctl_readwrite!(pagemap_scan, b'f', 16, PmScanArg);
     nix::ioctl_readwrite!(uffdio_copy, 0xAA, 0x03, UffdioCopy);
     nix::ioctl_readwrite!(uffdio_zeropage, 0xAA, 0x04, UffdioZeropage);
+    nix::ioctl_readwrite!(uffdio_writeprotect, 0xAA, 0x06, UffdioWriteprotect);
     nix::ioctl_readwrite!(uffdio_api, 0xAA, 0x3F, UffdioApi);
     nix::ioctl_readwrite!(uffdio_register, 0xAA, 0x00, UffdioRegister);
     nix::ioctl_read!(uffdio_wake, 0xAA, 0x02, UffdioRange);
@@ -436,18 +447,27 @@ pub fn uffd_wake(uffd: impl AsFd, start: u64, len: u64) -> io::Result<()> {
 
 /// Wakes all tasks that wait, so that those whose page is not there ask for it again. `UFFDIO_WAKE`.
 pub fn uffd_wake_all(uffd: impl AsFd) -> io::Result<()> {
-    // Below lies what nobody may map (`vm.mmap_min_addr`), above is the kernel: whatever of it a
-    // machine's addresses do not reach, fails.
-    const START: u64 = 1 << 16;
+    // Whatever a machine's addresses do not reach fails.
     let ends = [57, 56, 52, 48, 47, 42, 39].map(|bits| (1u64 << bits) - PAGE as u64);
+    let least = std::fs::read_to_string("/proc/sys/vm/mmap_min_addr").unwrap_or_default();
     let mut last = Ok(());
-    for end in ends {
-        last = uffd_wake(&uffd, START, end - START);
+    for (start, end) in lowest(&least).into_iter().flat_map(|start| ends.map(|end| (start, end))) {
+        last = uffd_wake(&uffd, start, end - start);
         if last.is_ok() {
             break;
         }
     }
     last
+}
+
+/// Below which address nobody has memory, by the text of `vm.mmap_min_addr`, and if the kernel does
+/// not take that: a security module may keep more from everybody than it says
+/// (`CONFIG_LSM_MMAP_MIN_ADDR`, 64 KiB at most).
+fn lowest(text: &str) -> [u64; 2] {
+    const MODULES: u64 = 1 << 16;
+    let told = text.trim().parse().ok().filter(|least| *least < 1 << 32).unwrap_or(MODULES);
+    let least = u64::next_multiple_of(told, PAGE as u64);
+    [least, least.max(MODULES)]
 }
 
 /// `UFFD_USER_MODE_ONLY`: allowed to everybody whatever `vm.unprivileged_userfaultfd` says.
@@ -502,6 +522,18 @@ pub fn uffd_watch_writes(uffd: impl AsFd, start: u64, len: u64) -> io::Result<()
     Ok(())
 }
 
+/// Of a range that is watched for writes, no page is protected any more: all count as written.
+/// `UFFDIO_WRITEPROTECT`.
+///
+/// # Errors
+/// `ENOENT` where some of it is not watched.
+pub fn uffd_unprotect(uffd: impl AsFd, start: u64, len: u64) -> io::Result<()> {
+    let mut arg = UffdioWriteprotect { start, len, mode: 0 };
+    // SAFETY: the struct is live; what is unprotected may be written to as before.
+    unsafe { ioctl::uffdio_writeprotect(uffd.as_fd().as_raw_fd(), &mut arg) }?;
+    Ok(())
+}
+
 /// Fills a page of a file through a shared mapping, so that its times stay.
 ///
 /// # Errors
@@ -530,6 +562,17 @@ mod tests {
         assert_eq!(arena.bytes(4096, 4), b"abcd");
         arena.release(4096, 4096).unwrap();
         assert_eq!(arena.bytes(4096, 4), [0; 4]);
+    }
+
+    /// Whatever the machine's settings are: an address below is refused by the kernel.
+    #[test]
+    fn who_waits_is_woken_from_the_lowest_address_on() {
+        assert_eq!(lowest("65536\n"), [1 << 16, 1 << 16]);
+        assert_eq!(lowest("131072\n"), [1 << 17, 1 << 17]);
+        assert_eq!(lowest("4096\n"), [4096, 1 << 16]);
+        assert_eq!(lowest("5000\n"), [8192, 1 << 16]);
+        assert_eq!(lowest("0\n"), [0, 1 << 16]);
+        assert_eq!(lowest(""), [1 << 16, 1 << 16]);
     }
 
     #[test]

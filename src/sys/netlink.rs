@@ -421,7 +421,7 @@ fn outcome(flags: u16, payload: &[u8]) -> Result<()> {
         let told = Attributes::parse(payload.get(4 + HEADER..).unwrap_or_default());
         message = told.string(1).unwrap_or_default();
     }
-    Err(NetlinkError { errno: Errno::from_raw(-code), message })
+    Err(NetlinkError { errno: Errno::from_raw(code.wrapping_neg()), message })
 }
 
 fn set_flag(fd: &impl AsFd, option: libc::c_int) -> nix::Result<()> {

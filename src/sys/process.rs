@@ -1,6 +1,7 @@
 //! Processes seen from outside: pidfd_open(2), pidfd_getfd(2), process_vm_readv(2), prctl(2).
 
-use std::io;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -97,9 +98,10 @@ pub fn die_with_parent() -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     // It may have ended just before, without a signal.
-    match std::os::unix::process::parent_id() == parent {
-        true => Ok(()),
-        false => Err(io::Error::other("whoever has called this has ended")),
+    if std::os::unix::process::parent_id() == parent {
+        Ok(())
+    } else {
+        Err(io::Error::other("whoever has called this has ended"))
     }
 }
 
@@ -203,14 +205,87 @@ pub fn peak_kib() -> u64 {
     line.and_then(|l| l.trim().split(' ').next()?.parse().ok()).unwrap_or(0)
 }
 
+/// Most bytes of a file below `/proc` that are read at once. What maps as much as a task may
+/// (`vm.max_map_count`) tells that in 8 MiB, unless its files lie very deep.
+const MOST_TEXT: u64 = 64 << 20;
+/// Longest line of one: a path has up to 4096 bytes, each of which may be told as four.
+const MOST_LINE: u64 = 64 << 10;
+/// What an open file's `fdinfo` begins with, that which every file has, is far shorter.
+const HEAD: u64 = 4096;
+
 /// A file of a process's below `/proc`, as text: names of files and programs in it may be anything
 /// but UTF-8. proc(5).
 ///
 /// # Errors
-/// When the process is gone.
+/// When the process is gone; `FileTooLarge` beyond 64 MiB: a container may have as many of some things as
+/// it likes.
 pub fn proc_text(pid: i32, file: &str) -> io::Result<String> {
-    let bytes = std::fs::read(format!("/proc/{pid}/{file}"))?;
+    let bytes = up_to(File::open(format!("/proc/{pid}/{file}"))?, MOST_TEXT)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// The first lines of such a file, in its first 4096 bytes.
+///
+/// # Errors
+/// When the process is gone.
+pub fn proc_head(pid: i32, file: &str) -> io::Result<String> {
+    let mut bytes = Vec::new();
+    File::open(format!("/proc/{pid}/{file}"))?.take(HEAD).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// Tells the lines of such a file one by one, for those that may be without end.
+///
+/// # Errors
+/// When the process is gone; `FileTooLarge` for a line of more than 64 KiB; what `tell` ends it with.
+pub fn proc_lines(
+    pid: i32,
+    file: &str,
+    tell: impl FnMut(&str) -> io::Result<()>,
+) -> io::Result<()> {
+    lines(File::open(format!("/proc/{pid}/{file}"))?, tell)
+}
+
+/// Tells the lines of a text one by one, as [`proc_lines`] does those of a file.
+///
+/// # Errors
+/// `FileTooLarge` for a line of more than 64 KiB; what `tell` ends it with.
+pub fn lines(text: impl Read, mut tell: impl FnMut(&str) -> io::Result<()>) -> io::Result<()> {
+    let mut text = BufReader::new(text);
+    let mut line = Vec::new();
+    while text.by_ref().take(MOST_LINE).read_until(b'\n', &mut line)? > 0 {
+        if line.pop_if(|last| *last == b'\n').is_none() && line.len() as u64 >= MOST_LINE {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        tell(&String::from_utf8_lossy(&line))?;
+        line.clear();
+    }
+    Ok(())
+}
+
+/// All of it, if it is not more than that.
+fn up_to(text: impl Read, most: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    if text.take(most + 1).read_to_end(&mut bytes)? as u64 > most {
+        Err(io::ErrorKind::FileTooLarge.into())
+    } else {
+        Ok(bytes)
+    }
+}
+
+/// Where the threads of a process that stands still have their stacks. proc_pid_syscall(5): the last but
+/// one of the fields.
+///
+/// # Errors
+/// `WouldBlock` when a thread runs.
+pub fn stack_pointers(pid: i32) -> io::Result<Vec<u64>> {
+    let pointer = |thread: io::Result<std::fs::DirEntry>| {
+        let text = std::fs::read_to_string(thread?.path().join("syscall"))?;
+        let field = text.split_ascii_whitespace().rev().nth(1).and_then(|f| f.strip_prefix("0x"));
+        let pointer = field.and_then(|field| u64::from_str_radix(field, 16).ok());
+        pointer.ok_or_else(|| io::ErrorKind::WouldBlock.into())
+    };
+    std::fs::read_dir(format!("/proc/{pid}/task"))?.map(pointer).collect()
 }
 
 /// Whether a process is there, and has not been killed. proc_pid_status(5): its state, and the signals
@@ -281,11 +356,41 @@ pub fn this_process() -> (i32, u64) {
     (pid, start_time(pid).unwrap_or(0))
 }
 
+/// The root directory of a process, as seen from here. proc_pid_root(5)
+pub fn root_of(pid: i32) -> std::path::PathBuf {
+    format!("/proc/{pid}/root").into()
+}
+
 #[cfg(test)]
 mod tests {
     use std::process::{Command, Stdio};
 
     use super::*;
+
+    #[test]
+    fn what_has_no_end_is_not_read_to_it() {
+        use std::io::ErrorKind::FileTooLarge;
+        assert_eq!(up_to(&b"four"[..], 4).unwrap(), b"four");
+        assert_eq!(up_to(io::repeat(b'x'), 4).unwrap_err().kind(), FileTooLarge);
+        let mut told = Vec::new();
+        lines(&b"one\n\ntwo"[..], |line| {
+            told.push(line.to_owned());
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(told, ["one", "", "two"]);
+        assert_eq!(lines(io::repeat(b'x'), |_| Ok(())).unwrap_err().kind(), FileTooLarge);
+        // Whoever hears of them has the last word.
+        let mut heard = 0;
+        let enough = lines(io::repeat(b'\n'), |_| {
+            heard += 1;
+            if heard < 5 { Ok(()) } else { Err(FileTooLarge.into()) }
+        });
+        assert_eq!((enough.unwrap_err().kind(), heard), (FileTooLarge, 5));
+        let own = std::process::id() as i32;
+        assert!(proc_text(own, "status").unwrap().contains("VmHWM:"));
+        assert!(proc_head(own, "fdinfo/0").unwrap().contains("mnt_id:"));
+    }
 
     #[test]
     fn descendants_are_found() {

@@ -7,6 +7,8 @@ use super::process::proc_text;
 
 /// Bytes for the CPUs of the largest machines: 8192.
 const CPU_BYTES: usize = 1024;
+/// Longest list of them: every other one, each with its number and a comma.
+const MOST_LIST: usize = CPU_BYTES * 8 / 2 * 5;
 const WHO_PROCESS: libc::c_int = 1;
 
 /// The CPUs that a thread may run on, a bit each, without trailing zeros. sched_getaffinity(2)
@@ -48,11 +50,22 @@ fn trimmed(mut bytes: Vec<u8>) -> Vec<u8> {
 }
 
 /// Reads a list of CPUs as the kernel writes it: `0-3,7`. cpuset(7)
+///
+/// Nothing comes of one that is longer than any of the kernel's, or not in order: whoever has written it
+/// may have had us count for hours.
 pub fn parse_cpus(list: &str) -> Option<Vec<u8>> {
+    if list.len() > MOST_LIST {
+        return None;
+    }
     let mut bytes = vec![0; CPU_BYTES];
+    let mut next = 0;
     for part in list.trim().split(',').filter(|part| !part.is_empty()) {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
         let (first, last): (usize, usize) = (first.parse().ok()?, last.parse().ok()?);
+        if first < next || last < first {
+            return None;
+        }
+        next = last.saturating_add(1);
         for cpu in first..=last {
             *bytes.get_mut(cpu / 8)? |= 1 << (cpu % 8);
         }
@@ -134,10 +147,12 @@ mod tests {
             assert_eq!(cpu_list(&parse_cpus(list).unwrap()), list);
         }
         assert_eq!(parse_cpus("1\n").unwrap(), [2]);
-        for wrong in ["x", "1-", "8192", "3,a"] {
-            assert_eq!(parse_cpus(wrong), None, "{wrong}");
+        let long = "0-8191,".repeat(100_000);
+        for wrong in ["x", "1-", "8192", "3,a", "3-1", "0-8191,0-8191", "4,4", &long] {
+            assert_eq!(parse_cpus(wrong), None, "{:.20}", wrong);
         }
-        assert_eq!(parse_cpus("3-1"), Some(Vec::new()));
+        let every_other: Vec<u8> = vec![0x55; CPU_BYTES];
+        assert_eq!(parse_cpus(&cpu_list(&every_other)).unwrap(), every_other);
     }
 
     #[test]

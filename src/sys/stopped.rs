@@ -3,6 +3,7 @@
 //! It is seized and interrupted, which no signal handler notices; where a control group has frozen
 //! it, it is frozen again when it is let go.
 
+use std::collections::HashMap;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 use std::{fs, io};
@@ -15,7 +16,12 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use super::process::proc_text;
+use super::waits::{Clock, Processors, Seen};
 use super::{arch, maps};
+
+mod waiting;
+
+pub use waiting::{Wait, wait_no_longer};
 
 /// `PTRACE_O_SUSPEND_SECCOMP`: the target's own filters must not judge our calls.
 const SUSPEND_SECCOMP: i32 = 1 << 21;
@@ -60,6 +66,18 @@ pub struct ThreadState {
     pub extended: Vec<u8>,
 }
 
+impl ThreadState {
+    /// The thread's stack pointer; none where it is from another machine.
+    pub fn stack(&self) -> Option<u64> {
+        if !arch::SUPPORTED || self.general.len() != size_of::<arch::Registers>() {
+            return None;
+        }
+        // SAFETY: there are as many bytes, and any make valid numbers.
+        let registers = unsafe { self.general.as_ptr().cast::<arch::Registers>().read_unaligned() };
+        Some(arch::stack(&registers))
+    }
+}
+
 impl Stopped {
     /// Stops a thread, within a second.
     ///
@@ -69,13 +87,26 @@ impl Stopped {
         Stopped::within(tid, Instant::now() + PATIENCE)
     }
 
-    /// Stops a thread if it can be stopped until then.
+    /// Stops a thread if it can be stopped until then. A call in which it waits goes on when it is let go.
+    ///
+    /// # Errors
+    /// As [`Stopped::standing`].
+    pub fn within(tid: i32, until: Instant) -> io::Result<Stopped> {
+        let clock = Clock::of(tid);
+        let before = Seen::of(tid, &clock, &mut Processors::default());
+        let mut stopped = Stopped::standing(tid, until)?;
+        stopped.wait_on(&clock, before.as_ref());
+        Ok(stopped)
+    }
+
+    /// Stops a thread that stands still already, as its control group is frozen; or one of which nobody minds
+    /// that a call in which it waits comes to its end.
     ///
     /// # Errors
     /// `Unsupported` on other architectures; the system's error when the thread has ended or
     /// somebody traces it already; `TimedOut` when it sleeps uninterruptibly. It stops as soon as it
     /// wakes then, until the calling thread ends: call this on one that does.
-    pub fn within(tid: i32, until: Instant) -> io::Result<Stopped> {
+    pub fn standing(tid: i32, until: Instant) -> io::Result<Stopped> {
         if !arch::SUPPORTED {
             return Err(io::ErrorKind::Unsupported.into());
         }
@@ -223,7 +254,10 @@ impl Drop for Stopped {
 /// `TimedOut` when one is still inside; `EPERM` when somebody traces one already.
 pub fn await_outside(tids: &[i32], until: Instant) -> io::Result<()> {
     let mut inside = 0usize;
+    let (mut seen, mut processors) = (HashMap::new(), Processors::default());
     for &tid in tids {
+        let clock = Clock::of(tid);
+        seen.insert(tid, (clock, Seen::of(tid, &clock, &mut processors)));
         let thread = Pid::from_raw(tid);
         match ptrace::seize(thread, ptrace::Options::empty()) {
             Ok(()) => {
@@ -240,7 +274,7 @@ pub fn await_outside(tids: &[i32], until: Instant) -> io::Result<()> {
     while inside > 0 {
         match waitpid(None, Some(flags)) {
             // On its way out, with a signal or without: if it cannot be let go, it has been killed.
-            Ok(WaitStatus::PtraceEvent(thread, ..)) => drop(ptrace::detach(thread, None)),
+            Ok(WaitStatus::PtraceEvent(thread, ..)) => drop(waiting::let_go(thread, &seen)),
             Ok(WaitStatus::Stopped(thread, signal)) => drop(ptrace::detach(thread, signal)),
             Ok(WaitStatus::StillAlive) if Instant::now() > until => {
                 return Err(io::ErrorKind::TimedOut.into());
@@ -323,6 +357,10 @@ pub fn before_death(pid: i32, killed: impl FnOnce() + Send + 'static) -> io::Res
                     let _ = ptrace::detach(pid, None);
                     return;
                 }
+                // It has been stopped, and stays so until somebody has it go on.
+                Ok(WaitStatus::PtraceEvent(_, signal, EVENT_STOP)) if is_stop(signal) => {
+                    listen(pid)
+                }
                 Ok(WaitStatus::PtraceEvent(..)) => ptrace::cont(pid, None),
                 Ok(WaitStatus::Stopped(_, signal)) => ptrace::cont(pid, signal),
                 Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) | Err(_) => return,
@@ -333,6 +371,18 @@ pub fn before_death(pid: i32, killed: impl FnOnce() + Send + 'static) -> io::Res
         }
     })?;
     Ok(wait.recv().map_err(io::Error::other)??)
+}
+
+/// A signal whose default is to stop a process. signal(7)
+fn is_stop(signal: Signal) -> bool {
+    matches!(signal, Signal::SIGSTOP | Signal::SIGTSTP | Signal::SIGTTIN | Signal::SIGTTOU)
+}
+
+/// Leaves a process stopped that was stopped by a signal, and hears of what becomes of it: PTRACE_LISTEN,
+/// ptrace(2).
+fn listen(pid: Pid) -> nix::Result<()> {
+    // SAFETY: no address is passed.
+    Errno::result(unsafe { libc::ptrace(libc::PTRACE_LISTEN, pid.as_raw(), 0, 0) }).map(drop)
 }
 
 /// Waits for the stop that PTRACE_INTERRUPT makes, letting signals through that come before it.

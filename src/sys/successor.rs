@@ -43,26 +43,30 @@ impl Successor {
 
     /// Starts it: it waits until all those have ended that `before` stands for (pidfds, which stay open
     /// as long as it lives), and then becomes its program, with standard streams that lead nowhere. Its
-    /// number.
+    /// number, and what stands for it: clone(2), `CLONE_PIDFD`.
     ///
     /// # Errors
-    /// When there can be no process.
-    pub fn start(&self, before: &[BorrowedFd]) -> io::Result<i32> {
+    /// When there can be no process, or nothing that stands for it: then there is none.
+    pub fn start(&self, before: &[BorrowedFd]) -> io::Result<(i32, OwnedFd)> {
         let pointers = |list: &[CString]| -> Vec<*const libc::c_char> {
             list.iter().map(|one| one.as_ptr()).chain([std::ptr::null()]).collect()
         };
         let (arguments, environment) = (pointers(&self.arguments), pointers(&self.environment));
         let before: Vec<RawFd> = before.iter().map(AsRawFd::as_raw_fd).collect();
         let place = own_arguments();
-        let flags = (libc::CLONE_FILES | libc::SIGCHLD) as libc::c_ulong;
+        let flags = (libc::CLONE_FILES | libc::CLONE_PIDFD | libc::SIGCHLD) as libc::c_ulong;
+        let mut pidfd: RawFd = -1;
         // SAFETY: as fork(2), which differs in what is shared of the descriptors. The copy has only
-        // this thread, makes nothing but system calls, and never returns.
-        let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0usize, 0usize, 0usize, 0usize) };
+        // this thread, makes nothing but system calls, and never returns. The kernel writes one
+        // descriptor, to a live variable.
+        let pid = unsafe {
+            libc::syscall(libc::SYS_clone, flags, 0usize, &raw mut pidfd, 0usize, 0usize)
+        };
         if pid < 0 {
             return Err(io::Error::last_os_error());
         }
         if pid > 0 {
-            return Ok(pid as i32);
+            return Ok((pid as i32, process::adopt_fd(pidfd)?));
         }
         // SAFETY: this is that copy; the vectors are its own, and end with a null.
         unsafe {
@@ -91,8 +95,10 @@ fn own_arguments() -> std::ops::Range<usize> {
 /// # Safety
 /// They lie there, and nobody reads them any more.
 unsafe fn rename(place: std::ops::Range<usize>, title: &[u8]) {
+    // Where the last byte is none, the kernel shows the environment as well. proc_pid_cmdline(5)
+    let last = place.len().saturating_sub(1);
     for (i, at) in place.enumerate() {
-        let byte = title.get(i).copied().unwrap_or(0);
+        let byte = title.get(i).copied().filter(|_| i < last).unwrap_or(0);
         // SAFETY: see above.
         unsafe { (at as *mut u8).write_volatile(byte) };
     }
@@ -163,7 +169,7 @@ unsafe fn keep_all() {
 /// What a successor finds.
 #[derive(Debug)]
 pub struct Descriptor {
-    /// It.
+    /// The descriptor, under the number that it had.
     pub fd: OwnedFd,
     /// As `/proc/self/fd` shows it: `anon_inode:[userfaultfd]`.
     pub what: String,
@@ -198,11 +204,15 @@ mod tests {
     use std::io::{BufRead, BufReader};
     use std::os::fd::AsFd;
     use std::process::{Command, Stdio};
+    use std::time::{Duration, Instant};
 
     use super::*;
 
     /// One that nothing else in this process gets.
     const NUMBER: RawFd = 777;
+
+    /// Long enough for the slowest machine.
+    const LIMIT: Duration = Duration::from_secs(60);
 
     #[test]
     fn it_goes_on_with_what_was_opened_since() {
@@ -211,14 +221,18 @@ mod tests {
         let script = "exec >/proc/self/fd/777; readlink /proc/self/fd/0; echo $0; exec sleep 60";
         let arguments = ["sh", "-c", script, "instead"].map(|a| a.as_bytes().to_vec());
         let successor = Successor::new(c"/bin/sh", arguments.to_vec()).unwrap();
-        let pid = successor.start(&[pidfd.as_fd()]).unwrap();
-        let child = process::pidfd_open(pid).unwrap();
+        let (pid, child) = successor.start(&[pidfd.as_fd()]).unwrap();
         // Opened after it has begun.
         let (told, tell) = io::pipe().unwrap();
         process::dup_onto(&tell, NUMBER).unwrap();
         let opened = process::adopt_fd(NUMBER).unwrap();
-        let name = fs::read(format!("/proc/{pid}/cmdline")).unwrap();
-        assert!(name.starts_with(b"-c exec"), "{}", String::from_utf8_lossy(&name));
+        // It may not have had the processor yet: until then it is called as this program is.
+        let called = || fs::read(format!("/proc/{pid}/cmdline")).unwrap();
+        let begun = Instant::now();
+        while !called().starts_with(b"-c exec") {
+            assert!(begun.elapsed() < LIMIT, "{}", String::from_utf8_lossy(&called()));
+            std::thread::yield_now();
+        }
         before.kill().unwrap();
         before.wait().unwrap();
         let said: Vec<_> = BufReader::new(told).lines().take(2).map(Result::unwrap).collect();

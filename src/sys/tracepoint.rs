@@ -165,9 +165,10 @@ impl Tracing {
                 values.clear();
                 let fields = self.points[which].fields.iter();
                 values.extend(fields.map_while(|(at, length)| number(raw, *at, *length)));
-                match values.len() == self.points[which].fields.len() {
-                    true => hear(Traced::Hit(which, &values)),
-                    false => hear(Traced::Lost),
+                if values.len() == self.points[which].fields.len() {
+                    hear(Traced::Hit(which, &values))
+                } else {
+                    hear(Traced::Lost)
                 }
             });
         }

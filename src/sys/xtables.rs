@@ -26,10 +26,8 @@ const TRIES: usize = 20;
 /// # Errors
 /// When the kernel has no such tables, or does not show them.
 pub fn entries(v6: bool, table: &str) -> io::Result<Vec<u8>> {
-    let (family, level) = match v6 {
-        false => (libc::AF_INET, libc::IPPROTO_IP),
-        true => (libc::AF_INET6, libc::IPPROTO_IPV6),
-    };
+    let (family, level) =
+        if !v6 { (libc::AF_INET, libc::IPPROTO_IP) } else { (libc::AF_INET6, libc::IPPROTO_IPV6) };
     // SAFETY: no pointers; a non-negative result is a new descriptor that is ours alone.
     let fd =
         unsafe { libc::socket(family, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::IPPROTO_RAW) };

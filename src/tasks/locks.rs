@@ -9,6 +9,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
+use std::io;
 use std::os::fd::RawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
@@ -16,11 +17,11 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 
-use super::held::{native, of_first_space};
+use super::freezer::{native, of_first_space};
 use crate::memory::pages::Task;
 use crate::problem::Problem;
 use crate::sys::locks::{FileLock, Kind, Setter, held};
-use crate::sys::{arch, door, process};
+use crate::sys::{arch, fd_inject, process};
 
 /// Most of one container.
 pub const MOST: usize = 20_000;
@@ -50,24 +51,42 @@ pub struct Found {
 /// # Errors
 /// When they are more than can go along.
 pub fn look(pids: &[i32]) -> Result<Vec<Found>> {
+    up_to(pids, MOST)
+}
+
+fn up_to(pids: &[i32], most: usize) -> Result<Vec<Found>> {
     let mut found = Vec::new();
     for Task { pid, vpid } in of_first_space(pids)? {
-        each(pid, |number, lock| found.push(Found { pid, held: Held { vpid, number, lock } }));
-        if found.len() > MOST {
-            bail!("more than {MOST} file locks");
+        each(pid, |number, lock| {
+            found.push(Found { pid, held: Held { vpid, number, lock } });
+            found.len() <= most
+        });
+        if found.len() > most {
+            return Err(too_many(most).into());
         }
     }
     Ok(found)
 }
 
-/// Calls something for each lock of a process that has a descriptor of its own.
-fn each(pid: i32, mut tell: impl FnMut(RawFd, FileLock)) {
+fn too_many(most: usize) -> Problem {
+    let why = "each of them is a message's part, and is set again in the freeze";
+    Problem::new(format!("the container holds more than {most} file locks"), why)
+        .hint("have the program lock ranges that lie side by side as one")
+}
+
+/// Calls something for each lock of a process that has a descriptor of its own, as long as it wants more.
+fn each(pid: i32, mut tell: impl FnMut(RawFd, FileLock) -> bool) {
+    let enough = || Err(io::ErrorKind::FileTooLarge.into());
     // Whoever has ended meanwhile holds none.
-    for number in door::numbers(pid).unwrap_or_default() {
+    for number in fd_inject::numbers(pid).unwrap_or_default() {
         let target = fs::read_link(format!("/proc/{pid}/fd/{number}"));
         // Servers have thousands of sockets, which nobody locks.
         if target.is_ok_and(|target| target.is_absolute()) {
-            held(pid, number).unwrap_or_default().into_iter().for_each(|lock| tell(number, lock));
+            let tell = |lock| if tell(number, lock) { Ok(()) } else { enough() };
+            let told = held(pid, number, tell);
+            if told.is_err_and(|e| e.kind() == io::ErrorKind::FileTooLarge) {
+                break;
+            }
         }
     }
 }
@@ -98,7 +117,7 @@ fn hold_in(pid: i32, list: &[Held]) -> Result<()> {
     let lacking = missing(pid, list)?;
     let Some(first) = lacking.first() else { return Ok(()) };
     tracing::debug!("{} file locks of process {} are set again", lacking.len(), first.vpid);
-    let mut thread = door::first_thread(pid).with_context(|| words(pid, first))?;
+    let mut thread = fd_inject::first_thread(pid).with_context(|| words(pid, first))?;
     let mut setter = Setter::open(&mut thread, pid).with_context(|| words(pid, first))?;
     for held in &lacking {
         setter.set(held.number, &held.lock).with_context(|| words(pid, held))?;
@@ -123,16 +142,24 @@ fn missing(pid: i32, list: &[Held]) -> Result<Vec<Held>> {
         let what = || format!("descriptor {number}, which holds a lock, is not there");
         let meta = fs::metadata(format!("/proc/{pid}/fd/{number}")).with_context(what)?;
         let file = (meta.dev(), meta.ino());
-        there.extend(held(pid, number).with_context(what)?.into_iter().map(|lock| (file, lock)));
+        held(pid, number, |lock| {
+            there.insert((file, lock));
+            if there.len() > MOST { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(()) }
+        })
+        .with_context(what)?;
         files.insert(number, file);
     }
     let lacks = |held: &&Held| !there.contains(&(files[&held.number], held.lock));
     Ok(list.iter().filter(lacks).copied().collect())
 }
 
-/// Locks that CRIU would lose, and that no call of ours can set again, as their process is of another kind
-/// than we.
+/// More locks than can go along; and locks that CRIU would lose, and that no call of ours can set again, as
+/// their process is of another kind than we.
 pub fn problems(pids: &[i32]) -> Vec<Problem> {
+    // Whatever else there is about them is found by whoever carries them.
+    if let Some(problem) = look(pids).err().and_then(|e| e.downcast().ok()) {
+        return vec![problem];
+    }
     let strange = pids.iter().filter(|pid| !arch::SUPPORTED || !native(**pid));
     let problem = |pid: &i32| {
         let file = locked_and_mapped(*pid)?;
@@ -149,7 +176,11 @@ pub fn problems(pids: &[i32]) -> Vec<Problem> {
 /// A file that a process has mapped, and has a lock of its own on.
 fn locked_and_mapped(pid: i32) -> Option<PathBuf> {
     let mut locked = Vec::new();
-    each(pid, |number, lock| locked.extend((lock.kind == Kind::Posix).then_some(number)));
+    each(pid, |number, lock| {
+        let new = lock.kind == Kind::Posix && locked.last() != Some(&number);
+        locked.extend(new.then_some(number));
+        true
+    });
     if locked.is_empty() {
         return None;
     }
@@ -174,6 +205,46 @@ mod tests {
     use super::*;
 
     /// In a shell that has its own program open as 9: that is mapped.
+    /// One byte in two, so that the kernel makes no single lock of them.
+    #[test]
+    fn more_than_can_go_along_are_counted_and_refused() {
+        let program = r#"
+            $| = 1;
+            open(my $file, "+<", $ARGV[0]) or die;
+            for my $at (0 .. 99) {
+                fcntl($file, 6, pack("s s x4 q q i x4", 1, 0, 2 * $at, 1, 0)) or die;
+            }
+            print "\n";
+            <STDIN>;
+        "#;
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut child = Command::new("perl")
+            .args(["-e", program])
+            .arg(file.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        assert_eq!(out.read_line(&mut String::new()).unwrap(), 1);
+        let pid = child.id() as i32;
+        // Whoever runs the tests may have left it a descriptor with one more.
+        let all = look(&[pid]).unwrap().len();
+        assert!(all >= 100);
+        assert_eq!(up_to(&[pid], all).unwrap().len(), all);
+        let problem = up_to(&[pid], all - 1).unwrap_err().downcast::<Problem>().unwrap();
+        assert!(problem.what.starts_with("the container holds more than "), "{problem}");
+        // Nobody collects what lies beyond that.
+        let mut told = 0;
+        each(pid, |_, _| {
+            told += 1;
+            told <= 7
+        });
+        assert_eq!(told, 8);
+        drop(child.stdin.take());
+        child.wait().unwrap();
+    }
+
     #[test]
     fn a_file_that_is_locked_and_mapped_is_found() {
         let mut child = Command::new("sh")
@@ -187,7 +258,7 @@ mod tests {
         let pid = child.id() as i32;
         let lock = |kind| FileLock { kind, write: false, start: 0, end: None };
         let set = |number, lock| {
-            let mut thread = door::first_thread(pid).unwrap();
+            let mut thread = fd_inject::first_thread(pid).unwrap();
             let mut setter = Setter::open(&mut thread, pid).unwrap();
             setter.set(number, &lock).unwrap();
             setter.close().unwrap();

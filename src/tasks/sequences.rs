@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result};
 
-use super::held::of_first_space;
+use super::freezer::of_first_space;
 use crate::memory::digest::{MOST_MASKS, Mask};
 use crate::sys::inject;
 use crate::sys::stopped::Stopped;

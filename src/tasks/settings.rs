@@ -6,13 +6,13 @@
 //! executed (MDWE), and that all memory it gets is locked (`MCL_FUTURE`). Of those the kernel tells nobody
 //! but the process, which is made to ask while it runs, just before the freeze.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::held::{native, of_first_space};
+use super::freezer::{native, of_first_space};
 use super::losses::field;
 use super::losses::memory::first_is_locked;
 use super::losses::tasks::allowed_cpus;
@@ -20,12 +20,16 @@ use crate::memory::pages::Task;
 use crate::problem::Problem;
 use crate::sys::process::{self, proc_text};
 use crate::sys::stopped::{Stopped, instruction};
-use crate::sys::{arch, door, inject, protection, sched};
+use crate::sys::{arch, fd_inject, inject, protection, sched};
 
 /// Most of one container, threads and processes.
 pub const MOST: usize = 20_000;
-/// Most different lists of CPUs that are checked beforehand.
-const MOST_LISTS: usize = 1000;
+/// Most of them that are seen from outside: a process may be asked for two more.
+const MOST_SEEN: usize = MOST / 2;
+/// Most different lists of CPUs that threads are bound to.
+pub const MOST_LISTS: usize = 1000;
+/// Most bytes of all lists of CPUs, each thread's counted: they go into one message.
+const MOST_OF_LISTS: usize = 512 << 10;
 const LACKS_CPUS: &str = "the destination lacks CPUs that threads are bound to";
 const CPUS_HINT: &str = "over there: taskset, or cpuset in the container's config.json";
 /// What every thread has that nobody has changed. proc_pid_timerslack_ns(5)
@@ -63,7 +67,7 @@ pub enum Value {
 /// # Errors
 /// When it is more than can go along.
 pub fn look(init: i32, pids: &[i32]) -> Result<Vec<Setting>> {
-    let mut found = Vec::new();
+    let (mut found, mut count) = (Vec::new(), Count::default());
     // What all have who change nothing.
     let allowed = allowed_cpus(init).unwrap_or_else(sched::online_cpus);
     let allowed = sched::parse_cpus(&allowed);
@@ -75,13 +79,69 @@ pub fn look(init: i32, pids: &[i32]) -> Result<Vec<Setting>> {
                 continue;
             }
             let Some(vtid) = inside(task.pid, tid) else { continue };
-            found.extend(values.into_iter().map(|value| Setting { vpid: task.vpid, vtid, value }));
-        }
-        if found.len() > MOST {
-            bail!("more than {MOST} settings of threads");
+            let values = values.into_iter().map(|value| Setting { vpid: task.vpid, vtid, value });
+            count.add(values, &mut found, MOST_SEEN)?;
         }
     }
     Ok(found)
+}
+
+/// Counts them as they come.
+#[derive(Debug, Default)]
+struct Count {
+    lists: HashSet<String>,
+    bytes: usize,
+}
+
+impl Count {
+    fn add(
+        &mut self,
+        some: impl Iterator<Item = Setting>,
+        to: &mut Vec<Setting>,
+        most: usize,
+    ) -> Result<(), Problem> {
+        for setting in some {
+            if let Value::Cpus(list) = &setting.value {
+                self.bytes += list.len();
+                if !self.lists.contains(list) {
+                    self.lists.insert(list.clone());
+                }
+            }
+            if self.lists.len() > MOST_LISTS || self.bytes > MOST_OF_LISTS {
+                let what = "the container's threads are bound to too many different CPUs";
+                let why = format!(
+                    "more than {MOST_LISTS} lists of CPUs, or {} KiB of them",
+                    MOST_OF_LISTS >> 10
+                );
+                return Err(Problem::new(what, why).hint(CPUS_HINT));
+            }
+            if to.len() >= most {
+                let what = format!("the container's threads have set more than {most} things");
+                let why = "CPUs, I/O priorities, timer slacks, memory: each is set in the freeze";
+                return Err(Problem::new(what, why).hint("have fewer threads set their own"));
+            }
+            to.push(setting);
+        }
+        Ok(())
+    }
+}
+
+/// Refuses what no honest source sends.
+///
+/// # Errors
+/// Says what is wrong.
+pub fn validate(settings: &[Setting]) -> Result<()> {
+    if settings.len() > MOST {
+        bail!("{} settings, more than {MOST}", settings.len());
+    }
+    let lists = settings.iter().filter_map(|setting| match &setting.value {
+        Value::Cpus(list) => Some(list.len()),
+        _ => None,
+    });
+    if lists.sum::<usize>() > MOST_OF_LISTS {
+        bail!("lists of CPUs of more than {} KiB", MOST_OF_LISTS >> 10);
+    }
+    Ok(())
 }
 
 fn of_thread(tid: i32, allowed: Option<&[u8]>) -> Vec<Value> {
@@ -112,7 +172,7 @@ pub fn ask(pids: &[i32]) -> Result<Vec<Setting>> {
     let pids = pids.to_vec();
     std::thread::spawn(move || {
         let known = protection::known();
-        let mut found = Vec::new();
+        let (mut found, mut count) = (Vec::new(), Count::default());
         for task in of_first_space(&pids)? {
             let locks = locks_all(task.pid);
             if !known && !locks || !native(task.pid) {
@@ -125,7 +185,8 @@ pub fn ask(pids: &[i32]) -> Result<Vec<Setting>> {
                 })?,
             };
             let (vpid, vtid) = (task.vpid, task.vpid);
-            found.extend(values.into_iter().map(|value| Setting { vpid, vtid, value }));
+            let values = values.into_iter().map(|value| Setting { vpid, vtid, value });
+            count.add(values, &mut found, MOST - MOST_SEEN)?;
         }
         Ok(found)
     })
@@ -135,7 +196,7 @@ pub fn ask(pids: &[i32]) -> Result<Vec<Setting>> {
 
 fn ask_one(task: Task, mdwe: bool, locks: bool) -> io::Result<Vec<Value>> {
     let at = instruction(task.pid)?;
-    let mut thread = door::first_thread(task.pid)?;
+    let mut thread = fd_inject::first_thread(task.pid)?;
     let mut values = Vec::new();
     if mdwe {
         let flags = thread.call(at, libc::SYS_prctl, protection::ASK)? as u64;
@@ -247,22 +308,17 @@ fn pin(tid: i32, wanted: &str, whose: impl Fn() -> String) -> Option<Problem> {
 
 fn call<const N: usize>(task: Task, arguments: [u64; N], number: i64) -> io::Result<()> {
     let at = instruction(task.pid)?;
-    door::first_thread(task.pid)?.call(at, number, arguments).map(drop)
+    fd_inject::first_thread(task.pid)?.call(at, number, arguments).map(drop)
 }
 
 /// Which CPUs threads are bound to: each list once.
 pub fn bound_cpus(settings: &[Setting]) -> Vec<String> {
-    let mut lists: Vec<String> = settings
-        .iter()
-        .filter_map(|setting| match &setting.value {
-            Value::Cpus(list) => Some(list.clone()),
-            _ => None,
-        })
-        .collect();
-    lists.sort();
-    lists.dedup();
-    lists.truncate(MOST_LISTS);
-    lists
+    let lists = settings.iter().filter_map(|setting| match &setting.value {
+        Value::Cpus(list) => Some(list.as_str()),
+        _ => None,
+    });
+    let lists: BTreeSet<&str> = lists.collect();
+    lists.into_iter().map(str::to_owned).collect()
 }
 
 /// What this host, whose CPUs are `online`, lacks of those.

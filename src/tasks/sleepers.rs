@@ -54,14 +54,15 @@ fn told(sleeper: &Sleeper) -> Problem {
     let name = proc_text(*pid, "comm").unwrap_or_default();
     let who = format!("thread {tid} of process {pid} ({})", name.trim());
     let what = "a task of the container cannot be stopped";
-    match waits_for_child(*tid) {
-        true => Problem::new(
+    if waits_for_child(*tid) {
+        Problem::new(
             what,
             format!("{who} has called vfork, and its child neither starts a program nor ends"),
         )
-        .hint("end the child, or have the program use fork"),
-        false => Problem::new(what, format!("{who} has slept uninterruptibly for a second"))
-            .hint("try again when the disk or server that it waits for has answered"),
+        .hint("end the child, or have the program use fork")
+    } else {
+        Problem::new(what, format!("{who} has slept uninterruptibly for a second"))
+            .hint("try again when the disk or server that it waits for has answered")
     }
 }
 

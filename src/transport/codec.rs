@@ -80,7 +80,7 @@ impl Codec {
 
 /// What the user wants.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Wish {
+pub enum CompressOption {
     /// Whatever is fastest.
     #[default]
     Auto,
@@ -133,7 +133,7 @@ impl Lately {
 /// Chooses for each piece, and learns from each.
 #[derive(Debug, Default)]
 pub struct Chooser {
-    wish: Wish,
+    wish: CompressOption,
     link: Lately,
     lz4: Lately,
     zstd: Lately,
@@ -145,13 +145,13 @@ const LOOK: u64 = 24;
 
 impl Chooser {
     /// Nothing is known yet.
-    pub fn new(wish: Wish) -> Chooser {
+    pub fn new(wish: CompressOption) -> Chooser {
         Chooser { wish, ..Chooser::default() }
     }
 
     /// What the next piece is packed with.
     pub fn choose(&mut self) -> Codec {
-        if let Wish::Always(codec) = self.wish {
+        if let CompressOption::Always(codec) = self.wish {
             return codec;
         }
         self.pieces += 1;
@@ -207,14 +207,14 @@ mod tests {
 
     #[test]
     fn a_wish_is_kept() {
-        let mut chooser = Chooser::new(Wish::Always(Codec::Zstd));
+        let mut chooser = Chooser::new(CompressOption::Always(Codec::Zstd));
         chooser.written(1 << 20, Duration::from_nanos(1));
         assert_eq!(chooser.choose(), Codec::Zstd);
     }
 
     #[test]
     fn it_learns_what_helps_on_a_slow_link() {
-        let mut chooser = Chooser::new(Wish::Auto);
+        let mut chooser = Chooser::new(CompressOption::Auto);
         let mut packed = 0;
         for _ in 0..200 {
             let codec = chooser.choose();

@@ -12,6 +12,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::socket::{Shutdown, shutdown};
 use serde::{Deserialize, Serialize};
 
+use super::ciphers;
 use crate::problem::advice;
 use crate::sys::process;
 
@@ -165,7 +166,7 @@ impl Destination {
                 let (program, first) =
                     rsh.split_first().ok_or_else(|| anyhow!("--rsh names no command"))?;
                 let mut command = Command::new(program);
-                command.args(first);
+                command.args(ciphers::arguments(program, first, host, *port)).args(first);
                 if let Some(port) = port {
                     command.arg("-p").arg(port.to_string());
                 }

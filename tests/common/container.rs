@@ -20,6 +20,10 @@ pub struct Container {
     options: Vec<String>,
 }
 
+/// A program's last line before it waits: it leaves `$said` in a file.
+pub const READY: &str =
+    r#"open(my $to, ">", "/new"); print $to $said // ""; close($to); rename("/new", "/ready");"#;
+
 /// The last byte of the container's address.
 pub const ADDRESS: u8 = 50;
 
@@ -104,10 +108,26 @@ impl Container {
              grep -qE ':{port:04X} 0+:0000 0A' /proc/$pid/net/tcp /proc/$pid/net/tcp6",
             self.id
         );
-        if matches!(self.workload, "stdio" | "echo" | "hostile") {
+        if self.workload == "script" {
+            return self.await_script(host);
+        }
+        if matches!(self.workload, "stdio" | "echo" | "hostile" | "mappings" | "sleepers") {
             return Ok(());
         }
         until("the server listens", SHORT, || {
+            Ok((host.exec(&["sh", "-c", &look])?.code == 0).then_some(()))
+        })
+    }
+
+    /// A program in Perl, whose last line of preparations is [`READY`].
+    pub fn script(program: &str) -> Container {
+        Container::plain("script").with(&["--arg", program])
+    }
+
+    /// Waits until the program has said what it found.
+    fn await_script(&self, host: &Host) -> Outcome {
+        let look = format!("test -e {}/rootfs/ready", self.bundle);
+        until("the program is ready", SHORT, || {
             Ok((host.exec(&["sh", "-c", &look])?.code == 0).then_some(()))
         })
     }

@@ -112,11 +112,15 @@ impl Facts {
         self.migrations.iter().filter(|m| !over(m)).collect()
     }
 
-    fn process_of(&self, container: &Container) -> bool {
+    /// Whether a process of its workload is there.
+    pub fn process_of(&self, container: &Container) -> bool {
         let program = match container.workload {
             "stdio" => "stdio-ticker",
             "hostile" => "hostile-tricks",
+            "mappings" => "odd-mappings",
+            "sleepers" => "sleepers",
             "echo" => "echo-server",
+            "script" => "perl",
             "web" => "nginx",
             "crowd" => "crowd-server",
             _ => "counter-server",

@@ -21,12 +21,12 @@ static STANDING: Mutex<Vec<String>> = Mutex::new(Vec::new());
 pub fn take_all_down() {
     let names = std::mem::take(&mut *STANDING.lock().unwrap_or_else(PoisonError::into_inner));
     for name in names {
-        take_down(&name);
+        repair_dump(&name);
     }
 }
 
-fn take_down(name: &str) {
-    if let Err(e) = run(lab(name).arg("down"), SHORT).and_then(Output::ok) {
+fn repair_dump(name: &str) {
+    if let Err(e) = run(lab(name).arg("down"), LONG).and_then(Output::ok) {
         eprintln!("the lab {name} does not go down: {e}");
     }
 }
@@ -153,6 +153,11 @@ impl Lab {
         run(lab(&self.0.name).arg("link").args(arguments), SHORT)?.ok().map(drop)
     }
 
+    /// `contrib/lab reboot`: a host goes down with all that is in its memory, and comes up again.
+    pub fn reboot(&self, host: &str) -> Outcome {
+        run(lab(&self.0.name).args(["reboot", host]), LONG)?.ok().map(drop)
+    }
+
     /// What runs in the hosts, for the reader of a failure.
     pub fn processes(&self) -> String {
         let list = |host| {
@@ -172,7 +177,7 @@ impl Lab {
 impl Inner {
     fn down(&self) {
         if !self.down.swap(true, Ordering::SeqCst) {
-            take_down(&self.name);
+            repair_dump(&self.name);
             let mut standing = STANDING.lock().unwrap_or_else(PoisonError::into_inner);
             standing.retain(|name| *name != self.name);
         }

@@ -89,7 +89,7 @@ impl Running {
                 Ok(Some(status)) => break status,
                 Ok(None) if Instant::now() < until => pause(),
                 Ok(None) => {
-                    let said = self.take_down();
+                    let said = self.repair_dump();
                     return Err(format!("not over after {limit:?}: {}\n{said}", self.what));
                 }
                 Err(e) => return Err(format!("{}: {e}", self.what)),
@@ -103,7 +103,7 @@ impl Running {
         Ok(Output { code, out: text(&self.out), err: text(&self.err) })
     }
 
-    fn take_down(&mut self) -> String {
+    fn repair_dump(&mut self) -> String {
         let _ = self.child.kill();
         let _ = self.child.wait();
         let text =

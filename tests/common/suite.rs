@@ -1,8 +1,9 @@
-//! Trials with a time limit, one after another, and their summary.
+//! Trials with a time limit, each in a lab of its own, and their summary.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -21,6 +22,18 @@ pub fn in_lab(
     in_lab_of(&["a", "b", "client"], name, limit, body)
 }
 
+/// The same for what depends on how much of the machine it has: nothing else runs beside it.
+pub fn alone_in_lab(
+    hosts: &'static [&'static str],
+    name: impl Into<String>,
+    limit: Duration,
+    body: impl FnOnce(&Lab) -> Outcome + Send + 'static,
+) -> Trial {
+    trial(hosts, name.into(), limit, body, || {
+        Turn::Alone(TURN.write().unwrap_or_else(PoisonError::into_inner))
+    })
+}
+
 /// Whether the trials that take long are to run, too.
 pub fn full() -> bool {
     std::env::var_os("FERRY_FULL").is_some_and(|v| v == "1")
@@ -33,8 +46,30 @@ pub fn in_lab_of(
     limit: Duration,
     body: impl FnOnce(&Lab) -> Outcome + Send + 'static,
 ) -> Trial {
-    let name = name.into();
+    trial(hosts, name.into(), limit, body, || {
+        Turn::Beside(TURN.read().unwrap_or_else(PoisonError::into_inner))
+    })
+}
+
+/// Who is running: many beside each other, or one alone.
+static TURN: RwLock<()> = RwLock::new(());
+
+/// Held while a trial runs.
+enum Turn {
+    Beside(#[expect(dead_code)] RwLockReadGuard<'static, ()>),
+    Alone(#[expect(dead_code)] RwLockWriteGuard<'static, ()>),
+}
+
+fn trial(
+    hosts: &'static [&'static str],
+    name: String,
+    limit: Duration,
+    body: impl FnOnce(&Lab) -> Outcome + Send + 'static,
+    turn: impl FnOnce() -> Turn + Send + 'static,
+) -> Trial {
+    let known = name.clone();
     Trial::test(name, move || {
+        let _turn = turn();
         let began = Instant::now();
         let lab = Lab::up(hosts)?;
         let keeper = lab.clone();
@@ -61,14 +96,16 @@ pub fn in_lab_of(
         if thread.is_finished() {
             let _ = thread.join();
         }
+        eprintln!("{:8.1} s  {known}", began.elapsed().as_secs_f64());
         result.map_err(Failed::from)
     })
 }
 
-/// Runs the trials that the arguments name, one at a time whatever they say about threads.
+/// Runs the trials that the arguments name: two at a time, as each waits for most of its time, and for its own
+/// lab only; as many as `--test-threads` says.
 pub fn run(trials: Vec<Trial>) -> ExitCode {
     let mut arguments = Arguments::from_args();
-    arguments.test_threads = Some(1);
+    arguments.test_threads = arguments.test_threads.or(Some(2));
     let runs = !arguments.list;
     if runs && let Err(why) = Lab::possible() {
         eprintln!("these suites cannot run here: {why}");

@@ -14,7 +14,7 @@ use crate::common::container::Container;
 use crate::common::facts::{exactly_one_copy, exactly_one_copy_within, facts, pair};
 use crate::common::lab::{Host, LONG, Lab, SHORT};
 use crate::common::probe::Probe;
-use crate::common::process::{Output, until, write_script};
+use crate::common::process::{Output, Running, until, write_script};
 use crate::common::suite::{full, in_lab};
 use crate::common::{Outcome, ensure};
 
@@ -24,7 +24,7 @@ const LIMIT: Duration = Duration::from_secs(150);
 
 /// Where a point is, and whose the container is there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum At {
+pub enum At {
     /// On the source, which owns the container.
     Source,
     /// On the destination, while the source owns the container.
@@ -38,7 +38,7 @@ enum At {
 use At::{Destination, DestinationAfter, Source, SourceAfter};
 
 /// All points, in the order in which a migration comes by.
-const POINTS: &[(&str, At)] = &[
+pub const POINTS: &[(&str, At)] = &[
     ("source.prepare", Source),
     ("destination.prepare", Destination),
     ("destination.network", Destination),
@@ -77,6 +77,8 @@ enum Deed {
     KillOther,
     /// The step fails.
     Error,
+    /// Its thread panics, which is not Ferry's first.
+    Panic,
     /// The ssh that carries the link is killed.
     KillSsh,
     /// The destination's cable is pulled, and put back after the end.
@@ -95,6 +97,7 @@ const DEEDS: &[(Deed, &str)] = &[
     (Deed::Kill, "kill"),
     (Deed::KillOther, "kill-other"),
     (Deed::Error, "error"),
+    (Deed::Panic, "panic"),
     (Deed::KillSsh, "kill-ssh"),
     (Deed::Cut, "cut"),
     (Deed::Interrupt, "int"),
@@ -113,7 +116,7 @@ const SOME: &[(&str, &[&str])] = &[
     ("dump.frozen", &["kill", "error"]),
     ("dump.fenced", &["kill-criu", "kill-runc"]),
     ("source.dump", &["error", "kill-criu"]),
-    ("dump.dumped", &["kill", "kill-criu"]),
+    ("dump.dumped", &["kill", "kill-criu", "panic"]),
     ("source.transfer", &["kill", "kill-other", "int"]),
     ("destination.restore", &["kill"]),
     ("restore.request", &["error", "kill-criu"]),
@@ -135,10 +138,10 @@ const SOME: &[(&str, &[&str])] = &[
 ];
 
 /// So many connections Ferry carries by itself, and has them out of the tasks for a while.
-const CARRIED: usize = 200;
+pub const CARRIED: usize = 200;
 
 /// Where it takes them out, all before the commit.
-const LIFTING: &[(&str, At)] =
+pub const LIFTING: &[(&str, At)] =
     &[("lift.noted", Source), ("lift.kept", Source), ("lift.taken", Source)];
 
 /// What is tried by default with so many.
@@ -173,6 +176,8 @@ pub fn trials() -> Vec<Trial> {
         for &(deed, name) in DEEDS {
             // After the commit no step returns an error that anybody could act upon.
             let nothing = deed == Deed::Error && matches!(at, SourceAfter | DestinationAfter);
+            // All others lie on Ferry's first thread, with which it ends.
+            let nothing = nothing || deed == Deed::Panic && !point.starts_with("dump.");
             let known = !full && LOSES_CONNECTIONS.contains(&(point, name));
             let some = list.iter().any(|(p, list)| *p == point && list.contains(&name));
             if !nothing && !known && (full || some) {
@@ -190,6 +195,15 @@ pub fn trials() -> Vec<Trial> {
     trials.push(in_lab("faults::criu_hangs_in_the_dump", LIMIT, criu_hangs_in_the_dump));
     trials.push(in_lab("faults::guard_in_the_tasks", LIMIT, guard_in_the_tasks));
     trials.push(in_lab("faults::guard_lets_it_run", LIMIT, guard_lets_it_run));
+    trials.push(in_lab(
+        "faults::guards_wait_before_the_freeze",
+        LIMIT,
+        guards_wait_before_the_freeze,
+    ));
+    trials.push(in_lab("faults::guard_cannot_be_reached", LIMIT, guard_cannot_be_reached));
+    trials.push(in_lab("faults::runtime_does_not_delete", LIMIT, runtime_does_not_delete));
+    trials.push(in_lab("faults::disk_fails_at_the_commit", LIMIT, disk_fails_at_the_commit));
+    trials.push(in_lab("faults::known_before_it_is_told", LIMIT, known_before_it_is_told));
     trials
 }
 
@@ -257,11 +271,20 @@ fn guard_lets_it_run(lab: &Lab) -> Outcome {
     container.start(lab, &a)?;
     let mut probe = Probe::start(lab, &container, 5)?;
     let (mut here, mut there) = (&a, &b);
-    for point in ["destination.committed", "destination.open", "destination.running"] {
+    // The last is between the last page, or CRIU's last word, and the end of whoever has put it in.
+    for (point, deed) in [
+        ("destination.committed", "kill"),
+        ("destination.open", "kill"),
+        ("destination.running", "kill"),
+        ("memory.served", "panic"),
+        ("memory.done", "kill"),
+    ] {
         let held = ["memory.all-in", "destination.ready"];
         let holds: Vec<String> = held.iter().map(|point| format!("{point}:hold")).collect();
-        let script =
-            format!("#!/bin/sh\nFERRY_FAULT={},{point}:kill exec ferry \"$@\"\n", holds.join(","));
+        let script = format!(
+            "#!/bin/sh\nFERRY_FAULT={},{point}:{deed} exec ferry \"$@\"\n",
+            holds.join(",")
+        );
         write_script(&a.path("/srv/shared/bin/faulty")?, &script)?;
         let remote = ["--remote-ferry", "/srv/shared/bin/faulty"];
         let migrate = [&["ferry", "migrate", "box", there.name][..], &remote].concat();
@@ -278,11 +301,155 @@ fn guard_lets_it_run(lab: &Lab) -> Outcome {
             exactly_one_copy(&container, there, here)?;
             probe.is_content()
         })();
-        all.map_err(|e| format!("killed at {point}: {e}\nmigrate: {ended}"))?;
+        all.map_err(|e| format!("{deed} at {point}: {e}\nmigrate: {ended}"))?;
         (here, there) = (there, here);
     }
     here.ferry(&["migrate", "box", there.name])?.exits(0)?;
     exactly_one_copy(&container, there, here)?;
+    probe.is_content()
+}
+
+/// Killed before anything is frozen, too, the destination leaves nothing there.
+fn guards_wait_before_the_freeze(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter");
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    let fault = "FERRY_FAULT=source.freeze:hold";
+    let mut running = a.start(&["env", fault, "ferry", "migrate", "box", "b"])?;
+    let file = a.path("/run/ferry-fault/source.freeze")?;
+    until("it is about to freeze", SHORT, || {
+        ensure!(!running.has_ended(), "it was over before it came there");
+        Ok(file.exists().then_some(()))
+    })?;
+    let waiting = b.exec(&["pgrep", "-c", "-f", "^__guard pages"])?;
+    ensure!(waiting.out.trim() == "2", "{waiting}");
+    b.sh("kill -KILL $(pgrep -f '^ferry receive')")?;
+    std::fs::remove_file(&file).map_err(|e| format!("{}: {e}", file.display()))?;
+    running.end(LONG)?.exits(1)?;
+    exactly_one_copy(&container, &a, &b)?;
+    probe.is_content()
+}
+
+/// A migration whose memory follows, of a destination that runs with these settings.
+fn following_with(lab: &Lab, container: &Container, settings: &str) -> Outcome<Running> {
+    let (a, b) = pair(lab);
+    let script = format!("#!/bin/sh\n{settings} exec ferry \"$@\"\n");
+    write_script(&a.path("/srv/shared/bin/faulty")?, &script)?;
+    let remote = ["--remote-ferry", "/srv/shared/bin/faulty"];
+    let slow = ["--precopy", "off", "--bandwidth", "4M"];
+    let migrate = [&["ferry", "migrate"][..], &remote, &slow, &["box", "b"]].concat();
+    let running = a.start(&migrate)?;
+    until("it runs on b", SHORT, || {
+        let there = facts(&b)?;
+        let status = there.containers.get(container.id);
+        let runs = status.is_some_and(|s| s.status == "running" && s.frozen == "0");
+        let here = facts(&a)?;
+        Ok((runs && here.migrations.iter().any(|m| m.state == "committed")).then_some(()))
+    })?;
+    Ok(running)
+}
+
+/// Whoever goes on cannot be reached, and memory is missing: the copy is ended, and runs on without it at
+/// no time.
+fn guard_cannot_be_reached(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter");
+    container.start(lab, &a)?;
+    let running = following_with(lab, &container, "FERRY_FAULT=successor.calls:error")?;
+    b.sh("kill -KILL $(pgrep -f '^ferry receive')")?;
+    until("nothing of it is left on b", SHORT, || {
+        let there = facts(&b)?;
+        let over = there.open().is_empty() && there.containers.is_empty();
+        Ok((over && !there.processes.iter().any(|p| p.name == "ferry")).then_some(()))
+    })?;
+    let ended = running.end(LONG)?.exits(4)?;
+    ensure!(ended.err.contains("ferry resolve box --keep"), "no hint: {ended}");
+    a.ferry(&["resolve", "box", "--keep"])?.exits(0)?;
+    exactly_one_copy(&container, &a, &b)
+}
+
+/// The runtime does not delete a copy that lacks memory: it is ended without it, before anybody closes what
+/// its tasks wait on.
+fn runtime_does_not_delete(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter");
+    container.start(lab, &a)?;
+    let broken = "#!/bin/sh\ncase \" $* \" in *\" delete \"*) echo it is broken >&2; exit 1;; esac\nexec runc \"$@\"\n";
+    write_script(&a.path("/srv/shared/bin/broken")?, broken)?;
+    let running = following_with(lab, &container, "FERRY_RUNTIME=/srv/shared/bin/broken")?;
+    a.sh("kill -KILL $(pgrep -f '^/proc/self/exe __guard') $(pgrep -f '^ferry migrate')")?;
+    running.end(LONG)?.exits(137)?;
+    b.ferry(&["resolve", "box", "--discard"])?;
+    until("no task of it is left on b", SHORT, || {
+        let there = facts(&b)?;
+        let ferry = there.processes.iter().any(|p| p.name == "ferry");
+        let task = there.processes.iter().any(|p| p.line.contains("counter-server"));
+        ensure!(ferry || !task, "nobody holds what its tasks wait on, and they live");
+        Ok((!ferry && !task).then_some(()))
+    })?;
+    b.sh("runc delete --force box")?;
+    a.ferry(&["resolve", "box", "--keep"])?.exits(0)?;
+    exactly_one_copy(&container, &a, &b)
+}
+
+/// The disk has taken the line that hands the container over, as far as anybody knows, and does not take
+/// that which takes it back: nothing runs here before the other host has said that nothing does there.
+fn disk_fails_at_the_commit(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter");
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    let point = "destination.said-ready";
+    let script = format!("#!/bin/sh\nFERRY_FAULT={point}:hold exec ferry \"$@\"\n");
+    write_script(&a.path("/srv/shared/bin/faulty")?, &script)?;
+    let fault = "FERRY_FAULT=journal.committed-sync:error,journal.returning-sync:error";
+    let remote = ["--remote-ferry", "/srv/shared/bin/faulty"];
+    let migrate = [&["env", fault, "ferry", "migrate"][..], &remote, &["box", "b"]].concat();
+    let ended = a.start(&migrate)?.end(LONG)?.exits(4)?;
+    let words = ended.err.contains("stays frozen here") && ended.err.contains("--keep");
+    ensure!(words, "{ended}");
+    let frozen = facts(&a)?.containers.get("box").map(|c| c.frozen.clone());
+    ensure!(frozen.as_deref() == Some("1"), "it runs: {frozen:?}\n{ended}");
+    // It hears that it has been given up, and says that it never ran.
+    let file = b.path(&format!("/run/ferry-fault/{point}"))?;
+    std::fs::remove_file(&file).map_err(|e| format!("{}: {e}", file.display()))?;
+    exactly_one_copy_within(Duration::from_secs(30), &container, &a, &b)?;
+    probe.is_content()
+}
+
+/// The source hears that it runs over there when that stands on the disk there; the container does not
+/// wait for it.
+fn known_before_it_is_told(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter");
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    let script = "#!/bin/sh\nFERRY_FAULT=destination.noted:hold exec ferry \"$@\"\n";
+    write_script(&a.path("/srv/shared/bin/faulty")?, script)?;
+    let remote = ["--remote-ferry", "/srv/shared/bin/faulty"];
+    let mut running = a.start(&[&["ferry", "migrate"][..], &remote, &["box", "b"]].concat())?;
+    let file = b.path("/run/ferry-fault/destination.noted")?;
+    until("it is brought to the disk", SHORT, || {
+        ensure!(!running.has_ended(), "it was over before it came there");
+        Ok(file.exists().then_some(()))
+    })?;
+    until("it runs there", SHORT, || {
+        let status = facts(&b)?.containers.remove("box");
+        Ok(status.is_some_and(|s| s.status == "running" && s.frozen == "0").then_some(()))
+    })?;
+    probe.is_content()?;
+    let state =
+        |host: &Host| Ok::<_, String>(facts(host)?.migrations.last().map(|m| m.state.clone()));
+    ensure!(
+        state(&a)?.as_deref() == Some("committed"),
+        "it has let go of its own: {:?}",
+        state(&a)?
+    );
+    ensure!(!running.has_ended(), "it has heard that it runs there");
+    std::fs::remove_file(&file).map_err(|e| format!("{}: {e}", file.display()))?;
+    running.end(LONG)?.exits(0)?;
+    exactly_one_copy(&container, &b, &a)?;
     probe.is_content()
 }
 
@@ -358,24 +525,34 @@ fn criu_hangs_in_the_dump(lab: &Lab) -> Outcome {
     let container = Container::networked("counter").with(&["--arg", "--threads", "--arg", "4"]);
     container.start(lab, &a)?;
     let mut probe = Probe::start(lab, &container, 5)?;
+    // Before it may begin: it is done in some milliseconds, and what it leaves in tasks has a trial of its
+    // own.
     let script = "
 import glob, os, signal
-point = '/run/ferry-fault/dump.fenced'
-while not os.path.exists(point):
-    pass
+
+def passes(point):
+    while not os.path.exists(point):
+        pass
+
+passes('/run/ferry-fault/source.freeze')
 for file in glob.glob('/run/ferry/*/work/criu.pid'):
     os.kill(int(open(file).read()), signal.SIGSTOP)
-os.unlink(point)
+os.unlink('/run/ferry-fault/source.freeze')
+passes('/run/ferry-fault/dump.fenced')
+for file in glob.glob('/run/ferry/*/work/criu.pid'):
+    state = open('/proc/' + open(file).read() + '/stat').read().rsplit(')')[1].split()[0]
+    assert state in 'tT', state
+os.unlink('/run/ferry-fault/dump.fenced')
 ";
     let stopper = a.start(&["python3", "-c", script])?;
-    let running =
-        a.start(&["env", "FERRY_FAULT=dump.fenced:hold", "ferry", "migrate", "box", "b"])?;
+    let fault = "FERRY_FAULT=source.freeze:hold,dump.fenced:hold";
+    let running = a.start(&["env", fault, "ferry", "migrate", "box", "b"])?;
     stopper.end(SHORT)?.exits(0)?;
     a.exec(&["pkill", "-INT", "-f", "^ferry migrate"])?.exits(0)?;
     let began = Instant::now();
     let ended = running.end(LONG)?;
     let all = (|| {
-        ensure!(ended.code == 1, "CRIU was stopped in the middle of the dump");
+        ensure!(ended.code == 1, "CRIU was stopped in the dump");
         ensure!(began.elapsed() < SHORT, "it took {:?} to give up", began.elapsed());
         exactly_one_copy(&container, &a, &b)?;
         probe.is_content()
@@ -391,9 +568,16 @@ fn at_commit(point: &str) -> bool {
     matches!(point, "source.commit" | "destination.said-ready")
 }
 
-/// What dies there may have been let run on the destination.
-fn may_have_run(point: &str) -> bool {
-    !["source.commit", "source.committed", "destination.commit"].contains(&point)
+/// Whether the destination's copy may have been let run by the end of it: only one that is ended while it
+/// is held has not. One that is held and lives will run: it is not taken back.
+fn may_have_run(point: &str, at: At, deed: Deed) -> bool {
+    let held = at_commit(point) || matches!(point, "source.committed" | "destination.commit");
+    // CRIU's end is seen when the line is written that it may run.
+    let ended = match at {
+        Source | SourceAfter => deed == Deed::KillOther,
+        Destination | DestinationAfter => deed == Deed::Kill,
+    };
+    !(held && ended)
 }
 
 fn fault(lab: &Lab, point: &'static str, at: At, deed: Deed, connections: usize) -> Outcome {
@@ -411,7 +595,7 @@ fn fault(lab: &Lab, point: &'static str, at: At, deed: Deed, connections: usize)
     let after = race || matches!(at, SourceAfter | DestinationAfter);
     // CRIU and the runtime decide nothing: a migration may get by without them.
     let spared = matches!(deed, Deed::KillCriu | Deed::KillRunc) && ended.code == 0;
-    let settled = settle(&a, &b, &ended, after || spared, may_have_run(point));
+    let settled = settle(&a, &b, &ended, after || spared, may_have_run(point, at, deed));
     let (here, there) = settled.map_err(|e| format!("{e}\nmigrate: {ended}"))?;
     let all = (|| {
         // Nobody has watched over the destination's last steps: whoever asks next does them.
@@ -436,6 +620,7 @@ fn migrate_with(lab: &Lab, point: &str, at: At, deed: Deed) -> Outcome<Output> {
     let action = match deed {
         Deed::Kill => "kill",
         Deed::Error => "error",
+        Deed::Panic => "panic",
         _ => "hold",
     };
     let fault = format!("FERRY_FAULT={point}:{action}");
@@ -499,7 +684,7 @@ fn perform(lab: &Lab, at: At, deed: Deed) -> Outcome {
         host.exec(&["pkill", signal, "-f", &pattern]).map(drop)
     };
     match deed {
-        Deed::Kill | Deed::Error => Ok(()),
+        Deed::Kill | Deed::Error | Deed::Panic => Ok(()),
         Deed::KillOther if *other.name == *a.name => kill(&a, "-KILL", "ferry migrate"),
         Deed::KillOther => kill(other, "-KILL", "ferry receive"),
         Deed::KillSsh => kill(&a, "-KILL", "ssh "),

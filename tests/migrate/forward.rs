@@ -11,7 +11,7 @@ use crate::common::facts::{exactly_one_copy, facts};
 use crate::common::lab::{Host, LONG, Lab, SHORT};
 use crate::common::probe::Probe;
 use crate::common::process::until;
-use crate::common::suite::{full, in_lab_of};
+use crate::common::suite::{alone_in_lab, full, in_lab_of};
 use crate::common::{Outcome, ensure};
 
 const LIMIT: Duration = Duration::from_secs(150);
@@ -23,10 +23,10 @@ pub fn trials() -> Vec<Trial> {
     let mut trials = vec![
         in_lab_of(HOSTS, "forward::round_the_world", LIMIT, round_the_world),
         in_lab_of(HOSTS, "forward::killed_and_back", LIMIT, killed_and_back),
-        in_lab_of(HOSTS, "forward::given_up", LIMIT, given_up),
+        alone_in_lab(HOSTS, "forward::given_up", LIMIT, given_up),
         in_lab_of(HOSTS, "forward::through_the_last_host", LIMIT, through_the_last_host),
         in_lab_of(HOSTS, "forward::ended", LIMIT, ended),
-        in_lab_of(HOSTS, "forward::until_idle", LIMIT, until_idle),
+        alone_in_lab(HOSTS, "forward::until_idle", LIMIT, until_idle),
         in_lab_of(HOSTS, "forward::narrow_path", LIMIT, narrow_path),
         in_lab_of(HOSTS, "forward::killed_at_the_commit", LIMIT, killed_at_the_commit),
     ];
@@ -94,8 +94,19 @@ pub fn told(host: &Host) -> Outcome<Vec<Value>> {
 /// The container runs on `place` and nowhere else, its home forwards to that very host, and nothing
 /// is left anywhere else.
 pub fn abroad(container: &Container, home: &Host, place: &Host, other: &Host) -> Outcome {
+    abroad_within(Duration::from_secs(15), container, home, place, other)
+}
+
+/// The same in another time.
+pub fn abroad_within(
+    limit: Duration,
+    container: &Container,
+    home: &Host,
+    place: &Host,
+    other: &Host,
+) -> Outcome {
     let mut last = String::new();
-    let settled = until("it is abroad", Duration::from_secs(15), || {
+    let settled = until("it is abroad", limit, || {
         last = complaint(container, home, place, other)?.unwrap_or_default();
         Ok(last.is_empty().then_some(()))
     });

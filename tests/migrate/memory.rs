@@ -11,7 +11,7 @@ use crate::common::facts::{exactly_one_copy, facts, pair};
 use crate::common::lab::{Host, LONG, Lab, SHORT};
 use crate::common::probe::Probe;
 use crate::common::process::{Output, Running, until, write_script};
-use crate::common::suite::in_lab;
+use crate::common::suite::{alone_in_lab, in_lab};
 use crate::common::{Outcome, ensure};
 
 const LIMIT: Duration = Duration::from_secs(90);
@@ -26,11 +26,13 @@ pub fn trials() -> Vec<Trial> {
         in_lab("memory::a_lost_commit_is_brought", LIMIT, a_lost_commit_is_brought),
         in_lab("memory::a_killed_source_is_resolved", LIMIT, a_killed_source_is_resolved),
         in_lab("memory::a_killed_destination_is_followed", LIMIT, a_killed_destination_is_followed),
+        in_lab("memory::its_group_is_ended", LIMIT, its_group_is_ended),
         in_lab("memory::by_comparing", LIMIT, by_comparing),
         in_lab("memory::direct_reads", LIMIT, direct_reads),
         in_lab("memory::compared", LIMIT, compared),
-        in_lab("memory::compression", LIMIT, compression),
+        alone_in_lab(&["a", "b", "client"], "memory::compression", LIMIT, compression),
         in_lab("memory::bandwidth", LIMIT, bandwidth),
+        in_lab("memory::longer_than_any_limit", LIMIT, longer_than_any_limit),
         in_lab("memory::several_streams", LIMIT, several_streams),
     ]
 }
@@ -116,12 +118,17 @@ fn or_goes_in_the_freeze(lab: &Lab) -> Outcome {
 
 /// A migration whose memory follows for three seconds, when it has begun to.
 pub fn following(lab: &Lab, container: &Container) -> Outcome<Running> {
-    let (a, b) = pair(lab);
     let slow = ["--precopy", "off", "--bandwidth", "20M", "--json"];
     let mut command = vec!["ferry", "migrate"];
     command.extend(slow);
     command.extend(["box", "b"]);
-    let running = a.start(&command)?;
+    under_way(lab, container, &command)
+}
+
+/// The same of another command.
+fn under_way(lab: &Lab, container: &Container, command: &[&str]) -> Outcome<Running> {
+    let (a, b) = pair(lab);
+    let running = a.start(command)?;
     until("it runs on b", SHORT, || {
         let there = facts(&b)?;
         let status = there.containers.get(container.id);
@@ -205,6 +212,30 @@ fn a_killed_destination_is_followed(lab: &Lab) -> Outcome {
     exactly_one_copy(&container, &b, &a)
 }
 
+/// As at the end of a session or of a unit of systemd: all that is in the control group in which the
+/// destination's Ferry was started is killed at once.
+fn its_group_is_ended(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter");
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    let group = "/sys/fs/cgroup/unit";
+    let script =
+        format!("#!/bin/sh\nmkdir -p {group}; echo $$ >{group}/cgroup.procs; exec ferry \"$@\"\n");
+    write_script(&a.path("/srv/shared/bin/unit")?, &script)?;
+    let slow = ["--precopy", "off", "--bandwidth", "20M", "--json"];
+    let remote = ["--remote-ferry", "/srv/shared/bin/unit"];
+    let command = [&["ferry", "migrate"][..], &slow, &remote, &["box", "b"]].concat();
+    let running = under_way(lab, &container, &command)?;
+    let ended = b.sh(&format!("echo 1 >{group}/cgroup.kill"));
+    let report = running.end(LONG).and_then(|ended| report(&ended.exits(0)?));
+    b.sh(&format!("until rmdir {group}; do :; done"))?;
+    ended?;
+    ensure!(number(&report?, "/served/fetched") > 0, "nothing was missing");
+    probe.is_content()?;
+    exactly_one_copy(&container, &b, &a)
+}
+
 fn by_comparing(lab: &Lab) -> Outcome {
     let (a, b) = pair(lab);
     let container = Container::networked("counter").with(&["--arg", "--dirty", "--arg", "500"]);
@@ -275,6 +306,26 @@ fn bandwidth(lab: &Lab) -> Outcome {
     ensure!(began.elapsed() > Duration::from_millis(2000), "faster than allowed: {report}");
     ensure!(began.elapsed() < Duration::from_secs(10), "much slower than allowed: {report}");
     Ok(())
+}
+
+/// A source that copies memory says nothing else meanwhile, and is not taken for a dead one.
+fn longer_than_any_limit(lab: &Lab) -> Outcome {
+    const LONGEST: u64 = 3;
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter");
+    container.start(lab, &a)?;
+    let mut probe = Probe::start(lab, &container, 5)?;
+    let limited = "/srv/shared/bin/limited";
+    let script = format!("#!/bin/sh\nexport FERRY_FAULT_LIMIT={LONGEST}; exec ferry \"$@\"\n");
+    write_script(&a.path(limited)?, &script)?;
+    // 64 MiB at 10 MiB/s.
+    let slow = ["--remote-ferry", limited, "--bandwidth", "10M", "--postcopy", "never"];
+    let report = migrate(&a, &slow, &b)?;
+    let copying: f64 =
+        report["rounds"].as_array().into_iter().flatten().filter_map(|r| r["ms"].as_f64()).sum();
+    ensure!(copying > 1000.0 * LONGEST as f64, "it took no longer than that: {report}");
+    probe.is_content()?;
+    exactly_one_copy(&container, &b, &a)
 }
 
 /// All of it is compared before the commit, and one wrong byte is enough to stay.

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
-use crate::common::container::Container;
-use crate::common::facts::{exactly_one_copy, pair};
+use crate::common::container::{Container, READY};
+use crate::common::facts::{exactly_one_copy, facts, pair};
 use crate::common::lab::{Host, LONG, Lab, SHORT};
 use crate::common::probe::Probe;
 use crate::common::process::{until, write_script};
@@ -30,11 +30,12 @@ pub fn trials() -> Vec<Trial> {
         in_lab("overlay::given_up_on_the_way_back", LIMIT, given_up_on_the_way_back),
         in_lab("overlay::what_stands_in_the_way", LIMIT, what_stands_in_the_way),
         in_lab("overlay::nobody_writes", LIMIT, nobody_writes),
+        in_lab("overlay::what_is_watched", LIMIT, what_is_watched),
     ]
 }
 
 /// A server that changes files all the time, and checks them against its memory.
-fn writer() -> Container {
+pub fn writer() -> Container {
     let options = ["--arg", "--files", "--arg", "/data", "--arg", "--files-size", "--arg", "8M"];
     Container::networked("counter").with(&options).at(BUNDLE)
 }
@@ -60,7 +61,7 @@ fn mount(options: &str) -> String {
     )
 }
 
-fn upper() -> String {
+pub fn upper() -> String {
     format!("upperdir={BUNDLE}/upper,workdir={BUNDLE}/work")
 }
 
@@ -74,7 +75,7 @@ fn states(hosts: [&Host; 2]) -> Outcome {
 }
 
 /// Starts it on host a, on an overlay.
-fn start(lab: &Lab, container: &Container, options: &str) -> Outcome<(Host, Host)> {
+pub fn start(lab: &Lab, container: &Container, options: &str) -> Outcome<(Host, Host)> {
     let (a, b) = pair(lab);
     states([&a, &b])?;
     container.make(&a)?;
@@ -360,6 +361,63 @@ fn nobody_writes(lab: &Lab) -> Outcome {
         exactly_one_copy(&container, to, from)?;
         probe.is_content()?;
         same_trees(from, to)?;
+    }
+    Ok(())
+}
+
+/// Watches directories and files of several layers, and says what it hears of. Numbers are those of system
+/// calls on x86-64: inotify_init1 and inotify_add_watch, for IN_CREATE and IN_MODIFY.
+const WATCH: &str = r#"
+my $watcher = syscall(294, 2048);
+open(my $events, "<&=", $watcher) or die;
+my @places = ("/odd/kept", "/odd/big", "/data/small", "/three");
+for my $place (@places) {
+    syscall(254, $watcher, $place, 0x102) > 0 or die "$place: $!";
+}
+if (-e "/lose") {
+    open(my $kept, "<", "/three");
+    unlink("/three");
+    READY
+    sleep 1 while 1;
+}
+READY
+while (1) {
+    my $heard = sysread($events, my $text, 4096) or select(undef, undef, undef, 0.02);
+    while ($heard && length($text)) {
+        my ($watch, $what, $with, $length) = unpack("iLLL", $text);
+        $text = substr($text, 16 + $length);
+        open(my $to, ">>", "/heard");
+        print $to "$watch\n";
+        close($to);
+    }
+}
+"#;
+
+/// CRIU cannot open what is watched on an overlay by its handle, and finds it by its path.
+fn what_is_watched(lab: &Lab) -> Outcome {
+    let program = WATCH.replace("READY", READY);
+    let container = Container::script(&program).at(BUNDLE);
+    let (a, b) = start(lab, &container, &upper())?;
+    for (from, to) in [(&a, &b), (&b, &a)] {
+        migrate(from, to, &[])?;
+        let root = format!("/proc/{}/root", facts(to)?.containers["box"].pid);
+        to.sh(&format!(
+            "cd {root}; echo more >>odd/kept/file; echo more >>odd/big; echo more >>three
+             echo >data/small/from-{}",
+            from.name
+        ))?;
+        until("all watches are heard", SHORT, || {
+            let heard = to.exec(&["sh", "-c", &format!("sort -u {root}/heard")])?.out;
+            Ok((heard == "1\n2\n3\n4\n").then_some(()))
+        })?;
+        to.sh(&format!("rm {root}/heard"))?;
+        exactly_one_copy(&container, to, from)?;
+    }
+    a.sh(&format!("ferry delete -f box; rm {ROOT}/ready; touch {ROOT}/lose"))?;
+    container.run_on(&a)?;
+    for verb in [&["check", "box"][..], &["migrate", "box", "b"]] {
+        let said = a.ferry(verb)?.exits(3)?;
+        ensure!(said.err.contains("watches what CRIU cannot find by a name"), "{said}");
     }
     Ok(())
 }

@@ -20,6 +20,7 @@ const LIMIT: Duration = Duration::from_secs(120);
 pub fn trials() -> Vec<Trial> {
     vec![
         in_lab("resolve::missed_word", LIMIT, missed_word),
+        in_lab("resolve::told_when_it_can_be", LIMIT, told_when_it_can_be),
         in_lab("resolve::second_migration", LIMIT, second_migration),
         in_lab("resolve::at_boot", LIMIT, at_boot),
         in_lab("resolve::discard_in_post_copy", LIMIT, discard_in_post_copy),
@@ -36,7 +37,7 @@ fn missed_word(lab: &Lab) -> Outcome {
     container.start(lab, &a)?;
     killed_at(&a, &b, "source.commit")?;
     lab.link(&["b", "--cut"])?;
-    let said = a.ferry(&["resolve", "box"])?.exits(0)?;
+    let said = a.ferry(&["resolve", "--timeout", "10s", "box"])?.exits(0)?;
     ensure!(said.out.contains("it runs on here") && said.err.contains("cannot be told"), "{said}");
     a.sh("kill -KILL $(pgrep -f '^/proc/self/exe __guard word')")?;
     lab.link(&["b", "--mend"])?;
@@ -47,6 +48,25 @@ fn missed_word(lab: &Lab) -> Outcome {
     b.ferry(&["migrate", "box", "a"])?.exits(0)?;
     let current = a.sh("ls /var/lib/ferry/migrations/*.journal | wc -l")?;
     ensure!(current.trim() == "1", "{current} journals would be read before the next one");
+    exactly_one_copy(&container, &a, &b)
+}
+
+/// What is settled here, and not known there yet, `--all` stays at.
+fn told_when_it_can_be(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = Container::networked("counter");
+    container.start(lab, &a)?;
+    killed_at(&a, &b, "source.commit")?;
+    lab.link(&["b", "--cut"])?;
+    let mut all = a.start(&["sh", "-c", "exec ferry resolve --all 2>/run/said"])?;
+    until("it is settled here, and b has not been told", LONG, || {
+        ensure!(!all.has_ended(), "it has left the other host without a word");
+        Ok((a.exec(&["grep", "-q", "b cannot be told", "/run/said"])?.code == 0).then_some(()))
+    })?;
+    ensure!(facts(&a)?.open().is_empty(), "it is not settled here");
+    lab.link(&["b", "--mend"])?;
+    let said = all.end(LONG)?.exits(0)?;
+    ensure!(said.out.contains("b holds nothing of it"), "{said}");
     exactly_one_copy(&container, &a, &b)
 }
 

@@ -280,7 +280,7 @@ pub fn hold(name: &'static str, attachment: Attachment) {
         recreate(&image, &Placement::Auto, &path, &lab.ns("b")).expect("a network made again");
     let neighbours = network::Neighbours::prepare(made.namespace(), &image).expect("neighbours");
     let fence = made.take_fence().expect("a fence");
-    let mut gate = network::Gate { fence, lead: None, neighbours: Some(neighbours) };
+    let mut gate = network::ReleaseSet { fence, lead: None, neighbours: Some(neighbours) };
 
     let state = |ip: &str| lab.json("copy", &format!("neigh show {ip}"))[0]["state"][0].clone();
     let say = |ip: &str| {

@@ -1,7 +1,7 @@
 //! The fence, and the frames that are kept behind it.
 
-use std::io::{Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::process::Command;
 use std::thread;
@@ -145,8 +145,15 @@ pub fn new_only() {
     let ns = lab.container("web");
     let client = lab.ns("c");
     let (mut server, mut near) = connect(&ns, &client, address(IP4));
+    let door = ns.run(|| TcpListener::bind((address(IP4), 0))).expect("namespace").expect("bind");
+    let to = door.local_addr().expect("an address");
+    let knock =
+        |patience| client.run(|| TcpStream::connect_timeout(&to, patience)).expect("client");
+    knock(PATIENCE).expect("nothing is in the way of a new one");
     let mut armed = fence::arm(&ns).expect("armed");
     armed.close(Side::New).expect("closed for new ones");
+    let kept_out = knock(SILENCE).expect_err("a new one gets no answer");
+    assert_eq!(kept_out.kind(), ErrorKind::TimedOut, "{kept_out}");
     server.write_all(b"on its way").expect("write");
     let mut got = [0; 10];
     near.read_exact(&mut got).expect("what leaves arrives");
@@ -155,6 +162,8 @@ pub fn new_only() {
     let mut got = [0; 8];
     server.read_exact(&mut got).expect("what is established goes on, both ways");
     assert_eq!(&got, b"and back");
+    armed.open().expect("open");
+    knock(PATIENCE).expect("a new one comes in again");
     armed.disarm().expect("disarmed");
     assert_eq!(fence::state(&ns), Ok(State::Absent));
 }

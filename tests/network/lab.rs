@@ -69,7 +69,17 @@ impl Lab {
                 lab.at(who, &format!("address add fd77::10{number}/64 dev eth0 nodad"));
             }
         }
+        // Until the kernel has seen to a carrier, which a busy machine puts off, frames are dropped.
+        wait_until("the lab's links to be up", || {
+            ["sw", "a", "b", "c"].iter().all(|w| lab.is_up(w))
+        });
         lab
+    }
+
+    fn is_up(&self, who: &str) -> bool {
+        let links = self.json(who, "link show up");
+        let links = links.as_array().into_iter().flatten();
+        links.filter(|l| l["ifname"] != "lo").all(|l| l["operstate"] == "UP")
     }
 
     /// The name of a namespace of this lab.
@@ -120,13 +130,17 @@ impl Lab {
         let name = self.named(who);
         self.ip(&format!("netns add {name}"));
         match self.attachment {
-            Attachment::Macvlan => self.at(
-                "a",
-                &format!(
-                    "link add link eth0 name eth0 address {MAC} netns {name} \
-                     type macvlan mode bridge"
-                ),
-            ),
+            // Kernels before 6.15 do not make it as `eth0` where host `a` has one.
+            Attachment::Macvlan => {
+                self.at(
+                    "a",
+                    &format!(
+                        "link add link eth0 name new0 address {MAC} netns {name} \
+                         type macvlan mode bridge"
+                    ),
+                );
+                self.at(who, "link set new0 name eth0");
+            }
             Attachment::Bridge => {
                 self.at(
                     "a",

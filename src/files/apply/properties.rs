@@ -106,14 +106,15 @@ impl Container {
                     _ => symlink(self.random.of(CANARIES), &one),
                 }
             }
-            21 | 22 => match fs::symlink_metadata(&one)?.is_symlink() {
-                true => lchown(&one, Some(fill.into()), Some(7)),
-                false => {
+            21 | 22 => {
+                if fs::symlink_metadata(&one)?.is_symlink() {
+                    lchown(&one, Some(fill.into()), Some(7))
+                } else {
                     chown(&one, Some(fill.into()), Some(7))?;
                     let mode = *self.random.of(&[0o700, 0o4755, 0o1777, 0o000, 0o664]);
                     fs::set_permissions(&one, fs::Permissions::from_mode(mode))
                 }
-            },
+            }
             23 => xattr::set(&one, "trusted.note", &[fill; 30]),
             24 => xattr::set(&one, "system.posix_acl_default", ACL),
             25 => {

@@ -66,7 +66,7 @@ pub(super) struct Pair {
 
 impl Pair {
     /// One whose changes are looked for, and one whose changes the kernel tells.
-    fn both() -> [Pair; 2] {
+    pub(super) fn both() -> [Pair; 2] {
         [false, true].map(|listen| {
             let from = tempfile::tempdir().unwrap();
             let roots = vec![Root::open(from.path()).unwrap()];
@@ -76,7 +76,7 @@ impl Pair {
     }
 
     /// A round; how many bytes of contents went.
-    fn round(&mut self) -> u64 {
+    pub(super) fn round(&mut self) -> u64 {
         self.round_with(&Inodes::new())
     }
 
@@ -111,7 +111,7 @@ impl Pair {
         stats
     }
 
-    fn same(&self) {
+    pub(super) fn same(&self) {
         assert_eq!(all(self.from.path()), all(self.to.path()));
     }
 }
@@ -120,7 +120,7 @@ impl Pair {
 pub(super) const WINDOW: Duration = Duration::from_millis(20);
 
 /// So that a change time says something.
-fn later() {
+pub(super) fn later() {
     std::thread::sleep(Duration::from_millis(30));
 }
 

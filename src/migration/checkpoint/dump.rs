@@ -6,9 +6,9 @@
 //! whether they are thawed or killed.
 //!
 //! ```text
-//! pre-dump      held until the destination is ready  → await a lull, freeze the control group,
-//!               close the fence
-//! post-dump     freeze the group again; held until the verdict
+//! pre-dump      held until the destination is ready  → quiesce, freeze the control group,
+//!               close the fence, hide plain memory
+//! post-dump     freeze the group again, add to the images what was hidden; held until the verdict
 //! status-ready  send CRIU's page server, which nobody needs, home
 //! ```
 
@@ -28,24 +28,27 @@ use rust_criu::rust_criu_protobuf::rpc::{
     Criu_network_lock_method, Criu_page_server_info, Criu_req, Ext_mount_map,
 };
 
-use crate::connections::{Lifted, Lifting, Orders};
+use super::hiding::{Added, Hiding};
+use crate::connections::{GuardCommands, Lifted, Lifting};
+use crate::criu::failure;
 use crate::criu::interposer::{Event, Interposer, Session};
-use crate::migration::journal::workdir::criu_failed;
-use crate::migration::network::lull::{await_last, await_lull};
-use crate::migration::network::unread::Came;
-use crate::migration::protocol::talk::Speaker;
-use crate::network::fence::{Armed, Side};
+use crate::files::sockets::{self, Renamed};
+use crate::migration::network::quiesce::{await_last, await_quiet};
+use crate::migration::network::udp_queues::Came;
+use crate::migration::protocol::session::PeerWriter;
+use crate::network::fence::{ArmedFence, Side};
 use crate::network::frames::Capture;
-use crate::network::sockets::Lookout;
-use crate::network::unread::Homes;
+use crate::network::sockets::SockDiag;
+use crate::network::udp_queues::UdpEndpoints;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
 use crate::problem::Advise;
 use crate::sys::netns::NetNs;
+use crate::sys::panics::caught;
 use crate::sys::{fault, process};
-use crate::tasks::descriptors::MAX_NAMELESS;
-use crate::tasks::mend::{Noted, Watch};
-use crate::tasks::watched;
+use crate::tasks::criu_rescue::{TaskSnapshot, TracerWatch};
+use crate::tasks::unsupported::MAX_NAMELESS;
+use crate::tasks::{epoll, waits};
 
 /// How long a container may take to stop before it is left alone.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -66,14 +69,22 @@ pub enum DumpEvent {
         /// When the freeze began.
         since: Instant,
         /// Sees what the fence stops, and opens it again.
-        network: Option<Box<(Armed, Capture)>>,
+        network: Option<Box<(ArmedFence, Capture)>>,
         /// What had come before, and which of it is in the container's sockets.
         came: Came,
     },
     /// Connections were taken out of the tasks, and are on their way: [`DumpPlan::lifted`].
     Lifted,
     /// All images are written: say the verdict.
-    Dumped,
+    Dumped {
+        /// Pages of mappings that CRIU's dump was not shown; none where it was shown all.
+        hidden: Option<u64>,
+        /// Whether it is right is known only when [`DumpEvent::Checked`] comes: nothing is to be handed over
+        /// before.
+        unchecked: bool,
+    },
+    /// Whether the images are those of the tasks.
+    Checked(Result<()>),
     /// It is over. An error before `Dumped` means that there is nothing to restore from.
     Ended(Result<()>),
 }
@@ -81,10 +92,21 @@ pub enum DumpEvent {
 /// What the hand-over tells the dump. A dropped sender means the same as `Verdict(false)`.
 #[derive(Debug)]
 pub enum Go {
-    /// Freeze, and take these connections out of the tasks before CRIU sees them.
-    Freeze(Option<Box<Lifting>>),
+    /// Freeze, and have it so that CRIU can dump all.
+    Freeze(Freeze),
     /// The container belongs to the destination, or (`false`) stays.
     Verdict(bool),
+}
+
+/// What is done before CRIU looks.
+#[derive(Debug)]
+pub struct Freeze {
+    /// Connections that are taken out of the tasks.
+    pub lifting: Option<Box<Lifting>>,
+    /// The container's root directory.
+    pub root: PathBuf,
+    /// Sockets that get the names back that they were bound to.
+    pub renamed: Vec<Renamed>,
 }
 
 /// What a dump needs.
@@ -101,26 +123,30 @@ pub struct DumpPlan {
     pub work: PathBuf,
     /// The tmpfs mounts that CRIU is to leave to us: their places.
     pub tmpfs: Vec<String>,
+    /// Paths in the container below which CRIU is to look for what is watched there.
+    pub watched: Vec<String>,
     /// Standard streams that are regular files outside the container: CRIU's keys.
     pub external: Vec<String>,
     /// The fence, ready to close, and the capture, ready to start.
-    pub network: Option<Box<(Armed, Capture)>>,
+    pub network: Option<Box<(ArmedFence, Capture)>>,
     /// Looks for sockets that are nobody's, where there is a network.
-    pub lookout: Option<Lookout>,
+    pub sock_diag: Option<SockDiag>,
     /// What brings its datagrams.
-    pub homes: Homes,
+    pub homes: UdpEndpoints,
     /// The network namespace that CRIU runs in, if not ours.
     pub namespace: Option<NetNs>,
     /// The interposer.
     pub interposer: Interposer,
     /// Whether CRIU is told that all epolls are well: it has to be true.
     pub vouched: bool,
+    /// Whether plain memory may be hidden from CRIU.
+    pub hide: bool,
     /// Tells the destination of connections.
-    pub speaker: Speaker,
+    pub peer: PeerWriter,
     /// Has the guard take them out of the tasks.
-    pub orders: Orders,
+    pub orders: GuardCommands,
     /// Watches over whoever works in the tasks.
-    pub watch: Watch,
+    pub watch: TracerWatch,
     /// Where they are noted that were taken out: by the end of the dump it is known whether there are any.
     pub lifted: LiftedPlace,
 }
@@ -137,8 +163,10 @@ pub struct DumpJob {
     /// Closed when the thread ends.
     ended: Receiver<()>,
     criu: CriuPlace,
-    watch: Watch,
+    watch: TracerWatch,
 }
+
+type Tell = Arc<dyn Fn(DumpEvent) + Send + Sync>;
 
 /// The CRIU that dumps, as soon as there is one.
 type CriuPlace = Arc<Mutex<Option<OwnedFd>>>;
@@ -148,15 +176,18 @@ impl DumpJob {
     ///
     /// # Errors
     /// When there can be no thread.
-    pub fn start(plan: DumpPlan, tell: impl Fn(DumpEvent) + Send + 'static) -> Result<DumpJob> {
+    pub fn start(
+        plan: DumpPlan,
+        tell: impl Fn(DumpEvent) + Send + Sync + 'static,
+    ) -> Result<DumpJob> {
         let (go, orders) = std::sync::mpsc::channel();
         let (ends, ended) = std::sync::mpsc::channel();
         let (criu, watch) = (CriuPlace::default(), plan.watch.clone());
 
-        let place = criu.clone();
+        let (place, tell) = (criu.clone(), Arc::new(tell) as Tell);
         let thread = std::thread::Builder::new().name("dump".into()).spawn(move || {
             let _ends = ends;
-            let result = run(plan, &place, &tell, &orders);
+            let result = caught(|| run(plan, &place, &tell, &orders));
             tell(DumpEvent::Ended(result));
         })?;
 
@@ -195,12 +226,7 @@ impl DumpJob {
     }
 }
 
-fn run(
-    mut plan: DumpPlan,
-    criu: &CriuPlace,
-    tell: &dyn Fn(DumpEvent),
-    orders: &Receiver<Go>,
-) -> Result<()> {
+fn run(mut plan: DumpPlan, criu: &CriuPlace, tell: &Tell, orders: &Receiver<Go>) -> Result<()> {
     let log = plan.work.join("runc.log");
     let mut command = plan.runtime.command();
     command.arg("--log").arg(&log).arg("checkpoint");
@@ -214,6 +240,15 @@ fn run(
     if plan.vouched {
         plan.interposer.vouch_for_epolls();
     }
+    let hide = plan.hide && fault::point("dump.hide").is_ok();
+    // CRIU is shown everything where there is no room for less.
+    let hiding = hide.then(|| Hiding::prepare(&plan.work, &plan.cgroup)).transpose();
+    let mut hiding = hiding
+        .inspect_err(|e| tracing::warn!("memory is not hidden from CRIU: {e:#}"))
+        .unwrap_or(None);
+    if let Some(hiding) = &hiding {
+        plan.interposer.cover(hiding.directory());
+    }
     let mut child = command
         .spawn()
         .with_context(|| format!("cannot run {}", plan.runtime.program().display()))?;
@@ -226,7 +261,7 @@ fn run(
         .and_then(|(session, request)| {
             let pidfd = process::pidfd_open(session.criu_pid)?;
             *criu.lock().unwrap_or_else(PoisonError::into_inner) = Some(pidfd);
-            job(&mut plan, &session, request, tell, orders)
+            job(&mut plan, &session, request, hiding.as_mut(), tell, orders)
         });
     // The runtime ends by itself: the session is closed, and it has its answer or an end of file.
     if process::wait_readable(&[pidfd.as_fd()], Some(Instant::now() + STEP_TIMEOUT)).is_ok() {
@@ -246,7 +281,8 @@ fn job(
     plan: &mut DumpPlan,
     session: &Session,
     mut request: Criu_req,
-    tell: &dyn Fn(DumpEvent),
+    mut hiding: Option<&mut Hiding>,
+    tell: &Tell,
     orders: &Receiver<Go>,
 ) -> Result<()> {
     // Open as long as CRIU may look them up in our descriptor table.
@@ -266,12 +302,21 @@ fn job(
             Event::Notify(notify) => match notify.script.as_str() {
                 "pre-dump" => {
                     tell(DumpEvent::AtFreeze);
-                    let Ok(Go::Freeze(lifting)) = orders.recv() else {
+                    let Ok(Go::Freeze(Freeze { lifting, root, renamed })) = orders.recv() else {
                         session.answer(false)?;
                         continue;
                     };
-                    let done = stop(plan);
-                    // What has many connections begins with them, and CRIU waits.
+                    if let Some(hiding) = hiding.as_deref_mut() {
+                        hiding.look_again();
+                    }
+                    let done = stop(plan).and_then(|stopped| {
+                        sockets::to_bound_names(&root, &renamed)?;
+                        // What has many connections begins with them, and CRIU waits.
+                        if lifting.is_none() {
+                            hide(plan, session, hiding.as_deref_mut())?;
+                        }
+                        Ok(stopped)
+                    });
                     if lifting.is_none() || done.is_err() {
                         session.answer(done.is_ok())?;
                     }
@@ -279,15 +324,19 @@ fn job(
                     fault::point("dump.frozen")?;
                     tell(DumpEvent::Frozen { since, network, came });
                     if let Some(lifting) = lifting {
-                        let speaker = plan.speaker.clone();
+                        let peer = plan.peer.clone();
                         let write = move |at, bytes: &[u8]| {
-                            speaker.file(crate::connections::STREAM, at, bytes)?;
-                            speaker.flush()
+                            peer.file(crate::connections::STREAM, at, bytes)?;
+                            peer.flush()
                         };
                         let lifted = lifting.lift(&plan.cgroup, write, (&plan.orders, &plan.watch));
-                        let answered = session.answer(lifted.is_ok());
+                        let hidden = match &lifted {
+                            Ok(_) => hide(plan, session, hiding.as_deref_mut()),
+                            Err(_) => Ok(()),
+                        };
+                        let answered = session.answer(lifted.is_ok() && hidden.is_ok());
                         *plan.lifted.lock().unwrap_or_else(PoisonError::into_inner) = Some(lifted?);
-                        answered?;
+                        hidden.and(answered)?;
                         tell(DumpEvent::Lifted);
                     }
                     vouching = plan.vouched.then(|| vouch(&plan.cgroup)).transpose()?;
@@ -300,13 +349,18 @@ fn job(
                     let seen = vouching.take().map_or(Ok(()), |vouching| {
                         vouching.join().unwrap_or_else(|_| Err(anyhow!("the thread has died")))
                     });
-                    if let Err(e) = seen {
-                        wrong = Some(e);
-                        session.answer(false)?;
-                        continue;
-                    }
+                    let hidden = hiding.as_deref_mut();
+                    let add = |()| hidden.map(|hidden| hidden.add(&plan.images)).transpose();
+                    let added = match seen.and_then(add) {
+                        Ok(added) => added,
+                        Err(e) => {
+                            wrong = Some(e);
+                            session.answer(false)?;
+                            continue;
+                        }
+                    };
                     fault::point("dump.dumped")?;
-                    tell(DumpEvent::Dumped);
+                    tell_dumped(added, tell);
                     let agreed = matches!(orders.recv(), Ok(Go::Verdict(true)));
                     session.answer(agreed)?;
                 }
@@ -331,15 +385,44 @@ fn job(
     if let Some(e) = wrong {
         return Err(e);
     }
-    result
-        .map_err(|e| criu_failed("CRIU cannot dump the container", &plan.work.join("dump.log"), e))
+    result.map_err(|e| {
+        let log = plan.work.join("dump.log");
+        failure::explained("CRIU cannot dump the container", &log, e, name)
+    })
+}
+
+/// A task of the container, which stands still or runs on: its number here, and its name.
+fn name(pid: i32) -> Option<String> {
+    let name = process::proc_text(pid, "comm").ok()?;
+    Some(format!("process {pid}, {}", name.trim_end_matches('\n').escape_debug()))
+}
+
+/// Writes what CRIU is to see of the tasks' memory, which stand still.
+fn hide(plan: &DumpPlan, session: &Session, hiding: Option<&mut Hiding>) -> Result<()> {
+    let Some(hiding) = hiding else { return Ok(()) };
+    let stacks = |pid| plan.watch.stacks(pid);
+    hiding.draw(&plan.cgroup, session.covered, &stacks).context("hiding memory from CRIU")
+}
+
+/// The images are complete, and beside what follows it is seen whether they are right.
+fn tell_dumped(added: Option<Added>, tell: &Tell) {
+    let hidden = added.as_ref().filter(|added| added.mappings > 0).map(|added| added.pages);
+    let unchecked = added.map(|added| added.unchecked).filter(|unchecked| !unchecked.is_empty());
+    tell(DumpEvent::Dumped { hidden, unchecked: unchecked.is_some() });
+    if let Some(unchecked) = unchecked {
+        let told = tell.clone();
+        let look = move || told(DumpEvent::Checked(unchecked.verdict()));
+        if let Err(e) = std::thread::Builder::new().name("checked".into()).spawn(look) {
+            tell(DumpEvent::Checked(Err(e.into())));
+        }
+    }
 }
 
 /// Sees, beside CRIU's work, whether it is true what CRIU was told.
 fn vouch(cgroup: &Cgroup) -> Result<JoinHandle<Result<()>>> {
     let pids = cgroup.processes()?;
     let look = move || {
-        watched::vouch(&pids).advise(
+        epoll::vouch(&pids).advise(
             "CRIU has been told that the container's epolls are as they were",
             "try again; it will look for itself then",
         )
@@ -348,24 +431,24 @@ fn vouch(cgroup: &Cgroup) -> Result<JoinHandle<Result<()>>> {
 }
 
 /// The beginning of the freeze; the network; and what came to it.
-type Stopped = (Instant, Option<Box<(Armed, Capture)>>, Came);
+type Stopped = (Instant, Option<Box<(ArmedFence, Capture)>>, Came);
 
 /// Stops the container, then its network: what came in before the fence has closed is in the
 /// sockets' queues. That of TCP is acknowledged, and goes along with them; that of UDP is read out.
 fn stop(plan: &mut DumpPlan) -> Result<Stopped> {
-    if let (Some(network), Some(lookout)) = (plan.network.as_deref_mut(), &mut plan.lookout) {
-        await_lull(&mut network.0, &mut network.1, lookout)?;
+    if let (Some(network), Some(sock_diag)) = (plan.network.as_deref_mut(), &mut plan.sock_diag) {
+        await_quiet(&mut network.0, &mut network.1, sock_diag)?;
     }
     let since = Instant::now();
     plan.watch.note(freeze(&plan.cgroup)?);
     let mut network = plan.network.take();
     let mut came = Came::default();
     if let Some((fence, capture)) = network.as_deref_mut() {
-        plan.lookout.as_mut().map_or(Ok(()), await_last)?;
+        plan.sock_diag.as_mut().map_or(Ok(()), await_last)?;
         capture.start()?;
         fence.close(Side::Both)?;
-        if let Some(lookout) = &mut plan.lookout {
-            came = Came::until_now(capture, lookout, &plan.homes, &plan.cgroup)?;
+        if let Some(sock_diag) = &mut plan.sock_diag {
+            came = Came::until_now(capture, sock_diag, &plan.homes, &plan.cgroup)?;
         }
     }
     Ok((since, network, came))
@@ -403,7 +486,7 @@ fn edit(request: &mut Criu_req, plan: &DumpPlan, images: i32, work: i32) -> Resu
     opts.set_ghost_limit(MAX_NAMELESS);
     opts.set_link_remap(true);
     opts.set_ext_unix_sk(true);
-    opts.set_log_level(2);
+    opts.set_log_level(failure::log_level());
     opts.network_lock = Some(Criu_network_lock_method::SKIP.into());
     let (Cgroup::V2(path) | Cgroup::V1(path)) = &plan.cgroup;
     let path = path.to_str().ok_or_else(|| anyhow!("a control group that is not UTF-8"))?;
@@ -412,6 +495,7 @@ fn edit(request: &mut Criu_req, plan: &DumpPlan, images: i32, work: i32) -> Resu
     server.set_port(i32::from(port));
     opts.ps = MessageField::some(server);
     opts.external.extend(plan.external.iter().cloned());
+    opts.irmap_scan_paths.extend(plan.watched.iter().cloned());
     opts.ext_mnt.extend(plan.tmpfs.iter().map(|place| external_mount(place, place)));
     Ok(port)
 }
@@ -428,25 +512,26 @@ pub fn external_mount(key: &str, value: &str) -> Ext_mount_map {
 ///
 /// A task whose child has not yet come out of a vfork(2) sleeps uninterruptibly, counts as frozen,
 /// and cannot be seized: it is given a moment and tried again.
-fn freeze(cgroup: &Cgroup) -> Result<Option<Noted>> {
+fn freeze(cgroup: &Cgroup) -> Result<Option<TaskSnapshot>> {
     let mut attempt = 1;
-    loop {
+    let seen = loop {
+        let seen = waits::look(&cgroup.processes()?);
         cgroup.freeze(FREEZE_TIMEOUT)?;
         let stuck = match cgroup {
             Cgroup::V2(_) => cgroup.processes()?.into_iter().find(|pid| sleeps_deeply(*pid)),
             // There nobody can be stopped who is frozen.
             Cgroup::V1(_) => return Ok(None),
         };
-        let Some(pid) = stuck else { break };
+        let Some(pid) = stuck else { break seen };
         cgroup.thaw()?;
         if attempt == FREEZE_TRIES {
             bail!("process {pid} sleeps uninterruptibly and cannot be checkpointed");
         }
         attempt += 1;
         std::thread::yield_now();
-    }
+    };
     let began = Instant::now();
-    let noted = Noted::take(cgroup);
+    let noted = TaskSnapshot::take(cgroup, &seen);
     tracing::debug!("noting the tasks took {} us", began.elapsed().as_micros());
     // Without it a CRIU that is killed can end the container; that alone is no reason to stay.
     Ok(noted.map_err(|e| tracing::debug!("the tasks cannot be noted: {e:#}")).ok())

@@ -1,5 +1,6 @@
 //! CRIU's dump and restore through the runtime.
 
 pub(crate) mod dump;
+mod hiding;
 pub(crate) mod restore;
 pub(crate) mod streams;

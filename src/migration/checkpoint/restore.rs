@@ -17,26 +17,34 @@
 //! ended as soon as it has agreed.
 
 use std::fs::{self, File};
+use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use rust_criu::rust_criu_protobuf::rpc::{Criu_network_lock_method, Criu_req, Inherit_fd};
 
 use super::dump::external_mount;
 use crate::criu::interposer::{Event, Interposer, Session};
+use crate::criu::{failure, images};
+use crate::engine::calls::Call;
 use crate::migration::journal::criu;
-use crate::migration::journal::workdir::criu_failed;
-use crate::network::{self, Gate, NetworkImage};
+use crate::network::{self, NetworkImage, ReleaseSet};
 use crate::oci::runtime::Runtime;
+use crate::problem::Advise;
 use crate::sys::netns::NetNs;
 use crate::sys::{fault, process};
 
 const STEP_TIMEOUT: Duration = Duration::from_secs(120);
+/// Longest image of a task that is read for its name.
+const MOST_OF_A_TASK: u64 = 1 << 20;
+/// Until a process that was killed has ended.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What the restore tells the hand-over.
 #[derive(Debug)]
@@ -100,8 +108,10 @@ pub struct RestorePlan {
     pub tmpfs: Vec<(String, PathBuf)>,
     /// Takes the terminal.
     pub console_socket: Option<PathBuf>,
-    /// The closed gate: opened when CRIU is released.
-    pub gate: Option<Gate>,
+    /// Whom the container's engine has called to restore it: the runtime has to be started there.
+    pub call: Option<Call>,
+    /// What is released with the container, when CRIU lets go of it; it may come until the verdict.
+    pub release: Arc<Mutex<Option<ReleaseSet>>>,
     /// The interposer.
     pub interposer: Interposer,
 }
@@ -175,27 +185,58 @@ fn run(
     plan.interposer.configure(&mut command);
     process::in_new_session(&mut command);
     process::with_own_keyring(&mut command);
-    let mut child = command
-        .spawn()
-        .with_context(|| format!("cannot run {}", plan.runtime.program().display()))?;
+    let mut call = plan.call.take();
+    let (mut child, pid) = match &mut call {
+        None => {
+            let child = command
+                .spawn()
+                .with_context(|| format!("cannot run {}", plan.runtime.program().display()))?;
+            let pid = child.id() as i32;
+            (Some(child), pid)
+        }
+        Some(call) => (None, call.run(&command)?),
+    };
     // The command holds the container's streams open; they must be the container's alone.
     drop(command);
-    let pidfd = process::pidfd_open(child.id() as i32)?;
+    let pidfd = process::pidfd_open(pid)?;
     let deadline = Instant::now() + STEP_TIMEOUT;
     let outcome =
         plan.interposer.next_job(pidfd.as_fd(), deadline).and_then(|(session, request)| {
-            job(&mut plan, pidfd.as_fd(), &session, request, &external, tell, orders)
+            let told = (tell, orders);
+            job(&mut plan, pidfd.as_fd(), &session, request, &external, call.as_mut(), told)
         });
     // It has ended, or does when its connection to CRIU is closed; its own opinion of the restore
     // counts for nothing.
-    child.wait()?;
+    match &mut child {
+        Some(child) => drop(child.wait()?),
+        None => drop(process::wait_readable(&[pidfd.as_fd()], None)?),
+    }
     plan.runtime.clear_restore(&plan.container);
-    outcome.map_err(|e| e.context(runtime_log(&plan)))
+    let outcome = outcome.map_err(|e| blame(&plan, e));
+    if let Some(call) = call {
+        call.end(outcome.as_ref().err().map(|e| format!("{e:#}")));
+    }
+    outcome
 }
 
-fn runtime_log(plan: &RestorePlan) -> String {
+/// Adds what the runtime says, where that is more than that CRIU has failed.
+fn blame(plan: &RestorePlan, error: Error) -> Error {
     let text = fs::read_to_string(plan.work.join("runc.log")).unwrap_or_default();
-    format!("the runtime's restore: {}", crate::oci::runtime::first_error(&text))
+    let Some(said) = own_words(&text) else { return error };
+    let told = format!("the runtime's restore: {said}");
+    if said.contains("hook") {
+        let hint = "the hooks prestart and createRuntime of config.json run on the destination, too: \
+                    they must succeed there";
+        return Err::<(), _>(error).advise(told, hint).unwrap_err();
+    }
+    error.context(told)
+}
+
+/// The runtime's last error, if it is about something that it has done itself.
+fn own_words(log: &str) -> Option<String> {
+    let said = crate::oci::runtime::last_error(log)?;
+    // `criu failed: type NOTIFY errno 0 log file: …`: CRIU's own words are told.
+    (!said.contains("criu failed")).then_some(said)
 }
 
 fn job(
@@ -204,8 +245,8 @@ fn job(
     session: &Session,
     mut request: Criu_req,
     external: &[(String, i32)],
-    tell: &(dyn Fn(RestoreEvent) + Sync),
-    orders: &Receiver<Go>,
+    mut call: Option<&mut Call>,
+    (tell, orders): (&(dyn Fn(RestoreEvent) + Sync), &Receiver<Go>),
 ) -> Result<()> {
     let images = File::open(&plan.images)?;
     let work = File::open(&plan.work)?;
@@ -221,12 +262,20 @@ fn job(
     // CRIU's own child rather than the runtime's, so that CRIU need not trace it before it lets it go:
     // until then we may.
     opts.set_rst_sibling(false);
-    opts.set_log_level(2);
+    opts.set_log_level(failure::log_level());
     opts.network_lock = Some(Criu_network_lock_method::SKIP.into());
     if let Some(root) = &plan.root {
         // The runtime has bound elsewhere what stood in for it.
         let root = root.to_str().ok_or_else(|| anyhow!("a root file system that is not UTF-8"))?;
         opts.set_root(root.to_owned());
+    }
+    // CRIU would mount a symbolic link (docker's --init is one); who started it there followed that.
+    for mount in &mut opts.ext_mnt {
+        if let Ok(real) = fs::canonicalize(mount.val())
+            && let Some(real) = real.to_str()
+        {
+            mount.set_val(real.to_owned());
+        }
     }
     for (place, here) in &plan.tmpfs {
         let here = here.to_str().ok_or_else(|| anyhow!("a work directory that is not UTF-8"))?;
@@ -249,7 +298,7 @@ fn job(
     // All tasks have left CRIU's code, each stopped at the end of the system call that does it: they run
     // when CRIU lets go of them, or dies.
     let (mut left, mut running) = (false, false);
-    let mut gate = plan.gate.take();
+    let release = plan.release.clone();
     let plan = &*plan;
     let result = loop {
         match session.next(Some(Instant::now() + STEP_TIMEOUT)).context("CRIU's restore")? {
@@ -272,13 +321,27 @@ fn job(
                     if !process::lives(session.criu_pid) {
                         bail!("CRIU was killed when it had restored");
                     }
-                    tell(RestoreEvent::Restored(init, session.duplicate()?));
-                    let agreed = await_verdict(session, tell, orders)?;
+                    let begun = match &mut call {
+                        Some(call) => call.restored(init, session.criu_pid),
+                        None => Ok(()),
+                    };
+                    let apart = call.as_ref().is_some_and(|call| call.is_apart());
+                    let agreed = begun.and_then(|()| {
+                        tell(RestoreEvent::Restored(init, session.duplicate()?));
+                        await_verdict(session, tell, orders)
+                    });
+                    if apart && !matches!(agreed, Ok(true)) {
+                        orphan(init, session.criu_pid);
+                        agreed?;
+                        bail!("the migration was given up");
+                    }
+                    let agreed = agreed?;
                     session.answer(agreed)?;
                     if agreed {
                         // Here and at once: before CRIU wakes the sockets up, what they say first
                         // must find its way.
-                        let fence = gate.as_mut().map(Gate::open);
+                        let mut release = release.lock().unwrap_or_else(PoisonError::into_inner);
+                        let fence = release.as_mut().map(ReleaseSet::open);
                         tell(RestoreEvent::Released(fence.is_none_or(|opened| opened.is_ok())));
                     }
                 }
@@ -321,7 +384,31 @@ fn job(
             Event::Hangup => break Err(anyhow!("CRIU ended in the middle of the restore")),
         }
     };
-    result.map_err(|e| criu_failed("CRIU cannot restore", &plan.work.join("restore.log"), e))
+    result.map_err(|e| {
+        let log = plan.work.join("restore.log");
+        failure::explained("CRIU cannot restore", &log, e, |pid| Some(name(&plan.images, pid)))
+    })
+}
+
+/// A task, which may be gone again: its number in the container, and its name by the images.
+fn name(directory: &Path, pid: i32) -> String {
+    let mut bytes = Vec::new();
+    let read = File::open(directory.join(format!("core-{pid}.img")))
+        .and_then(|file| file.take(MOST_OF_A_TASK).read_to_end(&mut bytes));
+    match read.ok().and_then(|_| images::parse_command(&bytes).ok()) {
+        Some(name) => format!("its process {pid}, {}", name.escape_debug()),
+        None => format!("its process {pid}"),
+    }
+}
+
+/// Ends what is restored so that it is the engine's monitor that hears of it, which waits for that: CRIU
+/// would end it and tell nobody.
+fn orphan(init: i32, criu: i32) {
+    let (init, criu) = (process::pidfd_open(init), process::pidfd_open(criu));
+    for one in [criu, init].iter().flatten() {
+        let _ = process::pidfd_kill(one, libc::SIGKILL);
+        let _ = process::wait_readable(&[one.as_fd()], Some(Instant::now() + END_TIMEOUT));
+    }
 }
 
 /// Waits for the verdict, and says so if CRIU dies meanwhile: the source must hear of it before it

@@ -17,7 +17,7 @@ use nix::sys::statvfs::fstatvfs;
 use super::restore::StreamPlan;
 use crate::files::logs::{Logs, MAX_NAME};
 use crate::files::{directory, probe};
-use crate::migration::preflight::standard::MAX_STREAM;
+use crate::migration::preflight::standard::MAX_GROWN;
 use crate::migration::protocol::{Plan, Stream};
 use crate::problem::Problem;
 
@@ -33,7 +33,7 @@ const NO_PLACE: [&str; 12] =
 /// Bits of a mode that a log may have: nobody runs it, nor with the rights of its owner.
 const MODE: u32 = 0o666;
 
-/// See the module.
+/// Standard output and error on the destination: files that are the same, come along, or take what went to a pipe.
 #[derive(Debug, Default)]
 pub struct Streams {
     /// Places of logs, by the number of the stream. The second of two streams of one file has none.
@@ -156,7 +156,7 @@ impl Streams {
         let place = number.parse().ok().and_then(|n: usize| self.places.get(n)?.as_ref());
         let file = place.and_then(|p| p.coming.as_ref());
         let file = file.ok_or_else(|| anyhow!("a log for no stream"))?;
-        if at.saturating_add(bytes.len() as u64) > MAX_STREAM * 2 {
+        if at.saturating_add(bytes.len() as u64) > MAX_GROWN {
             bail!("a log longer than was announced");
         }
         file.write_all_at(bytes, at).with_context(|| format!("writing the log of stream {number}"))

@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail};
 
-use super::{Input, Inputs, LAYERS_LIMIT, SILENCE};
+use super::{Input, Inputs, LAYERS_LIMIT, SILENCE, engine};
 use crate::files::layers::validate as validate_layers;
 use crate::files::place::Target;
 use crate::files::walk::Size;
-use crate::migration::preflight::checks;
+use crate::migration::preflight::destination_checks;
 use crate::migration::preflight::layers::{self, Coming};
-use crate::migration::protocol::talk::{Heard, Speaker};
+use crate::migration::protocol::session::{FromPeer, PeerWriter};
 use crate::migration::protocol::{self, Message, Plan};
 use crate::problem::Problem;
 
@@ -43,7 +43,7 @@ pub(super) enum Announced {
 pub(super) fn announced(
     plan: &Plan,
     copies: &[usize],
-    speaker: &Speaker,
+    peer: &PeerWriter,
     inputs: &mut Inputs,
     state_dir: &Path,
 ) -> Result<Announced> {
@@ -51,7 +51,7 @@ pub(super) fn announced(
     let (mut staged, mut lacking) = (PathBuf::new(), 0);
     if let Some(overlay) = layers::wanted(plan, copies) {
         let all = match inputs.next(LAYERS_LIMIT) {
-            Ok(Input::Heard(Heard::Message(Message::Layers { layers })))
+            Ok(Input::FromPeer(FromPeer::Message(Message::Layers { layers })))
                 if layers.len() == overlay.lower.len() =>
             {
                 layers
@@ -60,19 +60,24 @@ pub(super) fn announced(
             Err(_) => return Ok(Announced::Nothing),
         };
         validate_layers(&all)?;
-        let place = checks::bundle_here(plan)?.0.rootfs()?;
+        let place = destination_checks::bundle_here(plan)?.0.rootfs()?;
         match Coming::plan(plan, overlay, &place, &all, state_dir) {
             Ok((coming, numbers)) => {
                 (staged, lacking) = (coming.store().join("layer"), numbers.len());
-                speaker.say(&Message::Lacking { layers: numbers })?;
+                peer.send(&Message::Lacking { layers: numbers })?;
                 incoming.coming = Some(coming);
             }
             Err(problem) => return Ok(Announced::Problems(vec![*problem])),
         }
     }
     incoming.targets = targets(plan, copies, incoming.coming.as_ref())?;
+    if let Some(wanted) = &plan.engine {
+        // Until the engine has made a place for it.
+        let path = engine::upper(plan, wanted);
+        incoming.targets.push(Target { path, own: true, single: false });
+    }
     incoming.sizes = match inputs.next(SILENCE) {
-        Ok(Input::Heard(Heard::Message(Message::Trees { sizes })))
+        Ok(Input::FromPeer(FromPeer::Message(Message::Trees { sizes })))
             if sizes.len() == lacking + incoming.targets.len() =>
         {
             sizes
@@ -82,16 +87,17 @@ pub(super) fn announced(
     };
     let places = std::iter::repeat_n(staged.as_path(), lacking);
     let places = places.chain(incoming.targets.iter().map(|t| t.path.as_path()));
-    let problems = checks::room_for(places.zip(&incoming.sizes))?;
-    Ok(match problems.is_empty() {
-        true => Announced::Room(Box::new(incoming)),
-        false => Announced::Problems(problems),
+    let problems = destination_checks::room_for(places.zip(&incoming.sizes))?;
+    Ok(if problems.is_empty() {
+        Announced::Room(Box::new(incoming))
+    } else {
+        Announced::Problems(problems)
     })
 }
 
 /// Where the trees go.
 fn targets(plan: &Plan, copies: &[usize], coming: Option<&Coming>) -> Result<Vec<Target>> {
-    let (here, _) = checks::bundle_here(plan)?;
+    let (here, _) = destination_checks::bundle_here(plan)?;
     let mut targets = Vec::new();
     for number in copies {
         let probe = &plan.probes[*number];

@@ -10,48 +10,55 @@
 //!
 //! Until `Ready` a lost link means that the source runs on: everything is undone. From `Ready` on
 //! the source may have committed without our knowing: the copy is held, runs no instruction, and
-//! waits for the verdict over the link, over a later one (`Settle`), or from the operator.
+//! waits for the verdict over the link, over a later one (`Resolve`), or from the operator.
 
 mod announced;
+mod engine;
 mod ready;
 mod verdict;
 mod verify;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 
 use self::announced::{Announced, Incoming, announced};
+use self::engine::Engine;
 use super::checkpoint::restore::{RestoreEvent, RestoreJob};
 use super::checkpoint::streams::Streams;
 use super::forwarding as forward;
 use super::journal::workdir::WorkDir;
 use super::journal::{self, Journal, Lock, Record, Role, State};
 use super::network::arrival::Arrival;
-use super::preflight::checks;
-use super::protocol::forwarding::{Course, Word};
-use super::protocol::talk::{self, Heard, Speaker};
+use super::preflight::destination_checks;
+use super::protocol::forwarding::{AddressDecision, ForwardMessage};
+use super::protocol::session::{self, FromPeer, PeerWriter};
 use super::protocol::{Message, Plan, Standing, Verdict};
 use super::recovery::decide::{Act, Event, Phase, hear};
-use super::recovery::recover;
-use super::recovery::settle::{self, Call};
 use super::recovery::successors::PageGuards;
-use super::transfer::intake::{self, Backlog, Current, Stage};
-use super::transfer::parcels::Images;
+use super::recovery::undo;
+use super::recovery::verdicts::{self, Call};
+use super::transfer::image_files::Images;
+use super::transfer::receiver::{self, Backlog, Current, Stage};
 use crate::connections::{Landed, Landing};
+use crate::engine::calls;
 use crate::files::apply::{Applied, Applying};
 use crate::files::place::{Placing, Target};
 use crate::files::tmpfs::Mounted;
-use crate::memory::serve::{Ended, Server};
+use crate::memory::serve::{CriuClosed, Ended, Server};
 use crate::memory::staging::Staging;
+use crate::memory::will::Will;
+use crate::network::ReleaseSet;
 use crate::oci::runtime::Runtime;
 use crate::problem::Problem;
 use crate::report::exit::Told;
 use crate::sys::memory::PAGE;
+use crate::sys::perf::DummyEvent;
 use crate::sys::{fault, process};
 use crate::transport::connect::{Closer, Link};
 
@@ -61,19 +68,25 @@ const SILENCE: Duration = Duration::from_secs(300);
 const LAYERS_LIMIT: Duration = Duration::from_secs(900);
 /// How long the restore may take.
 const RESTORE_LIMIT: Duration = Duration::from_secs(120);
+/// How long CRIU and the runtime may take to end when the restore has failed.
+const CRIU_ENDS: Duration = Duration::from_secs(5);
 /// Most further links.
-const MAX_LANES: usize = 64;
+const MAX_CHANNELS: usize = 64;
 
 #[derive(Debug)]
 enum Input {
-    Heard(Heard),
+    FromPeer(FromPeer),
     Restore(RestoreEvent),
     Call(Call),
+    /// The engine has called its runtime; or it has not, and why.
+    Engaged(Result<calls::Call>),
     Pages(Ended),
     /// From whoever makes copies of trees.
     Files(Applied),
     /// The copies are on the disk.
     Synced,
+    /// That it may run is.
+    Noted,
     /// The container's init has ended.
     TasksEnded,
     /// Sockets for connections are prepared, but for these.
@@ -83,7 +96,7 @@ enum Input {
     /// A task waits for pages that are on the source.
     Want(i32, u64, usize),
     /// A further link has ended.
-    LaneEnded(String),
+    ChannelEnded(String),
     Signal(i32),
 }
 
@@ -94,18 +107,18 @@ enum Input {
 pub fn receive(link: Link, runtime: &Runtime, state_dir: &Path) -> Result<()> {
     // Each task takes some.
     crate::connections::raise_limit()?;
-    let (speaker, reader, mut closer) = talk::split(link);
+    let (peer, reader, mut closer) = session::split(link);
     let (tell, queue) = channel();
     let (stage, current, backlog) = (Stage::default(), Current::default(), Backlog::default());
     let heard = tell.clone();
-    intake::listen(reader, &speaker, &stage, &current, &backlog, move |h| {
-        heard.send(Input::Heard(h)).is_ok()
+    receiver::listen(reader, &peer, &stage, &current, &backlog, move |h| {
+        heard.send(Input::FromPeer(h)).is_ok()
     })?;
     let caught = tell.clone();
-    talk::catch_signals(move |signal| caught.send(Input::Signal(signal)).is_ok())?;
-    let mut inputs = Inputs { queue };
+    session::catch_signals(move |signal| caught.send(Input::Signal(signal)).is_ok())?;
+    let mut inputs = Inputs { queue, stage: stage.clone() };
     let place = Place { runtime, state_dir, stage, current, backlog };
-    let result = converse(&speaker, &mut inputs, &tell, &place, &closer);
+    let result = converse(&peer, &mut inputs, &tell, &place, &closer);
     closer.close();
     result
 }
@@ -121,30 +134,61 @@ struct Place<'a> {
 
 struct Inputs {
     queue: Receiver<Input>,
+    /// Who hears what does not come to the queue.
+    stage: Stage,
+}
+
+/// Until when a source that was last heard then is waited for, if it is not silent for too long now.
+fn patience(heard: Option<Instant>, limit: Duration, now: Instant) -> Option<Instant> {
+    heard.map(|heard| heard + limit).filter(|until| *until > now)
 }
 
 impl Inputs {
     /// The next thing that happens; the source's giving up is an error.
     fn next(&mut self, limit: Duration) -> Result<Input> {
-        match self.queue.recv_timeout(limit) {
-            Ok(input) => judge(input),
-            Err(RecvTimeoutError::Timeout) => bail!("the source is silent"),
-            Err(RecvTimeoutError::Disconnected) => bail!("nobody is left to do it"),
+        let limit = fault::limit(limit);
+        let mut until = Instant::now() + limit;
+        loop {
+            match self.queue.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(input) => return self.explain(judge(input)),
+                Err(RecvTimeoutError::Timeout) => {
+                    let later = patience(self.stage.heard(), limit, Instant::now());
+                    until = later.ok_or_else(|| anyhow!("the source is silent"))?;
+                }
+                Err(RecvTimeoutError::Disconnected) => bail!("nobody is left to do it"),
+            }
         }
     }
 
     /// What has happened already, without waiting.
     fn pending(&mut self) -> Result<Option<Input>> {
-        self.queue.try_recv().ok().map(judge).transpose()
+        self.queue.try_recv().ok().map(|input| self.explain(judge(input))).transpose()
+    }
+
+    /// Where CRIU has only broken off its connection: what it says of that itself, which comes later.
+    fn explain(&mut self, judged: Result<Input>) -> Result<Input> {
+        let error = match judged {
+            Err(error) if error.is::<CriuClosed>() => error,
+            judged => return judged,
+        };
+        let until = Instant::now() + CRIU_ENDS;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            match self.queue.recv_timeout(left).map(judge) {
+                Ok(Err(other)) if !other.is::<CriuClosed>() => return Err(other),
+                Ok(_) => {}
+                Err(_) => return Err(error),
+            }
+        }
     }
 }
 
 fn judge(input: Input) -> Result<Input> {
     match input {
-        Input::Heard(Heard::Gone(why)) => {
+        Input::FromPeer(FromPeer::Gone(why)) => {
             bail!("the link to the source broke: {}", why.unwrap_or("it was closed".into()))
         }
-        Input::Heard(Heard::Message(Message::Abort { why })) => {
+        Input::FromPeer(FromPeer::Message(Message::Abort { why })) => {
             bail!("the source gave up: {why}")
         }
         Input::Call(Call::Verdict(verdict, ref reply)) => {
@@ -158,43 +202,45 @@ fn judge(input: Input) -> Result<Input> {
             }
         }
         Input::Call(Call::Discard(_)) => bail!("the operator wants it to end here"),
-        Input::LaneEnded(why) => bail!("a further link to the source broke: {why}"),
+        Input::ChannelEnded(why) => bail!("a further link to the source broke: {why}"),
         Input::Files(Applied::Failed(why)) => bail!("taking files in: {why}"),
         Input::Restore(RestoreEvent::Ended(Err(e))) => Err(e),
         Input::Restore(RestoreEvent::Died) => bail!("CRIU was killed when it had restored"),
         // Nothing has run yet: closing what is held lets nobody read zeros.
         Input::Pages(Ended { result: Err(e), .. }) => Err(e),
         Input::Signal(signal) if signal != libc::SIGHUP => {
-            bail!("interrupted by {}", talk::signal_name(signal))
+            bail!("interrupted by {}", session::signal_name(signal))
         }
         input => Ok(input),
     }
 }
 
 fn converse(
-    speaker: &Speaker,
+    peer: &PeerWriter,
     inputs: &mut Inputs,
     tell: &Sender<Input>,
     place: &Place,
     closer: &Closer,
 ) -> Result<()> {
     let Place { runtime, state_dir, stage, current, backlog } = place;
-    speaker.say(&talk::hello())?;
+    peer.send(&session::hello())?;
     let plan = loop {
         match inputs.next(SILENCE)? {
-            Input::Heard(Heard::Message(Message::Hello(theirs))) => talk::check_hello(&theirs)?,
-            Input::Heard(Heard::Message(Message::Plan(plan))) => break plan,
-            Input::Heard(Heard::Message(Message::Settle { migration, verdict })) => {
-                let said = match settle::answer(state_dir, &migration, verdict) {
+            Input::FromPeer(FromPeer::Message(Message::Hello(theirs))) => {
+                session::check_hello(&theirs)?
+            }
+            Input::FromPeer(FromPeer::Message(Message::Plan(plan))) => break plan,
+            Input::FromPeer(FromPeer::Message(Message::Resolve { migration, verdict })) => {
+                let said = match verdicts::answer(state_dir, &migration, verdict) {
                     Ok(standing) => {
-                        settle::note_answer(state_dir, &migration);
-                        Message::Settled { standing }
+                        verdicts::note_answer(state_dir, &migration);
+                        Message::Resolved { standing }
                     }
                     Err(e) => Message::failed("settling", &e),
                 };
-                return speaker.say(&said);
+                return peer.send(&said);
             }
-            Input::Heard(Heard::Message(
+            Input::FromPeer(FromPeer::Message(
                 again @ (Message::Resume { .. } | Message::Join { .. }),
             )) => {
                 let further = matches!(again, Message::Join { .. });
@@ -204,7 +250,7 @@ fn converse(
                 let Closer::Stdio(input, output) = closer else {
                     bail!("this link cannot be handed on");
                 };
-                let standing = settle::hand_link(
+                let standing = verdicts::hand_link(
                     state_dir,
                     &migration,
                     further,
@@ -212,17 +258,18 @@ fn converse(
                     output.as_fd(),
                 )?;
                 return match standing {
-                    Some(standing) => speaker.say(&Message::Settled { standing }),
+                    Some(standing) => peer.send(&Message::Resolved { standing }),
                     None => Ok(()),
                 };
             }
-            Input::Heard(Heard::Message(Message::Forward(word))) => {
-                let (Word::Carry { id, links }, Closer::Stdio(input, output)) = (*word, closer)
+            Input::FromPeer(FromPeer::Message(Message::Forward(word))) => {
+                let (ForwardMessage::Carry { id, links }, Closer::Stdio(input, output)) =
+                    (*word, closer)
                 else {
                     bail!("this link cannot be handed on");
                 };
                 let taken = forward::away::take_link(state_dir, &id, links, input, output);
-                return taken.or_else(|e| speaker.say(&Message::failed("forwarding", &e)));
+                return taken.or_else(|e| peer.send(&Message::failed("forwarding", &e)));
             }
             _ => bail!("the source begins with something else than a plan"),
         }
@@ -231,35 +278,35 @@ fn converse(
     let runtime =
         Runtime::new(runtime.program().to_owned(), plan.root.clone(), plan.systemd_cgroup);
     if !plan.check_only {
-        settle::sweep(state_dir, runtime.root(), &plan.container)?;
+        verdicts::sweep(state_dir, runtime.root(), &plan.container)?;
     }
-    let mut found = checks::look(&plan, &runtime, state_dir);
+    let mut found = destination_checks::look(&plan, &runtime, state_dir);
     // Now, as the source takes its probes away when it has our answer.
     let streams = Streams::find(&plan, &mut found.problems);
     let (copies, course) = (found.copies, found.course);
     let (fatal, warnings): (Vec<_>, Vec<_>) = found.problems.into_iter().partition(|p| p.fatal);
     if !fatal.is_empty() {
-        return speaker.say(&Message::Refuse { problems: fatal });
+        return peer.send(&Message::Refuse { problems: fatal });
     }
     if !plan.check_only {
         // Before the source is told to go on: its first pages follow right after `Prepare`, and
         // the reading thread takes them in whether or not this one has got that far.
-        let pages = usize::try_from(checks::staging_bytes(&plan))? / PAGE;
+        let pages = usize::try_from(destination_checks::staging_bytes(&plan))? / PAGE;
         let fresh = Staging::new(pages)?;
         stage.keep(fresh);
     }
     let shared = streams.shared();
     let accept = Message::Accept { warnings, shared, copies: copies.clone(), course };
-    speaker.say(&accept)?;
+    peer.send(&accept)?;
     let mut incoming = Incoming::default();
-    if !copies.is_empty() {
-        match announced(&plan, &copies, speaker, inputs, state_dir)? {
+    if !copies.is_empty() || plan.engine.is_some() {
+        match announced(&plan, &copies, peer, inputs, state_dir)? {
             Announced::Room(all) => incoming = *all,
-            Announced::Problems(problems) => return speaker.say(&Message::Refuse { problems }),
+            Announced::Problems(problems) => return peer.send(&Message::Refuse { problems }),
             // Nothing was made.
             Announced::Nothing => return Ok(()),
         }
-        speaker.say(&Message::Room)?;
+        peer.send(&Message::SpaceOk)?;
     }
     if plan.check_only {
         // It may try the link out. It has seen enough when that ends.
@@ -267,24 +314,31 @@ fn converse(
         return Ok(());
     }
     match inputs.next(SILENCE) {
-        Ok(Input::Heard(Heard::Message(Message::Prepare))) => {}
+        Ok(Input::FromPeer(FromPeer::Message(Message::Prepare))) => {}
         Ok(_) => bail!("the source does not follow the protocol"),
         // It changed its mind: nothing was made.
         Err(_) => return Ok(()),
     }
-    let guest =
-        match Guest::new(*plan, streams, incoming, course, runtime, state_dir, backlog.clone()) {
-            Ok(guest) => guest,
-            Err(e) => {
-                let told = speaker.say(&Message::failed("preparing", &e)).is_ok();
-                return Err(if told { Told(e).into() } else { e });
-            }
-        };
-    guest.take_in(speaker, inputs, tell, stage, current)
+    let guest = match IncomingMigration::new(
+        *plan,
+        streams,
+        incoming,
+        course,
+        runtime,
+        state_dir,
+        backlog.clone(),
+    ) {
+        Ok(guest) => guest,
+        Err(e) => {
+            let told = peer.send(&Message::failed("preparing", &e)).is_ok();
+            return Err(if told { Told(e).into() } else { e });
+        }
+    };
+    guest.take_in(peer, inputs, tell, stage, current)
 }
 
 /// A container on its way in, and all that was made for it.
-struct Guest {
+struct IncomingMigration {
     plan: Plan,
     runtime: Runtime,
     journal: Journal,
@@ -295,8 +349,12 @@ struct Guest {
     server: Option<Server>,
     pages: Option<Ended>,
     guard: Option<PageGuards>,
+    /// What they go on by.
+    will: Option<Arc<Will>>,
     /// What CRIU is released by, for the guard.
     release: Option<OwnedFd>,
+    /// What is released with it.
+    release_set: Arc<Mutex<Option<ReleaseSet>>>,
     streams: Streams,
     /// What is copied.
     incoming: Incoming,
@@ -309,8 +367,10 @@ struct Guest {
     /// What is not as it was on the source, to be told.
     changed: Vec<Problem>,
     images: Images,
-    lanes: Vec<UnixStream>,
+    channels: Vec<UnixStream>,
     backlog: Backlog,
+    /// What its engine does here, if it has one.
+    engine: Option<Engine>,
     phase: &'static str,
     began: Instant,
     marks: Vec<(String, f64)>,
@@ -320,19 +380,21 @@ struct Guest {
     link: bool,
     /// The source has cleared away what it had.
     finished: bool,
+    /// Has CRIU's breakpoints cost nothing in the freeze.
+    _event: Option<DummyEvent>,
     _lock: Lock,
 }
 
-impl Guest {
+impl IncomingMigration {
     fn new(
         plan: Plan,
         streams: Streams,
         incoming: Incoming,
-        course: Course,
+        course: AddressDecision,
         runtime: Runtime,
         state_dir: &Path,
         backlog: Backlog,
-    ) -> Result<Guest> {
+    ) -> Result<IncomingMigration> {
         let way = format!("from {}", plan.source);
         let lock = Lock::take(state_dir, runtime.root(), &plan.container, &way)?;
         let work = WorkDir::create(&plan.migration)?;
@@ -350,13 +412,15 @@ impl Guest {
             systemd_cgroup: plan.systemd_cgroup,
             cgroup: None,
             init: None,
-            network_path: journal::workdir::network_place(&plan),
+            // An engine says later where it has made it.
+            network_path: journal::workdir::network_place(&plan).filter(|_| plan.engine.is_none()),
             network_identity: None,
+            engine: plan.engine.as_ref().map(|wanted| engine::made(&plan, wanted)),
             network_ours: plan.network.is_some() && plan.placement != "keep",
             leave_mark: false,
             placing: placing(&plan, &incoming)?,
             logs: streams.logs(),
-            forward: journal::part::Note::of_destination(&plan, course),
+            forward: journal::forward_role::ForwardRecord::of_destination(&plan, course),
             remove: Vec::new(),
             unmount: None,
             work: work.path().to_owned(),
@@ -365,7 +429,8 @@ impl Guest {
         };
         let journal = Journal::create(state_dir, record)?;
         let images = Images::new(work.images());
-        Ok(Guest {
+        let engine = plan.engine.as_ref().map(Engine::new).transpose()?;
+        Ok(IncomingMigration {
             plan,
             runtime,
             journal,
@@ -376,7 +441,9 @@ impl Guest {
             server: None,
             pages: None,
             guard: None,
+            will: None,
             release: None,
+            release_set: Arc::default(),
             streams,
             incoming,
             applying: None,
@@ -385,14 +452,16 @@ impl Guest {
             landed: None,
             changed: Vec::new(),
             images,
-            lanes: Vec::new(),
+            channels: Vec::new(),
             backlog,
+            engine,
             phase: "preparing",
             began: Instant::now(),
             marks: Vec::new(),
             left: 0,
             link: true,
             finished: false,
+            _event: DummyEvent::if_possible(),
             _lock: lock,
         })
     }
@@ -405,33 +474,33 @@ impl Guest {
     /// From `Prepare` to the end.
     fn take_in(
         mut self,
-        speaker: &Speaker,
+        peer: &PeerWriter,
         inputs: &mut Inputs,
         tell: &Sender<Input>,
         stage: &Stage,
         current: &Current,
     ) -> Result<()> {
-        let ready = self.until_ready(speaker, inputs, tell, stage);
+        let ready = self.until_ready(peer, inputs, tell, stage);
         let verdict = match ready {
-            Ok(()) => self.await_verdict(speaker, inputs),
+            Ok(()) => self.await_verdict(peer, inputs),
             Err(e) => {
                 let failed = Message::failed(self.phase, &e);
                 // Undone first: a second try must find the place free. The source does not wait
                 // for us, it runs on when it hears, or when the link is cut.
-                let undone = self.undo();
-                let told = speaker.say(&failed).is_ok();
+                let undone = self.undo(Vec::new());
+                let told = peer.send(&failed).is_ok();
                 undone?;
-                say_undone(speaker);
+                say_undone(peer);
                 return Err(if told { Told(e).into() } else { e });
             }
         };
         match verdict {
             Verdict::Abort => {
-                self.undo()?;
-                say_undone(speaker);
+                self.undo(Vec::new())?;
+                say_undone(peer);
                 Ok(())
             }
-            Verdict::Commit => self.run(speaker.clone(), inputs, tell, stage, current),
+            Verdict::Commit => self.run(peer.clone(), inputs, tell, stage, current),
         }
     }
 
@@ -449,10 +518,13 @@ impl Guest {
         std::mem::take(&mut self.network).settle();
         let _ = fault::point("destination.finish");
         drop(self.tmpfs.take());
-        let cleared = checks::clear_mark(&self.plan, &self.runtime, &self.state_dir);
+        let cleared = destination_checks::clear_mark(&self.plan, &self.runtime, &self.state_dir);
         let came_back = cleared.as_ref().is_ok_and(|was| *was);
-        let kept = recover::settle_files(&self.journal.record, came_back);
+        let kept = undo::settle_files(&self.journal.record, came_back);
         // What could not be done stays open, for `ferry resolve` to try again.
+        if let Some(engine) = self.engine.take() {
+            engine.settle(&self.journal.record);
+        }
         let written = kept.and_then(|()| self.journal.write(State::Finished));
         if self.finished {
             // Else the source will ask.
@@ -462,8 +534,9 @@ impl Guest {
         written.and(cleared.map(|_| ()))
     }
 
-    /// Nothing of it stays here.
-    fn undo(mut self) -> Result<()> {
+    /// Nothing of it stays here. What is `held` is closed when its tasks have ended: where they do not,
+    /// whoever waits for the end of this process has it, and goes on.
+    fn undo(mut self, held: Vec<OwnedFd>) -> Result<()> {
         let _ = fault::point("destination.undo");
         // CRIU gives up where nobody can answer it.
         drop(self.release.take());
@@ -477,19 +550,30 @@ impl Guest {
         if let Some(job) = self.restore.take() {
             job.abandon(self.work.path());
         }
-        drop(std::mem::take(&mut self.network));
+        match self.engine {
+            None => drop(std::mem::take(&mut self.network)),
+            Some(_) => std::mem::take(&mut self.network).leave_to_engine(),
+        }
         drop(self.tmpfs.take());
         self.streams.undo();
-        let undone = recover::destination_discards(&mut self.journal);
-        self.dismiss_guard();
+        // It is told by the end of its runtime's call, or finds nobody who expects that.
+        let engine = self.engine.take().map(Engine::give_up);
+        let undone = undo::discard_destination(&mut self.journal);
+        drop(engine);
+        if undone.is_err() && undo::copy_lives(&self.journal.record) {
+            self.guard.take().into_iter().for_each(PageGuards::leave);
+            held.into_iter().for_each(|fd| _ = fd.into_raw_fd());
+        } else {
+            self.dismiss_guard();
+        }
         undone
     }
 }
 
 /// The source need not tell anybody any more that it has given up. One that has not heard this does, and
 /// is answered.
-fn say_undone(speaker: &Speaker) {
-    let _ = speaker.say(&Message::Settled { standing: Standing::NeverRan });
+fn say_undone(peer: &PeerWriter) {
+    let _ = peer.send(&Message::Resolved { standing: Standing::NeverRan });
 }
 
 /// Where copies are staged and put, and what else has to be made for them.
@@ -497,8 +581,8 @@ fn placing(plan: &Plan, incoming: &Incoming) -> Result<Placing> {
     if incoming.is_empty() {
         return Ok(Placing::default());
     }
-    let (_, there) = checks::bundle_here(plan)?;
-    let config = (!there).then(|| plan.bundle.join("config.json"));
+    let (_, there) = destination_checks::bundle_here(plan)?;
+    let config = (!there && plan.engine.is_none()).then(|| plan.bundle.join("config.json"));
     let mut targets = incoming.targets.clone();
     let coming = incoming.coming.as_ref();
     // Last, as nothing is announced of it: it comes to its place as it is staged, empty.
@@ -509,4 +593,19 @@ fn placing(plan: &Plan, incoming: &Incoming) -> Result<Placing> {
         Some(coming) => placing.with_overlay(coming.mounting.clone(), coming.staged()),
         None => placing,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Memory that is copied for longer than any limit is a sign of life, too.
+    #[test]
+    fn who_sends_memory_is_not_silent() {
+        let (now, limit) = (Instant::now(), Duration::from_secs(300));
+        let (long_ago, just_now) = (now.checked_sub(2 * limit), now.checked_sub(limit / 3));
+        assert_eq!(patience(None, limit, now), None);
+        assert_eq!(patience(long_ago, limit, now), None);
+        assert_eq!(patience(just_now, limit, now), Some(now + limit * 2 / 3));
+    }
 }

@@ -5,59 +5,73 @@ use std::io::BufReader;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::{Guest, Input, Inputs, MAX_LANES, RESTORE_LIMIT, SILENCE};
-use crate::connections::{self, Coming, Landing};
+use super::engine::Engine;
+use super::{IncomingMigration, Input, Inputs, MAX_CHANNELS, RESTORE_LIMIT, SILENCE};
+use crate::connections::{self, Coming, Landed, Landing};
 use crate::criu::interposer::Interposer;
 use crate::files::apply::{Applied, Applying};
 use crate::files::tmpfs::{Mounted, Tmpfs};
-use crate::files::tree;
+use crate::files::{sockets, tree};
 use crate::memory::serve::Server;
 use crate::memory::will::Will;
 use crate::migration::checkpoint::restore::{Go, RestoreEvent, RestoreJob, RestorePlan};
+use crate::migration::forwarding::published;
+use crate::migration::journal::forward_role::ForwardRole;
 use crate::migration::journal::{State, workdir};
-use crate::migration::preflight::{checks, host};
-use crate::migration::protocol::talk::{self, Heard, Speaker};
+use crate::migration::preflight::{destination_checks, host};
+use crate::migration::protocol::session::{self, FromPeer, PeerWriter};
 use crate::migration::protocol::{MAX_TASKS, Message};
-use crate::migration::recovery::settle::{self, Call};
 use crate::migration::recovery::successors::PageGuards;
-use crate::migration::transfer::intake::{self, Stage, want};
-use crate::migration::transfer::parcels::STREAM;
+use crate::migration::recovery::verdicts::{self, Call};
+use crate::migration::transfer::image_files::{LOG, STREAM};
+use crate::migration::transfer::receiver::{self, Stage, want};
 use crate::oci::cgroup::Cgroup;
-use crate::oci::warm::Warm;
+use crate::oci::cgroup_warmer::CgroupWarmer;
 use crate::sys::netns::NetNs;
 use crate::sys::{fault, process};
 use crate::tasks::locks::{self, Held};
-use crate::tasks::settings;
+use crate::tasks::{settings, sockets as task_sockets};
 use crate::transport::connect;
 use crate::transport::frame::Frame;
 
-impl Guest {
+impl IncomingMigration {
     pub(super) fn until_ready(
         &mut self,
-        speaker: &Speaker,
+        peer: &PeerWriter,
         inputs: &mut Inputs,
         tell: &Sender<Input>,
         stage: &Stage,
     ) -> Result<()> {
         fault::point("destination.prepare")?;
-        self.streams.open(&self.plan)?;
+        if self.engine.is_none() {
+            // An engine's runtime has been given some.
+            self.streams.open(&self.plan)?;
+        }
         // From the beginning: a source that lost this link, and gave up, says so over another.
         let call = tell.clone();
-        settle::take_calls(self.work.path(), move |c| call.send(Input::Call(c)).is_ok())?;
-        speaker.say(&Message::Open)?;
+        verdicts::take_calls(self.work.path(), move |c| call.send(Input::Call(c)).is_ok())?;
+        peer.send(&Message::AcceptChannels)?;
         self.phase = "making the network";
-        self.network.make(&self.plan, self.work.path(), self.journal.record.forward.as_ref())?;
+        let note = self.journal.record.forward.as_ref();
+        if self.engine.is_none() || self.plan.network.is_none() {
+            let place = workdir::network_place(&self.plan);
+            self.network.make(&self.plan, self.work.path(), place, note)?;
+        }
         if !self.plan.tmpfs.is_empty() {
             let base = workdir::tmpfs_base(self.work.path());
             self.tmpfs = Some(Mounted::new(&base, &self.plan.tmpfs)?);
         }
+        if let Some(note) = note.filter(|n| n.part == ForwardRole::ArrivesWithoutConnections) {
+            published::arrive(note, &self.plan)?;
+        }
         fault::point("destination.network")?;
+        self.make_volumes()?;
         if self.incoming.is_empty() {
             self.start_restore(tell)?;
         } else {
@@ -65,56 +79,71 @@ impl Guest {
         }
         let (mut dumped, mut memory_done, mut restored) = (None, false, false);
         let (mut warm, mut came, mut held, mut set) = (None, 0, Vec::new(), Vec::new());
+        let (mut renamed, mut of_sockets) = (Vec::new(), Vec::new());
         while !restored {
             match inputs.next(SILENCE)? {
                 Input::Restore(RestoreEvent::AtRequest) => {
+                    self.begin_guard()?;
                     fault::point("destination.prepared")?;
-                    speaker.say(&Message::Prepared)?;
+                    peer.send(&Message::Prepared)?;
                 }
-                Input::Heard(Heard::Frame(Frame::File(name, at, bytes))) => {
+                Input::FromPeer(FromPeer::Frame(Frame::File(name, at, bytes))) => {
                     self.file(&name, at, &bytes)?;
                 }
-                Input::Files(Applied::Round(round)) => speaker.say(&Message::Applied { round })?,
-                Input::Heard(Heard::Message(Message::Copied)) => {
+                Input::Files(Applied::Round(round)) => peer.send(&Message::Applied { round })?,
+                Input::FromPeer(FromPeer::Message(Message::Copied)) => {
                     fault::point("destination.copied")?;
                     self.journal.record.placing.put()?;
                     // The runtime looks for the root file system when it starts.
+                    if self.engine.is_none() {
+                        self.start_restore(tell)?;
+                    }
+                }
+                Input::FromPeer(FromPeer::Message(Message::Papers(papers))) => {
+                    self.engine.iter_mut().for_each(|engine| engine.know(&papers));
+                }
+                Input::FromPeer(FromPeer::Message(Message::Engage)) => self.engage(tell)?,
+                Input::Engaged(call) => {
+                    self.engaged(call)?;
                     self.start_restore(tell)?;
                 }
-                Input::Heard(Heard::Frame(Frame::Packet(bytes))) => self.network.keep(&bytes)?,
-                Input::Want(vpid, at, pages) => want(speaker, vpid, at, pages)?,
-                Input::Call(Call::Lane(input, output, held)) => {
+                Input::FromPeer(FromPeer::Frame(Frame::Packet(bytes))) => {
+                    self.network.keep(&bytes)?
+                }
+                Input::Want(vpid, at, pages) => want(peer, vpid, at, pages)?,
+                Input::Call(Call::Channel(input, output, held)) => {
                     self.join(input, output, held, stage, tell)?;
                 }
-                Input::Heard(Heard::Message(Message::Freezing)) => {
-                    warm = Some(Warm::start()?);
+                Input::FromPeer(FromPeer::Message(Message::Freezing)) => {
+                    warm = Some(CgroupWarmer::start()?);
                     self.network.take(self.work.path())?;
                 }
-                Input::Heard(Heard::Message(Message::Connections { list })) => {
+                Input::FromPeer(FromPeer::Message(Message::Connections { list })) => {
                     self.await_connections(list, tell)?;
                 }
-                Input::Awaited(lacking) => speaker.say(&Message::Awaited { lacking })?,
-                Input::Heard(Heard::Message(Message::Dumped {
+                Input::Awaited(lacking) => peer.send(&Message::Awaited { lacking })?,
+                Input::FromPeer(FromPeer::Message(Message::Sockets { list })) => {
+                    of_sockets.extend(list);
+                    task_sockets::validate(&of_sockets)?;
+                }
+                Input::FromPeer(FromPeer::Message(Message::Dumped {
                     tasks,
                     connections,
                     locks,
                     settings,
+                    renamed: names,
                 })) => {
-                    let too_many = locks.len() > locks::MOST || settings.len() > settings::MOST;
-                    if tasks.len() > MAX_TASKS || too_many {
-                        bail!(
-                            "a container of {} tasks, {} locks, {} settings",
-                            tasks.len(),
-                            locks.len(),
-                            settings.len()
-                        );
+                    if tasks.len() > MAX_TASKS || locks.len() > locks::MOST {
+                        bail!("a container of {} tasks, {} locks", tasks.len(), locks.len());
                     }
+                    settings::validate(&settings)?;
+                    sockets::validate(&names)?;
                     fault::point("destination.restore")?;
                     self.begin_restore()?;
                     dumped = Some(tasks);
-                    (came, held, set) = (connections, locks, settings);
+                    (came, held, set, renamed) = (connections, locks, settings, names);
                 }
-                Input::Heard(Heard::Message(Message::MemoryDone { left })) => {
+                Input::FromPeer(FromPeer::Message(Message::MemoryDone { left })) => {
                     self.left = left;
                     memory_done = true;
                 }
@@ -123,9 +152,20 @@ impl Guest {
                     let init = process::start_time(pid).map(|t| (pid, t));
                     self.journal.record.init = init;
                     self.mark("restored");
+                    self.started()?;
                     self.land_connections(pid, came)?;
+                    let note = self.journal.record.forward.as_ref();
+                    published::join(note, &self.plan, self.network.namespace(), pid)?;
                     self.hold_locks(pid, &held)?;
-                    self.changed = settings::set(&Cgroup::of_process(pid)?.processes()?, &set)?;
+                    sockets::to_current_names(&process::root_of(pid), &renamed)?;
+                    let tasks = Cgroup::of_process(pid)?.processes()?;
+                    self.changed = settings::set(&tasks, &set)?;
+                    let namespace = NetNs::of_pid(pid as u32)?;
+                    self.changed.extend(self.landed.as_ref().and_then(Landed::changed));
+                    self.changed.extend(task_sockets::set(&namespace, &tasks, &of_sockets)?);
+                    let groups = task_sockets::joined(pid).into_iter();
+                    let groups: Vec<_> = groups.map(|one| (one.interface, one.group)).collect();
+                    self.network.add_groups(&groups);
                     fault::point("destination.restored")?;
                     restored = true;
                     drop(warm.take());
@@ -142,19 +182,21 @@ impl Guest {
         while !self.guard.as_ref().is_some_and(PageGuards::can_go_on) {
             // CRIU was quicker than the last pages, or than whoever takes its tasks in.
             match inputs.next(RESTORE_LIMIT)? {
-                Input::Heard(Heard::Message(Message::MemoryDone { left })) => {
+                Input::FromPeer(FromPeer::Message(Message::MemoryDone { left })) => {
                     self.left = left;
                     if let (Some(tasks), Some(server)) = (&dumped, self.server.take()) {
                         self.serve(tasks, server, stage, tell)?;
                     }
                 }
-                Input::Heard(Heard::Frame(Frame::Packet(bytes))) => self.network.keep(&bytes)?,
-                Input::Want(vpid, at, pages) => want(speaker, vpid, at, pages)?,
+                Input::FromPeer(FromPeer::Frame(Frame::Packet(bytes))) => {
+                    self.network.keep(&bytes)?
+                }
+                Input::Want(vpid, at, pages) => want(peer, vpid, at, pages)?,
                 _ => {}
             }
         }
         if let (true, Some(tasks)) = (self.plan.verify, &dumped) {
-            self.verify(tasks, speaker, inputs)?;
+            self.verify(tasks, peer, inputs)?;
         }
         self.phase = "waiting for the verdict";
         // Not synced: a crash of this host loses the copy with the note about it.
@@ -163,8 +205,10 @@ impl Guest {
         // Bad news that came meanwhile comes before this.
         while let Some(input) = inputs.pending()? {
             match input {
-                Input::Heard(Heard::Frame(Frame::Packet(bytes))) => self.network.keep(&bytes)?,
-                Input::Want(vpid, at, pages) => want(speaker, vpid, at, pages)?,
+                Input::FromPeer(FromPeer::Frame(Frame::Packet(bytes))) => {
+                    self.network.keep(&bytes)?
+                }
+                Input::Want(vpid, at, pages) => want(peer, vpid, at, pages)?,
                 _ => {}
             }
         }
@@ -172,8 +216,14 @@ impl Guest {
         if self.criu().is_some_and(|criu| !process::lives(criu)) {
             bail!("CRIU was killed when it had restored");
         }
-        speaker.say(&Message::Ready)?;
+        peer.send(&Message::Ready)?;
         fault::point("destination.said-ready")
+    }
+
+    /// What is released with the container is known.
+    pub(super) fn have_released(&mut self) {
+        let mut set = self.release_set.lock().unwrap_or_else(PoisonError::into_inner);
+        *set = self.network.release();
     }
 
     /// The CRIU that restores.
@@ -188,6 +238,9 @@ impl Guest {
         let targets: Vec<&str> = self.plan.streams.iter().map(|s| s.target.as_str()).collect();
         fs::write(self.work.images().join("descriptors.json"), serde_json::to_vec(&targets)?)?;
         let streams = self.streams.plan()?;
+        self.have_released();
+        let call = self.engine.as_mut().and_then(Engine::take_call);
+        let made = self.engine.as_ref().and_then(Engine::bundle);
         self.server = Some(Server::listen(&self.work.work())?);
         let namespace = match self.network.namespace() {
             Some(namespace) if self.plan.criu_inside() => Some(namespace.try_clone()?),
@@ -195,16 +248,23 @@ impl Guest {
         };
         let plan = RestorePlan {
             runtime: self.runtime.clone(),
-            container: self.plan.container.clone(),
-            bundle: self.plan.bundle.clone(),
-            root: self.journal.record.placing.mounting().map(|m| m.place().to_owned()),
+            container: self.journal.record.id_here(),
+            bundle: made.map_or_else(|| self.plan.bundle.clone(), |bundle| bundle.path.clone()),
+            root: match made {
+                Some(bundle) => Some(bundle.rootfs()?),
+                None => self.journal.record.placing.mounting().map(|m| m.place().to_owned()),
+            },
+            call,
             images: self.work.images(),
             work: self.work.work(),
             streams,
-            tmpfs: self.tmpfs_places().map(|(t, p)| (t.place.clone(), p)).collect(),
+            tmpfs: self
+                .tmpfs_places()
+                .flat_map(|(t, p)| t.places().map(move |place| (place.clone(), p.clone())))
+                .collect(),
             console_socket: self.plan.console_socket.clone(),
             loopback: self.plan.loopback.clone(),
-            gate: self.network.gate(),
+            release: self.release_set.clone(),
             interposer: Interposer::new(self.work.path(), &criu, namespace)?,
         };
         let tell = tell.clone();
@@ -279,17 +339,17 @@ impl Guest {
         stage: &Stage,
         tell: &Sender<Input>,
     ) -> Result<()> {
-        if self.lanes.len() >= MAX_LANES {
-            bail!("more than {MAX_LANES} further links");
+        if self.channels.len() >= MAX_CHANNELS {
+            bail!("more than {MAX_CHANNELS} further links");
         }
-        let (speaker, reader, _) = talk::split(connect::adopt(input, output)?);
-        speaker.say(&Message::Joined)?;
+        let (peer, reader, _) = session::split(connect::adopt(input, output)?);
+        peer.send(&Message::Joined)?;
         let tell = tell.clone();
-        intake::listen_lane(reader, speaker, stage, move |why| {
+        receiver::listen_channel(reader, peer, stage, move |why| {
             // The hand-over may have ended already.
-            let _ = tell.send(Input::LaneEnded(why));
+            let _ = tell.send(Input::ChannelEnded(why));
         })?;
-        self.lanes.push(held);
+        self.channels.push(held);
         Ok(())
     }
 
@@ -300,6 +360,10 @@ impl Guest {
             let landing = self.landing.as_ref();
             let landing = landing.ok_or_else(|| anyhow!("connections that were not announced"))?;
             return landing.feed(bytes.to_vec());
+        }
+        if name == LOG {
+            let engine = self.engine.as_mut().ok_or_else(|| anyhow!("a log of no engine's"))?;
+            return engine.log(at, bytes);
         }
         if name == STREAM {
             let applying = self.applying.as_ref();
@@ -327,6 +391,10 @@ impl Guest {
         if let Some(mounting) = self.journal.record.placing.mounting() {
             mounting.mount()?;
         }
+        if let Some(engine) = &self.engine {
+            engine.fill(&self.work.images())?;
+            self.mark("the engine's root file system is filled");
+        }
         self.mark("restore begins");
         self.tell_restore(Go::Restore)
     }
@@ -341,8 +409,8 @@ impl Guest {
             staged = coming.staged();
         }
         staged.extend(placing.stage(&self.plan.parents)?);
-        let (_, there) = checks::bundle_here(&self.plan)?;
-        if !there {
+        let (_, there) = destination_checks::bundle_here(&self.plan)?;
+        if !there && self.engine.is_none() {
             let config = serde_json::to_vec_pretty(&self.plan.config)?;
             placing.write(&self.plan.bundle.join("config.json"), &config)?;
         }
@@ -367,6 +435,15 @@ impl Guest {
         job.go.send(go).map_err(|_| anyhow!("the restore has ended"))
     }
 
+    /// Whoever goes on if this process is killed: there before the container is frozen, as nobody has
+    /// time for that afterwards.
+    fn begin_guard(&mut self) -> Result<()> {
+        let will = Arc::new(Will::new()?);
+        self.guard = Some(PageGuards::start(&self.journal, will.clone())?);
+        self.will = Some(will);
+        Ok(())
+    }
+
     /// All pages are here: into the tasks with them.
     fn serve(
         &mut self,
@@ -376,8 +453,7 @@ impl Guest {
         tell: &Sender<Input>,
     ) -> Result<()> {
         let pagemaps = self.pagemaps(tasks)?;
-        let will = Arc::new(Will::new()?);
-        self.guard = Some(PageGuards::start(&self.journal, will.clone())?);
+        let will = self.will.clone().ok_or_else(|| anyhow!("nobody would go on"))?;
         // The hand-over may have ended already.
         let (wanted, made, ended) = (tell.clone(), tell.clone(), tell.clone());
         let want = move |vpid, at, pages| drop(wanted.send(Input::Want(vpid, at, pages)));

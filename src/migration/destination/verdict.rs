@@ -2,43 +2,52 @@
 
 use std::os::fd::AsFd;
 use std::sync::mpsc::{RecvTimeoutError, Sender};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 
-use super::{Guest, Input, Inputs, RESTORE_LIMIT, SILENCE};
+use super::{IncomingMigration, Input, Inputs, RESTORE_LIMIT, SILENCE};
 use crate::connections::Landed;
 use crate::memory::serve::{Ended, Served};
 use crate::migration::checkpoint::restore::{Go, RestoreEvent};
 use crate::migration::checkpoint::streams::Streams;
 use crate::migration::journal::State;
-use crate::migration::protocol::talk::{self, Heard, Speaker};
+use crate::migration::protocol::session::{self, FromPeer, PeerWriter};
 use crate::migration::protocol::{self, Message, Standing, Verdict};
 use crate::migration::recovery::decide::{Act, Event, Phase, hear};
-use crate::migration::recovery::recover;
-use crate::migration::recovery::settle::Call;
-use crate::migration::transfer::intake::{self, Current, Stage, say_missing, want};
+use crate::migration::recovery::undo;
+use crate::migration::recovery::verdicts::Call;
+use crate::migration::transfer::receiver::{self, Current, Stage, send_missing, want};
+use crate::oci::cgroup::Cgroup;
 use crate::report::exit::Told;
 use crate::sys::{fault, process};
+use crate::tasks::waits;
 use crate::transport::connect;
 use crate::transport::frame::Frame;
 
-impl Guest {
+/// How long a task may take to come to a call that it begins anew, where it has to be brought memory.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+impl IncomingMigration {
     /// Restored and held: the source decides, however long it takes.
-    pub(super) fn await_verdict(&mut self, speaker: &Speaker, inputs: &mut Inputs) -> Verdict {
+    pub(super) fn await_verdict(&mut self, peer: &PeerWriter, inputs: &mut Inputs) -> Verdict {
         let phase = Phase::Held { lacking: self.left > 0 };
         loop {
             let mut failed = None;
-            let input = match inputs.queue.recv_timeout(SILENCE) {
+            let input = match inputs.queue.recv_timeout(fault::limit(SILENCE)) {
                 Ok(input) => input,
                 Err(RecvTimeoutError::Timeout) => continue,
                 Err(RecvTimeoutError::Disconnected) => return Verdict::Abort,
             };
             let event = match input {
-                Input::Heard(Heard::Message(Message::Commit)) => Event::Verdict(Verdict::Commit),
-                Input::Heard(Heard::Message(Message::Abort { .. })) => {
+                Input::FromPeer(FromPeer::Message(Message::Commit)) => {
+                    Event::Verdict(Verdict::Commit)
+                }
+                Input::FromPeer(FromPeer::Message(Message::Abort { .. })) => {
                     Event::Verdict(Verdict::Abort)
                 }
-                Input::Heard(Heard::Frame(Frame::Packet(bytes))) => {
+                Input::FromPeer(FromPeer::Frame(Frame::Packet(bytes))) => {
                     // A damaged one is the sender's timer's business.
                     let _ = self.network.keep(&bytes);
                     continue;
@@ -73,24 +82,26 @@ impl Guest {
                     Event::Broken
                 }
                 Input::Want(vpid, at, pages) => {
-                    drop(want(speaker, vpid, at, pages));
+                    drop(want(peer, vpid, at, pages));
                     continue;
                 }
-                Input::Heard(Heard::Gone(_)) => {
+                Input::FromPeer(FromPeer::Gone(_)) => {
                     self.link = false;
                     Event::Unlinked
                 }
                 // A signal is no verdict either.
-                Input::Heard(_)
+                Input::FromPeer(_)
                 | Input::Restore(_)
                 | Input::Signal(_)
-                | Input::LaneEnded(_)
+                | Input::ChannelEnded(_)
                 | Input::Files(_)
                 | Input::Synced
+                | Input::Noted
                 | Input::Guarded
+                | Input::Engaged(_)
                 | Input::TasksEnded
                 | Input::Awaited(_)
-                | Input::Call(Call::Link(..) | Call::Lane(..)) => continue,
+                | Input::Call(Call::Link(..) | Call::Channel(..)) => continue,
             };
             match hear(phase, event).0 {
                 Act::Wait => {}
@@ -98,7 +109,7 @@ impl Guest {
                 Act::Undo => {
                     if let Some(why) = failed {
                         let (phase, hints) = (self.phase.to_owned(), Vec::new());
-                        let _ = speaker.say(&Message::Failed { phase, why, hints });
+                        let _ = peer.send(&Message::Failed { phase, why, hints });
                     }
                     return Verdict::Abort;
                 }
@@ -109,7 +120,7 @@ impl Guest {
     /// It is ours: opens the fence, lets it run, tells everybody. No way back.
     pub(super) fn run(
         mut self,
-        mut speaker: Speaker,
+        mut peer: PeerWriter,
         inputs: &mut Inputs,
         tell: &Sender<Input>,
         stage: &Stage,
@@ -123,8 +134,8 @@ impl Guest {
         }
         if let Err(e) = self.journal.note(State::Committed) {
             // Nothing runs of which that is not known: the source takes it back.
-            let undone = self.undo();
-            let _ = speaker.say(&Message::failed("starting", &e));
+            let undone = self.undo(Vec::new());
+            let _ = peer.send(&Message::failed("starting", &e));
             return undone.and(Err(Told(e).into()));
         }
         // From here on what was made is the container's: no error may take it away again but one
@@ -140,10 +151,14 @@ impl Guest {
         // As long as the latest link is ours to use, whoever brought it waits.
         let mut brought = None;
         let (mut running, mut ended, mut alive) = (false, false, true);
+        // On the disk that it may run; the source has heard that it does, and that all of it is here.
+        let (mut noted, mut said, mut whole) = (false, false, false);
+        self.bring_to_disk(tell);
+        let mut waits = None;
         // Files that were copied, on the disk.
         let mut synced = self.incoming.is_empty();
-        while !(running && ended && synced && served.is_some() && (self.finished || !link)) {
-            match inputs.queue.recv_timeout(RESTORE_LIMIT) {
+        while !(said && ended && synced && served.is_some() && (self.finished || !link)) {
+            match inputs.queue.recv_timeout(fault::limit(RESTORE_LIMIT)) {
                 Ok(Input::Restore(RestoreEvent::Released(opened))) => {
                     self.network.open(opened, self.journal.record.init.map_or(0, |i| i.0));
                     self.mark("fence open");
@@ -157,59 +172,43 @@ impl Guest {
                 Ok(Input::Restore(RestoreEvent::Running)) => {
                     running = true;
                     self.mark("running");
+                    waits = self.have_them_wait();
                     self.watch_tasks(tell);
                     if served.is_some() {
-                        recover::note_all_in(self.work.path());
+                        undo::note_all_in(self.work.path());
                     }
                     // What the container closes is to be closed, from now on.
                     self.landed.take().into_iter().for_each(Landed::settle);
                     let _ = fault::point("destination.running");
                     self.network.replay();
                     self.network.announce();
-                    let arrival = protocol::Arrival {
-                        pid: self.journal.record.init.map_or(0, |i| i.0),
-                        marks: self.marks.clone(),
-                        packets: self.network.replayed,
-                        changed: std::mem::take(&mut self.changed),
-                    };
-                    link &= speaker.say(&Message::Running(Box::new(arrival))).is_ok();
                     if !synced {
                         self.sync(tell);
                     }
-                    if let Some(served) = served.filter(|_| synced) {
-                        link &= self.say_whole(&speaker, served);
-                    }
                 }
-                Ok(Input::Synced) => {
-                    synced = true;
-                    if let Some(served) = served.filter(|_| running) {
-                        link &= self.say_whole(&speaker, served);
-                    }
-                }
+                Ok(Input::Noted) => noted = true,
+                Ok(Input::Synced) => synced = true,
                 Ok(Input::Pages(Ended { result: Ok(all), .. })) => {
                     served = Some(all);
                     if running {
-                        recover::note_all_in(self.work.path());
-                    }
-                    if running && synced {
-                        link &= self.say_whole(&speaker, all);
+                        undo::note_all_in(self.work.path());
                     }
                 }
                 Ok(Input::Want(vpid, at, pages)) => {
-                    link &= want(&speaker, vpid, at, pages).is_ok();
+                    link &= want(&peer, vpid, at, pages).is_ok();
                 }
                 Ok(Input::Call(Call::Link(input, output, held))) => {
                     tracing::info!("the source is back over a new link");
                     let heard = tell.clone();
-                    let hear = move |h| heard.send(Input::Heard(h)).is_ok();
+                    let hear = move |h| heard.send(Input::FromPeer(h)).is_ok();
                     let backlog = &self.backlog;
                     let taken = connect::adopt(input, output).and_then(|new| {
-                        let (other, reader, _) = talk::split(new);
-                        intake::listen(reader, &other, stage, current, backlog, hear)?;
+                        let (other, reader, _) = session::split(new);
+                        receiver::listen(reader, &other, stage, current, backlog, hear)?;
                         Ok(other)
                     });
                     match taken {
-                        Ok(other) => speaker = other,
+                        Ok(other) => peer = other,
                         Err(e) => {
                             // It hears nothing, and comes again.
                             tracing::error!("the new link to the source: {e:#}");
@@ -218,16 +217,15 @@ impl Guest {
                     }
                     drop(brought.replace(held));
                     link = match served {
-                        Some(served) if running && synced => self.say_whole(&speaker, served),
-                        _ => say_missing(&speaker, stage).is_ok(),
+                        Some(served) if whole => self.say_whole(&peer, served),
+                        _ => send_missing(&peer, stage).is_ok(),
                     };
                 }
                 Ok(Input::Pages(Ended { result: Err(e), held })) => {
                     let failed = e.context("not all of its memory can be put into the container");
                     // Ended while whoever misses a page still waits for it.
-                    let undone = self.undo();
-                    drop(held);
-                    let _ = speaker.say(&Message::failed("starting", &failed));
+                    let undone = self.undo(held);
+                    let _ = peer.send(&Message::failed("starting", &failed));
                     undone?;
                     return Err(failed);
                 }
@@ -239,27 +237,26 @@ impl Guest {
                         let failed = e.context("the copy died after the commit");
                         // First of all so that nobody takes what is left of it for a container
                         // that runs. The source still has it, frozen.
-                        let undone = self.undo();
-                        let _ = speaker.say(&Message::failed("starting", &failed));
+                        let undone = self.undo(Vec::new());
+                        let _ = peer.send(&Message::failed("starting", &failed));
                         undone?;
                         return Err(failed);
                     }
                 }
-                Ok(Input::Heard(Heard::Frame(Frame::Packet(bytes)))) => {
+                Ok(Input::FromPeer(FromPeer::Frame(Frame::Packet(bytes)))) => {
                     let _ = self.network.keep(&bytes);
                     if running {
                         self.network.replay();
                     }
                 }
-                Ok(Input::Heard(Heard::Message(Message::Finished))) => self.finished = true,
-                Ok(Input::Heard(Heard::Gone(_))) => link = false,
+                Ok(Input::FromPeer(FromPeer::Message(Message::Finished))) => self.finished = true,
+                Ok(Input::FromPeer(FromPeer::Gone(_))) => link = false,
                 Ok(Input::TasksEnded) => alive = false,
                 Ok(Input::Call(Call::Discard(reply))) => {
                     if served.is_none() && self.left > 0 {
                         // The operator knows that nobody will bring the rest.
-                        let undone = self.undo();
+                        self.undo(Vec::new())?;
                         let _ = reply.send(Standing::Gone);
-                        undone?;
                         bail!(
                             "it was ended before it had all of its memory, by the operator's word"
                         );
@@ -268,7 +265,7 @@ impl Guest {
                     let _ = reply.send(if runs { Standing::Running } else { Standing::Waiting });
                 }
                 Ok(Input::Call(Call::Verdict(verdict, reply))) => {
-                    let whole = served.is_some() && synced;
+                    let (running, whole) = (running && noted, served.is_some() && synced);
                     let phase = Phase::Started { running, whole, lacking: self.left > 0 };
                     let event = verdict.map_or(Event::Asked, Event::Verdict);
                     if let (_, Some(standing)) = hear(phase, event) {
@@ -280,14 +277,37 @@ impl Guest {
                 Err(_) if served.is_none() && self.left > 0 => {}
                 Err(_) => link = false,
             }
+            if running && noted && !said {
+                said = true;
+                link &= self.say_running(&peer);
+            }
+            if let Some(all) = served.filter(|_| said && synced && !whole) {
+                whole = true;
+                link &= self.say_whole(&peer, all);
+            }
             if !alive && !link && served.is_none() {
                 // Nobody waits for it any more, and nobody brings it.
-                self.undo()?;
+                self.undo(Vec::new())?;
                 bail!("its tasks have ended before all of its memory was there");
             }
         }
         drop(brought);
+        // It works in the tasks: not to be ended in the middle of that.
+        let _ = waits.map(JoinHandle::join);
         self.settle_in()
+    }
+
+    /// What has begun to wait anew is to wait for no longer than it should. Beside all else: a task may have
+    /// to be brought memory for it.
+    fn have_them_wait(&self) -> Option<JoinHandle<()>> {
+        let (init, _) = self.journal.record.init?;
+        let work = move || {
+            let pids = Cgroup::of_process(init).and_then(|cgroup| cgroup.processes());
+            if let Some(problem) = pids.ok().and_then(|pids| waits::go_on(&pids, PATIENCE)) {
+                tracing::warn!("{problem}");
+            }
+        };
+        std::thread::Builder::new().name("waits".into()).spawn(work).ok()
     }
 
     /// Tells when the container's init has ended.
@@ -306,6 +326,32 @@ impl Guest {
         let _ = std::thread::Builder::new().name("tasks".into()).spawn(watch);
     }
 
+    /// Brings to the disk, while the container starts, that it may have run here: what this host says of
+    /// it when it has gone down must be what it has said before.
+    fn bring_to_disk(&self, tell: &Sender<Input>) {
+        let (sync, tell) = (self.journal.syncing(), tell.clone());
+        let work = move || {
+            let _ = fault::point("destination.noted");
+            if let Err(e) = sync() {
+                // It runs all the same.
+                tracing::error!("{e:#}");
+            }
+            let _ = tell.send(Input::Noted);
+        };
+        run_beside("note", work);
+    }
+
+    /// Tells the source that it runs; whether it could be told.
+    fn say_running(&mut self, peer: &PeerWriter) -> bool {
+        let arrival = protocol::Arrival {
+            pid: self.journal.record.init.map_or(0, |i| i.0),
+            marks: self.marks.clone(),
+            packets: self.network.replayed,
+            changed: std::mem::take(&mut self.changed),
+        };
+        peer.send(&Message::Running(Box::new(arrival))).is_ok()
+    }
+
     /// Brings the copies to the disk, while the container runs.
     fn sync(&self, tell: &Sender<Input>) {
         let (placing, tell) = (self.journal.record.placing.clone(), tell.clone());
@@ -316,25 +362,30 @@ impl Guest {
             }
             let _ = tell.send(Input::Synced);
         };
-        // Without a thread of its own, it takes this one's time.
-        let threaded = std::thread::Builder::new().name("sync".into()).spawn(work.clone());
-        if threaded.is_err() {
-            work();
-        }
+        run_beside("sync", work);
     }
 
     /// Tells the source that what is frozen there is needed no more; whether it could be told. The
     /// journal knows it first: who asks later must not be told otherwise.
-    fn say_whole(&mut self, speaker: &Speaker, served: Served) -> bool {
+    fn say_whole(&mut self, peer: &PeerWriter, served: Served) -> bool {
         self.mark("whole");
         // The source may remove its files: what is here must outlast a loss of power by then.
-        let noted = match self.incoming.is_empty() {
-            true => self.journal.note(State::Whole),
-            false => self.journal.write(State::Whole),
+        let noted = if self.incoming.is_empty() {
+            self.journal.note(State::Whole)
+        } else {
+            self.journal.write(State::Whole)
         };
         if let Err(e) = noted {
             tracing::error!("{e:#}");
         }
-        speaker.say(&Message::Whole(served)).is_ok()
+        peer.send(&Message::MemoryComplete(served)).is_ok()
+    }
+}
+
+/// On a thread of its own; without one, it takes this one's time.
+fn run_beside(name: &str, work: impl Fn() + Clone + Send + 'static) {
+    let threaded = std::thread::Builder::new().name(name.into()).spawn(work.clone());
+    if threaded.is_err() {
+        work();
     }
 }

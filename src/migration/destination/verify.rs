@@ -7,23 +7,23 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::{Guest, Input, Inputs, RESTORE_LIMIT};
+use super::{IncomingMigration, Input, Inputs, RESTORE_LIMIT};
 use crate::criu::images::{self, PagemapEntry};
 use crate::memory::compare::{Comparison, await_pages};
 use crate::memory::digest::{Digester, Record, STREAM, random_seed};
 use crate::migration::protocol::Message;
-use crate::migration::protocol::talk::{Heard, Speaker};
-use crate::migration::transfer::intake::want;
+use crate::migration::protocol::session::{FromPeer, PeerWriter};
+use crate::migration::transfer::receiver::want;
 use crate::oci::cgroup::Cgroup;
 use crate::sys::fault;
-use crate::tasks::held::of_first_space;
+use crate::tasks::freezer::of_first_space;
 use crate::tasks::sequences;
 use crate::transport::frame::Frame;
 
 /// What CRIU has left to us, by the container's number of the task.
 pub(super) type Pagemaps = HashMap<i32, Vec<PagemapEntry>>;
 
-impl Guest {
+impl IncomingMigration {
     /// Reads the images that say which pages are ours to bring.
     pub(super) fn pagemaps(&self, tasks: &[i32]) -> Result<Pagemaps> {
         let mut pagemaps = HashMap::new();
@@ -50,7 +50,7 @@ impl Guest {
     pub(super) fn verify(
         &mut self,
         tasks: &[i32],
-        speaker: &Speaker,
+        peer: &PeerWriter,
         inputs: &mut Inputs,
     ) -> Result<()> {
         self.phase = "verifying memory";
@@ -73,26 +73,28 @@ impl Guest {
         if let (true, Some(first)) = (fault::spoils("destination.verify"), own.first()) {
             crate::memory::compare::spoil(*first)?;
         }
-        speaker.say(&Message::Verify { seed, masks })?;
+        peer.send(&Message::Verify { seed, masks })?;
         loop {
             match inputs.next(RESTORE_LIMIT)? {
-                Input::Heard(Heard::Frame(Frame::File(name, _, bytes))) if name == STREAM => {
+                Input::FromPeer(FromPeer::Frame(Frame::File(name, _, bytes))) if name == STREAM => {
                     self.backlog.done(bytes.len());
                     let records: Vec<Record> = postcard::from_bytes(&bytes)?;
                     if comparison.take(records)? {
                         break;
                     }
                 }
-                Input::Heard(Heard::Frame(Frame::File(..))) => {
+                Input::FromPeer(FromPeer::Frame(Frame::File(..))) => {
                     bail!("a file comes when memory is compared")
                 }
-                Input::Heard(Heard::Frame(Frame::Packet(bytes))) => self.network.keep(&bytes)?,
-                Input::Want(vpid, at, pages) => want(speaker, vpid, at, pages)?,
+                Input::FromPeer(FromPeer::Frame(Frame::Packet(bytes))) => {
+                    self.network.keep(&bytes)?
+                }
+                Input::Want(vpid, at, pages) => want(peer, vpid, at, pages)?,
                 _ => {}
             }
         }
         let pages = comparison.verdict()?;
         self.mark("memory is verified");
-        speaker.say(&Message::Verified { pages })
+        peer.send(&Message::Verified { pages })
     }
 }

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -12,14 +12,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::carrier::{self, DEAD, PULSE};
+use super::carrier::{self, DEAD, ORPHANED, PULSE};
 use super::control::{self, Handed};
 use super::{Away, away_at, directory, remove_directory};
 use crate::migration::journal::Journal;
 use crate::migration::protocol::Message;
-use crate::migration::protocol::forwarding::{Answer, Ask, Status, Word, is_id};
-use crate::migration::protocol::talk::{self, Heard, Speaker};
+use crate::migration::protocol::forwarding::{Answer, Ask, ForwardMessage, Status, is_id};
+use crate::migration::protocol::session::{self, FromPeer, PeerWriter};
 use crate::network::forward::{self, Meter};
+use crate::network::published::away::{Keeper, take_devices};
 use crate::sys::netns::NetNs;
 use crate::sys::process::wait_readable;
 use crate::sys::scm;
@@ -62,10 +63,7 @@ pub fn take_link(
             let note = j.record.forward.as_ref();
             note.is_some_and(|n| n.id == id) && !j.state().is_over()
         };
-        let limit = match Journal::all(state_dir)?.0.iter().any(comes) {
-            true => MAKING,
-            false => SOON,
-        };
+        let limit = if Journal::all(state_dir)?.0.iter().any(comes) { MAKING } else { SOON };
         if began.elapsed() > limit {
             bail!("no container here has its address forwarded under {id}");
         }
@@ -95,6 +93,9 @@ pub fn spawn(directory: &Path, taps: Vec<(String, Tap)>) -> Result<()> {
 
 /// What the holder's threads share.
 struct Holder {
+    directory: PathBuf,
+    /// Ends it.
+    over: Sender<()>,
     taps: Vec<(String, Tap)>,
     link: Mutex<Link>,
     changed: Condvar,
@@ -111,7 +112,7 @@ struct Holder {
 struct Link {
     /// Which one; a later one takes the place of an earlier one.
     number: u64,
-    speaker: Option<Speaker>,
+    peer: Option<PeerWriter>,
     /// Ends it, whatever is waited for.
     cutter: Option<Cutter>,
     /// Home's last sign of life.
@@ -141,12 +142,19 @@ pub fn hold(directory: &Path) -> Result<()> {
     }
     if taps.is_empty() {
         let names: Vec<String> = away.links.iter().map(|l| l.0.clone()).collect();
-        taps = forward::take_taps(&NetNs::open(&away.path)?, &names)?;
+        taps = if away.published {
+            take_devices(&away.id, &names)?
+        } else {
+            forward::take_taps(&NetNs::open(&away.path)?, &names)?
+        };
     }
     for (_, tap) in &taps {
         tap.do_not_wait()?;
     }
+    let (quit, told) = channel();
     let holder = Arc::new(Holder {
+        directory: directory.to_owned(),
+        over: quit.clone(),
         taps,
         link: Mutex::default(),
         changed: Condvar::new(),
@@ -166,7 +174,6 @@ pub fn hold(directory: &Path) -> Result<()> {
     // Not on that one: what it says may never be taken, when home is gone.
     let guard = holder.clone();
     std::thread::Builder::new().name("guard".into()).spawn(move || guard.cut_when_dead())?;
-    let (quit, told) = channel();
     let answering = holder.clone();
     control::serve(directory, move |asked, handed| {
         answering.answer(asked, handed, &|| _ = quit.send(()))
@@ -182,7 +189,7 @@ impl Link {
     /// Nobody speaks over it any more, nobody waits for it, and whoever brought it ends.
     fn cut(&mut self) {
         self.cutter.iter().for_each(Cutter::cut);
-        (self.speaker, self.cutter, self.heard, self.held) = (None, None, None, None);
+        (self.peer, self.cutter, self.heard, self.held) = (None, None, None, None);
         self.asked.clear();
     }
 }
@@ -200,7 +207,7 @@ impl Holder {
         match (asked, handed) {
             (Ask::Link(names), Some(handed)) => self.take(names, handed).into(),
             (Ask::Status, _) => {
-                let (connected, connections) = (self.lock().speaker.is_some(), *self.count());
+                let (connected, connections) = (self.lock().peer.is_some(), *self.count());
                 let status = Status {
                     to: self.away.home.clone(),
                     since: self.since,
@@ -224,26 +231,25 @@ impl Holder {
     fn ask_home(&self, ask: Ask) -> Result<Answer> {
         let (tell, told) = channel();
         let number = self.number.fetch_add(1, Ordering::Relaxed);
-        let speaker = {
+        let peer = {
             let mut link = self.lock();
-            let speaker = link.speaker.clone();
-            let speaker =
-                speaker.ok_or_else(|| anyhow!("there is no link from {} now", self.away.home))?;
+            let peer = link.peer.clone();
+            let peer =
+                peer.ok_or_else(|| anyhow!("there is no link from {} now", self.away.home))?;
             link.asked.insert(number, tell);
-            speaker
+            peer
         };
         let silent = || anyhow!("{} does not answer: it keeps the address", self.away.home);
-        speaker
-            .say(&Message::Forward(Box::new(Word::Ask { number, ask })))
+        peer.send(&Message::Forward(Box::new(ForwardMessage::Ask { number, ask })))
             .map_err(|_| silent())?;
         told.recv_timeout(ANSWER).map_err(|_| silent())
     }
 
     /// A new link from home, instead of any before it.
     fn take(self: &Arc<Self>, names: Vec<String>, (input, output, held): Handed) -> Result<()> {
-        let (speaker, reader, closer) = talk::split(connect::adopt(input, output)?);
+        let (peer, reader, closer) = session::split(connect::adopt(input, output)?);
         let cutter = closer.cutter().ok();
-        speaker.say(&Message::Forward(Box::new(Word::Carried)))?;
+        peer.send(&Message::Forward(Box::new(ForwardMessage::Carried)))?;
         let number = {
             let mut link = self.lock();
             // Threads may still wait for the one before to take something.
@@ -251,7 +257,7 @@ impl Holder {
             let number = link.number + 1;
             *link = Link {
                 number,
-                speaker: Some(speaker),
+                peer: Some(peer),
                 cutter,
                 heard: Some(Instant::now()),
                 names,
@@ -262,19 +268,19 @@ impl Holder {
         };
         self.changed.notify_all();
         let holder = self.clone();
-        talk::listen(reader, move |heard| holder.hear(number, heard))?;
+        session::listen(reader, move |heard| holder.hear(number, heard))?;
         Ok(())
     }
 
-    fn hear(&self, number: u64, heard: Heard) -> bool {
-        if !matches!(heard, Heard::Gone(_)) {
+    fn hear(&self, number: u64, heard: FromPeer) -> bool {
+        if !matches!(heard, FromPeer::Gone(_)) {
             let mut link = self.lock();
             if link.number == number {
                 link.heard = Some(Instant::now());
             }
         }
         match heard {
-            Heard::Frame(Frame::Packet(bytes)) => {
+            FromPeer::Frame(Frame::Packet(bytes)) => {
                 self.in_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                 if let Ok(frame) = crate::network::frames::decode(&bytes)
                     && let Some(tap) = self.tap_of(frame.link)
@@ -283,14 +289,19 @@ impl Holder {
                     let _ = tap.write(&frame.vnet_hdr, &frame.bytes);
                 }
             }
-            Heard::Message(Message::Forward(word)) => {
-                if let Word::Answer { number, answer } = *word
-                    && let Some(tell) = self.lock().asked.remove(&number)
-                {
-                    let _ = tell.send(answer);
+            FromPeer::Message(Message::Forward(word)) => match *word {
+                ForwardMessage::Answer { number, answer } => {
+                    if let Some(tell) = self.lock().asked.remove(&number) {
+                        let _ = tell.send(answer);
+                    }
                 }
-            }
-            Heard::Gone(_) => {
+                // Else the operator may have moved the address, and the container lives by its interface.
+                ForwardMessage::Over if self.away.published => {
+                    let _ = self.over.send(());
+                }
+                _ => {}
+            },
+            FromPeer::Gone(_) => {
                 let mut link = self.lock();
                 if link.number == number {
                     link.cut();
@@ -316,11 +327,11 @@ impl Holder {
         let mut frames = Vec::new();
         loop {
             let place = {
-                let without = |link: &mut Link| link.speaker.is_none();
+                let without = |link: &mut Link| link.peer.is_none();
                 let link = self.changed.wait_while(self.lock(), without);
                 let link = link.unwrap_or_else(PoisonError::into_inner);
                 let place = link.names.iter().position(|n| n == name);
-                place.zip(link.speaker.clone())
+                place.zip(link.peer.clone())
             };
             let ready = wait_readable(&[tap.as_fd()], Some(Instant::now() + PULSE));
             if ready.is_err() {
@@ -340,8 +351,8 @@ impl Holder {
                     break;
                 }
             }
-            if let Some((_, speaker)) = place
-                && let Ok(bytes) = carrier::send(&speaker, &frames)
+            if let Some((_, peer)) = place
+                && let Ok(bytes) = carrier::send(&peer, &frames)
             {
                 self.out_bytes.fetch_add(bytes, Ordering::Relaxed);
             }
@@ -350,18 +361,35 @@ impl Holder {
 
     /// Tells home that this process lives, and how many connections the container has.
     fn live(&self) {
-        let names = self.taps.iter().map(|t| t.0.clone()).collect();
-        let meter = NetNs::open(&self.away.path).map_err(anyhow::Error::from);
-        let mut meter = meter.and_then(|ns| Ok(Meter::new(&ns, names)?)).ok();
+        let mut counter = None;
         loop {
-            let connections = meter.as_mut().and_then(|m| m.connections().ok());
+            if counter.is_none() {
+                counter = self.counter().ok();
+            }
+            let connections = counter.as_mut().and_then(|count| count());
             *self.count() = connections;
-            let speaker = self.lock().speaker.clone();
-            if let Some(speaker) = speaker {
-                let _ = speaker.say(&Message::Forward(Box::new(Word::Alive { connections })));
+            let peer = self.lock().peer.clone();
+            if let Some(peer) = peer {
+                let _ =
+                    peer.send(&Message::Forward(Box::new(ForwardMessage::Alive { connections })));
             }
             std::thread::park_timeout(PULSE);
         }
+    }
+
+    /// What counts the container's open connections, where it is there.
+    fn counter(&self) -> Result<Box<dyn FnMut() -> Option<u32>>> {
+        let away = away_at(&self.directory)?;
+        let namespace = NetNs::open(&away.path)?;
+        if away.published {
+            let mut keeper = Keeper::new(&away.id, &namespace)?;
+            return Ok(Box::new(move || {
+                keeper.look().inspect_err(|problem| tracing::debug!("{problem}")).ok()
+            }));
+        }
+        let names = self.taps.iter().map(|t| t.0.clone()).collect();
+        let mut meter = Meter::new(&namespace, names)?;
+        Ok(Box::new(move || meter.connections().ok()))
     }
 
     /// Cuts a link that home has said nothing on for too long: the kernel takes what is sent, and tells
@@ -370,7 +398,7 @@ impl Holder {
         loop {
             std::thread::park_timeout(PULSE);
             let mut link = self.lock();
-            if link.speaker.is_some() && link.heard.is_some_and(|heard| heard.elapsed() > DEAD) {
+            if link.peer.is_some() && link.heard.is_some_and(|heard| heard.elapsed() > DEAD) {
                 tracing::warn!("{} gives no sign of life", self.away.home);
                 link.cut();
             }
@@ -379,6 +407,9 @@ impl Holder {
 
     /// Until somebody says so, or nobody uses the namespace any more: the container has ended.
     fn watch(&self, told: &std::sync::mpsc::Receiver<()>) {
+        if self.away.published {
+            return self.watch_container(told);
+        }
         let (mut used, mut empty) = (false, 0);
         while told.recv_timeout(LOOK).is_err() {
             let named = NetNs::open(&self.away.path)
@@ -389,6 +420,32 @@ impl Holder {
             used |= here || self.out_bytes.load(Ordering::Relaxed) > 0;
             empty = if named && (here || !used) { 0 } else { empty + 1 };
             if empty >= DESERTED {
+                tracing::info!("the container has ended");
+                let _ = self.ask_home(Ask::End { dismantle: true });
+                return;
+            }
+        }
+    }
+}
+
+impl Holder {
+    /// The same where the network is an engine's, and where the container is stands in the notes when it is
+    /// restored. Nobody is told of its end but by its process; and a home that is gone does not come back.
+    fn watch_container(&self, told: &std::sync::mpsc::Receiver<()>) {
+        let mut linked = Instant::now();
+        while told.recv_timeout(LOOK).is_err() {
+            if self.lock().peer.is_some() {
+                linked = Instant::now();
+            }
+            if linked.elapsed() > ORPHANED {
+                return tracing::info!("nothing was heard of {} for too long", self.away.home);
+            }
+            let Ok(away) = away_at(&self.directory) else { return };
+            let ended = |path: &Path| {
+                let identity = NetNs::open(path).and_then(|namespace| namespace.identity());
+                identity.ok() != Some(away.identity)
+            };
+            if away.path != Path::new("") && ended(&away.path) {
                 tracing::info!("the container has ended");
                 let _ = self.ask_home(Ask::End { dismantle: true });
                 return;

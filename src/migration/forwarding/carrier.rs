@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 use crate::migration::protocol::Message;
-use crate::migration::protocol::forwarding::Word;
-use crate::migration::protocol::talk::{self, Heard, Speaker};
+use crate::migration::protocol::forwarding::ForwardMessage;
+use crate::migration::protocol::session::{self, FromPeer, PeerWriter};
 use crate::network::Frame;
 use crate::transport::connect::{Closer, Destination};
 
@@ -26,6 +26,9 @@ use crate::transport::connect::{Closer, Destination};
 pub const PULSE: Duration = Duration::from_secs(1);
 /// A link without a sign of life for so long is dead.
 pub const DEAD: Duration = Duration::from_secs(10);
+/// Where the address has moved, nothing is forwarded any more when there was no link for so long: TCP does not
+/// send again for longer what is not confirmed. tcp(7), `tcp_retries2`
+pub const ORPHANED: Duration = Duration::from_secs(1000);
 /// How long it may take until the other side has the link.
 const ANSWER: Duration = Duration::from_secs(30);
 /// Most links, and longest of their names: as in a network image.
@@ -34,7 +37,7 @@ const MAX_LINKS: usize = crate::network::image::MAX_LINKS;
 /// A link that carries.
 pub struct Carrier {
     /// To send frames.
-    pub speaker: Speaker,
+    pub peer: PeerWriter,
     /// To cut it.
     pub closer: Closer,
 }
@@ -57,46 +60,48 @@ impl std::error::Error for Refused {}
 /// When it cannot be reached, or does not know of this forwarding.
 pub fn connect(
     destination: &Destination,
-    carry: Option<Word>,
-    mut tell: impl FnMut(Heard) -> bool + Send + 'static,
+    carry: Option<ForwardMessage>,
+    mut tell: impl FnMut(FromPeer) -> bool + Send + 'static,
 ) -> Result<Carrier> {
-    let (speaker, reader, mut closer) = talk::split(destination.connect()?);
+    let (peer, reader, mut closer) = session::split(destination.connect()?);
     let (first, heard) = channel();
     let mut greeting = true;
-    talk::listen(reader, move |h| {
+    session::listen(reader, move |h| {
         if !greeting {
             return tell(h);
         }
-        let last = matches!(&h, Heard::Message(Message::Forward(_)));
+        let last = matches!(&h, FromPeer::Message(Message::Forward(_)));
         greeting = !last;
         first.send(h).is_ok()
     })?;
     let answered = (|| {
-        speaker.say(&talk::hello())?;
+        peer.send(&session::hello())?;
         let until = Instant::now() + ANSWER;
         loop {
             match heard.recv_timeout(until.saturating_duration_since(Instant::now())) {
-                Ok(Heard::Message(Message::Hello(theirs))) => {
-                    talk::check_hello(&theirs)?;
+                Ok(FromPeer::Message(Message::Hello(theirs))) => {
+                    session::check_hello(&theirs)?;
                     match &carry {
                         None => return Ok(()),
-                        Some(word) => speaker.say(&Message::Forward(Box::new(word.clone())))?,
+                        Some(word) => peer.send(&Message::Forward(Box::new(word.clone())))?,
                     }
                 }
-                Ok(Heard::Message(Message::Forward(word))) if matches!(*word, Word::Carried) => {
+                Ok(FromPeer::Message(Message::Forward(word)))
+                    if matches!(*word, ForwardMessage::Carried) =>
+                {
                     return Ok(());
                 }
-                Ok(Heard::Message(Message::Failed { why, .. })) => bail!(Refused(why)),
-                Ok(Heard::Gone(why)) => bail!("{}", why.unwrap_or_else(|| GONE.into())),
+                Ok(FromPeer::Message(Message::Failed { why, .. })) => bail!(Refused(why)),
+                Ok(FromPeer::Gone(why)) => bail!("{}", why.unwrap_or_else(|| GONE.into())),
                 Ok(_) => {}
                 Err(_) => bail!("{destination} does not answer"),
             }
         }
     })();
     match answered {
-        Ok(()) => Ok(Carrier { speaker, closer }),
+        Ok(()) => Ok(Carrier { peer, closer }),
         Err(e) if e.to_string() == GONE => {
-            drop(speaker);
+            drop(peer);
             Err(destination.explain(&mut closer))
         }
         Err(e) => {
@@ -112,13 +117,13 @@ const GONE: &str = "it was closed";
 ///
 /// # Errors
 /// When the link is gone.
-pub fn send(speaker: &Speaker, frames: &[Frame]) -> Result<u64> {
+pub fn send(peer: &PeerWriter, frames: &[Frame]) -> Result<u64> {
     let mut bytes = 0;
     for frame in frames {
-        speaker.packet_later(&crate::network::frames::encode(frame))?;
+        peer.packet_later(&crate::network::frames::encode(frame))?;
         bytes += frame.bytes.len() as u64;
     }
-    speaker.flush()?;
+    peer.flush()?;
     Ok(bytes)
 }
 

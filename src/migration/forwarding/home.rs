@@ -7,16 +7,17 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail};
 
-use super::carrier::{self, Carrier, DEAD, PULSE, Refused};
+use super::carrier::{self, Carrier, DEAD, ORPHANED, PULSE, Refused};
 use super::process::dismantle;
 use super::way::{reached_by, through, way};
-use super::{HOME, Home, NETWORK, control, home_at, remove_directory, write};
+use super::wire::{Ear, Wire};
+use super::{HOME, Home, control, home_at, remove_directory, write};
 use crate::migration::protocol::Message;
-use crate::migration::protocol::forwarding::{Answer, Ask, Status, Word};
-use crate::migration::protocol::talk::{Heard, Speaker};
-use crate::network::forward::{self, Ear, Wire};
+use crate::migration::protocol::forwarding::{Answer, Ask, ForwardMessage, Status};
+use crate::migration::protocol::session::{FromPeer, PeerWriter};
+use crate::network::forward;
 use crate::network::translated::{self, Translated};
 use crate::sys::netns::NetNs;
 use crate::sys::process::wait_readable;
@@ -25,6 +26,9 @@ use crate::transport::frame::Frame;
 
 /// Between two tries to reach the other host, at first and at most.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+
+/// How long the other host may take to hear that it is over.
+const FAREWELL: Duration = Duration::from_secs(3);
 
 /// What the threads share.
 struct Forwarder {
@@ -54,7 +58,7 @@ struct Port {
     /// The migration that made it; none after a new start.
     migration: String,
     destination: Destination,
-    speaker: Option<Speaker>,
+    peer: Option<PeerWriter>,
     cutter: Option<Cutter>,
     /// Last sign of life.
     heard: Instant,
@@ -70,8 +74,7 @@ struct Port {
 /// When the kept network is not there.
 pub fn work(directory: &Path) -> Result<()> {
     let home = home_at(directory)?;
-    let namespace = NetNs::open(&directory.join(NETWORK)).context("the kept network")?;
-    let wire = Wire::open(namespace, &home.links)?;
+    let wire = Wire::open(directory, &home)?;
     let state = State { home, ports: Vec::new(), number: 0, active: None, ear: None, over: false };
     let forwarder = Arc::new(Forwarder {
         directory: directory.to_owned(),
@@ -110,6 +113,7 @@ pub fn work(directory: &Path) -> Result<()> {
     forwarder.lock().over = true;
     // The answer to whoever said so is on its way.
     std::thread::park_timeout(Duration::from_millis(50));
+    forwarder.say_over();
     if dismantled {
         dismantle(directory)
     } else {
@@ -122,6 +126,20 @@ pub fn work(directory: &Path) -> Result<()> {
 }
 
 impl Forwarder {
+    /// Tells the host that has the container, where it would not see it by itself; and waits a little until
+    /// it has heard.
+    fn say_over(&self) {
+        let state = self.lock();
+        if state.home.published.is_none() {
+            return;
+        }
+        for peer in state.ports.iter().filter_map(|port| port.peer.as_ref()) {
+            let _ = peer.send(&Message::Forward(Box::new(ForwardMessage::Over)));
+        }
+        let linked = |state: &mut State| state.ports.iter().any(|port| port.peer.is_some());
+        let _ = self.changed.wait_timeout_while(state, FAREWELL, linked);
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -184,7 +202,12 @@ impl Forwarder {
     fn is_deserted(&self) -> bool {
         let state = self.lock();
         let port = state.ports.iter().find(|p| Some(p.number) == state.active);
-        let idle = port.filter(|p| p.speaker.is_some()).and_then(|p| p.idle_since);
+        // Connections whose other end has gone for so long are over, and their ports are of use again.
+        let lost = |p: &Port| p.peer.is_none() && p.heard.elapsed() > ORPHANED;
+        if state.home.published.is_some() && port.is_some_and(lost) {
+            return true;
+        }
+        let idle = port.filter(|p| p.peer.is_some()).and_then(|p| p.idle_since);
         let limit = state.home.until_idle.map(Duration::from_secs);
         idle.zip(limit).is_some_and(|(since, limit)| since.elapsed() >= limit)
     }
@@ -199,7 +222,7 @@ impl Forwarder {
             in_bytes: self.in_bytes.load(Ordering::Relaxed),
             connections: port.and_then(|p| p.connections),
             until_idle: state.home.until_idle,
-            connected: port.is_some_and(|p| p.speaker.is_some()),
+            connected: port.is_some_and(|p| p.peer.is_some()),
             why: port.map_or_else(|| "the container is at home".into(), |p| p.why.clone()),
         }
     }
@@ -288,7 +311,7 @@ impl Forwarder {
                 number,
                 migration: migration.to_owned(),
                 destination: destination.clone(),
-                speaker: None,
+                peer: None,
                 cutter: None,
                 heard: Instant::now(),
                 connections: None,
@@ -332,8 +355,8 @@ impl Forwarder {
                     None
                 }
             };
-            let why = link.and_then(|(Carrier { speaker, mut closer }, gone)| {
-                let why = live(&speaker, &gone);
+            let why = link.and_then(|(Carrier { peer, mut closer }, gone)| {
+                let why = live(&peer, &gone);
                 closer.close();
                 why
             });
@@ -343,15 +366,16 @@ impl Forwarder {
                 let Some(port) = state.ports.iter_mut().find(|p| p.number == number) else {
                     return;
                 };
-                port.speaker = None;
+                port.peer = None;
                 port.cutter = None;
+                self.changed.notify_all();
                 (port.connections, port.idle_since) = (None, None);
                 port.why = why.or(failed).unwrap_or_else(|| "the link broke".into());
                 // After a new start it becomes active right after this thread has begun.
                 let migration = port.migration.clone();
                 let here = active.map_or(migration.is_empty(), |active| active == number);
                 let left = active.is_some_and(|active| active > number);
-                let others = state.ports.iter().filter(|p| p.speaker.is_some());
+                let others = state.ports.iter().filter(|p| p.peer.is_some());
                 let next = others.map(|p| p.number).max().filter(|_| here && refused);
                 if over || left || refused && !here || next.is_some() {
                     state.ports.retain(|p| p.number != number);
@@ -378,13 +402,13 @@ impl Forwarder {
         let (end, ended) = channel();
         let forwarder = self.clone();
         let home = self.lock().home.clone();
-        let carry = Word::Carry { id: home.id, links: home.links };
+        let carry = ForwardMessage::Carry { id: home.id, links: home.links };
         let hear = move |heard| forwarder.hear(number, heard, &end);
         let carrier = carrier::connect(destination, Some(carry), hear)?;
         let mut state = self.lock();
         let port = state.ports.iter_mut().find(|p| p.number == number);
         let port = port.ok_or_else(|| anyhow!("it was given up"))?;
-        port.speaker = Some(carrier.speaker.clone());
+        port.peer = Some(carrier.peer.clone());
         port.cutter = carrier.closer.cutter().ok();
         port.heard = Instant::now();
         port.why = String::new();
@@ -393,7 +417,7 @@ impl Forwarder {
         Ok((carrier, ended))
     }
 
-    fn hear(self: &Arc<Self>, number: u64, heard: Heard, end: &Sender<String>) -> bool {
+    fn hear(self: &Arc<Self>, number: u64, heard: FromPeer, end: &Sender<String>) -> bool {
         {
             let mut state = self.lock();
             if let Some(port) = state.ports.iter_mut().find(|p| p.number == number) {
@@ -401,17 +425,17 @@ impl Forwarder {
             }
         }
         match heard {
-            Heard::Frame(Frame::Packet(bytes)) => self.take_in(number, &bytes),
-            Heard::Message(Message::Forward(word)) => match *word {
-                Word::Ask { number: question, ask } => {
+            FromPeer::Frame(Frame::Packet(bytes)) => self.take_in(number, &bytes),
+            FromPeer::Message(Message::Forward(word)) => match *word {
+                ForwardMessage::Ask { number: question, ask } => {
                     let forwarder = self.clone();
                     let answer = move || forwarder.answer_over(number, question, ask);
                     let _ = std::thread::Builder::new().name("answer".into()).spawn(answer);
                 }
-                Word::Alive { connections } => self.count(number, connections),
+                ForwardMessage::Alive { connections } => self.count(number, connections),
                 _ => {}
             },
-            Heard::Gone(why) => {
+            FromPeer::Gone(why) => {
                 let _ = end.send(why.unwrap_or_else(|| "the link was closed".into()));
                 return false;
             }
@@ -434,12 +458,13 @@ impl Forwarder {
     fn answer_over(self: &Arc<Self>, port: u64, number: u64, ask: Ask) {
         let over = std::cell::Cell::new(false);
         let answer = self.answer(ask, Some(port), &|_| over.set(true));
-        let speaker = {
+        let peer = {
             let state = self.lock();
-            state.ports.iter().find(|p| p.number == port).and_then(|p| p.speaker.clone())
+            state.ports.iter().find(|p| p.number == port).and_then(|p| p.peer.clone())
         };
-        if let Some(speaker) = speaker {
-            let _ = speaker.say(&Message::Forward(Box::new(Word::Answer { number, answer })));
+        if let Some(peer) = peer {
+            let _ =
+                peer.send(&Message::Forward(Box::new(ForwardMessage::Answer { number, answer })));
         }
         if over.get() {
             self.lock().over = true;
@@ -451,7 +476,7 @@ impl Forwarder {
     fn take_in(&self, number: u64, bytes: &[u8]) {
         self.in_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         let Ok(frame) = crate::network::frames::decode(bytes) else { return };
-        let newer = {
+        let newer = self.wire.is_containers(&frame) && {
             let state = self.lock();
             // At home again: only what was on its way is still to come.
             let home = state.active.is_none() && state.home.active.is_some();
@@ -552,7 +577,7 @@ impl Forwarder {
                 let mut state = self.lock();
                 loop {
                     let port = state.ports.iter().find(|p| Some(p.number) == state.active);
-                    let linked = port.is_some_and(|p| p.speaker.is_some());
+                    let linked = port.is_some_and(|p| p.peer.is_some());
                     if let Some(ear) = state.ear.clone().filter(|_| linked) {
                         break ear;
                     }
@@ -566,15 +591,15 @@ impl Forwarder {
             }
             frames.clear();
             let _ = ear.read(&mut buffer, &mut frames);
-            let speaker = {
+            let peer = {
                 let state = self.lock();
                 let port = state.ports.iter().find(|p| Some(p.number) == state.active);
-                port.and_then(|p| p.speaker.clone())
+                port.and_then(|p| p.peer.clone())
             };
             // At home again, or without a link.
-            let Some(speaker) = speaker else { continue };
+            let Some(peer) = peer else { continue };
             // A link that breaks is made again by whoever listens to it.
-            if let Ok(bytes) = carrier::send(&speaker, &frames) {
+            if let Ok(bytes) = carrier::send(&peer, &frames) {
                 self.out_bytes.fetch_add(bytes, Ordering::Relaxed);
             }
         }
@@ -584,8 +609,9 @@ impl Forwarder {
     fn watch(&self) {
         loop {
             std::thread::park_timeout(PULSE);
+            self.wire.tend();
             for port in &self.lock().ports {
-                if port.speaker.is_some() && port.heard.elapsed() > DEAD {
+                if port.peer.is_some() && port.heard.elapsed() > DEAD {
                     port.cutter.iter().for_each(Cutter::cut);
                 }
             }
@@ -594,10 +620,10 @@ impl Forwarder {
 }
 
 /// Tells the other host that this one lives, until the link is gone; why it is.
-fn live(speaker: &Speaker, gone: &Receiver<String>) -> Option<String> {
+fn live(peer: &PeerWriter, gone: &Receiver<String>) -> Option<String> {
     loop {
         // One that takes nothing more is cut by whoever watches, and this ends with an error then.
-        let _ = speaker.say(&Message::Forward(Box::new(Word::Alive { connections: None })));
+        let _ = peer.send(&Message::Forward(Box::new(ForwardMessage::Alive { connections: None })));
         match gone.recv_timeout(PULSE) {
             Ok(why) => return Some(why),
             Err(RecvTimeoutError::Timeout) => {}

@@ -21,10 +21,13 @@ pub(crate) mod carrier;
 pub(crate) mod control;
 pub(crate) mod home;
 pub(crate) mod process;
+pub(crate) mod published;
 pub(crate) mod steps;
 mod way;
+mod wire;
 
 use std::fs;
+use std::net::IpAddr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -36,12 +39,13 @@ use serde_json::json;
 use super::journal::Record;
 use super::protocol::Plan;
 use super::protocol::forwarding::{Ask, Status};
-use crate::migration::journal::part::Part;
-use crate::migration::protocol::forwarding::{Course, Wish};
+use crate::migration::journal::forward_role::ForwardRole;
+use crate::migration::protocol::forwarding::{AddressDecision, ForwardOption};
 use crate::network::image::Kind;
-use crate::network::sockets::Lookout;
+use crate::network::published::home::Known;
+use crate::network::sockets::SockDiag;
 use crate::network::translated::{self, Translated};
-use crate::network::{NetworkImage, Placement, Problem, forward};
+use crate::network::{self, NetworkImage, Placement, Problem, forward};
 use crate::problem::Advise;
 use crate::sys::netns::NetNs;
 use crate::transport::connect::Destination;
@@ -74,6 +78,12 @@ pub struct Home {
     pub until_idle: Option<u64>,
     /// The remote shell with which the operator here reaches other hosts, and Ferry's path there.
     pub shell: Option<(Vec<String>, String)>,
+    /// As its engine calls it.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// Where the address has moved, and connections by this host's translation are forwarded.
+    #[serde(default)]
+    pub published: Option<Known>,
 }
 
 /// What the host that has the container knows.
@@ -91,24 +101,38 @@ pub struct Away {
     pub identity: (u64, u64),
     /// The links, and what they are at home.
     pub links: Vec<(String, Kind)>,
+    /// As its engine calls it.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// The address is here; forwarded are connections by home's translation. Path and identity are those of
+    /// the restored container's, when it is.
+    #[serde(default)]
+    pub published: bool,
+    /// Addresses that it has for such connections alone.
+    #[serde(default)]
+    pub old: Vec<IpAddr>,
 }
 
 /// The destination decides what becomes of the address.
-pub fn decide(plan: &Plan, placement: &Placement, host: &NetNs) -> Course {
-    let Some(image) = &plan.network else { return Course::Moves };
+pub fn decide(plan: &Plan, placement: &Placement, host: &NetNs) -> AddressDecision {
+    let Some(image) = &plan.network else { return AddressDecision::Moves };
     if let Some((id, _)) = &plan.forward.from
         && home_at(&directory(id)).is_ok()
     {
-        return Course::Home;
+        return AddressDecision::Home;
+    }
+    if plan.engine.is_some() {
+        let wanted = plan.forward.wish != ForwardOption::Never && published::could_be(plan);
+        return if wanted { AddressDecision::Published } else { AddressDecision::Moves };
     }
     if !can_stay(plan, placement) {
-        return Course::Moves;
+        return AddressDecision::Moves;
     }
     let stays = match plan.forward.wish {
-        Wish::Never => false,
-        Wish::Always => true,
+        ForwardOption::Never => false,
+        ForwardOption::Always => true,
         // Where it cannot be said it is as it was: who has gone abroad stays abroad.
-        Wish::Auto => {
+        ForwardOption::Auto => {
             let Translated { flows, published } = &plan.forward.translated;
             *published
                 || !flows.is_empty()
@@ -116,17 +140,24 @@ pub fn decide(plan: &Plan, placement: &Placement, host: &NetNs) -> Course {
                     .unwrap_or_else(|| plan.forward.from.is_some())
         }
     };
-    if stays { Course::Stays } else { Course::Moves }
+    if stays { AddressDecision::Stays } else { AddressDecision::Moves }
 }
 
 /// Why the container cannot go where its address would move: connections would end.
-pub fn ties(plan: &Plan, course: Course) -> Option<Problem> {
-    let (Some(image), Course::Moves) = (&plan.network, course) else { return None };
+pub fn ties(plan: &Plan, course: AddressDecision) -> Option<Problem> {
+    let (Some(image), AddressDecision::Moves) = (&plan.network, course) else { return None };
     let flows = &plan.forward.translated.flows;
     let first = flows.first().filter(|_| plan.placement != "none")?;
     let home = plan.forward.from.as_ref().map_or(&plan.source, |f| &f.1);
     let named = plan.network_path.is_some();
     let plain = image.routed().next().is_none() && named;
+    let how = if published::could_be(plan) {
+        "have them forwarded (--forward auto), "
+    } else if plain {
+        "have packets forwarded (--forward auto, --network auto), "
+    } else {
+        ""
+    };
     let others = match flows.len() - 1 {
         0 => String::new(),
         n => format!(", and {n} more"),
@@ -144,7 +175,7 @@ pub fn ties(plan: &Plan, course: Course) -> Option<Problem> {
         .hint(format!(
             "{}wait until they end, or end them on {home}: `conntrack -D --reply-src {ip}; \
              conntrack -D --orig-src {ip}`",
-            if plain { "have packets forwarded (--forward auto, --network auto), " } else { "" },
+            how,
             ip = first.local.ip(),
         )),
     )
@@ -161,7 +192,7 @@ pub fn translated(namespace: &NetNs, image: &NetworkImage, away: Option<&Away>) 
             Some(away) => control::translated(&directory(&away.id))?,
         };
         // What the host remembers of a container before this one, or of a broken connection, is none.
-        let open = Lookout::new(namespace)?.connections(&addresses)?;
+        let open = SockDiag::new(namespace)?.connections(&addresses)?;
         found.flows.retain(|flow| open.contains(flow));
         anyhow::Ok(found)
     })();
@@ -201,6 +232,23 @@ fn remove_directory(directory: &Path) {
     if directory.parent() != Some(Path::new(BASE)) {
         return;
     }
+    if let Ok(away) = away_at(directory)
+        && let Ok(namespace) = NetNs::open(&away.path)
+        && namespace.identity().is_ok_and(|identity| identity == away.identity)
+        && away.published
+    {
+        let cut = network::published::away::cut(&away.id, &namespace, &away.old);
+        let forgotten = network::published::given::forget(&away.old, &namespace);
+        for problem in [cut.err(), forgotten.err()].into_iter().flatten() {
+            tracing::warn!("{problem}");
+        }
+    }
+    let known = home_at(directory).is_ok_and(|home| home.published.is_some())
+        || away_at(directory).is_ok_and(|away| away.published);
+    let id = directory.file_name().and_then(|id| id.to_str()).filter(|_| known);
+    if let Some(problem) = id.and_then(|id| network::published::clear(id).err()) {
+        tracing::warn!("{problem}");
+    }
     let _ = crate::sys::netns::remove_named(&directory.join(NETWORK));
     let _ = fs::remove_dir_all(directory);
 }
@@ -239,33 +287,51 @@ pub fn describe(record: &Record) -> Option<(String, serde_json::Value)> {
     let note = record.forward.as_ref()?;
     let directory = directory(&note.id);
     let here = match note.part {
-        Part::Leaves => home_at(&directory).ok()?.addresses.join(", "),
-        Part::Arrives => away_at(&directory).ok()?.home,
+        ForwardRole::Leaves | ForwardRole::LeavesConnections => {
+            home_at(&directory).ok()?.addresses.join(", ")
+        }
+        ForwardRole::Arrives | ForwardRole::ArrivesWithoutConnections => {
+            away_at(&directory).ok()?.home
+        }
         _ => return None,
     };
-    let at_home = note.part == Part::Leaves;
+    let at_home = matches!(note.part, ForwardRole::Leaves | ForwardRole::LeavesConnections);
+    let translated = matches!(
+        note.part,
+        ForwardRole::LeavesConnections | ForwardRole::ArrivesWithoutConnections
+    );
     let Some(status) = control::status(&directory) else {
         let id = &record.container;
-        let words = match at_home {
-            true => format!(
-                "{here} is NOT forwarded: the process that did has died (ferry resolve {id})"
-            ),
-            false => format!(
+        let words = if at_home {
+            format!("{here} is NOT forwarded: the process that did has died (ferry resolve {id})")
+        } else if translated {
+            format!(
+                "connections by {here} do not reach it: no process holds their devices; {here} will \
+                 start it again"
+            )
+        } else {
+            format!(
                 "its address at {here} does not reach it: no process holds its interface; {here} will start it again"
-            ),
+            )
         };
         return Some((words, json!({"id": note.id, "home": at_home, "dead": true})));
     };
     let Status { to, since, out_bytes, in_bytes, connected, why, .. } = &status;
     let Status { connections, until_idle, .. } = &status;
     let moment = crate::report::log::rfc3339(std::time::UNIX_EPOCH + Duration::from_secs(*since));
-    let mut words = match at_home {
-        true => format!(
+    let mut words = if at_home {
+        format!(
             "{here} is forwarded to {to} since {moment}: {out_bytes} bytes there, {in_bytes} back"
-        ),
-        false => format!(
+        )
+    } else if translated {
+        format!(
+            "connections by {here} are forwarded from there: {in_bytes} bytes from there, \
+             {out_bytes} back"
+        )
+    } else {
+        format!(
             "its address is at {here}, from where it is forwarded: {in_bytes} bytes from there, {out_bytes} back"
-        ),
+        )
     };
     if let Some(n) = connections {
         words += &format!(", connections: {n}");
@@ -283,12 +349,21 @@ pub fn describe(record: &Record) -> Option<(String, serde_json::Value)> {
     Some((words, value))
 }
 
+/// Whether something of a container of that ID, or that an engine calls so, is forwarded from here or to here.
+pub fn is_known(id: &str) -> bool {
+    !of_container(id).is_empty()
+}
+
 /// The directories of a container's forwardings here, or of the one of that ID.
 fn of_container(id: &str) -> Vec<PathBuf> {
+    // docker:web
+    let called = id.split_once(':').map_or(id, |(_, name)| name);
     let is = |d: &PathBuf| {
-        let container =
-            home_at(d).map(|h| h.container).or_else(|_| away_at(d).map(|a| a.container));
-        container.is_ok_and(|c| c == id) || d.ends_with(id)
+        let names = home_at(d)
+            .map(|h| (h.container, h.name))
+            .or_else(|_| away_at(d).map(|a| (a.container, a.name)));
+        names.is_ok_and(|(c, name)| c == id || name.is_some_and(|name| name == called))
+            || d.ends_with(id)
     };
     directories().into_iter().filter(is).collect()
 }

@@ -6,7 +6,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{HOME, Home, NETWORK, control, home_at, make_directory, remove_directory, write};
+use super::{
+    HOME, Home, NETWORK, control, home_at, make_directory, published, remove_directory, write,
+};
+use crate::engine::papers::Wanted;
+use crate::network::published::Port;
+use crate::network::published::away;
+use crate::network::published::packet::UDP;
 use crate::network::{self, NetworkImage, forward};
 use crate::sys::netns::{self, NetNs};
 use crate::sys::process;
@@ -44,6 +50,8 @@ pub fn establish(
             since: crate::migration::journal::unix_time(),
             until_idle: None,
             shell: None,
+            name: None,
+            published: None,
         };
         write(&directory, HOME, &home)?;
         spawn(&directory)
@@ -52,6 +60,43 @@ pub fn establish(
         remove_directory(&directory);
     }
     done.map(|()| directory)
+}
+
+/// The same where the address moves, and this host's translation makes connections stay.
+///
+/// # Errors
+/// When it cannot be made; nothing is left then.
+pub fn establish_published(
+    id: &str,
+    container: &str,
+    wanted: &Wanted,
+    image: &NetworkImage,
+) -> Result<()> {
+    let directory = make_directory(id)?;
+    let known = published::known(wanted, image);
+    let shown = |p: &Port| {
+        let protocol = if p.protocol == UDP { "udp" } else { "tcp" };
+        let address = p.address.map(|address| format!("{address}:")).unwrap_or_default();
+        format!("{address}{}/{protocol}", p.port)
+    };
+    let home = Home {
+        id: id.to_owned(),
+        container: container.to_owned(),
+        addresses: known.ports.iter().map(shown).collect(),
+        links: away::links(image).map(|link| link.name.clone()).collect(),
+        active: None,
+        pending: None,
+        since: crate::migration::journal::unix_time(),
+        until_idle: Some(published::IDLE),
+        shell: None,
+        name: Some(wanted.name.clone()),
+        published: Some(known),
+    };
+    let done = write(&directory, HOME, &home).and_then(|()| spawn(&directory));
+    if done.is_err() {
+        remove_directory(&directory);
+    }
+    done
 }
 
 /// Starts the process that forwards, and waits until it can be asked.

@@ -2,6 +2,7 @@
 //! note alone, so that another process can do it.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
@@ -9,7 +10,7 @@ use super::{
     AWAY, Away, NETWORK, away, control, directory, make_directory, process, remove_directory, write,
 };
 use crate::migration::journal::Record;
-use crate::migration::journal::part::{Note, Part};
+use crate::migration::journal::forward_role::{ForwardRecord, ForwardRole};
 use crate::migration::protocol::Plan;
 use crate::migration::protocol::forwarding::Ask;
 use crate::network::{self, NetworkImage, Recreated, fence};
@@ -18,12 +19,16 @@ use crate::sys::fault;
 use crate::sys::netns::{self, NetNs};
 use crate::transport::connect::Destination;
 
+/// Until the process that forwards has what comes for the container, and between two tries.
+const LEAD_LIMIT: Duration = Duration::from_secs(5);
+const LEAD_PAUSE: Duration = Duration::from_millis(50);
+
 /// The source, before anything is touched: home must reach the destination.
 ///
 /// # Errors
 /// When it does not.
-pub fn check(plan: &Plan, note: &Note, destination: &Destination) -> Result<()> {
-    if note.part != Part::MovesOn {
+pub fn check(plan: &Plan, note: &ForwardRecord, destination: &Destination) -> Result<()> {
+    if note.part != ForwardRole::MovesOn {
         return Ok(());
     }
     let home = plan.forward.from.as_ref().map_or("", |f| &f.1);
@@ -41,13 +46,25 @@ pub fn check(plan: &Plan, note: &Note, destination: &Destination) -> Result<()> 
 ///
 /// # Errors
 /// When there can be none; what was made is noted, and undone with the rest.
-pub fn establish(record: &Record, namespace: &NetNs, image: &NetworkImage) -> Result<bool> {
+pub fn establish(
+    record: &Record,
+    plan: &Plan,
+    namespace: &NetNs,
+    image: &NetworkImage,
+) -> Result<bool> {
     let Some(note) = &record.forward else { return Ok(false) };
-    if note.part == Part::Leaves {
-        process::establish(&note.id, &record.container, namespace, image)?;
+    match (note.part, &plan.engine) {
+        (ForwardRole::Leaves, _) => {
+            process::establish(&note.id, &record.container, namespace, image)?;
+        }
+        (ForwardRole::LeavesConnections, Some(wanted)) => {
+            process::establish_published(&note.id, &record.container, wanted, image)?;
+        }
+        _ => {}
     }
     fault::point("forward.established")?;
-    Ok(matches!(note.part, Part::Leaves | Part::MovesOn))
+    let away = [ForwardRole::Leaves, ForwardRole::MovesOn, ForwardRole::LeavesConnections];
+    Ok(away.contains(&note.part))
 }
 
 /// The source, before the freeze: a link from home to the destination. Takes as long as that takes.
@@ -61,16 +78,40 @@ pub fn join(record: &Record) -> Result<()> {
     fault::point("forward.joined")
 }
 
+/// The source, when the container runs there and its engine here does not know yet: from now on this host's
+/// own translation, which the engine takes down, has nothing to do with its connections.
+pub fn source_leads(record: &Record) {
+    let Some(note) = &record.forward else { return };
+    if note.part != ForwardRole::LeavesConnections {
+        return;
+    }
+    let (directory, migration) = (directory(&note.id), record.migration.clone());
+    let until = Instant::now() + LEAD_LIMIT;
+    loop {
+        let Err(e) = control::ask(&directory, &Ask::Switch { migration: migration.clone() }) else {
+            return;
+        };
+        // One that has died is started again.
+        if Instant::now() > until || !directory.exists() {
+            return tracing::warn!("connections by this host are not forwarded: {e:#}");
+        }
+        std::thread::park_timeout(LEAD_PAUSE);
+    }
+}
+
 /// The source, when the container runs there: frames go there, too. Everything that was sent here
 /// before that has come by the time this returns, where it can be had at all.
 pub fn source_goes(record: &Record) {
     let Some(note) = &record.forward else { return };
     let ask = match note.part {
-        Part::Leaves | Part::MovesOn | Part::GoesHome => {
+        ForwardRole::Leaves | ForwardRole::MovesOn | ForwardRole::GoesHome => {
             Ask::Switch { migration: record.migration.clone() }
         }
-        Part::Ends => Ask::End { dismantle: true },
-        Part::Arrives | Part::ComesHome => return,
+        ForwardRole::Ends => Ask::End { dismantle: true },
+        ForwardRole::Arrives
+        | ForwardRole::ComesHome
+        | ForwardRole::LeavesConnections
+        | ForwardRole::ArrivesWithoutConnections => return,
     };
     // Home sees by itself where frames come from.
     if let Err(e) = control::ask(&directory(&note.id), &ask) {
@@ -86,7 +127,10 @@ pub fn source_goes(record: &Record) {
 pub fn source_gone(record: &Record) -> Result<bool> {
     let Some(note) = &record.forward else { return Ok(false) };
     let directory = directory(&note.id);
-    if note.part != Part::Leaves {
+    if note.part == ForwardRole::LeavesConnections {
+        return Ok(false);
+    }
+    if note.part != ForwardRole::Leaves {
         release(&directory);
         return Ok(false);
     }
@@ -108,15 +152,18 @@ pub fn source_stays(record: &Record, was_committed: bool) {
     let Some(note) = &record.forward else { return };
     let directory = directory(&note.id);
     match note.part {
-        Part::Leaves => {
+        ForwardRole::Leaves | ForwardRole::LeavesConnections => {
             let _ = control::ask(&directory, &Ask::End { dismantle: false });
             remove_directory(&directory);
         }
-        Part::MovesOn | Part::GoesHome => {
+        ForwardRole::MovesOn | ForwardRole::GoesHome => {
             let migration = record.migration.clone();
             let _ = control::ask(&directory, &Ask::Leave { migration, claim: was_committed });
         }
-        Part::Ends | Part::Arrives | Part::ComesHome => {}
+        ForwardRole::Ends
+        | ForwardRole::Arrives
+        | ForwardRole::ComesHome
+        | ForwardRole::ArrivesWithoutConnections => {}
     }
 }
 
@@ -124,7 +171,12 @@ pub fn source_stays(record: &Record, was_committed: bool) {
 ///
 /// # Errors
 /// When it cannot be started.
-pub fn arrive(note: &Note, plan: &Plan, made: &mut Recreated, image: &NetworkImage) -> Result<()> {
+pub fn arrive(
+    note: &ForwardRecord,
+    plan: &Plan,
+    made: &mut Recreated,
+    image: &NetworkImage,
+) -> Result<()> {
     let path = plan.network_path.clone().context("a network without a name")?;
     let links = image.outward().map(|(_, l)| (l.name.clone(), l.kind.clone())).collect();
     let directory = make_directory(&note.id)?;
@@ -136,6 +188,9 @@ pub fn arrive(note: &Note, plan: &Plan, made: &mut Recreated, image: &NetworkIma
         path,
         identity: made.namespace().identity()?,
         links,
+        name: None,
+        published: false,
+        old: Vec::new(),
     };
     write(&directory, AWAY, &away)?;
     away::spawn(&directory, made.take_taps())
@@ -151,8 +206,8 @@ pub fn come_home(id: &str, path: &Path, image: &NetworkImage) -> Result<Recreate
 }
 
 /// The destination, when the fence is open: nobody forwards what comes for a container that is here.
-pub fn destination_opens(note: &Note) {
-    if note.part == Part::ComesHome
+pub fn open_destination(note: &ForwardRecord) {
+    if note.part == ForwardRole::ComesHome
         && let Err(e) = control::ask(&directory(&note.id), &Ask::Local)
     {
         tracing::warn!("forwarding: {e:#}");
@@ -160,8 +215,8 @@ pub fn destination_opens(note: &Note) {
 }
 
 /// The destination, when the container has settled here.
-pub fn destination_keeps(note: &Note) {
-    if note.part == Part::ComesHome {
+pub fn finish_destination(note: &ForwardRecord) {
+    if note.part == ForwardRole::ComesHome {
         let directory = directory(&note.id);
         let _ = control::ask(&directory, &Ask::End { dismantle: false });
         remove_directory(&directory);
@@ -170,11 +225,11 @@ pub fn destination_keeps(note: &Note) {
 
 /// The destination, when the container does not come: what was made for it. Whether its network was
 /// here before, and stays.
-pub fn destination_discards(note: &Note) -> bool {
+pub fn discard_destination(note: &ForwardRecord) -> bool {
     let directory = directory(&note.id);
     match note.part {
-        Part::Arrives => release(&directory),
-        Part::ComesHome => {
+        ForwardRole::Arrives | ForwardRole::ArrivesWithoutConnections => release(&directory),
+        ForwardRole::ComesHome => {
             let _ = control::ask(&directory, &Ask::Abroad);
             return true;
         }

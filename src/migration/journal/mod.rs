@@ -11,9 +11,9 @@
 
 pub mod away;
 pub(crate) mod criu;
+pub(crate) mod forward_role;
 pub(crate) mod holder;
 pub(crate) mod lock;
-pub(crate) mod part;
 pub(crate) mod shelf;
 pub(crate) mod workdir;
 
@@ -21,19 +21,22 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Read;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 
 use self::away::canonical;
+use self::forward_role::ForwardRecord;
 pub use self::lock::{Held, Lock};
-use self::part::Note;
+use crate::engine::papers::Made;
 use crate::files::logs::Logs;
 use crate::files::place::Placing;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::DEFAULT_ROOT;
 use crate::problem::advice;
+use crate::sys::fault;
 use crate::sys::process::{boot_id, is_alive};
 use crate::transport::connect::Destination;
 
@@ -130,6 +133,9 @@ pub struct Record {
     pub network_path: Option<PathBuf>,
     /// Device and inode of that namespace, where it was there when the migration began.
     pub network_identity: Option<(u64, u64)>,
+    /// What of an engine's there is to undo, if the container is an engine's.
+    #[serde(default)]
+    pub engine: Option<Made>,
     /// Whether that namespace is Ferry's to take down.
     pub network_ours: bool,
     /// Whether the ID must not be started here afterwards (source only).
@@ -142,7 +148,7 @@ pub struct Record {
     pub logs: Logs,
     /// What is done about forwarding its address.
     #[serde(default)]
-    pub forward: Option<Note>,
+    pub forward: Option<ForwardRecord>,
     /// What has been copied from here and is to be removed when it runs there (source only).
     #[serde(default)]
     pub remove: Vec<PathBuf>,
@@ -163,6 +169,13 @@ impl Record {
     pub fn same_boot(&self) -> bool {
         let now = boot_id();
         self.boot.is_empty() || now.is_empty() || self.boot == now
+    }
+
+    /// Whether an operator means it: by an ID, or as the container's engine calls that.
+    pub fn is_meant_by(&self, word: &str) -> bool {
+        self.container == word
+            || self.migration == word
+            || self.engine.as_ref().is_some_and(|engine| engine.is_meant_by(word))
     }
 
     /// Whether the process that works on it is there; on a destination, or one that goes on in its place.
@@ -186,6 +199,13 @@ impl Record {
         self.same_boot() && self.init.is_some_and(is_alive)
     }
 
+    /// By which ID the runtime here knows the container: the destination's engine may have given it
+    /// another one than that by which the migration goes.
+    pub fn id_here(&self) -> String {
+        let other = self.engine.as_ref().filter(|_| self.role == Role::Destination);
+        other.and_then(Made::id_here).unwrap_or_else(|| self.container.clone())
+    }
+
     /// Whether it is about this container.
     pub fn concerns(&self, root: &Path, container: &str) -> bool {
         let its_root = self.root.as_deref().unwrap_or(Path::new(DEFAULT_ROOT));
@@ -204,6 +224,8 @@ pub struct Journal {
     /// See [`Journal::note_told`].
     told: bool,
     at: u64,
+    /// Where the last state's line is.
+    last: u64,
     /// Of whoever has made it, for his whole life: see [`Journal::hold`].
     _held: Option<Held>,
 }
@@ -218,6 +240,8 @@ struct Lines {
     told: bool,
     /// Where the next one goes.
     at: u64,
+    /// Where that of the last state is.
+    last: u64,
 }
 
 /// What every version's record has.
@@ -251,14 +275,19 @@ fn read_lines(bytes: &[u8], record_end: u64) -> Result<Lines> {
             bail!("it is damaged");
         }
         match name {
-            Some(state) => found.states.push((state, time)),
+            Some(state) => {
+                found.states.push((state, time));
+                found.last = place - line.len() as u64;
+            }
             None => found.told = true,
         }
         found.at = place.next_multiple_of(SLOT as u64);
         end = place;
     }
-    // The next state would be lost behind what is no blank.
-    if bytes.iter().take(found.at as usize).skip(end as usize).any(|b| !blank(&[*b])) {
+    // The next state would be lost behind what is no blank; and what is torn is no longer than a slot: that
+    // state would bring to light what stands behind it.
+    let (before, behind) = (end as usize..found.at as usize, found.at as usize + SLOT..bytes.len());
+    if [before, behind].into_iter().any(|part| bytes.get(part).is_some_and(|part| !blank(part))) {
         bail!("it is damaged");
     }
     Ok(found)
@@ -311,13 +340,28 @@ impl Journal {
             .mode(0o600)
             .open(&path)
             .with_context(what)?;
+        let journal = Journal::fill(file, &path, &bytes, (record, at));
+        if journal.is_err() {
+            // Nothing has begun, and nobody is to take what is there for the beginning of something.
+            let _ = fs::remove_file(&path);
+        }
+        journal
+    }
+
+    /// Writes a new one's record, which ends before `at`, and that it has begun.
+    fn fill(file: File, path: &Path, bytes: &[u8], (record, at): (Record, u64)) -> Result<Journal> {
+        let what = || format!("cannot write the journal {}", path.display());
         // Before anybody can read it.
-        let held = Held::wait(&path)?;
-        file.write_all_at(&bytes, 0).with_context(what)?;
+        let held = Held::wait(path)?;
+        fault::point("journal.record").with_context(what)?;
+        file.write_all_at(bytes, 0).with_context(what)?;
+        fault::point("journal.record-sync").with_context(what)?;
         file.sync_all().with_context(what)?;
-        File::open(&dir)?.sync_all().with_context(what)?;
-        let (states, told, _held) = (Vec::new(), false, Some(held));
-        let mut journal = Journal { file, path, record, states, told, at, _held };
+        fault::point("journal.directory-sync").with_context(what)?;
+        let dir = path.parent().unwrap_or(Path::new("/"));
+        File::open(dir).and_then(|dir| dir.sync_all()).with_context(what)?;
+        let (path, states, told, _held) = (path.to_owned(), Vec::new(), false, Some(held));
+        let mut journal = Journal { file, path, record, states, told, at, last: at, _held };
         journal.note(State::Begun)?;
         Ok(journal)
     }
@@ -345,8 +389,9 @@ impl Journal {
             return Err(anyhow!("another version of Ferry has written it")).with_context(what);
         }
         let record = serde_json::from_slice(&bytes[..end]).with_context(what)?;
-        let Lines { states, told, at } = read_lines(&bytes, end as u64 + 1).with_context(what)?;
-        Ok(Journal { file, path, record, states, told, at, _held: None })
+        let lines = read_lines(&bytes, end as u64 + 1).with_context(what)?;
+        let Lines { states, told, at, last } = lines;
+        Ok(Journal { file, path, record, states, told, at, last, _held: None })
     }
 
     /// The state reached.
@@ -375,22 +420,29 @@ impl Journal {
     /// # Errors
     /// When it cannot be written.
     pub fn note(&mut self, state: State) -> Result<()> {
-        let time = now();
+        let (time, at) = (now(), self.at);
         self.put_line(state.name(), time)?;
         self.states.push((state, time));
+        self.last = at;
         Ok(())
     }
 
     fn put_line(&mut self, name: &str, time: u64) -> Result<()> {
+        let at = self.at;
         let line = format!("{:<1$}\n", format!("{name} {time}"), SLOT - 1);
-        if self.at as usize + line.len() > SIZE {
-            bail!("the journal {} is full", self.path.display());
-        }
-        self.file
-            .write_all_at(line.as_bytes(), self.at)
-            .with_context(|| format!("cannot write the journal {}", self.path.display()))?;
+        self.put(&line, at)?;
         self.at += line.len() as u64;
         Ok(())
+    }
+
+    fn put(&self, line: &str, at: u64) -> Result<()> {
+        if at as usize + line.len() > SIZE {
+            bail!("the journal {} is full", self.path.display());
+        }
+        let what = || format!("cannot write the journal {}", self.path.display());
+        let name = line.split(' ').next().unwrap_or_default();
+        fault::point(&format!("journal.{name}")).with_context(what)?;
+        self.file.write_all_at(line.as_bytes(), at).with_context(what)
     }
 
     /// Writes down, beside the states, that the other host knows how it has ended: nobody has to tell
@@ -406,6 +458,11 @@ impl Journal {
         Ok(())
     }
 
+    /// Whether the other host is known to know how it has ended.
+    pub fn is_told(&self) -> bool {
+        self.told
+    }
+
     /// Whether the other host may still have to learn how it has ended: of a container that stayed, a
     /// copy may be held there; of one that came, the source may ask.
     pub fn is_untold(&self) -> bool {
@@ -416,22 +473,41 @@ impl Journal {
         matters && !self.told
     }
 
+    /// The same as [`Journal::sync`], for another thread.
+    pub fn syncing(&self) -> impl Fn() -> Result<()> + Clone + Send + 'static {
+        let (file, path) =
+            (self.file.try_clone().map(Arc::new).map_err(Arc::new), self.path.clone());
+        let point = format!("journal.{}-sync", self.state().name());
+        move || {
+            let what = || format!("cannot write the journal {}", path.display());
+            let file = file.as_ref().map_err(|e| anyhow!("{e}"))?;
+            fault::point(&point).with_context(what)?;
+            file.sync_data().with_context(what)
+        }
+    }
+
     /// Makes what was noted durable.
     ///
     /// # Errors
     /// When the disk fails.
     pub fn sync(&self) -> Result<()> {
-        self.file
-            .sync_data()
-            .with_context(|| format!("cannot write the journal {}", self.path.display()))
+        let what = || format!("cannot write the journal {}", self.path.display());
+        fault::point(&format!("journal.{}-sync", self.state().name())).with_context(what)?;
+        self.file.sync_data().with_context(what)
     }
 
-    /// Writes a state down; when this returns it survives a crash of the host.
+    /// Writes a state down; when this returns it survives a crash of the host. That which was written last
+    /// is written over: a disk that has failed to take it once does not tell a second time (fsync(2)).
     ///
     /// # Errors
     /// When the disk does not take it.
     pub fn write(&mut self, state: State) -> Result<()> {
-        self.note(state)?;
+        if let Some((last, time)) = self.states.last().filter(|(last, _)| *last == state) {
+            let line = format!("{:<1$}\n", format!("{} {time}", last.name()), SLOT - 1);
+            self.put(&line, self.last)?;
+        } else {
+            self.note(state)?;
+        }
         self.sync()
     }
 
@@ -479,7 +555,11 @@ impl Journal {
     pub fn find(state_dir: &Path, migration: &str) -> Result<Option<Journal>> {
         let path = directory(state_dir).join(format!("{migration}.journal"));
         let is_there = path.exists() || shelf::place_of(&path).is_ok_and(|place| place.exists());
-        is_there.then(|| Journal::open(&path)).transpose()
+        match is_there.then(|| Journal::open(&path)) {
+            // One that was cut short before anything had begun is none.
+            Some(Err(e)) if path.exists() && Unreadable::of(path, &e).is_none() => Ok(None),
+            found => found.transpose(),
+        }
     }
 }
 
@@ -564,205 +644,4 @@ pub fn unix_time() -> u64 {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use super::*;
-    use crate::fuzz::Target;
-    use crate::sys::process::{self, start_time, this_process};
-
-    pub(crate) fn record(migration: &str) -> Record {
-        let (version, boot) = stamp();
-        Record {
-            version,
-            boot,
-            placing: Placing::default(),
-            logs: Logs::default(),
-            forward: None,
-            remove: Vec::new(),
-            unmount: None,
-            migration: migration.into(),
-            container: "web".into(),
-            role: Role::Source,
-            peer: "host2".into(),
-            destination: Some(Destination::Unix("/run/x".into())),
-            runtime: "/usr/sbin/runc".into(),
-            root: None,
-            systemd_cgroup: false,
-            cgroup: None,
-            init: None,
-            network_path: None,
-            network_identity: None,
-            network_ours: false,
-            leave_mark: true,
-            work: "/run/ferry/x".into(),
-            worker: this_process(),
-            begun: 1,
-        }
-    }
-
-    #[test]
-    fn states_are_found_again() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut journal = Journal::create(dir.path(), record("00112233aabbccdd")).unwrap();
-        assert_eq!(journal.state(), State::Begun);
-        journal.write(State::Committed).unwrap();
-        let again = Journal::find(dir.path(), "00112233aabbccdd").unwrap().unwrap();
-        assert_eq!(again.state(), State::Committed);
-        assert_eq!(again.record.container, "web");
-        assert_eq!(fs::metadata(again.path()).unwrap().len(), SIZE as u64);
-        assert!(Journal::find(dir.path(), "ffffffffffffffff").unwrap().is_none());
-        let (all, unreadable) = Journal::all(dir.path()).unwrap();
-        assert_eq!((all.len(), unreadable.len()), (1, 0));
-        assert!(Journal::create(dir.path(), record("00112233aabbccdd")).is_err());
-    }
-
-    /// Cut at every byte of the line, as a crash in the middle of the write would: it is there in
-    /// full, or not at all.
-    #[test]
-    fn a_commit_cut_by_a_crash_is_no_commit() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut journal = Journal::create(dir.path(), record("00112233aabbccdd")).unwrap();
-        let before = journal.at;
-        journal.write(State::Committed).unwrap();
-        let whole = fs::read(journal.path()).unwrap();
-        let line = (journal.at - before) as usize;
-        for cut in 0..=line {
-            let mut bytes = whole.clone();
-            bytes[before as usize + cut..].fill(b' ');
-            fs::write(journal.path(), &bytes).unwrap();
-            let state = Journal::open(journal.path()).unwrap().state();
-            assert_eq!(state == State::Committed, cut == line, "cut at {cut}");
-        }
-    }
-
-    /// What a disk leaves of a line when the power goes is no line; the next one takes its place.
-    #[test]
-    fn a_torn_line_is_ignored() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut journal = Journal::create(dir.path(), record("00112233aabbccdd")).unwrap();
-        let at = journal.at as usize;
-        assert_eq!(at % SLOT, 0);
-        journal.write(State::Committed).unwrap();
-        assert_eq!(at / SECTOR as usize, (journal.at as usize - 1) / SECTOR as usize);
-        let whole = fs::read(journal.path()).unwrap();
-        // Only its end has come to the disk, or something else.
-        for from in 1..SLOT {
-            for filling in [b' ', 0, 0xff] {
-                let mut bytes = whole.clone();
-                bytes[at..at + from].fill(filling);
-                fs::write(journal.path(), &bytes).unwrap();
-                let mut torn = Journal::open(journal.path()).unwrap();
-                assert_eq!(torn.state(), State::Begun, "from {from}");
-                torn.write(State::Aborted).unwrap();
-                assert_eq!(Journal::open(journal.path()).unwrap().state(), State::Aborted);
-            }
-        }
-        // Before a line that is whole there can be no torn one.
-        journal.write(State::Finished).unwrap();
-        let mut bytes = fs::read(journal.path()).unwrap();
-        bytes[at] = b'x';
-        fs::write(journal.path(), &bytes).unwrap();
-        assert!(Journal::open(journal.path()).is_err());
-    }
-
-    /// Of whom it is known that it is about another container, it is not in the way.
-    #[test]
-    fn a_journal_that_cannot_be_read_is_in_the_way() {
-        let dir = tempfile::tempdir().unwrap();
-        let root = Path::new(DEFAULT_ROOT);
-        let path = Journal::create(dir.path(), record("00112233aabbccdd")).unwrap().path;
-        let text = fs::read_to_string(&path).unwrap();
-        let refused = |container: &str| {
-            let lock = Lock::take(dir.path(), root, container, "to b")
-                .map(drop)
-                .map_err(|e| e.to_string());
-            assert_eq!(lock.is_err(), Journal::of(dir.path(), root, container).is_err());
-            lock.err()
-        };
-        let later = text.replacen("\"version\":1", "\"version\":2", 1);
-        let renamed = text.replacen("\"worker\"", "\"workers\"", 1);
-        for changed in [later, renamed] {
-            assert_ne!(changed, text);
-            fs::write(&path, &changed).unwrap();
-            let why = refused("web").unwrap();
-            assert!(why.contains("cannot be read"), "{why}");
-            assert!(why.contains("00112233aabbccdd"), "{why}");
-            assert_eq!(refused("web2"), None);
-        }
-        fs::write(&path, "{\n").unwrap();
-        assert!(refused("web2").unwrap().contains("cannot be read"));
-        // A crash in the middle of making it: nothing had begun.
-        for none in ["", "{\"version\":1,\"boot\":"] {
-            fs::write(&path, none).unwrap();
-            assert_eq!(refused("web"), None);
-        }
-        // The same from before there was a version.
-        let before = text.replacen("\"version\":1,", "", 1);
-        fs::write(&path, before).unwrap();
-        assert_eq!(Journal::open(&path).unwrap().record.version, 0);
-    }
-
-    #[test]
-    fn processes_are_told_apart() {
-        let me = this_process();
-        assert!(is_alive(me));
-        assert!(!is_alive((me.0, me.1 + 1)));
-        // Nobody has waited for it yet.
-        let mut child = std::process::Command::new("true").spawn().unwrap();
-        let pid = child.id() as i32;
-        let started = start_time(pid).unwrap();
-        let pidfd = process::pidfd_open(pid).unwrap();
-        process::wait_readable(&[std::os::fd::AsFd::as_fd(&pidfd)], None).unwrap();
-        assert_eq!(start_time(pid), Some(started));
-        assert!(!is_alive((pid, started)));
-        child.wait().unwrap();
-    }
-
-    #[test]
-    fn nobody_outlives_a_reboot() {
-        let mut record = record("00112233aabbccdd");
-        record.init = Some(record.worker);
-        assert!(record.same_boot() && record.worker_lives() && record.init_lives());
-        record.boot = "00000000-0000-0000-0000-000000000000".into();
-        assert!(!record.same_boot() && !record.worker_lives() && !record.init_lives());
-    }
-
-    /// Or the next state would be written behind it and never be found.
-    #[test]
-    fn what_is_no_blank_between_record_and_states_is_damage() {
-        let dir = tempfile::tempdir().unwrap();
-        let journal = Journal::create(dir.path(), record("00112233aabbccdd")).unwrap();
-        let mut bytes = fs::read(journal.path()).unwrap();
-        let end = bytes.iter().position(|b| *b == b'\n').unwrap();
-        bytes[end + 1] = b'x';
-        fs::write(journal.path(), &bytes).unwrap();
-        assert!(Journal::open(journal.path()).is_err());
-    }
-
-    /// What a bad disk makes of a journal is told, and never a state that was not reached.
-    #[test]
-    fn fuzz_journals() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut journal = Journal::create(dir.path(), record("00112233aabbccdd")).unwrap();
-        journal.note(State::Ready).unwrap();
-        journal.note(State::Committed).unwrap();
-        let (path, at) = (journal.path().to_owned(), journal.at as usize);
-        let mut sample = fs::read(&path).unwrap();
-        sample.truncate(at + SLOT);
-        let target = Target::new("journals").sample(sample);
-        let words = [&b"committed 1\n"[..], b"aborted 1\n", b"whole", b"finished", b"\"version\":"];
-        target.words(&words).cost(8).room(2 * SIZE).run(|bytes| {
-            fs::write(&path, bytes)?;
-            let opened = Journal::open(&path);
-            if let Err(e) = &opened {
-                let _ = Unreadable::of(path.clone(), e).map(|u| u.error());
-            }
-            let mut journal = opened?;
-            let before = journal.states().to_vec();
-            journal.note(State::Aborted)?;
-            let again = Journal::open(&path)?;
-            assert_eq!(again.states()[..before.len()], before);
-            assert_eq!(again.state(), State::Aborted);
-            Ok(())
-        });
-    }
-}
+pub(crate) mod tests;

@@ -15,6 +15,7 @@ use anyhow::{Context, Result, anyhow};
 
 use super::lock::Held;
 use super::{Journal, Unreadable};
+use crate::problem::advice;
 
 /// Name of the directory.
 const OVER: &str = "over";
@@ -110,6 +111,35 @@ pub fn about(state_dir: &Path, id: &str) -> Result<Vec<Journal>> {
     Ok(all.into_iter().filter(of_it).collect())
 }
 
+/// The ID of the container that an operator means, or that of a migration: an engine's container he may call as
+/// the engine does. One that docker has given several IDs, as it came and went, is the last; of those that are
+/// open still, only he can say which. What nobody knows stays as it is.
+///
+/// # Errors
+/// When the journals cannot be listed, or several containers that are called so are open.
+pub fn id_of(state_dir: &Path, word: &str) -> Result<String> {
+    let (all, _) = Journal::all(state_dir)?;
+    let is_it = |j: &&Journal| j.record.container == word || j.record.migration == word;
+    if all.iter().any(|journal| is_it(&journal)) {
+        return Ok(word.to_owned());
+    }
+    let mut meant: Vec<&Journal> = all.iter().filter(|j| j.record.is_meant_by(word)).collect();
+    if meant.iter().any(|journal| !journal.state().is_over()) {
+        meant.retain(|journal| !journal.state().is_over());
+        let mut ids: Vec<&str> = meant.iter().map(|j| j.record.container.as_str()).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        if ids.len() > 1 {
+            return Err(advice(
+                format!("migrations of several containers that are called {word} are open"),
+                format!("name one by its ID: {}", ids.join(", ")),
+            ));
+        }
+    }
+    let last = meant.into_iter().max_by_key(|journal| journal.record.begun);
+    Ok(last.map_or_else(|| word.to_owned(), |journal| journal.record.container.clone()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::tests::record;
@@ -124,6 +154,36 @@ mod tests {
         if told {
             journal.note_told().unwrap();
         }
+    }
+
+    #[test]
+    fn a_name_is_that_of_the_last_or_of_the_open_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let add = |number: u64, container: &str, state: Option<State>| {
+            let mut record = record(&format!("{number:016x}"));
+            record.container = container.into();
+            record.begun = number;
+            record.engine = Some(
+                serde_json::from_value(serde_json::json!({
+                    "engine": "docker", "container": container, "name": "web", "volumes": [],
+                    "noted": "", "upper": "", "log": "",
+                }))
+                .unwrap(),
+            );
+            let mut journal = Journal::create(dir.path(), record).unwrap();
+            state.map_or(Ok(()), |state| journal.write(state)).unwrap();
+        };
+        let id = || id_of(dir.path(), "docker:web").map_err(|e| e.to_string());
+        assert_eq!(id().unwrap(), "docker:web", "nobody knows it");
+        add(1, "aaaa", Some(State::Finished));
+        add(2, "bbbb", Some(State::Finished));
+        assert_eq!(id().unwrap(), "bbbb");
+        assert_eq!(id_of(dir.path(), "aaaa").unwrap(), "aaaa");
+        add(3, "cccc", None);
+        add(4, "dddd", Some(State::Finished));
+        assert_eq!(id().unwrap(), "cccc", "it is open");
+        add(5, "eeee", None);
+        assert!(id().unwrap_err().contains("several containers"));
     }
 
     fn current(dir: &Path) -> usize {

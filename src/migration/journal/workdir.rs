@@ -112,50 +112,15 @@ fn mounts_below(path: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Lines of CRIU's that are called errors and stop nothing.
-const NOISE: &[&str] = &[
-    // Tried, and done without, where CAP_SYS_RESOURCE is missing.
-    "Can't setup RLIMIT_NOFILE",
-];
-
-/// What CRIU did not do, with the lines of its log that tell of errors, or its last ones. CRIU's
-/// answer is one of these lines, and is not said twice.
-pub fn criu_failed(what: &str, log: &Path, answer: anyhow::Error) -> anyhow::Error {
-    let said = fs::read(log).map(|bytes| errors(&String::from_utf8_lossy(&bytes)));
-    let said = said.unwrap_or_default();
-    let text = answer.to_string();
-    // An empty one is part of everything.
-    let known = said.contains(text.trim()) || noise(&text);
-    match (said.is_empty(), known) {
-        (true, true) => anyhow::anyhow!("{what}, and CRIU does not say why"),
-        (true, false) => answer.context(what.to_owned()),
-        (false, true) => anyhow::anyhow!("{what}: {said}"),
-        (false, false) => answer.context(format!("{what}: {said}")),
-    }
-}
-
-fn noise(line: &str) -> bool {
-    NOISE.iter().any(|noise| line.contains(noise))
-}
-
-fn errors(log: &str) -> String {
-    // `Error (criu/x.c:1): …`, perhaps behind a time and a number; other lines may have the word in
-    // their text.
-    let wanted = |line: &&str| line.contains("Error (") && !noise(line);
-    let mut lines: Vec<&str> = log.lines().filter(wanted).collect();
-    if lines.is_empty() {
-        lines = log.lines().collect();
-    }
-    let from = lines.len().saturating_sub(6);
-    lines[from..].join("; ")
-}
-
 /// In the work directory of a destination: the restored init's number and start time, and the
 /// device and inode of the namespace that was made. Gone with a reboot, like what they name.
 pub const INIT: &str = "init";
 
 /// In the work directory of a source: see [`Spares`].
 pub const SOCKETS: &str = "sockets";
+
+/// In the work directory of a source: see [`Renamed`](crate::files::sockets::Renamed).
+pub const RENAMED: &str = "sockets.renamed";
 
 /// See [`HostSide`].
 pub const HOST_SIDE: &str = "host-side";
@@ -165,6 +130,9 @@ pub const NETWORK: &str = "network";
 
 /// In the work directory: numbers and start times of those who go on if a Ferry is killed, a line each.
 pub const GUARD: &str = "guard";
+
+/// In the work directory of a destination: the path of the namespace, where an engine has made it.
+pub const NETWORK_PLACE: &str = "network-place";
 
 /// CRIU's number, in its own work directory.
 pub const CRIU_PID: &str = "criu.pid";
@@ -181,38 +149,11 @@ pub fn note_host_side(work: &Path, side: &HostSide) -> Result<()> {
 /// names; one without a name gets one for as long as the migration takes.
 pub fn network_place(plan: &Plan) -> Option<PathBuf> {
     plan.network.as_ref()?;
-    let unnamed = || Path::new(BASE).join(&plan.migration).join("netns");
+    let unnamed = || unnamed_network(&Path::new(BASE).join(&plan.migration));
     Some(plan.network_path.clone().unwrap_or_else(unnamed))
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_errors_are_quoted_and_none_twice() {
-        let dir = tempfile::tempdir().unwrap();
-        let log = dir.path().join("dump.log");
-        let text = "(00.000040) Error (criu/cr-service.c:7): rlimit: Can't setup RLIMIT_NOFILE for self: Operation not permitted\n\
-                    (00.000050) Warn  (criu/x.c:1): Error is a word\n\
-                    (00.010000) Error (criu/files.c:9): Can't dump file 7 of that type\n\
-                    (00.010001) kernel: done\n";
-        fs::write(&log, text).unwrap();
-        let failed = |answer: &str| {
-            format!(
-                "{:#}",
-                criu_failed("CRIU cannot dump", &log, anyhow::anyhow!("{}", answer.to_owned()))
-            )
-        };
-        let line = "(00.010000) Error (criu/files.c:9): Can't dump file 7 of that type";
-        assert_eq!(failed("Can't dump file 7 of that type"), format!("CRIU cannot dump: {line}"));
-        assert_eq!(failed(""), format!("CRIU cannot dump: {line}"));
-        // CRIU answers with its first error, whether or not it stopped it.
-        let first = text.lines().next().unwrap();
-        assert_eq!(failed(first), format!("CRIU cannot dump: {line}"));
-        assert_eq!(failed("it was killed"), format!("CRIU cannot dump: {line}: it was killed"));
-        fs::remove_file(&log).unwrap();
-        assert_eq!(failed("it was killed"), "CRIU cannot dump: it was killed");
-        assert_eq!(failed(""), "CRIU cannot dump, and CRIU does not say why");
-    }
+/// Where in a work directory a namespace has its name that has none.
+pub fn unnamed_network(work: &Path) -> PathBuf {
+    work.join("netns")
 }

@@ -2,20 +2,24 @@
 //! is released, and the packets that came for it meanwhile.
 
 use std::fs;
-use std::path::Path;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow};
 
-use super::floating::Arrived;
+use super::floating_address::Arrived;
 use super::hooks::Hooks;
-use super::room::Room;
+use super::udp_buffers::Room;
 use crate::migration::forwarding::steps;
-use crate::migration::journal::part::{Note, Part};
+use crate::migration::journal::forward_role::{ForwardRecord, ForwardRole};
+use crate::migration::journal::workdir;
 use crate::migration::protocol::Plan;
 use crate::network::hook::{About, Hook};
+use crate::network::image::Link;
+use crate::network::published::{self, given};
 use crate::network::{
-    self, Announcer, Frame, Gate, HostSide, Lead, Neighbours, Placement, Recreated, Replay,
-    Uplinks, fence,
+    self, Announcer, Frame, HostRoutes, HostSide, Neighbours, NetworkImage, Placement, Recreated,
+    ReleaseSet, Replay, Understudy, Uplinks, fence,
 };
 use crate::oci::cgroup::Cgroup;
 use crate::sys::netns::NetNs;
@@ -28,6 +32,8 @@ const MAX_PACKETS: usize = 32 << 20;
 #[derive(Debug, Default)]
 pub struct Arrival {
     net: Option<Net>,
+    /// Until an engine has made it.
+    understudy: Option<Understudy>,
     /// Where it uses the host's.
     floating: Option<Arrived>,
     hooks: Option<Hooks>,
@@ -36,7 +42,7 @@ pub struct Arrival {
     /// Packets given to the container so far.
     pub replayed: u64,
     /// What is done about forwarding its address.
-    note: Option<Note>,
+    note: Option<ForwardRecord>,
     /// What its sockets were given beyond their own.
     room: Option<Room>,
 }
@@ -46,29 +52,45 @@ struct Net {
     made: Recreated,
     replay: Replay,
     announcer: Announcer,
-    /// Where the host routes to the container: the routes, until the gate has them, and the
+    /// Where the host routes to the container: the routes, until the release set has them, and the
     /// segments that have to hear of it.
-    lead: Option<Lead>,
+    lead: Option<HostRoutes>,
     uplinks: Option<Uplinks>,
-    /// Whom it knows, until the gate has them.
+    /// Whom it knows, until the release set has them.
     neighbours: Option<Neighbours>,
 }
 
 impl Arrival {
-    /// Makes the namespace, and notes in the work directory which it is. It is taken down again on
-    /// drop.
+    /// Makes the namespace at its place, and notes in the work directory which it is. It is taken down
+    /// again on drop.
     ///
     /// # Errors
     /// When it cannot be made as it was.
-    pub fn make(&mut self, plan: &Plan, work: &Path, note: Option<&Note>) -> Result<()> {
+    pub fn make(
+        &mut self,
+        plan: &Plan,
+        work: &Path,
+        place: Option<PathBuf>,
+        note: Option<&ForwardRecord>,
+    ) -> Result<()> {
         if let Some(floating) = &plan.floating {
             self.floating = Some(Arrived::prepare(floating, &plan.migration, work)?);
         }
-        let (Some(image), Some(path)) =
-            (&plan.network, crate::migration::journal::workdir::network_place(plan))
-        else {
-            return Ok(());
-        };
+        match (&plan.network, place) {
+            (Some(image), Some(path)) => self.make_as(plan, image, work, path, note),
+            _ => Ok(()),
+        }
+    }
+
+    /// The same of a network that may have got other addresses than the plan has.
+    fn make_as(
+        &mut self,
+        plan: &Plan,
+        image: &NetworkImage,
+        work: &Path,
+        path: PathBuf,
+        note: Option<&ForwardRecord>,
+    ) -> Result<()> {
         let host = NetNs::current()?;
         let placement: Placement = plan.placement.parse().map_err(|e| anyhow!("{e}"))?;
         if let Placement::Hook(program) = &placement {
@@ -83,29 +105,80 @@ impl Arrival {
             self.hooks = Some(Hooks::prepare(hook, work)?);
         }
         let mut made = match note {
-            None => network::recreate(image, &placement, &path, &host)?,
-            Some(Note { part: Part::ComesHome, id }) => steps::come_home(id, &path, image)?,
+            None | Some(ForwardRecord { part: ForwardRole::ArrivesWithoutConnections, .. }) => {
+                network::recreate(image, &placement, &path, &host)?
+            }
+            Some(ForwardRecord { part: ForwardRole::ComesHome, id }) => {
+                steps::come_home(id, &path, image)?
+            }
             Some(_) => network::recreate(image, &Placement::Forward, &path, &host)?,
         };
         let (device, inode) = made.namespace().identity()?;
-        fs::write(
-            work.join(crate::migration::journal::workdir::NETWORK),
-            format!("{device} {inode}"),
-        )?;
-        if let Some(note) = note.filter(|n| n.part == Part::Arrives) {
+        fs::write(work.join(workdir::NETWORK), format!("{device} {inode}"))?;
+        if let Some(note) = note.filter(|n| n.part == ForwardRole::Arrives) {
             steps::arrive(note, plan, &mut made, image)?;
         }
         self.note = note.cloned();
         let replay = Replay::prepare(made.namespace(), image)?;
         let announcer = Announcer::prepare(made.namespace(), image)?;
         if let Some(side) = HostSide::new(image, &plan.migration) {
-            crate::migration::journal::workdir::note_host_side(work, &side)?;
+            workdir::note_host_side(work, &side)?;
         }
-        let lead = Lead::prepare(made.namespace(), image, &host)?;
-        let uplinks = Uplinks::prepare(image, &host)?;
-        let neighbours = Some(Neighbours::prepare(made.namespace(), image)?);
+        let lead = HostRoutes::prepare(made.namespace(), image, &host)?;
+        // Its bridges are the engine's business, and may have other names here.
+        let uplinks = match plan.engine {
+            None => Uplinks::prepare(image, &host)?,
+            Some(_) => None,
+        };
+        let mut known = image.clone();
+        if note.is_some_and(|n| n.part == ForwardRole::ArrivesWithoutConnections) {
+            // Another bridge is its gateway now, and connections by the old one would confirm its hardware
+            // address for ever.
+            let behind: Vec<&Link> = published::away::links(image).collect();
+            known.neighbours.retain(|n| behind.iter().all(|link| link.name != n.link));
+        }
+        let neighbours = Some(Neighbours::prepare(made.namespace(), &known)?);
         self.net = Some(Net { made, replay, announcer, lead, uplinks, neighbours });
         Ok(())
+    }
+
+    /// Makes a namespace in which an engine makes the network when the container is restored, and notes in
+    /// the work directory which it is.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn stand_in(&mut self, plan: &Plan, work: &Path) -> Result<()> {
+        let Some(image) = &plan.network else { return Ok(()) };
+        let place = workdir::unnamed_network(work);
+        let understudy = Understudy::make(image, &place, &NetNs::current()?)?;
+        let (device, inode) = understudy.namespace().identity()?;
+        fs::write(work.join(workdir::NETWORK), format!("{device} {inode}"))?;
+        fs::write(work.join(workdir::NETWORK_PLACE), place.as_os_str().as_encoded_bytes())?;
+        self.understudy = Some(understudy);
+        Ok(())
+    }
+
+    /// The engine has made the network: it is looked at, and fenced.
+    ///
+    /// # Errors
+    /// When it is not as it was.
+    pub fn enter(&mut self, plan: &Plan, work: &Path, note: Option<&ForwardRecord>) -> Result<()> {
+        let (Some(image), Some(understudy)) = (&plan.network, self.understudy.take()) else {
+            return Ok(());
+        };
+        let given = plan.engine.as_ref().map(|wanted| wanted.given.as_slice()).unwrap_or_default();
+        let there = given::as_made(image, given, understudy.namespace())?;
+        let made = self.make_as(plan, &there, work, workdir::unnamed_network(work), note);
+        let understudy = self.understudy.insert(understudy);
+        made?;
+        let mut kept = given::lost(image, &there);
+        if note.is_none_or(|n| n.part != ForwardRole::ArrivesWithoutConnections) {
+            // No connection has them.
+            kept.clear();
+        } else if !kept.is_empty() {
+            given::hush(&there, understudy.namespace())?;
+        }
+        Ok(understudy.leave(&kept)?)
     }
 
     /// The container is being frozen. Addresses of the host that move can be here only from now on.
@@ -116,9 +189,18 @@ impl Arrival {
         self.floating.as_mut().map_or(Ok(()), |floating| floating.take(work))
     }
 
+    /// It is given up, and an engine takes down what it has made: behind the fence, which stays closed,
+    /// as the container still has its addresses on the other host.
+    pub fn leave_to_engine(mut self) {
+        if let Some(net) = &mut self.net {
+            net.made.keep();
+        }
+    }
+
     /// Where it is.
     pub fn namespace(&self) -> Option<&NetNs> {
-        self.net.as_ref().map(|net| net.made.namespace())
+        let understudy = self.understudy.as_ref().map(Understudy::namespace);
+        self.net.as_ref().map(|net| net.made.namespace()).or(understudy)
     }
 
     /// A packet that the source's fence has held back.
@@ -152,7 +234,7 @@ impl Arrival {
     /// Gives it the datagrams among them. UDP's sockets take them at once, whereas TCP's are asleep
     /// until CRIU wakes them: before anybody can send here what was sent after them.
     fn replay_datagrams(&mut self) {
-        self.replay_those(network::room::is_datagram);
+        self.replay_those(network::udp_buffers::is_datagram);
     }
 
     fn replay_those(&mut self, wanted: impl Fn(&Frame) -> bool) {
@@ -167,14 +249,14 @@ impl Arrival {
         }
     }
 
-    /// The closed gate, for whoever opens it.
-    pub fn gate(&mut self) -> Option<Gate> {
+    /// What is released with the container, for whoever does it.
+    pub fn release(&mut self) -> Option<ReleaseSet> {
         if let Some(floating) = &mut self.floating {
-            return floating.gate();
+            return floating.release();
         }
         let net = self.net.as_mut()?;
         let fence = net.made.take_fence()?;
-        Some(Gate { fence, lead: net.lead.take(), neighbours: net.neighbours.take() })
+        Some(ReleaseSet { fence, lead: net.lead.take(), neighbours: net.neighbours.take() })
     }
 
     /// The fence should be open: tells everybody that the container is here, whose first process this
@@ -189,7 +271,7 @@ impl Arrival {
             self.floating.iter().for_each(Arrived::lift);
         }
         if let Some(note) = &self.note {
-            steps::destination_opens(note);
+            steps::open_destination(note);
         }
         self.make_room(init);
         self.replay_datagrams();
@@ -197,6 +279,12 @@ impl Arrival {
         if let Some(hooks) = &mut self.hooks {
             hooks.switch();
         }
+    }
+
+    /// The container's sockets are members of these multicast groups, on the links with these numbers: its
+    /// neighbours will hear of that, too.
+    pub fn add_groups(&mut self, groups: &[(u32, IpAddr)]) {
+        self.net.iter_mut().for_each(|net| net.announcer.add_groups(groups));
     }
 
     /// Tells the neighbours where the container is now.
@@ -226,7 +314,7 @@ impl Arrival {
         }
         net.made.keep();
         if let Some(note) = &self.note {
-            steps::destination_keeps(note);
+            steps::finish_destination(note);
         }
     }
 }

@@ -1,9 +1,9 @@
 //! The network during a migration.
 
 pub(crate) mod arrival;
-pub(crate) mod floating;
+pub(crate) mod floating_address;
+pub(crate) mod held_packets;
 pub(crate) mod hooks;
-pub(crate) mod keeper;
-pub(crate) mod lull;
-pub(crate) mod room;
-pub(crate) mod unread;
+pub(crate) mod quiesce;
+pub(crate) mod udp_buffers;
+pub(crate) mod udp_queues;

@@ -10,18 +10,18 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::inspect::Subject;
+use super::source_checks::SourceContainer;
 use crate::files::overlay::plain;
 use crate::migration::protocol::Place;
 use crate::problem::Problem;
-use crate::sys::process::proc_text;
+use crate::sys::process::{proc_head, proc_text};
 use crate::tasks::locks::Found;
 
 /// File systems that no two hosts share.
 const OWN: [&str; 7] = ["tmpfs", "ramfs", "devtmpfs", "mqueue", "hugetlbfs", "proc", "sysfs"];
 
 /// What stands in the way of these locks, all in one.
-pub fn problem(subject: &Subject, locks: &[Found]) -> Option<Problem> {
+pub fn problem(subject: &SourceContainer, locks: &[Found]) -> Option<Problem> {
     let places = Places::of(subject);
     let mut mounts = HashMap::new();
     let mut files: Vec<(PathBuf, &Found)> = Vec::new();
@@ -83,7 +83,7 @@ struct Places {
 }
 
 impl Places {
-    fn of(subject: &Subject) -> Places {
+    fn of(subject: &SourceContainer) -> Places {
         let mounts = subject.bundle.config["mounts"].as_array().into_iter().flatten();
         // The container's own, unless a probe says more below.
         let own = mounts.filter_map(|m| Some((m["destination"].as_str()?.into(), false)));
@@ -115,7 +115,7 @@ impl Places {
         if meta.nlink() == 0 {
             return None;
         }
-        let info = proc_text(*pid, &format!("fdinfo/{}", held.number)).ok()?;
+        let info = proc_head(*pid, &format!("fdinfo/{}", held.number)).ok()?;
         let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim();
         let mount: u64 = mount.parse().ok()?;
         let shared = match mounts.get(&mount) {

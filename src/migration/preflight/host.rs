@@ -2,20 +2,26 @@
 //! compares.
 
 use std::fs;
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 
+use crate::criu::hidden;
 use crate::problem::Problem;
 use crate::sys::memory::{self, PAGE};
-use crate::{network, oci};
+use crate::{connections, network, oci};
 
 /// The oldest CRIU that works: its lazy dump and its page maps are what this Ferry was built on.
 pub const CRIU_OLDEST: u32 = 40_200;
 /// The oldest kernel with what the lazy restore needs.
 pub const KERNEL_OLDEST: (u32, u32) = (5, 11);
+
+/// The fewest descriptors that do: each of CRIU's messages about a task's files brings up to 251 of them,
+/// and Ferry has some hundred of its own.
+const FEWEST_DESCRIPTORS: RawFd = 1024;
 
 /// The kernel's release.
 pub fn kernel() -> String {
@@ -165,6 +171,16 @@ pub fn criu() -> Result<(PathBuf, u32), Problem> {
     Ok((path, version))
 }
 
+/// What is slower with this CRIU than with others.
+pub fn slow_criu(version: u32) -> Option<Problem> {
+    let tried = hidden::was_tried(version);
+    let problem = Problem::new(
+        "memory lengthens the pause of what leaves this host",
+        format!("CRIU {} was not tried with memory hidden from its dump", criu_words(version)),
+    );
+    (!tried).then(|| at_home(problem).hint("CRIU 4.2.1 was: 200 ms less for each GiB").warning())
+}
+
 /// CRIU's version as people write it: 4.2 for 40200, 4.2.1 for 40201.
 pub fn criu_words(version: u32) -> String {
     let (major, minor, patch) = (version / 10_000, version / 100 % 100, version % 100);
@@ -242,11 +258,25 @@ pub fn not_root() -> Option<Problem> {
     (!nix::unistd::geteuid().is_root()).then_some(problem)
 }
 
+/// Where a process gets no descriptors from number `most` on: Ferry or CRIU would find it out when the
+/// container stands still.
+fn few_descriptors(most: RawFd) -> Option<Problem> {
+    let problem = || {
+        Problem::new(
+            format!("no more than {most} files may be open at once"),
+            format!("Ferry and CRIU need {FEWEST_DESCRIPTORS}, and more for many connections"),
+        )
+        .hint("`ulimit -Hn` says so: raise it, for a service with LimitNOFILE=")
+    };
+    (most < FEWEST_DESCRIPTORS).then(problem)
+}
+
 fn look() -> Vec<Problem> {
     let mut found = Vec::new();
     if let Some(problem) = not_root() {
         return vec![problem];
     }
+    found.extend(connections::raise_limit().ok().and_then(few_descriptors));
     let release = kernel();
     if kernel_version(&release) < KERNEL_OLDEST {
         let (major, minor) = KERNEL_OLDEST;
@@ -315,6 +345,12 @@ mod tests {
         assert!(missing_cpu_flags(&cpu_flags()).is_empty());
         let odd = ["avx999".to_owned(), "hypervisor".to_owned()];
         assert_eq!(missing_cpu_flags(&odd), ["avx999"]);
+    }
+
+    #[test]
+    fn few_descriptors_are_told_of() {
+        assert!(few_descriptors(1023).is_some_and(|p| p.fatal));
+        assert!(few_descriptors(1024).is_none());
     }
 
     #[test]

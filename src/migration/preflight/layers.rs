@@ -45,6 +45,15 @@ pub fn look(root: &Path, proof: &Proof) -> Result<Layered> {
     Ok(Layered(found))
 }
 
+/// Looks at a root file system that an engine has mounted, and whose layers are the engine's.
+///
+/// # Errors
+/// When the mounts cannot be read.
+pub fn look_at_engines(root: &Path) -> Result<Layered> {
+    let root = fs::canonicalize(root).with_context(|| root.display().to_string())?;
+    Ok(Layered(overlay::at(&overlay::mounts()?, &root)))
+}
+
 /// Why what mountinfo names is not what is mounted: another mount namespace has other paths.
 fn out_of_reach(overlay: &mut Overlay, proof: &Proof) -> Option<String> {
     for lower in &mut overlay.lower {

@@ -19,11 +19,27 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::files::{directory, probe};
 use crate::migration::protocol::Stream;
-use crate::problem::Problem;
+use crate::problem::{Problem, advice};
 use crate::sys::process::{self, proc_text};
 
 /// Longest log that travels along with a container that writes to a regular file.
 pub const MAX_STREAM: u64 = 1 << 30;
+/// How long it may be when the container is frozen: much may be written to it while memory goes.
+pub const MAX_GROWN: u64 = 2 * MAX_STREAM;
+
+/// Whether a log can still go along, as long as it is by now.
+///
+/// # Errors
+/// Says which, and what to do about it.
+pub fn check_length(target: &str, length: u64) -> Result<()> {
+    if length <= MAX_GROWN {
+        return Ok(());
+    }
+    Err(advice(
+        format!("the log {target} has grown to {length} bytes; at most {MAX_GROWN} go along"),
+        "rotate it by copy and truncate, and try again",
+    ))
+}
 
 /// The streams of a container.
 #[derive(Debug, Default)]

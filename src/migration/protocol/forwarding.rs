@@ -9,7 +9,7 @@ use crate::transport::connect::Destination;
 /// `--forward`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Wish {
+pub enum ForwardOption {
     /// Where the address belongs to no network of the destination's.
     #[default]
     Auto,
@@ -21,16 +21,16 @@ pub enum Wish {
 
 /// What the destination hears of it before anything is done.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Plans {
+pub struct ForwardRequest {
     /// What the user wants.
-    pub wish: Wish,
+    pub wish: ForwardOption,
     /// The forwarding that the container is reached by now, and the name of its home.
     pub from: Option<(String, String)>,
     /// What depends on the host that has the address: it goes nowhere.
     pub translated: Translated,
 }
 
-impl Plans {
+impl ForwardRequest {
     /// Refuses what no honest source sends.
     ///
     /// # Errors
@@ -55,7 +55,7 @@ pub fn is_id(id: &str) -> bool {
 /// What becomes of the address, as the destination decides.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Course {
+pub enum AddressDecision {
     /// It moves there.
     #[default]
     Moves,
@@ -63,12 +63,14 @@ pub enum Course {
     Stays,
     /// It is there already: the container comes home.
     Home,
+    /// It moves; connections that live by the translation of where it was are forwarded from there.
+    Published,
 }
 
 /// A word about forwarding.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Word {
+pub enum ForwardMessage {
     /// To the host that has the container, instead of a plan: this link is to carry its frames.
     Carry {
         /// The forwarding's ID.
@@ -78,6 +80,8 @@ pub enum Word {
     },
     /// To home: it does.
     Carried,
+    /// From home: nothing is forwarded any more.
+    Over,
     /// Both ways: whoever says it does. A remote shell whose host is gone tells nobody for a quarter of
     /// an hour.
     Alive {
@@ -88,14 +92,14 @@ pub enum Word {
     Ask {
         /// Which one, to find its answer.
         number: u64,
-        /// What.
+        /// The question.
         ask: Ask,
     },
     /// From home.
     Answer {
         /// To which one.
         number: u64,
-        /// What.
+        /// What home says to it.
         answer: Answer,
     },
 }
@@ -164,10 +168,10 @@ impl From<Result<()>> for Answer {
 }
 
 impl Answer {
-    /// The error that it tells of.
+    /// What it says as a result.
     ///
     /// # Errors
-    /// That.
+    /// When it tells of one.
     pub fn into_result(self) -> Result<()> {
         self.error.map_or(Ok(()), |e| Err(anyhow!(e)))
     }

@@ -9,10 +9,12 @@
 //!   ── Layers ────────────────────────────▶  looks for them (only of an overlay that is copied)
 //!   ◀────────────────────────── Lacking ──
 //!   ── Trees ─────────────────────────────▶  checks (only where files are copied)
-//!   ◀───────────────────── Room | Refuse ──
+//!   ◀────────────────── SpaceOk | Refuse ──
 //!   ── Prepare ───────────────────────────▶  namespace behind a fence, runtime held at RESTORE
+//!   ── Papers ────────────────────────────▶  (only of an engine's container)
 //!   ══ files, round by round ═════════════▶  staged (◀ Applied); in their places after Copied
 //!   ══ pages, round by round ═════════════▶  staged
+//!   ── Engage ────────────────────────────▶  (the engine makes the container, its runtime is held)
 //!   ◀────────────────────────── Prepared ──                              source, running
 //!   ── Connections ───────────────────────▶  sockets for them (only where there are many)
 //!   ◀─────────────────────────── Awaited ──                              source, running
@@ -30,17 +32,17 @@
 //!   ◀─────────────────────────── Running ──                              destination, running
 //!   ══ pages that stayed here ════════════▶  (post-copy; ◀ wanted ones are asked for)
 //!   ══ packets that still came here ══════▶
-//!   ◀───────────────────────────── Whole ──                              (all pages are in)
+//!   ◀───────────────────── MemoryComplete ──                              (all pages are in)
 //!   ── Finished ──────────────────────────▶
 //! ```
 //!
 //! Before `Commit` either side may say `Abort`/`Failed`, or just vanish: the source then runs on.
 //! A destination that has said `Ready` discards nothing by itself: only the source's word, brought
-//! over this link or a later one (`Settle`), or the operator's, decides. Where it has lost its copy
+//! over this link or a later one (`Resolve`), or the operator's, decides. Where it has lost its copy
 //! before that was let run, it says so when it is asked, and the source takes the container back.
 
 pub mod forwarding;
-pub mod talk;
+pub mod session;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -49,12 +51,14 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use self::forwarding::{Course, Plans, Word};
+use self::forwarding::{AddressDecision, ForwardMessage, ForwardRequest};
 use crate::connections::Coming;
+use crate::engine::papers::{Papers, Wanted};
 use crate::files::layers::Layer;
 use crate::files::overlay::Overlay;
 use crate::files::place::Parent;
 use crate::files::probe::Proof;
+use crate::files::sockets::Renamed;
 use crate::files::tmpfs::{self, Tmpfs};
 use crate::files::walk::Size;
 use crate::memory::digest::Mask;
@@ -65,11 +69,12 @@ use crate::oci::bundle::Bundle;
 use crate::problem::Problem;
 use crate::report::log;
 use crate::tasks::locks::Held;
-use crate::tasks::settings::Setting;
+use crate::tasks::settings::{self, Setting};
+use crate::tasks::sockets::SocketSettings;
 use crate::transport::frame;
 
 /// Version of this protocol: both sides must speak the same one.
-pub const PROTOCOL: u32 = 7;
+pub const PROTOCOL: u32 = 10;
 
 /// Most image files of one checkpoint.
 pub const MAX_FILES: usize = 100_000;
@@ -99,7 +104,7 @@ pub enum Message {
         /// The probes, by number, of what is to be copied.
         copies: Vec<usize>,
         /// What becomes of the address.
-        course: Course,
+        course: AddressDecision,
     },
     /// To the destination: the layers of the overlay that is to be copied, in the plan's order. The
     /// source owns the container.
@@ -119,7 +124,7 @@ pub enum Message {
         sizes: Vec<Size>,
     },
     /// To the source: there is room for them. The source owns the container.
-    Room,
+    SpaceOk,
     /// To the source: it cannot be; nothing was touched. The source owns the container.
     Refuse {
         /// All that stands in the way.
@@ -129,6 +134,12 @@ pub enum Message {
     Prepare,
     /// To the source: it is. The source owns the container.
     Prepared,
+    /// To the destination, after `Prepare`, of an engine's container: what that engine knows of it. The
+    /// source owns the container.
+    Papers(Box<Papers>),
+    /// To the destination: most of the memory has come. The engine there shall make the container now:
+    /// it does not wait long for its runtime. The source owns the container.
+    Engage,
     /// To the source: a round of the trees is in place and on the disk. The source owns the
     /// container.
     Applied {
@@ -152,6 +163,12 @@ pub enum Message {
     /// To the destination: the freeze begins; images come in some tens of milliseconds. The source
     /// owns the container.
     Freezing,
+    /// To the destination, before [`Message::Dumped`]: what sockets have that CRIU does not carry. The source
+    /// owns the container, frozen.
+    Sockets {
+        /// At most [`BATCH`](crate::tasks::sockets::BATCH).
+        list: Vec<SocketSettings>,
+    },
     /// To the destination: all image files are over; restore. The source owns the container,
     /// frozen.
     Dumped {
@@ -163,6 +180,8 @@ pub enum Message {
         locks: Vec<Held>,
         /// What they have set for themselves with the kernel.
         settings: Vec<Setting>,
+        /// Sockets whose files are to be renamed as they were.
+        renamed: Vec<Renamed>,
     },
     /// Both ways, at any time: sent back as it came. Says nothing about who owns the container.
     Echo {
@@ -171,7 +190,7 @@ pub enum Message {
     },
     /// To the destination, before a check ends: counts for nothing; the source sees how fast it gets
     /// away. The source owns the container.
-    Ballast {
+    BandwidthProbe {
         /// Whatever.
         text: String,
     },
@@ -203,9 +222,9 @@ pub enum Message {
     Running(Box<Arrival>),
     /// To the source: its last page is in; what is frozen is needed no more. The destination owns
     /// the container, running.
-    Whole(Served),
+    MemoryComplete(Served),
     /// To the source: further links may join. The source owns the container.
-    Open,
+    AcceptChannels,
     /// To the destination, over a further link, instead of a plan: it carries memory of a migration
     /// that is under way. The source owns the container.
     Join {
@@ -246,7 +265,7 @@ pub enum Message {
     },
     /// To the destination, over a later link, instead of a plan: the source's word about an
     /// earlier migration, or only a question.
-    Settle {
+    Resolve {
         /// The migration's ID.
         migration: String,
         /// The verdict; without one the state is only asked for.
@@ -254,10 +273,10 @@ pub enum Message {
     },
     /// Over a link of its own: the container's frames, when its address stays elsewhere. Says nothing
     /// about who owns the container.
-    Forward(Box<Word>),
+    Forward(Box<ForwardMessage>),
     /// To the source: how that migration stands now. Over the migration's own link: it has heard that the
     /// source gave up.
-    Settled {
+    Resolved {
         /// See [`Standing`].
         standing: Standing,
     },
@@ -388,7 +407,10 @@ pub struct Plan {
     pub verify: bool,
     /// What is to become of the address.
     #[serde(default)]
-    pub forward: Plans,
+    pub forward: ForwardRequest,
+    /// What it needs of its engine, if it is an engine's.
+    #[serde(default)]
+    pub engine: Option<Wanted>,
 }
 
 /// A standard stream of the container.
@@ -526,7 +548,7 @@ impl Plan {
             bail!("the bundle's path must be absolute");
         }
         if self.streams.len() > 3
-            || self.bound_cpus.len() > MAX_PROBES
+            || self.bound_cpus.len() > settings::MOST_LISTS
             || self.probes.len() > MAX_PROBES
             || self.parents.len() > MAX_PARENTS
         {
@@ -548,6 +570,7 @@ impl Plan {
             bail!("a container with the host's network and one of its own");
         }
         self.floating.iter().try_for_each(Floating::validate)?;
+        self.engine.iter().try_for_each(Wanted::validate)?;
         Ok(())
     }
 
@@ -585,6 +608,8 @@ mod tests {
         let network = crate::network::image::tests::sample();
         let proof =
             serde_json::json!({ "file": ["n", "c"], "inode": [1, 2, 3, 4], "contents": null });
+        let port =
+            serde_json::json!({ "address": "", "port": 8080, "inside": 80, "protocol": "tcp" });
         serde_json::json!({
             "type": "plan", "migration": "00112233aabbccdd", "check_only": false, "container": "web",
             "source": "a", "bundle": "/b", "config": { "process": { "args": ["x"] }, "mounts": [] },
@@ -607,6 +632,16 @@ mod tests {
             "tmpfs": [{ "place": "/dev/shm", "options": ["size=64k"], "used": 5 }],
             "network": network, "loopback": null, "network_path": "/run/netns/web",
             "placement": "auto",
+            "engine": {
+                "engine": "podman", "version": "5.8.6", "name": "web", "runtime": "ferry",
+                "store": { "root": "/s", "run": "/r", "volumes": "/v", "driver": "overlay" },
+                "image": { "id": "26f222b68e17a3d9ab22a8e5dc1d3f6b11f40ff5e6c1f25b235220e7963095f7",
+                    "name": "localhost/app:1" },
+                "volumes": [{ "name": "data", "place": "/data", "labels": { "a": "b" } }],
+                "networks": [{ "name": "lan", "driver": "macvlan", "subnets": ["10.0.0.0/24"] }],
+                "ports": [port],
+                "own": ["/etc/hosts"], "log": 5,
+            },
             "forward": {
                 "wish": "auto", "from": ["00112233aabbccdd", "home"],
                 "translated": { "flows": [], "published": true },
@@ -619,8 +654,9 @@ mod tests {
         let mut target = Target::new("messages").sample(serde_json::to_vec(&plan()).unwrap());
         let others = [
             r#"{"type":"hello","protocol":6,"ferry":"0.1.0","host":"a"}"#,
-            r#"{"type":"connections","list":[{"vpid":1,"number":5,"owner":0,"local":"10.0.0.1:80","remote":"[::1]:7"}]}"#,
-            r#"{"type":"dumped","tasks":[1,2],"connections":1,"locks":[{"vpid":1,"number":5,"lock":{"kind":"posix","write":true,"start":0,"end":null}}]}"#,
+            r#"{"type":"connections","list":[{"vpid":1,"number":5,"owner":0,"local":"10.0.0.1:80","kind":{"Connection":"10.0.0.2:7"}}]}"#,
+            r#"{"type":"dumped","tasks":[1,2],"connections":1,"locks":[{"vpid":1,"number":5,"lock":{"kind":"posix","write":true,"start":0,"end":null}}],"settings":[],"renamed":[{"bound":[47,97],"current":[47,98]}]}"#,
+            r#"{"type":"sockets","list":[{"vpid":1,"number":5,"options":[[1,[1,0,0,0]]],"interfaces":[[57,"eth0"]],"groups":[{"interface":"eth0","group":"239.1.2.3","exclude":true,"sources":["10.0.0.1"]}]}]}"#,
             r#"{"type":"layers","layers":[]}"#,
             r#"{"type":"trees","sizes":[{"bytes":1,"entries":1}]}"#,
             r#"{"type":"settle","migration":"00112233aabbccdd","verdict":"commit"}"#,

@@ -1,5 +1,5 @@
 //! The processes that outlive a killed Ferry, and go on in its place: by the steps of
-//! [`crate::migration::recovery::recover`].
+//! [`crate::migration::recovery::undo`].
 
 use std::fs::{self, File};
 use std::os::fd::{AsFd, OwnedFd};
@@ -9,13 +9,16 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 
-use super::decide::{Guarding, Next, There, guard as decide, resolve};
-use super::{recover, rest, settle, word};
-use crate::connections::{self, Ears, Order, Orders, Vault};
+use super::decide::{Doubt, Guarding, Next, There, guard as decide, resolve};
+use super::undo::Rival;
+use super::{postcopy_recover, undo, verdicts, word};
+use crate::connections::{self, GuardCommand, GuardCommands, GuardSocket, Vault};
 use crate::migration::journal::criu;
 use crate::migration::journal::workdir::GUARD;
 use crate::migration::journal::{Journal, Record, State};
-use crate::migration::transfer::carry::Wishes;
+use crate::migration::protocol::Standing;
+use crate::migration::transfer::memory_sender::MemoryOptions;
+use crate::sys::fault;
 use crate::sys::process::{self, is_alive};
 
 /// How long the other host may take for one answer: so long an operator has to wait for the journal.
@@ -32,7 +35,7 @@ const STDOUT: i32 = 1;
 pub struct SourceGuard {
     child: Child,
     /// What it is told.
-    pub orders: Orders,
+    pub orders: GuardCommands,
 }
 
 impl SourceGuard {
@@ -41,7 +44,7 @@ impl SourceGuard {
     /// # Errors
     /// When there can be no process.
     pub fn spawn(journal: &Journal, vault: &Vault) -> Result<SourceGuard> {
-        let (orders, theirs) = Orders::pair()?;
+        let (orders, theirs) = GuardCommands::pair()?;
         let work = &journal.record.work;
         let mut command = Command::new("/proc/self/exe");
         command.arg("__guard").arg(journal.path());
@@ -65,12 +68,12 @@ impl SourceGuard {
 
     /// The container runs on, and the destination may not know it: the guard goes on telling it.
     pub fn send_word(&self) {
-        self.orders.say(Order::Told);
+        self.orders.send(GuardCommand::Told);
     }
 
     /// There is nothing to guard any more.
     pub fn dismiss(&mut self) {
-        self.orders.say(Order::Done);
+        self.orders.send(GuardCommand::Done);
         let _ = self.child.wait();
     }
 }
@@ -78,7 +81,7 @@ impl SourceGuard {
 /// A guard whose Ferry has ended, and which has something that nobody else has.
 pub struct LeftGuard {
     pidfd: OwnedFd,
-    /// It.
+    /// Connections that were taken out of the tasks.
     pub vault: Vault,
 }
 
@@ -102,25 +105,25 @@ impl LeftGuard {
     }
 }
 
-/// What neither a Ferry nor its guard has done, [undone](recover::source_runs_on) later.
+/// What neither a Ferry nor its guard has done, [undone](undo::roll_back_source) later.
 ///
 /// # Errors
 /// Says which steps failed; the others were done.
-pub fn source_runs_on_later(journal: &mut Journal) -> Result<()> {
+pub fn roll_back_source_later(journal: &mut Journal, rival: Rival) -> Result<()> {
     let guard = LeftGuard::find(&journal.record);
     let vault = guard.as_ref().map(|guard| &guard.vault);
-    recover::source_runs_on(journal, &recover::Hands::Later(vault))?;
+    undo::roll_back_source(journal, &undo::Hands::Later(vault), rival)?;
     guard.into_iter().for_each(LeftGuard::end);
     Ok(())
 }
 
-/// The same, [finished](recover::source_lets_go).
+/// The same, [finished](undo::release_source).
 ///
 /// # Errors
 /// Says which steps failed; the others were done.
-pub fn source_lets_go_later(journal: &mut Journal) -> Result<()> {
+pub fn release_source_later(journal: &mut Journal) -> Result<()> {
     let guard = LeftGuard::find(&journal.record);
-    recover::source_lets_go(journal, || ())?;
+    undo::release_source(journal, || ())?;
     // In repair mode its connections end without a word.
     guard.into_iter().for_each(LeftGuard::end);
     Ok(())
@@ -128,19 +131,19 @@ pub fn source_lets_go_later(journal: &mut Journal) -> Result<()> {
 
 /// The guard: a process that outlives a killed Ferry and brings the source back.
 ///
-/// Its standard input is where it hears [orders](Order), its standard output the exit of the
+/// Its standard input is where it hears [orders](GuardCommand), its standard output the exit of the
 /// [`Vault`]. When Ferry has died the journal says whether the container is still the source's.
 ///
 /// # Errors
 /// When undoing failed.
 pub fn guard(journal: &Path) -> Result<()> {
     let (input, vault) = (std::io::stdin(), std::io::stdout().as_fd().try_clone_to_owned()?);
-    let (ears, vault) = (Ears(&input), Vault::from_exit(vault));
+    let (ears, vault) = (GuardSocket(&input), Vault::from_exit(vault));
     let mut journal = Journal::open(journal)?;
     let told = loop {
         match ears.next() {
-            Some(Order::Done) => return Ok(()),
-            Some(Order::Told) => break true,
+            Some(GuardCommand::Done) => return Ok(()),
+            Some(GuardCommand::Told) => break true,
             // If Ferry has died meanwhile, the next word tells.
             Some(order) => drop(ears.answer(&obey(order, &journal.record, &vault, &ears))),
             None => break false,
@@ -151,17 +154,26 @@ pub fn guard(journal: &Path) -> Result<()> {
     let done = loop {
         match decide(journal.state(), told) {
             Guarding::RunOn => {
-                let undone =
-                    recover::source_runs_on(&mut journal, &recover::Hands::Later(Some(&vault)));
+                let hands = undo::Hands::Later(Some(&vault));
+                let undone = undo::roll_back_source(&mut journal, &hands, Rival::Possible);
                 drop(held);
-                word::send(&mut journal);
-                break undone;
+                let heard = word::send(&mut journal);
+                if undone.is_ok() || !heard.is_some_and(excludes) {
+                    break undone;
+                }
+                // Whatever has kept it from running on, nothing runs elsewhere any more.
+                let _held = journal.hold()?;
+                break undo::roll_back_source(&mut journal, &hands, Rival::Excluded);
             }
             Guarding::CarryThrough => {
-                let hushed = recover::hush(&journal.record);
+                // Whoever asks for its address here is answered by nobody whom he could reach; that is no
+                // reason to leave it frozen.
+                let hushed =
+                    fault::point("guard.hush").and_then(|()| undo::silence_host(&journal.record));
+                let _ = hushed.inspect_err(|e| tracing::error!("{e:#}"));
                 criu::wait_for(&journal.record.work);
                 drop(held);
-                match hushed.and_then(|()| carry_through(&mut journal, &vault)) {
+                match carry_through(&mut journal, &vault) {
                     // Whoever has begun to take it back may have been killed in the middle.
                     Ok(Carried::Overtaken) => held = journal.hold()?,
                     Ok(Carried::Through) => break Ok(()),
@@ -189,6 +201,11 @@ pub fn guard(journal: &Path) -> Result<()> {
     done
 }
 
+/// Whether a destination that answers so will never let a copy run.
+fn excludes(standing: Standing) -> bool {
+    matches!(standing, Standing::NeverRan | Standing::Gone)
+}
+
 /// How carrying through has ended.
 enum Carried {
     /// It is over, or only an operator can say.
@@ -209,27 +226,43 @@ fn carry_through(journal: &mut Journal, vault: &Vault) -> Result<Carried> {
         if journal.state() != State::Committed {
             return Ok(Carried::Overtaken);
         }
-        match resolve(State::Committed, recover::tasks(&journal.record)?, there, None) {
+        // Where nobody can say what is here, he may when it is asked again.
+        let tasks = fault::point("guard.tasks").and_then(|()| undo::tasks(&journal.record));
+        let next = match &tasks {
+            Ok(tasks) => resolve(State::Committed, *tasks, there, None),
+            Err(e) => {
+                tracing::error!("{e:#}");
+                Next::Doubt(Doubt::Silent)
+            }
+        };
+        match next {
             Next::Ask(verdict) => {
-                let answer = settle::ask(&journal.record, verdict, ANSWER);
+                let answer = verdicts::ask(&journal.record, verdict, ANSWER);
                 there = answer.map_or(There::Silent, There::Is);
                 continue;
             }
             Next::BringRest => {
                 // Whatever breaks: the lock is let go before the next try.
                 let unbroken = &mut |why: Option<&str>| why.is_none();
-                let brought = rest::bring(&journal.record, Wishes::default(), None, unbroken);
+                let brought = postcopy_recover::resume(
+                    &journal.record,
+                    MemoryOptions::default(),
+                    None,
+                    unbroken,
+                );
                 there = There::Is(brought.standing());
-                if !matches!(brought, rest::Brought::Stopped) {
+                if !matches!(brought, postcopy_recover::Brought::Stopped) {
                     continue;
                 }
             }
             Next::LetGo => {
-                recover::source_lets_go(journal, || ())?;
+                undo::release_source(journal, || ())?;
                 return Ok(Carried::Through);
             }
             Next::RunsOn | Next::Abandon => {
-                recover::source_runs_on(journal, &recover::Hands::Later(Some(vault)))?;
+                // It has said so.
+                let hands = undo::Hands::Later(Some(vault));
+                undo::roll_back_source(journal, &hands, Rival::Excluded)?;
                 return Ok(Carried::Through);
             }
             Next::Doubt(doubt) if doubt.passes() => {}
@@ -245,16 +278,16 @@ fn carry_through(journal: &mut Journal, vault: &Vault) -> Result<Carried> {
 }
 
 fn obey<S: AsFd + Sync>(
-    order: Order,
+    order: GuardCommand,
     record: &Record,
     vault: &Vault,
-    ears: &Ears<S>,
+    ears: &GuardSocket<S>,
 ) -> Result<()> {
     let cgroup = record.cgroup.as_ref().ok_or_else(|| anyhow!("it has no control group"))?;
     let begin = |thread| ears.introduce(thread);
     match order {
-        Order::TakeOut => connections::take_out(cgroup, &record.work, begin),
-        Order::PutBack => connections::put_back(vault, cgroup, &record.work, begin),
-        Order::Done | Order::Told | Order::Watched => Ok(()),
+        GuardCommand::TakeOut => connections::take_out(cgroup, &record.work, begin),
+        GuardCommand::PutBack => connections::put_back(vault, cgroup, &record.work, begin),
+        GuardCommand::Done | GuardCommand::Told | GuardCommand::Watched => Ok(()),
     }
 }

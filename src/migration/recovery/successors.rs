@@ -5,10 +5,14 @@
 //! descriptors that he has ([`Successor`]), the tasks' userfaultfds among them, so that no task can
 //! read zeros in the place of a page; and the [`Will`] says what is missing. One waits for the end
 //! of all who were there before it, so that one at a time goes on.
+//!
+//! No task can be kept from reading zeros when all of them are killed: the kernel closes what they have, and
+//! neither stops nor ends anybody who waits on it. So nothing that ends Ferry may end them with it: they
+//! are in another session and another control group, and no victims of the memory killer's.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -22,30 +26,33 @@ use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
 use super::decide::{self, Pages, Phase, Released, hear, pages, released};
-use super::recover;
-use super::settle::{self, Call};
+use super::undo;
+use super::verdicts::{self, Call};
 use crate::criu::interposer::carry_on;
-use crate::memory::serve::{self, Ended, Left, Served};
+use crate::memory::serve::{self, Ended, Left, Served, Stranded};
 use crate::memory::will::{Will, Word};
 use crate::migration::journal::criu;
 use crate::migration::journal::workdir::GUARD;
 use crate::migration::journal::{Journal, Record};
-use crate::migration::protocol::talk::{self, Heard, Speaker};
+use crate::migration::protocol::session::{self, FromPeer, PeerWriter};
 use crate::migration::protocol::{Message, Standing};
-use crate::migration::transfer::intake::{self, Backlog, Current, Stage, say_missing, want};
-use crate::oci::cgroup::Cgroup;
+use crate::migration::transfer::receiver::{self, Backlog, Current, Stage, send_missing, want};
+use crate::oci::cgroup::{self, Cgroup};
 use crate::sys::fault;
 use crate::sys::process::{self, is_alive};
 use crate::sys::successor::{Successor, inherited};
-use crate::tasks::mend;
+use crate::tasks::criu_rescue;
 use crate::transport::connect;
 
 /// How many wait.
 const WAITING: usize = 2;
+/// Between two tries to end a copy that does not end, at first and at most.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// How long CRIU may take for a step of its end.
 const CRIU_STEP: Duration = Duration::from_secs(60);
 
-/// See the module.
+/// The two successors of whoever serves pages, and the thread that replaces one that has died.
 #[derive(Debug)]
 pub struct PageGuards {
     will: Arc<Will>,
@@ -98,6 +105,11 @@ impl PageGuards {
         self.criu = None;
     }
 
+    /// They go on when this process ends.
+    pub fn leave(self) {
+        let _ = self.stop.into_raw_fd();
+    }
+
     /// Everything is done, or undone.
     pub fn dismiss(self) {
         drop(self.stop);
@@ -121,11 +133,14 @@ impl Row {
         while self.waiting.len() < WAITING {
             let waiting = self.waiting.iter().map(|(_, pidfd)| pidfd.as_fd());
             let before: Vec<BorrowedFd> = [self.pidfd.as_fd()].into_iter().chain(waiting).collect();
-            let pid = self.successor.start(&before)?;
+            let (pid, pidfd) = self.successor.start(&before)?;
             // Whoever runs out of memory is to find another victim. Needs CAP_SYS_RESOURCE;
             // proc_pid_oom_score_adj(5).
             let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), "-1000");
-            self.waiting.push((pid, process::pidfd_open(pid)?));
+            // Whoever ends a session or a unit ends all that is in its group at once.
+            let left = cgroup::move_to_root(pid);
+            let _ = left.inspect_err(|e| tracing::warn!("a guard stays in its group: {e:#}"));
+            self.waiting.push((pid, pidfd));
         }
         self.note()
     }
@@ -223,7 +238,7 @@ pub fn go_on(journal: &Path, will: RawFd) -> Result<()> {
             // It is CRIU's own code that may wait in them for memory, and keep it from giving up. Without
             // anybody to answer, it does.
             drop(estate);
-            return recover::destination_discards(&mut journal);
+            return undo::discard_destination(&mut journal);
         }
     }
     let _ = fault::point("successor.begin");
@@ -233,38 +248,59 @@ pub fn go_on(journal: &Path, will: RawFd) -> Result<()> {
     let stage = Stage::default();
     let filling = match Filling::start(estate, &journal.record, &stage, &tell, &mut guards) {
         Ok(filling) => filling,
-        Err(e) => {
-            tracing::error!("{e:#}");
-            return recover::destination_discards(&mut journal);
+        Err(Stranded { why, held }) => {
+            tracing::error!("{why:#}");
+            return discard(&mut journal, held);
         }
     };
     let call = tell.clone();
-    settle::take_calls(&journal.record.work, move |c| call.send(Event::Call(c)).is_ok())?;
-    let _ = fault::point("successor.serving");
-    let (speaker, served) = match filling.wait(&journal.record, &events, &stage, &tell) {
-        End::Whole(speaker, served) => (speaker, served),
-        End::Lost(held) => {
-            let done = recover::destination_discards(&mut journal);
-            // Only now: closing them lets whoever still waits read zeros.
-            drop(held);
-            return done;
+    let calls = fault::point("successor.calls").and_then(|()| {
+        verdicts::take_calls(&journal.record.work, move |c| call.send(Event::Call(c)).is_ok())
+    });
+    if let Err(e) = calls {
+        tracing::error!("nobody can be answered: {e:#}");
+        if filling.lacks {
+            // No link will bring the rest. Whoever fills it does so until it has ended.
+            return discard(&mut journal, Vec::new());
         }
+    }
+    let _ = fault::point("successor.serving");
+    let (peer, served) = match filling.wait(&journal.record, &events, &stage, &tell) {
+        End::Whole(peer, served) => (peer, served),
+        End::Lost(held) => return discard(&mut journal, held),
     };
-    recover::note_all_in(&journal.record.work);
-    let kept = recover::destination_keeps(&mut journal);
+    undo::note_all_in(&journal.record.work);
+    let kept = undo::finish_destination(&mut journal);
     if let Ok(guards) = guards {
         guards.dismiss();
     }
-    if let (Some(speaker), Ok(())) = (speaker, &kept) {
+    if let (Some(peer), Ok(())) = (peer, &kept) {
         // Else it asks.
-        let _ = speaker.say(&Message::Whole(served));
+        let _ = peer.send(&Message::MemoryComplete(served));
     }
     kept
 }
 
+/// Ends the copy, however long that takes. What is `held`, and whatever else this process has open, is
+/// closed when its tasks have ended, and not before: whoever of them waits for a page would read zeros.
+fn discard(journal: &mut Journal, held: Vec<OwnedFd>) -> Result<()> {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let done = undo::discard_destination(journal);
+        if done.is_ok() || !undo::copy_lives(&journal.record) {
+            drop(held);
+            return done;
+        }
+        let _ = done.inspect_err(|e| tracing::error!("{e:#}; trying again"));
+        // What keeps it from ending nobody tells.
+        std::thread::park_timeout(pause);
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
 enum Event {
     Call(Call),
-    Heard(Heard),
+    FromPeer(FromPeer),
     Want(i32, u64, usize),
     Pages(Ended),
     /// CRIU has come to its end.
@@ -273,7 +309,7 @@ enum Event {
 
 enum End {
     /// It runs with all of its memory; perhaps the source waits to hear of it.
-    Whole(Option<Speaker>, Served),
+    Whole(Option<PeerWriter>, Served),
     /// There is no such container, or it can never have its memory.
     Lost(Vec<OwnedFd>),
 }
@@ -284,7 +320,7 @@ struct Filling {
     lacks: bool,
     served: Option<Served>,
     running: bool,
-    link: Option<Speaker>,
+    link: Option<PeerWriter>,
 }
 
 impl Filling {
@@ -294,17 +330,16 @@ impl Filling {
         stage: &Stage,
         tell: &Sender<Event>,
         guards: &mut Result<PageGuards>,
-    ) -> Result<Filling> {
+    ) -> Result<Filling, Stranded> {
         let Estate { will, criu, staging, lazy, snapshot, uffds } = estate;
         let mut filling = Filling { lacks: false, served: None, running: false, link: None };
         if will.read(Word::Done) == 0 {
-            let none = || anyhow!("who was killed had not come far enough for anybody to go on");
-            let left = Left {
-                snapshot: File::from(snapshot.ok_or_else(none)?),
-                staging: File::from(staging.ok_or_else(none)?),
-                lazy: UnixStream::from(lazy.ok_or_else(none)?),
-                uffds,
+            let (Some(snapshot), Some(staging), Some(lazy)) = (snapshot, staging, lazy) else {
+                let why = anyhow!("who was killed had not come far enough for anybody to go on");
+                return Err(Stranded { why, held: uffds });
             };
+            let (snapshot, staging, lazy) = (snapshot.into(), staging.into(), lazy.into());
+            let left = Left { snapshot, staging, lazy, uffds };
             let (wanted, ended) = (tell.clone(), tell.clone());
             let want = move |vpid, at, pages| drop(wanted.send(Event::Want(vpid, at, pages)));
             let end = move |e| drop(ended.send(Event::Pages(e)));
@@ -314,19 +349,22 @@ impl Filling {
         } else {
             filling.served = Some(Served::default());
         }
+        // Whoever fills it has what its tasks wait on.
+        let stranded = |why: std::io::Error| Stranded { why: why.into(), held: Vec::new() };
         let (record, tell) = (record.clone(), tell.clone());
-        let release = criu.as_ref().map(OwnedFd::try_clone).transpose()?;
+        let release = criu.as_ref().map(OwnedFd::try_clone).transpose().map_err(stranded)?;
         if let (Ok(guards), Some(criu)) = (guards, criu) {
             guards.take_criu(criu);
         }
-        std::thread::Builder::new().name("release".into()).spawn(move || {
+        let work = move || {
             if let Some(criu) = release {
                 release_criu(&record, &criu);
             }
             criu::wait_for(&record.work);
             let _ = tell.send(Event::Released);
-        })?;
-        Ok(filling)
+        };
+        let begun = std::thread::Builder::new().name("release".into()).spawn(work);
+        begun.map(|_| filling).map_err(stranded)
     }
 
     fn wait(
@@ -347,12 +385,12 @@ impl Filling {
             let Ok(event) = events.recv() else { return End::Lost(Vec::new()) };
             match event {
                 Event::Released => {
-                    let alive = recover::restored_init(record).is_some_and(is_alive);
+                    let alive = undo::restored_init(record).is_some_and(is_alive);
                     if released(alive) == Released::Discard {
                         return End::Lost(Vec::new());
                     }
                     self.running = true;
-                    let opened = recover::destination_opens(record);
+                    let opened = undo::open_destination(record);
                     let _ = opened.inspect_err(|e| tracing::error!("{e:#}"));
                 }
                 Event::Pages(Ended { result: Ok(served), .. }) => self.served = Some(served),
@@ -362,11 +400,11 @@ impl Filling {
                 }
                 Event::Want(vpid, at, pages) => {
                     // The next link is told of it anew.
-                    let told = |speaker: &mut Speaker| want(speaker, vpid, at, pages).is_ok();
+                    let told = |peer: &mut PeerWriter| want(peer, vpid, at, pages).is_ok();
                     self.link = self.link.take_if(told);
                 }
-                Event::Heard(Heard::Gone(_)) => self.link = None,
-                Event::Heard(_) | Event::Call(Call::Lane(..)) => {}
+                Event::FromPeer(FromPeer::Gone(_)) => self.link = None,
+                Event::FromPeer(_) | Event::Call(Call::Channel(..)) => {}
                 Event::Call(Call::Discard(reply)) => match (self.lacks, self.served) {
                     // The operator knows that nobody will bring the rest. Whoever asks learns from the
                     // journal when everything is undone.
@@ -385,12 +423,12 @@ impl Filling {
                 }
                 Event::Call(Call::Link(input, output, held)) => {
                     let heard = tell.clone();
-                    let hear = move |h| heard.send(Event::Heard(h)).is_ok();
+                    let hear = move |h| heard.send(Event::FromPeer(h)).is_ok();
                     let taken = connect::adopt(input, output).and_then(|new| {
-                        let (speaker, reader, _) = talk::split(new);
-                        intake::listen(reader, &speaker, stage, &current, &backlog, hear)?;
-                        say_missing(&speaker, stage)?;
-                        Ok(speaker)
+                        let (peer, reader, _) = session::split(new);
+                        receiver::listen(reader, &peer, stage, &current, &backlog, hear)?;
+                        send_missing(&peer, stage)?;
+                        Ok(peer)
                     });
                     // One that hears nothing comes again.
                     let _ = taken.as_ref().inspect_err(|e| tracing::error!("a new link: {e:#}"));
@@ -406,9 +444,9 @@ impl Filling {
 fn release_criu(record: &Record, criu: &OwnedFd) {
     // The same for whatever has not been woken yet; nothing of it is heard before the fence is open.
     if let Some(cgroup) =
-        recover::restored_init(record).and_then(|(pid, _)| Cgroup::of_process(pid).ok())
+        undo::restored_init(record).and_then(|(pid, _)| Cgroup::of_process(pid).ok())
     {
-        mend::sockets(&cgroup);
+        criu_rescue::sockets(&cgroup);
     }
     // Whether it runs then can be seen.
     if let Err(e) = carry_on(criu, CRIU_STEP) {

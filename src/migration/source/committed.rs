@@ -4,19 +4,19 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 
-use super::ask::Input;
-use super::{Begun, FREEZE_LIMIT, GOODBYE_LIMIT, SETTLE_LIMIT, WHOLE_LIMIT};
+use super::negotiate::Input;
+use super::{FREEZE_LIMIT, GOODBYE_LIMIT, SETTLE_LIMIT, SourceMigration, WHOLE_LIMIT};
 use crate::migration::checkpoint::dump::Go;
 use crate::migration::journal::State;
 use crate::migration::network::hooks::Hooks;
-use crate::migration::protocol::talk::Heard;
+use crate::migration::protocol::session::FromPeer;
 use crate::migration::protocol::{Message, Standing};
 use crate::migration::recovery::decide::{Next, There, resolve};
-use crate::migration::recovery::rest::{self, Brought};
-use crate::migration::recovery::{recover, settle};
-use crate::migration::transfer::carry::Order;
-use crate::migration::transfer::lanes::Lane;
-use crate::network::host_side::Silence;
+use crate::migration::recovery::postcopy_recover::{self, Brought};
+use crate::migration::recovery::{undo, verdicts};
+use crate::migration::transfer::channels::Channel;
+use crate::migration::transfer::memory_sender::Order;
+use crate::network::host_side::ProxyArpBlock;
 use crate::problem::advice;
 use crate::report::exit::Failed;
 use crate::report::progress::Reporter;
@@ -28,7 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const ANSWER: Duration = Duration::from_secs(5);
 
 /// After the commit: the destination owns the container. There is no way back from here.
-pub(super) struct Committed(pub(super) Begun);
+pub(super) struct Committed(pub(super) SourceMigration);
 
 /// What has come of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,77 +44,70 @@ enum End {
 impl Committed {
     /// Tells the destination, learns that it runs, and clears away what is frozen here.
     pub(super) fn finish(self, reporter: &mut Reporter) -> Result<(), Failed> {
-        let mut begun = self.0;
+        let mut source = self.0;
         reporter.mark("committed");
         let _ = fault::point("source.committed");
-        begun.inputs.until(FREEZE_LIMIT);
-        let running = Committed::hand_on(&mut begun, reporter);
-        if let Some(job) = begun.dump.take() {
+        source.inputs.until(FREEZE_LIMIT);
+        let running = Committed::hand_on(&mut source, reporter);
+        if let Some(job) = source.dump.take() {
             // CRIU leaves the tasks as they are: frozen.
             let _ = job.go.send(Go::Verdict(true));
             job.join();
         }
         let end = match running {
             true => End::RunsThere,
-            false if begun.stopping => End::InDoubt(Standing::Waiting),
-            false => Committed::look_for(&mut begun, reporter),
+            false if source.stopping => End::InDoubt(Standing::Waiting),
+            false => Committed::look_for(&mut source, reporter),
         };
         if end == End::NeverRan {
+            // Whoever it is told beside everything else that it has moved is told before that it has not.
+            if let Some(e) = source.hooks.take().and_then(Hooks::switched) {
+                reporter.warning(&format!("{e}"));
+            }
             let why = anyhow!(
                 "the container was handed over, but its copy on {} ended before it ran",
-                begun.journal.record.peer
+                source.journal.record.peer
             );
-            begun.inputs.undone_there = true;
-            return Err(begun.runs_on(why, reporter));
+            source.inputs.undone_there = true;
+            return Err(source.runs_on(why, reporter));
         }
         // Where the link broke in between, an answer over another one has said so, and later.
         if end == End::RunsThere && reporter.report.frozen_ms.is_none() {
-            Committed::runs_there(&begun, reporter);
+            Committed::runs_there(&source, reporter);
         }
         if let End::InDoubt(standing) = end {
             // The guard stays, if it has something without which what is frozen here is not whole.
-            begun.closer.close();
-            let left = begun.stopping.then(|| left_to_guard(&begun, reporter));
-            begun.work.keep();
+            source.closer.close();
+            let left = source.stopping.then(|| left_to_guard(&source, reporter));
+            source.work.keep();
             if let Some(left) = left {
                 return Err(Failed::in_doubt(left));
             }
-            let id = &begun.journal.record.container;
-            let peer = &begun.journal.record.peer;
-            return Err(Failed::in_doubt(advice(
-                format!(
-                    "the container was handed over to {peer}, and {peer} does not answer that it \
-                     runs: its copy {}. What is here stays frozen and unreachable, and a process of \
-                     Ferry's goes on asking.",
-                    standing.describe(),
-                ),
-                format!(
-                    "`ferry resolve {id}` asks at once; if {peer} is gone for good, `ferry resolve \
-                     {id} --keep` lets it run on here"
-                ),
-            )));
+            let id = &source.journal.record.container;
+            let peer = &source.journal.record.peer;
+            return Err(Failed::in_doubt(in_doubt_words(id, peer, standing)));
         }
         if !running {
-            // What the keeper still writes to this link, nobody reads.
-            begun.closer.close();
+            // What the packet buffer still writes to this link, nobody reads.
+            source.closer.close();
         }
         let _ = fault::point("source.let-go");
         // In repair mode they end without a word, and nobody else has them.
-        if let Err(e) = begun.vault.empty() {
+        if let Err(e) = source.vault.empty() {
             reporter.warning(&format!("connections stay open here for a moment: {e:#}"));
         }
-        let (keeper, hooks) = (begun.keeper.take(), begun.hooks.take());
-        let ((mut packets, mut lost), mut trouble) = ((0, 0), None);
-        let speaker = &begun.speaker;
-        let done = recover::source_lets_go(&mut begun.journal, || {
+        let (packet_buffer, hooks) = (source.packet_buffer.take(), source.hooks.take());
+        let ((mut packets, mut lost), mut failures) = ((0, 0), None);
+        let peer = &source.peer;
+        let done = undo::release_source(&mut source.journal, || {
             // Until packets are led elsewhere they come here, and are sent along.
-            trouble = hooks.and_then(Hooks::switched);
-            if let Some(keeper) = keeper {
-                (packets, lost) = keeper.stop();
+            failures = hooks.and_then(Hooks::switched);
+            if let Some(packet_buffer) = packet_buffer {
+                (packets, lost) = packet_buffer.stop();
             }
             // Nothing more comes from here: the destination's end and ours need not wait for each
             // other. Without the word it would find out by itself.
-            let _ = speaker.say(&Message::Finished);
+            let _ = peer.send(&Message::Finished);
         });
         reporter.report.packets = packets;
         reporter.report.packets_lost = lost;
@@ -124,16 +117,16 @@ impl Committed {
                  again, datagrams are lost"
             ));
         }
-        if let Some(e) = trouble {
+        if let Some(e) = failures {
             reporter.warning(&format!("{e}"));
         }
         let _ = fault::point("source.finish");
-        begun.guard.dismiss();
-        let lanes: u64 = begun.lanes.iter().map(Lane::bytes).sum();
-        reporter.report.wire_bytes = begun.speaker.bytes() + lanes;
-        drop(begun.speaker);
-        begun.closer.wait(GOODBYE_LIMIT);
-        begun.work.keep();
+        source.guard.dismiss();
+        let channels: u64 = source.channels.iter().map(Channel::bytes).sum();
+        reporter.report.wire_bytes = source.peer.bytes() + channels;
+        drop(source.peer);
+        source.closer.wait(GOODBYE_LIMIT);
+        source.work.keep();
         reporter.mark("cleared away here");
         if let Err(e) = done {
             reporter
@@ -143,34 +136,34 @@ impl Committed {
     }
 
     /// The destination has said so just now.
-    fn runs_there(begun: &Begun, reporter: &mut Reporter) {
+    fn runs_there(source: &SourceMigration, reporter: &mut Reporter) {
         reporter.mark("runs there");
-        reporter.report.frozen_ms = begun.frozen_since.map(|s| s.elapsed().as_secs_f64() * 1000.0);
+        reporter.report.frozen_ms = source.frozen_since.map(|s| s.elapsed().as_secs_f64() * 1000.0);
     }
 
     /// Whether the destination has said that it runs.
-    fn hand_on(begun: &mut Begun, reporter: &mut Reporter) -> bool {
-        if let Some(Err(e)) = begun.silence.as_mut().map(Silence::begin) {
+    fn hand_on(source: &mut SourceMigration, reporter: &mut Reporter) -> bool {
+        if let Some(Err(e)) = source.silence.as_mut().map(ProxyArpBlock::begin) {
             reporter.warning(&format!("{e}"));
         }
-        if begun.speaker.say(&Message::Commit).is_err() {
+        if source.peer.send(&Message::Commit).is_err() {
             return false;
         }
-        if let Some(hooks) = &mut begun.hooks {
+        if let Some(hooks) = &mut source.hooks {
             hooks.switch();
         }
         // Whoever has nothing left does not care.
-        let _ = begun.tell_memory(Order::Serve);
+        let _ = source.tell_memory(Order::Serve);
         loop {
-            match begun.next(reporter) {
-                Ok(Input::Heard(Heard::Message(Message::Running(arrival)))) => {
-                    Committed::runs_there(begun, reporter);
+            match source.next(reporter) {
+                Ok(Input::FromPeer(FromPeer::Message(Message::Running(arrival)))) => {
+                    Committed::runs_there(source, reporter);
                     reporter.report.arrival = arrival.marks;
                     arrival.changed.into_iter().for_each(|problem| reporter.problem(problem));
                     // What is frozen here stays until the last page is in over there.
-                    begun.inputs.until(WHOLE_LIMIT);
+                    source.inputs.until(WHOLE_LIMIT);
                 }
-                Ok(Input::Heard(Heard::Message(Message::Whole(served)))) => {
+                Ok(Input::FromPeer(FromPeer::Message(Message::MemoryComplete(served)))) => {
                     reporter.mark("all of it is there");
                     reporter.report.served = Some(served);
                     return true;
@@ -178,13 +171,13 @@ impl Committed {
                 Ok(_) => {}
                 // Too late to give up. What takes longer than a moment needs nobody to stand by: the
                 // guard goes on with it.
-                Err(_) if std::mem::take(&mut begun.inputs.interrupted) => {
+                Err(_) if std::mem::take(&mut source.inputs.interrupted) => {
                     reporter.warning("the container has been handed over: finishing");
-                    begun.stopping = true;
-                    begun.inputs.user.get_or_insert(Instant::now() + PATIENCE);
-                    begun.inputs.again();
+                    source.stopping = true;
+                    source.inputs.user.get_or_insert(Instant::now() + PATIENCE);
+                    source.inputs.again();
                 }
-                Err(_) if begun.stopping => return false,
+                Err(_) if source.stopping => return false,
                 Err(e) => {
                     reporter.warning(&format!("{e:#}; looking for the destination"));
                     return false;
@@ -194,18 +187,18 @@ impl Committed {
     }
 
     /// The link broke at the worst moment: asks over new ones, and brings what is still here over them.
-    fn look_for(begun: &mut Begun, reporter: &mut Reporter) -> End {
-        let until = Instant::now() + SETTLE_LIMIT;
+    fn look_for(source: &mut SourceMigration, reporter: &mut Reporter) -> End {
+        let until = Instant::now() + fault::limit(SETTLE_LIMIT);
         let mut pause = Duration::from_millis(100);
         // Where pages are here, that is tried first, for as long as it takes.
         let lacking = There::Is(Standing::Partial);
-        let mut there = if begun.left > 0 { lacking } else { There::Unasked };
+        let mut there = if source.left > 0 { lacking } else { There::Unasked };
         let mut standing = Standing::Waiting;
         loop {
             if let There::Is(said) = there {
                 standing = said;
             }
-            let tasks = match recover::tasks(&begun.journal.record) {
+            let tasks = match undo::tasks(&source.journal.record) {
                 Ok(tasks) => tasks,
                 Err(e) => {
                     reporter.warning(&format!("{e:#}"));
@@ -216,7 +209,7 @@ impl Committed {
                 Next::LetGo => return End::RunsThere,
                 Next::RunsOn | Next::Abandon => return End::NeverRan,
                 Next::Ask(verdict) => {
-                    let answer = settle::ask(&begun.journal.record, verdict, ANSWER);
+                    let answer = verdicts::ask(&source.journal.record, verdict, ANSWER);
                     if let Err(e) = &answer
                         && Instant::now() > until
                     {
@@ -225,7 +218,7 @@ impl Committed {
                     there = answer.map_or(There::Silent, There::Is);
                     continue;
                 }
-                Next::BringRest => match Committed::bring_rest(begun, reporter) {
+                Next::BringRest => match Committed::bring_rest(source, reporter) {
                     Brought::Stopped => return End::InDoubt(Standing::Partial),
                     brought => {
                         there = There::Is(brought.standing());
@@ -239,11 +232,11 @@ impl Committed {
             // Between two tries to reach a host there is nothing to wait on but time, and a signal.
             let next = Instant::now() + pause;
             while let Ok(input) =
-                begun.inputs.queue.recv_timeout(next.saturating_duration_since(Instant::now()))
+                source.inputs.queue.recv_timeout(next.saturating_duration_since(Instant::now()))
             {
-                begun.stopping |= matches!(input, Input::Signal(_));
+                source.stopping |= matches!(input, Input::Signal(_));
             }
-            if begun.stopping {
+            if source.stopping {
                 return End::InDoubt(standing);
             }
             pause = (pause * 2).min(Duration::from_secs(5));
@@ -251,11 +244,11 @@ impl Committed {
     }
 
     /// The link broke while the destination runs and pages are here: brings them over new ones.
-    fn bring_rest(begun: &mut Begun, reporter: &mut Reporter) -> Brought {
-        begun.closer.close();
-        let (record, wishes) = (begun.journal.record.clone(), begun.memory_wishes.clone());
-        let (queue, stopping) = (&begun.inputs.queue, &mut begun.stopping);
-        let end = rest::bring(&record, wishes, None, &mut |why| {
+    fn bring_rest(source: &mut SourceMigration, reporter: &mut Reporter) -> Brought {
+        source.closer.close();
+        let (record, wishes) = (source.journal.record.clone(), source.memory_options.clone());
+        let (queue, stopping) = (&source.inputs.queue, &mut source.stopping);
+        let end = postcopy_recover::resume(&record, wishes, None, &mut |why| {
             if let Some(why) = why {
                 reporter.warning(&format!("{why}; trying again"));
             }
@@ -271,21 +264,73 @@ impl Committed {
     }
 }
 
+/// Why it is not known what has become of it, and who goes on: nobody does where nothing is to be learned.
+fn in_doubt_words(id: &str, peer: &str, standing: Standing) -> anyhow::Error {
+    if standing == Standing::Gone {
+        return advice(
+            format!(
+                "the container was handed over to {peer}, and its copy there is lost: whether it had \
+                 run before, nobody can say. What is here is whole, and stays frozen and unreachable."
+            ),
+            format!(
+                "`ferry resolve {id} --keep` lets it run on here; if it had run on {peer}, what it did \
+                 there is lost"
+            ),
+        );
+    }
+    advice(
+        format!(
+            "the container was handed over to {peer}, and {peer} does not answer that it runs: its copy \
+             {}. What is here stays frozen and unreachable, and a process of Ferry's goes on asking.",
+            standing.describe(),
+        ),
+        format!(
+            "`ferry resolve {id}` asks at once; if {peer} is gone for good, `ferry resolve {id} --keep` \
+             lets it run on here"
+        ),
+    )
+}
+
 /// What there is still to do, and who does it.
-fn left_to_guard(begun: &Begun, reporter: &Reporter) -> anyhow::Error {
-    let record = &begun.journal.record;
-    let (id, peer) = (&record.container, &record.peer);
-    let now = match reporter.report.frozen_ms {
-        Some(_) => "it runs there, and waits for memory that is still here",
-        None => "it has not been heard yet that it runs there",
+fn left_to_guard(source: &SourceMigration, reporter: &Reporter) -> anyhow::Error {
+    let record = &source.journal.record;
+    left_words(&record.container, &record.peer, reporter.report.frozen_ms.is_some())
+}
+
+fn left_words(id: &str, peer: &str, runs: bool) -> anyhow::Error {
+    let (now, gone) = if runs {
+        (
+            "it runs there, and waits for memory that is still here",
+            format!("if {peer} is gone for good, so is what it has done since"),
+        )
+    } else {
+        ("it has not been heard yet that it runs there", format!("if {peer} is gone for good"))
     };
     advice(
         format!(
             "interrupted when {id} had been handed over to {peer}: {now}. A process of Ferry's goes on \
-             with it, until {peer} has all of it"
+             with it; leave this host up until it is done"
         ),
         format!(
-            "`ferry migrations {id}` tells how it stands, and `ferry resolve {id}` waits for the end"
+            "`ferry resolve {id}` waits for the end, and `ferry migrations {id}` tells how it stands; \
+             {gone}: `ferry resolve {id} --keep` lets what is frozen here run on"
         ),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whoever interrupts it has to know what he must not do now.
+    #[test]
+    fn who_interrupts_it_is_told_what_to_do() {
+        for runs in [true, false] {
+            let words = left_words("web", "b", runs);
+            let hints = format!("{words:#} {:?}", words.downcast_ref::<crate::problem::Advice>());
+            assert!(hints.contains("leave this host up"), "{hints}");
+            assert!(hints.contains("`ferry resolve web` waits"), "{hints}");
+            assert!(hints.contains("`ferry resolve web --keep`"), "{hints}");
+        }
+    }
 }

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::ask::{Accepted, Input};
+use super::negotiate::{Accepted, Input};
 use crate::migration::protocol::Message;
-use crate::migration::protocol::talk::Heard;
+use crate::migration::protocol::session::FromPeer;
 use crate::network::Floating;
 use crate::report::forecast::{Forecast, Tree};
 
@@ -56,13 +56,13 @@ fn try_link(accepted: &mut Accepted) -> Result<f64> {
     let began = Instant::now();
     let mut sent = 0;
     while began.elapsed() < TRIAL && sent < MOST {
-        accepted.speaker.say(&Message::Ballast { text: text.clone() })?;
+        accepted.peer.send(&Message::BandwidthProbe { text: text.clone() })?;
         sent += PIECE as u64;
     }
-    accepted.speaker.say(&Message::Echo { number: 1 })?;
+    accepted.peer.send(&Message::Echo { number: 1 })?;
     while !matches!(
         accepted.inputs.next()?,
-        Input::Heard(Heard::Message(Message::Echo { number: 1 }))
+        Input::FromPeer(FromPeer::Message(Message::Echo { number: 1 }))
     ) {}
     Ok(sent as f64 / began.elapsed().as_secs_f64())
 }

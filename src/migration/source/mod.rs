@@ -2,22 +2,24 @@
 //!
 //! ```text
 //!            inspect        connect, plan       make ready, copy     freeze, dump, restore
-//!  ─────────▶ Looked ──────▶ Accepted ─────────▶ Begun ─────────────▶ Begun ──── commit ───▶ Committed
+//!  ──▶ SourceContainer ───▶ Accepted ─────────▶ SourceMigration ───────────────────── commit ───▶ Committed
 //!              │ refused       │ refused           │ any error           │ any error            │
 //!              ▼               ▼                   ▼                     ▼                      ▼
 //!            exit 3          exit 3             runs on here (1)      runs on here (1)     done (0), or
 //!                                                                                          in doubt (4)
 //! ```
 //!
-//! [`Begun`] can only end in two ways: `runs_on`, which undoes everything, or `commit`, which
+//! [`SourceMigration`] can only end in two ways: `runs_on`, which undoes everything, or `commit`, which
 //! consumes it. [`Committed`] has no way back: nothing in it can thaw the container or lift the
 //! fence, and its functions return no error that anybody could take for a reason to.
 
-pub(crate) mod ask;
 mod committed;
 pub(crate) mod forecast;
 mod frozen;
-pub(crate) mod watch;
+pub(crate) mod negotiate;
+mod prepare;
+mod rollback;
+pub(crate) mod watchdog;
 
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
@@ -25,46 +27,40 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 
-use self::ask::{Accepted, Input, Inputs, Options, ask};
 use self::committed::Committed;
-use super::checkpoint::dump::{DumpEvent, DumpJob, DumpPlan, Go, LiftedPlace};
-use super::forwarding as forward;
+use self::negotiate::{Accepted, Input, Inputs, Options, negotiate};
+use super::checkpoint::dump::{DumpEvent, DumpJob, Go, LiftedPlace};
 use super::journal::workdir::WorkDir;
 use super::journal::{self, Journal, Lock, Record, Role, State};
-use super::network::floating;
+use super::network::held_packets::PacketBuffer;
 use super::network::hooks::Hooks;
-use super::network::keeper::Keeper;
 use super::preflight::host;
-use super::preflight::inspect::Subject;
+use super::preflight::source_checks::SourceContainer;
 use super::protocol::Message;
-use super::protocol::talk::{Heard, Speaker};
+use super::protocol::session::{FromPeer, PeerWriter};
 use super::recovery::guards::SourceGuard;
-use super::recovery::{recover, settle, word};
-use super::transfer::carry::{self, Memory, MemoryEvent, Order};
-use super::transfer::early::Early;
-use super::transfer::haul::{self, Haul, HaulEvent};
-use super::transfer::lanes::Lane;
-use crate::connections::{self, Coming, Lifted, Lifting, Vault};
-use crate::criu::interposer::Interposer;
+use super::recovery::{verdicts, word};
+use super::transfer::channels::Channel;
+use super::transfer::early_images::EarlyImages;
+use super::transfer::file_sender::{self, FileEvent, FileTransfer};
+use super::transfer::memory_sender::{self, MemoryEvent, MemoryTransfer, Order};
+use crate::connections::{self, Lifted, Lifting, Vault};
+use crate::engine::papers::Made;
 use crate::files::logs::Logs;
 use crate::files::place::Placing;
-use crate::memory::rounds::Tracking;
-use crate::network::hook::About;
-use crate::network::host_side::Silence;
-use crate::network::sockets::Lookout;
-use crate::network::unread::Homes;
-use crate::network::{Capture, Hook, HostSide, Placement, Replay, fence};
-use crate::oci::cgroup::Cgroup;
+use crate::files::sockets::Renamed;
+use crate::network::host_side::ProxyArpBlock;
+use crate::network::sockets::SockDiag;
 use crate::oci::runtime::Runtime;
 use crate::problem::Problems;
 use crate::report::exit::Failed;
 use crate::report::progress::Reporter;
-use crate::sys::netns::NetNs;
-use crate::sys::{arch, fault, process};
+use crate::sys::perf::DummyEvent;
+use crate::sys::process;
+use crate::tasks::criu_rescue::TracerWatch;
 use crate::tasks::locks::Held;
-use crate::tasks::mend::Watch;
 use crate::tasks::settings::Setting;
-use crate::tasks::watched;
+use crate::tasks::sockets::SocketSettings;
 use crate::transport::connect::Closer;
 use crate::transport::frame::{Frame, Run};
 
@@ -80,6 +76,8 @@ const FILES_LIMIT: Duration = Duration::from_secs(900);
 /// How long the other side may take to end after the last word. It does so without us, too; and a bridge
 /// whose port has gone with the container may have another address now, so that nothing comes from there.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(10);
+/// How long the destination may take to undo what it has when it has been told that the container stays.
+const UNDONE_LIMIT: Duration = Duration::from_secs(2);
 /// From the resume until the last staged page is installed.
 const WHOLE_LIMIT: Duration = Duration::from_secs(600);
 /// How long a lost destination is looked for after the commit.
@@ -100,7 +98,7 @@ pub fn check(
     forecast: bool,
     reporter: &mut Reporter,
 ) -> Result<(), Failed> {
-    let mut accepted = ask(runtime, options, reporter)?;
+    let mut accepted = negotiate(runtime, options, reporter)?;
     if forecast {
         match forecast::forecast(&mut accepted, options.memory.pace.rate()) {
             Ok(forecast) => reporter.report.forecast = Some(forecast),
@@ -110,7 +108,7 @@ pub fn check(
             }
         }
     }
-    drop(accepted.speaker);
+    drop(accepted.peer);
     accepted.closer.wait(GOODBYE_LIMIT);
     Ok(())
 }
@@ -131,14 +129,14 @@ pub fn migrate(
     connections::raise_limit().map_err(Failed::refused)?;
     // Before anything is looked at: what is seen is to hold until the end.
     let lock = settle_earlier(runtime, state_dir, options).map_err(Failed::refused)?;
-    let accepted = ask(runtime, options, reporter)?;
-    let mut begun = Begun::new(accepted, lock, runtime, state_dir, options)?;
-    match begun.hand_over(reporter) {
-        Ok(()) => match begun.commit() {
+    let accepted = negotiate(runtime, options, reporter)?;
+    let mut source = SourceMigration::new(accepted, lock, runtime, state_dir, options)?;
+    match source.hand_over(reporter) {
+        Ok(()) => match source.commit() {
             Ok(committed) => committed.finish(reporter),
-            Err((begun, e)) => Err(begun.runs_on(e, reporter)),
+            Err((source, e)) => Err(source.runs_on(e, reporter)),
         },
-        Err(e) => Err(begun.runs_on(e, reporter)),
+        Err(e) => Err(source.runs_on(e, reporter)),
     }
 }
 
@@ -153,7 +151,7 @@ fn settle_earlier(
         return Err(Problems(vec![problem]).into());
     }
     let (root, container) = (runtime.root(), &options.wishes.container);
-    settle::sweep(state_dir, root, container)?;
+    verdicts::sweep(state_dir, root, container)?;
     let way = format!("to {}", options.destination);
     let lock = Lock::take(state_dir, root, container, &way)?;
     word::tell_again(state_dir, root, container, &options.destination)?;
@@ -161,7 +159,7 @@ fn settle_earlier(
 }
 
 /// What of the container's files is of no use here when it runs there. Layers may be others', too.
-fn removable(subject: &Subject) -> Vec<PathBuf> {
+fn removable(subject: &SourceContainer) -> Vec<PathBuf> {
     let load = subject.load.iter();
     let places = load.flat_map(|l| &l.roots[l.layers..]).map(|root| root.place().to_owned());
     let mut list: Vec<PathBuf> = places.collect();
@@ -175,9 +173,9 @@ fn removable(subject: &Subject) -> Vec<PathBuf> {
 }
 
 /// The migration has begun: there is a journal, and perhaps more to undo.
-struct Begun {
-    subject: Subject,
-    speaker: Speaker,
+struct SourceMigration {
+    subject: SourceContainer,
+    peer: PeerWriter,
     closer: Closer,
     inputs: Inputs,
     runtime: Runtime,
@@ -185,47 +183,59 @@ struct Begun {
     work: WorkDir,
     guard: SourceGuard,
     /// Watches over whoever works in the tasks.
-    watch: Watch,
+    watch: TracerWatch,
     dump: Option<DumpJob>,
     /// Where connections are between being taken out of the tasks and the end, whatever that is.
     vault: Arc<Vault>,
     /// Those that will be taken out, and where they are looked for.
-    lifting: Option<(Box<Lifting>, Lookout)>,
+    lifting: Option<(Box<Lifting>, SockDiag)>,
     /// Announcements of theirs to which the destination has not answered yet.
     unanswered: usize,
     lifted: LiftedPlace,
     /// Keeps this host from answering for the container, from the commit on.
-    silence: Option<Silence>,
+    silence: Option<ProxyArpBlock>,
     hooks: Option<Hooks>,
-    memory: Option<Memory>,
-    haul: Option<Haul>,
-    early: Option<Early>,
+    memory: Option<MemoryTransfer>,
+    haul: Option<FileTransfer>,
+    early: Option<EarlyImages>,
     /// The file locks that the frozen tasks hold.
     locks: Vec<Held>,
+    /// What sockets have that CRIU does not carry.
+    sockets: Vec<SocketSettings>,
+    /// Sockets whose files were renamed.
+    renamed: Vec<Renamed>,
     /// What they have set for themselves with the kernel.
     settings: Vec<Setting>,
-    memory_wishes: carry::Wishes,
+    memory_options: memory_sender::MemoryOptions,
     /// Further links for memory.
-    lanes: Vec<Lane>,
+    channels: Vec<Channel>,
+    /// It is still looked at whether the images are right.
+    unchecked: bool,
     /// Pages that stayed here for after the commit.
     left: u64,
-    keeper: Option<Keeper>,
+    packet_buffer: Option<PacketBuffer>,
     frozen_since: Option<Instant>,
+    /// Has CRIU's breakpoints cost nothing in the freeze.
+    _event: Option<DummyEvent>,
     /// No second migration of the same container meanwhile.
     _lock: Lock,
+    /// Bytes of the engine's log that have gone, and which file that is.
+    log_sent: (u64, Option<u64>),
+    /// The destination's engine has been told to make the container.
+    engaged: bool,
     /// A signal has come after the commit.
     stopping: bool,
 }
 
-impl Begun {
+impl SourceMigration {
     fn new(
         accepted: Accepted,
         lock: Lock,
         runtime: &Runtime,
         state_dir: &std::path::Path,
         options: &Options,
-    ) -> Result<Begun, Failed> {
-        let Accepted { subject, speaker, closer, inputs } = accepted;
+    ) -> Result<SourceMigration, Failed> {
+        let Accepted { subject, peer, closer, inputs } = accepted;
         let plan = &subject.plan;
         let work = WorkDir::create(&plan.migration).map_err(Failed::refused)?;
         let (version, boot) = journal::stamp();
@@ -244,6 +254,7 @@ impl Begun {
             init: process::start_time(subject.state.pid).map(|t| (subject.state.pid, t)),
             network_path: subject.network.as_ref().map(|n| n.1.clone()),
             network_identity: subject.network.as_ref().and_then(|n| n.0.identity().ok()),
+            engine: plan.engine.as_ref().map(|wanted| Made::nothing(wanted, &plan.container)),
             network_ours: true,
             leave_mark: options.leave_mark,
             placing: Placing::default(),
@@ -265,10 +276,10 @@ impl Begun {
                 return Err(Failed::from(e));
             }
         };
-        let watch = Watch::new(&subject.cgroup, &work.work());
-        Ok(Begun {
+        let watch = TracerWatch::new(&subject.cgroup, &work.work());
+        Ok(SourceMigration {
             subject,
-            speaker,
+            peer,
             closer,
             inputs,
             runtime: runtime.clone(),
@@ -287,13 +298,19 @@ impl Begun {
             haul: None,
             early: None,
             locks: Vec::new(),
+            sockets: Vec::new(),
+            renamed: Vec::new(),
             settings: Vec::new(),
-            memory_wishes: options.memory.clone(),
-            lanes: Vec::new(),
+            memory_options: options.memory.clone(),
+            channels: Vec::new(),
+            unchecked: false,
             left: 0,
-            keeper: None,
+            packet_buffer: None,
             frozen_since: None,
+            _event: DummyEvent::if_possible(),
             _lock: lock,
+            log_sent: (0, None),
+            engaged: false,
             stopping: false,
         })
     }
@@ -307,242 +324,6 @@ impl Begun {
         self.dump(reporter)?;
         self.transfer(reporter)?;
         self.await_ready(reporter)
-    }
-
-    fn prepare(&mut self, reporter: &mut Reporter) -> Result<()> {
-        fault::point("source.prepare")?;
-        self.speaker.say(&Message::Prepare)?;
-        self.inputs.until(PREPARE_LIMIT);
-        self.open_lanes()?;
-        // First, and alone: memory would only change while files go.
-        self.copy_files(reporter)?;
-        let mut joined = !self.start_forwarding()?;
-        self.prepare_hook()?;
-        self.start_dump()?;
-        let tell = self.inputs.tell.clone();
-        let told = move |event| {
-            // The hand-over may have ended already.
-            let _ = tell.send(Input::Memory(event));
-        };
-        let (wishes, cgroup) = (self.memory_wishes.clone(), &self.subject.cgroup);
-        self.memory = Some(Memory::start(cgroup, &self.speaker, &self.lanes, wishes, told)?);
-        self.send_streams(false)?;
-        let (mut prepared, mut at_freeze, mut settled) = (false, false, false);
-        while !(prepared && at_freeze && settled && joined && self.unanswered == 0) {
-            match self.next(reporter)? {
-                Input::Joined(_) => {
-                    reporter.mark("the way to forward stands");
-                    joined = true;
-                }
-                Input::Heard(Heard::Message(Message::Prepared)) => {
-                    reporter.mark("destination is ready");
-                    prepared = true;
-                    self.announce_connections()?;
-                }
-                Input::Heard(Heard::Message(Message::Awaited { lacking })) => {
-                    self.await_answer(&lacking);
-                }
-                Input::Dump(DumpEvent::AtFreeze) => at_freeze = true,
-                Input::Files(HaulEvent::Settled) => {}
-                Input::Memory(MemoryEvent::Settled(next)) => {
-                    reporter.settled(next);
-                    settled = true;
-                }
-                _ => {}
-            }
-        }
-        if self.tell_haul(haul::Order::Again) {
-            // What has changed while memory went.
-            self.inputs.until(FILES_LIMIT);
-            while !matches!(self.next(reporter)?, Input::Files(HaulEvent::Settled)) {}
-        }
-        Ok(())
-    }
-
-    /// Where files are copied: until little is left to copy, and what there is has its place.
-    fn copy_files(&mut self, reporter: &mut Reporter) -> Result<()> {
-        let Some(load) = self.subject.load.clone() else { return Ok(()) };
-        let tell = self.inputs.tell.clone();
-        let told = move |event| {
-            // The hand-over may have ended already.
-            let _ = tell.send(Input::Files(event));
-        };
-        self.inputs.until(FILES_LIMIT);
-        // What is written through an overlay, the kernel does not tell of the file system below.
-        let listen = self.memory_wishes.tracking != Tracking::Hash && load.merged.is_none();
-        let cgroup = &self.subject.cgroup;
-        let pace = &self.memory_wishes.pace;
-        self.haul = Some(Haul::start(&load, listen, cgroup, (&self.speaker, pace), told)?);
-        while !matches!(self.next(reporter)?, Input::Files(HaulEvent::Settled)) {}
-        reporter.files_settled();
-        fault::point("source.copied")?;
-        self.inputs.until(PREPARE_LIMIT);
-        self.speaker.say(&Message::Copied)
-    }
-
-    /// Where the address stays: a link from its home to the destination. Whether one is being made.
-    fn start_forwarding(&mut self) -> Result<bool> {
-        let Some((namespace, _, image)) = &self.subject.network else { return Ok(false) };
-        let wanted = forward::steps::establish(&self.journal.record, namespace, image)?;
-        if wanted {
-            let (record, tell) = (self.journal.record.clone(), self.inputs.tell.clone());
-            // The hand-over may have ended already.
-            let join = move || drop(tell.send(Input::Joined(forward::steps::join(&record))));
-            std::thread::Builder::new().name("join".into()).spawn(join)?;
-        }
-        Ok(wanted)
-    }
-
-    /// Whether there is somebody to tell.
-    fn tell_haul(&self, order: haul::Order) -> bool {
-        self.haul.as_ref().is_some_and(|haul| haul.orders.send(order).is_ok())
-    }
-
-    /// The further links that are wished for, as soon as the destination takes them.
-    fn open_lanes(&mut self) -> Result<()> {
-        if self.memory_wishes.streams < 2 {
-            return Ok(());
-        }
-        while !matches!(self.inputs.next()?, Input::Heard(Heard::Message(Message::Open))) {}
-        let destination = self.journal.record.destination.clone();
-        let destination = destination.ok_or_else(|| anyhow!("no destination is known"))?;
-        let migration = &self.subject.plan.migration;
-        for number in 1..self.memory_wishes.streams {
-            let tell = self.inputs.tell.clone();
-            let told = move |echo| tell.send(Input::Lane(number, echo)).is_ok();
-            self.lanes.push(Lane::open(&destination, migration, told)?);
-        }
-        Ok(())
-    }
-
-    /// Where the user has named a network hook.
-    fn prepare_hook(&mut self) -> Result<()> {
-        let placement = self.subject.plan.placement.parse();
-        if let (Ok(Placement::Hook(program)), Some((_, netns, image))) =
-            (placement, &self.subject.network)
-        {
-            let record = &self.journal.record;
-            let about = About {
-                role: "source",
-                migration: &record.migration,
-                container: &record.container,
-                peer: &record.peer,
-                netns,
-            };
-            self.hooks = Some(Hooks::prepare(Hook::new(&program, about, image), self.work.path())?);
-        }
-        Ok(())
-    }
-
-    fn start_dump(&mut self) -> Result<()> {
-        let (criu, _) = host::criu()?;
-        let plan = &self.subject.plan;
-        let (network, lookout) = match (&self.subject.network, &plan.floating) {
-            (Some((namespace, _, image)), _) => {
-                let both = (fence::arm(namespace)?, Capture::prepare(namespace, image)?);
-                (Some(Box::new(both)), Some(Lookout::new(namespace)?))
-            }
-            (None, Some(all)) => {
-                let (work, cgroup) = (self.work.path(), &self.subject.cgroup);
-                let (fence, capture, lookout) = floating::arm(all, &plan.migration, work, cgroup)?;
-                (Some(Box::new((fence, capture))), Some(lookout))
-            }
-            (None, None) => (None, None),
-        };
-        let side = self.subject.plan.network.as_ref();
-        if let Some(side) = side.and_then(|i| HostSide::new(i, &self.subject.plan.migration)) {
-            journal::workdir::note_host_side(self.work.path(), &side)?;
-            self.silence = Some(side.arm(&NetNs::current()?)?);
-        }
-        let plan = DumpPlan {
-            runtime: self.runtime.clone(),
-            container: self.subject.plan.container.clone(),
-            cgroup: self.subject.cgroup.clone(),
-            images: self.work.images(),
-            work: self.work.work(),
-            tmpfs: self.subject.plan.tmpfs.iter().map(|t| t.place.clone()).collect(),
-            external: self.subject.plan.streams.iter().filter_map(|s| s.external.clone()).collect(),
-            network,
-            lookout,
-            homes: match (&self.subject.network, &plan.floating) {
-                (Some((_, _, image)), _) => Homes::of(image),
-                (None, Some(all)) => all.homes(),
-                (None, None) => Homes::default(),
-            },
-            interposer: Interposer::new(self.work.path(), &criu, self.criu_namespace()?)?,
-            namespace: self.criu_namespace()?,
-            speaker: self.speaker.clone(),
-            orders: self.guard.orders.clone(),
-            watch: self.watch.clone(),
-            lifted: self.lifted.clone(),
-            vouched: watched::worth_vouching(&self.subject.cgroup.processes()?),
-        };
-        let tell = self.inputs.tell.clone();
-        self.dump = Some(DumpJob::start(plan, move |event| {
-            // The hand-over may have ended already.
-            let _ = tell.send(Input::Dump(event));
-        })?);
-        Ok(())
-    }
-
-    fn criu_namespace(&self) -> Result<Option<NetNs>> {
-        match &self.subject.network {
-            Some((namespace, _, _)) if self.subject.plan.criu_inside() => {
-                Ok(Some(namespace.try_clone()?))
-            }
-            _ => Ok(None),
-        }
-    }
-
-    /// Looks for the container's sockets, where it has a network.
-    fn lookout(&self) -> Result<Option<Lookout>> {
-        let subject = &self.subject;
-        Ok(match (&subject.network, &subject.plan.floating) {
-            (_, Some(all)) => Some(floating::lookout(all, &subject.cgroup)?),
-            (Some((namespace, ..)), None) => Some(Lookout::new(namespace)?),
-            (None, None) => None,
-        })
-    }
-
-    /// Tells the destination of the connections that we shall carry, where there are many.
-    fn announce_connections(&mut self) -> Result<()> {
-        let subject = &self.subject;
-        let namespace = subject.network.as_ref().map(|(namespace, ..)| namespace);
-        // Where it has no address nobody is connected; elsewhere nothing can be done to frozen tasks.
-        let may = namespace.is_some() || subject.plan.floating.is_some();
-        if !may || !arch::SUPPORTED || !matches!(subject.cgroup, Cgroup::V2(_)) {
-            return Ok(());
-        }
-        let lookout = self.lookout()?;
-        let mut lookout = lookout.ok_or_else(|| anyhow!("there is no network"))?;
-        let mut lifting = Lifting::new(namespace, self.vault.clone(), self.work.path())?;
-        let coming = lifting.look(&mut lookout, &subject.cgroup.processes()?)?;
-        if coming.len() < connections::MANY {
-            return Ok(());
-        }
-        self.lifting = Some((Box::new(lifting), lookout));
-        self.announce(&coming)
-    }
-
-    /// Announces those that have come since.
-    fn look_for_connections(&mut self) -> Result<()> {
-        let Some((lifting, lookout)) = &mut self.lifting else { return Ok(()) };
-        let coming = lifting.look(lookout, &self.subject.cgroup.processes()?)?;
-        self.announce(&coming)
-    }
-
-    fn announce(&mut self, coming: &[Coming]) -> Result<()> {
-        for some in coming.chunks(connections::BATCH) {
-            self.speaker.say(&Message::Connections { list: some.to_vec() })?;
-            self.unanswered += 1;
-        }
-        Ok(())
-    }
-
-    /// The destination has made ready for those of an announcement, but for these.
-    fn await_answer(&mut self, lacking: &[u32]) {
-        self.unanswered = self.unanswered.saturating_sub(1);
-        self.lifting.iter_mut().for_each(|(lifting, _)| lifting.leave(lacking));
     }
 
     fn take_lifted(&self) -> Option<Lifted> {
@@ -569,6 +350,10 @@ impl Begun {
         let order = match input {
             Input::Memory(MemoryEvent::Round(round)) => {
                 reporter.round(round);
+                if let Err(e) = self.engage() {
+                    // The link says so itself.
+                    tracing::debug!("{e:#}");
+                }
                 return None;
             }
             Input::Memory(MemoryEvent::Progress(raw, wire)) => {
@@ -577,17 +362,21 @@ impl Begun {
                 reporter.progress(raw, wire, self.subject.plan.resident_bytes);
                 return None;
             }
-            Input::Files(HaulEvent::Round(round)) => {
+            Input::Dump(DumpEvent::Checked(_)) => {
+                self.unchecked = false;
+                return Some(input);
+            }
+            Input::Files(FileEvent::Round(round)) => {
                 reporter.files_round(round);
                 return None;
             }
-            Input::Files(HaulEvent::Progress(bytes)) => {
+            Input::Files(FileEvent::Progress(bytes)) => {
                 self.inputs.again();
                 reporter.files_progress(bytes);
                 return None;
             }
-            Input::Heard(Heard::Message(Message::Applied { round })) => {
-                self.tell_haul(haul::Order::Applied(round));
+            Input::FromPeer(FromPeer::Message(Message::Applied { round })) => {
+                self.tell_haul(file_sender::Order::Applied(round));
                 return None;
             }
             Input::Memory(MemoryEvent::Done(left)) => {
@@ -600,10 +389,12 @@ impl Begun {
                 reporter.mark("last page is sent");
                 return None;
             }
-            Input::Heard(Heard::Message(Message::Echo { number })) => Order::Echoed(0, number),
-            Input::Lane(lane, Some(number)) => Order::Echoed(lane, number),
-            Input::Lane(_, None) => return None,
-            Input::Heard(Heard::Frame(Frame::Run(Run::Want, vpid, at, pages))) => {
+            Input::FromPeer(FromPeer::Message(Message::Echo { number })) => {
+                Order::Echoed(0, number)
+            }
+            Input::Channel(channel, Some(number)) => Order::Echoed(channel, number),
+            Input::Channel(_, None) => return None,
+            Input::FromPeer(FromPeer::Frame(Frame::Run(Run::Want, vpid, at, pages))) => {
                 Order::Want(vpid, at, pages)
             }
             other => return Some(other),
@@ -614,9 +405,11 @@ impl Begun {
     }
 
     /// **The commit.** When the journal has taken it the destination owns the container.
-    fn commit(mut self) -> Result<Committed, (Box<Begun>, anyhow::Error)> {
+    fn commit(mut self) -> Result<Committed, (Box<SourceMigration>, anyhow::Error)> {
         match self.journal.write(State::Committed) {
             Ok(()) => {
+                // It must get there, whatever was to be over by now.
+                self.inputs.watch.decided();
                 self.inputs.committed = true;
                 // Nobody can give it up any more.
                 self.inputs.user = None;
@@ -624,83 +417,5 @@ impl Begun {
             }
             Err(e) => Err((Box::new(self), e)),
         }
-    }
-
-    /// The way back: the container runs on here, as if nothing had happened.
-    fn runs_on(mut self, error: anyhow::Error, reporter: &mut Reporter) -> Failed {
-        let why = format!("{error:#}");
-        // A commit that the disk did not take for certain is taken back before anything else: the
-        // last line counts.
-        if self.journal.state() == State::Committed {
-            let _ = self.journal.write(State::Returning);
-        }
-        // The destination learns it while we clean up; if the link breaks, from the guard.
-        self.inputs.let_pulse_go();
-        // What is undone has limits of its own.
-        self.inputs.user = None;
-        let speaker = self.speaker.clone();
-        let told = std::thread::spawn(move || speaker.say(&Message::Abort { why }).is_ok());
-        if let Some(job) = self.dump.take() {
-            job.give_up();
-        }
-        // Nobody is at them any more when this returns.
-        drop(self.take_lifted());
-        let hands = recover::Hands::Own {
-            orders: &self.guard.orders,
-            watch: &self.watch,
-            vault: &self.vault,
-        };
-        let undone = recover::source_runs_on(&mut self.journal, &hands);
-        if let Some(keeper) = self.keeper.take() {
-            // It may be writing into a link that is stuck.
-            let patience = Instant::now() + Duration::from_millis(200);
-            while !told.is_finished() && Instant::now() < patience {
-                std::thread::park_timeout(Duration::from_millis(1));
-            }
-            if !told.is_finished() {
-                self.closer.close();
-            }
-            let subject = &self.subject;
-            let cgroup = self.journal.record.cgroup.as_ref();
-            keeper.give_back(cgroup, || match (&subject.network, &subject.plan.floating) {
-                (Some((namespace, _, image)), _) => Ok(Replay::prepare(namespace, image)?),
-                (None, Some(all)) => floating::replay_here(all, &subject.plan.migration),
-                (None, None) => Err(anyhow!("there is no network")),
-            });
-        }
-        if let Some(since) = self.frozen_since {
-            reporter.mark("runs on here");
-            reporter.report.frozen_ms = Some(since.elapsed().as_secs_f64() * 1000.0);
-        }
-        // The destination says when it has undone everything. The link may be stuck, and a writer in it;
-        // that it ends says nothing: the word may not have got there.
-        self.inputs.until(Duration::from_secs(2));
-        while !(self.inputs.gone || self.inputs.undone_there)
-            && Instant::now() < self.inputs.deadline
-        {
-            // Whatever else comes is of no interest any more.
-            let _ = self.inputs.next();
-        }
-        // It stays as long as it has something that is to be put back.
-        if self.inputs.undone_there && undone.is_ok() {
-            // Else it is told once more.
-            let _ = self.journal.note_told().inspect_err(|e| tracing::error!("{e:#}"));
-            self.guard.dismiss();
-        } else {
-            self.guard.send_word();
-        }
-        self.closer.close();
-        drop(self.memory.take());
-        self.work.keep();
-        let text = match undone {
-            Ok(()) if self.journal.record.init_lives() => {
-                error.context("the migration was given up; the container runs on here")
-            }
-            Ok(()) => error.context("the migration was given up; the container has ended here"),
-            Err(e) => error.context(format!(
-                "the migration was given up, and not everything could be undone: {e:#}"
-            )),
-        };
-        Failed::from(text)
     }
 }

@@ -1,8 +1,8 @@
 //! What goes over the link: memory, files, images.
 
-pub(crate) mod carry;
-pub(crate) mod early;
-pub(crate) mod haul;
-pub(crate) mod intake;
-pub(crate) mod lanes;
-pub(crate) mod parcels;
+pub(crate) mod channels;
+pub(crate) mod early_images;
+pub(crate) mod file_sender;
+pub(crate) mod image_files;
+pub(crate) mod memory_sender;
+pub(crate) mod receiver;

@@ -14,7 +14,7 @@
 use std::net::IpAddr;
 
 use super::Floating;
-use crate::network::fence::Armed;
+use crate::network::fence::ArmedFence;
 use crate::network::nft::{self, Batch, Expression, NewChain, Policy};
 use crate::problem::{Problem, Trying};
 use crate::sys::netlink::{Protocol, Socket};
@@ -78,7 +78,7 @@ pub(super) fn put_up(
     table: &str,
     host: &NetNs,
     closed: bool,
-) -> Result<Armed, Problem> {
+) -> Result<ArmedFence, Problem> {
     let (addresses, doors) = (floating.addresses(), floating.doors());
     install(&addresses, &doors, table, host, closed)
 }
@@ -89,7 +89,7 @@ fn install(
     table: &str,
     host: &NetNs,
     closed: bool,
-) -> Result<Armed, Problem> {
+) -> Result<ArmedFence, Problem> {
     let trying = || "cannot put up the fence round the address".to_owned();
     let mut socket = Socket::open_in(host, Protocol::Netfilter).trying(trying)?;
     let mut tables = Batch::new();
@@ -123,7 +123,7 @@ fn install(
     };
     let mut remove = Batch::new();
     FAMILIES.iter().for_each(|family| remove.delete_table(*family, table));
-    Ok(Armed {
+    Ok(ArmedFence {
         socket,
         open: flush(&[IN, DOORS, OUT]),
         close_new: close_new.prepare(),

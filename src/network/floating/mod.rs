@@ -38,7 +38,7 @@ use super::image::{Address, ifname};
 use super::read::address;
 use super::rtnl::{self, AF_INET, AF_INET6, LinkInfo, Rtnl, index_at, ip_of};
 use super::sockets;
-use super::unread::Homes;
+use super::udp_queues::UdpEndpoints;
 use crate::problem::{Problem, Trying};
 use crate::sys::netlink::Mac;
 use crate::sys::netns::NetNs;
@@ -56,7 +56,7 @@ const KERNEL: u8 = 2;
 
 /// `--move-address`: an address of this host, and the interface that it goes to on the other.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Wish {
+pub struct MoveAddress {
     /// The address.
     pub address: IpAddr,
     /// Length of its network's prefix.
@@ -65,7 +65,7 @@ pub struct Wish {
     pub interface: String,
 }
 
-impl FromStr for Wish {
+impl FromStr for MoveAddress {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -83,7 +83,7 @@ impl FromStr for Wish {
     }
 }
 
-impl fmt::Display for Wish {
+impl fmt::Display for MoveAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}@{}", self.address, self.prefix, self.interface)
     }
@@ -129,9 +129,9 @@ impl Floating {
     }
 
     /// What brings datagrams to them that wait unread on the source.
-    pub fn homes(&self) -> Homes {
+    pub fn homes(&self) -> UdpEndpoints {
         let interfaces = self.interfaces(Side::Source);
-        Homes::lent(self.moved.iter().filter_map(|moved| {
+        UdpEndpoints::lent(self.moved.iter().filter_map(|moved| {
             let at = interfaces.iter().position(|name| *name == moved.from)?;
             Some((moved.address.local, u16::try_from(at).ok()?, moved.mac?))
         }))
@@ -197,7 +197,11 @@ impl Floating {
 
 /// Finds the addresses on `host`, and looks whether they can go with the container, whose sockets
 /// are `own`. Changes nothing.
-pub fn capture(wishes: &[Wish], own: &HashSet<u32>, host: &NetNs) -> Result<Floating, Problem> {
+pub fn capture(
+    wishes: &[MoveAddress],
+    own: &HashSet<u32>,
+    host: &NetNs,
+) -> Result<Floating, Problem> {
     let trying = || "cannot read this host's network".to_owned();
     let mut socket = Rtnl::open(host).trying(trying)?;
     let links = socket.links().trying(trying)?;
@@ -214,7 +218,7 @@ pub fn capture(wishes: &[Wish], own: &HashSet<u32>, host: &NetNs) -> Result<Floa
     }
     let addresses: Vec<IpAddr> = moved.iter().map(|m| m.address.local).collect();
     sources_of_routes(&mut socket, &addresses)?;
-    let known = sockets::Lookout::new(host)?.all()?;
+    let known = sockets::SockDiag::new(host)?.all()?;
     let claims = claims::of(&known, own, &addresses)?;
     fence::usable()?;
     let floating = Floating { moved, claims };
@@ -228,7 +232,7 @@ pub fn proposals(own: &HashSet<u32>, host: &NetNs) -> Vec<String> {
         let trying = || "cannot read this host's network".to_owned();
         let mut socket = Rtnl::open(host).trying(trying)?;
         let links = socket.links().trying(trying)?;
-        let known = sockets::Lookout::new(host)?.all()?;
+        let known = sockets::SockDiag::new(host)?.all()?;
         let used: HashSet<IpAddr> = known
             .iter()
             .filter(|k| own.contains(&k.inode))
@@ -257,7 +261,7 @@ fn addresses<'a>(
     Ok(found.collect())
 }
 
-fn find(wish: &Wish, all: &[(&LinkInfo, Address)]) -> Result<Moved, Problem> {
+fn find(wish: &MoveAddress, all: &[(&LinkInfo, Address)]) -> Result<Moved, Problem> {
     let what = || format!("{} cannot move", wish.address);
     let Some((link, address)) = all.iter().find(|(_, a)| a.local == wish.address) else {
         return Err(Problem::new(what(), "this host does not have it")
@@ -316,15 +320,15 @@ mod tests {
     #[test]
     fn wishes_are_read_and_written() {
         for text in ["10.0.0.5/24@eth0", "fd00::5/64@br0", "10.0.0.5/32@eth0.7"] {
-            assert_eq!(text.parse::<Wish>().map(|w| w.to_string()), Ok(text.to_owned()));
+            assert_eq!(text.parse::<MoveAddress>().map(|w| w.to_string()), Ok(text.to_owned()));
         }
         for text in
             ["", "10.0.0.5", "10.0.0.5/24", "10.0.0.5@eth0", "10.0.0.5/33@eth0", "127.0.0.1/8@lo"]
         {
-            assert!(text.parse::<Wish>().is_err(), "{text}");
+            assert!(text.parse::<MoveAddress>().is_err(), "{text}");
         }
         for text in ["10.0.0.5/24@", "10.0.0.5/24@a/b", "ff02::1/64@eth0", "0.0.0.0/0@eth0"] {
-            assert!(text.parse::<Wish>().is_err(), "{text}");
+            assert!(text.parse::<MoveAddress>().is_err(), "{text}");
         }
     }
 

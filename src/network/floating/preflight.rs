@@ -7,7 +7,7 @@ use crate::network::image::Address;
 use crate::network::placement::asked_for;
 use crate::network::routed::same_network;
 use crate::network::rtnl::{AF_INET, AF_INET6, LinkInfo, Rtnl};
-use crate::network::sockets::{Known, Lookout};
+use crate::network::sockets::{Known, SockDiag};
 use crate::problem::{Problem, Trying};
 use crate::sys::netlink::Message;
 use crate::sys::netns::NetNs;
@@ -58,7 +58,7 @@ fn look(floating: &Floating, host: &NetNs) -> Result<Vec<Problem>, Problem> {
             (None, Some(None), None) => {}
         }
     }
-    let known = Lookout::new(host)?.all()?;
+    let known = SockDiag::new(host)?.all()?;
     problems.extend(floating.claims.iter().filter_map(|claim| taken(claim, &known)));
     Ok(problems)
 }

@@ -7,11 +7,12 @@ use serde::{Deserialize, Serialize};
 
 use super::{Floating, Moved, fence};
 use crate::network::announce::Announcer;
-use crate::network::fence::Armed;
+use crate::network::fence::ArmedFence;
 use crate::network::image::Address;
 use crate::network::restore::address_request;
-use crate::network::routed::{Lead, same_network};
+use crate::network::routed::{HostRoutes, same_network};
 use crate::network::rtnl::{self, LinkInfo, Rtnl, index_at};
+use crate::network::sockets::SockDiag;
 use crate::network::sysctl;
 use crate::problem::{Problem, Trying};
 use crate::sys::netlink::{CREATE, EXCL, Message, REPLACE, Request};
@@ -34,7 +35,7 @@ pub enum Side {
     Destination,
 }
 
-/// See the module.
+/// Floating addresses on one host, with the fence round them.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Stay {
     /// Name of the fence's tables.
@@ -53,7 +54,7 @@ impl Stay {
     }
 
     /// Puts up the open fence.
-    pub fn arm(&self, host: &NetNs) -> Result<Armed, Problem> {
+    pub fn arm(&self, host: &NetNs) -> Result<ArmedFence, Problem> {
         fence::put_up(&self.floating, &self.table, host, false)
     }
 
@@ -63,8 +64,15 @@ impl Stay {
     }
 
     /// Puts up the closed fence.
-    pub fn raise(&self, host: &NetNs) -> Result<Armed, Problem> {
+    pub fn raise(&self, host: &NetNs) -> Result<ArmedFence, Problem> {
         fence::put_up(&self.floating, &self.table, host, true)
+    }
+
+    /// Ends all connections on the addresses, of which there are none but the container's; the fence must
+    /// be closed.
+    pub fn cut(&self, host: &NetNs) -> Result<(), Problem> {
+        let addresses = self.floating.addresses();
+        SockDiag::new(host)?.cut(|known| addresses.contains(&known.flow.local.ip()))
     }
 
     /// Takes the fence away, whatever it was; it is no error if there is none.
@@ -103,7 +111,7 @@ impl Stay {
 
     /// What makes the addresses what they were on the source, ready to be done when the container is
     /// released.
-    pub fn entitle(&self, host: &NetNs) -> Result<Lead, Problem> {
+    pub fn entitle(&self, host: &NetNs) -> Result<HostRoutes, Problem> {
         let mut socket = Rtnl::open(host).trying(reading)?;
         let links = socket.links().trying(reading)?;
         let present = socket.addresses().trying(reading)?;
@@ -126,7 +134,7 @@ impl Stay {
                 requests.push((request(rtnl::DELADDR, 0, &now), what));
             }
         }
-        Ok(Lead::of(socket, requests))
+        Ok(HostRoutes::of(socket, requests))
     }
 
     /// Removes the addresses from this host; what is gone already is no error. Others of their
@@ -234,10 +242,7 @@ fn remove(socket: &mut Rtnl, host: &NetNs, on: &LinkInfo, moved: &Moved) -> Resu
             Err(e) if e.errno == Errno::EADDRNOTAVAIL => Ok(()),
             result => result.trying(trying),
         };
-        match heirs {
-            true => promoting(host, &on.name, delete)?,
-            false => delete()?,
-        }
+        if heirs { promoting(host, &on.name, delete)? } else { delete()? }
     }
     Ok(())
 }

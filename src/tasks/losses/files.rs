@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use super::{Scene, directory_in, mounts, who};
 use crate::problem::Problem;
 use crate::sys::{process, tmpfs};
-use crate::tasks::watched;
+use crate::tasks::epoll;
 
 /// How `/proc/PID/fd` shows the descriptor of a seccomp supervisor. seccomp_unotify(2)
 const SUPERVISOR: &str = "anon_inode:seccomp notify";
@@ -30,6 +30,11 @@ impl Open {
         self.inode("socket:[")
     }
 
+    /// Whether it is a pipe without a name.
+    pub(super) fn is_pipe(&self) -> bool {
+        self.inode("pipe:[").is_some()
+    }
+
     fn inode(&self, kind: &str) -> Option<u64> {
         self.target.to_str()?.strip_prefix(kind)?.strip_suffix(']')?.parse().ok()
     }
@@ -38,13 +43,13 @@ impl Open {
         (self.pid, self.number)
     }
 
-    fn path(&self) -> PathBuf {
+    pub(super) fn path(&self) -> PathBuf {
         format!("/proc/{}/fd/{}", self.pid, self.number).into()
     }
 
     /// A line of its fdinfo. proc_pid_fdinfo(5)
-    fn info(&self, name: &str) -> Option<String> {
-        let text = process::proc_text(self.pid, &format!("fdinfo/{}", self.number)).ok()?;
+    pub(super) fn info(&self, name: &str) -> Option<String> {
+        let text = process::proc_head(self.pid, &format!("fdinfo/{}", self.number)).ok()?;
         let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
         Some(line.trim().to_owned())
     }
@@ -70,6 +75,7 @@ pub fn problems(scene: Scene<'_>, open: &[Open]) -> Vec<Problem> {
     found.extend(of_a_thread(open));
     found.extend(queue(scene, open));
     found.extend(fifos_without_writer(open));
+    found.extend(packets(open));
     found.extend(escaped_targets(open));
     found
 }
@@ -180,6 +186,22 @@ fn fifos_without_writer(open: &[Open]) -> Vec<Problem> {
     alone.map(problem).collect()
 }
 
+/// Pipes that keep packets apart: CRIU knows of none, with or without anything in them. pipe(2), O_DIRECT
+fn packets(open: &[Open]) -> Option<Problem> {
+    let one = open.iter().find(|open| {
+        let flags = open.inode("pipe:[").and_then(|_| open.info("flags"));
+        let flags = flags.and_then(|flags| i32::from_str_radix(&flags, 8).ok());
+        flags.is_some_and(|flags| flags & libc::O_DIRECT != 0)
+    })?;
+    Some(
+        Problem::new(
+            "the container has a pipe that keeps packets apart (O_DIRECT)",
+            format!("{} does; CRIU cannot carry it", who(one.pid)),
+        )
+        .hint("have the program close it, or use a socket of the kind SOCK_SEQPACKET"),
+    )
+}
+
 /// Epolls that watch what the first process that has them has no descriptor of: shared over a fork.
 fn escaped_targets(open: &[Open]) -> Option<Problem> {
     let find = |open: &[Open]| -> HashMap<(i32, i32), u64> {
@@ -189,16 +211,16 @@ fn escaped_targets(open: &[Open]) -> Option<Problem> {
         }
         // Sockets and pipes alone can be told by their inodes.
         let all: HashSet<u64> = has.values().flatten().copied().collect();
-        let epolls = open.iter().filter(|open| watched::is_epoll(&open.target));
+        let epolls = open.iter().filter(|open| epoll::is_epoll(&open.target));
         let escaped = epolls.filter_map(|one| {
-            let targets = watched::targets(one.pid, one.number).ok()?;
+            let targets = epoll::targets(one.pid, one.number).ok()?;
             let own = has.get(&one.pid)?;
-            let gone = |t: &&watched::Target| all.contains(&t.inode) && !own.contains(&t.inode);
+            let gone = |t: &&epoll::Target| all.contains(&t.inode) && !own.contains(&t.inode);
             let gone = targets.iter().find(gone)?;
             // CRIU takes it where it meets it first, with the parent: after a fork for a copy of
             // memory (redis) the child is none that matters.
             let older = open.iter().filter(|other| other.pid < one.pid);
-            let mut older = older.filter(|other| watched::is_epoll(&other.target));
+            let mut older = older.filter(|other| epoll::is_epoll(&other.target));
             let same = older.any(|other| process::same_file(other.at(), one.at()).unwrap_or(false));
             (!same).then_some(((one.pid, one.number), gone.inode))
         });

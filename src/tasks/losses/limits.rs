@@ -49,6 +49,42 @@ pub fn changed(init: i32, bundle: &Bundle) -> Option<Problem> {
     })
 }
 
+/// Memory that would not find room in the container's own control group over there: KiB that its processes
+/// will have.
+pub fn too_small(init: i32, bundle: &Bundle, kib: u64) -> Option<Problem> {
+    let Ok(Cgroup::V2(path)) = Cgroup::of_process(init) else { return None };
+    let stat = fs::read_to_string(path.join("memory.stat")).unwrap_or_default();
+    let shared = stat.lines().find_map(|line| line.strip_prefix("shmem ")?.parse().ok());
+    let needed = kib.saturating_mul(1024).saturating_add(shared.unwrap_or(0));
+    let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
+    let swap = swaps.lines().count() > 1;
+    let most = most_memory(&bundle.config["linux"]["resources"]["memory"], swap)?;
+    (needed > most).then(|| {
+        Problem::new(
+            "the container's memory limit over there is less than it will have",
+            format!(
+                "config.json allows {} MiB, and {} MiB come along: what its processes share by fork \
+                 counts for each of them there, and what `update` has changed since does not count",
+                most >> 20,
+                needed >> 20
+            ),
+        )
+        .hint("a higher limit in config.json on both hosts; or fewer workers")
+    })
+}
+
+/// Bytes of memory, and of swap where hosts like this one have some, that a configuration allows, if it sets a
+/// limit.
+fn most_memory(memory: &Value, swap: bool) -> Option<u64> {
+    let bytes = |name: &str| memory[name].as_u64().filter(|bytes| *bytes > 0);
+    let limit = bytes("limit")?;
+    if !swap {
+        return Some(limit);
+    }
+    // Memory and swap together; where it is not set, there may be any amount of swap.
+    bytes("swap").map(|both| both.max(limit))
+}
+
 /// Which limits differ, of those that the configuration names.
 fn compare(resources: &Value, read: impl Fn(&str) -> Option<String>) -> Vec<String> {
     // What is not positive is no limit.
@@ -86,6 +122,17 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn swap_counts_where_there_is_any() {
+        let memory = json!({"limit": 100, "swap": 150});
+        assert_eq!(
+            (most_memory(&memory, false), most_memory(&memory, true)),
+            (Some(100), Some(150))
+        );
+        assert_eq!(most_memory(&json!({"limit": 100}), true), None);
+        assert_eq!(most_memory(&json!({"limit": -1, "swap": -1}), false), None);
+    }
 
     #[test]
     fn only_what_was_changed_is_told() {

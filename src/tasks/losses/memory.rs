@@ -3,10 +3,11 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use super::{Scene, who};
+use super::{Scene, field, limits, who};
+use crate::oci::bundle::Bundle;
 use crate::problem::Problem;
 use crate::sys::process;
-use crate::tasks::descriptors::MAX_NAMELESS;
+use crate::tasks::unsupported::MAX_NAMELESS;
 
 /// Most address space of private mappings, used or not: CRIU looks through all of it in the freeze,
 /// at some 20 ms a GiB.
@@ -15,6 +16,8 @@ const MOST: u64 = 64 << 30;
 const MUCH: u64 = 16 << 30;
 /// Milliseconds of the freeze for each GiB of it.
 const COST: u64 = 19;
+/// KiB that several processes share, from which on it is told.
+const MUCH_SHARED: u64 = 64 << 10;
 /// Not files, although the kernel gives them names of such. proc_pid_maps(5)
 const NO_FILES: [&str; 5] = ["/dev/zero", "/memfd:", "/SYSV", "/[aio]", "/anon_hugepage"];
 
@@ -29,7 +32,7 @@ struct Mapping<'a> {
 }
 
 /// Everything about mappings.
-pub fn problems(scene: Scene<'_>) -> Vec<Problem> {
+pub fn problems(scene: Scene<'_>, bundle: Option<&Bundle>) -> Vec<Problem> {
     let mut found = Vec::new();
     let (mut reserved, mut most) = (0u64, (0u64, 0));
     for &pid in scene.tasks {
@@ -42,7 +45,45 @@ pub fn problems(scene: Scene<'_>) -> Vec<Problem> {
         found.extend(nameless(pid, &maps));
     }
     found.extend(space(reserved, most));
+    let own = |pid: &i32| process::proc_text(*pid, "status").ok().map(|text| kib_of(&text));
+    let all: u64 = scene.tasks.iter().filter_map(own).sum();
+    if scene.tasks.len() > 1 {
+        let rollup = |pid: &i32| process::proc_text(*pid, "smaps_rollup").ok();
+        let shares = scene.tasks.iter().filter_map(rollup).map(|text| share(&text));
+        found.extend(shared_by_fork(all, shares.sum()));
+    }
+    found.extend(bundle.and_then(|bundle| limits::too_small(scene.init, bundle, all)));
     found
+}
+
+/// KiB of private memory that a process has. `/proc/PID/status`, proc_pid_status(5)
+fn kib_of(status: &str) -> u64 {
+    kib(status, "RssAnon") + kib(status, "VmSwap")
+}
+
+/// Its share of them: what several have counts in parts. `/proc/PID/smaps_rollup`, proc_pid_smaps(5)
+fn share(rollup: &str) -> u64 {
+    kib(rollup, "Pss_Anon") + kib(rollup, "SwapPss")
+}
+
+fn kib(text: &str, name: &str) -> u64 {
+    let kib = field(text, name).and_then(|rest| rest.strip_suffix(" kB")?.parse::<u32>().ok());
+    u64::from(kib.unwrap_or(0))
+}
+
+/// What processes share since a fork, until one writes to it (copy-on-write), is each one's own after
+/// the restore. KiB.
+fn shared_by_fork(all: u64, own: u64) -> Option<Problem> {
+    let more = all.saturating_sub(own);
+    let much = more >= MUCH_SHARED && more >= own / 10;
+    much.then(|| {
+        Problem::new(
+            "processes of the container share memory since a fork, and will not over there",
+            format!("they have {} MiB here, and will have {} MiB there", own >> 10, all >> 10),
+        )
+        .hint("see that the destination, and the container's memory limit, have room for it")
+        .warning()
+    })
 }
 
 fn parse(line: &str) -> Option<Mapping<'_>> {
@@ -165,6 +206,17 @@ mod tests {
             assert_eq!(parse(wrong).map(|m| m.name), None, "{wrong}");
         }
         assert_eq!(private(PROGRAM), (256 << 30) + 8192);
+    }
+
+    #[test]
+    fn what_is_shared_by_fork_is_told() {
+        let rollup = "0-1 ---p 0 0 0 [rollup]\nRss: 9 kB\nPss_Anon:      100 kB\nSwapPss:   3 kB\n";
+        assert_eq!((share(rollup), share("")), (103, 0));
+        assert_eq!(kib_of("VmRSS:\t 9 kB\nRssAnon:\t     150 kB\nVmSwap:\t       7 kB\n"), 157);
+        assert_eq!(shared_by_fork(100 << 10, 40 << 10), None, "it is little");
+        assert_eq!(shared_by_fork(1100 << 20, 1030 << 20), None, "it is a small part");
+        let told = shared_by_fork(300 << 10, 100 << 10).unwrap();
+        assert!(!told.fatal && told.why.contains("100 MiB here, and will have 300 MiB"), "{told}");
     }
 
     #[test]

@@ -8,9 +8,11 @@ pub mod files;
 pub mod limits;
 pub mod memory;
 pub mod mounts;
+mod outside;
 pub mod sockets;
 pub mod strangers;
 pub mod tasks;
+pub mod watches;
 
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
@@ -58,8 +60,10 @@ pub fn problems(scene: Scene<'_>, bundle: Option<&Bundle>) -> Vec<Problem> {
     found.extend(bundle.and_then(|bundle| limits::changed(scene.init, bundle)));
     let open = files::all(scene.tasks);
     found.extend(files::problems(scene, &open));
+    found.extend(outside::problems(scene, &open));
+    found.extend(watches::problem(scene, &open));
     found.extend(sockets::problems(scene, &open));
-    found.extend(memory::problems(scene));
+    found.extend(memory::problems(scene, bundle));
     found.extend(settings::problem(scene.tasks));
     let mounts = process::proc_text(scene.init, "mountinfo").unwrap_or_default();
     let bound = bundle.map(Bundle::bind_mounts).unwrap_or_default();
@@ -69,7 +73,7 @@ pub fn problems(scene: Scene<'_>, bundle: Option<&Bundle>) -> Vec<Problem> {
 }
 
 /// A process, for people.
-fn who(pid: i32) -> String {
+pub(super) fn who(pid: i32) -> String {
     let name = process::proc_text(pid, "comm").unwrap_or_default();
     format!("process {pid} ({})", name.trim_end_matches('\n').escape_debug())
 }
@@ -83,7 +87,7 @@ fn named(list: &[String]) -> String {
 }
 
 /// A directory of the container's, found without leaving its root.
-fn directory_in(root: &Path, place: &Path) -> Option<OwnedFd> {
+pub(super) fn directory_in(root: &Path, place: &Path) -> Option<OwnedFd> {
     let root = File::open(root).ok()?;
     let how = OpenHow::new()
         .flags(OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)

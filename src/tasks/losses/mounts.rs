@@ -35,7 +35,7 @@ pub fn shared(mountinfo: &str, bound: &[PathBuf]) -> Option<Problem> {
 }
 
 /// Blanks and the like are written as octal numbers there.
-fn unescape(field: &str) -> String {
+pub(super) fn unescape(field: &str) -> String {
     let mut parts = field.split('\\');
     let mut text = parts.next().unwrap_or_default().to_owned();
     for part in parts {

@@ -2,22 +2,17 @@
 //! the container's network namespace, below `/proc/PID/net`.
 
 use std::collections::HashSet;
-use std::fs;
-use std::net::{Ipv4Addr, Ipv6Addr};
-use std::os::fd::AsFd;
-use std::os::unix::fs::{DirEntryExt, FileTypeExt};
-use std::path::{Path, PathBuf};
 
 use super::files::Open;
-use super::{Scene, directory_in, named, who};
-use crate::network::unix;
+use super::{Scene, named, who};
+use crate::oci::migratable::CURE;
 use crate::problem::Problem;
-use crate::sys::{process, socket};
+use crate::sys::process;
+use crate::tasks::unix_names::{self, OtherName};
+use crate::tasks::{mptcp, sockets};
 
 /// Number of the first interface of a new namespace, its loopback.
 const LOOPBACK: u32 = 1;
-/// Names of a directory that are looked at.
-const MOST_NAMES: usize = 100_000;
 
 /// Everything about sockets.
 pub fn problems(scene: Scene<'_>, open: &[Open]) -> Vec<Problem> {
@@ -27,51 +22,42 @@ pub fn problems(scene: Scene<'_>, open: &[Open]) -> Vec<Problem> {
     let mut found = Vec::new();
     if !own.is_empty() {
         found.extend(link_local(&table("tcp6"), &own));
-        found.extend(mptcp(&table("protocols"), open));
-        found.extend(renamed(scene, &own));
+        found.extend(multipath(scene));
+        found.extend(linked(scene, &own));
     }
     if scene.own_network() {
-        found.extend(memberships(&table("igmp"), &table("igmp6")));
+        found.extend(memberships(scene));
         let interfaces = table("dev").lines().filter(|line| line.contains(':')).count();
         found.extend(packet(&table("packet"), &own, interfaces));
     }
     found
 }
 
-/// Multicast groups that are not there by themselves.
-fn memberships(igmp: &str, igmp6: &str) -> Option<Problem> {
-    let of_ipv4 = igmp.lines().filter(|line| line.starts_with('\t')).filter_map(|line| {
-        let group = u32::from_str_radix(line.split_ascii_whitespace().next()?, 16).ok()?;
-        let group = Ipv4Addr::from(group.to_ne_bytes());
-        // All hosts; all snoopers, where multicasts are routed.
-        (![Ipv4Addr::new(224, 0, 0, 1), Ipv4Addr::new(224, 0, 0, 106)].contains(&group))
-            .then(|| group.to_string())
-    });
-    let of_ipv6 = igmp6.lines().filter_map(|line| {
-        let group = u128::from_str_radix(line.split_ascii_whitespace().nth(2)?, 16).ok()?;
-        let group = Ipv6Addr::from(group);
-        (!by_itself(group)).then(|| group.to_string())
-    });
-    let mut groups: Vec<String> = of_ipv4.chain(of_ipv6).collect();
+/// Multicast groups with members that are no sockets of the container's: those go along
+/// ([`sockets`](crate::tasks::sockets)).
+fn memberships(scene: Scene<'_>) -> Option<Problem> {
+    let mut joined = sockets::joined(scene.init);
+    joined.retain(|one| !one.by_itself());
+    if joined.is_empty() {
+        return None;
+    }
+    let strange = match sockets::strange_members(scene.tasks, &joined) {
+        Ok(strange) => strange,
+        Err(e) => {
+            let what = "the container is a member of multicast groups, and nobody can say how";
+            return Some(Problem::new(what, format!("{e:#}")));
+        }
+    };
+    let mut groups: Vec<String> = strange.iter().map(|one| one.group.to_string()).collect();
     groups.sort();
     groups.dedup();
     (!groups.is_empty()).then(|| {
         Problem::new(
-            format!("the container is a member of the multicast groups {}", named(&groups)),
-            "CRIU does not carry memberships: nothing would arrive for them any more",
+            format!("others are members of multicast groups in the container's network: {}", named(&groups)),
+            "not all of their members are sockets of the container's: nothing would arrive for them any more",
         )
-        .hint("start it over there, or have it do without (mDNS, SSDP, cluster discovery …)")
+        .hint("end the program that has joined them in its network namespace")
     })
-}
-
-/// Groups that the kernel joins: of all nodes, of all routers, of the container's own addresses.
-fn by_itself(group: Ipv6Addr) -> bool {
-    match group.segments() {
-        [0xff01 | 0xff02, 0, 0, 0, 0, 0, 0, 1 | 2] => true,
-        [0xff05, 0, 0, 0, 0, 0, 0, 2] | [0xff02, 0, 0, 0, 0, 0, 0, 0x6a] => true,
-        [0xff02, 0, 0, 0, 0, 1, last, _] => last >> 8 == 0xff,
-        _ => false,
-    }
 }
 
 /// Packet sockets that are bound to an interface whose number will be another. packet(7)
@@ -123,103 +109,45 @@ fn link_local(tcp6: &str, own: &HashSet<u64>) -> Option<Problem> {
     })
 }
 
-/// MPTCP sockets, which look like TCP's from all other sides.
-fn mptcp(protocols: &str, open: &[Open]) -> Option<Problem> {
-    // Whoever has none need not look at each.
-    let some = protocols
-        .lines()
-        .filter(|line| line.starts_with("MPTCP"))
-        .any(|line| line.split_ascii_whitespace().nth(2).is_some_and(|sockets| sockets != "0"));
-    let found = some.then(|| {
-        open.iter().filter(|open| open.socket().is_some()).find(|open| {
-            let pidfd = process::pidfd_open(open.pid);
-            let duplicate = pidfd.and_then(|pidfd| process::pidfd_getfd(&pidfd, open.number));
-            duplicate.is_ok_and(|fd| socket::is_mptcp(fd.as_fd()))
-        })
-    })??;
+/// Sockets of Multipath TCP that cannot go along.
+fn multipath(scene: Scene<'_>) -> Option<Problem> {
+    let found = mptcp::sockets(scene.tasks);
+    let (pid, why) = if scene.own_network() {
+        mptcp::obstacle(scene.init, &found)?
+    } else {
+        (found.first()?.pid, "and the container has the host's network: CRIU cannot carry it")
+    };
     Some(
         Problem::new(
             "the container uses Multipath TCP",
-            format!("{} has such a socket, and CRIU cannot carry it", who(found.pid)),
+            format!("{} has such a socket: {why}", who(pid)),
         )
-        .hint(
+        .hint(format!(
             "start it with plain TCP: Go programs with GODEBUG=multipathtcp=0, others with the \
-             sysctl net.mptcp.enabled=0 in its network namespace",
-        ),
+             sysctl net.mptcp.enabled=0 in its network namespace; {CURE}"
+        )),
     )
 }
 
-/// Sockets that listen under a name which is not the one that they were bound to.
-fn renamed(scene: Scene<'_>, own: &HashSet<u64>) -> Vec<Problem> {
-    let Ok(named) = unix::named_sockets(scene.init) else {
-        return Vec::new();
+/// Sockets with several names: those that were only renamed go along ([`unix_names`]).
+fn linked(scene: Scene<'_>, own: &HashSet<u64>) -> Vec<Problem> {
+    let found = unix_names::find(scene.init, own).into_iter().filter(|one| one.taken);
+    let problem = |one: OtherName| {
+        let what = format!(
+            "the socket {} has another name, {}",
+            one.bound.display(),
+            one.current.display()
+        );
+        Problem::new(what, "CRIU makes it anew under the first one: clients would not find it")
+            .hint("have the program bind the name itself, or rename instead of link it")
     };
-    let root = format!("/proc/{}/root", scene.init);
-    let mine = named.into_iter().filter(|one| own.contains(&u64::from(one.inode)));
-    mine.filter_map(|one| {
-        let other = other_name(root.as_ref(), &one.name, one.file)?;
-        Some(
-            Problem::new(
-                format!(
-                    "the socket {} was renamed to {}, or linked",
-                    one.name.display(),
-                    other.display()
-                ),
-                "CRIU makes it anew under the name that it was bound to: clients would not find it",
-            )
-            .hint("have the program bind the name itself; such as supervisord, haproxy do not"),
-        )
-    })
-    .collect()
-}
-
-/// The name in its directory that leads to the file of a socket, where that is not the one it was
-/// bound to, or not the only one.
-fn other_name(root: &Path, name: &Path, file: u32) -> Option<PathBuf> {
-    let (above, last) = (name.parent()?, name.file_name()?);
-    let directory = directory_in(root, above)?;
-    let list = fs::read_dir(process::path_of(&directory)).ok()?;
-    list.flatten()
-        .take(MOST_NAMES)
-        .filter(|entry| entry.file_name() != last && entry.ino() as u32 == file)
-        .find(|entry| entry.file_type().is_ok_and(|kind| kind.is_socket()))
-        .map(|entry| above.join(entry.file_name()))
+    found.map(problem).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::fuzz::Target;
-
-    #[test]
-    fn only_what_the_kernel_has_not_joined_is_a_membership() {
-        let group = |ip: [u8; 4]| format!("{:08X}", u32::from_ne_bytes(ip));
-        let igmp = |ip| {
-            format!(
-                "Idx\tDevice    : Count Querier\tGroup    Users Timer\tReporter\n\
-                 1\tlo        :     1      V3\n\t\t\t\t{}     1 0:00000000\t\t0\n\
-                 2\teth0      :     1      V3\n\t\t\t\t{}     1 0:00000000\t\t0\n",
-                group([224, 0, 0, 1]),
-                group(ip)
-            )
-        };
-        let mut plain = String::new();
-        for own in [
-            "ff020000000000000000000000000001",
-            "ff010000000000000000000000000001",
-            "ff0200000000000000000001ff00000c",
-            "ff050000000000000000000000000002",
-        ] {
-            plain += &format!("2    eth0            {own}     1 00000004 0\n");
-        }
-        assert_eq!(memberships(&igmp([224, 0, 0, 1]), &plain), None);
-        let found = memberships(&igmp([239, 9, 9, 9]), &plain).unwrap();
-        assert!(found.fatal && found.what.ends_with("239.9.9.9"), "{found}");
-        let own =
-            plain + "2    eth0            ff150000000000000000000000000009     1 0000000C 0\n";
-        assert!(memberships(&igmp([224, 0, 0, 1]), &own).unwrap().what.ends_with("ff15::9"));
-        assert_eq!(memberships("\tzz\n\t\n", "\u{fffd} a\n"), None);
-    }
 
     #[test]
     fn a_packet_socket_is_bound_to_a_number() {
@@ -256,27 +184,10 @@ mod tests {
     }
 
     #[test]
-    fn a_renamed_socket_is_found() {
-        use std::os::unix::fs::MetadataExt;
-        let dir = tempfile::tempdir().unwrap();
-        let bound = dir.path().join("bound");
-        let _socket = std::os::unix::net::UnixListener::bind(&bound).unwrap();
-        let file = fs::metadata(&bound).unwrap().ino() as u32;
-        assert_eq!(other_name(Path::new("/"), &bound, file), None);
-        let other = dir.path().join("other");
-        fs::rename(&bound, &other).unwrap();
-        assert_eq!(other_name(Path::new("/"), &bound, file).as_ref(), Some(&other));
-        fs::remove_file(&other).unwrap();
-        assert_eq!(other_name(Path::new("/"), &bound, file), None, "it is simply gone");
-    }
-
-    #[test]
     fn fuzz_tables_of_sockets() {
-        let read = |name: &str| fs::read(format!("/proc/self/net/{name}")).unwrap_or_default();
-        let mut target = Target::new("tables-of-sockets").sample(
-            "Idx\tDevice    : Count Querier\tGroup\n1\tlo        :     1      V3\n\t\t\t\t010000E0     1 0:0\t\t0\n",
-        );
-        for name in ["igmp", "igmp6", "packet", "tcp6", "protocols"] {
+        let read = |name: &str| std::fs::read(format!("/proc/self/net/{name}")).unwrap_or_default();
+        let mut target = Target::new("tables-of-sockets");
+        for name in ["packet", "tcp6"] {
             let mut table = read(name);
             table.truncate(2000);
             target = target.sample(table);
@@ -285,11 +196,10 @@ mod tests {
             "   0: 000080FE000000000000000001000000:1F90 000080FE00:C350 01 0:0 0:0 0 0 0 5 1\n";
         target = target.sample(format!("head\n{line}")).sample("head\np 3 3 0003 9 1 0 0 5\n");
         let own = HashSet::from([5]);
-        target.words(&[b"MPTCP 1 1", b"\t\t\t\t"]).run(|bytes| {
+        target.words(&[b"\t\t\t\t"]).run(|bytes| {
             let text = String::from_utf8_lossy(bytes);
-            let found = memberships(&text, &text);
-            let found = found.or(packet(&text, &own, 1)).or(link_local(&text, &own));
-            found.or(mptcp(&text, &[])).map_or(Ok(()), |found| anyhow::bail!("{}", found.why))
+            let found = packet(&text, &own, 1).or(link_local(&text, &own));
+            found.map_or(Ok(()), |found| anyhow::bail!("{}", found.why))
         });
     }
 }

@@ -116,9 +116,12 @@ fn handed_over(tasks: Tasks, there: There, word: Option<Word>) -> Next {
         (Some(Word::Keep), _) if here => Next::RunsOn,
         (Some(Word::Keep), _) => Next::Abandon,
         (Some(Word::Discard), _) => Next::LetGo,
-        (None, There::Unasked) => Next::Ask(Some(Verdict::Commit)),
+        // What lacks pages that were here with the tasks is not let run without them.
+        (None, There::Unasked) => Next::Ask(here.then_some(Verdict::Commit)),
         (None, There::Silent) => Next::Doubt(Doubt::Silent),
         (None, There::Is(standing)) => match standing {
+            Standing::Ready if !here => Next::Ask(Some(Verdict::Commit)),
+            Standing::Lacking if !here => Next::Ask(Some(Verdict::Abort)),
             Standing::Running => Next::LetGo,
             Standing::Partial if here => Next::BringRest,
             Standing::Partial => Next::Doubt(Doubt::PagesLost),
@@ -233,10 +236,22 @@ mod tests {
                     assert!(committed && tasks == Tasks::Here, "{case}");
                     assert_eq!(there, There::Is(Standing::Partial), "{case}");
                 }
-                // One that has not committed only asks.
+                // One that has not committed only asks; nor does one tell that has nothing here, before it
+                // knows that there is a whole copy, or never will be one.
                 Next::Ask(verdict) => {
-                    assert_eq!(there, There::Unasked, "{case}");
-                    assert_eq!(verdict.is_some(), committed, "{case}");
+                    let here = tasks == Tasks::Here;
+                    match verdict {
+                        None => assert!(there == There::Unasked && !(committed && here), "{case}"),
+                        Some(Verdict::Commit) => {
+                            assert!(committed, "{case}");
+                            let whole = there == There::Is(Standing::Ready);
+                            assert!(if here { there == There::Unasked } else { whole }, "{case}");
+                        }
+                        Some(Verdict::Abort) => {
+                            assert!(committed && !here, "{case}");
+                            assert_eq!(there, There::Is(Standing::Lacking), "{case}");
+                        }
+                    }
                 }
                 Next::Doubt(_) => {}
             }
@@ -267,7 +282,8 @@ mod tests {
                     "{state:?} {tasks:?} {there:?}"
                 );
             }
-            assert!(!asks || there == There::Unasked);
+            let held = matches!(there, There::Is(Standing::Ready | Standing::Lacking));
+            assert!(!asks || there == There::Unasked || held && tasks != Tasks::Here);
         });
     }
 }

@@ -1,0 +1,99 @@
+//! What several of our verbs need.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::anyhow;
+
+use super::args::{Globals, Network, RemoteArgs};
+use super::destination::Destination;
+use super::runtime::{Config, Runtime as Found};
+use crate::engine::Engine;
+use crate::engine::lookup::Found as InEngines;
+use crate::oci::runtime::{Runtime, valid_id};
+use crate::report::exit::Failed;
+use crate::report::shown::{self, shown};
+use crate::transport::connect::{Destination as Reach, split_command};
+
+/// The runtime behind us.
+pub(super) fn runtime(globals: &Globals) -> Result<Runtime, Failed> {
+    let found =
+        Found::find(globals.ferry_runtime.as_deref()).map_err(|u| Failed::refused(u.error))?;
+    tracing::debug!("the runtime is {}", found.path.display());
+    Ok(Runtime::new(found.path, globals.root.clone(), globals.systemd_cgroup))
+}
+
+/// Where journals are.
+pub(super) fn state_dir() -> Result<PathBuf, Failed> {
+    Ok(Config::load().map_err(Failed::refused)?.state_dir())
+}
+
+/// How the other host is reached.
+pub(super) fn reach(destination: &Destination, remote: &RemoteArgs) -> Result<Reach, Failed> {
+    Ok(match destination {
+        Destination::Unix(path) => Reach::Unix(path.clone()),
+        Destination::Ssh { user, host, port } => Reach::Shell {
+            host: user.as_ref().map_or_else(|| host.clone(), |u| format!("{u}@{host}")),
+            port: *port,
+            rsh: split_command(remote.rsh.as_deref().unwrap_or("ssh")).map_err(Failed::usage)?,
+            remote_ferry: match &remote.remote_ferry {
+                None => "ferry".into(),
+                Some(path) => path
+                    .to_str()
+                    .ok_or_else(|| Failed::usage(anyhow!("--remote-ferry must be UTF-8")))?
+                    .to_owned(),
+            },
+        },
+    })
+}
+
+/// In the protocol's words.
+pub(super) fn placement(network: &Network) -> String {
+    match network {
+        Network::Auto => "auto".into(),
+        Network::Keep => "keep".into(),
+        Network::None => "none".into(),
+        Network::Bridge(name) => format!("bridge={name}"),
+        Network::Macvlan(name) => format!("macvlan={name}"),
+        Network::Hook(program) => format!("hook={program}"),
+    }
+}
+
+/// The bundle's place over there must not depend on where we stand.
+pub(super) fn absolute(path: Option<&Path>) -> Result<Option<PathBuf>, Failed> {
+    path.map(std::path::absolute).transpose().map_err(|e| Failed::usage(e.into()))
+}
+
+/// The runtime's ID of a container that is called as its engine calls it: `podman:web`, or `web` where
+/// only one engine knows that; and the runtime, to which that engine may give another `--root`. What is not
+/// found is looked for later, and told then.
+pub(super) fn resolved(globals: &mut Globals, asked: &str) -> Result<(String, Runtime), Failed> {
+    let own = runtime(globals)?;
+    let (engine, name) = match asked.split_once(':') {
+        Some((engine, name)) => (Engine::of_word(engine), name),
+        None => (None, asked),
+    };
+    if engine.is_none() && own.state(asked).is_ok_and(|state| state.is_some()) {
+        return Ok((asked.to_owned(), own));
+    }
+    let found = match engine {
+        Some(engine) => InEngines::of(name).only(engine),
+        None if valid_id(name.as_ref()) => InEngines::of(name),
+        None => return Ok((asked.to_owned(), own)),
+    };
+    let Some((id, root)) = found.one() else { return Ok((name.to_owned(), own)) };
+    if globals.root.is_none() {
+        globals.root = root;
+    }
+    Ok((id.to_owned(), runtime(globals)?))
+}
+
+/// A line on standard output; a reader that went away is no error.
+pub(super) fn say(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{}", shown(line));
+}
+
+/// An event on standard output.
+pub(super) fn say_json(value: &serde_json::Value) {
+    let _ = writeln!(std::io::stdout(), "{}", shown::json(value));
+}

@@ -1,0 +1,186 @@
+//! What engines have in common: how they say things, and what is to be said of them.
+
+use std::collections::BTreeMap;
+use std::net::{TcpListener, UdpSocket};
+
+use anyhow::{Result, anyhow, bail};
+use serde_json::Value;
+
+use super::Engine;
+use super::papers::{Image, Network, Port, Volume};
+use crate::problem::Problem;
+
+/// A text; an empty one if it is none.
+pub(super) fn text(value: &Value) -> &str {
+    value.as_str().unwrap_or_default()
+}
+
+/// An ID as engines show it.
+pub(super) fn short(id: &str) -> &str {
+    match id.get(..12) {
+        Some(short) if id.len() == 64 => short,
+        _ => id,
+    }
+}
+
+/// Whether something was asked for.
+pub(super) fn is_set(value: &Value) -> bool {
+    !matches!(value, Value::Null | Value::Bool(false))
+        && value.as_array().is_none_or(|list| !list.is_empty())
+        && value.as_object().is_none_or(|map| !map.is_empty())
+        && value.as_str() != Some("")
+}
+
+/// The published ports of what `inspect` says.
+pub(super) fn ports(found: &Value) -> Vec<Port> {
+    let mut ports = Vec::new();
+    for (inside, list) in found["NetworkSettings"]["Ports"].as_object().into_iter().flatten() {
+        let (inside, protocol) = inside.split_once('/').unwrap_or((inside, "tcp"));
+        let Ok(inside) = inside.parse() else { continue };
+        for one in list.as_array().into_iter().flatten() {
+            if let Ok(port) = text(&one["HostPort"]).parse() {
+                let address = match text(&one["HostIp"]) {
+                    "0.0.0.0" | "::" => String::new(),
+                    address => address.to_owned(),
+                };
+                let port = Port { address, port, inside, protocol: protocol.to_owned() };
+                // Once for each family.
+                if !ports.contains(&port) {
+                    ports.push(port);
+                }
+            }
+        }
+    }
+    ports
+}
+
+/// The volumes of what `inspect` says that can be made anew by their names; `ask` says what the engine knows
+/// of one.
+pub(super) fn volumes(
+    engine: Engine,
+    found: &Value,
+    ask: impl Fn(&str) -> Result<Option<Value>>,
+    problems: &mut Vec<Problem>,
+) -> Vec<Volume> {
+    let labels = |name: &str| -> Result<BTreeMap<String, String>> {
+        let found = ask(name)?.ok_or_else(|| anyhow!("{engine} has no volume {name}"))?;
+        let driver = text(&found["Driver"]);
+        if driver != "local" || is_set(&found["Options"]) {
+            bail!("its driver is {}, with options of its own", driver.escape_debug());
+        }
+        Ok(serde_json::from_value(found["Labels"].clone()).unwrap_or_default())
+    };
+
+    let mut volumes = Vec::new();
+    for mount in found["Mounts"].as_array().into_iter().flatten() {
+        let (kind, place) = (text(&mount["Type"]), text(&mount["Destination"]));
+        let name = text(&mount["Name"]);
+        let labels = match kind {
+            "bind" | "tmpfs" => continue,
+            "volume" if text(&mount["SubPath"]).is_empty() => labels(name),
+            _ => Err(anyhow!("it is of the kind {}", kind.escape_debug())),
+        };
+        match labels {
+            Ok(labels) => {
+                volumes.push(Volume { name: name.to_owned(), place: place.into(), labels });
+            }
+            Err(e) => problems.push(
+                Problem::new(
+                    format!("the volume at {} does not go along", place.escape_debug()),
+                    format!("{e:#}"),
+                )
+                .hint(format!("Ferry carries {engine}'s local volumes without options")),
+            ),
+        }
+    }
+    volumes
+}
+
+/// An engine binds a port that it publishes.
+pub(super) fn port_free(port: &Port, here: &str) -> Option<Problem> {
+    let address = if port.address.is_empty() { "0.0.0.0" } else { &port.address };
+    let bound = match port.protocol.as_str() {
+        "tcp" => TcpListener::bind((address, port.port)).map(drop),
+        "udp" => UdpSocket::bind((address, port.port)).map(drop),
+        _ => Ok(()),
+    };
+    let e = bound.err()?;
+    let what = format!("the port {}/{} cannot be published on {here}", port.port, port.protocol);
+    Some(Problem::new(what, e).hint(format!("see who has it: `ss -lnp sport = :{}`", port.port)))
+}
+
+/// A name that is taken here.
+pub(super) fn taken(engine: Engine, kind: &str, name: &str, here: &str) -> Problem {
+    let short = short(name);
+    let what = format!("{engine} on {here} has a {kind} {short} already");
+    let remove = match kind {
+        "container" => format!("{engine} rm"),
+        kind => format!("{engine} {kind} rm"),
+    };
+    Problem::new(what, "two of one name cannot be")
+        .hint(format!("if it is of no use any more: `{remove} {short}` on {here}"))
+}
+
+/// An image that is not here, where another one may have its name.
+pub(super) fn image(
+    engine: Engine,
+    wanted: &Image,
+    id: Option<&str>,
+    here: &str,
+) -> Option<Problem> {
+    let bare = |id: &str| id.trim_start_matches("sha256:").to_owned();
+    let name = &wanted.name;
+    let (what, why) = match id {
+        Some(id) if bare(id) == bare(&wanted.id) => return None,
+        Some(_) => (
+            format!("{engine} on {here} has another image by the name {name}"),
+            "the container was not made of that",
+        ),
+        None => (format!("{engine} on {here} has no image {name}"), "the container was made of it"),
+    };
+    Some(Problem::new(what, why).hint(format!(
+        "`{engine} pull {name}` on {here}, or `{engine} save {name} | ssh {here} {engine} load`"
+    )))
+}
+
+/// A network that is not here, or is another one.
+pub(super) fn network(
+    engine: Engine,
+    wanted: &Network,
+    found: Option<Network>,
+    here: &str,
+) -> Option<Problem> {
+    let name = &wanted.name;
+    match found {
+        Some(found) if found == *wanted => None,
+        Some(found) => Some(
+            Problem::new(
+                format!("{engine}'s network {name} on {here} is another one"),
+                format!(
+                    "{} {}, and not {} {}",
+                    found.driver,
+                    found.subnets.join(" "),
+                    wanted.driver,
+                    wanted.subnets.join(" ")
+                ),
+            )
+            .hint(
+                "the container keeps its addresses: make the network there with the same driver and \
+                 subnets",
+            ),
+        ),
+        None => {
+            let subnets: String = wanted.subnets.iter().map(|s| format!(" --subnet {s}")).collect();
+            Some(
+                Problem::new(
+                    format!("{engine} on {here} has no network {name}"),
+                    "the container is in it",
+                )
+                .hint(format!(
+                    "`{engine} network create --driver {}{subnets} {name}` on {here}",
+                    wanted.driver
+                )),
+            )
+        }
+    }
+}

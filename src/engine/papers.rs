@@ -1,0 +1,316 @@
+//! What goes from one host to the other about an engine's container, beside the container itself.
+//!
+//! [`Wanted`] is in the plan: what has to be there, so that all that is missing is told before anything
+//! is touched. [`Papers`] follow when the migration has begun: the container in the engine's own words.
+//! [`Made`] is in the journal: what there is to undo.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Write;
+use std::net::IpAddr;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Component, Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::Engine;
+use crate::oci::runtime::valid_id;
+
+/// Most volumes, networks and ports of one container.
+const MOST: usize = 256;
+/// The longest name of any of them.
+const MAX_NAME: usize = 255;
+/// Most bytes of a container in the engine's words.
+const MAX_PAPERS: usize = 1 << 20;
+
+/// What a container needs of its engine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wanted {
+    /// Which.
+    pub engine: Engine,
+    /// Its version.
+    pub version: String,
+    /// As it calls the container.
+    pub name: String,
+    /// As it calls the runtime.
+    pub runtime: String,
+    /// Where it keeps things.
+    pub store: Store,
+    /// What the container was made of.
+    pub image: Image,
+    /// Volumes that are the engine's.
+    pub volumes: Vec<Volume>,
+    /// Networks that it is in.
+    pub networks: Vec<Network>,
+    /// Addresses that it has and that cannot be asked for.
+    #[serde(default)]
+    pub given: Vec<IpAddr>,
+    /// Ports of the host that lead to it.
+    pub ports: Vec<Port>,
+    /// Mounts of the container that the engine makes itself.
+    pub own: Vec<PathBuf>,
+    /// Bytes of its log.
+    pub log: Option<u64>,
+    /// Where that is on the source.
+    #[serde(skip)]
+    pub log_path: Option<PathBuf>,
+}
+
+/// Where an engine keeps things.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Store {
+    /// Images and containers.
+    pub root: PathBuf,
+    /// What is gone with a reboot.
+    pub run: PathBuf,
+    /// Volumes.
+    pub volumes: PathBuf,
+    /// How layers are put together.
+    pub driver: String,
+}
+
+/// An image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Image {
+    /// By what is in it.
+    pub id: String,
+    /// By its name.
+    pub name: String,
+}
+
+/// A volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Volume {
+    /// Its name.
+    pub name: String,
+    /// Where the container has it.
+    pub place: PathBuf,
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// A network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Network {
+    /// Its name.
+    pub name: String,
+    /// Its kind.
+    pub driver: String,
+    /// What it has addresses of.
+    pub subnets: Vec<String>,
+}
+
+/// A published port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Port {
+    /// On which of the host's addresses; empty for all.
+    pub address: String,
+    /// On the host.
+    pub port: u16,
+    /// In the container.
+    pub inside: u16,
+    /// `tcp`, `udp`, `sctp`.
+    pub protocol: String,
+}
+
+/// A container in the words of its engine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Papers {
+    /// How it was asked for.
+    pub config: Value,
+    /// How the runtime was asked for it.
+    pub spec: Value,
+    /// Its addresses.
+    pub network: Value,
+}
+
+/// What a migration makes on the destination that is the engine's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Made {
+    /// Whose.
+    pub engine: Engine,
+    /// The container.
+    pub container: String,
+    /// As the engine calls it; empty where that was not noted.
+    #[serde(default)]
+    pub name: String,
+    /// Volumes that are to be made.
+    pub volumes: Vec<String>,
+    /// A file with the names of those that have been: somebody else may have made one of that name. And
+    /// with the container's ID here, where the engine has given it another one.
+    pub noted: PathBuf,
+    /// Where what the container has changed of its image is, until the engine has made a place for it.
+    pub upper: PathBuf,
+    /// The same for its log.
+    pub log: PathBuf,
+}
+
+/// Of an ID: what has fewer is no beginning of one.
+const FEWEST_DIGITS: usize = 4;
+/// Before the container's ID, among the names of volumes: none has a blank.
+const CONTAINER: &str = "container ";
+
+impl Made {
+    /// Notes that a volume has been made.
+    ///
+    /// # Errors
+    /// When that cannot be written.
+    pub(super) fn note_volume(&self, name: &str) -> Result<()> {
+        self.note(name)
+    }
+
+    /// Notes the container's ID here.
+    ///
+    /// # Errors
+    /// When that cannot be written.
+    pub(super) fn note_container(&self, id: &str) -> Result<()> {
+        self.note(&format!("{CONTAINER}{id}"))
+    }
+
+    fn note(&self, line: &str) -> Result<()> {
+        let what = || format!("cannot write {}", self.noted.display());
+        let mut noted = File::options();
+        let noted = noted.create(true).append(true).mode(0o600).open(&self.noted);
+        noted.and_then(|mut file| writeln!(file, "{line}")).with_context(what)
+    }
+
+    /// The volumes that have been made.
+    pub(super) fn made_volumes(&self) -> Vec<&str> {
+        let noted = fs::read_to_string(&self.noted).unwrap_or_default();
+        let made = |name: &&str| noted.lines().any(|line| line == *name);
+        self.volumes.iter().map(String::as_str).filter(made).collect()
+    }
+
+    /// The container's ID at the runtime here, where it is not the one by which the migration goes.
+    pub fn id_here(&self) -> Option<String> {
+        let noted = fs::read_to_string(&self.noted).ok()?;
+        let id = noted.lines().find_map(|line| line.strip_prefix(CONTAINER))?;
+        valid_id(id.as_ref()).then(|| id.to_owned())
+    }
+
+    /// Whether an operator means this one: by its name, with or without its engine's (`docker:web`), or by an ID
+    /// that it has here or the beginning of one.
+    pub fn is_meant_by(&self, word: &str) -> bool {
+        let (engine, word) = match word.split_once(':') {
+            Some((engine, word)) => (Engine::of_word(engine), word),
+            None => (None, word),
+        };
+        let begins = |id: &str| word.len() >= FEWEST_DIGITS && id.starts_with(word);
+        engine.is_none_or(|engine| engine == self.engine)
+            && (self.name == word && !word.is_empty()
+                || begins(&self.container)
+                || self.id_here().is_some_and(|id| begins(&id)))
+    }
+
+    /// On the source: whose it is.
+    pub fn nothing(wanted: &Wanted, container: &str) -> Made {
+        Made {
+            engine: wanted.engine,
+            container: container.to_owned(),
+            name: wanted.name.clone(),
+            volumes: Vec::new(),
+            noted: PathBuf::new(),
+            upper: PathBuf::new(),
+            log: PathBuf::new(),
+        }
+    }
+}
+
+fn plain(path: &Path) -> bool {
+    path.is_absolute() && path.components().all(|c| !matches!(c, Component::ParentDir))
+}
+
+impl Wanted {
+    /// Refuses what no honest source sends.
+    ///
+    /// # Errors
+    /// Says what is wrong.
+    pub fn validate(&self) -> Result<()> {
+        if self
+            .volumes
+            .len()
+            .max(self.networks.len())
+            .max(self.ports.len())
+            .max(self.own.len())
+            .max(self.given.len())
+            > MOST
+        {
+            bail!("an engine's container with too many parts");
+        }
+        let names = [&self.name, &self.runtime, &self.store.driver]
+            .into_iter()
+            .chain(self.volumes.iter().map(|v| &v.name))
+            .chain(self.networks.iter().map(|n| &n.name));
+        for name in names {
+            // No engine has others; and they stand on command lines.
+            if name.starts_with('-') || name.len() > MAX_NAME || !valid_id(name.as_ref()) {
+                bail!("{name:?} is no name");
+            }
+        }
+        let store = [&self.store.root, &self.store.run, &self.store.volumes];
+        let places = self.volumes.iter().map(|v| &v.place).chain(&self.own);
+        if let Some(odd) = store.into_iter().chain(places).find(|path| !plain(path)) {
+            bail!("{} is no absolute path without ..", odd.display());
+        }
+        let id = self.image.id.strip_prefix("sha256:").unwrap_or(&self.image.id);
+        if id.len() != 64 || !id.bytes().all(|b| b.is_ascii_hexdigit()) {
+            bail!("{:?} is no image's ID", self.image.id);
+        }
+        let odd =
+            |port: &&Port| !port.address.is_empty() && port.address.parse::<IpAddr>().is_err();
+        if let Some(port) = self.ports.iter().find(odd) {
+            bail!("{:?} is no address", port.address);
+        }
+        if self.image.name.starts_with('-') || self.image.name.len() > 4096 {
+            bail!("{:?} is no image's name", self.image.name);
+        }
+        Ok(())
+    }
+}
+
+impl Papers {
+    /// Refuses what is longer than any.
+    ///
+    /// # Errors
+    /// Says so.
+    pub fn validate(&self) -> Result<()> {
+        let bytes = [&self.config, &self.spec, &self.network]
+            .map(|value| serde_json::to_vec(value).map_or(usize::MAX, |text| text.len()));
+        if bytes.iter().any(|n| *n > MAX_PAPERS) {
+            bail!("an engine's description of a container that has no end");
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_container_is_meant_by_its_name_or_its_id() {
+        let dir = tempfile::tempdir().unwrap();
+        let made = Made {
+            engine: Engine::Docker,
+            container: "0123456789abcdef".into(),
+            name: "web".into(),
+            volumes: Vec::new(),
+            noted: dir.path().join("noted"),
+            upper: PathBuf::new(),
+            log: PathBuf::new(),
+        };
+        for word in ["web", "docker:web", "0123", "docker:0123456789abcdef"] {
+            assert!(made.is_meant_by(word), "{word}");
+        }
+        for word in ["", "docker:", "podman:web", "we", "012", "1234", "fedc"] {
+            assert!(!made.is_meant_by(word), "{word}");
+        }
+        // The one that docker has given it here.
+        made.note_container("fedcba9876543210").unwrap();
+        assert!(made.is_meant_by("fedc") && made.is_meant_by("0123"));
+        let nameless = Made { name: String::new(), ..made };
+        assert!(!nameless.is_meant_by("") && !nameless.is_meant_by("docker:"));
+    }
+}

@@ -1,0 +1,205 @@
+//! What podman on the source says of a container: what of it cannot go, and what has to be there.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use serde_json::Value;
+
+use super::{OWN, PODMAN};
+use crate::engine::Engine;
+use crate::engine::command::ask;
+use crate::engine::common::{self, is_set, text};
+use crate::engine::papers::{Network, Store, Volume};
+use crate::problem::Problem;
+
+/// What of a container cannot go.
+pub(super) fn refusals(found: &Value) -> Vec<Problem> {
+    let host = &found["HostConfig"];
+    let mut problems = Vec::new();
+    let mut refuse = |what: &str, why: &str, hint: &str| {
+        problems.push(Problem::new(what, why).hint(hint));
+    };
+    if is_set(&found["Pod"]) || is_set(&found["IsInfra"]) {
+        refuse(
+            "it is one of a pod",
+            "what it shares with the others would be torn apart",
+            "stop the pod, and start it there",
+        );
+    }
+    if is_set(&host["AutoRemove"]) {
+        refuse(
+            "podman removes it when it ends (--rm)",
+            "podman here would remove it as soon as it has left",
+            "run it without --rm",
+        );
+    }
+    if is_set(&found["Config"]["Tty"]) {
+        refuse(
+            "it has a terminal",
+            "podman there would have to take it over",
+            "run it without --tty",
+        );
+    }
+    if is_set(&found["Rootfs"]) {
+        refuse(
+            "it has no image",
+            "its root file system is a directory of this host",
+            "make an image of it",
+        );
+    }
+    if is_set(&found["Dependencies"]) {
+        refuse(
+            "it depends on other containers",
+            "these would stay here",
+            "start it without --requires and container: namespaces",
+        );
+    }
+    for (what, mode) in [
+        ("network", &host["NetworkMode"]),
+        ("pid", &host["PidMode"]),
+        ("ipc", &host["IpcMode"]),
+        ("uts", &host["UTSMode"]),
+        ("cgroup", &host["CgroupMode"]),
+    ] {
+        if text(mode).contains(':') {
+            refuse(
+                &format!("its {what} namespace is {}", text(mode)),
+                "what it shares would be torn apart",
+                "give it one of its own",
+            );
+        }
+    }
+    if !matches!(text(&host["NetworkMode"]), "bridge" | "host" | "none") {
+        refuse(
+            &format!("its network is {}", text(&host["NetworkMode"])),
+            "Ferry knows bridge, macvlan, host and none",
+            "use one of these",
+        );
+    }
+    if is_set(&host["UsernsMode"]) || is_set(&host["IDMappings"]) {
+        refuse(
+            "it has a user namespace",
+            "Ferry does not carry that together with podman yet",
+            "run it without --userns",
+        );
+    }
+    if let Some(unit) = found["Config"]["Labels"]["PODMAN_SYSTEMD_UNIT"].as_str() {
+        refuse(
+            &format!("the unit {} owns it", unit.escape_debug()),
+            "systemd here would start another one when it has left, as its ID is not the same then",
+            "stop and disable the unit; podman starts the container by itself afterwards",
+        );
+    }
+    match text(&host["LogConfig"]["Type"]) {
+        "k8s-file" | "json-file" | "none" => {}
+        other => refuse(
+            &format!("its log goes to {}", other.escape_debug()),
+            "Ferry carries logs in files only",
+            "run it with --log-driver k8s-file",
+        ),
+    }
+    problems
+}
+
+/// Mounts of the container that podman makes itself.
+pub(super) fn own(
+    id: &str,
+    store: &Store,
+    config: &Value,
+    problems: &mut Vec<Problem>,
+) -> Vec<PathBuf> {
+    let container = format!("{}-containers", store.driver);
+    let below = [&store.root, &store.run].map(|base| base.join(&container).join(id));
+    let mut own = Vec::new();
+    for mount in config["mounts"].as_array().into_iter().flatten() {
+        let (source, place) = (Path::new(text(&mount["source"])), text(&mount["destination"]));
+        if below.iter().any(|base| source.starts_with(base)) {
+            if !OWN.contains(&place) {
+                problems.push(
+                    Problem::new(
+                        format!("podman makes {} in the container", place.escape_debug()),
+                        "Ferry does not carry that together with podman yet (secrets, a passwd file …)",
+                    )
+                    .hint("run it without that"),
+                );
+            }
+            own.push(place.into());
+        }
+    }
+    own
+}
+
+pub(super) fn networks(found: &Value, problems: &mut Vec<Problem>) -> Vec<Network> {
+    if text(&found["HostConfig"]["NetworkMode"]) != "bridge" {
+        return Vec::new();
+    }
+    let names = found["NetworkSettings"]["Networks"].as_object().into_iter().flat_map(|n| n.keys());
+    let mut networks = Vec::new();
+    for name in names {
+        match network(name) {
+            Ok(Some(network)) => networks.push(network),
+            Ok(None) => problems.push(Problem::new(
+                format!("podman has no network {} any more", name.escape_debug()),
+                "it was removed",
+            )),
+            Err(e) => {
+                problems.push(Problem::new("podman does not tell of a network", format!("{e:#}")))
+            }
+        }
+    }
+    networks
+}
+
+pub(super) fn network(name: &str) -> Result<Option<Network>> {
+    let Some(found) = ask(PODMAN, &["network", "inspect", name])? else { return Ok(None) };
+    let subnets = found["subnets"].as_array().into_iter().flatten();
+    Ok(Some(Network {
+        name: name.to_owned(),
+        driver: text(&found["driver"]).to_owned(),
+        subnets: subnets.map(|subnet| text(&subnet["subnet"]).to_owned()).collect(),
+    }))
+}
+
+pub(super) fn volumes(found: &Value, problems: &mut Vec<Problem>) -> Vec<Volume> {
+    common::volumes(
+        Engine::Podman,
+        found,
+        |name| ask(PODMAN, &["volume", "inspect", name]),
+        problems,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_cannot_go_is_refused() {
+        let plain = json!({
+            "Config": { "Tty": false, "Labels": {} }, "Pod": "", "IsInfra": false, "Dependencies": [],
+            "HostConfig": {
+                "NetworkMode": "bridge", "PidMode": "private", "IpcMode": "shareable", "UTSMode": "private",
+                "CgroupMode": "private", "UsernsMode": "", "AutoRemove": false,
+                "LogConfig": { "Type": "k8s-file" },
+            },
+        });
+        assert!(refusals(&plain).is_empty(), "{:?}", refusals(&plain));
+        for (pointer, value) in [
+            ("/HostConfig/AutoRemove", json!(true)),
+            ("/Config/Tty", json!(true)),
+            ("/Pod", json!("p")),
+            ("/HostConfig/PidMode", json!("container:abc")),
+            ("/HostConfig/NetworkMode", json!("pasta")),
+            ("/HostConfig/UsernsMode", json!("auto")),
+            ("/HostConfig/LogConfig/Type", json!("journald")),
+            ("/Dependencies", json!(["x"])),
+            ("/Config/Labels", json!({ "PODMAN_SYSTEMD_UNIT": "web.service" })),
+        ] {
+            let mut odd = plain.clone();
+            *odd.pointer_mut(pointer).unwrap() = value;
+            assert_eq!(refusals(&odd).len(), 1, "{pointer}");
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! What is in a container's way on the destination, or missing there.
+
+use anyhow::{Result, anyhow};
+
+use super::found::network;
+use super::{PODMAN, SET_UP, info, is_ferry, store};
+use crate::engine::Engine;
+use crate::engine::command::{LIMIT, ask, run};
+use crate::engine::common::{self, text};
+use crate::engine::papers::{Image, Network, Wanted};
+use crate::problem::Problem;
+use crate::sys::host;
+
+pub(super) fn problems(id: &str, wanted: &Wanted) -> Vec<Problem> {
+    let here = host::name();
+    let info = match info() {
+        Ok(info) => info,
+        Err(e) => {
+            let what = format!("podman does not work on {here}");
+            return vec![Problem::new(what, format!("{e:#}")).hint("install podman there")];
+        }
+    };
+    let mut problems = Vec::new();
+    let version = text(&info["version"]["Version"]);
+    if minor(version) != minor(&wanted.version) {
+        problems.push(
+            Problem::new(
+                "podman is not the same version on both hosts",
+                format!(
+                    "{} there, {version} on {here}: how it describes a container may differ",
+                    wanted.version
+                ),
+            )
+            .hint("install the same version on both"),
+        );
+    }
+    if store(&info) != wanted.store {
+        problems.push(
+            Problem::new(
+                format!("podman keeps its storage elsewhere on {here}"),
+                format!(
+                    "in {} by {}, and not in {} by {}",
+                    store(&info).root.display(),
+                    store(&info).driver,
+                    wanted.store.root.display(),
+                    wanted.store.driver
+                ),
+            )
+            .hint("set graphroot, runroot and driver alike in /etc/containers/storage.conf"),
+        );
+    }
+    if !is_ferry(&info, &wanted.runtime) {
+        let runtime = text(&info["host"]["ociRuntime"]["name"]);
+        problems.push(
+            Problem::new(
+                format!(
+                    "podman's runtime on {here} is {runtime}, and not ferry under the name {}",
+                    wanted.runtime
+                ),
+                "the container could not be handed to podman",
+            )
+            .hint(SET_UP),
+        );
+    }
+    // Each is a program that takes its tenth of a second.
+    let answers: Vec<Result<Option<Problem>>> = std::thread::scope(|scope| {
+        let here = here.as_str();
+        let mut asked = vec![
+            scope.spawn(|| taken("container", &wanted.name, here)),
+            scope.spawn(|| taken("container", id, here)),
+            scope.spawn(|| image(&wanted.image, here)),
+        ];
+        asked.extend(wanted.volumes.iter().map(|v| scope.spawn(|| taken("volume", &v.name, here))));
+        asked.extend(wanted.networks.iter().map(|n| scope.spawn(|| network_there(n, here))));
+        let died = |_| Err(anyhow!("a question to it died"));
+        asked.into_iter().map(|one| one.join().unwrap_or_else(died)).collect()
+    });
+    for answer in answers {
+        problems.extend(answer.unwrap_or_else(|e| {
+            Some(Problem::new(format!("podman does not work on {here}"), format!("{e:#}")))
+        }));
+    }
+    problems.extend(wanted.ports.iter().filter_map(|port| common::port_free(port, &here)));
+    problems.dedup();
+    problems
+}
+
+/// A name that is taken here.
+fn taken(kind: &str, name: &str, here: &str) -> Result<Option<Problem>> {
+    let there = run(PODMAN, &[kind, "exists", name], LIMIT)?.success;
+    Ok(there.then(|| common::taken(Engine::Podman, kind, name, here)))
+}
+
+fn image(image: &Image, here: &str) -> Result<Option<Problem>> {
+    let found = ask(PODMAN, &["image", "inspect", &image.name])?;
+    let id = found.as_ref().map(|found| text(&found["Id"]));
+    Ok(common::image(Engine::Podman, image, id, here))
+}
+
+fn network_there(wanted: &Network, here: &str) -> Result<Option<Problem>> {
+    Ok(common::network(Engine::Podman, wanted, network(&wanted.name)?, here))
+}
+
+/// The first two numbers of a version.
+fn minor(version: &str) -> Vec<&str> {
+    version.split('.').take(2).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_compared_by_two_numbers() {
+        assert_eq!(minor("5.8.6"), minor("5.8.1"));
+        assert_ne!(minor("5.8.6"), minor("5.7.6"));
+    }
+}

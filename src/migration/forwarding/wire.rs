@@ -1,0 +1,106 @@
+//! What frames go in and out by at home: the kept network, or, where only connections stay, what this host's
+//! address translation was for them.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+
+use super::{Home, NETWORK, write};
+use crate::network::published::Translation;
+use crate::network::{Frame, forward, published};
+use crate::sys::netns::NetNs;
+
+/// In a forwarding's directory: the connections that are open.
+const OPEN: &str = "open.json";
+
+/// See the module.
+pub(super) enum Wire {
+    Kept(forward::Wire),
+    Published(Arc<published::home::Home>, PathBuf),
+}
+
+/// Hears what comes in.
+pub(super) enum Ear {
+    Kept(forward::Ear),
+    Published(Arc<published::home::Home>),
+}
+
+impl Wire {
+    /// Opens it; nothing is heard yet.
+    pub(super) fn open(directory: &Path, home: &Home) -> Result<Wire> {
+        if let Some(known) = &home.published {
+            let opened = published::home::Home::open(&home.id, known.clone())?;
+            return Ok(Wire::Published(Arc::new(opened), directory.to_owned()));
+        }
+        let namespace = NetNs::open(&directory.join(NETWORK)).context("the kept network")?;
+        Ok(Wire::Kept(forward::Wire::open(namespace, &home.links)?))
+    }
+
+    /// Begins to hear what comes in.
+    pub(super) fn listen(&self) -> Result<Ear> {
+        let (home, directory) = match self {
+            Wire::Kept(wire) => return Ok(Ear::Kept(wire.listen()?)),
+            Wire::Published(home, directory) => (home, directory),
+        };
+        // After a new start; by then the engine has taken down what this host knew.
+        let noted = std::fs::read(directory.join(OPEN)).ok();
+        let noted = noted.and_then(|text| serde_json::from_slice::<Vec<Translation>>(&text).ok());
+        let open = match noted {
+            Some(noted) => noted,
+            None => {
+                let open = home.look()?;
+                write(directory, OPEN, &open)?;
+                open
+            }
+        };
+        home.lead_here(&open)?;
+        Ok(Ear::Published(home.clone()))
+    }
+
+    /// Whether a frame can be nobody's but the container's.
+    pub(super) fn is_containers(&self, frame: &Frame) -> bool {
+        match self {
+            Wire::Kept(_) => true,
+            Wire::Published(home, _) => home.is_containers(frame),
+        }
+    }
+
+    /// Sends a frame of the container's.
+    pub(super) fn send(&self, frame: &Frame) -> io::Result<()> {
+        match self {
+            Wire::Kept(wire) => wire.send(frame),
+            Wire::Published(home, _) => home.send(frame),
+        }
+    }
+
+    /// What has to be done now and then.
+    pub(super) fn tend(&self) {
+        if let Wire::Published(home, directory) = self
+            && let Some(open) = home.tend()
+            && let Err(e) = write(directory, OPEN, &open)
+        {
+            tracing::warn!("{e:#}");
+        }
+    }
+}
+
+impl Ear {
+    pub(super) fn read(&self, buffer: &mut [u8], frames: &mut Vec<Frame>) -> io::Result<()> {
+        match self {
+            Ear::Kept(ear) => ear.read(buffer, frames),
+            Ear::Published(home) => home.read(buffer, frames),
+        }
+    }
+}
+
+impl AsFd for Ear {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Ear::Kept(ear) => ear.as_fd(),
+            Ear::Published(home) => home.as_fd(),
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! Making ready while the container runs: both sides, its files, its memory, the dump up to the freeze.
+
+use anyhow::{Result, anyhow};
+
+use super::negotiate::Input;
+use super::{FILES_LIMIT, PREPARE_LIMIT, SourceMigration};
+use crate::connections::{self, Coming, Lifting};
+use crate::criu::hidden;
+use crate::criu::interposer::Interposer;
+use crate::engine::handover;
+use crate::files::tmpfs::Tmpfs;
+use crate::memory::rounds::Tracking;
+use crate::migration::checkpoint::dump::{DumpEvent, DumpJob, DumpPlan};
+use crate::migration::forwarding as forward;
+use crate::migration::journal;
+use crate::migration::network::floating_address;
+use crate::migration::network::hooks::Hooks;
+use crate::migration::preflight::host;
+use crate::migration::protocol::Message;
+use crate::migration::protocol::session::FromPeer;
+use crate::migration::transfer::channels::Channel;
+use crate::migration::transfer::file_sender::{self, FileEvent, FileTransfer};
+use crate::migration::transfer::memory_sender::{MemoryEvent, MemoryTransfer, Order};
+use crate::network::hook::About;
+use crate::network::sockets::SockDiag;
+use crate::network::udp_queues::UdpEndpoints;
+use crate::network::{Capture, Hook, HostSide, Placement, fence};
+use crate::oci::cgroup::Cgroup;
+use crate::report::progress::Reporter;
+use crate::sys::netns::NetNs;
+use crate::sys::{arch, fault, mntns};
+use crate::tasks::epoll;
+use crate::tasks::losses::{self, Scene, watches};
+
+impl SourceMigration {
+    pub(super) fn prepare(&mut self, reporter: &mut Reporter) -> Result<()> {
+        fault::point("source.prepare")?;
+        self.peer.send(&Message::Prepare)?;
+        self.inputs.until(PREPARE_LIMIT);
+        self.open_channels()?;
+        self.send_papers()?;
+        // First, and alone: memory would only change while files go.
+        self.copy_files(reporter)?;
+        let mut joined = !self.start_forwarding()?;
+        self.prepare_hook()?;
+        self.start_dump()?;
+        let tell = self.inputs.tell.clone();
+        let told = move |event| {
+            // The hand-over may have ended already.
+            let _ = tell.send(Input::Memory(event));
+        };
+        let (wishes, cgroup) = (self.memory_options.clone(), &self.subject.cgroup);
+        self.memory =
+            Some(MemoryTransfer::start(cgroup, &self.peer, &self.channels, wishes, told)?);
+        self.send_streams(false)?;
+        let (mut prepared, mut at_freeze, mut settled, mut early) = (false, false, false, false);
+        while !(prepared && at_freeze && settled && joined && self.unanswered == 0) {
+            match self.next(reporter)? {
+                Input::Joined(_) => {
+                    reporter.mark("the way to forward stands");
+                    joined = true;
+                }
+                Input::FromPeer(FromPeer::Message(Message::Prepared)) => {
+                    reporter.mark("destination is ready");
+                    prepared = true;
+                    self.announce_connections()?;
+                }
+                Input::FromPeer(FromPeer::Message(Message::Awaited { lacking })) => {
+                    self.await_answer(&lacking)?;
+                }
+                Input::Dump(DumpEvent::AtFreeze) => at_freeze = true,
+                Input::Files(FileEvent::Converged) => {}
+                Input::Memory(MemoryEvent::Converged(next)) => {
+                    reporter.settled(next);
+                    // An engine takes its time to make a container: memory has changed meanwhile.
+                    settled = self.subject.plan.engine.is_none() || prepared;
+                    early = !settled;
+                    self.engage()?;
+                }
+                _ => {}
+            }
+            if prepared && std::mem::take(&mut early) {
+                self.tell_memory(Order::Again)?;
+            }
+        }
+        if self.tell_haul(file_sender::Order::Again) {
+            // What has changed while memory went.
+            self.inputs.until(FILES_LIMIT);
+            while !matches!(self.next(reporter)?, Input::Files(FileEvent::Converged)) {}
+        }
+        Ok(())
+    }
+
+    /// Where files are copied: until little is left to copy, and what there is has its place.
+    pub(super) fn copy_files(&mut self, reporter: &mut Reporter) -> Result<()> {
+        let Some(load) = self.subject.load.clone() else { return Ok(()) };
+        let tell = self.inputs.tell.clone();
+        let told = move |event| {
+            // The hand-over may have ended already.
+            let _ = tell.send(Input::Files(event));
+        };
+        self.inputs.until(FILES_LIMIT);
+        // What is written through an overlay, the kernel does not tell of the file system below.
+        let listen = self.memory_options.tracking != Tracking::Hash && load.merged.is_none();
+        let cgroup = &self.subject.cgroup;
+        let pace = &self.memory_options.pace;
+        self.haul = Some(FileTransfer::start(&load, listen, cgroup, (&self.peer, pace), told)?);
+        while !matches!(self.next(reporter)?, Input::Files(FileEvent::Converged)) {}
+        reporter.files_settled();
+        fault::point("source.copied")?;
+        self.inputs.until(PREPARE_LIMIT);
+        self.peer.send(&Message::Copied)
+    }
+
+    /// What its engine knows of it.
+    pub(super) fn send_papers(&mut self) -> Result<()> {
+        let plan = &self.subject.plan;
+        let Some(wanted) = &plan.engine else { return Ok(()) };
+        let engine = handover::of(wanted.engine).ok_or_else(|| anyhow!("an unknown engine"))?;
+        let papers = engine.papers(&plan.container, self.runtime.root(), self.work.path())?;
+        fault::point("source.papers")?;
+        self.peer.send(&Message::Papers(Box::new(papers)))
+    }
+
+    /// Once, when most of the memory has gone: the destination's engine is to make the container.
+    pub(super) fn engage(&mut self) -> Result<()> {
+        if self.subject.plan.engine.is_none() || std::mem::replace(&mut self.engaged, true) {
+            return Ok(());
+        }
+        self.peer.send(&Message::Engage)
+    }
+
+    /// Where the address stays: a link from its home to the destination. Whether one is being made.
+    pub(super) fn start_forwarding(&mut self) -> Result<bool> {
+        let Some((namespace, _, image)) = &self.subject.network else { return Ok(false) };
+        let wanted =
+            forward::steps::establish(&self.journal.record, &self.subject.plan, namespace, image)?;
+        if wanted {
+            let (record, tell) = (self.journal.record.clone(), self.inputs.tell.clone());
+            // The hand-over may have ended already.
+            let join = move || drop(tell.send(Input::Joined(forward::steps::join(&record))));
+            std::thread::Builder::new().name("join".into()).spawn(join)?;
+        }
+        Ok(wanted)
+    }
+
+    /// Whether there is somebody to tell.
+    pub(super) fn tell_haul(&self, order: file_sender::Order) -> bool {
+        self.haul.as_ref().is_some_and(|haul| haul.orders.send(order).is_ok())
+    }
+
+    /// The further links that are wished for, as soon as the destination takes them.
+    pub(super) fn open_channels(&mut self) -> Result<()> {
+        if self.memory_options.streams < 2 {
+            return Ok(());
+        }
+        while !matches!(
+            self.inputs.next()?,
+            Input::FromPeer(FromPeer::Message(Message::AcceptChannels))
+        ) {}
+        let destination = self.journal.record.destination.clone();
+        let destination = destination.ok_or_else(|| anyhow!("no destination is known"))?;
+        let migration = &self.subject.plan.migration;
+        for number in 1..self.memory_options.streams {
+            let tell = self.inputs.tell.clone();
+            let told = move |echo| tell.send(Input::Channel(number, echo)).is_ok();
+            self.channels.push(Channel::open(&destination, migration, told)?);
+        }
+        Ok(())
+    }
+
+    /// Where the user has named a network hook.
+    pub(super) fn prepare_hook(&mut self) -> Result<()> {
+        let placement = self.subject.plan.placement.parse();
+        if let (Ok(Placement::Hook(program)), Some((_, netns, image))) =
+            (placement, &self.subject.network)
+        {
+            let record = &self.journal.record;
+            let about = About {
+                role: "source",
+                migration: &record.migration,
+                container: &record.container,
+                peer: &record.peer,
+                netns,
+            };
+            self.hooks = Some(Hooks::prepare(Hook::new(&program, about, image), self.work.path())?);
+        }
+        Ok(())
+    }
+
+    pub(super) fn start_dump(&mut self) -> Result<()> {
+        let (criu, version) = host::criu()?;
+        let plan = &self.subject.plan;
+        let (network, sock_diag) = match (&self.subject.network, &plan.floating) {
+            (Some((namespace, _, image)), _) => {
+                let both = (fence::arm(namespace)?, Capture::prepare(namespace, image)?);
+                (Some(Box::new(both)), Some(SockDiag::new(namespace)?))
+            }
+            (None, Some(all)) => {
+                let (work, cgroup) = (self.work.path(), &self.subject.cgroup);
+                let (fence, capture, sock_diag) =
+                    floating_address::arm(all, &plan.migration, work, cgroup)?;
+                (Some(Box::new((fence, capture))), Some(sock_diag))
+            }
+            (None, None) => (None, None),
+        };
+        let side = self.subject.plan.network.as_ref();
+        if let Some(side) = side.and_then(|i| HostSide::new(i, &self.subject.plan.migration)) {
+            journal::workdir::note_host_side(self.work.path(), &side)?;
+            self.silence = Some(side.arm(&NetNs::current()?)?);
+        }
+        let plan = DumpPlan {
+            runtime: self.runtime.clone(),
+            container: self.subject.plan.container.clone(),
+            cgroup: self.subject.cgroup.clone(),
+            images: self.work.images(),
+            work: self.work.work(),
+            tmpfs: self.subject.plan.tmpfs.iter().flat_map(Tmpfs::places).cloned().collect(),
+            watched: self.watched()?,
+            external: self.subject.plan.streams.iter().filter_map(|s| s.external.clone()).collect(),
+            network,
+            sock_diag,
+            homes: match (&self.subject.network, &plan.floating) {
+                (Some((_, _, image)), _) => UdpEndpoints::of(image),
+                (None, Some(all)) => all.homes(),
+                (None, None) => UdpEndpoints::default(),
+            },
+            interposer: Interposer::new(self.work.path(), &criu, self.criu_namespace()?)?,
+            namespace: self.criu_namespace()?,
+            peer: self.peer.clone(),
+            orders: self.guard.orders.clone(),
+            watch: self.watch.clone(),
+            lifted: self.lifted.clone(),
+            vouched: epoll::worth_vouching(&self.subject.cgroup.processes()?),
+            hide: hidden::was_tried(version) && mntns::has_own(self.subject.state.pid),
+        };
+        let tell = self.inputs.tell.clone();
+        self.dump = Some(DumpJob::start(plan, move |event| {
+            // The hand-over may have ended already.
+            let _ = tell.send(Input::Dump(event));
+        })?);
+        Ok(())
+    }
+
+    /// Paths in the container by which CRIU finds what is watched there.
+    fn watched(&self) -> Result<Vec<String>> {
+        let tasks = self.subject.cgroup.processes()?;
+        let scene = Scene { init: self.subject.state.pid, tasks: &tasks };
+        Ok(watches::paths(scene, &losses::files::all(&tasks)))
+    }
+
+    pub(super) fn criu_namespace(&self) -> Result<Option<NetNs>> {
+        match &self.subject.network {
+            Some((namespace, _, _)) if self.subject.plan.criu_inside() => {
+                Ok(Some(namespace.try_clone()?))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Looks for the container's sockets, where it has a network.
+    pub(super) fn sock_diag(&self) -> Result<Option<SockDiag>> {
+        let subject = &self.subject;
+        Ok(match (&subject.network, &subject.plan.floating) {
+            (_, Some(all)) => Some(floating_address::sock_diag(all, &subject.cgroup)?),
+            (Some((namespace, ..)), None) => Some(SockDiag::new(namespace)?),
+            (None, None) => None,
+        })
+    }
+
+    /// Tells the destination of the connections that we shall carry, where there are many.
+    pub(super) fn announce_connections(&mut self) -> Result<()> {
+        let subject = &self.subject;
+        let namespace = subject.network.as_ref().map(|(namespace, ..)| namespace);
+        // Where it has no address nobody is connected; elsewhere nothing can be done to frozen tasks.
+        let may = namespace.is_some() || subject.plan.floating.is_some();
+        if !may || !arch::SUPPORTED || !matches!(subject.cgroup, Cgroup::V2(_)) {
+            return Ok(());
+        }
+        let sock_diag = self.sock_diag()?;
+        let mut sock_diag = sock_diag.ok_or_else(|| anyhow!("there is no network"))?;
+        let mut lifting = Lifting::new(namespace, self.vault.clone(), self.work.path())?;
+        let coming = lifting.look(&mut sock_diag, &subject.cgroup.processes()?)?;
+        if coming.len() < connections::MANY && !coming.iter().any(Coming::listens) {
+            return Ok(());
+        }
+        self.lifting = Some((Box::new(lifting), sock_diag));
+        self.announce(&coming)
+    }
+
+    /// Announces those that have come since.
+    pub(super) fn look_for_connections(&mut self) -> Result<()> {
+        let Some((lifting, sock_diag)) = &mut self.lifting else { return Ok(()) };
+        let coming = lifting.look(sock_diag, &self.subject.cgroup.processes()?)?;
+        self.announce(&coming)
+    }
+
+    pub(super) fn announce(&mut self, coming: &[Coming]) -> Result<()> {
+        for some in coming.chunks(connections::BATCH) {
+            self.peer.send(&Message::Connections { list: some.to_vec() })?;
+            self.unanswered += 1;
+        }
+        Ok(())
+    }
+
+    /// The destination has made ready for those of an announcement, but for these.
+    pub(super) fn await_answer(&mut self, lacking: &[u32]) -> Result<()> {
+        self.unanswered = self.unanswered.saturating_sub(1);
+        self.lifting.iter_mut().try_for_each(|(lifting, _)| lifting.leave(lacking))
+    }
+}

@@ -1,0 +1,142 @@
+//! Memory of every kind: each mapping, its flags and its bytes are after a migration what they were after
+//! one in which CRIU has seen all of it.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use libtest_mimic::Trial;
+use serde_json::Value;
+
+use crate::common::container::Container;
+use crate::common::facts::{exactly_one_copy, facts, pair};
+use crate::common::lab::{Host, Lab, SHORT};
+use crate::common::process::until;
+use crate::common::suite::in_lab;
+use crate::common::{Outcome, ensure};
+
+const LIMIT: Duration = Duration::from_secs(180);
+
+/// The suite.
+pub fn trials() -> Vec<Trial> {
+    vec![
+        in_lab("mappings::hidden_or_not_they_are_the_same", LIMIT, hidden_or_not),
+        in_lab("mappings::advice_that_changes_all_the_time", LIMIT, advice_that_changes),
+    ]
+}
+
+/// How CRIU is made to see all of it: nothing is hidden, or the shim fails when it has put files in the place
+/// of smaps.
+const SHOWN: [&str; 2] = ["FERRY_FAULT=dump.hide:error", "FERRY_FAULT=shim.covered:error"];
+
+fn start(lab: &Lab, host: &Host, options: &[&str]) -> Outcome<Container> {
+    let container = Container::plain("mappings").with(options);
+    container.start(lab, host)?;
+    until("it has all its memory", SHORT, || {
+        let path = host.path(&format!("{}/rootfs/ready", container.bundle))?;
+        Ok(path.exists().then_some(()))
+    })?;
+    Ok(container)
+}
+
+/// The mappings of its processes, a line each, as smaps has them, without what only tells of the moment.
+fn mappings(host: &Host) -> Outcome<BTreeSet<String>> {
+    // By their order: which number a child gets, depends on when threads begin.
+    let text =
+        host.sh("n=0; for pid in $(runc ps -f json box | tr '[],' '\\n\\n\\n' | sort -n); do
+             n=$((n + 1)); echo \"process $n\"
+             cat /proc/$pid/smaps
+         done")?;
+    let (mut found, mut process, mut line) = (BTreeSet::new(), "", String::new());
+    for one in text.lines() {
+        if one.starts_with("process ") {
+            process = one;
+        } else if let Some(flags) = one.strip_prefix("VmFlags:") {
+            let of_the_moment = ["sd", "uw", "ac", "gu"];
+            let flags: Vec<&str> = flags
+                .split_ascii_whitespace()
+                .filter(|flag| !of_the_moment.contains(flag))
+                .collect();
+            found.insert(format!("{process} {line} {}", flags.join(" ")));
+        } else if one
+            .split_once('-')
+            .is_some_and(|(start, _)| u64::from_str_radix(start, 16).is_ok())
+        {
+            // Files are other ones each time, and so are their numbers: range, access, offset, and a name.
+            let mut parts = one.split_ascii_whitespace();
+            let head: Vec<&str> = parts.by_ref().take(3).collect();
+            let name: Vec<&str> = parts.skip(2).collect();
+            line = format!("{} {}", head.join(" "), name.join(" "));
+        }
+    }
+    ensure!(found.len() > 50, "{text}");
+    Ok(found)
+}
+
+/// What it says of its memory.
+fn is_right(host: &Host, container: &Container) -> Outcome {
+    let path = host.path(&format!("{}/rootfs/verdict", container.bundle))?;
+    let _ = std::fs::remove_file(&path);
+    host.exec(&["runc", "kill", "box", "USR1"])?.exits(0)?;
+    let said =
+        until("it has looked at its memory", SHORT, || Ok(std::fs::read_to_string(&path).ok()))?;
+    let right = said.matches("pages are right").count() == 2 && said.ends_with("flips: 0 wrong\n");
+    ensure!(right, "{said}");
+    Ok(())
+}
+
+/// Moves a fresh one; what its mappings were before and are after.
+fn moved(lab: &Lab, environment: &str) -> Outcome<([BTreeSet<String>; 2], Value)> {
+    let (a, b) = pair(lab);
+    let container = start(lab, &a, &[])?;
+    let before = mappings(&a)?;
+    let options = ["--json", "--verify", "--compress", "none", "box", "b"];
+    let said = a.exec(&[&["env", environment, "ferry", "migrate"], &options[..]].concat())?;
+    let said = said.exits(0)?;
+    let last = said.out.lines().last().unwrap_or_default();
+    let report: Value = serde_json::from_str(last).map_err(|e| format!("{e}: {said}"))?;
+    let after = mappings(&b)?;
+    is_right(&b, &container)?;
+    exactly_one_copy(&container, &b, &a)?;
+    // Addresses are the same for the next one, and nothing else is left.
+    b.sh("runc delete -f box")?;
+    a.sh("rm -rf /srv/shared/box && ferry resolve --keep box >/dev/null 2>&1 || :")?;
+    Ok(([before, after], report))
+}
+
+fn hidden_or_not(lab: &Lab) -> Outcome {
+    let (hidden, report) = moved(lab, "FERRY_FAULT=none")?;
+    let pages = report["hidden_pages"].as_u64().unwrap_or(0);
+    ensure!(pages > 10_000, "{report}");
+    ensure!(report["verified_pages"].as_u64().unwrap_or(0) > pages, "{report}");
+    for way in SHOWN {
+        let (shown, report) = moved(lab, way)?;
+        ensure!(report["hidden_pages"].is_null(), "it was hidden: {report}");
+        for (i, when) in ["before", "after"].iter().enumerate() {
+            let differ: Vec<_> = shown[i].symmetric_difference(&hidden[i]).take(20).collect();
+            ensure!(differ.is_empty(), "{way}, {when}: {differ:#?}");
+        }
+    }
+    Ok(())
+}
+
+/// Whichever way it goes: what runs has the advice that was given.
+fn advice_that_changes(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = start(lab, &a, &["--arg", "--flip"])?;
+    let (mut from, mut to) = (&a, &b);
+    for _ in 0..8 {
+        let said = from.ferry(&["migrate", "--verify", "box", to.name])?;
+        match said.code {
+            0 => (from, to) = (to, from),
+            1 => ensure!(
+                said.err.contains("what the kernel knows of the container's memory"),
+                "{said}"
+            ),
+            _ => return Err(format!("{said}")),
+        }
+        is_right(from, &container)?;
+        exactly_one_copy(&container, from, to)?;
+        ensure!(facts(from)?.containers.len() == 1, "there is another one");
+    }
+    Ok(())
+}
