@@ -2,7 +2,8 @@
 //!
 //! Addresses are the same whenever it is started, so that what a migration has made of them can be compared
 //! line by line. At SIGUSR1 it looks at all of its memory, and its child at that which both have had since
-//! the fork; what they found is then in the file `/verdict`. With `--flip` one thing more goes on: advice is
+//! the fork; what they found is then in the file `/verdict`. With `--share` that is 32 MiB of shared memory and nothing
+//! else. With `--flip` one thing more goes on: advice is
 //! given and taken back, and what the kernel says of it is looked at in between.
 
 use std::fs;
@@ -65,7 +66,14 @@ fn run() -> io::Result<()> {
     }
     let flips = std::env::args().any(|argument| argument == "--flip");
     let wanted = block_signals();
-    let mut areas = if flips { vec![area("plain", 512, BOTH, ANONYMOUS, 3, 1)?] } else { all()? };
+    let shares = std::env::args().any(|argument| argument == "--share");
+    let mut areas = match (flips, shares) {
+        (true, _) => vec![area("plain", 512, BOTH, ANONYMOUS, 3, 1)?],
+        (_, true) => {
+            vec![area("shared", 8192, BOTH, libc::MAP_SHARED | libc::MAP_ANONYMOUS, 5, 7)?]
+        }
+        _ => all()?,
+    };
 
     let (hear, mut tell) = io::pipe()?;
     let mut hear = BufReader::new(hear);

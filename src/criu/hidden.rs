@@ -3,14 +3,16 @@
 //! CRIU learns of mappings from `/proc/PID/smaps` alone. To write that takes the kernel a walk over all
 //! pages, and for each page that CRIU sees it moves a descriptor: 200 ms a GiB, in the freeze. Of plain
 //! private anonymous memory Ferry knows all that CRIU would find out. So CRIU is given a file that lacks such
-//! mappings, and their [records](Record) are [put into its image](super::mm) when it has dumped.
+//! mappings, and their [records](Record) are [put into its image](super::mm) when it has dumped. So it is with
+//! anonymous shared memory that Ferry has read before: of a segment CRIU sees all mappings or none, in whichever
+//! tasks they are.
 //!
 //! What may be hidden is decided by what a mapping *is*: [`may_be_hidden`]. `maps`, which costs next to
 //! nothing, tells its addresses, access and name in the freeze. Its flags only smaps has: those that it had
 //! when it was [looked at before](Known) are taken, and [compared](Drawn::check) before anything
 //! depends on them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
 use std::ops::Range;
 
@@ -61,6 +63,14 @@ pub fn may_be_hidden(mapping: &Mapping, flags: &str, key: u32) -> bool {
         && relevant(flags).all(|flag| flag == UNRESERVED || ADVICE.iter().any(|a| a.0 == flag))
 }
 
+/// Whether CRIU need not see a mapping of anonymous shared memory of which it sees no other one: with no flags
+/// but those that mean advice.
+fn shared_may_be_hidden(mapping: &Mapping, flags: &str, key: u32) -> bool {
+    mapping.looks_nameless()
+        && key == 0
+        && relevant(flags).all(|flag| flag == UNRESERVED || ADVICE.iter().any(|a| a.0 == flag))
+}
+
 /// Flags that a dump has to keep, or that keep CRIU from being spared the mapping.
 fn relevant(flags: &str) -> impl Iterator<Item = &str> {
     flags.split_ascii_whitespace().filter(|flag| !OF_NO_INTEREST.contains(flag))
@@ -80,6 +90,7 @@ fn record(mapping: &Mapping, flags: &str) -> Record {
         access: access.fold(0, |all, (_, bit)| all | *bit as u64),
         unreserved: relevant(flags).any(|flag| flag == UNRESERVED),
         heap: mapping.name == HEAP,
+        shared: mapping.is_shared().then_some(mapping.inode),
         advice: advice(flags),
     }
 }
@@ -148,14 +159,25 @@ impl Known {
 
     /// What CRIU is shown of these mappings, the text of a `maps` file, and what not; `stacks` are the
     /// threads' stack pointers, whose pages CRIU wants in its images: of a mapping that may be hidden it is
-    /// shown those pages alone. Nothing where it must see a mapping of which not all is known.
-    pub fn draw(&self, maps: &str, stacks: &[u64]) -> Option<Drawn> {
+    /// shown those pages alone. Of `shared`, inodes, it is shown what has such a page, or must be seen.
+    /// Nothing where it must see a mapping of which not all is known.
+    pub fn draw(&self, maps: &str, stacks: &[u64], shared: &HashSet<u64>) -> Option<Drawn> {
         let mut drawn = Drawn::default();
         for line in maps.lines() {
             let mapping = Mapping::parse(line)?;
             let range = mapping.start..mapping.end;
             let (Attributes { flags, key }, sure) = self.attributes(line, range.clone());
-            let hidden = may_be_hidden(&mapping, &flags, key);
+            let segment = mapping.looks_nameless() && shared.contains(&mapping.inode);
+            let hidden = if segment {
+                let has_stack = stacks.iter().any(|pointer| range.contains(pointer));
+                let may = shared_may_be_hidden(&mapping, &flags, key);
+                let hidden = sure != Sure::No && may && !has_stack;
+                let seen = if hidden { &mut drawn.unseen } else { &mut drawn.seen };
+                seen.insert(mapping.inode);
+                hidden
+            } else {
+                may_be_hidden(&mapping, &flags, key)
+            };
 
             if hidden {
                 drawn.hidden.push(record(&mapping, &flags));
@@ -201,6 +223,10 @@ pub struct Drawn {
     pub hidden: Vec<Record>,
     /// Pages of theirs that are in it all the same, as mappings of their own.
     pub shown: Vec<Range<u64>>,
+    /// Shared memory that is hidden, and such that could have been: inodes.
+    pub unseen: HashSet<u64>,
+    /// See [`Drawn::unseen`].
+    pub seen: HashSet<u64>,
     /// Something was hidden of which only its name and access are known: it must be checked before the
     /// records count.
     pub unsure: bool,
@@ -270,7 +296,8 @@ impl Expected {
             return Ok(None);
         }
         let whole = now.mapping.start <= self.range.start && now.mapping.end >= self.range.end;
-        if whole && self.hidden && may_be_hidden(told, now.flags, now.key) {
+        let may = if told.is_shared() { shared_may_be_hidden } else { may_be_hidden };
+        if whole && self.hidden && may(told, now.flags, now.key) {
             return Ok(Some(Change::Hidden(record(told, now.flags))));
         }
         let rest = |flags| relevant(flags).filter(|flag| !is_advice(flag));
@@ -355,14 +382,15 @@ mod tests {
     fn criu_is_shown_the_rest_and_stacks() {
         let known = Known::parse(&smaps(&ALL)).unwrap();
         assert!(known.is_of(&maps(&ALL)) && !known.is_of(&maps(&ALL[1..])));
-        let drawn = known.draw(&maps(&ALL), &[0xb123, 0xe800]).unwrap();
+        let drawn = known.draw(&maps(&ALL), &[0xb123, 0xe800], &HashSet::new()).unwrap();
         assert_eq!(ranges(&drawn), [0x3000..0x5000, 0x6000..0x9000, 0xa000..0xc000]);
         assert!(drawn.hidden[0].heap && drawn.hidden[1].advice == 1 << libc::MADV_HUGEPAGE);
         let shown = Known::parse(&drawn.text).unwrap();
         let page = ("0000b000-0000c000 rw-p 00000000 00:00 0 ", PLAIN);
         assert!(shown.is_of(&maps(&[CODE, page, STACK])), "{}", drawn.text);
         assert_eq!((drawn.shown.len(), &drawn.shown[0]), (1, &(0xb000..0xc000)));
-        let two = known.draw(&maps(&ALL), &[0xa008, 0xb123, 0xb124, 0xc000]).unwrap();
+        let two =
+            known.draw(&maps(&ALL), &[0xa008, 0xb123, 0xb124, 0xc000], &HashSet::new()).unwrap();
         assert_eq!(two.shown, [0xa000..0xb000, 0xb000..0xc000]);
         assert!(!drawn.unsure);
         assert_eq!(drawn.check(&smaps::parse(&smaps(&ALL)).unwrap()), Ok(vec![]));
@@ -377,20 +405,20 @@ mod tests {
             ("6000-7000 r--p 00000000 00:00 0 ", "rd mr mw me ac hg"),
             ("8000-9000 rw-p 00000000 00:00 0 ", "rd wr mr mw me ac hg"),
         ];
-        let drawn = known.draw(&maps(&now), &[]).unwrap();
+        let drawn = known.draw(&maps(&now), &[], &HashSet::new()).unwrap();
         assert!(!drawn.unsure);
         assert_eq!(drawn.hidden[1].access, libc::PROT_READ as u64);
         assert_eq!(drawn.hidden[2].advice, 1 << libc::MADV_HUGEPAGE);
         // Two that differ have become one: nobody knows which of them it is like.
         let one = [("3000-9000 rw-p 00000000 00:00 0 ", PLAIN)];
-        assert!(known.draw(&maps(&one), &[]).unwrap().unsure);
+        assert!(known.draw(&maps(&one), &[], &HashSet::new()).unwrap().unsure);
     }
 
     #[test]
     fn what_is_new_waits_for_the_check_or_is_looked_at() {
         let known = Known::parse(&smaps(&ALL)).unwrap();
         let new = ("c000-d000 rw-p 00000000 00:00 0 ", "rd wr mr mw me ac nr dd");
-        let drawn = known.draw(&maps(&[CODE, new]), &[]).unwrap();
+        let drawn = known.draw(&maps(&[CODE, new]), &[], &HashSet::new()).unwrap();
         assert!(drawn.unsure);
         let changes = drawn.check(&smaps::parse(&smaps(&[CODE, new])).unwrap()).unwrap();
         let [Change::Hidden(record)] = &changes[..] else { panic!("{changes:?}") };
@@ -398,17 +426,51 @@ mod tests {
         let locked = (new.0, "rd wr mr mw me lo ac");
         assert!(drawn.check(&smaps::parse(&smaps(&[CODE, locked])).unwrap()).is_err());
         let library = ("c000-d000 r-xp 00000000 08:01 79 /lib/new", "rd ex mr mw me");
-        assert!(known.draw(&maps(&[CODE, library]), &[]).is_none());
+        assert!(known.draw(&maps(&[CODE, library]), &[], &HashSet::new()).is_none());
         // The stack of a new thread.
-        let drawn = known.draw(&maps(&[CODE, new]), &[0xc800]).unwrap();
+        let drawn = known.draw(&maps(&[CODE, new]), &[0xc800], &HashSet::new()).unwrap();
         assert!(drawn.unsure && drawn.shown.len() == 1);
-        assert!(known.draw("nonsense", &[]).is_none());
+        assert!(known.draw("nonsense", &[], &HashSet::new()).is_none());
+    }
+
+    #[test]
+    fn of_shared_memory_all_is_hidden_or_nothing() {
+        let flags = "rd wr sh mr mw me ms";
+        let all = [
+            ("1000-5000 rw-s 00000000 00:01 77 /dev/zero (deleted)", flags),
+            ("6000-7000 r--s 00002000 00:01 78 /memfd: (deleted)", flags),
+            ("8000-9000 rw-s 00000000 00:01 79 /memfd:other (deleted)", flags),
+            ("a000-b000 rw-s 00000000 00:01 80 /SYSV00000000 (deleted)", flags),
+        ];
+        let known = Known::parse(&smaps(&all)).unwrap();
+        let draw = |stacks: &[u64], shared: &[u64]| {
+            known.draw(&maps(&all), stacks, &shared.iter().copied().collect()).unwrap()
+        };
+        assert_eq!(draw(&[], &[]).hidden.len(), 0);
+        let both = draw(&[], &[77, 78, 79, 80]);
+        assert_eq!(ranges(&both), [0x1000..0x5000, 0x6000..0x7000]);
+        assert_eq!((both.hidden[1].shared, both.hidden[1].offset), (Some(78), 0x2000));
+        assert_eq!((both.unseen, both.seen), ([77, 78].into(), [].into()));
+        // A thread's stack is in one of them.
+        let one = draw(&[0x1234], &[77, 78]);
+        assert_eq!((ranges(&one).len(), one.unseen, one.seen), (1, [78].into(), [77].into()));
+        assert!(one.shown.is_empty());
+
+        let locked = [(all[0].0, "rd wr sh mr mw me ms lo")];
+        let known = Known::parse(&smaps(&locked)).unwrap();
+        let drawn = known.draw(&maps(&locked), &[], &[77].into()).unwrap();
+        assert_eq!((drawn.hidden.len(), drawn.seen), (0, [77].into()));
+        let free = Known::parse(&smaps(&all)).unwrap().draw(&maps(&all[..1]), &[], &[77].into());
+        assert!(free.unwrap().check(&smaps::parse(&smaps(&locked)).unwrap()).is_err());
+        // Of one that has come since nobody knows the flags.
+        let new = ("c000-d000 rw-s 00000000 00:01 81 /dev/zero (deleted)", flags);
+        assert!(known.draw(&maps(&[new]), &[], &[81].into()).is_none());
     }
 
     #[test]
     fn a_changed_flag_is_seen_whoever_has_the_mapping() {
         let known = Known::parse(&smaps(&ALL)).unwrap();
-        let drawn = known.draw(&maps(&ALL), &[]).unwrap();
+        let drawn = known.draw(&maps(&ALL), &[], &HashSet::new()).unwrap();
         let with = |i: usize, flags: &'static str| {
             let mut all = ALL;
             all[i].1 = flags;
@@ -431,7 +493,8 @@ mod tests {
             ("1000-2000 ---p 00000000 00:00 0 ", "mr mw me"),
             ("2000-3000 rw-p 00000000 00:00 0 ", PLAIN),
         ];
-        let drawn = Known::parse(&smaps(&two)).unwrap().draw(&maps(&two), &[]).unwrap();
+        let drawn =
+            Known::parse(&smaps(&two)).unwrap().draw(&maps(&two), &[], &HashSet::new()).unwrap();
         let check = |now: &[(&str, &str)]| drawn.check(&smaps::parse(&smaps(now)).unwrap());
         let parasite = ("800-900 r-xs 00000000 00:01 9 /memfd:CRIUMFD", "rd ex sh mr mw me ms");
         assert_eq!(check(&[parasite, ("1000-3000 rw-p 00000000 00:00 0 ", PLAIN)]), Ok(vec![]));
@@ -446,7 +509,7 @@ mod tests {
         let known = Known::parse(&text).unwrap();
         let lines: String =
             smaps::parse(&text).unwrap().iter().map(|e| format!("{}\n", e.line)).collect();
-        let drawn = known.draw(&lines, &[]).unwrap();
+        let drawn = known.draw(&lines, &[], &HashSet::new()).unwrap();
         assert!(!drawn.hidden.is_empty() && !drawn.unsure);
         let shown = Known::parse(&drawn.text).unwrap();
         assert_eq!(shown.all.len() + drawn.hidden.len(), known.all.len());

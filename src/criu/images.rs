@@ -6,6 +6,8 @@
 //! 2: compat_nr_pages, 4: flags, 5: nr_pages}`; CRIU 4.1 and older count in field 2.
 //! `ids-<pid>.img`: one record, in which field 2 is the number of a table of descriptors;
 //! `core-<pid>.img`: one record, in whose message 3 (`task_core_entry`) field 6 is the command's name;
+//! `pagemap-shmem-<inode>.img` is a pagemap of shared memory, `memfd.img` a record `memfd_inode_entry {1: name,
+//! 5: inode …}` for each that CRIU has seen.
 //! `fdinfo-<table>.img`: a record `fdinfo_entry {1: file, 2: flags, 3: type, 4: fd}` for each.
 //! Source: CRIU images/pagemap.proto, core.proto, fdinfo.proto, criu/include/magic.h.
 
@@ -30,6 +32,7 @@ const COMMON: u32 = 0x5456_4319;
 const CORE: u32 = 0x5505_3847;
 const IDS: u32 = 0x5443_2030;
 const FDINFO: u32 = 0x5621_3732;
+const MEMFD: u32 = 0x4845_3499;
 
 /// A run of pages in a task's pagemap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,6 +139,46 @@ pub fn with_lazy(bytes: &[u8], more: &[PageRegion]) -> Result<Vec<u8>> {
     // Each page once, or the destination would refuse it.
     parse_pagemap(&whole)?;
     Ok(whole)
+}
+
+/// The pagemap image of shared memory: the number of its pages image, and runs of pages, which are in that in this
+/// order.
+///
+/// # Errors
+/// When there is no room.
+pub fn of_shared(pages_id: u32, runs: &[(u64, u64)]) -> Result<Vec<u8>> {
+    let mut whole = MAGIC.map(u32::to_le_bytes).concat();
+    let mut write = |values: &[(u32, u64)]| -> Result<()> {
+        let mut record = Vec::new();
+        let mut out = CodedOutputStream::vec(&mut record);
+        for (field, value) in values {
+            out.write_uint64(*field, *value)?;
+        }
+        out.flush()?;
+        drop(out);
+        whole.extend(u32::try_from(record.len())?.to_le_bytes());
+        whole.extend(record);
+        Ok(())
+    };
+    write(&[(1, u64::from(pages_id))])?;
+    for (page, pages) in runs {
+        write(&[(1, page * PAGE as u64), (2, 0), (4, u64::from(PE_PRESENT)), (5, *pages)])?;
+    }
+    Ok(whole)
+}
+
+/// The numbers of shared memory that CRIU has dumped as memfds, out of their image: inodes, the lower half.
+///
+/// # Errors
+/// When it is not one, or cut short.
+pub fn parse_memfds(bytes: &[u8]) -> Result<Vec<u32>> {
+    let mut rest = after_magics(bytes, MEMFD)?;
+    let mut found = Vec::new();
+    while !rest.is_empty() {
+        let record = fields(take_record(&mut rest)?)?;
+        found.extend(record.iter().filter(|field| field.0 == 5).map(|field| field.1 as u32));
+    }
+    Ok(found)
 }
 
 /// The number of a task's table of descriptors, out of its `ids` image.
@@ -319,6 +362,23 @@ mod tests {
     }
 
     #[test]
+    fn shared_memory_has_a_pagemap_of_its_own_and_memfds_are_found() {
+        let bytes = of_shared(9, &[(1, 3), (7, 1)]).unwrap();
+        let (id, entries) = parse_pagemap(&bytes).unwrap();
+        let entry = |vaddr, pages| PagemapEntry { vaddr, pages, flags: PE_PRESENT };
+        assert_eq!((id, entries), (9, vec![entry(0x1000, 3), entry(0x7000, 1)]));
+        let mut image = [COMMON, MEMFD].map(u32::to_le_bytes).concat();
+        for inode in [77, 78] {
+            // A name, owners, a size, the inode, seals.
+            let record = [10, 1, b'x', 16, 0, 24, 0, 32, 9, 40, inode, 48, 1];
+            image.extend((record.len() as u32).to_le_bytes());
+            image.extend(record);
+        }
+        assert_eq!(parse_memfds(&image).unwrap(), [77, 78]);
+        assert!(parse_memfds(&image[..image.len() - 1]).is_err() && parse_memfds(&bytes).is_err());
+    }
+
+    #[test]
     fn a_pagemap_names_each_page_once_and_only_those_that_can_be() {
         let flags = PE_LAZY;
         for (list, good) in [
@@ -411,7 +471,9 @@ mod tests {
         let core = [COMMON, CORE].map(u32::to_le_bytes).concat();
         let core = [&core[..], &[10, 0, 0, 0, 8, 1, 0x1a, 6, 8, 1, 0x32, 2], b"me"].concat();
         let target = Target::new("images").sample(pagemap).sample(table).sample(ids.concat());
-        let target = target.sample(core);
+        let memfd = [COMMON, MEMFD].map(u32::to_le_bytes).concat();
+        let target =
+            target.sample(core).sample([&memfd[..], &[4, 0, 0, 0, 40, 77, 48, 1]].concat());
         target.run(|bytes| {
             let pagemap = parse_pagemap(bytes).map(|(_, entries)| {
                 let mut before = 0;
@@ -422,7 +484,8 @@ mod tests {
             });
             let descriptors = with_descriptors(bytes, 9, &[4, 7, 12]).map(drop);
             let command = parse_command(bytes).map(|name| assert!(name.len() <= 48));
-            pagemap.or(descriptors).or(parse_table(bytes).map(drop)).or(command)
+            let memfds = parse_memfds(bytes).map(drop);
+            pagemap.or(descriptors).or(parse_table(bytes).map(drop)).or(command).or(memfds)
         });
     }
 }

@@ -18,13 +18,14 @@ const MM: u32 = 0x5749_2820;
 const COMMON: u32 = 0x5456_4319;
 /// Field of `mm_entry`.
 const MAPPING: u32 = 14;
-/// `VMA_AREA_REGULAR`, `VMA_AREA_HEAP`, `VMA_ANON_PRIVATE`, `VMA_AREA_GUARD`.
+/// `VMA_AREA_REGULAR`, `VMA_AREA_HEAP`, `VMA_ANON_SHARED`, `VMA_ANON_PRIVATE`, `VMA_AREA_GUARD`.
 const REGULAR: u64 = 1 << 0;
 const HEAP: u64 = 1 << 5;
+const ANON_SHARED: u64 = 1 << 8;
 const ANON_PRIVATE: u64 = 1 << 9;
 const GUARD: u64 = 1 << 16;
 
-/// A private anonymous mapping, as CRIU would have written it down.
+/// An anonymous mapping, as CRIU would have written it down.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
     /// Its addresses.
@@ -37,22 +38,29 @@ pub struct Record {
     pub unreserved: bool,
     /// Whether it is the one of brk(2).
     pub heap: bool,
+    /// The inode of the memory that it shares with others; private without.
+    pub shared: Option<u64>,
     /// `1 << MADV_*` of each advice that lasts.
     pub advice: u64,
 }
 
 impl Record {
     fn message(&self) -> Result<Vec<u8>> {
-        let mut flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+        let (kind, status) = match self.shared {
+            Some(_) => (libc::MAP_SHARED, ANON_SHARED),
+            None => (libc::MAP_PRIVATE, ANON_PRIVATE),
+        };
+        let mut flags = (kind | libc::MAP_ANONYMOUS) as u64;
         if self.unreserved {
             flags |= libc::MAP_NORESERVE as u64;
         }
-        let status = REGULAR | ANON_PRIVATE | if self.heap { HEAP } else { 0 };
+        let status = REGULAR | status | if self.heap { HEAP } else { 0 };
 
         let mut body = Vec::new();
         let mut out = CodedOutputStream::vec(&mut body);
         let Range { start, end } = self.range;
-        let values = [start, end, self.offset, 0, self.access, flags, status];
+        let shared = self.shared.unwrap_or(0);
+        let values = [start, end, self.offset, shared, self.access, flags, status];
         for (number, value) in (1..).zip(values) {
             out.write_uint64(number, value)?;
         }
@@ -195,7 +203,15 @@ mod tests {
 
     fn record(start: u64, end: u64) -> Record {
         let range = start..end;
-        Record { range, offset: 0, access: 3, unreserved: false, heap: false, advice: 0 }
+        Record {
+            range,
+            offset: 0,
+            access: 3,
+            unreserved: false,
+            heap: false,
+            shared: None,
+            advice: 0,
+        }
     }
 
     /// What CRIU writes for two mappings, and a guard in the first.
@@ -262,6 +278,10 @@ mod tests {
         (one.unreserved, one.heap, one.advice) = (true, true, 1 << 14);
         let found = fields(&one.message().unwrap()).unwrap();
         let wanted = [0x7000, 0x8000, 0, 0, 3, 0x4022, 1 | 32 | 512, 1, 1 << 14];
+        assert_eq!(found, (1..).zip(wanted).collect::<Vec<_>>());
+        let shared = Record { shared: Some(99), offset: 0x1000, ..record(0x7000, 0x8000) };
+        let found = fields(&shared.message().unwrap()).unwrap();
+        let wanted = [0x7000, 0x8000, 0x1000, 99, 3, 0x21, 1 | 256, 1];
         assert_eq!(found, (1..).zip(wanted).collect::<Vec<_>>());
     }
 

@@ -23,6 +23,7 @@ mod properties;
 pub(crate) mod remainder;
 pub(crate) mod rounds;
 pub mod serve;
+pub(crate) mod shared;
 pub(crate) mod soft_dirty;
 pub(crate) mod staging;
 pub(crate) mod table;

@@ -488,7 +488,7 @@ fn judge_and_send(
 }
 
 /// Whether a page is all zero; stops at the first word that is not.
-fn is_zero(page: &[u8]) -> bool {
+pub(super) fn is_zero(page: &[u8]) -> bool {
     page.chunks_exact(64).all(|c| c.iter().fold(0, |a, b| a | b) == 0)
 }
 

@@ -3,6 +3,11 @@
 //! The names in the list are the container's choice: a file may be called `/x[vdso]`. So a line is
 //! taken apart field by field, and what the kernel itself has mapped is told by having no inode.
 
+/// The kernel's name for anonymous shared memory, and those of what CRIU makes of it: by its older way, and by
+/// that which keeps what it saw of the name.
+const NAMELESS: [&str; 3] =
+    ["/dev/zero (deleted)", "/memfd: (deleted)", "/memfd:/dev/zero (deleted)"];
+
 /// A line of `/proc/PID/maps`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapping<'a> {
@@ -51,6 +56,11 @@ impl<'a> Mapping<'a> {
     /// Whether others see what is written to it.
     pub fn is_shared(&self) -> bool {
         self.perms.ends_with('s')
+    }
+
+    /// Whether it looks like anonymous shared memory. Files may be called so, too: only device and inode tell.
+    pub fn looks_nameless(&self) -> bool {
+        self.is_shared() && self.inode != 0 && NAMELESS.contains(&self.name)
     }
 }
 

@@ -20,6 +20,7 @@ const LIMIT: Duration = Duration::from_secs(180);
 pub fn trials() -> Vec<Trial> {
     vec![
         in_lab("mappings::hidden_or_not_they_are_the_same", LIMIT, hidden_or_not),
+        in_lab("mappings::shared_before_the_freeze", LIMIT, shared_before_the_freeze),
         in_lab("mappings::advice_that_changes_all_the_time", LIMIT, advice_that_changes),
     ]
 }
@@ -64,8 +65,10 @@ fn mappings(host: &Host) -> Outcome<BTreeSet<String>> {
             // Files are other ones each time, and so are their numbers: range, access, offset, and a name.
             let mut parts = one.split_ascii_whitespace();
             let head: Vec<&str> = parts.by_ref().take(3).collect();
-            let name: Vec<&str> = parts.skip(2).collect();
-            line = format!("{} {}", head.join(" "), name.join(" "));
+            let name = parts.skip(2).collect::<Vec<_>>().join(" ");
+            // CRIU makes memfds of shared memory, and calls them in two ways.
+            let name = name.replace("/memfd:/dev/zero ", "/memfd: ");
+            line = format!("{} {name}", head.join(" "));
         }
     }
     ensure!(found.len() > 50, "{text}");
@@ -115,6 +118,24 @@ fn hidden_or_not(lab: &Lab) -> Outcome {
             let differ: Vec<_> = shown[i].symmetric_difference(&hidden[i]).take(20).collect();
             ensure!(differ.is_empty(), "{way}, {when}: {differ:#?}");
         }
+    }
+    Ok(())
+}
+
+/// There and back and there: what CRIU makes of shared memory has another name than it had.
+fn shared_before_the_freeze(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = start(lab, &a, &["--arg", "--share"])?;
+    for (from, to) in [(&a, &b), (&b, &a), (&a, &b)] {
+        let options = ["migrate", "--json", "--verify", "--compress", "none", "box", to.name];
+        let said = from.ferry(&options)?.exits(0)?;
+        let last = said.out.lines().last().unwrap_or_default();
+        let report: Value = serde_json::from_str(last).map_err(|e| format!("{e}: {said}"))?;
+        // Four of five pages are populated.
+        let pages = report["hidden_pages"].as_u64().unwrap_or(0);
+        ensure!(pages > 6000, "CRIU has seen it: {report}");
+        is_right(to, &container)?;
+        exactly_one_copy(&container, to, from)?;
     }
     Ok(())
 }

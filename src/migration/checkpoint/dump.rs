@@ -33,6 +33,7 @@ use crate::connections::{GuardCommands, Lifted, Lifting};
 use crate::criu::failure;
 use crate::criu::interposer::{Event, Interposer, Session};
 use crate::files::sockets::{self, Renamed};
+use crate::memory::shared::Shared;
 use crate::migration::network::quiesce::{await_last, await_quiet};
 use crate::migration::network::udp_queues::Came;
 use crate::migration::protocol::session::PeerWriter;
@@ -141,6 +142,8 @@ pub struct DumpPlan {
     pub vouched: bool,
     /// Whether plain memory may be hidden from CRIU.
     pub hide: bool,
+    /// Shared memory that the rounds read.
+    pub shared: Shared,
     /// Tells the destination of connections.
     pub peer: PeerWriter,
     /// Has the guard take them out of the tasks.
@@ -242,7 +245,8 @@ fn run(mut plan: DumpPlan, criu: &CriuPlace, tell: &Tell, orders: &Receiver<Go>)
     }
     let hide = plan.hide && fault::point("dump.hide").is_ok();
     // CRIU is shown everything where there is no room for less.
-    let hiding = hide.then(|| Hiding::prepare(&plan.work, &plan.cgroup)).transpose();
+    let hiding =
+        hide.then(|| Hiding::prepare(&plan.work, &plan.cgroup, plan.shared.clone())).transpose();
     let mut hiding = hiding
         .inspect_err(|e| tracing::warn!("memory is not hidden from CRIU: {e:#}"))
         .unwrap_or(None);

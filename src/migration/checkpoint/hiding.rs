@@ -12,7 +12,7 @@
 //! A task that has come meanwhile has no file, so CRIU sees all of it. Nothing here fails a dump but what
 //! would make a wrong image: whatever cannot be hidden, CRIU is shown.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -24,8 +24,10 @@ use anyhow::{Context, Result, anyhow, bail};
 use crate::criu::hidden::{Change, Drawn, Known};
 use crate::criu::{images, mm};
 use crate::memory::pages::{self, Task};
+use crate::memory::shared::Shared;
 use crate::oci::cgroup::Cgroup;
 use crate::problem::advice;
+use crate::sys::maps;
 use crate::sys::memory::{PAGE, PageRegion};
 use crate::sys::process::{self, proc_text};
 use crate::sys::smaps;
@@ -42,6 +44,8 @@ pub struct Hiding {
     directory: PathBuf,
     /// Tasks with a file, by number.
     looked: HashMap<i32, Looked>,
+    /// Shared memory that the rounds read, too.
+    shared: Shared,
     work: Option<JoinHandle<Result<Vec<Hidden>>>>,
 }
 
@@ -84,7 +88,7 @@ impl Hiding {
     ///
     /// # Errors
     /// When there is no room for files.
-    pub fn prepare(work: &Path, cgroup: &Cgroup) -> Result<Hiding> {
+    pub fn prepare(work: &Path, cgroup: &Cgroup, shared: Shared) -> Result<Hiding> {
         let directory = work.join("mappings");
         fs::create_dir(&directory)?;
         let mut looked = HashMap::new();
@@ -94,7 +98,7 @@ impl Hiding {
                 looked.insert(pid, found);
             }
         }
-        Ok(Hiding { directory, looked, work: None })
+        Ok(Hiding { directory, looked, shared, work: None })
     }
 
     /// Where the files are.
@@ -128,25 +132,44 @@ impl Hiding {
     ) -> Result<()> {
         let began = Instant::now();
         let (mut hidden, mut resident) = (Vec::new(), 0);
-        for task in pages::tasks(&cgroup.processes()?)? {
-            let Some(looked) = self.looked.get(&task.pid) else { continue };
-            // The file lies over that of another task, which has ended.
-            if process::start_time(task.pid) != looked.started {
-                continue;
+        let mut shared = if hides { self.shared.known() } else { HashSet::new() };
+        let tasks = pages::tasks(&cgroup.processes()?)?;
+        let standing: Vec<_> =
+            tasks.iter().map(|task| self.standing(*task, hides, stacks)).collect();
+        // Of shared memory all mappings are hidden, or none.
+        let drawn = loop {
+            let mut drawn = Vec::new();
+            let mut seen = HashSet::new();
+            for (task, pointers) in tasks.iter().zip(&standing) {
+                let one = match pointers {
+                    Some((looked, Some(pointers))) => looked.draw(task.pid, pointers, &shared)?,
+                    _ => None,
+                };
+                match &one {
+                    Some(one) => seen.extend(one.seen.iter().copied()),
+                    None if shared.is_empty() => {}
+                    None => seen.extend(shared_of(task.pid)?),
+                }
+                drawn.push(one);
             }
+            let before = shared.len();
+            shared.retain(|inode| !seen.contains(inode));
+            if shared.len() == before {
+                break drawn;
+            }
+            tracing::debug!(?seen, "CRIU has to see shared memory");
+        };
+        for ((task, drawn), known) in tasks.into_iter().zip(drawn).zip(standing) {
             let file = self.directory.join(task.pid.to_string());
-            let pointers = stacks(task.pid).or_else(|| await_stacks(task.pid));
-            let drawn = match pointers {
-                Some(pointers) if hides => looked.draw(task.pid, &pointers)?,
-                _ => None,
-            };
-            match drawn {
-                Some(drawn) => {
+            match (known, drawn) {
+                // There is no file, or it lies over that of another task, which has ended.
+                (None, _) => {}
+                (Some(_), Some(drawn)) => {
                     fs::write(&file, &drawn.text)?;
                     resident += resident_bytes(task.pid);
                     hidden.push(Hidden { task, drawn, regions: Vec::new(), changes: None });
                 }
-                None => fs::write(&file, proc_text(task.pid, "smaps")?)?,
+                (Some(_), None) => fs::write(&file, proc_text(task.pid, "smaps")?)?,
             }
         }
 
@@ -167,6 +190,22 @@ impl Hiding {
         Ok(())
     }
 
+    /// What is known of a frozen task, if it has a file, and where its threads' stacks are, if anything may be
+    /// hidden.
+    fn standing(
+        &self,
+        task: Task,
+        hides: bool,
+        stacks: &dyn Fn(i32) -> Option<Vec<u64>>,
+    ) -> Option<(&Looked, Option<Vec<u64>>)> {
+        let looked = self.looked.get(&task.pid)?;
+        if process::start_time(task.pid) != looked.started {
+            return None;
+        }
+        let pointers = || stacks(task.pid).or_else(|| await_stacks(task.pid));
+        Some((looked, hides.then(pointers).flatten()))
+    }
+
     /// CRIU has dumped: adds to the images what it has not seen.
     ///
     /// # Errors
@@ -182,9 +221,52 @@ impl Hiding {
             mappings += one.drawn.hidden.len();
             pages += one.regions.iter().map(|r| (r.end - r.start) / PAGE as u64).sum::<u64>();
         }
+        pages += self.add_shared(images, &hidden)?;
         tracing::debug!("{mappings} mappings were added: {} us", began.elapsed().as_micros());
         let unchecked = hidden.into_iter().filter(|one| one.changes.is_none()).collect();
         Ok(Added { mappings, pages, unchecked: Unchecked(unchecked) })
+    }
+}
+
+impl Hiding {
+    /// Says where the pages of shared memory are that CRIU has not seen; how many.
+    fn add_shared(&self, images: &Path, hidden: &[Hidden]) -> Result<u64> {
+        let mut ends: HashMap<u64, u64> = HashMap::new();
+        for record in hidden.iter().flat_map(|one| &one.drawn.hidden) {
+            if let Some(inode) = record.shared {
+                let bytes = record.offset + (record.range.end - record.range.start);
+                let end = ends.entry(inode).or_default();
+                *end = (*end).max(bytes / PAGE as u64);
+            }
+        }
+        if ends.is_empty() {
+            return Ok(0);
+        }
+
+        let seen = match fs::read(images.join("memfd.img")) {
+            Ok(bytes) => images::parse_memfds(&bytes)?,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            Err(e) => return Err(e.into()),
+        };
+        let (placed, mut pages) = (self.shared.placed()?, 0);
+        for (inode, end) in ends {
+            let path = images.join(format!("pagemap-shmem-{inode}.img"));
+            if path.exists() || seen.contains(&(inode as u32)) {
+                // A descriptor of it, which was on its way through a socket.
+                return Err(advice(
+                    format!(
+                        "shared memory (inode {inode}) has a descriptor that was not there before"
+                    ),
+                    "try again",
+                ));
+            }
+            let there = placed.get(&inode).filter(|placed| placed.end() <= end);
+            let there =
+                there.ok_or_else(|| anyhow!("shared memory {inode} has changed its size"))?;
+            fs::write(&path, images::of_shared(there.image, &there.runs)?)?;
+            pages += there.runs.iter().map(|run| run.1).sum::<u64>();
+        }
+        Ok(pages)
     }
 }
 
@@ -220,23 +302,23 @@ impl Looked {
 
     /// What CRIU is shown of the frozen task. Where a mapping has come that it must see, all are looked at
     /// again.
-    fn draw(&self, pid: i32, stacks: &[u64]) -> Result<Option<Drawn>> {
+    fn draw(&self, pid: i32, stacks: &[u64], shared: &HashSet<u64>) -> Result<Option<Drawn>> {
         let maps = proc_text(pid, "maps")?;
-        if let Some(drawn) = self.known.draw(&maps, stacks) {
+        if let Some(drawn) = self.known.draw(&maps, stacks, shared) {
             return Ok(Some(drawn));
         }
         tracing::debug!("process {pid} has a mapping that it had not before");
         let now = Known::parse(&proc_text(pid, "smaps")?);
-        Ok(now.and_then(|now| now.draw(&maps, stacks)))
+        Ok(now.and_then(|now| now.draw(&maps, stacks, shared)))
     }
 }
 
 impl Hidden {
-    /// All of what is hidden but pages that CRIU sees.
+    /// All private memory that is hidden but pages that CRIU sees.
     fn ranges(&self) -> Vec<(u64, u64)> {
         let mut shown = self.drawn.shown.iter().peekable();
         let mut all = Vec::new();
-        for record in &self.drawn.hidden {
+        for record in self.drawn.hidden.iter().filter(|record| record.shared.is_none()) {
             let Range { mut start, end } = record.range;
             while let Some(page) = shown.next_if(|page| page.start < end) {
                 all.push((start, page.start));
@@ -307,6 +389,13 @@ fn await_stacks(pid: i32) -> Option<Vec<u64>> {
             Err(_) => return None,
         }
     }
+}
+
+/// Inodes of shared memory that a task has mapped.
+fn shared_of(pid: i32) -> Result<HashSet<u64>> {
+    let text = proc_text(pid, "maps")?;
+    let mappings = maps::parse(&text).filter(maps::Mapping::looks_nameless);
+    Ok(mappings.map(|mapping| mapping.inode).collect())
 }
 
 /// proc_pid_statm(5)

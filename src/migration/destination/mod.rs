@@ -51,6 +51,7 @@ use crate::files::apply::{Applied, Applying};
 use crate::files::place::{Placing, Target};
 use crate::files::tmpfs::Mounted;
 use crate::memory::serve::{CriuClosed, Ended, Server};
+use crate::memory::shared::SharedImages;
 use crate::memory::staging::Staging;
 use crate::memory::will::Will;
 use crate::network::ReleaseSet;
@@ -334,6 +335,7 @@ fn converse(
             return Err(if told { Told(e).into() } else { e });
         }
     };
+    stage.keep_shared(SharedImages::new(&guest.work.images()));
     guest.take_in(peer, inputs, tell, stage, current)
 }
 

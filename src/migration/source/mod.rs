@@ -49,6 +49,7 @@ use crate::engine::papers::Made;
 use crate::files::logs::Logs;
 use crate::files::place::Placing;
 use crate::files::sockets::Renamed;
+use crate::memory::shared::Shared;
 use crate::network::host_side::ProxyArpBlock;
 use crate::network::sockets::SockDiag;
 use crate::oci::runtime::Runtime;
@@ -184,6 +185,8 @@ struct SourceMigration {
     guard: SourceGuard,
     /// Watches over whoever works in the tasks.
     watch: TracerWatch,
+    /// Shared memory that goes before the freeze, where CRIU need not see it.
+    shared: Option<Shared>,
     dump: Option<DumpJob>,
     /// Where connections are between being taken out of the tasks and the end, whatever that is.
     vault: Arc<Vault>,
@@ -287,6 +290,7 @@ impl SourceMigration {
             work,
             guard,
             watch,
+            shared: None,
             dump: None,
             vault,
             lifting: None,

@@ -10,6 +10,7 @@ use crate::criu::interposer::Interposer;
 use crate::engine::handover;
 use crate::files::tmpfs::Tmpfs;
 use crate::memory::rounds::Tracking;
+use crate::memory::shared::Shared;
 use crate::migration::checkpoint::dump::{DumpEvent, DumpJob, DumpPlan};
 use crate::migration::forwarding as forward;
 use crate::migration::journal;
@@ -50,8 +51,9 @@ impl SourceMigration {
             let _ = tell.send(Input::Memory(event));
         };
         let (wishes, cgroup) = (self.memory_options.clone(), &self.subject.cgroup);
+        let shared = self.shared.clone();
         self.memory =
-            Some(MemoryTransfer::start(cgroup, &self.peer, &self.channels, wishes, told)?);
+            Some(MemoryTransfer::start(cgroup, &self.peer, &self.channels, wishes, shared, told)?);
         self.send_streams(false)?;
         let (mut prepared, mut at_freeze, mut settled, mut early) = (false, false, false, false);
         while !(prepared && at_freeze && settled && joined && self.unanswered == 0) {
@@ -209,6 +211,9 @@ impl SourceMigration {
             journal::workdir::note_host_side(self.work.path(), &side)?;
             self.silence = Some(side.arm(&NetNs::current()?)?);
         }
+        let hide = hidden::was_tried(version) && mntns::has_own(self.subject.state.pid);
+        let shared = Shared::default();
+        self.shared = hide.then(|| shared.clone());
         let plan = DumpPlan {
             runtime: self.runtime.clone(),
             container: self.subject.plan.container.clone(),
@@ -232,7 +237,8 @@ impl SourceMigration {
             watch: self.watch.clone(),
             lifted: self.lifted.clone(),
             vouched: epoll::worth_vouching(&self.subject.cgroup.processes()?),
-            hide: hidden::was_tried(version) && mntns::has_own(self.subject.state.pid),
+            hide,
+            shared,
         };
         let tell = self.inputs.tell.clone();
         self.dump = Some(DumpJob::start(plan, move |event| {

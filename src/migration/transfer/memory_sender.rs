@@ -26,6 +26,7 @@ use crate::memory::direct;
 use crate::memory::pages::{self, Task};
 use crate::memory::remainder::{ECHO_EVERY, Rest, Window};
 use crate::memory::rounds::{self, Found, RoundStats, Rounds, Sink, Tracking};
+use crate::memory::shared::{Segments, Shared};
 use crate::migration::protocol::Message;
 use crate::migration::protocol::session::PeerWriter;
 use crate::oci::cgroup::Cgroup;
@@ -111,7 +112,7 @@ pub struct MemoryTransfer {
 }
 
 impl MemoryTransfer {
-    /// Starts with the first round.
+    /// Starts with the first round. Of anonymous shared memory, too, if somebody (`shared`) keeps it from CRIU.
     ///
     /// # Errors
     /// When there can be no thread.
@@ -120,11 +121,13 @@ impl MemoryTransfer {
         peer: &PeerWriter,
         channels: &[Channel],
         wishes: MemoryOptions,
+        shared: Option<Shared>,
         tell: impl Fn(MemoryEvent) + Send + Sync + 'static,
     ) -> Result<MemoryTransfer> {
         let cgroup = cgroup.clone();
         let sender = PageSender::new(peer.clone(), &wishes, channels, Arc::new(tell))?;
-        MemoryTransfer::spawn(sender, wishes, move |carrier| carrier.carry(&cgroup))
+        let segments = shared.map(|shared| Segments::new(shared, random_seed()));
+        MemoryTransfer::spawn(sender, wishes, move |carrier| carrier.carry(&cgroup, segments))
     }
 
     /// Goes on with what a destination that runs says it lacks, over a new link. The tasks here are
@@ -226,31 +229,31 @@ fn over() -> anyhow::Error {
 }
 
 impl MemorySender {
-    fn carry(&mut self, cgroup: &Cgroup) -> Result<()> {
+    fn carry(&mut self, cgroup: &Cgroup, mut segments: Option<Segments>) -> Result<()> {
         let mut rounds = Rounds::new(rounds::best(self.wishes.tracking), random_seed());
         let mut seen = Vec::new();
         let decided = loop {
             match converge::next(&self.wishes.goal, &seen) {
-                Next::Round => seen.push(self.round(&mut rounds, cgroup)?),
+                Next::Round => seen.push(self.round(&mut rounds, &mut segments, cgroup)?),
                 decided => break decided,
             }
         };
         loop {
             (self.sender.tell)(MemoryEvent::Converged(decided));
             match self.next_order() {
-                Some(Order::Again) => drop(self.round(&mut rounds, cgroup)?),
+                Some(Order::Again) => drop(self.round(&mut rounds, &mut segments, cgroup)?),
                 Some(Order::Frozen) => break,
                 _ => return Ok(()),
             }
         }
         let tasks = pages::tasks(&cgroup.processes()?)?;
         let mut rest = Vec::new();
-        self.last_round(&mut rounds, &tasks, decided, &mut rest)?;
+        self.last_round(&mut rounds, segments.as_mut(), &tasks, decided, &mut rest)?;
         if self.next_order() != Some(Order::Dumped) {
             return Ok(());
         }
-        // CRIU itself writes to a few pages.
-        self.last_round(&mut rounds, &tasks, decided, &mut rest)?;
+        // CRIU itself writes to a few pages, of which none is shared.
+        self.last_round(&mut rounds, None, &tasks, decided, &mut rest)?;
         // Whoever was killed in the freeze is in CRIU's images, but his last pages were not read.
         if pages::tasks(&cgroup.processes()?)? != tasks {
             bail!("a task of the container was killed while it was frozen");
@@ -333,7 +336,12 @@ impl MemorySender {
     }
 
     /// A round over the running container.
-    fn round(&mut self, rounds: &mut Rounds, cgroup: &Cgroup) -> Result<Seen> {
+    fn round(
+        &mut self,
+        rounds: &mut Rounds,
+        segments: &mut Option<Segments>,
+        cgroup: &Cgroup,
+    ) -> Result<Seen> {
         let began = Instant::now();
         let before = self.sender.wire();
         let mut sum = RoundStats::default();
@@ -341,10 +349,16 @@ impl MemorySender {
         for (task, found) in find(rounds, cgroup)? {
             sum.add(rounds.hand_on(task, found, false, &mut self.sender)?);
         }
+        // Of shared memory the kernel cannot tell: what was left will be left again.
+        let shared = match segments {
+            Some(segments) => segments.round(&cgroup.processes()?, &mut self.sender)?,
+            None => RoundStats::default(),
+        };
+        sum.add(shared);
         self.arrive(true)?;
         let (seconds, wire) = (began.elapsed().as_secs_f64(), self.sender.wire() - before);
         let handed = sum.sent + sum.zero + sum.same;
-        let mut left = Some(0);
+        let mut left = Some(shared.sent + shared.zero);
         for task in pages::tasks(&cgroup.processes()?)? {
             left = left.zip(rounds.left(task)?).map(|(a, b)| a + b);
         }
@@ -358,6 +372,7 @@ impl MemorySender {
     fn last_round(
         &mut self,
         rounds: &mut Rounds,
+        segments: Option<&mut Segments>,
         tasks: &[Task],
         decided: Next,
         rest: &mut Vec<(i32, u64, usize)>,
@@ -366,6 +381,10 @@ impl MemorySender {
         let before = self.sender.wire();
         let mut sum = RoundStats::default();
         rounds.arrived(self.sender.channels.is_empty());
+        if let Some(segments) = segments {
+            let pids: Vec<i32> = tasks.iter().map(|task| task.pid).collect();
+            sum.add(segments.last_round(&pids, &mut self.sender)?);
+        }
         for &task in tasks {
             if decided == Next::PostCopy {
                 for (start, end) in rounds.leave(task, &mut self.sender)? {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow};
 
 use crate::memory::serve::{Arrived, Intake};
+use crate::memory::shared::{SharedImages, is_segment};
 use crate::memory::staging::Staging;
 use crate::migration::protocol::Message;
 use crate::migration::protocol::session::{self, FromPeer, PeerWriter};
@@ -21,6 +22,7 @@ const ANSWER: Duration = Duration::from_secs(20);
 #[derive(Clone, Debug, Default)]
 pub struct Stage {
     place: Arc<Mutex<Place>>,
+    images: Arc<(Mutex<Images>, Condvar)>,
     /// See [`Stage::heard`].
     heard: Arc<Mutex<Option<Instant>>>,
 }
@@ -34,6 +36,17 @@ enum Place {
     Staging(Staging),
     /// The tasks are being filled.
     Serving(Arc<Intake>),
+}
+
+/// The images of shared memory.
+#[derive(Debug, Default)]
+enum Images {
+    /// There is no place for them yet.
+    #[default]
+    Awaited,
+    Open(SharedImages),
+    /// CRIU has them.
+    Closed,
 }
 
 impl Stage {
@@ -56,6 +69,27 @@ impl Stage {
         self.with(|place| *place = Place::Staging(staging));
     }
 
+    /// From here on there is a place for shared memory; whoever brought some before has waited.
+    pub fn keep_shared(&self, images: SharedImages) {
+        self.tell_images(Images::Open(images));
+    }
+
+    fn tell_images(&self, images: Images) {
+        *self.images.0.lock().unwrap_or_else(PoisonError::into_inner) = images;
+        self.images.1.notify_all();
+    }
+
+    /// Does something with the images of shared memory.
+    fn with_images(&self, f: impl FnOnce(&mut SharedImages) -> Result<()>) -> Result<()> {
+        let images = self.images.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let awaited = |images: &mut Images| matches!(images, Images::Awaited);
+        let images = self.images.1.wait_timeout_while(images, ANSWER, awaited);
+        match &mut *images.unwrap_or_else(PoisonError::into_inner).0 {
+            Images::Open(images) => f(images),
+            _ => Err(anyhow!("shared memory comes when there is no place for it")),
+        }
+    }
+
     /// From here on pages go to a daemon.
     pub fn serve_by(&self, intake: Intake) {
         self.with(|place| *place = Place::Serving(Arc::new(intake)));
@@ -66,6 +100,7 @@ impl Stage {
     /// # Errors
     /// When there is none (any more), or that fails.
     pub fn serve(&self, start: impl FnOnce(Staging) -> Result<Intake>) -> Result<()> {
+        self.tell_images(Images::Closed);
         self.with(|place| match std::mem::take(place) {
             Place::Staging(staging) => {
                 *place = Place::Serving(Arc::new(start(staging)?));
@@ -108,6 +143,17 @@ impl Stage {
             return Ok(Some(frame));
         }
         self.note_heard();
+        match &frame {
+            Frame::Pages(number, at, bytes) if is_segment(*number) => {
+                self.with_images(|images| images.put(*number, *at, bytes))?;
+                return Ok(None);
+            }
+            Frame::Run(Run::Zero, number, at, pages) if is_segment(*number) => {
+                self.with_images(|images| images.put_zeros(*number, *at, *pages))?;
+                return Ok(None);
+            }
+            _ => {}
+        }
         // Not with the lock held: the daemon may have enough to do.
         if let Some(intake) = self.daemon() {
             match frame {
