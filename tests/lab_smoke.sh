@@ -6,29 +6,18 @@ set -uo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.." || exit 1
 # shellcheck source=contrib/lib.sh
 . contrib/lib.sh
+# shellcheck source=tests/check.sh
+. tests/check.sh
 need_root
 
 export FERRY_LAB=smoke$$
 unset FERRY_LAB_DIR
 lab() { contrib/lab "$@"; }
 on() { lab exec "$@"; }
-passed=0 failed=0 scratch=$(mktemp -d)
+scratch=$(mktemp -d)
 trap 'lab down; rm -rf "$scratch"' EXIT
 trap 'exit 130' INT TERM
 
-# check WHAT COMMAND...: one line for each thing that is looked at; what it said only if it failed
-check() {
-    local what=$1
-    shift
-    if "$@" >"$scratch/out" 2>&1; then
-        passed=$((passed + 1))
-        printf 'ok      %s\n' "$what"
-    else
-        failed=$((failed + 1))
-        printf 'FAILED  %s\n' "$what"
-        sed 's/^/        | /' "$scratch/out"
-    fi
-}
 is() { [ "$1" = "$2" ] || { printf 'wanted: %s\nfound:  %s\n' "$2" "$1"; return 1; }; }
 exits() { # STATUS COMMAND...
     local wanted=$1
@@ -42,7 +31,7 @@ printf '#!/bin/sh\necho first ferry\n' >"$scratch/ferry1"
 printf '#!/bin/sh\necho second ferry\n' >"$scratch/ferry2"
 chmod +x "$scratch"/ferry?
 check "three hosts come up" lab up --ferry "$scratch/ferry1" a b client
-[ $failed = 0 ] || { echo "$passed passed, $failed failed"; exit 1; }
+goes_on
 check "a second lab of that name is refused" fails lab up a
 
 # -- entering
@@ -229,5 +218,4 @@ alive() { local p; for p in $pids; do ! start_time "$p" || echo "$p"; done; }
 check "no processes" left "$(alive)"
 check "no network devices" left "$(ip -br link | grep -E '^(a|b|client|br0)[@ ]')"
 
-echo "$passed passed, $failed failed"
-[ $failed = 0 ]
+counted

@@ -12,6 +12,8 @@ cd "$(dirname "$(readlink -f "$0")")/.." || exit 1
 . contrib/lib.sh
 # shellcheck source=contrib/stage.sh
 . contrib/stage.sh
+# shellcheck source=tests/check.sh
+. tests/check.sh
 need_root
 
 ALL='postgresql sqlite mariadb memcached supervisor haproxy caddy node php mosquitto jvm sshd python'
@@ -19,29 +21,8 @@ for program; do
     case " $ALL " in *" $program "*) ;; *) die "no such program: $program (there are: $ALL)" ;; esac
 done
 
-passed=0 failed=0 load='' table=()
-stage_name programs
-finish() {
-    trap '' INT TERM HUP
-    [ -z "$load" ] || kill "$load" 2>/dev/null
-    stage_clear
-}
-trap finish EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM HUP
-
-check() { # WHAT COMMAND...
-    local what=$1
-    shift
-    if "$@" >"$scratch/out" 2>&1; then
-        passed=$((passed + 1))
-        printf 'ok      %s\n' "$what"
-    else
-        failed=$((failed + 1))
-        printf 'FAILED  %s\n' "$what"
-        tail -n 30 "$scratch/out" | sed 's/^/        | /'
-    fi
-}
+table=()
+suite_begin programs
 
 # ---------------------------------------------------------------- containers
 
@@ -153,7 +134,7 @@ version() { # of Debian's package
 }
 
 check "three hosts come up" stage_up --programs a b client
-[ $failed = 0 ] || { echo "$passed passed, $failed failed"; exit 1; }
+goes_on
 address=$net.60
 image=$(lab root a)/srv/base
 install -m 755 tests/programs/client.py "$shared/client.py"
@@ -179,5 +160,4 @@ done
 
 printf '\n| program | version | how it was checked | frozen, ms | no client was answered for, ms | one waited for, ms |\n|---|---|---|---|---|---|\n'
 printf '%s\n' "${table[@]}"
-echo "$passed passed, $failed failed"
-[ $failed = 0 ]
+counted

@@ -9,31 +9,11 @@ cd "$(dirname "$(readlink -f "$0")")/.." || exit 1
 . contrib/lib.sh
 # shellcheck source=contrib/stage.sh
 . contrib/stage.sh
+# shellcheck source=tests/check.sh
+. tests/check.sh
 need_root
 
-passed=0 failed=0 load=''
-stage_name services
-finish() {
-    trap '' INT TERM HUP
-    [ -z "$load" ] || kill "$load" 2>/dev/null
-    stage_clear
-}
-trap finish EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM HUP
-
-check() { # WHAT COMMAND...
-    local what=$1
-    shift
-    if "$@" >"$scratch/out" 2>&1; then
-        passed=$((passed + 1))
-        printf 'ok      %s\n' "$what"
-    else
-        failed=$((failed + 1))
-        printf 'FAILED  %s\n' "$what"
-        tail -n 30 "$scratch/out" | sed 's/^/        | /'
-    fi
-}
+suite_begin services
 
 # A container of a workload at $address, on host a.
 start() { # WORKLOAD PORT [OPTIONS of bundles/make]
@@ -78,7 +58,7 @@ load_ends() {
 says_not() { ! grep -Ei "$1" "$scratch/load" "$scratch/load.err"; }
 
 check "three hosts come up" stage_up a b client
-[ $failed = 0 ] || { echo "$passed passed, $failed failed"; exit 1; }
+goes_on
 address=$net.60
 
 # -- redis, 50 connections, three migrations
@@ -238,5 +218,4 @@ check "no snapshot is missed but of the time it stood still" udp '.missed <= 3 *
 check "no host has refused" udp '.refused == 0'
 check "the game server ends" stop teeworlds
 
-echo "$passed passed, $failed failed"
-[ $failed = 0 ]
+counted
