@@ -66,7 +66,7 @@ pub fn may_be_hidden(mapping: &Mapping, flags: &str, key: u32) -> bool {
 /// Whether CRIU need not see a mapping of anonymous shared memory of which it sees no other one: with no flags
 /// but those that mean advice.
 fn shared_may_be_hidden(mapping: &Mapping, flags: &str, key: u32) -> bool {
-    mapping.looks_nameless()
+    mapping.is_nameless()
         && key == 0
         && relevant(flags).all(|flag| flag == UNRESERVED || ADVICE.iter().any(|a| a.0 == flag))
 }
@@ -167,7 +167,7 @@ impl Known {
             let mapping = Mapping::parse(line)?;
             let range = mapping.start..mapping.end;
             let (Attributes { flags, key }, sure) = self.attributes(line, range.clone());
-            let segment = mapping.looks_nameless() && shared.contains(&mapping.inode);
+            let segment = mapping.is_nameless() && shared.contains(&mapping.inode);
             let hidden = if segment {
                 let has_stack = stacks.iter().any(|pointer| range.contains(pointer));
                 let may = shared_may_be_hidden(&mapping, &flags, key);
@@ -311,6 +311,7 @@ impl Expected {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::memory;
 
     const PLAIN: &str = "rd wr mr mw me ac sd";
 
@@ -436,12 +437,18 @@ mod tests {
     #[test]
     fn of_shared_memory_all_is_hidden_or_nothing() {
         let flags = "rd wr sh mr mw me ms";
-        let all = [
-            ("1000-5000 rw-s 00000000 00:01 77 /dev/zero (deleted)", flags),
-            ("6000-7000 r--s 00002000 00:01 78 /memfd: (deleted)", flags),
-            ("8000-9000 rw-s 00000000 00:01 79 /memfd:other (deleted)", flags),
-            ("a000-b000 rw-s 00000000 00:01 80 /SYSV00000000 (deleted)", flags),
+        let device = memory::shared_device().unwrap();
+        let device = format!("{:02x}:{:02x}", libc::major(device), libc::minor(device));
+        let line = |range: &str, rest: &str| format!("{range} {}", rest.replace("DEV", &device));
+        let text = [
+            line("1000-5000", "rw-s 00000000 DEV 77 /dev/zero (deleted)"),
+            line("6000-7000", "r--s 00002000 DEV 78 /memfd: (deleted)"),
+            line("8000-9000", "rw-s 00000000 DEV 79 /memfd:other (deleted)"),
+            line("a000-b000", "rw-s 00000000 DEV 80 /SYSV00000000 (deleted)"),
+            line("b000-c000", "rw-s 00000000 ff:77 78 /memfd: (deleted)"),
+            line("c000-d000", "rw-s 00000000 DEV 81 /dev/zero (deleted)"),
         ];
+        let all: Vec<_> = text[..5].iter().map(|line| (&line[..], flags)).collect();
         let known = Known::parse(&smaps(&all)).unwrap();
         let draw = |stacks: &[u64], shared: &[u64]| {
             known.draw(&maps(&all), stacks, &shared.iter().copied().collect()).unwrap()
@@ -463,7 +470,7 @@ mod tests {
         let free = Known::parse(&smaps(&all)).unwrap().draw(&maps(&all[..1]), &[], &[77].into());
         assert!(free.unwrap().check(&smaps::parse(&smaps(&locked)).unwrap()).is_err());
         // Of one that has come since nobody knows the flags.
-        let new = ("c000-d000 rw-s 00000000 00:01 81 /dev/zero (deleted)", flags);
+        let new = (&text[5][..], flags);
         assert!(known.draw(&maps(&[new]), &[], &[81].into()).is_none());
     }
 

@@ -16,7 +16,6 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File, OpenOptions};
-use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -185,7 +184,7 @@ impl Segments {
             if let Some(segment) = self.all.get_mut(&inode) {
                 segment.end = one.end;
             } else if self.numbers < MOST
-                && let Some(file) = open(&one.place, device, inode)?
+                && let Some(file) = open(&one.place, device, inode)
             {
                 self.numbers += 1;
                 self.all.insert(inode, Segment::new(file, -self.numbers, one.end));
@@ -358,7 +357,7 @@ fn mapped(processes: &[i32]) -> Result<HashMap<u64, Mapped>> {
             Err(e) if matches!(e.raw_os_error(), Some(libc::ESRCH | libc::ENOENT)) => continue,
             Err(e) => return Err(e.into()),
         };
-        for mapping in maps::parse(&text).filter(Mapping::looks_nameless) {
+        for mapping in maps::parse(&text).filter(Mapping::is_nameless) {
             let Mapping { start, end, offset, inode, .. } = mapping;
             let place = || format!("/proc/{pid}/map_files/{start:x}-{end:x}").into();
             let one = found.entry(inode).or_insert_with(|| Mapped { place: place(), end: 0 });
@@ -369,18 +368,16 @@ fn mapped(processes: &[i32]) -> Result<HashMap<u64, Mapped>> {
 }
 
 /// Opens a segment; none where that is another one by now, or a memfd of a program's own, which may have seals.
-fn open(place: &Path, device: u64, inode: u64) -> Result<Option<File>> {
-    let file = match File::open(place) {
-        Ok(file) => file,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(e).with_context(|| format!("cannot open {}", place.display())),
-    };
-    let meta = file.metadata()?;
-    if !meta.is_file() || (meta.dev(), meta.ino()) != (device, inode) {
-        return Ok(None);
-    }
+fn open(place: &Path, device: u64, inode: u64) -> Option<File> {
+    // Where that is not allowed, CRIU takes care of it.
+    let file = File::open(place)
+        .inspect_err(|e| tracing::debug!("shared memory at {}: {e}", place.display()))
+        .ok()?;
+    let meta = file.metadata().ok()?;
     let seals = fcntl(&file, FcntlArg::F_GET_SEALS);
-    Ok((seals.is_err() || seals == Ok(libc::F_SEAL_SEAL)).then_some(file))
+    let sealed = seals.is_ok_and(|seals| seals != libc::F_SEAL_SEAL);
+    let is_it = meta.is_file() && (meta.dev(), meta.ino()) == (device, inode);
+    (is_it && !sealed).then_some(file)
 }
 
 /// Inodes of memory of which one of these processes has a descriptor: CRIU has to see that.

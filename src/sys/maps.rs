@@ -3,6 +3,8 @@
 //! The names in the list are the container's choice: a file may be called `/x[vdso]`. So a line is
 //! taken apart field by field, and what the kernel itself has mapped is told by having no inode.
 
+use super::memory;
+
 /// The kernel's name for anonymous shared memory, and those of what CRIU makes of it: by its older way, and by
 /// that which keeps what it saw of the name.
 const NAMELESS: [&str; 3] =
@@ -58,9 +60,20 @@ impl<'a> Mapping<'a> {
         self.perms.ends_with('s')
     }
 
-    /// Whether it looks like anonymous shared memory. Files may be called so, too: only device and inode tell.
-    pub fn looks_nameless(&self) -> bool {
-        self.is_shared() && self.inode != 0 && NAMELESS.contains(&self.name)
+    /// Whether it is of shared memory that nobody has given a name: anonymous, or a memfd called as CRIU calls what it
+    /// makes of such. Files may be called so, too, and are on another device.
+    pub fn is_nameless(&self) -> bool {
+        let shared = || memory::shared_device().ok();
+        self.is_shared()
+            && self.inode != 0
+            && NAMELESS.contains(&self.name)
+            && self.device_number().is_some_and(|device| Some(device) == shared())
+    }
+
+    fn device_number(&self) -> Option<u64> {
+        let (major, minor) = self.device.split_once(':')?;
+        let number = |text| u32::from_str_radix(text, 16).ok();
+        Some(libc::makedev(number(major)?, number(minor)?))
     }
 }
 

@@ -394,7 +394,7 @@ fn await_stacks(pid: i32) -> Option<Vec<u64>> {
 /// Inodes of shared memory that a task has mapped.
 fn shared_of(pid: i32) -> Result<HashSet<u64>> {
     let text = proc_text(pid, "maps")?;
-    let mappings = maps::parse(&text).filter(maps::Mapping::looks_nameless);
+    let mappings = maps::parse(&text).filter(maps::Mapping::is_nameless);
     Ok(mappings.map(|mapping| mapping.inode).collect())
 }
 
