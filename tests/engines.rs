@@ -10,6 +10,8 @@
 mod common;
 #[path = "engines/docker.rs"]
 mod docker;
+#[path = "engines/neighbours.rs"]
+mod neighbours;
 #[path = "engines/podman.rs"]
 mod podman;
 #[path = "engines/published.rs"]

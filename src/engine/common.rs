@@ -1,13 +1,13 @@
 //! What engines have in common: how they say things, and what is to be said of them.
 
 use std::collections::BTreeMap;
-use std::net::{TcpListener, UdpSocket};
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 
 use anyhow::{Result, anyhow, bail};
 use serde_json::Value;
 
 use super::Engine;
-use super::papers::{Image, Network, Port, Volume};
+use super::papers::{Image, Neighbour, Network, Port, Volume, Wanted};
 use crate::problem::Problem;
 
 /// A text; an empty one if it is none.
@@ -94,6 +94,35 @@ pub(super) fn volumes(
         }
     }
     volumes
+}
+
+/// A neighbour by an address with its prefix, as engines write it; nothing for one of IPv6.
+pub(super) fn neighbour(name: &str, network: &str, address: &str) -> Option<Neighbour> {
+    let address: Ipv4Addr = address.split('/').next()?.parse().ok()?;
+    Some(Neighbour { name: name.to_owned(), network: network.to_owned(), address })
+}
+
+/// Containers here that cannot be told apart from those which stay on the other host: these go on to be
+/// the container's neighbours.
+pub(super) fn doubles(wanted: &Wanted, found: &[Neighbour], here: &str) -> Vec<Problem> {
+    let same = |a: &Neighbour, b: &Neighbour| a.network == b.network && a.address == b.address;
+    let pairs = wanted.neighbours.iter().flat_map(|there| {
+        found.iter().filter(move |one| same(there, one)).map(move |one| (there, one))
+    });
+    let problem = |(there, one): (&Neighbour, &Neighbour)| {
+        let (engine, stays) = (wanted.engine, &there.name);
+        Problem::new(
+            format!(
+                "{engine}'s container {} on {here} has the address of {stays}: {} in {}",
+                one.name, one.address, one.network
+            ),
+            format!("{stays} stays, and goes on to reach the container; both would be one to it"),
+        )
+        .hint(format!(
+            "give one of them another address; or --forward never, and {stays} reaches it no more"
+        ))
+    };
+    pairs.map(problem).collect()
 }
 
 /// An engine binds a port that it publishes.

@@ -94,6 +94,10 @@ impl Handover for Docker {
         let own = found::own(id, &store, config, &mut problems);
         let networks = found::networks(&found, &mut problems);
         let volumes = found::volumes(&found, &mut problems);
+        let neighbours = found::neighbours(id, &networks).unwrap_or_else(|e| {
+            problems.push(Problem::new("docker does not tell of a network", format!("{e:#}")));
+            Vec::new()
+        });
         if !problems.is_empty() {
             return Err(problems);
         }
@@ -114,6 +118,7 @@ impl Handover for Docker {
             networks,
             given: found::given(&found),
             ports: ports(&found),
+            neighbours,
             own,
             log,
             log_path,

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Component, Path, PathBuf};
 
@@ -20,6 +20,8 @@ use crate::oci::runtime::valid_id;
 
 /// Most volumes, networks and ports of one container.
 const MOST: usize = 256;
+/// Most others in its networks: a bridge of Linux's has no more ports.
+const MOST_NEIGHBOURS: usize = 1024;
 /// The longest name of any of them.
 const MAX_NAME: usize = 255;
 /// Most bytes of a container in the engine's words.
@@ -49,6 +51,10 @@ pub struct Wanted {
     pub given: Vec<IpAddr>,
     /// Ports of the host that lead to it.
     pub ports: Vec<Port>,
+    /// The engine's other containers in its bridge networks: they stay. None where they are not to reach it
+    /// afterwards.
+    #[serde(default)]
+    pub neighbours: Vec<Neighbour>,
     /// Mounts of the container that the engine makes itself.
     pub own: Vec<PathBuf>,
     /// Bytes of its log.
@@ -100,6 +106,17 @@ pub struct Network {
     pub driver: String,
     /// What it has addresses of.
     pub subnets: Vec<String>,
+}
+
+/// Another container in a network of the container's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Neighbour {
+    /// As the engine calls it.
+    pub name: String,
+    /// The network.
+    pub network: String,
+    /// Its address there.
+    pub address: Ipv4Addr,
 }
 
 /// A published port.
@@ -236,13 +253,15 @@ impl Wanted {
             .max(self.own.len())
             .max(self.given.len())
             > MOST
+            || self.neighbours.len() > MOST_NEIGHBOURS
         {
             bail!("an engine's container with too many parts");
         }
         let names = [&self.name, &self.runtime, &self.store.driver]
             .into_iter()
             .chain(self.volumes.iter().map(|v| &v.name))
-            .chain(self.networks.iter().map(|n| &n.name));
+            .chain(self.networks.iter().map(|n| &n.name))
+            .chain(self.neighbours.iter().flat_map(|n| [&n.name, &n.network]));
         for name in names {
             // No engine has others; and they stand on command lines.
             if name.starts_with('-') || name.len() > MAX_NAME || !valid_id(name.as_ref()) {

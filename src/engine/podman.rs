@@ -71,7 +71,7 @@ impl Handover for Podman {
         }
         let store = store(&info);
         let own = found::own(id, &store, config, &mut problems);
-        let networks = found::networks(&found, &mut problems);
+        let (networks, neighbours) = found::networks(id, &found, &mut problems);
         let volumes = found::volumes(&found, &mut problems);
         if !problems.is_empty() {
             return Err(problems);
@@ -94,6 +94,7 @@ impl Handover for Podman {
             networks,
             given: Vec::new(),
             ports: ports(&found),
+            neighbours,
             own,
             log,
             log_path,

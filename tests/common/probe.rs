@@ -105,9 +105,19 @@ impl Probe {
         Probe::to_on(host, &container.server(lab), connections, every)
     }
 
+    /// From the network of a process there.
+    pub fn within(host: &Host, pid: &str, to: &str, connections: usize) -> Outcome<Probe> {
+        Probe::by(host, &["nsenter", &format!("--net=/proc/{pid}/ns/net")], to, connections, "2ms")
+    }
+
     fn to_on(host: &Host, to: &str, connections: usize, every: &str) -> Outcome<Probe> {
-        let (program, count) = ("/srv/shared/bin/ferry-probe", connections.to_string());
+        Probe::by(host, &[], to, connections, every)
+    }
+
+    fn by(host: &Host, by: &[&str], to: &str, count: usize, every: &str) -> Outcome<Probe> {
+        let (program, count) = ("/srv/shared/bin/ferry-probe", count.to_string());
         let arguments = [program, "--to", to, "--connections", &count, "--every", every];
+        let arguments = [by, &arguments].concat();
         let mut probe = Probe(Talk::start(host, &arguments)?);
         probe.0.expect("ready")?;
         // So that every connection has been used before anything happens to it.

@@ -11,7 +11,7 @@ use crate::common::probe::Probe;
 use crate::common::process::until;
 use crate::common::suite::{self, in_lab_of};
 use crate::common::{Outcome, ensure};
-use crate::published;
+use crate::{neighbours, published};
 
 const LIMIT: Duration = Duration::from_secs(180);
 const HOSTS: &[&str] = &["a", "b", "client", "--engines"];
@@ -25,6 +25,7 @@ pub fn trials() -> Vec<Trial> {
         in_lab_of(HOSTS, "docker::on_the_segment", LIMIT, on_the_segment),
         in_lab_of(HOSTS, "docker::with_the_hosts_network", LIMIT, with_the_hosts_network),
         in_lab_of(HOSTS, "docker::behind_a_bridge", LIMIT, behind_a_bridge),
+        in_lab_of(HOSTS, "docker::among_neighbours", LIMIT, among_neighbours),
         in_lab_of(HOSTS, "docker::in_the_default_network", LIMIT, in_the_default_network),
         in_lab_of(HOSTS, "docker::refused", LIMIT, refused),
         in_lab_of(HOSTS, "docker::after_failures", 2 * LIMIT, after_failures),
@@ -343,6 +344,14 @@ fn in_the_default_network(lab: &Lab) -> Outcome {
     a.sh("docker rm web")?;
     b.ferry(&["migrate", "web", "a"])?.exits(0)?;
     Probe::to(lab, &format!("{}:8080", lab.address(11)), 1)?.is_content()
+}
+
+/// In a network with others, which stay: they and it go on to reach each other.
+fn among_neighbours(lab: &Lab) -> Outcome {
+    set_up(lab)?;
+    start(lab, "--network appnet --ip 10.89.7.20")?;
+    neighbours::reach_each_other(lab, "docker")?;
+    neighbours::goes_on_asking(lab, "docker")
 }
 
 /// What cannot go is told by name, and nothing is touched.

@@ -11,7 +11,7 @@ use crate::common::probe::Probe;
 use crate::common::process::until;
 use crate::common::suite::{self, in_lab_of};
 use crate::common::{Outcome, ensure};
-use crate::published;
+use crate::{neighbours, published};
 
 const LIMIT: Duration = Duration::from_secs(180);
 const HOSTS: &[&str] = &["a", "b", "client", "--engines"];
@@ -25,6 +25,7 @@ pub fn trials() -> Vec<Trial> {
         in_lab_of(HOSTS, "podman::on_the_segment", LIMIT, on_the_segment),
         in_lab_of(HOSTS, "podman::with_the_hosts_network", LIMIT, with_the_hosts_network),
         in_lab_of(HOSTS, "podman::behind_a_bridge", LIMIT, behind_a_bridge),
+        in_lab_of(HOSTS, "podman::among_neighbours", LIMIT, among_neighbours),
         in_lab_of(HOSTS, "podman::refused", 2 * LIMIT, refused),
         in_lab_of(HOSTS, "podman::after_failures", 3 * LIMIT, after_failures),
         in_lab_of(HOSTS, "podman::without_ferry", LIMIT, without_ferry),
@@ -271,6 +272,14 @@ fn behind_a_bridge(lab: &Lab) -> Outcome {
     clients.end(lab, "a", &["--when-idle=1s", "web"], pid)?;
     owned_there(lab, &before, &lines)?;
     obeys_there(lab)
+}
+
+/// In a network with others, which stay: they and it go on to reach each other.
+fn among_neighbours(lab: &Lab) -> Outcome {
+    set_up(lab)?;
+    start(lab, "--network appnet --ip 10.89.7.20")?;
+    neighbours::reach_each_other(lab, "podman")?;
+    neighbours::goes_on_asking(lab, "podman")
 }
 
 /// What cannot go is told by name, and nothing is touched.

@@ -11,7 +11,7 @@ use super::OWN;
 use super::api::{GET, ask};
 use crate::engine::Engine;
 use crate::engine::common::{self, is_set, text};
-use crate::engine::papers::{Network, Store, Volume};
+use crate::engine::papers::{Neighbour, Network, Store, Volume};
 use crate::problem::Problem;
 
 /// The network of those who ask for none.
@@ -186,6 +186,20 @@ pub(super) fn network(name: &str) -> Result<Option<Network>> {
         driver: text(&found["Driver"]).to_owned(),
         subnets: subnets.map(|subnet| text(&subnet["Subnet"]).to_owned()).collect(),
     }))
+}
+
+/// Other containers in bridge networks, but for the default one: who has no name there is not looked for.
+pub(super) fn neighbours(id: &str, networks: &[Network]) -> Result<Vec<Neighbour>> {
+    let mut neighbours = Vec::new();
+    for network in networks.iter().filter(|n| n.driver == "bridge" && n.name != DEFAULT) {
+        let name = &network.name;
+        let found = ask(GET, &format!("/networks/{name}"), None)?.unwrap_or_default();
+        let others = found["Containers"].as_object().into_iter().flatten();
+        neighbours.extend(others.filter(|(other, _)| *other != id).filter_map(|(_, one)| {
+            common::neighbour(text(&one["Name"]), name, text(&one["IPv4Address"]))
+        }));
+    }
+    Ok(neighbours)
 }
 
 pub(super) fn volumes(found: &Value, problems: &mut Vec<Problem>) -> Vec<Volume> {

@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 
 use super::api::{GET, ask};
-use super::found::{DEFAULT, network};
+use super::found::{DEFAULT, neighbours, network};
 use super::{SET_UP, info, is_ferry, store, store_problem};
 use crate::engine::Engine;
 use crate::engine::common::{self, text};
@@ -63,6 +63,12 @@ pub(super) fn problems(_id: &str, wanted: &Wanted) -> Vec<Problem> {
         problems.extend(answer.unwrap_or_else(|e| {
             Some(Problem::new(format!("docker does not work on {here}"), format!("{e:#}")))
         }));
+    }
+    match neighbours("", &wanted.networks) {
+        Ok(found) => problems.extend(common::doubles(wanted, &found, &here)),
+        Err(e) => {
+            problems.push(Problem::new(format!("docker does not work on {here}"), format!("{e:#}")))
+        }
     }
     problems.extend(wanted.ports.iter().filter_map(|port| common::port_free(port, &here)));
     problems.dedup();

@@ -9,7 +9,7 @@ use super::{OWN, PODMAN};
 use crate::engine::Engine;
 use crate::engine::command::ask;
 use crate::engine::common::{self, is_set, text};
-use crate::engine::papers::{Network, Store, Volume};
+use crate::engine::papers::{Neighbour, Network, Store, Volume};
 use crate::problem::Problem;
 
 /// What of a container cannot go.
@@ -129,15 +129,23 @@ pub(super) fn own(
     own
 }
 
-pub(super) fn networks(found: &Value, problems: &mut Vec<Problem>) -> Vec<Network> {
+/// Networks, and other containers in those that are bridges.
+pub(super) fn networks(
+    id: &str,
+    found: &Value,
+    problems: &mut Vec<Problem>,
+) -> (Vec<Network>, Vec<Neighbour>) {
     if text(&found["HostConfig"]["NetworkMode"]) != "bridge" {
-        return Vec::new();
+        return Default::default();
     }
     let names = found["NetworkSettings"]["Networks"].as_object().into_iter().flat_map(|n| n.keys());
-    let mut networks = Vec::new();
+    let (mut networks, mut neighbours) = (Vec::new(), Vec::new());
     for name in names {
         match network(name) {
-            Ok(Some(network)) => networks.push(network),
+            Ok(Some((network, others))) => {
+                neighbours.extend(others.into_iter().filter(|(other, _)| other != id).map(|o| o.1));
+                networks.push(network);
+            }
             Ok(None) => problems.push(Problem::new(
                 format!("podman has no network {} any more", name.escape_debug()),
                 "it was removed",
@@ -147,17 +155,36 @@ pub(super) fn networks(found: &Value, problems: &mut Vec<Problem>) -> Vec<Networ
             }
         }
     }
-    networks
+    (networks, neighbours)
 }
 
-pub(super) fn network(name: &str) -> Result<Option<Network>> {
+/// Neighbours with their containers' IDs.
+type Neighbours = Vec<(String, Neighbour)>;
+
+/// A network, and, if it is a bridge, who is in it.
+pub(super) fn network(name: &str) -> Result<Option<(Network, Neighbours)>> {
     let Some(found) = ask(PODMAN, &["network", "inspect", name])? else { return Ok(None) };
     let subnets = found["subnets"].as_array().into_iter().flatten();
-    Ok(Some(Network {
+    let network = Network {
         name: name.to_owned(),
         driver: text(&found["driver"]).to_owned(),
         subnets: subnets.map(|subnet| text(&subnet["subnet"]).to_owned()).collect(),
-    }))
+    };
+    let neighbours = if network.driver == "bridge" { neighbours(name, &found) } else { Vec::new() };
+    Ok(Some((network, neighbours)))
+}
+
+fn neighbours(network: &str, found: &Value) -> Neighbours {
+    let mut all = Vec::new();
+    for (id, one) in found["containers"].as_object().into_iter().flatten() {
+        let interfaces = one["interfaces"].as_object().into_iter().flat_map(|list| list.values());
+        let subnets = interfaces.flat_map(|one| one["subnets"].as_array().into_iter().flatten());
+        all.extend(subnets.filter_map(|subnet| {
+            let address = text(&subnet["ipnet"]);
+            Some((id.clone(), common::neighbour(text(&one["name"]), network, address)?))
+        }));
+    }
+    all
 }
 
 pub(super) fn volumes(found: &Value, problems: &mut Vec<Problem>) -> Vec<Volume> {
@@ -174,6 +201,19 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn who_is_in_a_network_is_told() {
+        let one = |name: &str, addresses: &[&str]| {
+            let subnets: Vec<_> = addresses.iter().map(|at| json!({ "ipnet": at })).collect();
+            json!({ "name": name, "interfaces": { "eth0": { "subnets": subnets } } })
+        };
+        let found = json!({
+            "containers": { "11": one("db", &["10.89.7.2/24", "fd00::2/64"]), "22": one("off", &[]) },
+        });
+        let told = neighbours("appnet", &found);
+        assert_eq!(told, [("11".into(), common::neighbour("db", "appnet", "10.89.7.2").unwrap())]);
+    }
 
     #[test]
     fn what_cannot_go_is_refused() {

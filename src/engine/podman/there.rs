@@ -63,7 +63,7 @@ pub(super) fn problems(id: &str, wanted: &Wanted) -> Vec<Problem> {
         );
     }
     // Each is a program that takes its tenth of a second.
-    let answers: Vec<Result<Option<Problem>>> = std::thread::scope(|scope| {
+    let answers: Vec<Result<Vec<Problem>>> = std::thread::scope(|scope| {
         let here = here.as_str();
         let mut asked = vec![
             scope.spawn(|| taken("container", &wanted.name, here)),
@@ -71,13 +71,14 @@ pub(super) fn problems(id: &str, wanted: &Wanted) -> Vec<Problem> {
             scope.spawn(|| image(&wanted.image, here)),
         ];
         asked.extend(wanted.volumes.iter().map(|v| scope.spawn(|| taken("volume", &v.name, here))));
-        asked.extend(wanted.networks.iter().map(|n| scope.spawn(|| network_there(n, here))));
+        asked
+            .extend(wanted.networks.iter().map(|n| scope.spawn(|| network_there(wanted, n, here))));
         let died = |_| Err(anyhow!("a question to it died"));
         asked.into_iter().map(|one| one.join().unwrap_or_else(died)).collect()
     });
     for answer in answers {
         problems.extend(answer.unwrap_or_else(|e| {
-            Some(Problem::new(format!("podman does not work on {here}"), format!("{e:#}")))
+            vec![Problem::new(format!("podman does not work on {here}"), format!("{e:#}"))]
         }));
     }
     problems.extend(wanted.ports.iter().filter_map(|port| common::port_free(port, &here)));
@@ -86,19 +87,23 @@ pub(super) fn problems(id: &str, wanted: &Wanted) -> Vec<Problem> {
 }
 
 /// A name that is taken here.
-fn taken(kind: &str, name: &str, here: &str) -> Result<Option<Problem>> {
+fn taken(kind: &str, name: &str, here: &str) -> Result<Vec<Problem>> {
     let there = run(PODMAN, &[kind, "exists", name], LIMIT)?.success;
-    Ok(there.then(|| common::taken(Engine::Podman, kind, name, here)))
+    Ok(there.then(|| common::taken(Engine::Podman, kind, name, here)).into_iter().collect())
 }
 
-fn image(image: &Image, here: &str) -> Result<Option<Problem>> {
+fn image(image: &Image, here: &str) -> Result<Vec<Problem>> {
     let found = ask(PODMAN, &["image", "inspect", &image.name])?;
     let id = found.as_ref().map(|found| text(&found["Id"]));
-    Ok(common::image(Engine::Podman, image, id, here))
+    Ok(common::image(Engine::Podman, image, id, here).into_iter().collect())
 }
 
-fn network_there(wanted: &Network, here: &str) -> Result<Option<Problem>> {
-    Ok(common::network(Engine::Podman, wanted, network(&wanted.name)?, here))
+fn network_there(wanted: &Wanted, one: &Network, here: &str) -> Result<Vec<Problem>> {
+    let (found, others) = network(&one.name)?.unzip();
+    let others: Vec<_> = others.unwrap_or_default().into_iter().map(|other| other.1).collect();
+    let mut problems = common::doubles(wanted, &others, here);
+    problems.extend(common::network(Engine::Podman, one, found, here));
+    Ok(problems)
 }
 
 /// The first two numbers of a version.

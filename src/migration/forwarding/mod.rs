@@ -43,6 +43,7 @@ use crate::migration::journal::forward_role::ForwardRole;
 use crate::migration::protocol::forwarding::{AddressDecision, ForwardOption};
 use crate::network::image::Kind;
 use crate::network::published::home::Known;
+use crate::network::published::near::{self, Stays};
 use crate::network::sockets::SockDiag;
 use crate::network::translated::{self, Translated};
 use crate::network::{self, NetworkImage, Placement, Problem, forward};
@@ -111,6 +112,9 @@ pub struct Away {
     /// Addresses that it has for such connections alone.
     #[serde(default)]
     pub old: Vec<IpAddr>,
+    /// Those who stay at home and are near it.
+    #[serde(default)]
+    pub stay: Vec<Stays>,
 }
 
 /// The destination decides what becomes of the address.
@@ -239,7 +243,8 @@ fn remove_directory(directory: &Path) {
     {
         let cut = network::published::away::cut(&away.id, &namespace, &away.old);
         let forgotten = network::published::given::forget(&away.old, &namespace);
-        for problem in [cut.err(), forgotten.err()].into_iter().flatten() {
+        let told = near::tell(&namespace, &away.stay, false);
+        for problem in [cut.err(), forgotten.err(), told.err()].into_iter().flatten() {
             tracing::warn!("{problem}");
         }
     }

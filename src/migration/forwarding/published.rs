@@ -5,6 +5,7 @@
 //! the container is restored, its cable is joined with them. When it is committed, and before its engine here
 //! sees it end, home leads to itself what comes for it.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
 use std::path::PathBuf;
 
@@ -17,6 +18,7 @@ use crate::migration::protocol::Plan;
 use crate::network::image::{Kind, Link};
 use crate::network::published::away::{links, make_devices, steer as join_cables};
 use crate::network::published::home::Known;
+use crate::network::published::near::stay;
 use crate::network::published::packet::{TCP, UDP};
 use crate::network::published::{Port, given, surroundings};
 use crate::network::sockets::{self, Flow, SockDiag};
@@ -26,12 +28,17 @@ use crate::sys::netns::NetNs;
 
 /// By default it ends when no connection was open for so long, seconds.
 pub const IDLE: u64 = 300;
+/// So many who stay are told by name.
+const NAMED: usize = 5;
 
 /// Whether there is something that could be forwarded.
 pub fn could_be(plan: &Plan) -> bool {
     let (Some(wanted), Some(image)) = (&plan.engine, &plan.network) else { return false };
     let translated = &plan.forward.translated;
-    let ties = translated.published || !translated.flows.is_empty() || !wanted.ports.is_empty();
+    let ties = translated.published
+        || !translated.flows.is_empty()
+        || !wanted.ports.is_empty()
+        || !wanted.neighbours.is_empty();
     ties && links(image).next().is_some()
 }
 
@@ -65,12 +72,22 @@ pub fn known(wanted: &Wanted, image: &NetworkImage) -> Known {
     Known {
         ports: ports.collect(),
         links: all.iter().map(|link| (link.mac.unwrap_or_default(), own(link))).collect(),
+        bridges: all.iter().map(|link| bridge(link)).collect(),
+        neighbours: wanted.neighbours.iter().map(|one| one.address).collect(),
+    }
+}
+
+fn bridge(link: &Link) -> String {
+    match &link.kind {
+        Kind::Veth { bridge, .. } => bridge.clone(),
+        _ => String::new(),
     }
 }
 
 /// Connections that would end, by name: the other end would have to come along.
 pub fn stuck(
     wanted: &Wanted,
+    forwards: bool,
     namespace: &NetNs,
     image: &NetworkImage,
 ) -> Result<Vec<Problem>, Problem> {
@@ -78,6 +95,8 @@ pub fn stuck(
     let here = crate::sys::host::name();
     let host = NetNs::current().map_err(|e| Problem::new("cannot look at this host", e))?;
     let around = surroundings(&host)?;
+    let near: HashMap<IpAddr, &str> =
+        wanted.neighbours.iter().map(|one| (one.address.into(), &*one.name)).collect();
     let mut found: Vec<(&str, String, Vec<Flow>)> = Vec::new();
     for link in links(image) {
         let Kind::Veth { bridge, .. } = &link.kind else { continue };
@@ -96,6 +115,13 @@ pub fn stuck(
                 Some(entry) if entry.translation().is_none() => {
                     ("IPv6", "Ferry forwards connections of IPv4".into())
                 }
+                None if near.contains_key(&other) => match near[&other] {
+                    _ if forwards => continue,
+                    name => (
+                        name,
+                        format!("its other end is {engine}'s container {name}, which stays here"),
+                    ),
+                },
                 None if !outward => (
                     "bridge",
                     format!(
@@ -124,7 +150,8 @@ pub fn stuck(
             why,
         )
         .hint(format!(
-            "end it; or connect to a port that {engine} publishes on {here}, from another host"
+            "end it; or connect to a port that {engine} publishes on {here}, from another host{}",
+            if forwards { "" } else { "; or leave --forward away" }
         ))
     };
     let mut problems: Vec<Problem> = found.into_iter().map(problem).collect();
@@ -153,6 +180,41 @@ pub fn moves(wanted: &Wanted) -> Option<Problem> {
     Some(Problem::new(what, why).hint("a network made with --subnet keeps addresses").warning())
 }
 
+/// Who stays, and what becomes of what they have to do with each other. `forwards`: their packets go
+/// to and fro.
+pub fn left_behind(wanted: &Wanted, forwards: bool) -> Option<Problem> {
+    let mut names: Vec<String> =
+        wanted.neighbours.iter().map(|one| one.name.escape_debug().to_string()).collect();
+    names.sort_unstable();
+    names.dedup();
+    let (engine, others) = (wanted.engine, names.len().saturating_sub(NAMED));
+    let first = names.first()?;
+    let mut list = names[..names.len().min(NAMED)].join(", ");
+    if others > 0 {
+        list.push_str(&format!(", and {others} more"));
+    }
+    let (stay, them) = if names.len() == 1 { ("stays", "it") } else { ("stay", "them") };
+    let what = format!("{list} {stay} here, in {engine}'s networks that it is in");
+    let problem = if forwards {
+        let hint = format!(
+            "give a container that asks for names the others' addresses: `--add-host`, compose's \
+             extra_hosts; or move {first}, too"
+        );
+        Problem::new(
+            what,
+            format!(
+                "they reach each other by their addresses as long as connections are forwarded; \
+                 {engine} tells {them} its name no more"
+            ),
+        )
+        .hint(hint)
+    } else {
+        Problem::new(what, "with --forward never they do not reach each other any more")
+            .hint("leave --forward away")
+    };
+    Some(problem.warning())
+}
+
 /// It is forwarded so already, from elsewhere.
 pub fn twice(away: &Away) -> Problem {
     let (home, id) = (&away.home, away.name.as_ref().unwrap_or(&away.container));
@@ -176,6 +238,8 @@ pub fn arrive(note: &ForwardRecord, plan: &Plan) -> Result<()> {
     let links: Vec<(String, Kind)> =
         links(image).map(|link| (link.name.clone(), link.kind.clone())).collect();
     let names: Vec<String> = links.iter().map(|link| link.0.clone()).collect();
+    let wanted = plan.engine.iter().flat_map(|wanted| &wanted.neighbours);
+    let neighbours: Vec<Ipv4Addr> = wanted.map(|one| one.address).collect();
     let away = Away {
         id: note.id.clone(),
         container: plan.container.clone(),
@@ -186,6 +250,7 @@ pub fn arrive(note: &ForwardRecord, plan: &Plan) -> Result<()> {
         links,
         published: true,
         old: Vec::new(),
+        stay: stay(image, &neighbours),
     };
     write(&directory, AWAY, &away)?;
     away::spawn(&directory, make_devices(&note.id, &names)?)
@@ -207,7 +272,7 @@ pub fn join(
     let directory = directory(&note.id);
     let mut away = super::away_at(&directory)?;
     let names: Vec<String> = away.links.iter().map(|link| link.0.clone()).collect();
-    join_cables(&note.id, namespace, &names)?;
+    join_cables(&note.id, namespace, &names, &away.stay)?;
     away.path = format!("/proc/{init}/ns/net").into();
     away.identity = namespace.identity()?;
     let given = plan.engine.as_ref().map(|wanted| wanted.given.as_slice()).unwrap_or_default();

@@ -191,6 +191,7 @@ pub fn arrive(
         name: None,
         published: false,
         old: Vec::new(),
+        stay: Vec::new(),
     };
     write(&directory, AWAY, &away)?;
     away::spawn(&directory, made.take_taps())

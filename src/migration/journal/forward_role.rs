@@ -66,6 +66,11 @@ impl ForwardRecord {
             ForwardRole::LeavesConnections if !flows.is_empty() => {
                 "connections that live by this host's address translation are forwarded, as are its published ports here"
             }
+            ForwardRole::LeavesConnections
+                if plan.engine.as_ref().is_some_and(|wanted| wanted.ports.is_empty()) =>
+            {
+                "what its neighbours here and it say to each other is forwarded"
+            }
             ForwardRole::LeavesConnections => "its published ports here are forwarded",
             ForwardRole::ArrivesWithoutConnections => {
                 "connections by its host before are forwarded"

@@ -26,7 +26,7 @@ use crate::migration::journal::away::AwayMark;
 use crate::migration::journal::holder;
 use crate::migration::network::floating_address;
 use crate::migration::options::MigrateOptions;
-use crate::migration::protocol::forwarding::ForwardRequest;
+use crate::migration::protocol::forwarding::{ForwardOption, ForwardRequest};
 use crate::migration::protocol::{How, MAX_PARENTS, Place, Plan, Probe};
 use crate::migration::transfer::file_sender::FilesToCopy;
 use crate::network::image::Kind;
@@ -240,7 +240,7 @@ fn look(
     runtime: &Runtime,
     wishes: &MigrateOptions,
     state: State,
-    engine: Option<Wanted>,
+    mut engine: Option<Wanted>,
 ) -> Result<SourceContainer> {
     let bundle = Bundle::load(&state.bundle).map_err(|e| {
         Problem::new("the container's bundle is missing", format!("{e:#}"))
@@ -262,13 +262,18 @@ fn look(
     let ties = |n: &(NetNs, PathBuf, NetworkImage)| forward::translated(&n.0, &n.2, away.as_ref());
     let translated = network.as_ref().map(ties).unwrap_or_default();
     let mut warnings = Vec::new();
+    let forwards = wishes.forward != ForwardOption::Never;
     if let (Some(wanted), Some((namespace, _, image))) = (&engine, &network) {
         warnings.extend(forward::published::moves(wanted));
-        let mut problems = forward::published::stuck(wanted, namespace, image)?;
+        warnings.extend(forward::published::left_behind(wanted, forwards));
+        let mut problems = forward::published::stuck(wanted, forwards, namespace, image)?;
         problems.extend(away.iter().map(forward::published::twice));
         if !problems.is_empty() {
             return Err(Problems(problems).into());
         }
+    }
+    if let Some(wanted) = engine.as_mut().filter(|_| !forwards) {
+        wanted.neighbours.clear();
     }
     let from = away.map(|a| (a.id, a.home));
     let forward = ForwardRequest { wish: wishes.forward, from, translated };

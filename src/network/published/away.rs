@@ -8,8 +8,9 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use super::home::flow;
+use super::near::{self, Stays};
 use super::packet::{TCP, UDP};
-use super::{Ends, FLOW_CELLS, device, quiet_device, table};
+use super::{ADDRESS_CELLS, Ends, FLOW_CELLS, device, quiet_device, table};
 use crate::network::image::{Kind, Link, MAX_LINKS, NetworkImage};
 use crate::network::nft::{self, Batch, Expression, NewChain, NewSet, Policy};
 use crate::network::rtnl::{self, IFF_UP, Rtnl, ifinfo};
@@ -22,6 +23,8 @@ use crate::sys::tun::Tap;
 /// Connections that are open; and what packets from home belong to, as long as some come.
 const OPEN: &str = "open";
 const RECENT: &str = "recent";
+/// Addresses of those who are at home, and near.
+const NEAR: &str = "near";
 const RENEWED: Duration = Duration::from_secs(300);
 const INGRESS: u32 = 0;
 
@@ -83,11 +86,11 @@ pub(super) fn delete_devices(id: &str, host: &NetNs) -> crate::sys::netlink::Res
 }
 
 /// Joins the devices of these links with the container's cables, which the engine has made. All
-/// connections that the container has are from home.
+/// connections that the container has are from home, and those who `stay` are there.
 ///
 /// # Errors
 /// When the cables are not there, or the kernel does not take it.
-pub fn steer(id: &str, container: &NetNs, names: &[String]) -> Result<(), Problem> {
+pub fn steer(id: &str, container: &NetNs, names: &[String], stay: &[Stays]) -> Result<(), Problem> {
     let trying = || "cannot lead forwarded connections to the container".to_owned();
     let host = NetNs::current().trying(trying)?;
     let outside = Rtnl::open(&host).and_then(|mut s| s.links()).trying(trying)?;
@@ -101,6 +104,7 @@ pub fn steer(id: &str, container: &NetNs, names: &[String]) -> Result<(), Proble
     for (name, timeout) in [(OPEN, None), (RECENT, Some(RENEWED))] {
         batch.add_set(nft::NETDEV, &table, &NewSet { name, key: &FLOW_CELLS, timeout });
     }
+    batch.add_set(nft::NETDEV, &table, &NewSet { name: NEAR, key: &ADDRESS_CELLS, timeout: None });
     let open = open(container)?;
     batch.add_keys(nft::NETDEV, &table, OPEN, &open.iter().map(|e| e.key()).collect::<Vec<_>>());
 
@@ -137,10 +141,16 @@ pub fn steer(id: &str, container: &NetNs, names: &[String]) -> Result<(), Proble
             rule.extend(to(tap));
             rule
         };
-        chain("from", &cable.name, vec![known(OPEN), known(RECENT)]);
+        let mut to_near = near::to_address();
+        to_near.push(Expression::Lookup(NEAR));
+        to_near.extend(to(tap));
+        chain("from", &cable.name, vec![known(OPEN), known(RECENT), to_near]);
     }
+    let ips: Vec<[u8; 4]> = stay.iter().map(|one| one.address.octets()).collect();
+    batch.add_keys(nft::NETDEV, &table, NEAR, &ips);
     let mut socket = Socket::open_in(&host, Protocol::Netfilter).trying(trying)?;
-    socket.transact(&batch.prepare()).map(drop).trying(trying)
+    socket.transact(&batch.prepare()).map(drop).trying(trying)?;
+    near::tell(container, stay, true)
 }
 
 /// The container's connections, as packets to it have them.

@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 
 use super::packet::{self, Packet, TCP};
 use super::{
-    Ends, FLOW, FLOW_CELLS, PORT, PORT_CELLS, Port, Translation, Translations, device, table,
+    ADDRESS_CELLS, Ends, FLOW, FLOW_CELLS, Near, PORT, PORT_CELLS, Port, Translation, Translations,
+    device, near, table,
 };
 use crate::network::fence;
 use crate::network::frames::Frame;
@@ -31,8 +32,9 @@ use crate::sys::tun::Tap;
 /// Sets of the table.
 const PORTS: &str = "ports";
 const FLOWS: &str = "flows";
+const OWN: &str = "own";
 /// Hardware address of whoever sends to the container, for it: nobody has it.
-const SENDER: Mac = [0x02, 0xfe, 0x44, 0x7e, 0x01, 0x01];
+pub(super) const SENDER: Mac = [0x02, 0xfe, 0x44, 0x7e, 0x01, 0x01];
 const ETHERNET: usize = 14;
 /// `NF_INET_LOCAL_OUT`, `NF_NETDEV_INGRESS`
 const LOCAL_OUT: u32 = 3;
@@ -48,6 +50,19 @@ pub struct Known {
     /// Its links that connections of home's go through, by their place in the list of links: hardware
     /// address, and the addresses there.
     pub links: Vec<(Mac, Vec<Ipv4Addr>)>,
+    /// For each of these, the bridge here that it was on.
+    #[serde(default)]
+    pub bridges: Vec<String>,
+    /// Addresses of those who stay on these bridges.
+    #[serde(default)]
+    pub neighbours: Vec<Ipv4Addr>,
+}
+
+impl Known {
+    fn near(&self) -> Near {
+        let own = self.links.iter().flat_map(|(_, ips)| ips).copied().collect();
+        Near { own, others: self.neighbours.iter().copied().collect() }
+    }
 }
 
 /// See the module.
@@ -63,8 +78,8 @@ pub struct Home {
 #[derive(Debug, Default)]
 struct State {
     translations: Translations,
-    /// Devices that are listened to, when that was set up.
-    devices: Option<Vec<String>>,
+    /// Devices that are listened to, and, of these, those of neighbours, when that was set up.
+    devices: Option<[Vec<String>; 2]>,
     /// Ports of this host that nobody else may have meanwhile.
     held: Vec<(Port, Holding)>,
 }
@@ -128,7 +143,8 @@ impl Home {
     /// When the kernel does not take it.
     pub fn lead_here(&self, open: &[Translation]) -> Result<(), Problem> {
         let mut state = self.lock();
-        state.translations = Translations::new(self.known.ports.clone(), open, Instant::now());
+        let (ports, near) = (self.known.ports.clone(), self.known.near());
+        state.translations = Translations::new(ports, near, open, Instant::now());
         self.steer(&mut state, open)
     }
 
@@ -140,7 +156,7 @@ impl Home {
             Rtnl::open(&host).and_then(|mut s| Ok((s.links()?, s.addresses()?))).trying(trying)?;
         let own = links.iter().find(|link| link.name == name);
         let own = own.ok_or_else(|| Problem::new(trying(), "its device is gone"))?.index as u32;
-        let devices = devices(&links, &name);
+        let devices = devices(&links, &name, &self.known);
 
         let here = addresses.iter().filter_map(address).filter_map(|a| match a.local {
             IpAddr::V4(ip) if !ip.is_loopback() => Some(ip),
@@ -164,29 +180,39 @@ impl Home {
             batch.delete_table(family, &table);
             batch.add_table(family, &table);
         }
-        let sets: [(_, &[_]); 2] = [(PORTS, &PORT_CELLS), (FLOWS, &FLOW_CELLS)];
+        let sets: [(_, &[_]); 3] =
+            [(PORTS, &PORT_CELLS), (FLOWS, &FLOW_CELLS), (OWN, &ADDRESS_CELLS)];
         for (name, key) in sets {
             batch.add_set(nft::NETDEV, &table, &NewSet { name, key, timeout: None });
         }
         batch.add_keys(nft::NETDEV, &table, PORTS, &ports);
         batch.add_keys(nft::NETDEV, &table, FLOWS, &flows);
-        for (number, some) in devices.chunks(MOST_DEVICES).enumerate() {
-            let name = format!("in-{number}");
-            batch.add_chain(&NewChain {
-                family: nft::NETDEV,
-                table: &table,
-                name: &name,
-                hook: INGRESS,
-                devices: some,
-                policy: Policy::Accept,
-            });
-            for (set, mut rule) in [(PORTS, to_port()), (FLOWS, flow(false))] {
-                rule.extend([
-                    Expression::Lookup(set),
-                    Expression::Device(own),
-                    Expression::Forward,
-                ]);
-                batch.add_rule(nft::NETDEV, &table, &name, &rule);
+        let known = self.known.near().own.into_iter().map(|ip| ip.octets());
+        batch.add_keys(nft::NETDEV, &table, OWN, &known.collect::<Vec<_>>());
+        let rules = [
+            ("in", vec![(PORTS, to_port()), (FLOWS, flow(false))]),
+            ("near", vec![(OWN, near::to_address()), (OWN, near::asks_for())]),
+        ];
+        for (devices, (kind, rules)) in devices.iter().zip(&rules) {
+            for (number, some) in devices.chunks(MOST_DEVICES).enumerate() {
+                let name = format!("{kind}-{number}");
+                batch.add_chain(&NewChain {
+                    family: nft::NETDEV,
+                    table: &table,
+                    name: &name,
+                    hook: INGRESS,
+                    devices: some,
+                    policy: Policy::Accept,
+                });
+                for (set, rule) in rules {
+                    let mut rule = rule.clone();
+                    rule.extend([
+                        Expression::Lookup(set),
+                        Expression::Device(own),
+                        Expression::Forward,
+                    ]);
+                    batch.add_rule(nft::NETDEV, &table, &name, &rule);
+                }
             }
         }
         batch.add_chain(&NewChain {
@@ -214,7 +240,7 @@ impl Home {
         self.hold_ports(&mut state);
         let links = NetNs::current().ok().and_then(|host| Rtnl::open(&host).ok()?.links().ok());
         if let Some(links) = links
-            && state.devices.as_ref() != Some(&devices(&links, &device(&self.id, None)))
+            && state.devices != Some(devices(&links, &device(&self.id, None), &self.known))
         {
             let open = state.translations.all();
             if let Err(problem) = self.steer(&mut state, &open) {
@@ -247,9 +273,23 @@ impl Home {
     pub fn read(&self, buffer: &mut [u8], frames: &mut Vec<Frame>) -> io::Result<()> {
         while frames.len() < 256 {
             let Some(length) = self.tap.read(buffer)? else { break };
-            frames.extend(buffer.get_mut(VNET_HDR..length).and_then(|frame| self.inward(frame)));
+            let Some(frame) = buffer.get_mut(VNET_HDR..length) else { continue };
+            match near::Asked::parse(frame) {
+                Some(asked) => self.answer(&asked),
+                None => frames.extend(self.inward(frame)),
+            }
         }
         Ok(())
+    }
+
+    /// A neighbour hears where the container's address is: where it was, as far as that is to know.
+    fn answer(&self, asked: &near::Asked) {
+        let place = self.known.links.iter().position(|(_, ips)| ips.contains(&asked.address));
+        let there = place.and_then(|n| Some((&self.known.links[n].0, self.known.bridges.get(n)?)));
+        let Some((mac, bridge)) = there else { return };
+        if let Err(e) = near::say(bridge, &asked.answer(*mac)) {
+            tracing::debug!("ARP on {bridge}: {e}");
+        }
     }
 
     fn inward(&self, frame: &mut [u8]) -> Option<Frame> {
@@ -313,12 +353,18 @@ impl AsFd for Home {
     }
 }
 
-/// What packets from outside may come in by.
-fn devices(links: &[rtnl::LinkInfo], own: &str) -> Vec<String> {
+/// What packets from outside may come in by; and those of neighbours.
+fn devices(links: &[rtnl::LinkInfo], own: &str, known: &Known) -> [Vec<String>; 2] {
     let foreign = |link: &&rtnl::LinkInfo| !link.is_loopback() && link.name != own;
-    let mut names: Vec<String> = links.iter().filter(foreign).map(|l| l.name.clone()).collect();
-    names.sort_unstable();
-    names
+    let bridge = |link: &&rtnl::LinkInfo| known.bridges.contains(&link.name);
+    let bridges: Vec<i32> = links.iter().filter(bridge).map(|link| link.index).collect();
+    let near = |link: &&rtnl::LinkInfo| link.master.is_some_and(|at| bridges.contains(&at));
+    let names = |list: &mut dyn Iterator<Item = &rtnl::LinkInfo>| {
+        let mut names: Vec<String> = list.map(|link| link.name.clone()).collect();
+        names.sort_unstable();
+        names
+    };
+    [names(&mut links.iter().filter(foreign)), names(&mut links.iter().filter(near))]
 }
 
 /// Bound, and neither listening nor shared: whoever wants the port hears that it is taken.
@@ -349,10 +395,10 @@ fn to_port() -> Vec<Expression> {
 }
 
 /// `NFT_META_PROTOCOL`, `NFT_META_L4PROTO`
-const PROTOCOL: u32 = 1;
+pub(super) const PROTOCOL: u32 = 1;
 const L4_PROTOCOL: u32 = 16;
 
-fn ipv4() -> Vec<Expression> {
+pub(super) fn ipv4() -> Vec<Expression> {
     vec![Expression::Meta(PROTOCOL), Expression::Equal(vec![0x08, 0x00])]
 }
 

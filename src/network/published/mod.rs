@@ -16,10 +16,14 @@
 //! comes back is sent as this host's own. [`away`], another such table puts the frames on the container's
 //! cable, and takes off it what belongs to connections from there; all else goes the way that the engine has
 //! made.
+//!
+//! Who was on the container's bridge at home, and stays, is [near]: what they say to its address, and it to
+//! theirs, goes the same way without translation.
 
 pub(crate) mod away;
 pub(crate) mod given;
 pub(crate) mod home;
+pub(crate) mod near;
 pub(crate) mod packet;
 mod translations;
 
@@ -29,7 +33,7 @@ use std::net::{IpAddr, SocketAddrV4};
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) use translations::{Port, Translation, Translations};
+pub(crate) use translations::{Near, Port, Translation, Translations};
 
 use super::nft::Cell;
 use super::read::address;
@@ -81,6 +85,7 @@ impl Ends {
 /// Bytes of the key of a connection, and of a port.
 const FLOW: usize = 4 * FLOW_CELLS.len();
 const PORT: usize = 4 * PORT_CELLS.len();
+const ADDRESS_CELLS: [Cell; 1] = [Cell::Address];
 const FLOW_CELLS: [Cell; 5] =
     [Cell::Address, Cell::Port, Cell::Address, Cell::Port, Cell::Protocol];
 const PORT_CELLS: [Cell; 3] = [Cell::Address, Cell::Port, Cell::Protocol];

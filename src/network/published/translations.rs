@@ -1,7 +1,7 @@
 //! The address translation that home makes instead of its kernel: two faces of each connection, one on
 //! the wire and one for the container. Ports stay as they are, but for published ones.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::{Duration, Instant};
 
@@ -39,6 +39,22 @@ pub struct Translation {
     pub inside: Ends,
 }
 
+/// Who is on the container's segment at home, and speaks with it without any translation.
+#[derive(Debug, Clone, Default)]
+pub struct Near {
+    /// The container's own addresses.
+    pub own: HashSet<Ipv4Addr>,
+    /// The others'.
+    pub others: HashSet<Ipv4Addr>,
+}
+
+impl Near {
+    /// As packets to the container have them.
+    fn has(&self, ends: &Ends) -> bool {
+        self.own.contains(ends.to.ip()) && self.others.contains(ends.from.ip())
+    }
+}
+
 #[derive(Debug)]
 struct Way {
     inside: Ends,
@@ -60,6 +76,7 @@ impl Way {
 #[derive(Debug, Default)]
 pub struct Translations {
     ports: Vec<Port>,
+    near: Near,
     ways: HashMap<Ends, Way>,
     /// From the face inside to that on the wire.
     back: HashMap<Ends, Ends>,
@@ -68,8 +85,8 @@ pub struct Translations {
 
 impl Translations {
     /// Begins with what is open.
-    pub fn new(ports: Vec<Port>, open: &[Translation], now: Instant) -> Translations {
-        let mut all = Translations { ports, ..Translations::default() };
+    pub fn new(ports: Vec<Port>, near: Near, open: &[Translation], now: Instant) -> Translations {
+        let mut all = Translations { ports, near, ..Translations::default() };
         for one in open {
             let way = Way { inside: one.inside, used: now, answered: true, ended: (false, false) };
             all.add(one.wire, way);
@@ -97,8 +114,11 @@ impl Translations {
                     && p.port == wire.to.port()
                     && p.address.is_none_or(|ip| ip == *wire.to.ip())
             };
-            let to = self.ports.iter().find(leads)?.to;
-            let inside = Ends { to, ..wire };
+            let inside = if self.near.has(&wire) {
+                wire
+            } else {
+                Ends { to: self.ports.iter().find(leads)?.to, ..wire }
+            };
             let way = Way { inside, used: now, answered: false, ended: (false, false) };
             if !self.add(wire, way) {
                 return None;
@@ -113,9 +133,15 @@ impl Translations {
         Some(way.inside)
     }
 
-    /// What a packet of the container's is on the wire; nothing on a connection that is not known.
+    /// What a packet of the container's is on the wire; nothing on a connection that is not known, but to
+    /// those who are near.
     pub fn outward(&mut self, inside: Ends, closes: (bool, bool), now: Instant) -> Option<Ends> {
-        let wire = *self.back.get(&inside.answer())?;
+        let to_it = inside.answer();
+        if !self.back.contains_key(&to_it) && self.near.has(&to_it) {
+            let way = Way { inside: to_it, used: now, answered: false, ended: (false, false) };
+            self.add(to_it, way);
+        }
+        let wire = *self.back.get(&to_it)?;
         let way = self.ways.get_mut(&wire)?;
         (way.used, way.answered) = (now, true);
         way.ended.1 |= closes.0;
@@ -168,7 +194,7 @@ mod tests {
     #[test]
     fn a_published_port_leads_there_and_back() {
         let now = Instant::now();
-        let mut all = Translations::new(published(), &[], now);
+        let mut all = Translations::new(published(), Near::default(), &[], now);
         let wire = ends("192.0.2.9:4000", "10.77.1.11:8080");
         let inside = ends("192.0.2.9:4000", "10.89.7.20:7000");
         assert_eq!(all.outward(inside.answer(), NO, now), None, "nobody has connected");
@@ -188,7 +214,7 @@ mod tests {
         let now = Instant::now();
         let mut ports = published();
         ports[0].address = Some(Ipv4Addr::new(10, 77, 1, 11));
-        let mut all = Translations::new(ports, &[], now);
+        let mut all = Translations::new(ports, Near::default(), &[], now);
         assert!(all.inward(ends("192.0.2.9:1", "10.77.1.11:8080"), NO, now).is_some());
         assert!(all.inward(ends("192.0.2.9:2", "10.77.1.12:8080"), NO, now).is_none());
     }
@@ -199,10 +225,32 @@ mod tests {
         let wire = ends("198.51.100.1:443", "10.77.1.11:50123");
         let inside = ends("198.51.100.1:443", "10.89.7.20:40000");
         let open = [Translation { wire, inside }];
-        let mut all = Translations::new(Vec::new(), &open, now);
+        let mut all = Translations::new(Vec::new(), Near::default(), &open, now);
         assert_eq!(all.outward(inside.answer(), NO, now), Some(wire.answer()));
         assert_eq!(all.inward(wire, NO, now), Some(inside));
         assert_eq!(all.changed(), None, "it was known");
+    }
+
+    #[test]
+    fn neighbours_are_not_translated() {
+        let now = Instant::now();
+        let ip = |text: &str| -> HashSet<Ipv4Addr> { [text.parse().unwrap()].into() };
+        let near = Near { own: ip("10.89.7.20"), others: ip("10.89.7.2") };
+        let mut all = Translations::new(published(), near, &[], now);
+        let asks = ends("10.89.7.2:4000", "10.89.7.20:5432");
+        assert_eq!(all.inward(asks, NO, now), Some(asks));
+        assert_eq!(all.outward(asks.answer(), NO, now), Some(asks.answer()));
+        // What the container begins, or goes on with before the other one does.
+        let answers = ends("10.89.7.2:7000", "10.89.7.20:4001");
+        assert_eq!(all.outward(answers.answer(), NO, now), Some(answers.answer()));
+        assert_eq!(all.inward(answers, NO, now), Some(answers));
+        // A stranger, who is none; and what would be somebody else's.
+        assert_eq!(all.inward(ends("10.89.7.3:1", "10.89.7.20:5432"), NO, now), None);
+        let stranger = ends("10.89.7.20:7000", "10.89.7.3:1");
+        assert_eq!(all.outward(stranger, NO, now), None);
+        let published = ends("10.89.7.2:4002", "10.77.1.11:8080");
+        assert!(all.inward(published, NO, now).is_some());
+        assert_eq!(all.inward(ends("10.89.7.2:4002", "10.89.7.20:7000"), NO, now), None);
     }
 
     #[test]
@@ -210,7 +258,7 @@ mod tests {
         let begun = Instant::now();
         let later = begun + 2 * OTHER;
         let inside = |port: u16| ends(&format!("192.0.2.9:{port}"), "10.89.7.20:7000");
-        let mut all = Translations::new(published(), &[], begun);
+        let mut all = Translations::new(published(), Near::default(), &[], begun);
         for port in 1..=4 {
             all.inward(ends(&format!("192.0.2.9:{port}"), "10.77.1.11:8080"), NO, begun);
         }
