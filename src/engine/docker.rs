@@ -33,7 +33,7 @@ use super::common::{ports, short, text};
 use super::handover::Handover;
 use super::papers::{Image, Made, Papers, Store, Wanted};
 use crate::problem::Problem;
-use crate::sys::process;
+use crate::sys::{fault, process};
 
 /// Until it has taken a container away; whoever still works with it comes first.
 const REMOVE_LIMIT: Duration = Duration::from_secs(20);
@@ -216,6 +216,7 @@ impl Handover for Docker {
             api::ask_for(POST, &wait, None, START_LIMIT)?;
             // The away-mark refuses what its restart policy tries now; nor need it be tried at every boot.
             await_rest(&at)?;
+            fault::point("docker.let-go")?;
             let never = json!({ "RestartPolicy": { "Name": "no" } });
             ask(POST, &format!("{at}/update"), Some(&never)).map(drop)
         })

@@ -30,6 +30,7 @@ pub fn trials() -> Vec<Trial> {
         in_lab_of(HOSTS, "docker::refused", LIMIT, refused),
         in_lab_of(HOSTS, "docker::after_failures", 2 * LIMIT, after_failures),
         in_lab_of(HOSTS, "docker::without_ferry", LIMIT, without_ferry),
+        in_lab_of(HOSTS, "docker::without_a_mark", LIMIT, without_a_mark),
     ]
 }
 
@@ -491,4 +492,43 @@ fn without_ferry(lab: &Lab) -> Outcome {
             .then_some(()))
     })?;
     owned_there(lab, &before, &lines)
+}
+
+/// Where no away-mark is wanted, docker starts no second copy either: it has taken the restart policy off; or,
+/// where it has not, the mark stays.
+fn without_a_mark(lab: &Lab) -> Outcome {
+    set_up(lab)?;
+    let (a, b) = (lab.host("a"), lab.host("b"));
+    let address = lab.address(ADDRESS);
+    start(lab, &format!("--network lan --ip {address}"))?;
+    let mut probe = Probe::to(lab, &format!("{address}:7000"), CONNECTIONS)?;
+    let marks = |host: &Host| host.sh("find /var/lib/ferry/away -type f | wc -l");
+    let policy = |host: &Host| -> Outcome<Value> {
+        Ok(inspect(host, "web")?["HostConfig"]["RestartPolicy"]["Name"].clone())
+    };
+    // A daemon that is started starts what is to run always.
+    let stays_away = |host: &Host| -> Outcome {
+        restart_daemon(host)?;
+        let state = inspect(host, "web")?["State"].clone();
+        ensure!(
+            state["Running"] == false && state["Restarting"] == false,
+            "a second copy: {state}"
+        );
+        Ok(())
+    };
+
+    a.ferry(&["migrate", "--no-mark", "web", "b"])?.exits(0)?;
+    probe.is_content()?;
+    ensure!(marks(&a)?.trim() == "0", "a mark was left");
+    ensure!(policy(&a)? == "no" && policy(&b)? == "always", "{} {}", policy(&a)?, policy(&b)?);
+    stays_away(&a)?;
+    a.sh("docker rm web")?;
+
+    let fault = "FERRY_FAULT=docker.let-go:error";
+    let said = b.exec(&["env", fault, "ferry", "migrate", "--no-mark", "web", "a"])?;
+    probe.is_content()?;
+    ensure!(policy(&b)? == "always" && marks(&b)?.trim() == "1", "{said}");
+    ensure!(said.err.contains("the away-mark stays"), "{said}");
+    stays_away(&b)?;
+    probe.is_content()
 }

@@ -208,6 +208,12 @@ pub fn leave_mark(journal: &Journal) -> Result<()> {
     mark.write(state_dir(journal))
 }
 
+/// Whether the container may be started here again: an engine that was not told that it has left has its
+/// restart policy still, and would have a second copy at once, or when it is started itself.
+fn mark_may_go(is_engines: bool, told: bool) -> bool {
+    told || !is_engines
+}
+
 /// Takes this migration's mark away, and no other's.
 fn lift_mark(journal: &Journal) -> Result<()> {
     let record = &journal.record;
@@ -316,9 +322,7 @@ pub fn release_source(journal: &mut Journal, before_network: impl FnOnce()) -> R
     }
     forward::source_goes(&record);
     before_network();
-    if let Some(leaving) = leaving {
-        failures.note("telling the engine", leaving.end());
-    }
+    let told = leaving.and_then(|leaving| failures.note("telling the engine", leaving.end()));
     let kept = failures.note("keeping the container's network", forward::source_gone(&record));
     if kept == Some(true) {
         // Behind its closed fence it goes on, for whoever forwards.
@@ -342,8 +346,10 @@ pub fn release_source(journal: &mut Journal, before_network: impl FnOnce()) -> R
     for path in record.remove.iter().filter(|_| failures.is_empty()).collect::<Vec<_>>() {
         failures.note("removing what was copied", crate::files::walk::remove_real(path));
     }
-    if !record.leave_mark {
+    if !record.leave_mark && mark_may_go(record.engine.is_some(), told.is_some()) {
         failures.note("lifting the away-mark", lift_mark(journal));
+    } else if !record.leave_mark {
+        tracing::warn!("the away-mark stays: the engine may start the container again");
     }
     workdir::remove(&record.work);
     failures.note("writing the journal", journal.write(State::Finished));
