@@ -48,6 +48,26 @@ pub enum Cgroup {
     V1(PathBuf),
 }
 
+/// Whether what is mounted, by its type and options, is the hierarchy of this controller.
+fn has(controller: &str) -> impl Fn(&str, &str) -> bool {
+    move |kind, options| kind == "cgroup" && options.split(',').any(|one| one == controller)
+}
+
+/// The directory of a group, `path` in its hierarchy, below where that is mounted; none for the topmost one.
+/// `mounts` as proc_pid_mountinfo(5) has it.
+fn directory(mounts: &str, path: &str, wanted: impl Fn(&str, &str) -> bool) -> Option<PathBuf> {
+    let (root, point) = mounts.lines().find_map(|line| {
+        let (left, right) = line.split_once(" - ")?;
+        let mut right = right.split(' ');
+        let (kind, options) = (right.next()?, right.nth(1)?);
+        let mut left = left.split(' ').skip(3);
+        let (root, point) = (left.next()?, left.next()?);
+        wanted(kind, options).then_some((root, point))
+    })?;
+    let inside = Path::new(path).strip_prefix(root).ok()?;
+    (!inside.as_os_str().is_empty()).then(|| Path::new(point).join(inside))
+}
+
 impl Cgroup {
     /// The control group of a process, by which its container can be frozen.
     ///
@@ -57,20 +77,6 @@ impl Cgroup {
         let text = fs::read_to_string(format!("/proc/{pid}/cgroup"))
             .with_context(|| format!("process {pid} is gone"))?;
         let mounts = String::from_utf8_lossy(&fs::read("/proc/self/mountinfo")?).into_owned();
-        let find = |wanted: &dyn Fn(&str, &str) -> bool| -> Option<(PathBuf, PathBuf)> {
-            mounts.lines().find_map(|line| {
-                let (left, right) = line.split_once(" - ")?;
-                let mut right = right.split(' ');
-                let (kind, options) = (right.next()?, right.nth(1)?);
-                let mut left = left.split(' ').skip(3);
-                let (root, point) = (left.next()?, left.next()?);
-                wanted(kind, options).then(|| (root.into(), point.into()))
-            })
-        };
-        let place = |(root, point): (PathBuf, PathBuf), path: &str| -> Option<PathBuf> {
-            let inside = Path::new(path).strip_prefix(&root).ok()?;
-            (!inside.as_os_str().is_empty()).then(|| point.join(inside))
-        };
         for line in text.lines() {
             let mut parts = line.splitn(3, ':');
             let (Some(id), Some(controllers), Some(path)) =
@@ -79,20 +85,28 @@ impl Cgroup {
                 continue;
             };
             if id == "0" && controllers.is_empty() {
-                let found = find(&|kind, _| kind == "cgroup2").and_then(|m| place(m, path));
+                let found = directory(&mounts, path, |kind, _| kind == "cgroup2");
                 if let Some(dir) = found.filter(|d| d.join("cgroup.freeze").exists()) {
                     return Ok(Cgroup::V2(dir));
                 }
-            } else if controllers.split(',').any(|c| c == "freezer") {
-                let found = find(&|kind, options| {
-                    kind == "cgroup" && options.split(',').any(|o| o == "freezer")
-                });
-                if let Some(dir) = found.and_then(|m| place(m, path)) {
-                    return Ok(Cgroup::V1(dir));
-                }
+            } else if controllers.split(',').any(|c| c == "freezer")
+                && let Some(dir) = directory(&mounts, path, has("freezer"))
+            {
+                return Ok(Cgroup::V1(dir));
             }
         }
         bail!("process {pid} has no control group of its own that could be frozen")
+    }
+
+    /// Where a controller of version 1 has a process, if it is one of these here: cgroups(7).
+    pub fn of_controller(pid: i32, controller: &str) -> Option<PathBuf> {
+        let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+        let mounts = String::from_utf8_lossy(&fs::read("/proc/self/mountinfo").ok()?).into_owned();
+        let path = text.lines().find_map(|line| {
+            let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+            controllers.split(',').any(|one| one == controller).then_some(path)
+        })?;
+        directory(&mounts, path, has(controller))
     }
 
     fn path(&self) -> &Path {
@@ -235,5 +249,30 @@ impl Cgroup {
                 .map_err(|_| anyhow!("a task of {} does not end", self.path().display()))?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_is_found_below_where_its_hierarchy_is_mounted() {
+        let mounts = "\
+30 25 0:26 / /sys/fs/cgroup/unified rw,nosuid - cgroup2 cgroup2 rw,nsdelegate
+31 25 0:27 /docker /sys/fs/cgroup/cpu,cpuacct rw,nosuid - cgroup cgroup rw,cpu,cpuacct
+32 25 0:28 / /sys/fs/cgroup/memory rw,nosuid - cgroup cgroup rw,memory
+";
+        let found = |path: &str, controller: &str| {
+            let dir = directory(mounts, path, has(controller))?;
+            Some(dir.to_string_lossy().into_owned())
+        };
+        assert_eq!(found("/box", "memory").as_deref(), Some("/sys/fs/cgroup/memory/box"));
+        assert_eq!(found("/docker/box", "cpu").as_deref(), Some("/sys/fs/cgroup/cpu,cpuacct/box"));
+        assert_eq!(found("/elsewhere", "cpu"), None);
+        assert_eq!(found("/", "memory"), None, "the topmost holds others, too");
+        assert_eq!(found("/box", "pids"), None);
+        let unified = directory(mounts, "/box", |kind, _| kind == "cgroup2");
+        assert_eq!(unified, Some("/sys/fs/cgroup/unified/box".into()));
     }
 }

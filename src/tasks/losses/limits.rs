@@ -33,10 +33,17 @@ pub fn missing_systemd(wanted: bool) -> Option<Problem> {
 
 /// Limits that are not what the configuration says: changed by `update`, or by hand.
 pub fn changed(init: i32, bundle: &Bundle) -> Option<Problem> {
-    let Ok(Cgroup::V2(path)) = Cgroup::of_process(init) else { return None };
+    let unified = match Cgroup::of_process(init) {
+        Ok(Cgroup::V2(path)) => Some(path),
+        _ => None,
+    };
+    let read = |path: &Path| Some(fs::read_to_string(path).ok()?.trim().to_owned());
+    let old =
+        |controller: &str, name: &str| read(&Cgroup::of_controller(init, controller)?.join(name));
+    // Where both versions are, the controllers may be in the old one.
     let read = |name: &str| {
-        let text = fs::read_to_string(path.join(name)).ok()?;
-        Some(text.trim().to_owned())
+        let new = unified.as_ref().and_then(|path| read(&path.join(name)));
+        new.or_else(|| of_version_1(name, old))
     };
     let words = compare(&bundle.config["linux"]["resources"], read);
     (!words.is_empty()).then(|| {
@@ -83,6 +90,27 @@ fn most_memory(memory: &Value, swap: bool) -> Option<u64> {
     }
     // Memory and swap together; where it is not set, there may be any amount of swap.
     bytes("swap").map(|both| both.max(limit))
+}
+
+/// What a file of version 2 would say, by those of version 1: `old` reads one of a controller's.
+/// Documentation/admin-guide/cgroup-v1
+fn of_version_1(name: &str, old: impl Fn(&str, &str) -> Option<String>) -> Option<String> {
+    match name {
+        "memory.max" => {
+            let bytes = old("memory", "memory.limit_in_bytes")?;
+            // The most that fits into its counter of pages is no limit.
+            let most = bytes.parse::<u64>().ok()? >= i64::MAX as u64 & !0xffff;
+            Some(if most { "max".to_owned() } else { bytes })
+        }
+        "pids.max" => old("pids", name),
+        "cpu.max" => {
+            let (quota, period) =
+                (old("cpu", "cpu.cfs_quota_us")?, old("cpu", "cpu.cfs_period_us")?);
+            let quota = if quota.starts_with('-') { "max" } else { &quota };
+            Some(format!("{quota} {period}"))
+        }
+        _ => None,
+    }
 }
 
 /// Which limits differ, of those that the configuration names.
@@ -159,6 +187,32 @@ mod tests {
         assert!(compare(&json!({}), |_| Some("7".into())).is_empty(), "nothing is said of it");
         assert!(compare(&json!({"pids": {"limit": -1}}), |_| Some("max".into())).is_empty());
         assert!(compare(&config, |_| None).is_empty());
+    }
+
+    #[test]
+    fn version_1_says_the_same_in_other_files() {
+        let config = json!({
+            "memory": {"limit": 67108864}, "pids": {"limit": 40},
+            "cpu": {"quota": 50000, "period": 100000}
+        });
+        let told = |memory: &str, pids: &str, quota: &str| {
+            let old = |controller: &str, name: &str| {
+                let value = match (controller, name) {
+                    ("memory", "memory.limit_in_bytes") => memory,
+                    ("pids", "pids.max") => pids,
+                    ("cpu", "cpu.cfs_quota_us") => quota,
+                    ("cpu", "cpu.cfs_period_us") => "100000",
+                    _ => return None,
+                };
+                Some(value.to_owned())
+            };
+            compare(&config, |name| of_version_1(name, old)).join(", ")
+        };
+        assert_eq!(told("67108864", "40", "50000"), "");
+        assert_eq!(
+            told("9223372036854771712", "max", "-1"),
+            "memory.max (max, not 67108864), pids.max (max, not 40), cpu.max (max 100000, not 50000 100000)"
+        );
     }
 
     #[test]
