@@ -119,18 +119,38 @@ pub struct Memory {
     pub seed: u64,
     /// How many rewrites there were; always the sum of all generations.
     pub rewrites: u64,
-    pages: Vec<Page>,
+    /// For as long as the program runs.
+    pages: &'static mut [Page],
     generations: Vec<u64>,
 }
 
 impl Memory {
     /// `count` pages in generation 0, all of them touched.
     pub fn new(content: Content, seed: u64, count: usize) -> Self {
-        let mut pages = Vec::with_capacity(count);
-        for index in 0..count {
-            pages.push(Page::expected(content, seed, index as u64, 0));
+        let pages: Vec<Page> =
+            (0..count).map(|index| Page::expected(content, seed, index as u64, 0)).collect();
+        Self { content, seed, rewrites: 0, pages: pages.leak(), generations: vec![0; count] }
+    }
+
+    /// The same in memory that children would share.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn shared(content: Content, seed: u64, count: usize) -> std::io::Result<Self> {
+        let (access, flags) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
+        // SAFETY: a new mapping, wherever the kernel finds room, of zeros, which are pages, and for good.
+        let pages: &'static mut [Page] = unsafe {
+            let at = libc::mmap(std::ptr::null_mut(), count * PAGE, access, flags, -1, 0);
+            if at == libc::MAP_FAILED {
+                return Err(std::io::Error::last_os_error());
+            }
+            std::slice::from_raw_parts_mut(at.cast(), count)
+        };
+        for (index, page) in pages.iter_mut().enumerate() {
+            page.fill(content, seed, index as u64, 0);
         }
-        Self { content, seed, rewrites: 0, pages, generations: vec![0; count] }
+        Ok(Self { content, seed, rewrites: 0, pages, generations: vec![0; count] })
     }
 
     /// The number of pages.

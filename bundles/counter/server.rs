@@ -49,6 +49,9 @@ struct Options {
     /// How much memory to hold
     #[arg(long, default_value = "64M", value_parser = common::units::size)]
     memory: u64,
+    /// Hold it as anonymous shared memory
+    #[arg(long)]
+    shared: bool,
     /// What to fill it with
     #[arg(long, default_value = "random")]
     content: Content,
@@ -146,7 +149,11 @@ struct Server {
 impl Server {
     fn new(options: &Options) -> io::Result<Self> {
         let count = (options.memory as usize / PAGE).max(1);
-        let memory = Memory::new(options.content, options.seed, count);
+        let memory = if options.shared {
+            Memory::shared(options.content, options.seed, count)?
+        } else {
+            Memory::new(options.content, options.seed, count)
+        };
         let hot = options.hot.map_or(count, |bytes| (bytes as usize / PAGE).clamp(1, count));
         let listener = TcpListener::bind(options.listen)?;
         listener.set_nonblocking(true)?;
@@ -426,11 +433,12 @@ mod tests {
     #[test]
     fn a_rewritten_page_is_what_the_formula_says() {
         for content in [Content::Random, Content::Text, Content::Zero] {
-            let mut memory = Memory::new(content, 7, 4);
-            memory.rewrite(2);
-            assert_eq!(memory.look(2), (1, Page::expected(content, 7, 2, 1).hash()));
-            assert_eq!(memory.bad_pages(0..4), 0);
-            assert!(memory.table_is_whole());
+            for mut memory in [Memory::new(content, 7, 4), Memory::shared(content, 7, 4).unwrap()] {
+                memory.rewrite(2);
+                assert_eq!(memory.look(2), (1, Page::expected(content, 7, 2, 1).hash()));
+                assert_eq!(memory.bad_pages(0..4), 0);
+                assert!(memory.table_is_whole());
+            }
         }
     }
 
