@@ -17,6 +17,9 @@ mod podman;
 #[path = "engines/published.rs"]
 mod published;
 
+#[path = "engines/second.rs"]
+mod second;
+
 use std::process::ExitCode;
 
 fn main() -> ExitCode {

@@ -82,6 +82,7 @@ impl Stage {
             destination: "host2".into(),
             migrated_at: "2026-03-01T12:00:00Z".into(),
             migration_id: "m1".into(),
+            named: None,
         };
         mark.write(&self.path("state")).unwrap();
     }

@@ -22,6 +22,7 @@ use super::args::Cli;
 use super::runtime::{Config, Runtime, Unusable};
 use super::scan::{Command, Scan};
 use crate::engine::calls;
+use crate::engine::owner;
 use crate::migration::journal::away::AwayMark;
 use crate::migration::journal::holder;
 use crate::oci::migratable;
@@ -160,6 +161,16 @@ fn refuse_if_away(scan: &Scan, runtime: &Runtime, ids: &[OsString]) -> Result<()
             let (why, hint) = holder::marked(&state, &mark, &format!("ferry{options}"));
             let what =
                 format!("container {} {why}; starting it here would make a second copy", mark.id);
+            return Err(advice(what, hint));
+        }
+        let file = scan.creates.as_ref().filter(|_| AwayMark::any_named(&state));
+        if let (Some(file), Some(id)) = (file, id.to_str())
+            && let Some((engine, name)) = owner::of_call(id, &root, file)
+            && let Some(mark) = AwayMark::find_named(&state, engine, &name)?
+        {
+            let options = format!("ferry --root {}", mark.runtime_root.display());
+            let (why, hint) = holder::marked(&state, &mark, &options);
+            let what = format!("{engine}'s {name} {why}; another {name} would be a second copy");
             return Err(advice(what, hint));
         }
     }

@@ -230,7 +230,7 @@ fn entries(directory: &Path) -> Vec<PathBuf> {
 }
 
 /// A file, if it is there and not longer than any of these is.
-fn text(file: &Path) -> Option<String> {
+pub(super) fn text(file: &Path) -> Option<String> {
     let mut text = String::new();
     let file = File::open(file).ok().filter(|file| file.metadata().is_ok_and(|m| m.is_file()))?;
     file.take(MAX_LIST).read_to_string(&mut text).ok()?;

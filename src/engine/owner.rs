@@ -14,7 +14,7 @@ use std::path::{Component, Path, PathBuf};
 
 use serde_json::Value;
 
-use super::{Engine, Owned, Role};
+use super::{Engine, Owned, Role, lookup};
 use crate::oci::bundle::Bundle;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::State;
@@ -78,6 +78,37 @@ pub(crate) fn owner(facts: &Facts) -> Option<Owned> {
         [by_manager, by_annotations, by_bundle, by_root, by_cgroup, by_parent];
     let engine = rules.iter().find_map(|rule| rule(facts))?;
     Some(Owned::new(engine, role(facts), &facts.id, name(facts)))
+}
+
+/// Whose a container is that our caller has us create, and its name there; `file` is its config.json.
+pub(crate) fn of_call(id: &str, root: &Path, file: &Path) -> Option<(Engine, String)> {
+    let bundle = Bundle::load(file.parent()?).ok()?;
+    let facts = Facts {
+        id: id.to_owned(),
+        root: root.to_owned(),
+        bundle: bundle.path.clone(),
+        annotations: bundle.config["annotations"].clone(),
+        cgroup: PathBuf::new(),
+        // Whoever minds the container calls its runtime.
+        parent: parent(std::process::id() as i32).unwrap_or_default(),
+    };
+    let owned = owner(&facts)?;
+    let name = match owned.engine {
+        Engine::Docker => docker_name(id, &bundle.config),
+        _ => owned.name,
+    };
+    Some((owned.engine, name?))
+}
+
+/// docker mounts files of the directory in which it also has what it knows of the container.
+fn docker_name(id: &str, config: &Value) -> Option<String> {
+    let mounts = config["mounts"].as_array()?.iter();
+    let sources = mounts.filter_map(|mount| Path::new(mount["source"].as_str()?).parent());
+    let directory = sources.into_iter().find(|directory| directory.ends_with(id))?;
+    let known = lookup::text(&directory.join("config.v2.json"))?;
+    let known: Value = serde_json::from_str(&known).ok()?;
+    let name = known["Name"].as_str()?.trim_start_matches('/').to_owned();
+    Owned::new(Engine::Docker, Role::Alone, id, Some(&name)).name
 }
 
 /// podman and CRI-O say so themselves.
@@ -209,6 +240,23 @@ mod tests {
             parent: vec!["/usr/bin/bash".into()],
             ..Facts::default()
         }
+    }
+
+    #[test]
+    fn docker_says_the_name_beside_its_mounts() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = dir.path().join("containers").join(ID);
+        std::fs::create_dir_all(&own).unwrap();
+        std::fs::write(own.join("config.v2.json"), r#"{"Name":"/web"}"#).unwrap();
+        let mount =
+            |source: PathBuf| json!({ "mounts": [{ "source": "proc" }, { "source": source }] });
+        let hosts = mount(own.join("hosts"));
+        assert_eq!(docker_name(ID, &hosts), Some("web".into()));
+        assert_eq!(docker_name("0011", &hosts), None);
+        assert_eq!(docker_name(ID, &mount(dir.path().join("hosts"))), None);
+        // Whoever made it may have written anything.
+        std::fs::write(own.join("config.v2.json"), r#"{"Name":"/../x"}"#).unwrap();
+        assert_eq!(docker_name(ID, &hosts), None);
     }
 
     fn engine(facts: &Facts) -> Option<Engine> {

@@ -11,7 +11,7 @@ use crate::common::probe::Probe;
 use crate::common::process::until;
 use crate::common::suite::{self, in_lab_of};
 use crate::common::{Outcome, ensure};
-use crate::{neighbours, published};
+use crate::{neighbours, published, second};
 
 const LIMIT: Duration = Duration::from_secs(180);
 const HOSTS: &[&str] = &["a", "b", "client", "--engines"];
@@ -27,6 +27,7 @@ pub fn trials() -> Vec<Trial> {
         in_lab_of(HOSTS, "docker::behind_a_bridge", LIMIT, behind_a_bridge),
         in_lab_of(HOSTS, "docker::among_neighbours", LIMIT, among_neighbours),
         in_lab_of(HOSTS, "docker::in_the_default_network", LIMIT, in_the_default_network),
+        in_lab_of(HOSTS, "docker::no_second_copy", second::LIMIT, no_second_copy),
         in_lab_of(HOSTS, "docker::refused", LIMIT, refused),
         in_lab_of(HOSTS, "docker::after_failures", 2 * LIMIT, after_failures),
         in_lab_of(HOSTS, "docker::without_ferry", LIMIT, without_ferry),
@@ -345,6 +346,19 @@ fn in_the_default_network(lab: &Lab) -> Outcome {
     a.sh("docker rm web")?;
     b.ferry(&["migrate", "web", "a"])?.exits(0)?;
     Probe::to(lab, &format!("{}:8080", lab.address(11)), 1)?.is_content()
+}
+
+/// It is not made again here when it has left.
+fn no_second_copy(lab: &Lab) -> Outcome {
+    set_up(lab)?;
+    second::is_held_back(
+        lab,
+        "docker",
+        &[
+            "docker rm web; docker run --detach --name web COMMAND",
+            "docker create --name new_web COMMAND; docker rm --force web; docker rename new_web web; docker start web",
+        ],
+    )
 }
 
 /// In a network with others, which stay: they and it go on to reach each other.

@@ -11,7 +11,7 @@ use crate::common::probe::Probe;
 use crate::common::process::until;
 use crate::common::suite::{self, in_lab_of};
 use crate::common::{Outcome, ensure};
-use crate::{neighbours, published};
+use crate::{neighbours, published, second};
 
 const LIMIT: Duration = Duration::from_secs(180);
 const HOSTS: &[&str] = &["a", "b", "client", "--engines"];
@@ -26,6 +26,7 @@ pub fn trials() -> Vec<Trial> {
         in_lab_of(HOSTS, "podman::with_the_hosts_network", LIMIT, with_the_hosts_network),
         in_lab_of(HOSTS, "podman::behind_a_bridge", LIMIT, behind_a_bridge),
         in_lab_of(HOSTS, "podman::among_neighbours", LIMIT, among_neighbours),
+        in_lab_of(HOSTS, "podman::no_second_copy", second::LIMIT, no_second_copy),
         in_lab_of(HOSTS, "podman::refused", 2 * LIMIT, refused),
         in_lab_of(HOSTS, "podman::after_failures", 3 * LIMIT, after_failures),
         in_lab_of(HOSTS, "podman::without_ferry", LIMIT, without_ferry),
@@ -272,6 +273,19 @@ fn behind_a_bridge(lab: &Lab) -> Outcome {
     clients.end(lab, "a", &["--when-idle=1s", "web"], pid)?;
     owned_there(lab, &before, &lines)?;
     obeys_there(lab)
+}
+
+/// It is not made again here when it has left.
+fn no_second_copy(lab: &Lab) -> Outcome {
+    set_up(lab)?;
+    second::is_held_back(
+        lab,
+        "podman",
+        &[
+            "podman run --replace --detach --name web COMMAND",
+            "podman create --replace --name web COMMAND; podman start web",
+        ],
+    )
 }
 
 /// In a network with others, which stay: they and it go on to reach each other.

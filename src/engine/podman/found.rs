@@ -83,11 +83,12 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
             "run it without --userns",
         );
     }
-    if let Some(unit) = found["Config"]["Labels"]["PODMAN_SYSTEMD_UNIT"].as_str() {
+    if let Some(unit) = unit(found) {
         refuse(
             &format!("the unit {} owns it", unit.escape_debug()),
-            "systemd here would start another one when it has left, as its ID is not the same then",
-            "stop and disable the unit; podman starts the container by itself afterwards",
+            "systemd ends the container with its unit, and starts the unit again when it has left",
+            "have podman alone run it: `systemctl disable --now` for the unit (of a quadlet: move its file \
+             out of /etc/containers/systemd, and `systemctl daemon-reload`), then `podman run` without it",
         );
     }
     match text(&host["LogConfig"]["Type"]) {
@@ -99,6 +100,17 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
         ),
     }
     problems
+}
+
+/// The unit of systemd's that runs it: what quadlet and `podman generate systemd` write down; or, of any other unit,
+/// the control group, where podman was told to stay in the caller's (`--cgroups split`).
+fn unit(found: &Value) -> Option<&str> {
+    let label = found["Config"]["Labels"]["PODMAN_SYSTEMD_UNIT"].as_str();
+    label.filter(|unit| !unit.is_empty()).or_else(|| {
+        let mut above = text(&found["State"]["CgroupPath"]).rsplit('/');
+        above.find(|part| part.starts_with("libpod-payload-"))?;
+        above.find(|part| part.ends_with(".service"))
+    })
 }
 
 /// Mounts of the container that podman makes itself.
@@ -219,6 +231,7 @@ mod tests {
     fn what_cannot_go_is_refused() {
         let plain = json!({
             "Config": { "Tty": false, "Labels": {} }, "Pod": "", "IsInfra": false, "Dependencies": [],
+            "State": {},
             "HostConfig": {
                 "NetworkMode": "bridge", "PidMode": "private", "IpcMode": "shareable", "UTSMode": "private",
                 "CgroupMode": "private", "UsernsMode": "", "AutoRemove": false,
@@ -236,10 +249,32 @@ mod tests {
             ("/HostConfig/LogConfig/Type", json!("journald")),
             ("/Dependencies", json!(["x"])),
             ("/Config/Labels", json!({ "PODMAN_SYSTEMD_UNIT": "web.service" })),
+            ("/State", json!({ "CgroupPath": "/system.slice/web.service/libpod-payload-b39f" })),
         ] {
             let mut odd = plain.clone();
             *odd.pointer_mut(pointer).unwrap() = value;
             assert_eq!(refusals(&odd).len(), 1, "{pointer}");
+        }
+    }
+
+    #[test]
+    fn a_unit_is_known_by_its_label_or_its_control_group() {
+        for (label, cgroup, wanted) in [
+            ("web.service", "", Some("web.service")),
+            ("", "/system.slice/web.service/libpod-payload-b39f", Some("web.service")),
+            ("", "/user.slice/x.service/app.slice/y.service/libpod-payload-1", Some("y.service")),
+            // podman's own scopes; one that was called in a unit, and left its group.
+            ("", "/machine.slice/libpod-b39f.scope", None),
+            ("", "/machine.slice/libpod-b39f.scope/container", None),
+            ("", "/libpod_parent/libpod-b39f", None),
+            ("", "/system.slice/web.service/libpod_parent/libpod-b39f", None),
+            ("", "", None),
+        ] {
+            let found = json!({
+                "Config": { "Labels": { "PODMAN_SYSTEMD_UNIT": label } },
+                "State": { "CgroupPath": cgroup },
+            });
+            assert_eq!(unit(&found), wanted, "{label} {cgroup}");
         }
     }
 }

@@ -7,6 +7,10 @@
 //!
 //! A mark is a file `away/<runtime root, escaped>/<ID>` under ferry's state directory. On a
 //! host that never migrated anything, looking for one costs a single failed `open`.
+//!
+//! An engine that replaces a container (`podman run --replace`, `docker compose up --force-recreate`, a unit of
+//! systemd's) makes one with another ID and the same name. So the mark of an engine's container has a second
+//! file, `away/engine-<engine>/<name>`, which makes our `create` and `run` refuse as well.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -18,6 +22,7 @@ use std::path::{Component, Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::engine::Engine;
 use crate::oci::runtime::valid_id;
 use crate::problem::Advise;
 
@@ -37,6 +42,9 @@ pub struct AwayMark {
     pub migrated_at: String,
     /// Which migration it was, as `ferry migrations` lists it.
     pub migration_id: String,
+    /// Whose it is, and as they call it.
+    #[serde(default)]
+    pub named: Option<(Engine, String)>,
 }
 
 impl AwayMark {
@@ -46,15 +54,24 @@ impl AwayMark {
         if !valid_id(OsStr::new(&self.id)) {
             bail!("cannot mark {:?} as migrated away: it is not a container ID", self.id);
         }
-        let dir = root_dir(state_dir, &self.runtime_root);
-        let what = || format!("cannot write the away-mark of {:?} in {}", self.id, dir.display());
-        create_dir_synced(&dir).with_context(what)?;
+        self.write_in(&root_dir(state_dir, &self.runtime_root), &self.id)?;
+        match &self.named {
+            Some((engine, name)) if valid_id(OsStr::new(name)) => {
+                self.write_in(&engine_dir(state_dir, *engine), name)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn write_in(&self, dir: &Path, name: &str) -> Result<()> {
+        let what = || format!("cannot write the away-mark of {name:?} in {}", dir.display());
+        create_dir_synced(dir).with_context(what)?;
         // `~` is in no ID, so an unfinished mark can never be taken for a finished one.
-        let mut file = tempfile::Builder::new().prefix("~").tempfile_in(&dir).with_context(what)?;
+        let mut file = tempfile::Builder::new().prefix("~").tempfile_in(dir).with_context(what)?;
         file.write_all(&serde_json::to_vec_pretty(self)?).with_context(what)?;
         file.as_file().sync_all().with_context(what)?;
-        file.persist(dir.join(&self.id)).with_context(what)?;
-        sync_dir(&dir).with_context(what)
+        file.persist(dir.join(name)).with_context(what)?;
+        sync_dir(dir).with_context(what)
     }
 
     /// The mark of a container, if it has one.
@@ -81,18 +98,59 @@ impl AwayMark {
         })
     }
 
-    /// Removes the mark of a container; `false` when it had none.
+    /// Whether an engine's containers have marks at all: whose a new one is need not be looked at where they
+    /// have none.
+    pub fn any_named(state_dir: &Path) -> bool {
+        let engines = [Engine::Podman, Engine::Docker];
+        engines.iter().any(|engine| engine_dir(state_dir, *engine).exists())
+    }
+
+    /// The mark of an engine's container of this name, if it has one. One that cannot be read: as above.
+    pub fn find_named(state_dir: &Path, engine: Engine, name: &str) -> Result<Option<AwayMark>> {
+        if !valid_id(OsStr::new(name)) {
+            return Ok(None);
+        }
+        let dir = engine_dir(state_dir, engine);
+        read(&dir.join(name)).or_else(|why| {
+            let (what, hint) = unreadable(&dir, OsStr::new(name));
+            Err(why).advise(what, hint)
+        })
+    }
+
+    /// Removes the mark of a container, and that of its name; `false` when it had none.
     pub fn remove(state_dir: &Path, runtime_root: &Path, id: &OsStr) -> Result<bool> {
         if !valid_id(id) {
             return Ok(false);
         }
-        let dir = root_dir(state_dir, runtime_root);
-        let what = || format!("cannot remove the away-mark {}", dir.join(id).display());
-        match fs::remove_file(dir.join(id)) {
-            Ok(()) => sync_dir(&dir).with_context(what).map(|()| true),
-            Err(why) if why.kind() == ErrorKind::NotFound => Ok(false),
-            Err(why) => Err(why).with_context(what),
+        let place = root_dir(state_dir, runtime_root).join(id);
+        // Another one of that name may have left since.
+        if let Ok(Some(AwayMark { named: Some((engine, name)), migration_id, .. })) = read(&place)
+            && let Ok(Some(same)) = AwayMark::find_named(state_dir, engine, &name)
+            && same.migration_id == migration_id
+        {
+            AwayMark::remove_named(state_dir, engine, &name)?;
         }
+        unlink(&place)
+    }
+
+    /// Removes the mark of an engine's name: a container of that name has come.
+    pub fn remove_named(state_dir: &Path, engine: Engine, name: &str) -> Result<bool> {
+        if !valid_id(OsStr::new(name)) {
+            return Ok(false);
+        }
+        unlink(&engine_dir(state_dir, engine).join(name))
+    }
+}
+
+fn unlink(place: &Path) -> Result<bool> {
+    let what = || format!("cannot remove the away-mark {}", place.display());
+    match fs::remove_file(place) {
+        Ok(()) => {
+            let dir = place.parent().unwrap_or(Path::new("/"));
+            sync_dir(dir).with_context(what).map(|()| true)
+        }
+        Err(why) if why.kind() == ErrorKind::NotFound => Ok(false),
+        Err(why) => Err(why).with_context(what),
     }
 }
 
@@ -136,6 +194,11 @@ fn is_real_root() -> bool {
 
 fn root_dir(state_dir: &Path, runtime_root: &Path) -> PathBuf {
     state_dir.join("away").join(escape(&canonical(runtime_root)))
+}
+
+/// No root is called so: each begins with an escaped `/`.
+fn engine_dir(state_dir: &Path, engine: Engine) -> PathBuf {
+    state_dir.join("away").join(format!("engine-{engine}"))
 }
 
 /// The root as one name: engines write `/var/run/…` where operators write `/run/…`, and the
@@ -213,7 +276,36 @@ mod tests {
             destination: "host2".into(),
             migrated_at: "2026-03-01T12:00:00Z".into(),
             migration_id: "m1".into(),
+            named: None,
         }
+    }
+
+    #[test]
+    fn an_engines_name_is_marked_as_well() {
+        let dir = tempfile::tempdir().unwrap();
+        let (state, root) = (dir.path(), Path::new("/run/runc"));
+        assert!(!AwayMark::any_named(state));
+        let named = Some((Engine::Podman, "web".to_owned()));
+        let first = AwayMark { id: "id1".into(), named: named.clone(), ..mark(root) };
+        first.write(state).unwrap();
+        assert!(AwayMark::any_named(state));
+        let by_name = |engine| AwayMark::find_named(state, engine, "web").unwrap();
+        assert_eq!(by_name(Engine::Podman), Some(first.clone()));
+        assert_eq!(by_name(Engine::Docker), None);
+        // It came back under another ID, as docker's do, and left again: that mark is the name's.
+        let again = AwayMark { id: "id2".into(), migration_id: "m2".into(), ..first.clone() };
+        again.write(state).unwrap();
+        assert!(AwayMark::remove(state, root, OsStr::new("id1")).unwrap());
+        assert_eq!(by_name(Engine::Podman), Some(again));
+        assert!(AwayMark::remove(state, root, OsStr::new("id2")).unwrap());
+        assert_eq!(by_name(Engine::Podman), None);
+        first.write(state).unwrap();
+        assert!(AwayMark::remove_named(state, Engine::Podman, "web").unwrap());
+        assert!(!AwayMark::remove_named(state, Engine::Podman, "../web").unwrap());
+        assert!(AwayMark::find(state, root, OsStr::new("id1")).unwrap().is_some());
+        let odd = AwayMark { named: Some((Engine::Docker, "../x".into())), ..mark(root) };
+        odd.write(state).unwrap();
+        assert!(!state.join("away/x").exists());
     }
 
     #[test]

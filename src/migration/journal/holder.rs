@@ -144,6 +144,7 @@ mod tests {
             destination: "host2".into(),
             migrated_at: "2026-03-01T12:00:00Z".into(),
             migration_id: "00112233aabbccdd".into(),
+            named: None,
         };
         let (why, hint) = marked(dir.path(), &mark, "ferry");
         assert!(why.contains("open") && !why.contains("was migrated"), "{why}");

@@ -470,6 +470,9 @@ pub fn staging_bytes(plan: &Plan) -> u64 {
 
 /// The mark that says that this container was migrated away from here earlier: it comes back.
 pub fn clear_mark(plan: &Plan, runtime: &Runtime, state_dir: &Path) -> anyhow::Result<bool> {
+    if let Some(wanted) = &plan.engine {
+        AwayMark::remove_named(state_dir, wanted.engine, &wanted.name)?;
+    }
     AwayMark::remove(state_dir, runtime.root(), plan.container.as_ref())
 }
 

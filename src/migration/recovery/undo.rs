@@ -204,6 +204,7 @@ pub fn leave_mark(journal: &Journal) -> Result<()> {
         destination: record.peer.clone(),
         migrated_at: crate::report::log::rfc3339(std::time::SystemTime::now()),
         migration_id: record.migration.clone(),
+        named: record.engine.as_ref().map(|made| (made.engine, made.name.clone())),
     };
     mark.write(state_dir(journal))
 }
@@ -538,6 +539,10 @@ pub fn finish_destination(journal: &mut Journal) -> Result<()> {
     let runtime = runtime(&record);
     runtime.clear_restore(&record.id_here());
     let root = runtime.root().to_owned();
+    if let Some(made) = &record.engine {
+        let cleared = AwayMark::remove_named(state_dir(journal), made.engine, &made.name);
+        failures.note("lifting the name's away-mark", cleared);
+    }
     let cleared = AwayMark::remove(state_dir(journal), &root, record.container.as_ref());
     let came_back = failures.note("lifting the away-mark", cleared).unwrap_or(false);
     failures.note("keeping what was copied", settle_files(&record, came_back));
