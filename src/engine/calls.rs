@@ -14,12 +14,12 @@
 //!   it runs, or not     ── End ────────────▶ ends as runc would have
 //! ```
 //!
-//! Engines that make and start in two calls (docker) get what is restored and held as made, do what they
-//! do between the two (its network), and the second call is the one that waits:
+//! Engines that make and start in two calls (docker) get the first process as made when it is there, do what they
+//! do between the two (its network) while the rest is restored, and the second call is the one that waits:
 //!
 //! ```text
 //!                                            ferry create ID
-//!   expects `start`, says Restored ────────▶ writes the pid file, ends
+//!   expects `start`, says Restored ────────▶ writes the pid file, ends; what it runs goes on
 //!                                            ferry start ID
 //!                       ◀──────── Called ──
 //!   it runs, or not     ── End ────────────▶ ends as runc would have
@@ -297,7 +297,13 @@ impl Call {
         }
     }
 
-    /// The container is restored and held. Where the engine starts it by another call, waits for that.
+    /// Whether the engine does something between two calls, for which it needs the first process alone.
+    pub fn starts_apart(&self) -> bool {
+        self.next.is_some()
+    }
+
+    /// The container is restored and held; or, where the engine starts it by another call, its first process is
+    /// there. Waits for that call.
     ///
     /// # Errors
     /// When the one who was called has gone, or nobody calls again: the engine has given up.
@@ -447,7 +453,8 @@ fn restore(expectation: &Expectation, arguments: &[OsString]) -> Result<()> {
                 let started = |pid| (pid, process::start_time(pid).unwrap_or_default());
                 held = Some([started(init), started(criu)]);
                 if expectation.verb == Verb::Create {
-                    break None;
+                    // What was started still restores it.
+                    return Ok(());
                 }
             }
             Some(Order::End { why }) => break why,

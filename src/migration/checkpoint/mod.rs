@@ -1,5 +1,6 @@
 //! CRIU's dump and restore through the runtime.
 
+mod caller;
 pub(crate) mod dump;
 mod hiding;
 pub(crate) mod restore;

@@ -5,6 +5,7 @@
 //!
 //! ```text
 //! RESTORE       held until the images are there
+//! post-setup…   the namespaces are there: an engine that makes the network in one of them begins
 //! post-restore  runc is asked first, and ended; held until the commit: the tasks exist, none has run
 //! released      the fence opens while CRIU goes on to its point of no return
 //! pre-resume    sockets are alive: packets that the fence held back are replayed
@@ -29,6 +30,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Error, Result, anyhow, bail};
 use rust_criu::rust_criu_protobuf::rpc::{Criu_network_lock_method, Criu_req, Inherit_fd};
 
+use super::caller::Caller;
 use super::dump::external_mount;
 use crate::criu::interposer::{Event, Interposer, Session};
 use crate::criu::{failure, images};
@@ -185,8 +187,8 @@ fn run(
     plan.interposer.configure(&mut command);
     process::in_new_session(&mut command);
     process::with_own_keyring(&mut command);
-    let mut call = plan.call.take();
-    let (mut child, pid) = match &mut call {
+    let mut caller = Caller::new(plan.call.take());
+    let (mut child, pid) = match caller.run(&command)? {
         None => {
             let child = command
                 .spawn()
@@ -194,7 +196,7 @@ fn run(
             let pid = child.id() as i32;
             (Some(child), pid)
         }
-        Some(call) => (None, call.run(&command)?),
+        Some(pid) => (None, pid),
     };
     // The command holds the container's streams open; they must be the container's alone.
     drop(command);
@@ -203,7 +205,7 @@ fn run(
     let outcome =
         plan.interposer.next_job(pidfd.as_fd(), deadline).and_then(|(session, request)| {
             let told = (tell, orders);
-            job(&mut plan, pidfd.as_fd(), &session, request, &external, call.as_mut(), told)
+            job(&mut plan, pidfd.as_fd(), &session, request, &external, &mut caller, told)
         });
     // It has ended, or does when its connection to CRIU is closed; its own opinion of the restore
     // counts for nothing.
@@ -213,9 +215,7 @@ fn run(
     }
     plan.runtime.clear_restore(&plan.container);
     let outcome = outcome.map_err(|e| blame(&plan, e));
-    if let Some(call) = call {
-        call.end(outcome.as_ref().err().map(|e| format!("{e:#}")));
-    }
+    caller.end(outcome.as_ref().err().map(|e| format!("{e:#}")));
     outcome
 }
 
@@ -245,7 +245,7 @@ fn job(
     session: &Session,
     mut request: Criu_req,
     external: &[(String, i32)],
-    mut call: Option<&mut Call>,
+    caller: &mut Caller,
     (tell, orders): (&(dyn Fn(RestoreEvent) + Sync), &Receiver<Go>),
 ) -> Result<()> {
     let images = File::open(&plan.images)?;
@@ -321,11 +321,10 @@ fn job(
                     if !process::lives(session.criu_pid) {
                         bail!("CRIU was killed when it had restored");
                     }
-                    let begun = match &mut call {
-                        Some(call) => call.restored(init, session.criu_pid),
-                        None => Ok(()),
-                    };
-                    let apart = call.as_ref().is_some_and(|call| call.is_apart());
+                    let waits = Instant::now();
+                    let begun = caller.restored(init, session.criu_pid);
+                    tracing::debug!("an engine has taken {:?} more", waits.elapsed());
+                    let apart = caller.is_apart();
                     let agreed = begun.and_then(|()| {
                         tell(RestoreEvent::Restored(init, session.duplicate()?));
                         await_verdict(session, tell, orders)
@@ -359,11 +358,16 @@ fn job(
                     let _ = session.answer(true);
                 }
                 "setup-namespaces" => {
+                    init = notify.pid.unwrap_or(init);
                     // Before the sockets are made: some are bound to its addresses.
                     if let (Some(image), Some(pid)) = (&plan.loopback, notify.pid) {
                         network::fill_loopback(&NetNs::of_pid(pid as u32)?, image)?;
                     }
                     session.forward(&notify, Some(Instant::now() + STEP_TIMEOUT))?;
+                }
+                "post-setup-namespaces" => {
+                    session.forward(&notify, Some(Instant::now() + STEP_TIMEOUT))?;
+                    caller.begin(&plan.work, init, session.criu_pid)?;
                 }
                 "network-unlock" | "network-lock" => session.answer(true)?,
                 _ => session.forward(&notify, Some(Instant::now() + STEP_TIMEOUT))?,
