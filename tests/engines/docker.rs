@@ -380,8 +380,10 @@ fn refused(lab: &Lab) -> Outcome {
     };
     a.sh("docker volume create parts; mkdir /var/lib/docker/volumes/parts/_data/one")?;
     let part = "--network none --mount type=volume,source=parts,target=/p,volume-subpath=one";
+    a.sh("docker network create --ipv6 --subnet 10.89.8.0/24 --subnet fd89:8::/64 six")?;
     for (options, words) in [
         (part, "it has a part of a volume"),
+        ("--network six", "it has an IPv6 address in docker's network six"),
         ("--rm --network none", "(--rm)"),
         ("--tty --network none", "it has a terminal"),
         ("--network none --log-driver local", "its log goes to local"),
