@@ -17,6 +17,8 @@ const LIMIT: Duration = Duration::from_secs(900);
 const DESCRIPTORS: &[u32] = &[16, 24, 32, 48, 64, 96, 128, 256, 512, 1023, 1024];
 /// Of these some by default.
 const SOME_DESCRIPTORS: &[u32] = &[24, 256, 1024];
+/// What a process may have without further ado. getrlimit(2), RLIMIT_NOFILE
+const USUAL: u32 = 1024;
 /// How large `/run` is, in KiB.
 const RUN: &[u32] = &[256, 512, 1024, 2048, 4096];
 const SOME_RUN: &[u32] = &[512, 1024];
@@ -65,14 +67,14 @@ fn descriptors(lab: &Lab, kind: Kind) -> Outcome {
         for side in ["source", "destination"] {
             let case = format!("{count} descriptors on the {side}");
             let mut line = world.line(&world.b, "A=", "A=", &[])?;
-            let few = format!("#!/bin/sh\nulimit -n {count}\nexec ferry \"$@\"\n");
-            if side == "source" {
-                write_script(&world.a.path("/srv/shared/bin/few")?, &few)?;
-                let ferry = line.iter().position(|w| w == "ferry").ok_or("no ferry")?;
-                line[ferry] = "/srv/shared/bin/few".to_owned();
-            } else {
-                write_script(&world.a.path("/srv/shared/bin/faulty")?, &few)?;
+            // The other side has what most hosts give, and not whatever this machine does.
+            let (here, there) = if side == "source" { (count, USUAL) } else { (USUAL, count) };
+            for (script, count) in [("few", here), ("faulty", there)] {
+                let few = format!("#!/bin/sh\nulimit -n {count}\nexec ferry \"$@\"\n");
+                write_script(&world.a.path(&format!("/srv/shared/bin/{script}"))?, &few)?;
             }
+            let ferry = line.iter().position(|w| w == "ferry").ok_or("no ferry")?;
+            line[ferry] = "/srv/shared/bin/few".to_owned();
             late.extend(refused_or_carried(&mut world, &case, &line)?);
         }
     }
