@@ -164,7 +164,7 @@ impl IncomingMigration {
         let (Some(wanted), Some(made)) = (&self.plan.engine, &self.journal.record.engine) else {
             return Ok(());
         };
-        self.phase = "making volumes";
+        self.doing = "making volumes";
         engine.upper.clone_from(&made.upper);
         engine.handover.make(wanted, made)?;
         if wanted.log.is_some() {
@@ -183,7 +183,7 @@ impl IncomingMigration {
         else {
             bail!("there is no engine");
         };
-        self.phase = "having the engine make the container";
+        self.doing = "having the engine make the container";
         let papers = engine.papers.take().ok_or_else(|| anyhow!("nothing is known of it"))?;
         let verb = engine.handover.verb();
         if let Some(image) = &self.plan.network {
@@ -244,10 +244,10 @@ impl IncomingMigration {
         }
         engine.call = Some(call);
         if self.plan.network.is_some() && engine.handover.verb() == Verb::Create {
-            self.phase = "making the network";
+            self.doing = "making the network";
             self.network.stand_in(&self.plan, self.work.path())?;
         } else if self.plan.network.is_some() {
-            self.phase = "looking at the network that the engine has made";
+            self.doing = "looking at the network that the engine has made";
             let Some(Some(place)) = bundle.namespace("network") else {
                 bail!("the engine has made no network namespace");
             };
@@ -273,7 +273,7 @@ impl IncomingMigration {
         }
         self.mark("the engine has started it");
         if self.plan.network.is_some() {
-            self.phase = "looking at the network that the engine has made";
+            self.doing = "looking at the network that the engine has made";
             let note = self.journal.record.forward.as_ref();
             self.network.enter(&self.plan, self.work.path(), note)?;
             self.have_released();

@@ -1,12 +1,20 @@
 //! The destination's role: [`receive`] takes one migration in over a link.
 //!
 //! ```text
-//!            Plan              Prepare            Dumped, MemoryDone       Commit
-//!  ─────────▶ Asked ──────────▶ Preparing ───────▶ Restoring ────────────▶ Ready ─────────▶ Running
-//!               │ Refuse          │ any error        │ any error             │ Abort
-//!               ▼                 ▼                  ▼                       ▼
-//!            nothing made      all undone         all undone              all undone
+//!  ─▶ Asked ── Prepare ─▶ Preparing ── Freezing ─▶ Frozen ── Dumped ─▶ Restoring
+//!       │ Refuse             │ any error             │ any error         │ any error
+//!       ▼                    ▼                       ▼                   ▼
+//!     nothing made         all undone              all undone          all undone
+//!
+//!     Restoring ── Hold ─▶ Ready ── Commit ─▶ Running
+//!                            │ Abort
+//!                            ▼
+//!                          all undone
+//!
+//!     Restoring ── Compare ─▶ Comparing ── Hold ─▶ Ready               (with --verify)
 //! ```
+//!
+//! [`Phase`](phase::Phase) is that, and refuses what does not belong in a phase.
 //!
 //! Until `Ready` a lost link means that the source runs on: everything is undone. From `Ready` on
 //! the source may have committed without our knowing: the copy is held, runs no instruction, and
@@ -14,6 +22,8 @@
 
 mod announced;
 mod engine;
+mod outstanding;
+mod phase;
 mod ready;
 mod verdict;
 mod verify;
@@ -38,7 +48,7 @@ use super::network::arrival::Arrival;
 use super::preflight::destination_checks;
 use super::protocol::forwarding::{AddressDecision, ForwardMessage};
 use super::protocol::session::{self, FromPeer, PeerWriter};
-use super::protocol::{Message, Plan, Standing, Verdict};
+use super::protocol::{Message, Plan, Standing};
 use super::recovery::decide::{Act, Event, Phase, hear};
 use super::recovery::successors::PageGuards;
 use super::recovery::undo;
@@ -373,15 +383,10 @@ struct IncomingMigration {
     backlog: Backlog,
     /// What its engine does here, if it has one.
     engine: Option<Engine>,
-    phase: &'static str,
+    /// What it is at, for people.
+    doing: &'static str,
     began: Instant,
     marks: Vec<(String, f64)>,
-    /// Pages that stay on the source until after the commit.
-    left: u64,
-    /// The link to the source works, as far as is known.
-    link: bool,
-    /// The source has cleared away what it had.
-    finished: bool,
     /// Has CRIU's breakpoints cost nothing in the freeze.
     _event: Option<DummyEvent>,
     _lock: Lock,
@@ -457,12 +462,9 @@ impl IncomingMigration {
             channels: Vec::new(),
             backlog,
             engine,
-            phase: "preparing",
+            doing: "preparing",
             began: Instant::now(),
             marks: Vec::new(),
-            left: 0,
-            link: true,
-            finished: false,
             _event: DummyEvent::if_possible(),
             _lock: lock,
         })
@@ -482,11 +484,10 @@ impl IncomingMigration {
         stage: &Stage,
         current: &Current,
     ) -> Result<()> {
-        let ready = self.until_ready(peer, inputs, tell, stage);
-        let verdict = match ready {
-            Ok(()) => self.await_verdict(peer, inputs),
+        let ready = match self.until_ready(peer, inputs, tell, stage) {
+            Ok(ready) => ready,
             Err(e) => {
-                let failed = Message::failed(self.phase, &e);
+                let failed = Message::failed(self.doing, &e);
                 // Undone first: a second try must find the place free. The source does not wait
                 // for us, it runs on when it hears, or when the link is cut.
                 let undone = self.undo(Vec::new());
@@ -496,13 +497,13 @@ impl IncomingMigration {
                 return Err(if told { Told(e).into() } else { e });
             }
         };
-        match verdict {
-            Verdict::Abort => {
+        match self.await_verdict(ready, peer, inputs) {
+            None => {
                 self.undo(Vec::new())?;
                 say_undone(peer);
                 Ok(())
             }
-            Verdict::Commit => self.run(peer.clone(), inputs, tell, stage, current),
+            Some(outstanding) => self.run(outstanding, peer.clone(), inputs, tell, stage, current),
         }
     }
 
@@ -512,8 +513,8 @@ impl IncomingMigration {
         }
     }
 
-    /// The container runs: waits for its last pages, and leaves.
-    fn settle_in(mut self) -> Result<()> {
+    /// The container runs, and nothing is to come any more: leaves. The source has `finished`, or will ask.
+    fn settle_in(mut self, finished: bool) -> Result<()> {
         if let Some(job) = self.restore.take() {
             job.join();
         }
@@ -528,7 +529,7 @@ impl IncomingMigration {
             engine.settle(&self.journal.record);
         }
         let written = kept.and_then(|()| self.journal.write(State::Finished));
-        if self.finished {
+        if finished {
             // Else the source will ask.
             let _ = self.journal.note_told().inspect_err(|e| tracing::error!("{e:#}"));
         }

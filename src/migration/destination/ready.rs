@@ -12,6 +12,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::engine::Engine;
+use super::phase::{Dumped, Event, Phase, Ready};
 use super::{IncomingMigration, Input, Inputs, MAX_CHANNELS, RESTORE_LIMIT, SILENCE};
 use crate::connections::{self, Coming, Landed, Landing};
 use crate::criu::interposer::Interposer;
@@ -26,7 +27,7 @@ use crate::migration::journal::forward_role::ForwardRole;
 use crate::migration::journal::{State, workdir};
 use crate::migration::preflight::{destination_checks, host};
 use crate::migration::protocol::session::{self, FromPeer, PeerWriter};
-use crate::migration::protocol::{MAX_TASKS, Message};
+use crate::migration::protocol::{Message, variant};
 use crate::migration::recovery::successors::PageGuards;
 use crate::migration::recovery::verdicts::{self, Call};
 use crate::migration::transfer::image_files::{LOG, STREAM};
@@ -47,7 +48,7 @@ impl IncomingMigration {
         inputs: &mut Inputs,
         tell: &Sender<Input>,
         stage: &Stage,
-    ) -> Result<()> {
+    ) -> Result<Ready> {
         fault::point("destination.prepare")?;
         if self.engine.is_none() {
             // An engine's runtime has been given some.
@@ -57,7 +58,7 @@ impl IncomingMigration {
         let call = tell.clone();
         verdicts::take_calls(self.work.path(), move |c| call.send(Input::Call(c)).is_ok())?;
         peer.send(&Message::AcceptChannels)?;
-        self.phase = "making the network";
+        self.doing = "making the network";
         let note = self.journal.record.forward.as_ref();
         if self.engine.is_none() || self.plan.network.is_none() {
             let place = workdir::network_place(&self.plan);
@@ -77,21 +78,66 @@ impl IncomingMigration {
         } else {
             self.take_files(tell)?;
         }
-        let (mut dumped, mut memory_done, mut restored) = (None, false, false);
-        let (mut warm, mut came, mut held, mut set) = (None, 0, Vec::new(), Vec::new());
-        let (mut renamed, mut of_sockets) = (Vec::new(), Vec::new());
-        while !restored {
-            match inputs.next(SILENCE)? {
+        let phase =
+            Phase::Asked { copies: !self.incoming.is_empty(), engine: self.plan.engine.is_some() };
+        let phase = phase.step(Event::Prepare)?;
+        let phase = self.restored(phase, peer, inputs, tell, stage)?;
+        let phase = match &phase {
+            Phase::Restoring { dumped, .. } if self.plan.verify => {
+                let tasks = dumped.tasks.clone();
+                self.verify(&tasks, phase.step(Event::Compare)?, peer, inputs)?
+            }
+            _ => phase,
+        };
+        let phase = phase.step(Event::Hold)?;
+        let Phase::Ready(ready) = phase else { bail!("it is not ready") };
+        self.doing = "waiting for the verdict";
+        // Not synced: a crash of this host loses the copy with the note about it.
+        self.journal.note(State::Ready)?;
+        fault::point("destination.ready")?;
+        // Bad news that came meanwhile comes before this.
+        while let Some(input) = inputs.pending()? {
+            self.keep_pace(&phase, input, peer)?;
+        }
+        // Its end may be on its way still.
+        if self.criu().is_some_and(|criu| !process::lives(criu)) {
+            bail!("CRIU was killed when it had restored");
+        }
+        peer.send(&Message::Ready)?;
+        fault::point("destination.said-ready")?;
+        Ok(ready)
+    }
+
+    /// From `Prepare` until the tasks are restored, and whoever fills them could be succeeded.
+    fn restored(
+        &mut self,
+        mut phase: Phase,
+        peer: &PeerWriter,
+        inputs: &mut Inputs,
+        tell: &Sender<Input>,
+        stage: &Stage,
+    ) -> Result<Phase> {
+        let mut warm = None;
+        loop {
+            let restored = matches!(phase, Phase::Restoring { restored: true, .. });
+            // CRIU may be quicker than the last pages, or than whoever takes its tasks in.
+            if restored && self.guard.as_ref().is_some_and(PageGuards::can_go_on) {
+                return Ok(phase);
+            }
+            match inputs.next(if restored { RESTORE_LIMIT } else { SILENCE })? {
                 Input::Restore(RestoreEvent::AtRequest) => {
+                    phase = phase.step(Event::Held)?;
                     self.begin_guard()?;
                     fault::point("destination.prepared")?;
                     peer.send(&Message::Prepared)?;
                 }
                 Input::FromPeer(FromPeer::Frame(Frame::File(name, at, bytes))) => {
+                    phase = phase.step(Event::File)?;
                     self.file(&name, at, &bytes)?;
                 }
                 Input::Files(Applied::Round(round)) => peer.send(&Message::Applied { round })?,
                 Input::FromPeer(FromPeer::Message(Message::Copied)) => {
+                    phase = phase.step(Event::Copied)?;
                     fault::point("destination.copied")?;
                     self.journal.record.placing.put()?;
                     // The runtime looks for the root file system when it starts.
@@ -100,124 +146,108 @@ impl IncomingMigration {
                     }
                 }
                 Input::FromPeer(FromPeer::Message(Message::Papers(papers))) => {
+                    phase = phase.step(Event::Papers)?;
                     self.engine.iter_mut().for_each(|engine| engine.know(&papers));
                 }
-                Input::FromPeer(FromPeer::Message(Message::Engage)) => self.engage(tell)?,
+                Input::FromPeer(FromPeer::Message(Message::Engage)) => {
+                    phase = phase.step(Event::Engage)?;
+                    self.engage(tell)?;
+                }
                 Input::Engaged(call) => {
+                    phase = phase.step(Event::Called)?;
                     self.engaged(call)?;
                     self.start_restore(tell)?;
                 }
-                Input::FromPeer(FromPeer::Frame(Frame::Packet(bytes))) => {
-                    self.network.keep(&bytes)?
-                }
-                Input::Want(vpid, at, pages) => want(peer, vpid, at, pages)?,
                 Input::Call(Call::Channel(input, output, held)) => {
                     self.join(input, output, held, stage, tell)?;
                 }
                 Input::FromPeer(FromPeer::Message(Message::Freezing)) => {
+                    phase = phase.step(Event::Freezing)?;
                     warm = Some(CgroupWarmer::start()?);
                     self.network.take(self.work.path())?;
                 }
                 Input::FromPeer(FromPeer::Message(Message::Connections { list })) => {
+                    phase = phase.step(Event::Connections)?;
                     self.await_connections(list, tell)?;
                 }
                 Input::Awaited(lacking) => peer.send(&Message::Awaited { lacking })?,
                 Input::FromPeer(FromPeer::Message(Message::Sockets { list })) => {
-                    of_sockets.extend(list);
-                    task_sockets::validate(&of_sockets)?;
+                    phase = phase.step(Event::Sockets(list))?;
                 }
                 Input::FromPeer(FromPeer::Message(Message::Dumped {
                     tasks,
                     connections,
                     locks,
                     settings,
-                    renamed: names,
+                    renamed,
                 })) => {
-                    if tasks.len() > MAX_TASKS || locks.len() > locks::MOST {
-                        bail!("a container of {} tasks, {} locks", tasks.len(), locks.len());
-                    }
-                    settings::validate(&settings)?;
-                    sockets::validate(&names)?;
+                    let sockets = Vec::new();
+                    let dumped = Dumped { tasks, connections, locks, settings, renamed, sockets };
+                    phase = phase.step(Event::Dumped(Box::new(dumped)))?;
                     fault::point("destination.restore")?;
                     self.begin_restore()?;
-                    dumped = Some(tasks);
-                    (came, held, set, renamed) = (connections, locks, settings, names);
                 }
                 Input::FromPeer(FromPeer::Message(Message::MemoryDone { left })) => {
-                    self.left = left;
-                    memory_done = true;
+                    phase = phase.step(Event::MemoryDone(left))?;
                 }
                 Input::Restore(RestoreEvent::Restored(pid, criu)) => {
+                    phase = phase.step(Event::Restored)?;
                     self.release = Some(criu);
-                    let init = process::start_time(pid).map(|t| (pid, t));
-                    self.journal.record.init = init;
-                    self.mark("restored");
-                    self.started()?;
-                    self.land_connections(pid, came)?;
-                    let note = self.journal.record.forward.as_ref();
-                    published::join(note, &self.plan, self.network.namespace(), pid)?;
-                    self.hold_locks(pid, &held)?;
-                    sockets::to_current_names(&process::root_of(pid), &renamed)?;
-                    let tasks = Cgroup::of_process(pid)?.processes()?;
-                    self.changed = settings::set(&tasks, &set)?;
-                    let namespace = NetNs::of_pid(pid as u32)?;
-                    self.changed.extend(self.landed.as_ref().and_then(Landed::changed));
-                    self.changed.extend(task_sockets::set(&namespace, &tasks, &of_sockets)?);
-                    let groups = task_sockets::joined(pid).into_iter();
-                    let groups: Vec<_> = groups.map(|one| (one.interface, one.group)).collect();
-                    self.network.add_groups(&groups);
-                    fault::point("destination.restored")?;
-                    restored = true;
+                    if let Phase::Restoring { dumped, .. } = &phase {
+                        self.complete(pid, dumped)?;
+                    }
                     drop(warm.take());
                 }
-                _ => {}
+                other => self.keep_pace(&phase, other, peer)?,
             }
-            if memory_done
-                && let (Some(tasks), Some(server)) =
-                    (dumped.as_ref(), self.server.take_if(|_| dumped.is_some()))
+            if let Phase::Restoring { dumped, left: Some(_), .. } = &phase
+                && let Some(server) = self.server.take()
             {
-                self.serve(tasks, server, stage, tell)?;
+                self.serve(&dumped.tasks, server, stage, tell)?;
             }
         }
-        while !self.guard.as_ref().is_some_and(PageGuards::can_go_on) {
-            // CRIU was quicker than the last pages, or than whoever takes its tasks in.
-            match inputs.next(RESTORE_LIMIT)? {
-                Input::FromPeer(FromPeer::Message(Message::MemoryDone { left })) => {
-                    self.left = left;
-                    if let (Some(tasks), Some(server)) = (&dumped, self.server.take()) {
-                        self.serve(tasks, server, stage, tell)?;
-                    }
-                }
-                Input::FromPeer(FromPeer::Frame(Frame::Packet(bytes))) => {
-                    self.network.keep(&bytes)?
-                }
-                Input::Want(vpid, at, pages) => want(peer, vpid, at, pages)?,
-                _ => {}
+    }
+
+    /// What may come at any time; a message that does not belong in the phase is refused.
+    pub(super) fn keep_pace(
+        &mut self,
+        phase: &Phase,
+        input: Input,
+        peer: &PeerWriter,
+    ) -> Result<()> {
+        match input {
+            Input::FromPeer(FromPeer::Frame(Frame::Packet(bytes))) if phase.takes_packets() => {
+                self.network.keep(&bytes)
             }
+            Input::Want(vpid, at, pages) => want(peer, vpid, at, pages),
+            Input::FromPeer(FromPeer::Message(message)) => Err(phase.refuse_message(&message)),
+            Input::FromPeer(FromPeer::Frame(frame)) => Err(phase.refuse(&variant(&frame))),
+            // Of our own, all else says how far it is, and is looked at where that counts.
+            _ => Ok(()),
         }
-        if let (true, Some(tasks)) = (self.plan.verify, &dumped) {
-            self.verify(tasks, peer, inputs)?;
-        }
-        self.phase = "waiting for the verdict";
-        // Not synced: a crash of this host loses the copy with the note about it.
-        self.journal.note(State::Ready)?;
-        fault::point("destination.ready")?;
-        // Bad news that came meanwhile comes before this.
-        while let Some(input) = inputs.pending()? {
-            match input {
-                Input::FromPeer(FromPeer::Frame(Frame::Packet(bytes))) => {
-                    self.network.keep(&bytes)?
-                }
-                Input::Want(vpid, at, pages) => want(peer, vpid, at, pages)?,
-                _ => {}
-            }
-        }
-        // Its end may be on its way still.
-        if self.criu().is_some_and(|criu| !process::lives(criu)) {
-            bail!("CRIU was killed when it had restored");
-        }
-        peer.send(&Message::Ready)?;
-        fault::point("destination.said-ready")
+    }
+
+    /// What CRIU has restored, and what it leaves to us.
+    fn complete(&mut self, pid: i32, dumped: &Dumped) -> Result<()> {
+        let init = process::start_time(pid).map(|t| (pid, t));
+        self.journal.record.init = init;
+        self.mark("restored");
+        self.started()?;
+        self.land_connections(pid, dumped.connections)?;
+        let note = self.journal.record.forward.as_ref();
+        published::join(note, &self.plan, self.network.namespace(), pid)?;
+        self.hold_locks(pid, &dumped.locks)?;
+        sockets::to_current_names(&process::root_of(pid), &dumped.renamed)?;
+
+        let tasks = Cgroup::of_process(pid)?.processes()?;
+        self.changed = settings::set(&tasks, &dumped.settings)?;
+        let namespace = NetNs::of_pid(pid as u32)?;
+        self.changed.extend(self.landed.as_ref().and_then(Landed::changed));
+        self.changed.extend(task_sockets::set(&namespace, &tasks, &dumped.sockets)?);
+        let groups = task_sockets::joined(pid).into_iter();
+        let groups: Vec<_> = groups.map(|one| (one.interface, one.group)).collect();
+        self.network.add_groups(&groups);
+        fault::point("destination.restored")
     }
 
     /// What is released with the container is known.
@@ -233,7 +263,7 @@ impl IncomingMigration {
     }
 
     fn start_restore(&mut self, tell: &Sender<Input>) -> Result<()> {
-        self.phase = "preparing the restore";
+        self.doing = "preparing the restore";
         let (criu, _) = host::criu()?;
         let targets: Vec<&str> = self.plan.streams.iter().map(|s| s.target.as_str()).collect();
         fs::write(self.work.images().join("descriptors.json"), serde_json::to_vec(&targets)?)?;
@@ -376,7 +406,7 @@ impl IncomingMigration {
     }
 
     fn begin_restore(&mut self) -> Result<()> {
-        self.phase = "restoring";
+        self.doing = "restoring";
         self.began = Instant::now();
         self.images.close();
         for (i, (tmpfs, place)) in self.tmpfs_places().enumerate() {
@@ -401,7 +431,7 @@ impl IncomingMigration {
 
     /// Makes the places of the trees that are copied, and whoever fills them.
     fn take_files(&mut self, tell: &Sender<Input>) -> Result<()> {
-        self.phase = "taking files in";
+        self.doing = "taking files in";
         let placing = &self.journal.record.placing;
         let mut staged = Vec::new();
         if let Some(coming) = &self.incoming.coming {

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 
+use super::outstanding::{Outstanding, ToTell};
+use super::phase::{Phase, Ready};
 use super::{IncomingMigration, Input, Inputs, RESTORE_LIMIT, SILENCE};
 use crate::connections::Landed;
 use crate::memory::serve::{Ended, Served};
@@ -15,7 +17,7 @@ use crate::migration::checkpoint::streams::Streams;
 use crate::migration::journal::State;
 use crate::migration::protocol::session::{self, FromPeer, PeerWriter};
 use crate::migration::protocol::{self, Message, Standing, Verdict};
-use crate::migration::recovery::decide::{Act, Event, Phase, hear};
+use crate::migration::recovery::decide::{Act, Event, hear};
 use crate::migration::recovery::undo;
 use crate::migration::recovery::verdicts::Call;
 use crate::migration::transfer::receiver::{self, Current, Stage, send_missing, want};
@@ -30,15 +32,20 @@ use crate::transport::frame::Frame;
 const PATIENCE: Duration = Duration::from_secs(2);
 
 impl IncomingMigration {
-    /// Restored and held: the source decides, however long it takes.
-    pub(super) fn await_verdict(&mut self, peer: &PeerWriter, inputs: &mut Inputs) -> Verdict {
-        let phase = Phase::Held { lacking: self.left > 0 };
+    /// Restored and held: the source decides, however long it takes. What is to come if it is ours.
+    pub(super) fn await_verdict(
+        &mut self,
+        mut ready: Ready,
+        peer: &PeerWriter,
+        inputs: &mut Inputs,
+    ) -> Option<Outstanding> {
+        let phase = ready.phase();
         loop {
             let mut failed = None;
             let input = match inputs.queue.recv_timeout(fault::limit(SILENCE)) {
                 Ok(input) => input,
                 Err(RecvTimeoutError::Timeout) => continue,
-                Err(RecvTimeoutError::Disconnected) => return Verdict::Abort,
+                Err(RecvTimeoutError::Disconnected) => return None,
             };
             let event = match input {
                 Input::FromPeer(FromPeer::Message(Message::Commit)) => {
@@ -86,11 +93,15 @@ impl IncomingMigration {
                     continue;
                 }
                 Input::FromPeer(FromPeer::Gone(_)) => {
-                    self.link = false;
+                    ready.link = false;
                     Event::Unlinked
                 }
+                Input::FromPeer(FromPeer::Message(message)) => {
+                    tracing::warn!("{:#}", Phase::Ready(ready).refuse_message(&message));
+                    continue;
+                }
                 // A signal is no verdict either.
-                Input::FromPeer(_)
+                Input::FromPeer(FromPeer::Frame(_))
                 | Input::Restore(_)
                 | Input::Signal(_)
                 | Input::ChannelEnded(_)
@@ -105,13 +116,13 @@ impl IncomingMigration {
             };
             match hear(phase, event).0 {
                 Act::Wait => {}
-                Act::Run => return Verdict::Commit,
+                Act::Run => return Some(ready.commit(!self.incoming.is_empty())),
                 Act::Undo => {
                     if let Some(why) = failed {
-                        let (phase, hints) = (self.phase.to_owned(), Vec::new());
+                        let (phase, hints) = (self.doing.to_owned(), Vec::new());
                         let _ = peer.send(&Message::Failed { phase, why, hints });
                     }
-                    return Verdict::Abort;
+                    return None;
                 }
             }
         }
@@ -120,6 +131,7 @@ impl IncomingMigration {
     /// It is ours: opens the fence, lets it run, tells everybody. No way back.
     pub(super) fn run(
         mut self,
+        mut todo: Outstanding,
         mut peer: PeerWriter,
         inputs: &mut Inputs,
         tell: &Sender<Input>,
@@ -146,18 +158,12 @@ impl IncomingMigration {
         self.landed.iter().for_each(Landed::wake);
         // If it has ended, that stands in the queue.
         let _ = self.tell_restore(Go::Verdict(true));
-        let mut link = self.link;
-        let mut served = self.pages.take().and_then(|ended| ended.result.ok());
+        todo.served = self.pages.take().and_then(|ended| ended.result.ok());
         // As long as the latest link is ours to use, whoever brought it waits.
         let mut brought = None;
-        let (mut running, mut ended, mut alive) = (false, false, true);
-        // On the disk that it may run; the source has heard that it does, and that all of it is here.
-        let (mut noted, mut said, mut whole) = (false, false, false);
         self.bring_to_disk(tell);
         let mut waits = None;
-        // Files that were copied, on the disk.
-        let mut synced = self.incoming.is_empty();
-        while !(said && ended && synced && served.is_some() && (self.finished || !link)) {
+        while !todo.is_over() {
             match inputs.queue.recv_timeout(fault::limit(RESTORE_LIMIT)) {
                 Ok(Input::Restore(RestoreEvent::Released(opened))) => {
                     self.network.open(opened, self.journal.record.init.map_or(0, |i| i.0));
@@ -170,11 +176,11 @@ impl IncomingMigration {
                     let _ = self.tell_restore(Go::Resume);
                 }
                 Ok(Input::Restore(RestoreEvent::Running)) => {
-                    running = true;
+                    todo.running = true;
                     self.mark("running");
                     waits = self.have_them_wait();
                     self.watch_tasks(tell);
-                    if served.is_some() {
+                    if todo.served.is_some() {
                         undo::note_all_in(self.work.path());
                     }
                     // What the container closes is to be closed, from now on.
@@ -182,20 +188,20 @@ impl IncomingMigration {
                     let _ = fault::point("destination.running");
                     self.network.replay();
                     self.network.announce();
-                    if !synced {
+                    if !todo.synced {
                         self.sync(tell);
                     }
                 }
-                Ok(Input::Noted) => noted = true,
-                Ok(Input::Synced) => synced = true,
+                Ok(Input::Noted) => todo.noted = true,
+                Ok(Input::Synced) => todo.synced = true,
                 Ok(Input::Pages(Ended { result: Ok(all), .. })) => {
-                    served = Some(all);
-                    if running {
+                    todo.served = Some(all);
+                    if todo.running {
                         undo::note_all_in(self.work.path());
                     }
                 }
                 Ok(Input::Want(vpid, at, pages)) => {
-                    link &= want(&peer, vpid, at, pages).is_ok();
+                    todo.link &= want(&peer, vpid, at, pages).is_ok();
                 }
                 Ok(Input::Call(Call::Link(input, output, held))) => {
                     tracing::info!("the source is back over a new link");
@@ -216,8 +222,8 @@ impl IncomingMigration {
                         }
                     }
                     drop(brought.replace(held));
-                    link = match served {
-                        Some(served) if whole => self.say_whole(&peer, served),
+                    todo.link = match todo.served {
+                        Some(served) if todo.told_whole => self.say_whole(&peer, served),
                         _ => send_missing(&peer, stage).is_ok(),
                     };
                 }
@@ -230,9 +236,9 @@ impl IncomingMigration {
                     return Err(failed);
                 }
                 Ok(Input::Restore(RestoreEvent::Ended(result))) => {
-                    ended = true;
+                    todo.restored = true;
                     if let Err(e) = result
-                        && !running
+                        && !todo.running
                     {
                         let failed = e.context("the copy died after the commit");
                         // First of all so that nobody takes what is left of it for a container
@@ -245,15 +251,17 @@ impl IncomingMigration {
                 }
                 Ok(Input::FromPeer(FromPeer::Frame(Frame::Packet(bytes)))) => {
                     let _ = self.network.keep(&bytes);
-                    if running {
+                    if todo.running {
                         self.network.replay();
                     }
                 }
-                Ok(Input::FromPeer(FromPeer::Message(Message::Finished))) => self.finished = true,
-                Ok(Input::FromPeer(FromPeer::Gone(_))) => link = false,
-                Ok(Input::TasksEnded) => alive = false,
+                Ok(Input::FromPeer(FromPeer::Message(message))) => {
+                    todo.hear(&message).unwrap_or_else(|e| tracing::warn!("{e:#}"));
+                }
+                Ok(Input::FromPeer(FromPeer::Gone(_))) => todo.link = false,
+                Ok(Input::TasksEnded) => todo.alive = false,
                 Ok(Input::Call(Call::Discard(reply))) => {
-                    if served.is_none() && self.left > 0 {
+                    if todo.lacks() {
                         // The operator knows that nobody will bring the rest.
                         self.undo(Vec::new())?;
                         let _ = reply.send(Standing::Gone);
@@ -261,31 +269,25 @@ impl IncomingMigration {
                             "it was ended before it had all of its memory, by the operator's word"
                         );
                     }
-                    let runs = running && served.is_some();
-                    let _ = reply.send(if runs { Standing::Running } else { Standing::Waiting });
+                    let _ = reply.send(todo.stays());
                 }
                 Ok(Input::Call(Call::Verdict(verdict, reply))) => {
-                    let (running, whole) = (running && noted, served.is_some() && synced);
-                    let phase = Phase::Started { running, whole, lacking: self.left > 0 };
                     let event = verdict.map_or(Event::Asked, Event::Verdict);
-                    if let (_, Some(standing)) = hear(phase, event) {
+                    if let (_, Some(standing)) = hear(todo.phase(), event) {
                         let _ = reply.send(standing);
                     }
                 }
                 Ok(_) => {}
-                // Pages that are still on the source may take as long as they like.
-                Err(_) if served.is_none() && self.left > 0 => {}
-                Err(_) => link = false,
+                Err(_) => todo = todo.after_silence(),
             }
-            if running && noted && !said {
-                said = true;
-                link &= self.say_running(&peer);
+            while let Some(what) = todo.untold() {
+                todo.link &= match what {
+                    ToTell::Running => self.say_running(&peer),
+                    ToTell::Whole(served) => self.say_whole(&peer, served),
+                };
+                todo.told(what);
             }
-            if let Some(all) = served.filter(|_| said && synced && !whole) {
-                whole = true;
-                link &= self.say_whole(&peer, all);
-            }
-            if !alive && !link && served.is_none() {
+            if todo.is_lost() {
                 // Nobody waits for it any more, and nobody brings it.
                 self.undo(Vec::new())?;
                 bail!("its tasks have ended before all of its memory was there");
@@ -294,7 +296,7 @@ impl IncomingMigration {
         drop(brought);
         // It works in the tasks: not to be ended in the middle of that.
         let _ = waits.map(JoinHandle::join);
-        self.settle_in()
+        self.settle_in(todo.finished)
     }
 
     /// What has begun to wait anew is to wait for no longer than it should. Beside all else: a task may have

@@ -5,15 +5,15 @@ use std::fs;
 use std::io;
 use std::time::Instant;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 
+use super::phase::{Event, Phase};
 use super::{IncomingMigration, Input, Inputs, RESTORE_LIMIT};
 use crate::criu::images::{self, PagemapEntry};
 use crate::memory::compare::{Comparison, await_pages};
 use crate::memory::digest::{Digester, Record, STREAM, random_seed};
 use crate::migration::protocol::Message;
 use crate::migration::protocol::session::{FromPeer, PeerWriter};
-use crate::migration::transfer::receiver::want;
 use crate::oci::cgroup::Cgroup;
 use crate::sys::fault;
 use crate::tasks::freezer::of_first_space;
@@ -50,10 +50,11 @@ impl IncomingMigration {
     pub(super) fn verify(
         &mut self,
         tasks: &[i32],
+        mut phase: Phase,
         peer: &PeerWriter,
         inputs: &mut Inputs,
-    ) -> Result<()> {
-        self.phase = "verifying memory";
+    ) -> Result<Phase> {
+        self.doing = "verifying memory";
         let (init, _) = self.journal.record.init.ok_or_else(|| anyhow!("nothing is restored"))?;
         let pids = Cgroup::of_process(init)?.processes()?;
         let own = of_first_space(&pids)?;
@@ -77,24 +78,19 @@ impl IncomingMigration {
         loop {
             match inputs.next(RESTORE_LIMIT)? {
                 Input::FromPeer(FromPeer::Frame(Frame::File(name, _, bytes))) if name == STREAM => {
+                    phase = phase.step(Event::Digests)?;
                     self.backlog.done(bytes.len());
                     let records: Vec<Record> = postcard::from_bytes(&bytes)?;
                     if comparison.take(records)? {
                         break;
                     }
                 }
-                Input::FromPeer(FromPeer::Frame(Frame::File(..))) => {
-                    bail!("a file comes when memory is compared")
-                }
-                Input::FromPeer(FromPeer::Frame(Frame::Packet(bytes))) => {
-                    self.network.keep(&bytes)?
-                }
-                Input::Want(vpid, at, pages) => want(peer, vpid, at, pages)?,
-                _ => {}
+                other => self.keep_pace(&phase, other, peer)?,
             }
         }
         let pages = comparison.verdict()?;
         self.mark("memory is verified");
-        peer.send(&Message::Verified { pages })
+        peer.send(&Message::Verified { pages })?;
+        Ok(phase)
     }
 }

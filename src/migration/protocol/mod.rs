@@ -12,7 +12,9 @@
 //!   ◀────────────────── SpaceOk | Refuse ──
 //!   ── Prepare ───────────────────────────▶  namespace behind a fence, runtime held at RESTORE
 //!   ── Papers ────────────────────────────▶  (only of an engine's container)
-//!   ══ files, round by round ═════════════▶  staged (◀ Applied); in their places after Copied
+//!   ══ files, round by round ═════════════▶  staged
+//!   ◀─────────────────────────── Applied ──                              (each round)
+//!   ── Copied ────────────────────────────▶  put in their places
 //!   ══ pages, round by round ═════════════▶  staged
 //!   ── Engage ────────────────────────────▶  (the engine makes the container, its runtime is held)
 //!   ◀────────────────────────── Prepared ──                              source, running
@@ -21,6 +23,7 @@
 //!   ── Freezing ──────────────────────────▶                              source, frozen
 //!   ══ pages, packets ════════════════════▶
 //!   ══ image files, connections ══════════▶
+//!   ── Sockets ───────────────────────────▶  (only what CRIU does not carry)
 //!   ── Dumped ────────────────────────────▶  restore begins
 //!   ── MemoryDone ────────────────────────▶  pages are installed
 //!   ◀──────────────────────────── Verify ──  all memory is in (only with --verify)
@@ -288,6 +291,29 @@ impl Message {
         let (why, hints) = log::taken_apart(error);
         Message::Failed { phase: phase.to_owned(), why, hints }
     }
+}
+
+/// The name of an enum's variant.
+pub fn variant(one: &impl std::fmt::Debug) -> String {
+    /// Takes a name, and ends what would follow it.
+    struct Name(String);
+
+    impl std::fmt::Write for Name {
+        fn write_str(&mut self, text: &str) -> std::fmt::Result {
+            for letter in text.chars() {
+                if !letter.is_alphanumeric() {
+                    return Err(std::fmt::Error);
+                }
+                self.0.push(letter);
+            }
+            Ok(())
+        }
+    }
+
+    let mut name = Name(String::new());
+    // It fails where the name is over.
+    let _ = std::fmt::write(&mut name, format_args!("{one:?}"));
+    name.0
 }
 
 /// The source's decision.
@@ -600,6 +626,8 @@ impl Standing {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use crate::fuzz::Target;
 
@@ -680,6 +708,56 @@ mod tests {
             serde_json::to_vec(&message)?;
             Ok(())
         });
+    }
+
+    /// The picture in the head has all that is said over a migration's own link.
+    #[test]
+    fn the_picture_has_every_message() {
+        let text = include_str!("mod.rs");
+        let (head, code) = text.split_once("pub mod forwarding;").unwrap();
+        let (_, variants) = code.split_once("pub enum Message {").unwrap();
+        let (variants, _) = variants.split_once("\n}").unwrap();
+        let is_name = |word: &&str| word.starts_with(|c: char| c.is_ascii_uppercase());
+        let known: BTreeSet<_> = variants
+            .lines()
+            .filter_map(|line| line.strip_prefix("    ").filter(is_name))
+            .map(|line| line.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default())
+            .collect();
+        let mut drawn = BTreeSet::new();
+        for line in head.lines().filter(|line| line.contains('▶') || line.contains('◀')) {
+            let arrow = line.split(['▶', '◀']).find(|part| part.contains("──"));
+            let words = arrow.unwrap_or_default().split([' ', '|', '─']).filter(is_name);
+            drawn.extend(words);
+        }
+        assert!(drawn.is_subset(&known), "no messages: {:?}", drawn.difference(&known));
+        let elsewhere = [
+            // At any time.
+            "Echo",
+            "Abort",
+            "Failed",
+            "BandwidthProbe",
+            // Over other links, or for them.
+            "AcceptChannels",
+            "Join",
+            "Joined",
+            "Resume",
+            "Missing",
+            "Resolve",
+            "Resolved",
+            "Forward",
+        ];
+        let absent: Vec<_> = known.difference(&drawn).filter(|m| !elsewhere.contains(m)).collect();
+        assert!(absent.is_empty(), "not in the picture: {absent:?}");
+    }
+
+    #[test]
+    fn a_message_is_called_by_its_name() {
+        assert_eq!(variant(&Message::Freezing), "Freezing");
+        assert_eq!(variant(&Message::MemoryDone { left: 0 }), "MemoryDone");
+        assert_eq!(
+            variant(&Message::Failed { phase: "a".into(), why: "b".into(), hints: vec![] }),
+            "Failed"
+        );
     }
 
     #[test]
