@@ -185,7 +185,8 @@ fn receive(said: Vec<u8>, state_dir: &Path) -> (Vec<Message>, Result<(), String>
 }
 
 fn hello() -> Message {
-    session::hello()
+    let (ferry, host) = (env!("CARGO_PKG_VERSION").into(), "another".into());
+    Message::Hello(Hello { protocol: PROTOCOL, ferry, host })
 }
 
 fn nothing_made(state_dir: &Path) {
@@ -303,6 +304,21 @@ fn a_message_out_of_its_order_ends_the_conversation() {
             continue;
         }
         let (said, result) = receive(bytes(&[hello(), message.clone()]), dir.path());
+        assert!(matches!(said[..], [Message::Hello(_)]), "{message:?}: {said:?}");
+        assert!(result.is_err(), "{message:?}");
+        nothing_made(dir.path());
+    }
+}
+
+/// Whoever does not say first which protocol he speaks is understood in none.
+#[test]
+fn a_source_that_does_not_greet_is_refused() {
+    let dir = tempfile::tempdir().expect("a directory");
+    for message in all_messages() {
+        if matches!(message, Message::Hello(_) | Message::Echo { .. }) {
+            continue;
+        }
+        let (said, result) = receive(bytes(&[message.clone(), hello()]), dir.path());
         assert!(matches!(said[..], [Message::Hello(_)]), "{message:?}: {said:?}");
         assert!(result.is_err(), "{message:?}");
         nothing_made(dir.path());

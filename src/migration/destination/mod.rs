@@ -48,7 +48,7 @@ use super::network::arrival::Arrival;
 use super::preflight::destination_checks;
 use super::protocol::forwarding::{AddressDecision, ForwardMessage};
 use super::protocol::session::{self, FromPeer, PeerWriter};
-use super::protocol::{Message, Plan, Standing};
+use super::protocol::{Message, Plan, Standing, variant};
 use super::recovery::decide::{Act, Event, Phase, hear};
 use super::recovery::successors::PageGuards;
 use super::recovery::undo;
@@ -233,58 +233,71 @@ fn converse(
     place: &Place,
     closer: &Closer,
 ) -> Result<()> {
-    let Place { runtime, state_dir, stage, current, backlog } = place;
+    match first_message(peer, inputs)? {
+        Message::Plan(plan) => migration(*plan, peer, inputs, tell, place),
+        Message::Resolve { migration, verdict } => {
+            let said = match verdicts::answer(place.state_dir, &migration, verdict) {
+                Ok(standing) => {
+                    verdicts::note_answer(place.state_dir, &migration);
+                    Message::Resolved { standing }
+                }
+                Err(e) => Message::failed("settling", &e),
+            };
+            peer.send(&said)
+        }
+        Message::Resume { migration } => hand_on(&migration, false, peer, closer, place),
+        Message::Join { migration } => hand_on(&migration, true, peer, closer, place),
+        Message::Forward(word) => {
+            let (ForwardMessage::Carry { id, links }, Closer::Stdio(input, output)) =
+                (*word, closer)
+            else {
+                bail!("this link cannot be handed on");
+            };
+            let taken = forward::away::take_link(place.state_dir, &id, links, input, output);
+            taken.or_else(|e| peer.send(&Message::failed("forwarding", &e)))
+        }
+        other => bail!("the source begins with {}, which is no plan", variant(&other)),
+    }
+}
+
+/// Greets, demands a greeting, and then what the link is for.
+fn first_message(peer: &PeerWriter, inputs: &mut Inputs) -> Result<Message> {
     peer.send(&session::hello())?;
-    let plan = loop {
-        match inputs.next(SILENCE)? {
-            Input::FromPeer(FromPeer::Message(Message::Hello(theirs))) => {
-                session::check_hello(&theirs)?
-            }
-            Input::FromPeer(FromPeer::Message(Message::Plan(plan))) => break plan,
-            Input::FromPeer(FromPeer::Message(Message::Resolve { migration, verdict })) => {
-                let said = match verdicts::answer(state_dir, &migration, verdict) {
-                    Ok(standing) => {
-                        verdicts::note_answer(state_dir, &migration);
-                        Message::Resolved { standing }
-                    }
-                    Err(e) => Message::failed("settling", &e),
-                };
-                return peer.send(&said);
-            }
-            Input::FromPeer(FromPeer::Message(
-                again @ (Message::Resume { .. } | Message::Join { .. }),
-            )) => {
-                let further = matches!(again, Message::Join { .. });
-                let (Message::Resume { migration } | Message::Join { migration }) = again else {
-                    bail!("no other message is meant here");
-                };
-                let Closer::Stdio(input, output) = closer else {
-                    bail!("this link cannot be handed on");
-                };
-                let standing = verdicts::hand_link(
-                    state_dir,
-                    &migration,
-                    further,
-                    input.as_fd(),
-                    output.as_fd(),
-                )?;
-                return match standing {
-                    Some(standing) => peer.send(&Message::Resolved { standing }),
-                    None => Ok(()),
-                };
-            }
-            Input::FromPeer(FromPeer::Message(Message::Forward(word))) => {
-                let (ForwardMessage::Carry { id, links }, Closer::Stdio(input, output)) =
-                    (*word, closer)
-                else {
-                    bail!("this link cannot be handed on");
-                };
-                let taken = forward::away::take_link(state_dir, &id, links, input, output);
-                return taken.or_else(|e| peer.send(&Message::failed("forwarding", &e)));
-            }
-            _ => bail!("the source begins with something else than a plan"),
+    let mut next = || loop {
+        if let Input::FromPeer(heard) = inputs.next(SILENCE)? {
+            return Ok::<_, anyhow::Error>(heard);
         }
     };
+    session::greeting(next()?)?;
+    match next()? {
+        FromPeer::Message(message) => Ok(message),
+        _ => bail!("the source does not say what it wants"),
+    }
+}
+
+/// Gives a link to the process that holds the container: a `further` one, or one for that which broke.
+fn hand_on(
+    migration: &str,
+    further: bool,
+    peer: &PeerWriter,
+    closer: &Closer,
+    place: &Place,
+) -> Result<()> {
+    let Closer::Stdio(input, output) = closer else { bail!("this link cannot be handed on") };
+    let (input, output) = (input.as_fd(), output.as_fd());
+    let standing = verdicts::hand_link(place.state_dir, migration, further, input, output)?;
+    standing.map_or(Ok(()), |standing| peer.send(&Message::Resolved { standing }))
+}
+
+/// Answers a plan, and takes the container in.
+fn migration(
+    plan: Plan,
+    peer: &PeerWriter,
+    inputs: &mut Inputs,
+    tell: &Sender<Input>,
+    place: &Place,
+) -> Result<()> {
+    let Place { runtime, state_dir, stage, current, backlog } = place;
     plan.validate()?;
     let runtime =
         Runtime::new(runtime.program().to_owned(), plan.root.clone(), plan.systemd_cgroup);
@@ -331,7 +344,7 @@ fn converse(
         Err(_) => return Ok(()),
     }
     let guest = match IncomingMigration::new(
-        *plan,
+        plan,
         streams,
         incoming,
         course,

@@ -12,15 +12,15 @@
 //! ```
 
 use std::sync::mpsc::channel;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 
-use crate::migration::protocol::Message;
 use crate::migration::protocol::forwarding::ForwardMessage;
-use crate::migration::protocol::session::{self, FromPeer, PeerWriter};
+use crate::migration::protocol::session::{FromPeer, PeerWriter, Session};
+use crate::migration::protocol::{Message, variant};
 use crate::network::Frame;
-use crate::transport::connect::{Closer, Destination};
+use crate::transport::connect::Destination;
 
 /// How often each tells the other that it lives.
 pub const PULSE: Duration = Duration::from_secs(1);
@@ -33,14 +33,6 @@ pub const ORPHANED: Duration = Duration::from_secs(1000);
 const ANSWER: Duration = Duration::from_secs(30);
 /// Most links, and longest of their names: as in a network image.
 const MAX_LINKS: usize = crate::network::image::MAX_LINKS;
-
-/// A link that carries.
-pub struct Carrier {
-    /// To send frames.
-    pub peer: PeerWriter,
-    /// To cut it.
-    pub closer: Closer,
-}
 
 /// The other host was reached, and has no such container.
 #[derive(Debug)]
@@ -62,56 +54,39 @@ pub fn connect(
     destination: &Destination,
     carry: Option<ForwardMessage>,
     mut tell: impl FnMut(FromPeer) -> bool + Send + 'static,
-) -> Result<Carrier> {
-    let (peer, reader, mut closer) = session::split(destination.connect()?);
+) -> Result<Session> {
     let (first, heard) = channel();
-    let mut greeting = true;
-    session::listen(reader, move |h| {
-        if !greeting {
-            return tell(h);
+    let mut first = carry.is_some().then_some(first);
+    let hear = move |h| match &first {
+        Some(answer) => {
+            let told = answer.send(h).is_ok();
+            first = None;
+            told
         }
-        let last = matches!(&h, FromPeer::Message(Message::Forward(_)));
-        greeting = !last;
-        first.send(h).is_ok()
-    })?;
-    let answered = (|| {
-        peer.send(&session::hello())?;
-        let until = Instant::now() + ANSWER;
-        loop {
-            match heard.recv_timeout(until.saturating_duration_since(Instant::now())) {
-                Ok(FromPeer::Message(Message::Hello(theirs))) => {
-                    session::check_hello(&theirs)?;
-                    match &carry {
-                        None => return Ok(()),
-                        Some(word) => peer.send(&Message::Forward(Box::new(word.clone())))?,
-                    }
-                }
-                Ok(FromPeer::Message(Message::Forward(word)))
-                    if matches!(*word, ForwardMessage::Carried) =>
-                {
-                    return Ok(());
-                }
-                Ok(FromPeer::Message(Message::Failed { why, .. })) => bail!(Refused(why)),
-                Ok(FromPeer::Gone(why)) => bail!("{}", why.unwrap_or_else(|| GONE.into())),
-                Ok(_) => {}
-                Err(_) => bail!("{destination} does not answer"),
-            }
-        }
-    })();
-    match answered {
-        Ok(()) => Ok(Carrier { peer, closer }),
-        Err(e) if e.to_string() == GONE => {
-            drop(peer);
-            Err(destination.explain(&mut closer))
-        }
-        Err(e) => {
-            closer.close();
-            Err(e)
-        }
+        None => tell(h),
+    };
+    let purpose = carry.map(|word| Message::Forward(Box::new(word)));
+    let mut session = Session::open(destination, purpose.as_ref(), ANSWER, hear)?;
+    if purpose.is_none() {
+        return Ok(session);
     }
-}
 
-const GONE: &str = "it was closed";
+    let why = match heard.recv_timeout(ANSWER) {
+        Ok(FromPeer::Message(Message::Forward(word)))
+            if matches!(*word, ForwardMessage::Carried) =>
+        {
+            return Ok(session);
+        }
+        Ok(FromPeer::Message(Message::Failed { why, .. })) => anyhow!(Refused(why)),
+        Ok(FromPeer::Gone(Some(why))) => anyhow!(why),
+        Ok(FromPeer::Gone(None)) => anyhow!("it was closed"),
+        Ok(FromPeer::Message(other)) => anyhow!("{destination} answers {}", variant(&other)),
+        Ok(FromPeer::Frame(_)) => anyhow!("{destination} sends before it has the link"),
+        Err(_) => anyhow!("{destination} does not answer"),
+    };
+    session.closer.close();
+    Err(why)
+}
 
 /// Sends frames, together; how many bytes they had.
 ///

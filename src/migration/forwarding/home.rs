@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
 
-use super::carrier::{self, Carrier, DEAD, ORPHANED, PULSE, Refused};
+use super::carrier::{self, DEAD, ORPHANED, PULSE, Refused};
 use super::process::dismantle;
 use super::way::{reached_by, through, way};
 use super::wire::{Ear, Wire};
 use super::{HOME, Home, control, home_at, remove_directory, write};
 use crate::migration::protocol::Message;
 use crate::migration::protocol::forwarding::{Answer, Ask, ForwardMessage, Status};
-use crate::migration::protocol::session::{FromPeer, PeerWriter};
+use crate::migration::protocol::session::{FromPeer, PeerWriter, Session};
 use crate::network::forward;
 use crate::network::translated::{self, Translated};
 use crate::sys::netns::NetNs;
@@ -355,7 +355,7 @@ impl Forwarder {
                     None
                 }
             };
-            let why = link.and_then(|(Carrier { peer, mut closer }, gone)| {
+            let why = link.and_then(|(Session { peer, mut closer }, gone)| {
                 let why = live(&peer, &gone);
                 closer.close();
                 why
@@ -398,7 +398,7 @@ impl Forwarder {
         self: &Arc<Self>,
         number: u64,
         destination: &Destination,
-    ) -> Result<(Carrier, Receiver<String>)> {
+    ) -> Result<(Session, Receiver<String>)> {
         let (end, ended) = channel();
         let forwarder = self.clone();
         let home = self.lock().home.clone();

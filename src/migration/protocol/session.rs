@@ -1,18 +1,20 @@
 //! The source's or destination's end of the link: a writer that several threads share, and a
-//! thread that reads.
+//! thread that reads. Every link begins here, each with a greeting.
 
 use std::io::{BufWriter, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
-use super::{Hello, Message, PROTOCOL};
+use super::{Hello, Message, PROTOCOL, variant};
 use crate::migration::protocol;
-use crate::problem::advice;
+use crate::problem::{Advice, advice};
 use crate::transport::codec::Codec;
-use crate::transport::connect::{Closer, Link};
+use crate::transport::connect::{Closer, Destination, Link};
 use crate::transport::frame::{self, Frame, Run, Same};
 
 /// Bytes gathered before they are written.
@@ -132,6 +134,106 @@ impl Write for Counted {
     }
 }
 
+/// A link to another host, whose Ferry has greeted, or is about to.
+pub struct Session {
+    /// Speaks.
+    pub peer: PeerWriter,
+    /// Ends it.
+    pub closer: Closer,
+}
+
+impl Session {
+    /// Begins a link: greets, and says what it is for. Its greeting demanded, `tell` hears everything that
+    /// comes then, and says whether to go on.
+    ///
+    /// # Errors
+    /// When the host cannot be reached, does not greet within `limit`, or has another version.
+    pub fn open(
+        to: &Destination,
+        purpose: Option<&Message>,
+        limit: Duration,
+        mut tell: impl FnMut(FromPeer) -> bool + Send + 'static,
+    ) -> Result<Session> {
+        let (first, greeted) = channel();
+        let mut first = Some(first);
+        let mut session = Session::begin(to, move |heard| match first.take() {
+            Some(first) => first.send(heard).is_ok(),
+            None => tell(heard),
+        })?;
+
+        let opened = (|| {
+            // Where that cannot be said, what comes tells why.
+            let said = purpose.map_or(Ok(()), |purpose| session.peer.send(purpose));
+            match greeted.recv_timeout(limit) {
+                Ok(heard) => greeting(heard)?,
+                Err(_) => bail!("{to} has not answered within {} s", limit.as_secs()),
+            };
+            said
+        })();
+        match opened {
+            Ok(()) => Ok(session),
+            Err(e) if e.is::<Closed>() => Err(session.explained(to)),
+            Err(e) => {
+                session.closer.close();
+                Err(e)
+            }
+        }
+    }
+
+    /// The same, for whoever waits for the [`greeting`] beside other things: `tell` hears that, too.
+    ///
+    /// # Errors
+    /// When the host cannot be reached.
+    pub fn begin(
+        to: &Destination,
+        tell: impl FnMut(FromPeer) -> bool + Send + 'static,
+    ) -> Result<Session> {
+        let (peer, reader, closer) = split(to.connect()?);
+        listen(reader, tell)?;
+        let session = Session { peer, closer };
+        match session.peer.send(&hello()) {
+            Ok(()) => Ok(session),
+            Err(e) => Err(Advice::over(session.explained(to), e)),
+        }
+    }
+
+    /// Why it ended without a word.
+    fn explained(self, to: &Destination) -> anyhow::Error {
+        let Session { peer, mut closer } = self;
+        drop(peer);
+        to.explain(&mut closer)
+    }
+}
+
+/// A link that ended before anything had come.
+#[derive(Debug)]
+struct Closed;
+
+impl std::fmt::Display for Closed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("it was closed")
+    }
+}
+
+impl std::error::Error for Closed {}
+
+/// Takes the first that comes over a link, which has to be a greeting.
+///
+/// # Errors
+/// Anything else, or another version.
+pub fn greeting(first: FromPeer) -> Result<Hello> {
+    match first {
+        FromPeer::Message(Message::Hello(theirs)) => {
+            check_hello(&theirs)?;
+            Ok(theirs)
+        }
+        FromPeer::Gone(Some(why)) => bail!(why),
+        FromPeer::Gone(None) => bail!(Closed),
+        FromPeer::Message(other) => bail!("the other host begins with {}", variant(&other)),
+        FromPeer::Frame(_) => bail!("the other host does not greet"),
+    }
+}
+
 /// What a listening thread passes on.
 #[derive(Debug)]
 pub enum FromPeer {
@@ -193,7 +295,7 @@ pub fn signal_name(signal: i32) -> &'static str {
 }
 
 /// What we say first.
-pub fn hello() -> Message {
+pub(in crate::migration) fn hello() -> Message {
     Message::Hello(Hello {
         protocol: PROTOCOL,
         ferry: env!("CARGO_PKG_VERSION").into(),
@@ -202,10 +304,7 @@ pub fn hello() -> Message {
 }
 
 /// Whether the other side speaks our language.
-///
-/// # Errors
-/// Says which version it speaks.
-pub fn check_hello(theirs: &Hello) -> Result<()> {
+fn check_hello(theirs: &Hello) -> Result<()> {
     if theirs.protocol != PROTOCOL {
         return Err(advice(
             format!(

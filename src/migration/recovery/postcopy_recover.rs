@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use super::verdicts;
 use crate::memory::serve::Served;
 use crate::migration::journal::Record;
-use crate::migration::protocol::session::{self, FromPeer};
+use crate::migration::protocol::session::{FromPeer, Session};
 use crate::migration::protocol::{Message, Standing, Verdict};
 use crate::migration::transfer::memory_sender::{
     MemoryEvent, MemoryOptions, MemoryTransfer, Order,
@@ -113,13 +113,13 @@ fn attempt(
         Standing::Running => return Ok(Some(Brought::Whole(None))),
         Standing::Partial => {}
     }
-    let (peer, reader, mut closer) = session::split(destination.connect()?);
     let (tell, events) = channel();
     let heard = tell.clone();
-    session::listen(reader, move |h| heard.send(Event::FromPeer(h)).is_ok())?;
+    let resume = Message::Resume { migration: record.migration.clone() };
+    let hear = move |h| heard.send(Event::FromPeer(h)).is_ok();
+    let Session { peer, mut closer } = Session::open(destination, Some(&resume), silence, hear)?;
+    *latest = Instant::now();
     let result = (|| {
-        peer.send(&session::hello())?;
-        peer.send(&Message::Resume { migration: record.migration.clone() })?;
         let mut missing = Vec::new();
         let mut memory: Option<MemoryTransfer> = None;
         loop {
@@ -139,9 +139,6 @@ fn attempt(
                 }
             };
             match event {
-                Event::FromPeer(FromPeer::Message(Message::Hello(theirs))) => {
-                    session::check_hello(&theirs)?
-                }
                 Event::FromPeer(FromPeer::Frame(Frame::Run(Run::Want, vpid, at, pages))) => {
                     match memory {
                         None => missing.push((vpid, at, pages)),

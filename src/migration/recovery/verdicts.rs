@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::decide::{Answer, Left, answer as decide, has_heard, is_swept};
 use super::undo;
 use crate::migration::journal::{Journal, Record, Role, State};
-use crate::migration::protocol::session::{self, FromPeer};
+use crate::migration::protocol::session::{FromPeer, Session};
 use crate::migration::protocol::{Message, Standing, Verdict};
 use crate::problem::Advice;
 use crate::sys::process::is_alive;
@@ -36,34 +36,24 @@ pub fn ask(record: &Record, verdict: Option<Verdict>, limit: Duration) -> Result
     let until = Instant::now() + limit;
     let destination =
         record.destination.as_ref().ok_or_else(|| anyhow!("only the source can ask"))?;
-    let link = destination.connect()?;
-    let (peer, reader, mut closer) = session::split(link);
     let (tell, heard) = channel();
-    session::listen(reader, move |h| tell.send(h).is_ok())?;
-    let answer = (|| {
-        peer.send(&session::hello())?;
-        let settle = Message::Resolve { migration: record.migration.clone(), verdict };
-        peer.send(&settle)?;
-        loop {
-            match heard.recv_timeout(until.saturating_duration_since(Instant::now())) {
-                Ok(FromPeer::Message(Message::Hello(theirs))) => session::check_hello(&theirs)?,
-                Ok(FromPeer::Message(Message::Resolved { standing })) => return Ok(standing),
-                Ok(FromPeer::Message(Message::Failed { why, hints, .. })) => {
-                    return Err(Advice::with(why, hints));
-                }
-                Ok(FromPeer::Gone(why)) => bail!("{}", why.unwrap_or_else(|| "no answer".into())),
-                Ok(_) => {}
-                Err(_) => bail!("{destination} has not answered within {} s", limit.as_secs()),
+    let resolve = Message::Resolve { migration: record.migration.clone(), verdict };
+    let mut session =
+        Session::open(destination, Some(&resolve), limit, move |h| tell.send(h).is_ok())?;
+    let answer = loop {
+        match heard.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            Ok(FromPeer::Message(Message::Resolved { standing })) => break Ok(standing),
+            Ok(FromPeer::Message(Message::Failed { why, hints, .. })) => {
+                break Err(Advice::with(why, hints));
+            }
+            Ok(FromPeer::Gone(why)) => break Err(anyhow!(why.unwrap_or("no answer".into()))),
+            Ok(_) => {}
+            Err(_) => {
+                break Err(anyhow!("{destination} has not answered within {} s", limit.as_secs()));
             }
         }
-    })();
-    if let Err(e) = &answer
-        && e.to_string() == "no answer"
-    {
-        drop(peer);
-        return Err(destination.explain(&mut closer));
-    }
-    closer.close();
+    };
+    session.closer.close();
     answer
 }
 

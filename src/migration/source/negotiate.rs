@@ -17,7 +17,7 @@ use crate::migration::forwarding as forward;
 use crate::migration::options::MigrateOptions;
 use crate::migration::preflight::contested;
 use crate::migration::preflight::source_checks::{Roots, SourceContainer, inspect, replaced};
-use crate::migration::protocol::session::{self, FromPeer, PeerWriter};
+use crate::migration::protocol::session::{self, FromPeer, PeerWriter, Session};
 use crate::migration::protocol::{Message, Place};
 use crate::migration::recovery::decide::has_heard;
 use crate::migration::transfer::file_sender::{FileEvent, FilesToCopy};
@@ -278,9 +278,11 @@ pub(super) fn negotiate(
     let locks = subject.cgroup.processes().and_then(|pids| locks::look(&pids));
     let locks = locks.map_err(Failed::refused)?;
     reporter.phase("connect", &format!("asking {}", options.destination));
-    let link = options.destination.connect().map_err(Failed::refused)?;
-    let (peer, reader, mut closer) = session::split(link);
     let (tell, queue) = channel();
+    let heard = tell.clone();
+    let hear = move |h| heard.send(Input::FromPeer(h)).is_ok();
+    let session = Session::begin(&options.destination, hear).map_err(Failed::refused)?;
+    let Session { peer, mut closer } = session;
     // A shell that has ended already needs no cutting.
     let watch =
         Watchdog::start(closer.cutter().unwrap_or(Cutter::Nothing)).map_err(Failed::refused)?;
@@ -303,9 +305,6 @@ pub(super) fn negotiate(
         watch: watch.clone(),
     };
     inputs.until(ANSWER_LIMIT);
-    let heard = inputs.tell.clone();
-    session::listen(reader, move |h| heard.send(Input::FromPeer(h)).is_ok())
-        .map_err(Failed::refused)?;
     let caught = inputs.tell.clone();
     let hurried = watch.clone();
     session::catch_signals(move |signal| {
@@ -313,7 +312,7 @@ pub(super) fn negotiate(
         caught.send(Input::Signal(signal)).is_ok()
     })
     .map_err(Failed::refused)?;
-    let greeted = greet(&peer, &mut inputs);
+    let greeted = await_greeting(&mut inputs);
     if let Err(e) = greeted {
         drop(peer);
         // A shell that could not get there says more than the end of its stream.
@@ -545,11 +544,10 @@ fn announce_layers(
     Ok(Ok(lacking.len()))
 }
 
-fn greet(peer: &PeerWriter, inputs: &mut Inputs) -> Result<()> {
-    peer.send(&session::hello())?;
+fn await_greeting(inputs: &mut Inputs) -> Result<()> {
     loop {
-        if let Input::FromPeer(FromPeer::Message(Message::Hello(theirs))) = inputs.next()? {
-            session::check_hello(&theirs)?;
+        if let Input::FromPeer(first) = inputs.next()? {
+            let theirs = session::greeting(first)?;
             if theirs.host == crate::sys::host::identity() {
                 bail!("source and destination are the same host");
             }

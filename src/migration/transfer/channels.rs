@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 
-use crate::migration::protocol::Message;
-use crate::migration::protocol::session::{self, FromPeer, PeerWriter};
+use crate::migration::protocol::session::{FromPeer, PeerWriter, Session};
+use crate::migration::protocol::{Message, variant};
 use crate::sys::panics::caught;
 use crate::transport::codec::{Chooser, Codec, CompressOption};
 use crate::transport::connect::{Closer, Destination};
@@ -86,11 +86,10 @@ impl Channel {
         migration: &str,
         tell: impl Fn(Option<u64>) -> bool + Send + 'static,
     ) -> Result<Channel> {
-        let (peer, reader, closer) = session::split(destination.connect()?);
-        let mut channel = Channel { peer, closer };
+        let what = || format!("a further link to {destination}");
         let (joined, answer) = std::sync::mpsc::channel();
         let mut waiting = true;
-        session::listen(reader, move |heard| {
+        let hear = move |heard| {
             if waiting {
                 waiting = !matches!(heard, FromPeer::Message(Message::Joined));
                 return joined.send(heard).is_ok();
@@ -100,28 +99,19 @@ impl Channel {
                 FromPeer::Gone(_) => tell(None),
                 _ => true,
             }
-        })?;
-        let opened = (|| {
-            channel.peer.send(&session::hello())?;
-            channel.peer.send(&Message::Join { migration: migration.to_owned() })?;
-            loop {
-                match answer.recv_timeout(LIMIT)? {
-                    FromPeer::Message(Message::Hello(theirs)) => session::check_hello(&theirs)?,
-                    FromPeer::Message(Message::Joined) => return Ok(()),
-                    FromPeer::Gone(why) => {
-                        bail!("{}", why.unwrap_or_else(|| "it was closed".into()))
-                    }
-                    other => bail!("the destination answers {other:?}"),
-                }
-            }
-        })();
-        match opened {
-            Ok(()) => Ok(channel),
-            Err(e) => {
-                channel.closer.close();
-                Err(e).with_context(|| format!("a further link to {destination}"))
-            }
-        }
+        };
+        let join = Message::Join { migration: migration.to_owned() };
+        let session = Session::open(destination, Some(&join), LIMIT, hear).with_context(what)?;
+        let mut channel = Channel { peer: session.peer, closer: session.closer };
+
+        let why = match answer.recv_timeout(LIMIT) {
+            Ok(FromPeer::Message(Message::Joined)) => return Ok(channel),
+            Ok(FromPeer::Gone(why)) => anyhow!(why.unwrap_or_else(|| "it was closed".into())),
+            Ok(other) => anyhow!("the destination answers {}", variant(&other)),
+            Err(e) => e.into(),
+        };
+        channel.closer.close();
+        Err(why).with_context(what)
     }
 
     /// Bytes that went out.
