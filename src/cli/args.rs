@@ -15,6 +15,7 @@ use crate::memory::rounds::Tracking;
 use crate::migration::protocol::How;
 use crate::migration::protocol::forwarding::ForwardOption;
 use crate::migration::transfer::memory_sender::MemoryOptions;
+use crate::network::Placement;
 use crate::network::floating::MoveAddress;
 use crate::report::log::{ErrorLog, Format};
 use crate::transport::codec::{self, Codec};
@@ -159,8 +160,8 @@ pub struct MigrateArgs {
     /// How its network is made there: auto (as it is here), keep (the bundle's namespace is
     /// there already), none, bridge=BRIDGE, macvlan=INTERFACE, or hook=/PROGRAM: as auto, and the
     /// program, on both hosts, leads packets there (see docs/networks.md)
-    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = network)]
-    pub network: Network,
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub network: Placement,
     /// For a container with the host's network: this address of the host goes along, to that
     /// interface there, as keepalived would move it. Nobody else may use it. May be given several
     /// times
@@ -458,8 +459,8 @@ pub struct CheckArgs {
     #[command(flatten)]
     pub files: FilesArgs,
     /// How its network would be made there, as in `ferry migrate`
-    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = network)]
-    pub network: Network,
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub network: Placement,
     /// Addresses of the host that would go along, as in `ferry migrate`
     #[arg(long, value_name = "ADDRESS/PREFIX@INTERFACE")]
     pub move_address: Vec<MoveAddress>,
@@ -549,43 +550,6 @@ pub struct ResolveArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
-}
-
-/// How a container's network is made on the destination.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Network {
-    /// As it is on the source.
-    Auto,
-    /// The namespace that the bundle names is there already.
-    Keep,
-    /// Nothing is made.
-    None,
-    /// A veth on this bridge.
-    Bridge(String),
-    /// A macvlan over this interface.
-    Macvlan(String),
-    /// As on the source, with a program's help.
-    Hook(String),
-}
-
-fn network(text: &str) -> Result<Network, String> {
-    let interface = |name: &str| match name {
-        "" => Err("the interface is missing".to_owned()),
-        // The kernel's limits.
-        name if name.len() > 15 || name.contains(|c: char| c == '/' || c.is_whitespace()) => {
-            Err(format!("{name:?} is no interface"))
-        }
-        name => Ok(name.to_owned()),
-    };
-    match text.split_once('=') {
-        None if text == "auto" => Ok(Network::Auto),
-        None if text == "keep" => Ok(Network::Keep),
-        None if text == "none" => Ok(Network::None),
-        Some(("bridge", name)) => interface(name).map(Network::Bridge),
-        Some(("macvlan", name)) => interface(name).map(Network::Macvlan),
-        Some(("hook", program)) if program.starts_with('/') => Ok(Network::Hook(program.into())),
-        _ => Err("use auto, keep, none, bridge=BRIDGE, macvlan=INTERFACE or hook=/PROGRAM".into()),
-    }
 }
 
 /// An ID, or what an engine calls a container, with or without the engine's name before it.

@@ -32,11 +32,11 @@ fn migrate_with_everything() {
     assert_eq!(args.destination.to_string(), "a@host2");
     assert_eq!(args.remote.rsh.as_deref(), Some("myssh"));
     assert_eq!(args.remote.remote_ferry.as_deref(), Some(OsStr::new("/opt/ferry")));
-    assert_eq!(args.network, Network::Bridge("br0".into()));
+    assert_eq!(args.network, Placement::Bridge("br0".into()));
     assert_eq!(args.timeout, Some(Duration::from_secs(30)));
     assert!(args.dry_run && args.json && !args.mark());
     let plain = migrate("migrate web host2");
-    assert_eq!((plain.network.clone(), plain.mark(), plain.timeout), (Network::Auto, true, None));
+    assert_eq!((plain.network.clone(), plain.mark(), plain.timeout), (Placement::Auto, true, None));
     assert!(migrate("migrate --no-mark --leave-mark web host2").mark());
 }
 

@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::args::{CheckArgs, Globals};
-use super::common::{absolute, placement, reach, resolved, runtime, say, say_json, state_dir};
+use super::common::{absolute, reach, resolved, runtime, say, say_json, state_dir};
 use crate::migration::options::MigrateOptions;
 use crate::migration::preflight::{host, source_checks};
 use crate::migration::source;
@@ -69,7 +69,7 @@ fn check_container(
     let wishes = MigrateOptions {
         container: id,
         bundle: absolute(args.bundle.as_deref())?,
-        placement: placement(&args.network),
+        placement: args.network.clone(),
         move_address: args.move_address.clone(),
         forward: args.forward.wish(),
         console_socket: None,

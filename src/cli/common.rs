@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::anyhow;
 
-use super::args::{Globals, Network, RemoteArgs};
+use super::args::{Globals, RemoteArgs};
 use super::destination::Destination;
 use super::runtime::{Config, Runtime as Found};
 use crate::engine::Engine;
@@ -45,18 +45,6 @@ pub(super) fn reach(destination: &Destination, remote: &RemoteArgs) -> Result<Re
             },
         },
     })
-}
-
-/// In the protocol's words.
-pub(super) fn placement(network: &Network) -> String {
-    match network {
-        Network::Auto => "auto".into(),
-        Network::Keep => "keep".into(),
-        Network::None => "none".into(),
-        Network::Bridge(name) => format!("bridge={name}"),
-        Network::Macvlan(name) => format!("macvlan={name}"),
-        Network::Hook(program) => format!("hook={program}"),
-    }
 }
 
 /// The bundle's place over there must not depend on where we stand.

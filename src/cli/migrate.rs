@@ -1,7 +1,7 @@
 //! `ferry migrate`: from its arguments to the migration, and back to an exit code.
 
 use super::args::{Globals, MigrateArgs, SourceFiles};
-use super::common::{absolute, placement, reach, resolved, say, state_dir};
+use super::common::{absolute, reach, resolved, say, state_dir};
 use crate::migration::options::MigrateOptions;
 use crate::migration::source;
 use crate::migration::source::negotiate::Options;
@@ -21,7 +21,7 @@ pub fn migrate(globals: &Globals, args: &MigrateArgs) -> Result<(), Failed> {
         wishes: MigrateOptions {
             container,
             bundle: absolute(args.bundle.as_deref())?,
-            placement: placement(&args.network),
+            placement: args.network.clone(),
             move_address: args.move_address.clone(),
             forward: args.forward.wish(),
             console_socket: absolute(args.console_socket.as_deref())?,

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use crate::migration::protocol::How;
 use crate::migration::protocol::forwarding::ForwardOption;
+use crate::network::Placement;
 use crate::network::floating::MoveAddress;
 
 /// What the user asked for, as far as the plan depends on it.
@@ -14,7 +15,7 @@ pub struct MigrateOptions {
     /// The bundle's place on the destination.
     pub bundle: Option<PathBuf>,
     /// `--network`.
-    pub placement: String,
+    pub placement: Placement,
     /// `--move-address`.
     pub move_address: Vec<MoveAddress>,
     /// `--console-socket`.

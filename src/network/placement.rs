@@ -8,6 +8,7 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::{Deserialize, Serialize};
 
 use super::announce::{ArpForm, arp_frame};
 use super::image::{Kind, Link, NetworkImage, ifname};
@@ -24,7 +25,8 @@ const ARP_WAIT: Duration = Duration::from_millis(250);
 const ETH_P_ARP: u16 = 0x0806;
 
 /// What `--network` says.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum Placement {
     /// On an interface or bridge of the same name as on the source.
     #[default]
@@ -60,6 +62,20 @@ impl FromStr for Placement {
                 "{s:?} is none of auto, keep, none, bridge=BR, macvlan=IF, hook=/PROGRAM"
             )),
         }
+    }
+}
+
+impl TryFrom<String> for Placement {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Placement> for String {
+    fn from(placement: Placement) -> String {
+        placement.to_string()
     }
 }
 

@@ -64,7 +64,7 @@ use crate::memory::serve::{CriuClosed, Ended, Server};
 use crate::memory::shared::SharedImages;
 use crate::memory::staging::Staging;
 use crate::memory::will::Will;
-use crate::network::ReleaseSet;
+use crate::network::{Placement, ReleaseSet};
 use crate::oci::runtime::Runtime;
 use crate::problem::Problem;
 use crate::report::exit::Told;
@@ -436,7 +436,7 @@ impl IncomingMigration {
             network_path: journal::workdir::network_place(&plan).filter(|_| plan.engine.is_none()),
             network_identity: None,
             engine: plan.engine.as_ref().map(|wanted| engine::made(&plan, wanted)),
-            network_ours: plan.network.is_some() && plan.placement != "keep",
+            network_ours: plan.network.is_some() && plan.placement != Placement::Keep,
             leave_mark: false,
             placing: placing(&plan, &incoming)?,
             logs: streams.logs(),

@@ -118,7 +118,7 @@ pub struct Away {
 }
 
 /// The destination decides what becomes of the address.
-pub fn decide(plan: &Plan, placement: &Placement, host: &NetNs) -> AddressDecision {
+pub fn decide(plan: &Plan, host: &NetNs) -> AddressDecision {
     let Some(image) = &plan.network else { return AddressDecision::Moves };
     if let Some((id, _)) = &plan.forward.from
         && home_at(&directory(id)).is_ok()
@@ -129,7 +129,7 @@ pub fn decide(plan: &Plan, placement: &Placement, host: &NetNs) -> AddressDecisi
         let wanted = plan.forward.wish != ForwardOption::Never && published::could_be(plan);
         return if wanted { AddressDecision::Published } else { AddressDecision::Moves };
     }
-    if !can_stay(plan, placement) {
+    if !can_stay(plan) {
         return AddressDecision::Moves;
     }
     let stays = match plan.forward.wish {
@@ -140,7 +140,7 @@ pub fn decide(plan: &Plan, placement: &Placement, host: &NetNs) -> AddressDecisi
             let Translated { flows, published } = &plan.forward.translated;
             *published
                 || !flows.is_empty()
-                || forward::is_elsewhere(image, placement, host)
+                || forward::is_elsewhere(image, &plan.placement, host)
                     .unwrap_or_else(|| plan.forward.from.is_some())
         }
     };
@@ -151,7 +151,7 @@ pub fn decide(plan: &Plan, placement: &Placement, host: &NetNs) -> AddressDecisi
 pub fn ties(plan: &Plan, course: AddressDecision) -> Option<Problem> {
     let (Some(image), AddressDecision::Moves) = (&plan.network, course) else { return None };
     let flows = &plan.forward.translated.flows;
-    let first = flows.first().filter(|_| plan.placement != "none")?;
+    let first = flows.first().filter(|_| plan.placement != Placement::None)?;
     let home = plan.forward.from.as_ref().map_or(&plan.source, |f| &f.1);
     let named = plan.network_path.is_some();
     let plain = image.routed().next().is_none() && named;
@@ -210,10 +210,11 @@ pub fn translated(namespace: &NetNs, image: &NetworkImage, away: Option<&Away>) 
 
 /// Whether the first host could keep the address and forward its frames: not what is led to it by
 /// routes, and not a namespace that would have no name to be kept under.
-pub fn can_stay(plan: &Plan, placement: &Placement) -> bool {
+pub fn can_stay(plan: &Plan) -> bool {
     let Some(image) = &plan.network else { return false };
     let routed = image.links.iter().any(|link| matches!(link.kind, Kind::Routed { .. }));
-    let elsewhere = matches!(placement, Placement::Keep | Placement::None | Placement::Hook(_));
+    let elsewhere =
+        matches!(plan.placement, Placement::Keep | Placement::None | Placement::Hook(_));
     !routed && !elsewhere && plan.network_path.is_some() && image.outward().next().is_some()
 }
 

@@ -5,7 +5,7 @@ use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 
 use super::floating_address::Arrived;
 use super::hooks::Hooks;
@@ -92,8 +92,7 @@ impl Arrival {
         note: Option<&ForwardRecord>,
     ) -> Result<()> {
         let host = NetNs::current()?;
-        let placement: Placement = plan.placement.parse().map_err(|e| anyhow!("{e}"))?;
-        if let Placement::Hook(program) = &placement {
+        if let Placement::Hook(program) = &plan.placement {
             let about = About {
                 role: "destination",
                 migration: &plan.migration,
@@ -106,7 +105,7 @@ impl Arrival {
         }
         let mut made = match note {
             None | Some(ForwardRecord { part: ForwardRole::ArrivesWithoutConnections, .. }) => {
-                network::recreate(image, &placement, &path, &host)?
+                network::recreate(image, &plan.placement, &path, &host)?
             }
             Some(ForwardRecord { part: ForwardRole::ComesHome, id }) => {
                 steps::come_home(id, &path, image)?

@@ -14,7 +14,7 @@ use crate::migration::protocol::forwarding::ForwardOption as Forward;
 use crate::network::fence::ArmedFence;
 use crate::network::floating::{self, Floating, Side, Stay};
 use crate::network::sockets::{Only, SockDiag};
-use crate::network::{Announcer, Capture, ReleaseSet, Replay};
+use crate::network::{Announcer, Capture, Placement, ReleaseSet, Replay};
 use crate::oci::bundle::Bundle;
 use crate::oci::cgroup::Cgroup;
 use crate::problem::Problem;
@@ -89,7 +89,7 @@ pub fn look(
         ))
         .into());
     }
-    if wishes.placement != "auto" || wishes.forward == Forward::Always {
+    if wishes.placement != Placement::Auto || wishes.forward == Forward::Always {
         return Err(Problem::new(
             "a container that uses the host's network has none that could be made in another way",
             "--network and --forward always are for containers with a namespace of their own",

@@ -61,7 +61,8 @@ fn problems(
     copies: &mut Vec<usize>,
     course: &mut AddressDecision,
 ) -> Vec<Problem> {
-    let networked = plan.floating.is_some() || plan.network.is_some() && plan.placement != "none";
+    let networked =
+        plan.floating.is_some() || plan.network.is_some() && plan.placement != Placement::None;
     // Beside the rest, as both take their time in the kernel.
     let mut found = std::thread::scope(|scope| {
         let receiving = scope.spawn(|| host::receiving_problems(networked));
@@ -103,34 +104,31 @@ fn problems(
     tracing::debug!("{} MiB of memory will be taken in at most", staging_bytes(plan) >> 20);
     room(plan, state_dir, &mut found);
     if let (Some(image), Some(path)) = (&plan.network, workdir::network_place(plan)) {
-        match plan.placement.parse::<Placement>() {
-            Ok(placement) => match NetNs::current() {
-                Ok(host) => {
-                    *course = forward::decide(plan, &placement, &host);
-                    let wanted = plan.forward.wish
-                        == crate::migration::protocol::forwarding::ForwardOption::Always;
-                    if wanted && *course == AddressDecision::Moves {
-                        found.push(
-                            Problem::new(
-                                "the address cannot be forwarded",
-                                "that takes a namespace with a name, a macvlan or a veth on a bridge",
-                            )
-                            .hint("leave --forward away"),
-                        );
-                    }
-                    found.extend(forward::ties(plan, *course));
-                    let placement = match course {
-                        AddressDecision::Moves | AddressDecision::Published => placement,
-                        AddressDecision::Stays | AddressDecision::Home => Placement::Forward,
-                    };
-                    // An engine makes it when it makes the container.
-                    if plan.engine.is_none() {
-                        found.extend(network::preflight(image, &placement, &path, &host));
-                    }
+        match NetNs::current() {
+            Ok(host) => {
+                *course = forward::decide(plan, &host);
+                let wanted = plan.forward.wish
+                    == crate::migration::protocol::forwarding::ForwardOption::Always;
+                if wanted && *course == AddressDecision::Moves {
+                    found.push(
+                        Problem::new(
+                            "the address cannot be forwarded",
+                            "that takes a namespace with a name, a macvlan or a veth on a bridge",
+                        )
+                        .hint("leave --forward away"),
+                    );
                 }
-                Err(e) => found.push(Problem::new("cannot look at this host's network", e)),
-            },
-            Err(e) => found.push(Problem::new("the wish for the network is not understood", e)),
+                found.extend(forward::ties(plan, *course));
+                let placement = match course {
+                    AddressDecision::Moves | AddressDecision::Published => &plan.placement,
+                    AddressDecision::Stays | AddressDecision::Home => &Placement::Forward,
+                };
+                // An engine makes it when it makes the container.
+                if plan.engine.is_none() {
+                    found.extend(network::preflight(image, placement, &path, &host));
+                }
+            }
+            Err(e) => found.push(Problem::new("cannot look at this host's network", e)),
         }
     }
     if let Ok((bundle, _)) = bundle_here(plan) {

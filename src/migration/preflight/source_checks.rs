@@ -178,7 +178,7 @@ fn wanted(
     let mut problems = Vec::new();
     for (given, option) in [
         (wishes.bundle.is_some(), "--bundle"),
-        (wishes.placement != "auto", "--network"),
+        (wishes.placement != Placement::Auto, "--network"),
         (wishes.rootfs != How::Auto, "--rootfs"),
         (wishes.console_socket.is_some(), "--console-socket"),
         (wishes.root.is_some() && engine.root(&wishes.container).is_none(), "--root"),
@@ -277,8 +277,8 @@ fn look(
     }
     let from = away.map(|a| (a.id, a.home));
     let forward = ForwardRequest { wish: wishes.forward, from, translated };
-    if let Ok(Placement::Hook(program)) = wishes.placement.parse() {
-        network::hook::usable(&program)?;
+    if let Placement::Hook(program) = &wishes.placement {
+        network::hook::usable(program)?;
     }
     let destination = wishes.bundle.clone().unwrap_or_else(|| state.bundle.clone());
     let (mut listed, mut roots) = (Vec::new(), Vec::new());
@@ -399,7 +399,7 @@ fn look(
         placement: match engine {
             None => wishes.placement.clone(),
             // It makes the network.
-            Some(_) => Placement::Keep.to_string(),
+            Some(_) => Placement::Keep,
         },
         verify: wishes.verify,
         forward,

@@ -66,8 +66,8 @@ use crate::files::tmpfs::{self, Tmpfs};
 use crate::files::walk::Size;
 use crate::memory::digest::Mask;
 use crate::memory::serve::Served;
-use crate::network::Floating;
 use crate::network::image::{Kind, NetworkImage};
+use crate::network::{Floating, Placement};
 use crate::oci::bundle::Bundle;
 use crate::problem::Problem;
 use crate::report::log;
@@ -426,8 +426,8 @@ pub struct Plan {
     pub loopback: Option<NetworkImage>,
     /// The namespace's path, where it has one.
     pub network_path: Option<PathBuf>,
-    /// `--network`, as on the command line.
-    pub placement: String,
+    /// `--network`.
+    pub placement: Placement,
     /// `--verify`.
     #[serde(default)]
     pub verify: bool,

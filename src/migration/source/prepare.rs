@@ -173,9 +173,8 @@ impl SourceMigration {
 
     /// Where the user has named a network hook.
     pub(super) fn prepare_hook(&mut self) -> Result<()> {
-        let placement = self.subject.plan.placement.parse();
-        if let (Ok(Placement::Hook(program)), Some((_, netns, image))) =
-            (placement, &self.subject.network)
+        if let (Placement::Hook(program), Some((_, netns, image))) =
+            (&self.subject.plan.placement, &self.subject.network)
         {
             let record = &self.journal.record;
             let about = About {
@@ -185,7 +184,7 @@ impl SourceMigration {
                 peer: &record.peer,
                 netns,
             };
-            self.hooks = Some(Hooks::prepare(Hook::new(&program, about, image), self.work.path())?);
+            self.hooks = Some(Hooks::prepare(Hook::new(program, about, image), self.work.path())?);
         }
         Ok(())
     }
