@@ -188,7 +188,8 @@ pub(super) fn network(name: &str) -> Result<Option<Network>> {
     }))
 }
 
-/// Other containers in bridge networks, but for the default one: who has no name there is not looked for.
+/// Other containers in bridge networks, but for the default one: nobody has a name there, and each host gives the
+/// same addresses.
 pub(super) fn neighbours(id: &str, networks: &[Network]) -> Result<Vec<Neighbour>> {
     let mut neighbours = Vec::new();
     for network in networks.iter().filter(|n| n.driver == "bridge" && n.name != DEFAULT) {

@@ -12,6 +12,9 @@ use crate::engine::common::{self, is_set, text};
 use crate::engine::papers::{Neighbour, Network, Store, Volume};
 use crate::problem::Problem;
 
+/// The network of those who ask for none.
+const DEFAULT: &str = "podman";
+
 /// What of a container cannot go.
 pub(super) fn refusals(found: &Value) -> Vec<Problem> {
     let host = &found["HostConfig"];
@@ -182,7 +185,9 @@ pub(super) fn network(name: &str) -> Result<Option<(Network, Neighbours)>> {
         driver: text(&found["driver"]).to_owned(),
         subnets: subnets.map(|subnet| text(&subnet["subnet"]).to_owned()).collect(),
     };
-    let neighbours = if network.driver == "bridge" { neighbours(name, &found) } else { Vec::new() };
+    // In the default one nobody has a name, and each host gives the same addresses.
+    let has_some = network.driver == "bridge" && name != DEFAULT;
+    let neighbours = if has_some { neighbours(name, &found) } else { Vec::new() };
     Ok(Some((network, neighbours)))
 }
 
