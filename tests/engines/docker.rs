@@ -543,7 +543,8 @@ fn without_a_mark(lab: &Lab) -> Outcome {
     let fault = "FERRY_FAULT=docker.let-go:error";
     let said = b.exec(&["env", fault, "ferry", "migrate", "--no-mark", "web", "a"])?;
     probe.is_content()?;
-    ensure!(policy(&b)? == "always" && marks(&b)?.trim() == "1", "{said}");
+    // By its ID, and by its name.
+    ensure!(policy(&b)? == "always" && marks(&b)?.trim() == "2", "{said}");
     ensure!(said.err.contains("the away-mark stays"), "{said}");
     stays_away(&b)?;
     probe.is_content()
