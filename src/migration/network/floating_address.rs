@@ -137,23 +137,17 @@ pub fn problems(plan: &Plan, bundle: &Bundle) -> Vec<Problem> {
     })
 }
 
-/// What the source needs for the freeze: the fence, what sees what it stops, and what looks for
-/// sockets that are nobody's.
+/// What the source needs for the freeze: the fence, and what sees what it stops.
 ///
 /// # Errors
 /// When it cannot be made ready.
-pub fn arm(
-    floating: &Floating,
-    migration: &str,
-    work: &Path,
-    cgroup: &Cgroup,
-) -> Result<(ArmedFence, Capture, SockDiag)> {
+pub fn arm(floating: &Floating, migration: &str, work: &Path) -> Result<(ArmedFence, Capture)> {
     let host = NetNs::current()?;
     let stay = Stay::new(floating, Side::Source, migration);
     note(work, &stay)?;
     let interfaces = floating.interfaces(Side::Source);
     let capture = Capture::of_addresses(&host, &interfaces, floating.addresses())?;
-    Ok((stay.arm(&host)?, capture, sock_diag(floating, cgroup)?))
+    Ok((stay.arm(&host)?, capture))
 }
 
 /// Looks for sockets that are the container's among this host's.

@@ -1,6 +1,7 @@
 //! The network during a migration.
 
 pub(crate) mod arrival;
+pub(crate) mod container;
 pub(crate) mod floating_address;
 pub(crate) mod held_packets;
 pub(crate) mod hooks;

@@ -24,6 +24,7 @@ use crate::memory::pages;
 use crate::migration::forwarding as forward;
 use crate::migration::journal::away::AwayMark;
 use crate::migration::journal::holder;
+use crate::migration::network::container::ContainerNetwork;
 use crate::migration::network::floating_address;
 use crate::migration::options::MigrateOptions;
 use crate::migration::protocol::forwarding::{ForwardOption, ForwardRequest};
@@ -72,6 +73,17 @@ pub struct SourceContainer {
     pub forward: Option<crate::migration::journal::forward_role::ForwardRecord>,
     /// What will not be over there as it is here.
     pub warnings: Vec<Problem>,
+}
+
+impl SourceContainer {
+    /// Its network, whichever kind it is of.
+    pub fn container_network(&self) -> ContainerNetwork<'_> {
+        match (&self.network, &self.plan.floating) {
+            (Some((namespace, _, image)), _) => ContainerNetwork::Own { namespace, image },
+            (None, Some(all)) => ContainerNetwork::Hosts(all),
+            (None, None) => ContainerNetwork::Nothing,
+        }
+    }
 }
 
 /// What the container has of this host's files.

@@ -14,7 +14,6 @@ use crate::memory::shared::Shared;
 use crate::migration::checkpoint::dump::{DumpEvent, DumpJob, DumpPlan};
 use crate::migration::forwarding as forward;
 use crate::migration::journal;
-use crate::migration::network::floating_address;
 use crate::migration::network::hooks::Hooks;
 use crate::migration::preflight::host;
 use crate::migration::protocol::Message;
@@ -24,8 +23,7 @@ use crate::migration::transfer::file_sender::{self, FileEvent, FileTransfer};
 use crate::migration::transfer::memory_sender::{MemoryEvent, MemoryTransfer, Order};
 use crate::network::hook::About;
 use crate::network::sockets::SockDiag;
-use crate::network::udp_queues::UdpEndpoints;
-use crate::network::{Capture, Hook, HostSide, Placement, fence};
+use crate::network::{Hook, HostSide, Placement};
 use crate::oci::cgroup::Cgroup;
 use crate::report::progress::Reporter;
 use crate::sys::netns::NetNs;
@@ -192,19 +190,8 @@ impl SourceMigration {
     pub(super) fn start_dump(&mut self) -> Result<()> {
         let (criu, version) = host::criu()?;
         let plan = &self.subject.plan;
-        let (network, sock_diag) = match (&self.subject.network, &plan.floating) {
-            (Some((namespace, _, image)), _) => {
-                let both = (fence::arm(namespace)?, Capture::prepare(namespace, image)?);
-                (Some(Box::new(both)), Some(SockDiag::new(namespace)?))
-            }
-            (None, Some(all)) => {
-                let (work, cgroup) = (self.work.path(), &self.subject.cgroup);
-                let (fence, capture, sock_diag) =
-                    floating_address::arm(all, &plan.migration, work, cgroup)?;
-                (Some(Box::new((fence, capture))), Some(sock_diag))
-            }
-            (None, None) => (None, None),
-        };
+        let network = self.subject.container_network();
+        let armed = network.arm(&plan.migration, self.work.path())?.map(Box::new);
         let side = self.subject.plan.network.as_ref();
         if let Some(side) = side.and_then(|i| HostSide::new(i, &self.subject.plan.migration)) {
             journal::workdir::note_host_side(self.work.path(), &side)?;
@@ -222,13 +209,9 @@ impl SourceMigration {
             tmpfs: self.subject.plan.tmpfs.iter().flat_map(Tmpfs::places).cloned().collect(),
             watched: self.watched()?,
             external: self.subject.plan.streams.iter().filter_map(|s| s.external.clone()).collect(),
-            network,
-            sock_diag,
-            homes: match (&self.subject.network, &plan.floating) {
-                (Some((_, _, image)), _) => UdpEndpoints::of(image),
-                (None, Some(all)) => all.homes(),
-                (None, None) => UdpEndpoints::default(),
-            },
+            network: armed,
+            sock_diag: network.sock_diag(&self.subject.cgroup)?,
+            homes: network.homes(),
             interposer: Interposer::new(self.work.path(), &criu, self.criu_namespace()?)?,
             namespace: self.criu_namespace()?,
             peer: self.peer.clone(),
@@ -265,26 +248,20 @@ impl SourceMigration {
 
     /// Looks for the container's sockets, where it has a network.
     pub(super) fn sock_diag(&self) -> Result<Option<SockDiag>> {
-        let subject = &self.subject;
-        Ok(match (&subject.network, &subject.plan.floating) {
-            (_, Some(all)) => Some(floating_address::sock_diag(all, &subject.cgroup)?),
-            (Some((namespace, ..)), None) => Some(SockDiag::new(namespace)?),
-            (None, None) => None,
-        })
+        self.subject.container_network().sock_diag(&self.subject.cgroup)
     }
 
     /// Tells the destination of the connections that we shall carry, where there are many.
     pub(super) fn announce_connections(&mut self) -> Result<()> {
         let subject = &self.subject;
-        let namespace = subject.network.as_ref().map(|(namespace, ..)| namespace);
+        let network = subject.container_network();
         // Where it has no address nobody is connected; elsewhere nothing can be done to frozen tasks.
-        let may = namespace.is_some() || subject.plan.floating.is_some();
-        if !may || !arch::SUPPORTED || !matches!(subject.cgroup, Cgroup::V2(_)) {
+        if !network.is_there() || !arch::SUPPORTED || !matches!(subject.cgroup, Cgroup::V2(_)) {
             return Ok(());
         }
         let sock_diag = self.sock_diag()?;
         let mut sock_diag = sock_diag.ok_or_else(|| anyhow!("there is no network"))?;
-        let mut lifting = Lifting::new(namespace, self.vault.clone(), self.work.path())?;
+        let mut lifting = Lifting::new(network.namespace(), self.vault.clone(), self.work.path())?;
         let coming = lifting.look(&mut sock_diag, &subject.cgroup.processes()?)?;
         if coming.len() < connections::MANY && !coming.iter().any(Coming::listens) {
             return Ok(());

@@ -2,15 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 
 use super::negotiate::Inputs;
 use super::{SourceMigration, UNDONE_LIMIT};
-use crate::migration::network::floating_address;
 use crate::migration::protocol::Message;
 use crate::migration::recovery::undo;
 use crate::migration::recovery::undo::{Rival, StaysFrozen};
-use crate::network::Replay;
 use crate::problem::advice;
 use crate::report::exit::Failed;
 use crate::report::progress::Reporter;
@@ -62,11 +60,8 @@ impl SourceMigration {
             }
             let subject = &self.subject;
             let cgroup = self.journal.record.cgroup.as_ref();
-            packet_buffer.give_back(cgroup, || match (&subject.network, &subject.plan.floating) {
-                (Some((namespace, _, image)), _) => Ok(Replay::prepare(namespace, image)?),
-                (None, Some(all)) => floating_address::replay_here(all, &subject.plan.migration),
-                (None, None) => Err(anyhow!("there is no network")),
-            });
+            let replay = || subject.container_network().replay(&subject.plan.migration);
+            packet_buffer.give_back(cgroup, replay);
         }
         if let Some(since) = self.frozen_since {
             reporter.mark("runs on here");
