@@ -45,34 +45,29 @@
 //! before that was let run, it says so when it is asked, and the source takes the container back.
 
 pub mod forwarding;
+mod plan;
 pub mod session;
+#[cfg(test)]
+mod tests;
 
 use std::io::Write;
-use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
-use self::forwarding::{AddressDecision, ForwardMessage, ForwardRequest};
+use self::forwarding::{AddressDecision, ForwardMessage};
+pub use self::plan::{How, MAX_PARENTS, MAX_PROBES, Place, Plan, Probe, Stream};
 use crate::connections::Coming;
-use crate::engine::papers::{Papers, Wanted};
+use crate::engine::papers::Papers;
 use crate::files::layers::Layer;
-use crate::files::overlay::Overlay;
-use crate::files::place::Parent;
-use crate::files::probe::Proof;
 use crate::files::sockets::Renamed;
-use crate::files::tmpfs::{self, Tmpfs};
 use crate::files::walk::Size;
 use crate::memory::digest::Mask;
 use crate::memory::serve::Served;
-use crate::network::image::{Kind, NetworkImage};
-use crate::network::{Floating, Placement};
-use crate::oci::bundle::Bundle;
 use crate::problem::Problem;
 use crate::report::log;
 use crate::tasks::locks::Held;
-use crate::tasks::settings::{self, Setting};
+use crate::tasks::settings::Setting;
 use crate::tasks::sockets::SocketSettings;
 use crate::transport::frame;
 
@@ -85,11 +80,6 @@ pub const MAX_FILES: usize = 100_000;
 pub const MAX_IMAGES: u64 = 64 << 30;
 /// Most tasks of one container.
 pub const MAX_TASKS: usize = 100_000;
-/// Most probes and bind mounts of one plan.
-pub const MAX_PROBES: usize = 4096;
-/// Most directories above them.
-pub const MAX_PARENTS: usize = 4096;
-
 /// A control message. Each says who owns the container once it has arrived.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
@@ -361,160 +351,6 @@ pub struct Hello {
     pub host: String,
 }
 
-/// What the container is and needs.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Plan {
-    /// ID of this migration: 16 hexadecimal digits.
-    pub migration: String,
-    /// Only the checks are wanted.
-    pub check_only: bool,
-    /// The container's ID.
-    pub container: String,
-    /// What the source calls itself.
-    #[serde(default)]
-    pub source: String,
-    /// The bundle's directory on the destination.
-    pub bundle: PathBuf,
-    /// The source's config.json.
-    pub config: Value,
-    /// The runtime's `--root`, where the user gave one.
-    pub root: Option<PathBuf>,
-    /// The runtime's `--systemd-cgroup`.
-    pub systemd_cgroup: bool,
-    /// CPUs that threads are bound to.
-    #[serde(default)]
-    pub bound_cpus: Vec<String>,
-    /// AppArmor profiles of its tasks.
-    #[serde(default)]
-    pub apparmor: Vec<String>,
-    /// What the standard streams are: the targets of `/proc/PID/fd/{0,1,2}`.
-    pub streams: Vec<Stream>,
-    /// A socket on the destination that takes the terminal.
-    pub console_socket: Option<PathBuf>,
-    /// Bytes of memory that will come at most.
-    pub memory_bytes: u64,
-    /// Of these and of files without a name, what comes among the images.
-    #[serde(default)]
-    pub imaged_bytes: u64,
-    /// Bytes that the container has in memory now.
-    pub resident_bytes: u64,
-    /// The source's CPU, to compare.
-    pub cpu: Vec<String>,
-    /// The source's machine (`uname -m`) and kernel release.
-    pub machine: String,
-    /// Kernel release of the source.
-    pub kernel: String,
-    /// CRIU's version on the source, as 40201 for 4.2.1.
-    pub criu: u32,
-    /// What must be the same on both hosts, and how that is proved.
-    pub probes: Vec<Probe>,
-    /// The directories above it on the source, each once: what is missing there is made as they are.
-    #[serde(default)]
-    pub parents: Vec<Parent>,
-    /// The root file system, where it is an overlay that can go layer by layer: paths of the
-    /// destination.
-    #[serde(default)]
-    pub overlay: Option<Overlay>,
-    /// The tmpfs mounts that Ferry carries, numbered in this order.
-    pub tmpfs: Vec<Tmpfs>,
-    /// The network as captured; none where the container has none of its own.
-    pub network: Option<NetworkImage>,
-    /// What goes along of the host's network, where the container uses that.
-    #[serde(default)]
-    pub floating: Option<Floating>,
-    /// The loopback device of a namespace without a name: runc has CRIU leave it out.
-    pub loopback: Option<NetworkImage>,
-    /// The namespace's path, where it has one.
-    pub network_path: Option<PathBuf>,
-    /// `--network`.
-    pub placement: Placement,
-    /// `--verify`.
-    #[serde(default)]
-    pub verify: bool,
-    /// What is to become of the address.
-    #[serde(default)]
-    pub forward: ForwardRequest,
-    /// What it needs of its engine, if it is an engine's.
-    #[serde(default)]
-    pub engine: Option<Wanted>,
-}
-
-/// A standard stream of the container.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Stream {
-    /// As `/proc/PID/fd/N` shows it: `pipe:[123]`, `/dev/null`, `/dev/pts/0`, `/var/log/web.log`.
-    pub target: String,
-    /// CRIU's key for a regular file that lies outside the container: `file[MNT:INO]`.
-    pub external: Option<String>,
-    /// Bytes of that file when it was looked at.
-    pub size: u64,
-    /// Its mode, owner and group: CRIU wants to find them so.
-    pub mode: u32,
-    /// See `mode`.
-    pub owner: (u32, u32),
-    /// Whether its contents go over the link (the source's own note).
-    #[serde(skip)]
-    pub sent: bool,
-    /// Of its directory, for the destination to find out whether the file is shared.
-    pub proof: Option<Proof>,
-}
-
-/// One path, and the proof that both hosts see the same behind it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Probe {
-    /// What it is: `root file system`, `bind mount /srv/www`.
-    pub what: String,
-    /// Its place in the configuration, for the destination to find its own path.
-    pub place: Place,
-    /// The proof.
-    pub proof: Proof,
-    /// What the user says of it.
-    pub wish: How,
-    /// Whether it is a directory.
-    pub directory: bool,
-    /// Whether it is a regular file.
-    #[serde(default)]
-    pub file: bool,
-    /// Whether the container cannot write there.
-    pub read_only: bool,
-}
-
-/// How a path of the container's gets to the other host: `--rootfs`, `--volume`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum How {
-    /// As it turns out: the root file system is copied where it is not shared, no volume is.
-    #[default]
-    Auto,
-    /// It is there, and nobody has to prove it.
-    Shared,
-    /// A copy is made, unless it is shared.
-    Copy,
-}
-
-impl Place {
-    /// Its path on this host.
-    pub fn path(&self, bundle: &Bundle) -> Option<PathBuf> {
-        match self {
-            Place::Rootfs => bundle.rootfs().ok(),
-            Place::Mount(destination) => {
-                let mounts = bundle.bind_mounts();
-                mounts.into_iter().find(|m| m.destination == *destination).map(|m| m.source)
-            }
-        }
-    }
-}
-
-/// Where a path stands in the configuration.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Place {
-    /// `root.path`.
-    Rootfs,
-    /// The bind mount with this destination.
-    Mount(PathBuf),
-}
-
 /// What the destination tells when the container runs.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Arrival {
@@ -553,62 +389,6 @@ pub fn parse(json: &[u8]) -> Result<Message> {
     serde_json::from_slice(json).context("a message that this version of Ferry does not know")
 }
 
-impl Plan {
-    /// Refuses what no honest source sends, before anything is done with it.
-    ///
-    /// # Errors
-    /// Says what is wrong.
-    pub fn validate(&self) -> Result<()> {
-        let hex = |s: &str| s.len() == 16 && s.bytes().all(|b| b.is_ascii_hexdigit());
-        if !hex(&self.migration) {
-            bail!("{:?} is no migration's ID", self.migration);
-        }
-        if !crate::oci::runtime::valid_id(self.container.as_ref()) {
-            bail!("{:?} is no container's ID", self.container);
-        }
-        // HOST_NAME_MAX; it is shown to people.
-        if self.source.len() > 64 || self.source.contains(|c: char| c.is_control()) {
-            bail!("{:?} is no host's name", self.source);
-        }
-        if !self.bundle.is_absolute() {
-            bail!("the bundle's path must be absolute");
-        }
-        if self.streams.len() > 3
-            || self.bound_cpus.len() > settings::MOST_LISTS
-            || self.probes.len() > MAX_PROBES
-            || self.parents.len() > MAX_PARENTS
-        {
-            bail!("a plan with too many entries");
-        }
-        for path in self.network_path.iter().chain(&self.console_socket).chain(&self.root) {
-            let plain = path.components().all(|c| !matches!(c, std::path::Component::ParentDir));
-            if !path.is_absolute() || !plain {
-                bail!("{} is no absolute path without ..", path.display());
-            }
-        }
-        self.forward.validate()?;
-        self.overlay.iter().try_for_each(Overlay::validate)?;
-        tmpfs::validate(&self.tmpfs)?;
-        for network in self.network.iter().chain(&self.loopback) {
-            network.validate()?;
-        }
-        if self.floating.is_some() && self.network.is_some() {
-            bail!("a container with the host's network and one of its own");
-        }
-        self.floating.iter().try_for_each(Floating::validate)?;
-        self.engine.iter().try_for_each(Wanted::validate)?;
-        Ok(())
-    }
-
-    /// Whether CRIU runs in the container's network namespace, on both sides: what it writes on
-    /// the one must be read in the same place on the other. It can where it can talk to itself.
-    pub fn criu_inside(&self) -> bool {
-        let up =
-            |image: &NetworkImage| image.links.iter().any(|l| l.kind == Kind::Loopback && l.up);
-        self.network.as_ref().is_some_and(up)
-    }
-}
-
 impl Standing {
     /// For people.
     pub fn describe(self) -> &'static str {
@@ -621,150 +401,5 @@ impl Standing {
             Standing::Gone => "is not there",
             Standing::NeverRan => "never ran there, and is gone",
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-
-    use super::*;
-    use crate::fuzz::Target;
-
-    /// One with some of everything.
-    fn plan() -> Value {
-        let network = crate::network::image::tests::sample();
-        let proof =
-            serde_json::json!({ "file": ["n", "c"], "inode": [1, 2, 3, 4], "contents": null });
-        let port =
-            serde_json::json!({ "address": "", "port": 8080, "inside": 80, "protocol": "tcp" });
-        serde_json::json!({
-            "type": "plan", "migration": "00112233aabbccdd", "check_only": false, "container": "web",
-            "source": "a", "bundle": "/b", "config": { "process": { "args": ["x"] }, "mounts": [] },
-            "root": "/run/runc", "systemd_cgroup": false, "apparmor": ["docker-default"],
-            "streams": [{
-                "target": "/var/log/web.log", "external": "file[1:2]", "size": 5, "mode": 420,
-                "owner": [0, 0], "proof": proof,
-            }],
-            "console_socket": null, "memory_bytes": 1, "resident_bytes": 1, "cpu": ["sse2"],
-            "machine": "x86_64", "kernel": "6.12", "criu": 40201,
-            "probes": [{
-                "what": "root file system", "place": "rootfs", "proof": proof, "wish": "auto",
-                "directory": true, "file": false, "read_only": false,
-            }],
-            "parents": [],
-            "overlay": {
-                "lower": [{ "path": "/l1", "data": false }],
-                "upper": { "path": "/upper", "work": "/work" }, "options": [], "flags": [],
-            },
-            "tmpfs": [{ "place": "/dev/shm", "options": ["size=64k"], "used": 5 }],
-            "network": network, "loopback": null, "network_path": "/run/netns/web",
-            "placement": "auto",
-            "engine": {
-                "engine": "podman", "version": "5.8.6", "name": "web", "runtime": "ferry",
-                "store": { "root": "/s", "run": "/r", "volumes": "/v", "driver": "overlay" },
-                "image": { "id": "26f222b68e17a3d9ab22a8e5dc1d3f6b11f40ff5e6c1f25b235220e7963095f7",
-                    "name": "localhost/app:1" },
-                "volumes": [{ "name": "data", "place": "/data", "labels": { "a": "b" } }],
-                "networks": [{ "name": "lan", "driver": "macvlan", "subnets": ["10.0.0.0/24"] }],
-                "ports": [port],
-                "own": ["/etc/hosts"], "log": 5,
-            },
-            "forward": {
-                "wish": "auto", "from": ["00112233aabbccdd", "home"],
-                "translated": { "flows": [], "published": true },
-            },
-        })
-    }
-
-    #[test]
-    fn fuzz_messages() {
-        let mut target = Target::new("messages").sample(serde_json::to_vec(&plan()).unwrap());
-        let others = [
-            r#"{"type":"hello","protocol":6,"ferry":"0.1.0","host":"a"}"#,
-            r#"{"type":"connections","list":[{"vpid":1,"number":5,"owner":0,"local":"10.0.0.1:80","kind":{"Connection":"10.0.0.2:7"}}]}"#,
-            r#"{"type":"dumped","tasks":[1,2],"connections":1,"locks":[{"vpid":1,"number":5,"lock":{"kind":"posix","write":true,"start":0,"end":null}}],"settings":[],"renamed":[{"bound":[47,97],"current":[47,98]}]}"#,
-            r#"{"type":"sockets","list":[{"vpid":1,"number":5,"options":[[1,[1,0,0,0]]],"interfaces":[[57,"eth0"]],"groups":[{"interface":"eth0","group":"239.1.2.3","exclude":true,"sources":["10.0.0.1"]}]}]}"#,
-            r#"{"type":"layers","layers":[]}"#,
-            r#"{"type":"trees","sizes":[{"bytes":1,"entries":1}]}"#,
-            r#"{"type":"settle","migration":"00112233aabbccdd","verdict":"commit"}"#,
-            r#"{"type":"forward","carry":{"id":"00112233aabbccdd","links":["eth0"]}}"#,
-            r#"{"type":"running","pid":7,"marks":[["held",1.5]],"packets":1}"#,
-            r#"{"type":"refuse","problems":[{"what":"a","why":"b","hint":"c","fatal":true}]}"#,
-        ];
-        for other in others {
-            target = target.sample(other);
-        }
-        let words =
-            [&b"\"type\":"[..], b"[[[[[[[[", b"{\"a\":", b"0,0,0,0,", b"null", b"/../", b"\\u0000"];
-        target.words(&words).cost(4).run(|bytes| {
-            let message = parse(bytes)?;
-            if let Message::Plan(plan) = &message {
-                plan.validate()?;
-                assert!(plan.bundle.is_absolute() && plan.streams.len() <= 3);
-                let _ = plan.criu_inside();
-            }
-            // What was understood can be said.
-            serde_json::to_vec(&message)?;
-            Ok(())
-        });
-    }
-
-    /// The picture in the head has all that is said over a migration's own link.
-    #[test]
-    fn the_picture_has_every_message() {
-        let text = include_str!("mod.rs");
-        let (head, code) = text.split_once("pub mod forwarding;").unwrap();
-        let (_, variants) = code.split_once("pub enum Message {").unwrap();
-        let (variants, _) = variants.split_once("\n}").unwrap();
-        let is_name = |word: &&str| word.starts_with(|c: char| c.is_ascii_uppercase());
-        let known: BTreeSet<_> = variants
-            .lines()
-            .filter_map(|line| line.strip_prefix("    ").filter(is_name))
-            .map(|line| line.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default())
-            .collect();
-        let mut drawn = BTreeSet::new();
-        for line in head.lines().filter(|line| line.contains('▶') || line.contains('◀')) {
-            let arrow = line.split(['▶', '◀']).find(|part| part.contains("──"));
-            let words = arrow.unwrap_or_default().split([' ', '|', '─']).filter(is_name);
-            drawn.extend(words);
-        }
-        assert!(drawn.is_subset(&known), "no messages: {:?}", drawn.difference(&known));
-        let elsewhere = [
-            // At any time.
-            "Echo",
-            "Abort",
-            "Failed",
-            "BandwidthProbe",
-            // Over other links, or for them.
-            "AcceptChannels",
-            "Join",
-            "Joined",
-            "Resume",
-            "Missing",
-            "Resolve",
-            "Resolved",
-            "Forward",
-        ];
-        let absent: Vec<_> = known.difference(&drawn).filter(|m| !elsewhere.contains(m)).collect();
-        assert!(absent.is_empty(), "not in the picture: {absent:?}");
-    }
-
-    #[test]
-    fn a_message_is_called_by_its_name() {
-        assert_eq!(variant(&Message::Freezing), "Freezing");
-        assert_eq!(variant(&Message::MemoryDone { left: 0 }), "MemoryDone");
-        assert_eq!(
-            variant(&Message::Failed { phase: "a".into(), why: "b".into(), hints: vec![] }),
-            "Failed"
-        );
-    }
-
-    #[test]
-    fn the_sample_is_valid() {
-        let Message::Plan(plan) = parse(&serde_json::to_vec(&plan()).unwrap()).unwrap() else {
-            panic!("no plan");
-        };
-        plan.validate().unwrap();
     }
 }
