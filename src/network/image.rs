@@ -135,6 +135,23 @@ pub struct Address {
     pub lifetime: Option<(u32, u32)>,
 }
 
+impl Address {
+    /// One for ever, with nothing more to it.
+    pub fn plain(local: IpAddr, prefix: u8) -> Address {
+        Address {
+            local,
+            peer: None,
+            prefix,
+            broadcast: None,
+            label: None,
+            scope: 0,
+            flags: 0,
+            protocol: 0,
+            lifetime: None,
+        }
+    }
+}
+
 /// A route, as in `struct rtmsg`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Route {

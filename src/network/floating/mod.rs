@@ -335,17 +335,7 @@ mod tests {
     #[test]
     fn what_comes_over_the_wire_is_checked() {
         let moved = |ip: &str, from: &str| Moved {
-            address: Address {
-                local: ip.parse().unwrap(),
-                peer: None,
-                prefix: 24,
-                broadcast: None,
-                label: None,
-                scope: 0,
-                flags: 0,
-                protocol: 0,
-                lifetime: None,
-            },
+            address: Address::plain(ip.parse().unwrap(), 24),
             from: from.into(),
             mac: None,
             to: "eth1".into(),

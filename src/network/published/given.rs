@@ -100,17 +100,7 @@ pub fn alone(ip: IpAddr) -> Address {
         IpAddr::V4(_) => 32,
         IpAddr::V6(_) => 128,
     };
-    Address {
-        local: ip,
-        peer: None,
-        prefix,
-        broadcast: None,
-        label: None,
-        scope: 0,
-        flags: 0,
-        protocol: 0,
-        lifetime: None,
-    }
+    Address::plain(ip, prefix)
 }
 
 #[cfg(test)]
