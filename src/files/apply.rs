@@ -426,4 +426,6 @@ mod properties;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
+mod tests_at_random;
+#[cfg(test)]
 mod tests_of_extremes;
