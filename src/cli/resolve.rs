@@ -172,7 +172,7 @@ fn resolve_source(
     if journal.record.worker_lives() {
         return Err(Stuck::from(Failed::refused(advice(
             format!("migration {} is under way", journal.record.migration),
-            format!("wait for it, or end process {}", journal.record.worker.0),
+            format!("wait for it, or end process {}", journal.record.worker.pid),
         ))));
     }
     let Some(_held) = journal.hold_within(bounds.left())? else {

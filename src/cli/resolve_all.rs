@@ -128,7 +128,7 @@ pub fn resolve_all(args: &ResolveArgs, bounds: &Bounds) -> Result<(), Failed> {
             None => {}
             Some(Deed::Leave) => {
                 sums.under_way += 1;
-                let why = format!("under way, by process {}", record.worker.0) + &waits(journal);
+                let why = format!("under way, by process {}", record.worker.pid) + &waits(journal);
                 let (migration, container) = (&record.migration, &record.container);
                 let fields = [("migration", &**migration), ("container", container), ("why", &why)];
                 event(args, "under_way", &fields);

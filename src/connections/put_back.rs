@@ -13,7 +13,7 @@ use crate::oci::cgroup::Cgroup;
 use crate::report::failures::Failures;
 use crate::sys::fd_inject::{self, Place};
 use crate::sys::fd_table::Mirror;
-use crate::sys::process::is_alive;
+use crate::sys::process::ProcessId;
 use crate::sys::stopped::Stopped;
 use crate::sys::{connection, fault};
 use crate::tasks::freezer::with_tasks_stopped;
@@ -74,7 +74,9 @@ pub fn put_back(
     for one in &taken.0 {
         let own = files.by_ref().take(one.places.len()).collect();
         // One that was killed meanwhile has no use for them.
-        if one.started.is_some_and(|started| is_alive((one.pid, started))) && !is_dead(one.pid) {
+        if one.started.is_some_and(|started| ProcessId { pid: one.pid, started }.is_alive())
+            && !is_dead(one.pid)
+        {
             lots.push((one, own));
         }
     }

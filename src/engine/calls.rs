@@ -44,7 +44,7 @@ use nix::sys::socket::{getsockopt, sockopt};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::sys::process;
+use crate::sys::process::{self, ProcessId};
 
 /// In memory, and gone with a reboot.
 const PLACE: &str = "/run/ferry-expected";
@@ -95,7 +95,7 @@ pub struct Expectation {
     socket: PathBuf,
     /// Of what is to be started: its first process and CRIU, each with the time when it began.
     #[serde(default)]
-    held: Option<[(i32, u64); 2]>,
+    held: Option<[ProcessId; 2]>,
 }
 
 fn now() -> u64 {
@@ -150,7 +150,7 @@ struct Expecting {
     id: String,
     root: PathBuf,
     work: PathBuf,
-    held: Option<[(i32, u64); 2]>,
+    held: Option<[ProcessId; 2]>,
 }
 
 /// Somebody who waits for a call. Nobody does when it is dropped.
@@ -312,8 +312,7 @@ impl Call {
         let Some(next) = self.next.take() else {
             return say(&mut self.stream, &Order::Restored { init, criu }).context(given_up);
         };
-        let started = |pid| Some((pid, process::start_time(pid)?));
-        let held = started(init).zip(started(criu)).map(|(init, criu)| [init, criu]);
+        let held = ProcessId::of(init).zip(ProcessId::of(criu)).map(|(init, criu)| [init, criu]);
         let held = held.ok_or_else(|| anyhow!("what was restored has ended"))?;
         // An engine that gives up ends the first process.
         let gone = [process::pidfd_open(criu)?, process::pidfd_open(init)?];
@@ -450,8 +449,8 @@ fn restore(expectation: &Expectation, arguments: &[OsString]) -> Result<()> {
                     fs::write(file, init.to_string())
                         .with_context(|| format!("cannot write {}", file.display()))?;
                 }
-                let started = |pid| (pid, process::start_time(pid).unwrap_or_default());
-                held = Some([started(init), started(criu)]);
+                let now = |pid| ProcessId::of(pid).unwrap_or(ProcessId { pid, started: 0 });
+                held = Some([now(init), now(criu)]);
                 if expectation.verb == Verb::Create {
                     // What was started still restores it.
                     return Ok(());
@@ -488,11 +487,11 @@ fn run(
 }
 
 /// Whoever took the container in has died. If it was restored, others decide whether it runs.
-fn alone(held: Option<[(i32, u64); 2]>) -> Option<String> {
+fn alone(held: Option<[ProcessId; 2]>) -> Option<String> {
     let gone = || Some("the migration was given up".to_owned());
-    let open = |one: (i32, u64)| {
-        let pidfd = process::pidfd_open(one.0).ok()?;
-        process::is_alive(one).then_some(pidfd)
+    let open = |one: ProcessId| {
+        let pidfd = process::pidfd_open(one.pid).ok()?;
+        one.is_alive().then_some(pidfd)
     };
     let Some([init, criu]) = held else { return gone() };
     let Some(init) = open(init) else { return gone() };

@@ -8,6 +8,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::{Deserialize, Serialize};
 
 /// A descriptor that stands for a process and becomes readable when it ends. pidfd_open(2).
 pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
@@ -331,16 +332,64 @@ pub fn start_time(pid: i32) -> Option<u64> {
     stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
 }
 
-/// Whether that very process is there, with any of its threads: one that was killed, and hangs in a
-/// system call, may still do what it was about to do. One for which only its parent has not waited
-/// yet does nothing more.
-pub fn is_alive((pid, started): (i32, u64)) -> bool {
-    let same = || start_time(pid) == Some(started);
-    match pidfd_open(pid) {
-        // Whoever the descriptor stands for: it was he after it had been opened.
-        Ok(pidfd) => same() && !has_ended(&pidfd),
-        // Without a descriptor to spare he is rather taken for alive.
-        Err(e) => e.raw_os_error() != Some(libc::ESRCH) && same(),
+/// A process that no later one is taken for, though its number is used again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "(i32, u64)", into = "(i32, u64)")]
+pub struct ProcessId {
+    /// Its number.
+    pub pid: i32,
+    /// See [`start_time`].
+    pub started: u64,
+}
+
+impl ProcessId {
+    /// Whoever has that number now.
+    pub fn of(pid: i32) -> Option<ProcessId> {
+        start_time(pid).map(|started| ProcessId { pid, started })
+    }
+
+    /// This process.
+    pub fn this() -> ProcessId {
+        let pid = std::process::id() as i32;
+        ProcessId::of(pid).unwrap_or(ProcessId { pid, started: 0 })
+    }
+
+    /// Reads what was written with `Display`.
+    pub fn read(line: &str) -> Option<ProcessId> {
+        let (pid, started) = line.trim().split_once(' ')?;
+        Some(ProcessId { pid: pid.parse().ok()?, started: started.parse().ok()? })
+    }
+
+    /// Whether that very process is there, with any of its threads: one that was killed, and hangs in a
+    /// system call, may still do what it was about to do. One for which only its parent has not waited
+    /// yet does nothing more.
+    pub fn is_alive(self) -> bool {
+        let same = || start_time(self.pid) == Some(self.started);
+        match pidfd_open(self.pid) {
+            // Whoever the descriptor stands for: it was he after it had been opened.
+            Ok(pidfd) => same() && !has_ended(&pidfd),
+            // Without a descriptor to spare he is rather taken for alive.
+            Err(e) => e.raw_os_error() != Some(libc::ESRCH) && same(),
+        }
+    }
+}
+
+impl From<(i32, u64)> for ProcessId {
+    fn from((pid, started): (i32, u64)) -> ProcessId {
+        ProcessId { pid, started }
+    }
+}
+
+impl From<ProcessId> for (i32, u64) {
+    fn from(id: ProcessId) -> (i32, u64) {
+        (id.pid, id.started)
+    }
+}
+
+/// As it stands in files of the work directory.
+impl std::fmt::Display for ProcessId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}", self.pid, self.started)
     }
 }
 
@@ -348,12 +397,6 @@ pub fn is_alive((pid, started): (i32, u64)) -> bool {
 pub fn boot_id() -> String {
     let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
     text.map_or_else(|_| String::new(), |text| text.trim().to_owned())
-}
-
-/// This process, as a record names it.
-pub fn this_process() -> (i32, u64) {
-    let pid = std::process::id() as i32;
-    (pid, start_time(pid).unwrap_or(0))
 }
 
 /// The root directory of a process, as seen from here. proc_pid_root(5)

@@ -146,10 +146,7 @@ fn who_is_to_start_it_decides_by_what_lives_when_nobody_waits() {
         Command::new("sleep").arg("1000").spawn().unwrap(),
         Command::new("sleep").arg("1000").spawn().unwrap(),
     );
-    let mark = |child: &Child| {
-        let pid = child.id() as i32;
-        (pid, process::start_time(pid).unwrap())
-    };
+    let mark = |child: &Child| ProcessId::of(child.id() as i32).unwrap();
     let expectation = |held| Expectation {
         root: "/run/moby".into(),
         verb: Verb::Start,
@@ -164,8 +161,9 @@ fn who_is_to_start_it_decides_by_what_lives_when_nobody_waits() {
     end(&mut criu);
     answer(&expectation(both), &words("start ab12")).unwrap();
     // Another one with its number is not it.
-    let [(pid, started), criu] = both;
-    assert!(answer(&expectation([(pid, started + 1), criu]), &words("start ab12")).is_err());
+    let [init_id, criu_id] = both;
+    let another = ProcessId { started: init_id.started + 1, ..init_id };
+    assert!(answer(&expectation([another, criu_id]), &words("start ab12")).is_err());
     end(&mut init);
     assert!(answer(&expectation(both), &words("start ab12")).is_err());
 }

@@ -34,6 +34,7 @@ use crate::criu::failure;
 use crate::criu::interposer::{Event, Interposer, Session};
 use crate::files::sockets::{self, Renamed};
 use crate::memory::shared::Shared;
+use crate::migration::journal::workdir::CRIU_PID;
 use crate::migration::network::quiesce::{await_last, await_quiet};
 use crate::migration::network::udp_queues::Came;
 use crate::migration::protocol::session::PeerWriter;
@@ -293,7 +294,7 @@ fn job(
     let images = File::open(&plan.images)?;
     let work = File::open(&plan.work)?;
     let port = edit(&mut request, plan, images.as_raw_fd(), work.as_raw_fd())?;
-    fs::write(plan.work.join("criu.pid"), session.criu_pid.to_string())?;
+    fs::write(plan.work.join(CRIU_PID), session.criu_pid.to_string())?;
     // A task in which CRIU works when it is killed is in danger: let the kernel find another victim
     // when memory runs out. Needs CAP_SYS_RESOURCE; proc_pid_oom_score_adj(5).
     let _ = fs::write(format!("/proc/{}/oom_score_adj", session.criu_pid), "-1000");

@@ -36,11 +36,13 @@ use crate::criu::interposer::{Event, Interposer, Session};
 use crate::criu::{failure, images};
 use crate::engine::calls::Call;
 use crate::migration::journal::criu;
+use crate::migration::journal::workdir::{CRIU_PID, INIT};
 use crate::network::{self, NetworkImage, ReleaseSet};
 use crate::oci::runtime::Runtime;
 use crate::problem::Advise;
+use crate::sys::fault;
 use crate::sys::netns::NetNs;
-use crate::sys::{fault, process};
+use crate::sys::process::{self, ProcessId};
 
 const STEP_TIMEOUT: Duration = Duration::from_secs(120);
 /// Longest image of a task that is read for its name.
@@ -292,7 +294,7 @@ fn job(
         bail!("given up before the images came");
     }
     fault::point("restore.request")?;
-    fs::write(plan.work.join("criu.pid"), session.criu_pid.to_string())?;
+    fs::write(plan.work.join(CRIU_PID), session.criu_pid.to_string())?;
     session.send_request(&request)?;
     let mut init = 0;
     // All tasks have left CRIU's code, each stopped at the end of the system call that does it: they run
@@ -306,10 +308,9 @@ fn job(
                 "post-restore" => {
                     init = notify.pid.unwrap_or(init);
                     // Before the runtime knows of a container: who discards it must know it as ours.
-                    if let Some(started) = process::start_time(init) {
-                        let place =
-                            plan.work.with_file_name(crate::migration::journal::workdir::INIT);
-                        fs::write(place, format!("{init} {started}"))?;
+                    if let Some(it) = ProcessId::of(init) {
+                        let place = plan.work.with_file_name(INIT);
+                        fs::write(place, it.to_string())?;
                     }
                     // runc's own part costs 1-3 ms: before the commit, not after it.
                     if !session.consult(&notify, Some(Instant::now() + STEP_TIMEOUT))? {

@@ -68,9 +68,10 @@ use crate::network::{Placement, ReleaseSet};
 use crate::oci::runtime::Runtime;
 use crate::problem::Problem;
 use crate::report::exit::Told;
+use crate::sys::fault;
 use crate::sys::memory::PAGE;
 use crate::sys::perf::DummyEvent;
-use crate::sys::{fault, process};
+use crate::sys::process::ProcessId;
 use crate::transport::connect::{Closer, Link};
 
 /// How long a source may be silent before it is given up, while it still owns the container.
@@ -444,7 +445,7 @@ impl IncomingMigration {
             remove: Vec::new(),
             unmount: None,
             work: work.path().to_owned(),
-            worker: process::this_process(),
+            worker: ProcessId::this(),
             begun: journal::unix_time(),
         };
         let journal = Journal::create(state_dir, record)?;

@@ -34,8 +34,9 @@ use crate::migration::transfer::image_files::{LOG, STREAM};
 use crate::migration::transfer::receiver::{self, Stage, want};
 use crate::oci::cgroup::Cgroup;
 use crate::oci::cgroup_warmer::CgroupWarmer;
+use crate::sys::fault;
 use crate::sys::netns::NetNs;
-use crate::sys::{fault, process};
+use crate::sys::process::{self, ProcessId};
 use crate::tasks::locks::{self, Held};
 use crate::tasks::{settings, sockets as task_sockets};
 use crate::transport::connect;
@@ -229,8 +230,7 @@ impl IncomingMigration {
 
     /// What CRIU has restored, and what it leaves to us.
     fn complete(&mut self, pid: i32, dumped: &Dumped) -> Result<()> {
-        let init = process::start_time(pid).map(|t| (pid, t));
-        self.journal.record.init = init;
+        self.journal.record.init = ProcessId::of(pid);
         self.mark("restored");
         self.started()?;
         self.land_connections(pid, dumped.connections)?;

@@ -166,7 +166,7 @@ impl IncomingMigration {
         while !todo.is_over() {
             match inputs.queue.recv_timeout(fault::limit(RESTORE_LIMIT)) {
                 Ok(Input::Restore(RestoreEvent::Released(opened))) => {
-                    self.network.open(opened, self.journal.record.init.map_or(0, |i| i.0));
+                    self.network.open(opened, self.journal.record.init.map_or(0, |init| init.pid));
                     self.mark("fence open");
                     let _ = fault::point("destination.open");
                 }
@@ -302,7 +302,7 @@ impl IncomingMigration {
     /// What has begun to wait anew is to wait for no longer than it should. Beside all else: a task may have
     /// to be brought memory for it.
     fn have_them_wait(&self) -> Option<JoinHandle<()>> {
-        let (init, _) = self.journal.record.init?;
+        let init = self.journal.record.init?.pid;
         let work = move || {
             let pids = Cgroup::of_process(init).and_then(|cgroup| cgroup.processes());
             if let Some(problem) = pids.ok().and_then(|pids| waits::go_on(&pids, PATIENCE)) {
@@ -314,8 +314,8 @@ impl IncomingMigration {
 
     /// Tells when the container's init has ended.
     fn watch_tasks(&self, tell: &Sender<Input>) {
-        let Some((init, _)) = self.journal.record.init else { return };
-        let Ok(pidfd) = process::pidfd_open(init) else {
+        let Some(init) = self.journal.record.init else { return };
+        let Ok(pidfd) = process::pidfd_open(init.pid) else {
             return drop(tell.send(Input::TasksEnded));
         };
         let tell = tell.clone();
@@ -346,7 +346,7 @@ impl IncomingMigration {
     /// Tells the source that it runs; whether it could be told.
     fn say_running(&mut self, peer: &PeerWriter) -> bool {
         let arrival = protocol::Arrival {
-            pid: self.journal.record.init.map_or(0, |i| i.0),
+            pid: self.journal.record.init.map_or(0, |init| init.pid),
             marks: self.marks.clone(),
             packets: self.network.replayed,
             changed: std::mem::take(&mut self.changed),

@@ -55,8 +55,8 @@ impl IncomingMigration {
         inputs: &mut Inputs,
     ) -> Result<Phase> {
         self.doing = "verifying memory";
-        let (init, _) = self.journal.record.init.ok_or_else(|| anyhow!("nothing is restored"))?;
-        let pids = Cgroup::of_process(init)?.processes()?;
+        let init = self.journal.record.init.ok_or_else(|| anyhow!("nothing is restored"))?;
+        let pids = Cgroup::of_process(init.pid)?.processes()?;
         let own = of_first_space(&pids)?;
         let until = Instant::now() + RESTORE_LIMIT;
         for (vpid, entries) in self.pagemaps(tasks)? {

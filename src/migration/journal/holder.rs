@@ -55,7 +55,7 @@ pub(super) fn problem(record: &Record, state: State, under_way: bool) -> Problem
         .hint(format!("on {peer}, or {resolving}")),
         _ if under_way => Problem::new(
             format!("a migration of {container} is under way on {here}"),
-            format!("migration {migration} {way}, by process {}", worker.0),
+            format!("migration {migration} {way}, by process {}", worker.pid),
         )
         .hint(asking),
         (Role::Source, State::Committed) => Problem::new(
@@ -116,7 +116,7 @@ mod tests {
                     let mut record = record("00112233aabbccdd");
                     record.role = role;
                     if !alive {
-                        record.worker.1 += 1;
+                        record.worker.started += 1;
                     }
                     let mut journal = Journal::create(dir.path(), record).unwrap();
                     journal.write(state).unwrap();

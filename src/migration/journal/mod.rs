@@ -37,7 +37,7 @@ use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::DEFAULT_ROOT;
 use crate::problem::advice;
 use crate::sys::fault;
-use crate::sys::process::{boot_id, is_alive};
+use crate::sys::process::{ProcessId, boot_id};
 use crate::transport::connect::Destination;
 
 /// Bytes of a journal file.
@@ -127,8 +127,8 @@ pub struct Record {
     pub systemd_cgroup: bool,
     /// The container's control group (source only).
     pub cgroup: Option<Cgroup>,
-    /// The container's init process, and when it started (field 22 of proc_pid_stat(5)).
-    pub init: Option<(i32, u64)>,
+    /// The container's init process.
+    pub init: Option<ProcessId>,
     /// The network namespace's path.
     pub network_path: Option<PathBuf>,
     /// Device and inode of that namespace, where it was there when the migration began.
@@ -157,8 +157,8 @@ pub struct Record {
     pub unmount: Option<PathBuf>,
     /// The private directory with sockets and images.
     pub work: PathBuf,
-    /// Process that works on it, and when that started.
-    pub worker: (i32, u64),
+    /// Process that works on it.
+    pub worker: ProcessId,
     /// Unix time.
     pub begun: u64,
 }
@@ -180,23 +180,20 @@ impl Record {
 
     /// Whether the process that works on it is there; on a destination, or one that goes on in its place.
     pub fn worker_lives(&self) -> bool {
-        let guarded = || self.role == Role::Destination && self.guards().into_iter().any(is_alive);
-        self.same_boot() && (is_alive(self.worker) || guarded())
+        let guarded =
+            || self.role == Role::Destination && self.guards().into_iter().any(ProcessId::is_alive);
+        self.same_boot() && (self.worker.is_alive() || guarded())
     }
 
-    /// Who goes on if that is killed, and when they started; in that order.
-    pub fn guards(&self) -> Vec<(i32, u64)> {
+    /// Who goes on if that is killed, in that order.
+    pub fn guards(&self) -> Vec<ProcessId> {
         let text = fs::read_to_string(self.work.join(workdir::GUARD)).unwrap_or_default();
-        let one = |line: &str| {
-            let (pid, started) = line.split_once(' ')?;
-            Some((pid.parse().ok()?, started.parse().ok()?))
-        };
-        text.lines().filter_map(one).collect()
+        text.lines().filter_map(ProcessId::read).collect()
     }
 
     /// Whether the container's init process is there, as far as the record knows it.
     pub fn init_lives(&self) -> bool {
-        self.same_boot() && self.init.is_some_and(is_alive)
+        self.same_boot() && self.init.is_some_and(ProcessId::is_alive)
     }
 
     /// By which ID the runtime here knows the container: the destination's engine may have given it

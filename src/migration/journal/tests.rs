@@ -1,6 +1,6 @@
 use super::*;
 use crate::fuzz::Target;
-use crate::sys::process::{self, start_time, this_process};
+use crate::sys::process::{self, ProcessId, start_time};
 
 pub(crate) fn record(migration: &str) -> Record {
     let (version, boot) = stamp();
@@ -28,7 +28,7 @@ pub(crate) fn record(migration: &str) -> Record {
         network_ours: false,
         leave_mark: true,
         work: "/run/ferry/x".into(),
-        worker: this_process(),
+        worker: ProcessId::this(),
         begun: 1,
     }
 }
@@ -158,17 +158,20 @@ fn a_journal_that_cannot_be_read_is_in_the_way() {
 
 #[test]
 fn processes_are_told_apart() {
-    let me = this_process();
-    assert!(is_alive(me));
-    assert!(!is_alive((me.0, me.1 + 1)));
+    let me = ProcessId::this();
+    assert!(me.is_alive());
+    assert!(!ProcessId { started: me.started + 1, ..me }.is_alive());
+    assert_eq!(ProcessId::read(&format!("{me}\n")), Some(me));
+    // As journals of earlier versions have it.
+    assert_eq!(serde_json::to_string(&ProcessId { pid: 5, started: 7 }).unwrap(), "[5,7]");
     // Nobody has waited for it yet.
     let mut child = std::process::Command::new("true").spawn().unwrap();
     let pid = child.id() as i32;
-    let started = start_time(pid).unwrap();
+    let it = ProcessId::of(pid).unwrap();
     let pidfd = process::pidfd_open(pid).unwrap();
     process::wait_readable(&[std::os::fd::AsFd::as_fd(&pidfd)], None).unwrap();
-    assert_eq!(start_time(pid), Some(started));
-    assert!(!is_alive((pid, started)));
+    assert_eq!(start_time(pid), Some(it.started));
+    assert!(!it.is_alive());
     child.wait().unwrap();
 }
 

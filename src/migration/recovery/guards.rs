@@ -19,7 +19,7 @@ use crate::migration::journal::{Journal, Record, State};
 use crate::migration::protocol::Standing;
 use crate::migration::transfer::memory_sender::MemoryOptions;
 use crate::sys::fault;
-use crate::sys::process::{self, is_alive};
+use crate::sys::process::{self, ProcessId};
 
 /// How long the other host may take for one answer: so long an operator has to wait for the journal.
 const ANSWER: Duration = Duration::from_secs(15);
@@ -57,8 +57,8 @@ impl SourceGuard {
         // Whoever runs out of memory is to find another victim. Needs CAP_SYS_RESOURCE;
         // proc_pid_oom_score_adj(5).
         let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), "-1000");
-        let started = process::start_time(pid).unwrap_or(0);
-        let noted = fs::write(work.join(GUARD), format!("{pid} {started}"));
+        let it = ProcessId::of(pid).unwrap_or(ProcessId { pid, started: 0 });
+        let noted = fs::write(work.join(GUARD), it.to_string());
         if let Err(e) = noted.map_err(Into::into).and_then(|()| guard.orders.are_for(pid)) {
             guard.dismiss();
             return Err(e);
@@ -89,12 +89,11 @@ impl LeftGuard {
     /// That of a migration, if it is still there.
     pub fn find(record: &Record) -> Option<LeftGuard> {
         let text = fs::read_to_string(record.work.join(GUARD)).ok()?;
-        let (pid, started) = text.trim().split_once(' ')?;
-        let (pid, started) = (pid.parse().ok()?, started.parse().ok()?);
-        let pidfd = process::pidfd_open(pid).ok()?;
+        let it = ProcessId::read(&text)?;
+        let pidfd = process::pidfd_open(it.pid).ok()?;
         // Whoever the descriptor stands for: it was he after it had been opened.
-        let it = is_alive((pid, started)).then_some(&pidfd)?;
-        let vault = process::pidfd_getfd(it, STDOUT).ok()?;
+        let same = it.is_alive().then_some(&pidfd)?;
+        let vault = process::pidfd_getfd(same, STDOUT).ok()?;
         Some(LeftGuard { vault: Vault::from_exit(vault), pidfd })
     }
 

@@ -19,8 +19,8 @@ use crate::tasks::unix_names;
 /// # Errors
 /// When they cannot be found out.
 pub fn note(record: &Record, pids: &[i32]) -> Result<()> {
-    let Some((init, _)) = record.init else { return Ok(()) };
-    let spares = Spares::find(init, pids, &record.migration)?;
+    let Some(init) = record.init else { return Ok(()) };
+    let spares = Spares::find(init.pid, pids, &record.migration)?;
     if spares.is_empty() {
         return Ok(());
     }
@@ -33,9 +33,9 @@ pub fn note(record: &Record, pids: &[i32]) -> Result<()> {
 /// # Errors
 /// When they cannot be noted.
 pub fn note_renamed(record: &Record, pids: &[i32]) -> Result<Vec<Renamed>> {
-    let Some((init, _)) = record.init else { return Ok(Vec::new()) };
+    let Some(init) = record.init else { return Ok(Vec::new()) };
     let own = files::all(pids).iter().filter_map(Open::socket).collect();
-    let found = unix_names::find(init, &own).into_iter().filter(|one| !one.taken);
+    let found = unix_names::find(init.pid, &own).into_iter().filter(|one| !one.taken);
     let bytes = |name: PathBuf| name.into_os_string().into_vec();
     let found = found.map(|one| Renamed { bound: bytes(one.bound), current: bytes(one.current) });
     let found: Vec<Renamed> = found.collect();
@@ -76,7 +76,7 @@ pub(super) fn remove(record: &Record) -> Result<()> {
 
 /// What was noted, and the root of the container that it is about.
 fn noted<T: serde::de::DeserializeOwned>(record: &Record, file: &str) -> Option<(T, PathBuf)> {
-    let (init, _) = record.init.filter(|_| record.init_lives())?;
+    let init = record.init.filter(|_| record.init_lives())?;
     let text = fs::read(record.work.join(file)).ok()?;
-    Some((serde_json::from_slice(&text).ok()?, process::root_of(init)))
+    Some((serde_json::from_slice(&text).ok()?, process::root_of(init.pid)))
 }

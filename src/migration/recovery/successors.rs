@@ -39,7 +39,7 @@ use crate::migration::protocol::{Message, Standing};
 use crate::migration::transfer::receiver::{self, Backlog, Current, Stage, send_missing, want};
 use crate::oci::cgroup::{self, Cgroup};
 use crate::sys::fault;
-use crate::sys::process::{self, is_alive};
+use crate::sys::process::{self, ProcessId};
 use crate::sys::successor::{Successor, inherited};
 use crate::tasks::criu_rescue;
 use crate::transport::connect;
@@ -74,8 +74,8 @@ impl PageGuards {
         let arguments = arguments.into_iter().chain([number.as_bytes()]).map(<[u8]>::to_vec);
         let mut row = Row {
             successor: Successor::new(c"/proc/self/exe", arguments.collect())?,
-            own: process::this_process(),
-            pidfd: process::pidfd_open(process::this_process().0)?,
+            own: ProcessId::this(),
+            pidfd: process::pidfd_open(ProcessId::this().pid)?,
             place: journal.record.work.join(GUARD),
             waiting: Vec::new(),
             ended: Vec::new(),
@@ -120,7 +120,7 @@ impl PageGuards {
 /// Those who wait, in their order.
 struct Row {
     successor: Successor,
-    own: (i32, u64),
+    own: ProcessId,
     pidfd: OwnedFd,
     place: PathBuf,
     waiting: Vec<(i32, OwnedFd)>,
@@ -147,9 +147,9 @@ impl Row {
 
     /// Others must know that somebody has the container: at any moment, so that the file is replaced.
     fn note(&self) -> Result<()> {
-        let started = |pid: i32| process::start_time(pid).unwrap_or(0);
-        let all = self.waiting.iter().map(|(pid, _)| (*pid, started(*pid)));
-        let lines = [self.own].into_iter().chain(all).map(|(pid, at)| format!("{pid} {at}\n"));
+        let now = |pid: i32| ProcessId::of(pid).unwrap_or(ProcessId { pid, started: 0 });
+        let all = self.waiting.iter().map(|(pid, _)| now(*pid));
+        let lines = [self.own].into_iter().chain(all).map(|one| format!("{one}\n"));
         let fresh = self.place.with_extension("new");
         fs::write(&fresh, lines.collect::<String>())?;
         Ok(fs::rename(&fresh, &self.place)?)
@@ -211,11 +211,11 @@ impl Estate {
 
 /// Ends those who wait behind this process: what they have would stay open.
 fn end_others(record: &Record) {
-    let own = process::this_process();
-    for (pid, started) in record.guards().into_iter().filter(|guard| *guard != own) {
-        let Ok(pidfd) = process::pidfd_open(pid) else { continue };
+    let own = ProcessId::this();
+    for guard in record.guards().into_iter().filter(|guard| *guard != own) {
+        let Ok(pidfd) = process::pidfd_open(guard.pid) else { continue };
         // Whoever the descriptor stands for: it was he after it had been opened.
-        if is_alive((pid, started)) {
+        if guard.is_alive() {
             let _ = process::pidfd_kill(&pidfd, libc::SIGKILL);
             let _ = process::wait_readable(&[pidfd.as_fd()], None);
         }
@@ -385,7 +385,7 @@ impl Filling {
             let Ok(event) = events.recv() else { return End::Lost(Vec::new()) };
             match event {
                 Event::Released => {
-                    let alive = undo::restored_init(record).is_some_and(is_alive);
+                    let alive = undo::restored_init(record).is_some_and(ProcessId::is_alive);
                     if released(alive) == Released::Discard {
                         return End::Lost(Vec::new());
                     }
@@ -444,7 +444,7 @@ impl Filling {
 fn release_criu(record: &Record, criu: &OwnedFd) {
     // The same for whatever has not been woken yet; nothing of it is heard before the fence is open.
     if let Some(cgroup) =
-        undo::restored_init(record).and_then(|(pid, _)| Cgroup::of_process(pid).ok())
+        undo::restored_init(record).and_then(|init| Cgroup::of_process(init.pid).ok())
     {
         criu_rescue::sockets(&cgroup);
     }

@@ -27,7 +27,7 @@ use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
 use crate::report::failures::Failures;
 use crate::sys::netns::{self, NetNs};
-use crate::sys::process::{self, is_alive};
+use crate::sys::process::{self, ProcessId};
 use crate::tasks::criu_rescue::{self, TaskSnapshot, TracerWatch};
 use crate::tasks::waits;
 
@@ -379,7 +379,7 @@ pub fn discard_destination(journal: &mut Journal) -> Result<()> {
     }
     // What is left of them would outlive the fence, and speak for a copy that is not to be.
     if let Some(cgroup) =
-        init.filter(|_| copy_lives(&record)).and_then(|i| Cgroup::of_process(i.0).ok())
+        init.filter(|_| copy_lives(&record)).and_then(|init| Cgroup::of_process(init.pid).ok())
     {
         criu_rescue::silence_sockets(&cgroup);
     }
@@ -426,24 +426,23 @@ pub fn discard_destination(journal: &mut Journal) -> Result<()> {
     failures.into_result()
 }
 
-/// The init that was restored here, and when it started.
-pub(in crate::migration) fn restored_init(record: &Record) -> Option<(i32, u64)> {
+/// The init that was restored here.
+pub(in crate::migration) fn restored_init(record: &Record) -> Option<ProcessId> {
     let text = fs::read_to_string(record.work.join(INIT)).ok()?;
-    let (pid, started) = text.trim().split_once(' ')?;
-    Some((pid.parse().ok()?, started.parse().ok()?))
+    ProcessId::read(&text)
 }
 
 /// Whether the copy that was restored here has tasks still: they may wait for memory.
 pub fn copy_lives(record: &Record) -> bool {
-    record.same_boot() && restored_init(record).is_some_and(is_alive)
+    record.same_boot() && restored_init(record).is_some_and(ProcessId::is_alive)
 }
 
 /// Kills the init that was restored here.
 fn end_init(record: &Record) {
-    let Some((pid, started)) = restored_init(record).filter(|_| record.same_boot()) else { return };
-    let Ok(pidfd) = process::pidfd_open(pid) else { return };
+    let Some(init) = restored_init(record).filter(|_| record.same_boot()) else { return };
+    let Ok(pidfd) = process::pidfd_open(init.pid) else { return };
     // Whoever the descriptor stands for: it was he after it had been opened.
-    if is_alive((pid, started)) {
+    if init.is_alive() {
         let _ = process::pidfd_kill(&pidfd, libc::SIGKILL);
         let _ = process::wait_readable(&[pidfd.as_fd()], Some(Instant::now() + KILL_TIMEOUT));
     }
@@ -475,13 +474,13 @@ pub fn tasks(record: &Record) -> Result<Tasks> {
 /// Whether whoever took a container in has died when it ran, with all of its memory; so far as that is
 /// noted, and it has not ended since.
 pub fn runs_whole(record: &Record) -> bool {
-    record.work.join(ALL_IN).exists() && restored_init(record).is_some_and(is_alive)
+    record.work.join(ALL_IN).exists() && restored_init(record).is_some_and(ProcessId::is_alive)
 }
 
 /// In the work directory of a destination: see [`note_all_in`].
 const ALL_IN: &str = "all-in";
 /// Deletes the container of that ID if it is ours: has stopped, or is the one whose init we know.
-fn delete(runtime: &Runtime, record: &Record, init: Option<(i32, u64)>) -> Result<()> {
+fn delete(runtime: &Runtime, record: &Record, init: Option<ProcessId>) -> Result<()> {
     let id = record.id_here();
     match runtime.state(&id)? {
         // A runtime that was killed early leaves a directory without a state: it takes that, too.
@@ -489,9 +488,9 @@ fn delete(runtime: &Runtime, record: &Record, init: Option<(i32, u64)>) -> Resul
         None => Ok(()),
         Some(state) if state.pid == 0 || state.status == "stopped" => runtime.delete_force(&id),
         Some(state)
-            if init.is_some_and(|(pid, started)| {
-                let same = process::start_time(pid).is_none_or(|s| s == started);
-                state.pid == pid && same && record.same_boot()
+            if init.is_some_and(|init| {
+                let same = ProcessId::of(init.pid).is_none_or(|now| now == init);
+                state.pid == init.pid && same && record.same_boot()
             }) =>
         {
             runtime.delete_force(&id)
@@ -529,7 +528,7 @@ pub fn finish_destination(journal: &mut Journal) -> Result<()> {
     let record = journal.record.clone();
     open(&record, &mut failures);
     // He may not have come to waking the connections that he had made.
-    let cgroup = restored_init(&record).and_then(|(pid, _)| Cgroup::of_process(pid).ok());
+    let cgroup = restored_init(&record).and_then(|init| Cgroup::of_process(init.pid).ok());
     cgroup.iter().for_each(criu_rescue::sockets);
     if let Some(note) = &record.forward {
         forward::finish_destination(note);
@@ -570,7 +569,6 @@ pub fn settle_files(record: &Record, came_back: bool) -> Result<()> {
 mod tests {
     use super::*;
     use crate::migration::journal::tests::record;
-    use crate::sys::process::this_process;
 
     /// What runs with all of its memory needs no Ferry; anything less is no copy without one.
     #[test]
@@ -578,14 +576,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut record = record("00112233aabbccdd");
         record.work = dir.path().to_owned();
-        let (pid, started) = this_process();
-        let init = |started: u64| fs::write(dir.path().join(INIT), format!("{pid} {started}"));
-        init(started).unwrap();
+        let me = ProcessId::this();
+        let init = |it: ProcessId| fs::write(dir.path().join(INIT), it.to_string());
+        init(me).unwrap();
         assert!(!runs_whole(&record));
         note_all_in(dir.path());
         assert!(runs_whole(&record));
         // It has ended since.
-        init(started + 1).unwrap();
+        init(ProcessId { started: me.started + 1, ..me }).unwrap();
         assert!(!runs_whole(&record));
     }
 }

@@ -16,7 +16,6 @@ use crate::migration::journal::{Journal, Record, Role, State};
 use crate::migration::protocol::session::{FromPeer, Session};
 use crate::migration::protocol::{Message, Standing, Verdict};
 use crate::problem::Advice;
-use crate::sys::process::is_alive;
 use crate::sys::scm;
 
 /// Name of the socket on which a waiting destination takes the verdict.
@@ -128,7 +127,7 @@ pub fn answer_here(
             break journal;
         }
         // Whoever goes on in its place has to see first what there is, and may have to undo it.
-        let patience = if is_alive(journal.record.worker) { ENDING } else { limit };
+        let patience = if journal.record.worker.is_alive() { ENDING } else { limit };
         match pass_on(&journal.record.work, asked, limit) {
             Err(e) if began.elapsed() > patience => return Err(e),
             // It may be ending, with its work done: what came of it is in the journal then, which

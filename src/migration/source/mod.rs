@@ -57,7 +57,7 @@ use crate::problem::Problems;
 use crate::report::exit::Failed;
 use crate::report::progress::Reporter;
 use crate::sys::perf::DummyEvent;
-use crate::sys::process;
+use crate::sys::process::ProcessId;
 use crate::tasks::criu_rescue::TracerWatch;
 use crate::tasks::locks::Held;
 use crate::tasks::settings::Setting;
@@ -254,7 +254,7 @@ impl SourceMigration {
             root: options.wishes.root.clone(),
             systemd_cgroup: options.wishes.systemd_cgroup,
             cgroup: Some(subject.cgroup.clone()),
-            init: process::start_time(subject.state.pid).map(|t| (subject.state.pid, t)),
+            init: ProcessId::of(subject.state.pid),
             network_path: subject.network.as_ref().map(|n| n.1.clone()),
             network_identity: subject.network.as_ref().and_then(|n| n.0.identity().ok()),
             engine: plan.engine.as_ref().map(|wanted| Made::nothing(wanted, &plan.container)),
@@ -266,7 +266,7 @@ impl SourceMigration {
             remove: if options.remove_files { removable(&subject) } else { Vec::new() },
             unmount: subject.load.as_ref().and_then(|l| Some(l.merged.as_ref()?.0.clone())),
             work: work.path().to_owned(),
-            worker: process::this_process(),
+            worker: ProcessId::this(),
             begun: journal::unix_time(),
         };
         let mut journal = Journal::create(state_dir, record).map_err(Failed::refused)?;
