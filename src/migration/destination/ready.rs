@@ -74,14 +74,15 @@ impl IncomingMigration {
         }
         fault::point("destination.network")?;
         self.make_volumes()?;
-        if self.incoming.is_empty() {
-            self.start_restore(tell)?;
-        } else {
-            self.take_files(tell)?;
-        }
-        let phase =
-            Phase::Asked { copies: !self.incoming.is_empty(), engine: self.plan.engine.is_some() };
+        // Before they are handed to whoever takes files in.
+        let copies = !self.incoming.is_empty();
+        let phase = Phase::Asked { copies, engine: self.plan.engine.is_some() };
         let phase = phase.step(Event::Prepare)?;
+        if copies {
+            self.take_files(tell)?;
+        } else {
+            self.start_restore(tell)?;
+        }
         let phase = self.restored(phase, peer, inputs, tell, stage)?;
         let phase = match &phase {
             Phase::Restoring { dumped, .. } if self.plan.verify => {
