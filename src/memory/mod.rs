@@ -9,8 +9,9 @@
 //! With `--verify` the source tells [digests](digest) of all memory in the freeze, which the destination
 //! [compares](compare) with its own before the commit.
 //!
-//! What CRIU does not leave to us (file-private pages that were written to, shared anonymous
-//! memory, locked and huge pages, the vDSO) travels in its image files.
+//! Anonymous [shared] memory goes in rounds, too, and becomes one of CRIU's images over there. What CRIU
+//! does not leave to us (file-private pages that were written to, System V's shared memory, memfds that
+//! have a descriptor, locked and huge pages, the vDSO) travels in its image files.
 
 pub(crate) mod compare;
 pub(crate) mod converge;
