@@ -106,6 +106,11 @@ impl Shared {
         state.placed.clone().ok_or_else(|| anyhow!("shared memory was not read in the freeze"))
     }
 
+    /// Nobody wants them any more: whoever waits is not to wait until they are read.
+    pub fn give_up(&self) {
+        self.tell(|state| state.gone = true);
+    }
+
     fn tell(&self, change: impl FnOnce(&mut State)) {
         change(&mut self.state());
         self.0.1.notify_all();
@@ -160,7 +165,7 @@ struct Mapped {
 
 impl Drop for Segments {
     fn drop(&mut self) {
-        self.shared.tell(|state| state.gone = true);
+        self.shared.give_up();
     }
 }
 
@@ -610,6 +615,16 @@ mod tests {
         let shared = Shared::default();
         drop(Segments::new(shared.clone(), 7));
         assert!(shared.placed().is_err());
+
+        // A dump that is given up while the last round goes on: not after all of its patience.
+        let (shared, began) = (Shared::default(), std::time::Instant::now());
+        let segments = Segments::new(shared.clone(), 7);
+        let waits = shared.clone();
+        let waiting = std::thread::spawn(move || waits.placed().is_err());
+        shared.give_up();
+        assert!(waiting.join().unwrap() && began.elapsed() < PATIENCE / 2);
+        drop(segments);
+
         let shared = Shared::default();
         let mut segments = Segments::new(shared.clone(), 7);
         let (mut over, directory) = over("shared-none");

@@ -168,6 +168,7 @@ pub struct DumpJob {
     ended: Receiver<()>,
     criu: CriuPlace,
     watch: TracerWatch,
+    shared: Shared,
 }
 
 type Tell = Arc<dyn Fn(DumpEvent) + Send + Sync>;
@@ -186,7 +187,7 @@ impl DumpJob {
     ) -> Result<DumpJob> {
         let (go, orders) = std::sync::mpsc::channel();
         let (ends, ended) = std::sync::mpsc::channel();
-        let (criu, watch) = (CriuPlace::default(), plan.watch.clone());
+        let (criu, watch, shared) = (CriuPlace::default(), plan.watch.clone(), plan.shared.clone());
 
         let (place, tell) = (criu.clone(), Arc::new(tell) as Tell);
         let thread = std::thread::Builder::new().name("dump".into()).spawn(move || {
@@ -195,13 +196,14 @@ impl DumpJob {
             tell(DumpEvent::Ended(result));
         })?;
 
-        Ok(DumpJob { go, thread, ended, criu, watch })
+        Ok(DumpJob { go, thread, ended, criu, watch, shared })
     }
 
     /// Ends a dump that nobody wants any more. A CRIU that does not come to its end, because there is
     /// too much to dump or because it hangs, is killed: the container must not stand still for as long
     /// as CRIU likes. Whoever undoes the migration mends what that leaves in the tasks.
     pub fn give_up(self) {
+        self.shared.give_up();
         let _ = self.go.send(Go::Verdict(false));
         if self.ended.recv_timeout(ROLLBACK_LIMIT) == Err(RecvTimeoutError::Timeout) {
             self.kill_criu();
