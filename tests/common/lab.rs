@@ -21,11 +21,11 @@ static STANDING: Mutex<Vec<String>> = Mutex::new(Vec::new());
 pub fn take_all_down() {
     let names = std::mem::take(&mut *STANDING.lock().unwrap_or_else(PoisonError::into_inner));
     for name in names {
-        repair_dump(&name);
+        take_down(&name);
     }
 }
 
-fn repair_dump(name: &str) {
+fn take_down(name: &str) {
     if let Err(e) = run(lab(name).arg("down"), LONG).and_then(Output::ok) {
         eprintln!("the lab {name} does not go down: {e}");
     }
@@ -177,7 +177,7 @@ impl Lab {
 impl Inner {
     fn down(&self) {
         if !self.down.swap(true, Ordering::SeqCst) {
-            repair_dump(&self.name);
+            take_down(&self.name);
             let mut standing = STANDING.lock().unwrap_or_else(PoisonError::into_inner);
             standing.retain(|name| *name != self.name);
         }

@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::container::Container;
 use super::lab::{Host, Lab};
+use super::process::patience;
 use super::{Outcome, ensure};
 
 /// A client that says JSON, a line each, and listens to words on its standard input.
@@ -49,7 +50,7 @@ impl Talk {
 
     /// The next that it says with this key.
     pub fn expect(&mut self, key: &str) -> Outcome<Value> {
-        let until = Instant::now() + LIMIT;
+        let until = Instant::now() + patience(LIMIT);
         loop {
             match self.said.recv_timeout(until.saturating_duration_since(Instant::now())) {
                 Ok(value) if value.get(key).is_some() => return Ok(value),
@@ -144,7 +145,7 @@ impl Probe {
     /// Waits until every connection has had an answer from now on.
     pub fn answers_again(&mut self) -> Outcome {
         self.mark("again")?;
-        let until = Instant::now() + Duration::from_secs(20);
+        let until = Instant::now() + patience(Duration::from_secs(20));
         loop {
             let report = self.report("again")?;
             let window = report["window_ms"].as_f64().unwrap_or(0.0);

@@ -7,6 +7,12 @@ use std::time::{Duration, Instant};
 
 use super::Outcome;
 
+/// How long to wait for what a quiet machine does within this limit: one that is slow, or busy with other
+/// work, takes some times as long. Only a condition that never comes is waited for in vain.
+pub fn patience(limit: Duration) -> Duration {
+    3 * limit
+}
+
 /// What a command said and how it ended.
 #[derive(Clone, Debug, Default)]
 pub struct Output {
@@ -83,13 +89,14 @@ impl Running {
 
     /// Its end; an error, and the command killed, when it does not come in time.
     pub fn end(mut self, limit: Duration) -> Outcome<Output> {
-        let until = Instant::now() + limit;
+        let until = Instant::now() + patience(limit);
         let status = loop {
             match self.child.try_wait() {
                 Ok(Some(status)) => break status,
                 Ok(None) if Instant::now() < until => pause(),
                 Ok(None) => {
-                    let said = self.repair_dump();
+                    let said = self.kill();
+                    let limit = patience(limit);
                     return Err(format!("not over after {limit:?}: {}\n{said}", self.what));
                 }
                 Err(e) => return Err(format!("{}: {e}", self.what)),
@@ -103,7 +110,8 @@ impl Running {
         Ok(Output { code, out: text(&self.out), err: text(&self.err) })
     }
 
-    fn repair_dump(&mut self) -> String {
+    /// Ends it; what it had said.
+    fn kill(&mut self) -> String {
         let _ = self.child.kill();
         let _ = self.child.wait();
         let text =
@@ -135,6 +143,7 @@ pub fn until<T>(
     limit: Duration,
     mut ask: impl FnMut() -> Outcome<Option<T>>,
 ) -> Outcome<T> {
+    let limit = patience(limit);
     let end = Instant::now() + limit;
     loop {
         if let Some(answer) = ask()? {

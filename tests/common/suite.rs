@@ -12,6 +12,7 @@ use signal_hook::iterator::Signals;
 
 use super::Outcome;
 use super::lab::{Lab, take_all_down};
+use super::process::patience;
 
 /// A trial in a lab of its own with the hosts `a`, `b` and `client`.
 pub fn in_lab(
@@ -82,6 +83,7 @@ fn trial(
                 Err(format!("panicked: {}", text.unwrap_or_default()))
             }));
         });
+        let limit = patience(limit);
         let left = limit.saturating_sub(began.elapsed());
         let result = match heard.recv_timeout(left) {
             Ok(result) => result,
