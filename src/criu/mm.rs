@@ -179,6 +179,11 @@ impl Image {
             .is_some_and(|(area, _)| area.start <= range.start && area.end >= range.end)
     }
 
+    /// Whether an address is in one of the mappings.
+    pub fn covers(&self, address: u64) -> bool {
+        self.areas.iter().any(|(area, _)| area.contains(&address))
+    }
+
     /// As it is written to the file.
     ///
     /// # Errors

@@ -18,6 +18,7 @@
 //! [`images`] reads and writes the image files that the hand-over needs to understand, and [`unix_names`] that of
 //! all files.
 
+pub(crate) mod barrier;
 mod causes;
 pub(crate) mod failure;
 pub(crate) mod hidden;

@@ -60,6 +60,7 @@ pub const POINTS: &[(&str, At)] = &[
     ("source.committed", SourceAfter),
     ("destination.commit", DestinationAfter),
     ("destination.committed", DestinationAfter),
+    ("restore.answered", DestinationAfter),
     ("destination.open", DestinationAfter),
     ("restore.resume", DestinationAfter),
     ("destination.running", DestinationAfter),
@@ -128,8 +129,9 @@ const SOME: &[(&str, &[&str])] = &[
     ("source.commit", &["kill", "error", "kill-ssh", "term", "kill-other"]),
     ("source.committed", &["kill", "kill-ssh", "int", "kill-other"]),
     ("destination.commit", &["kill", "kill-other"]),
-    ("destination.committed", &["kill-ssh"]),
-    ("destination.open", &["kill", "kill-other"]),
+    ("destination.committed", &["kill-ssh", "kill-criu"]),
+    ("restore.answered", &["kill", "kill-criu"]),
+    ("destination.open", &["kill", "kill-other", "kill-criu"]),
     ("restore.resume", &["kill", "kill-criu"]),
     ("destination.running", &["kill", "kill-other", "kill-ssh"]),
     ("source.let-go", &["kill", "int"]),
@@ -156,14 +158,7 @@ const SOME_CARRIED: &[(&str, &[&str])] = &[
     ("source.commit", &["error"]),
     ("source.committed", &["kill", "kill-other"]),
     ("destination.commit", &["kill-other"]),
-];
-
-/// What is known to cost more than a pause; milliseconds each. `FERRY_FULL=1` shows them as failures.
-const LOSES_CONNECTIONS: &[(&str, &str)] = &[
-    // There is one copy, but clients may be lost. The kernel has answered them for it, and it is ended,
-    // as CRIU is gone before all of its tasks had left CRIU's code, which some ten milliseconds later
-    // they have: what the operator brings back on the source is older than that.
-    ("destination.open", "kill-criu"),
+    ("restore.answered", &["kill-criu"]),
 ];
 
 /// The suite.
@@ -178,9 +173,8 @@ pub fn trials() -> Vec<Trial> {
             let nothing = deed == Deed::Error && matches!(at, SourceAfter | DestinationAfter);
             // All others lie on Ferry's first thread, with which it ends.
             let nothing = nothing || deed == Deed::Panic && !point.starts_with("dump.");
-            let known = !full && LOSES_CONNECTIONS.contains(&(point, name));
             let some = list.iter().any(|(p, list)| *p == point && list.contains(&name));
-            if !nothing && !known && (full || some) {
+            if !nothing && (full || some) {
                 let trial = format!("faults::{group}{point}::{name}");
                 let body = move |lab: &Lab| fault(lab, point, at, deed, connections);
                 trials.push(in_lab(trial, LIMIT, body));
@@ -577,7 +571,12 @@ fn may_have_run(point: &str, at: At, deed: Deed) -> bool {
         Source | SourceAfter => deed == Deed::KillOther,
         Destination | DestinationAfter => deed == Deed::Kill,
     };
-    !(held && ended)
+    !(held && ended) && !kept_from_running(point, deed)
+}
+
+/// Whether CRIU is killed while all that it has restored waits for it: the source takes it back by itself.
+fn kept_from_running(point: &str, deed: Deed) -> bool {
+    matches!(point, "destination.commit" | "destination.committed") && deed == Deed::KillCriu
 }
 
 fn fault(lab: &Lab, point: &'static str, at: At, deed: Deed, connections: usize) -> Outcome {
@@ -588,6 +587,9 @@ fn fault(lab: &Lab, point: &'static str, at: At, deed: Deed, connections: usize)
     let mut probe = Probe::every(lab, &container, connections, every)?;
 
     let ended = migrate_with(lab, point, at, deed)?;
+    if kept_from_running(point, deed) {
+        ensure!(ended.code == 1, "the source has not taken it back by itself: {ended}");
+    }
     // What breaks in the very moment of the commit may be noticed before or after it.
     let committed = || facts(&a).is_ok_and(|f| f.migrations.iter().any(|m| m.state == "committed"));
     let race =

@@ -7,14 +7,16 @@
 //! RESTORE       held until the images are there
 //! post-setup…   the namespaces are there: an engine that makes the network in one of them begins
 //! post-restore  runc is asked first, and ended; held until the commit: the tasks exist, none has run
-//! released      the fence opens while CRIU goes on to its point of no return
-//! pre-resume    sockets are alive: packets that the fence held back are replayed
+//!               CRIU goes on to its point of no return; sockets wake up, behind the closed fence
+//! pre-resume    all tasks have left CRIU's code, none has run: the fence opens, packets that it held back are
+//!               replayed
 //! ```
 //!
 //! Before `post-restore` is answered CRIU can still give up and kills what it made, silently, as
 //! all sockets are in repair mode, and behind a closed fence. After it nothing stops CRIU any more,
-//! not even our own death. It would stop runc: losing CRIU's connection it ends the container, with
-//! live sockets and an open fence. By then it has written its state and set up everything, so it is
+//! not even our own death; should CRIU itself be killed before all tasks have left its code, none of them has
+//! run, and nobody has heard of their sockets ([`crate::criu::barrier`]). The loss of CRIU's connection would
+//! stop runc: it ends the container. By then it has written its state and set up everything, so it is
 //! ended as soon as it has agreed.
 
 use std::fs::{self, File};
@@ -58,9 +60,9 @@ pub enum RestoreEvent {
     /// Restored, held before the first instruction. The init process, and what CRIU is
     /// [released](crate::criu::interposer::carry_on) by.
     Restored(i32, OwnedFd),
-    /// The commit has come, CRIU goes on, and the fence is open (or, `false`, did not open).
+    /// CRIU has let go of the sockets, and the fence is open (or, `false`, did not open).
     Released(bool),
-    /// The sockets are alive, the tasks are about to run.
+    /// The tasks are about to run.
     AtResume,
     /// CRIU was killed while it held what it had restored: that will never run.
     Died,
@@ -337,16 +339,16 @@ fn job(
                     }
                     let agreed = agreed?;
                     session.answer(agreed)?;
-                    if agreed {
-                        // Here and at once: before CRIU wakes the sockets up, what they say first
-                        // must find its way.
-                        let mut release = release.lock().unwrap_or_else(PoisonError::into_inner);
-                        let fence = release.as_mut().map(ReleaseSet::open);
-                        tell(RestoreEvent::Released(fence.is_none_or(|opened| opened.is_ok())));
-                    }
+                    let _ = fault::point("restore.answered");
                 }
                 "pre-resume" => {
                     left = true;
+                    // Not before: what a kernel has answered for a container is lost with it.
+                    let fence = {
+                        let mut release = release.lock().unwrap_or_else(PoisonError::into_inner);
+                        release.as_mut().map(ReleaseSet::open)
+                    };
+                    tell(RestoreEvent::Released(fence.is_none_or(|opened| opened.is_ok())));
                     let _ = fault::point("restore.resume");
                     tell(RestoreEvent::AtResume);
                     // Whoever went away meanwhile: the container runs all the same.

@@ -11,10 +11,11 @@ use super::outstanding::{Outstanding, ToTell};
 use super::phase::{Phase, Ready};
 use super::{IncomingMigration, Input, Inputs, RESTORE_LIMIT, SILENCE};
 use crate::connections::Landed;
+use crate::criu::barrier;
 use crate::memory::serve::{Ended, Served};
 use crate::migration::checkpoint::restore::{Go, RestoreEvent};
 use crate::migration::checkpoint::streams::Streams;
-use crate::migration::journal::State;
+use crate::migration::journal::{State, criu};
 use crate::migration::protocol::session::{self, FromPeer, PeerWriter};
 use crate::migration::protocol::{self, Message, Standing, Verdict};
 use crate::migration::recovery::decide::{Act, Event, hear};
@@ -241,6 +242,7 @@ impl IncomingMigration {
                         && !todo.running
                     {
                         let failed = e.context("the copy died after the commit");
+                        self.note_unstarted();
                         // First of all so that nobody takes what is left of it for a container
                         // that runs. The source still has it, frozen.
                         let undone = self.undo(Vec::new());
@@ -297,6 +299,19 @@ impl IncomingMigration {
         // It works in the tasks: not to be ended in the middle of that.
         let _ = waits.map(JoinHandle::join);
         self.settle_in(todo.finished)
+    }
+
+    /// Writes it down where what is to be ended has not run: the source may take it back then, and need not ask
+    /// an operator. Of what may have run, it only has an older state.
+    fn note_unstarted(&mut self) {
+        let record = &self.journal.record;
+        criu::end_restore(&record.work);
+        let kept = record
+            .init
+            .is_some_and(|init| init.is_alive() && barrier::is_kept(init.pid, &self.work.images()));
+        if kept && let Err(e) = self.journal.write(State::Unstarted) {
+            tracing::error!("{e:#}");
+        }
     }
 
     /// What has begun to wait anew is to wait for no longer than it should. Beside all else: a task may have

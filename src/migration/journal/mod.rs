@@ -73,6 +73,8 @@ pub enum State {
     Ready,
     /// The destination owns the container.
     Committed,
+    /// Destination: it was to run, and CRIU ended before anything of it did. Nothing of it will.
+    Unstarted,
     /// Destination: it runs, with all of its memory.
     Whole,
     /// Over: the container runs on the destination, nothing is left here.
@@ -88,6 +90,7 @@ impl State {
             State::Returning => "returning",
             State::Ready => "ready",
             State::Committed => "committed",
+            State::Unstarted => "unstarted",
             State::Whole => "whole",
             State::Finished => "finished",
             State::Aborted => "aborted",
@@ -399,6 +402,12 @@ impl Journal {
     /// Whether the line has ever been written that hands the container over; whatever came after it.
     pub fn was_committed(&self) -> bool {
         self.states.iter().any(|s| s.0 == State::Committed)
+    }
+
+    /// Whether it may have run here: it was handed over, and is not known to have been kept from running.
+    pub fn may_have_run(&self) -> bool {
+        let last = |state| self.states.iter().rposition(|s| s.0 == state);
+        last(State::Committed) > last(State::Unstarted)
     }
 
     /// The states in order, with unix times.

@@ -149,7 +149,7 @@ pub fn answer_here(
     loop {
         let left = Left {
             state: journal.state(),
-            started: journal.was_committed(),
+            started: journal.may_have_run(),
             same_boot: journal.record.same_boot(),
             whole: undo::runs_whole(&journal.record),
         };

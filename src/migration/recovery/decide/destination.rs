@@ -104,7 +104,7 @@ pub fn pages(state: State) -> Pages {
     match state {
         State::Finished | State::Aborted => Pages::Nothing,
         State::Committed | State::Whole => Pages::GoOn,
-        State::Begun | State::Ready | State::Returning => Pages::Discard,
+        State::Begun | State::Ready | State::Returning | State::Unstarted => Pages::Discard,
     }
 }
 
@@ -127,7 +127,7 @@ pub fn released(alive: bool) -> Released {
 pub struct Left {
     /// The last in its journal.
     pub state: State,
-    /// Whether [`State::Committed`] is in it.
+    /// The copy may have run: [`State::Committed`] is in it, and no [`State::Unstarted`] after that.
     pub started: bool,
     /// This host has not been started again since. What was not on the disk then is not in the
     /// journal now.
@@ -158,6 +158,8 @@ pub fn answer(left: Left) -> Answer {
         // The line that would let it run was never written, and never will be.
         State::Aborted => Answer::Is(Standing::NeverRan),
         State::Whole => Answer::Keep,
+        // Nothing that was lost with the host came before this line.
+        State::Unstarted => Answer::Discard { doubtful: false },
         // It was about to write that down.
         State::Committed if left.whole => Answer::Keep,
         // Whoever held it has died, and the copy with it: held, or without all of its memory.

@@ -24,7 +24,7 @@ pub fn guard(state: State, told: bool) -> Guarding {
         _ if told => Guarding::Tell,
         State::Aborted => Guarding::Tell,
         State::Committed | State::Whole => Guarding::CarryThrough,
-        State::Begun | State::Returning | State::Ready => Guarding::RunOn,
+        State::Begun | State::Returning | State::Ready | State::Unstarted => Guarding::RunOn,
     }
 }
 

@@ -26,6 +26,12 @@ impl Steps<'_> {
                 });
             }
             Receive::Starting if b.copy == Copy::None => {
+                if !now.past.ran_there {
+                    self.goes("b: the copy has died, and is seen not to have run", |w| {
+                        w.b.lines.write(State::Unstarted);
+                        w.b.receive = Receive::Undoing;
+                    });
+                }
                 self.goes("b: the copy has died", |w| w.b.receive = Receive::Undoing);
             }
             Receive::Starting => self.goes("b: lets the copy run", |w| {
@@ -200,7 +206,7 @@ impl World {
     pub(super) fn left(&self) -> Left {
         Left {
             state: self.b.lines.last(),
-            started: self.b.lines.have(State::Committed),
+            started: self.b.lines.may_have_run(),
             same_boot: !self.b.rebooted,
             whole: self.b.noted && self.b.copy == Copy::Running,
         }

@@ -168,7 +168,7 @@ fn is_end(w: &World) -> bool {
         return true;
     }
     // Whether a copy that is lost has run, the destination does not know: time might go back.
-    let may_have_run = w.past.ran_there || w.past.lost && w.b.lines.have(State::Committed);
+    let may_have_run = w.past.ran_there || w.past.lost && w.b.lines.may_have_run();
     let may_have_run = may_have_run && w.b.copy == Copy::None;
     let doubt = w.a.lines.last() == State::Committed && may_have_run;
     let lost = w.a.container == Container::None && (w.b.copy == Copy::None || !w.b.all_in);

@@ -39,6 +39,12 @@ impl Lines {
         self.all[..usize::from(self.count)].contains(&state)
     }
 
+    /// As [`crate::migration::journal::Journal::may_have_run`].
+    pub fn may_have_run(&self) -> bool {
+        let last = |state| self.all[..usize::from(self.count)].iter().rposition(|s| *s == state);
+        last(State::Committed) > last(State::Unstarted)
+    }
+
     /// What a crash of the host may leave.
     pub fn crashed(&self) -> impl Iterator<Item = Lines> + use<> {
         let all = *self;
