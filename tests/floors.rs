@@ -1,6 +1,6 @@
 //! The floor plan: a room imports only rooms of lower floors. The plan is the table in the head of
 //! `src/lib.rs`, and for the rooms of `migration` the one in `src/migration/mod.rs`; what is imported is
-//! read from the sources.
+//! read from the sources. And a name stands for one type in the whole house.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -146,6 +146,52 @@ fn wrong_arrows(plan: &Plan, above: &[String]) -> Vec<String> {
     wrong
 }
 
+/// Modules that only tests see: a file declares each behind `#[cfg(test)]`.
+fn only_in_tests(all: &[(Vec<String>, PathBuf)]) -> BTreeSet<Vec<String>> {
+    let mut found = BTreeSet::new();
+    for (module, path) in all {
+        let text = fs::read_to_string(path).expect("a source file");
+        let lines: Vec<&str> = text.lines().map(str::trim).collect();
+        for pair in lines.windows(2).filter(|pair| pair[0] == "#[cfg(test)]") {
+            let declared = pair[1].strip_suffix(';').and_then(|rest| rest.rsplit_once("mod "));
+            found.extend(declared.map(|(_, name)| [&module[..], &[name.to_owned()]].concat()));
+        }
+    }
+    found
+}
+
+/// The type that a line of code defines.
+fn defined(line: &str) -> Option<&str> {
+    let mut words = line.split_whitespace().skip_while(|word| word.starts_with("pub"));
+    match words.next()? {
+        "struct" | "enum" | "trait" | "union" => {}
+        // Indented, it belongs to a trait or to an implementation of one.
+        "type" if !line.starts_with(' ') => {}
+        _ => return None,
+    }
+    let name = words.next()?;
+    name.split(|c: char| !c.is_alphanumeric() && c != '_').next()
+}
+
+#[test]
+fn no_two_types_have_one_name() {
+    let mut all = Vec::new();
+    modules(&source(), &[], &mut all);
+    let tests = only_in_tests(&all);
+    let seen = |module: &[String]| (0..=module.len()).all(|n| !tests.contains(&module[..n]));
+
+    let mut types: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (module, path) in all.iter().filter(|(module, _)| seen(module)) {
+        for name in code(path).lines().filter_map(defined) {
+            types.entry(name.to_owned()).or_default().push(module.join("::"));
+        }
+    }
+    assert!(types.len() > 300, "only {} types were found", types.len());
+
+    types.retain(|_, places| places.len() > 1);
+    assert!(types.is_empty(), "{types:#?}");
+}
+
 #[test]
 fn every_room_imports_lower_floors_only() {
     let wrong = wrong_arrows(&plan(&source().join("lib.rs")), &[]);
@@ -164,4 +210,16 @@ fn paths_are_read_from_groups_and_from_relative_ones() {
     let text = "use crate::x::{self, y as z, v::{w, u}};\nfn f() { super::super::k::g(); }";
     let found: Vec<String> = imports(&module, text).iter().map(|p| p.join("::")).collect();
     assert_eq!(found, ["a::k::g", "x", "x::v::u", "x::v::w", "x::y"]);
+}
+
+#[test]
+fn types_are_seen_where_they_are_defined() {
+    let text = [
+        "pub(super) struct A<'a>(u8);",
+        "    enum B {",
+        "type C = u8;",
+        "    type D = u8;",
+        "let e;",
+    ];
+    assert_eq!(text.map(defined), [Some("A"), Some("B"), Some("C"), None, None]);
 }

@@ -11,7 +11,7 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ferry::connections::{Coming, SocketKind};
+use ferry::connections::{ComingConnection, SocketKind};
 use ferry::files::sockets::Renamed;
 use ferry::files::walk::Size;
 use ferry::memory::serve::Served;
@@ -21,13 +21,13 @@ use ferry::migration::{destination, protocol};
 use ferry::oci::runtime::Runtime;
 use ferry::problem::Advice;
 use ferry::problem::Problem;
-use ferry::sys::locks::{FileLock, Kind};
-use ferry::tasks::locks::Held;
-use ferry::tasks::settings::{Setting, Value};
+use ferry::sys::locks::{FileLock, LockKind};
+use ferry::tasks::locks::HeldLock;
+use ferry::tasks::settings::{Setting, SettingValue};
 use ferry::tasks::sockets::{Group, SocketSettings};
 use ferry::transport::connect::{Closer, Link};
 use ferry::transport::frame;
-use ferry::transport::frame::{Frame, Run};
+use ferry::transport::frame::{Frame, RunKind};
 use serde_json::json;
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -49,8 +49,8 @@ fn plan() -> Plan {
 }
 
 fn all_messages() -> Vec<Message> {
-    let lock = FileLock { kind: Kind::Posix, write: true, start: 124, end: None };
-    let lock = Held { vpid: 7, number: 3, lock };
+    let lock = FileLock { kind: LockKind::Posix, write: true, start: 124, end: None };
+    let lock = HeldLock { vpid: 7, number: 3, lock };
     let problem = Problem::new("it is full", "no byte is free").hint("make room");
     let mut list = vec![
         Message::Hello(Hello { protocol: PROTOCOL, ferry: "1.0".into(), host: "elsewhere".into() }),
@@ -79,7 +79,7 @@ fn all_messages() -> Vec<Message> {
         Message::Engage,
         Message::Prepared,
         Message::Connections {
-            list: vec![Coming {
+            list: vec![ComingConnection {
                 vpid: 1,
                 number: 9,
                 owner: 1000,
@@ -109,7 +109,7 @@ fn all_messages() -> Vec<Message> {
             tasks: vec![1, 7],
             connections: 3,
             locks: vec![lock],
-            settings: vec![Setting { vpid: 1, vtid: 7, value: Value::Cpus("0-3".into()) }],
+            settings: vec![Setting { vpid: 1, vtid: 7, value: SettingValue::Cpus("0-3".into()) }],
             renamed: vec![Renamed { bound: b"/run/a".into(), current: b"/run/b".into() }],
         },
         Message::Echo { number: 3 },
@@ -350,7 +350,7 @@ fn what_is_no_protocol_ends_the_conversation() {
     let mut unknown = Vec::new();
     frame::write_control(&mut unknown, br#"{"type":"teleport"}"#).expect("in memory");
     let mut pages = bytes(&[hello()]);
-    frame::write_run(&mut pages, Run::Zero, 1, 0x1000, 1).expect("in memory");
+    frame::write_run(&mut pages, RunKind::Zero, 1, 0x1000, 1).expect("in memory");
     for (what, said) in [
         ("a greeting of a shell", b"Welcome to the machine!\n".to_vec()),
         ("a damaged frame", damaged),

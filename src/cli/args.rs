@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use super::destination::{Destination, Listen};
+use super::destination::{DestinationArg, Listen};
 use super::units;
 use crate::memory::converge::Goal;
 use crate::memory::rounds::Tracking;
@@ -150,7 +150,7 @@ pub struct MigrateArgs {
     #[arg(value_parser = container_id)]
     pub container: String,
     /// Where it goes: [user@]host, ssh://[user@]host[:port] or unix:/path
-    pub destination: Destination,
+    pub destination: DestinationArg,
     /// How the other host is reached.
     #[command(flatten)]
     pub remote: RemoteArgs,
@@ -448,7 +448,7 @@ pub struct CheckArgs {
     #[arg(value_parser = container_id)]
     pub container: Option<String>,
     /// Where it would go, as in `ferry migrate`
-    pub destination: Option<Destination>,
+    pub destination: Option<DestinationArg>,
     /// How the other host is reached.
     #[command(flatten)]
     pub remote: RemoteArgs,

@@ -7,7 +7,7 @@ use super::common::{absolute, reach, resolved, runtime, say, say_json, state_dir
 use crate::migration::options::MigrateOptions;
 use crate::migration::preflight::{host, source_checks};
 use crate::migration::source;
-use crate::migration::source::negotiate::{self, Options};
+use crate::migration::source::negotiate::{self, SourceOptions};
 use crate::migration::transfer::memory_sender;
 use crate::network;
 use crate::problem::Problem;
@@ -88,7 +88,7 @@ fn check_container(
             format!("{container} can go, to a host that is fit for it: name one to check it");
         return Ok((Ok(()), said));
     };
-    let options = Options {
+    let options = SourceOptions {
         wishes,
         destination: reach(destination, &args.remote)?,
         memory: memory_sender::MemoryOptions::default(),

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use anyhow::anyhow;
 
 use super::args::{Globals, RemoteArgs};
-use super::destination::Destination;
-use super::runtime::{Config, Runtime as Found};
+use super::destination::DestinationArg;
+use super::runtime::{Config, FoundRuntime as Found};
 use crate::engine::Engine;
-use crate::engine::lookup::Found as InEngines;
+use crate::engine::lookup::FoundName as InEngines;
 use crate::oci::runtime::{Runtime, valid_id};
 use crate::report::exit::Failed;
 use crate::report::shown::{self, shown};
@@ -29,10 +29,10 @@ pub(super) fn state_dir() -> Result<PathBuf, Failed> {
 }
 
 /// How the other host is reached.
-pub(super) fn reach(destination: &Destination, remote: &RemoteArgs) -> Result<Reach, Failed> {
+pub(super) fn reach(destination: &DestinationArg, remote: &RemoteArgs) -> Result<Reach, Failed> {
     Ok(match destination {
-        Destination::Unix(path) => Reach::Unix(path.clone()),
-        Destination::Ssh { user, host, port } => Reach::Shell {
+        DestinationArg::Unix(path) => Reach::Unix(path.clone()),
+        DestinationArg::Ssh { user, host, port } => Reach::Shell {
             host: user.as_ref().map_or_else(|| host.clone(), |u| format!("{u}@{host}")),
             port: *port,
             rsh: split_command(remote.rsh.as_deref().unwrap_or("ssh")).map_err(Failed::usage)?,

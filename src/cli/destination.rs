@@ -8,7 +8,7 @@ const NO_TLS: &str = "tls:// is not available yet: use [user@]host, which goes o
 
 /// The other host.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Destination {
+pub enum DestinationArg {
     /// Over ssh, or what `--rsh` names.
     Ssh {
         /// Who to log in as; ssh knows if we do not.
@@ -22,7 +22,7 @@ pub enum Destination {
     Unix(PathBuf),
 }
 
-impl FromStr for Destination {
+impl FromStr for DestinationArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -30,7 +30,7 @@ impl FromStr for Destination {
             return Err(NO_TLS.into());
         }
         if let Some(path) = text.strip_prefix("unix:") {
-            return socket_path(path).map(Destination::Unix);
+            return socket_path(path).map(DestinationArg::Unix);
         }
         let (login, as_url) = match text.strip_prefix("ssh://") {
             Some(rest) => (rest.strip_suffix('/').unwrap_or(rest), true),
@@ -57,7 +57,7 @@ impl FromStr for Destination {
                 return Err(format!("{word:?} is no {what}"));
             }
         }
-        Ok(Destination::Ssh { user: user.map(Into::into), host: host.into(), port })
+        Ok(DestinationArg::Ssh { user: user.map(Into::into), host: host.into(), port })
     }
 }
 
@@ -86,11 +86,11 @@ fn host_and_port(place: &str, as_url: bool) -> Result<(&str, Option<u16>), Strin
     port.map(|port| (host, Some(port))).ok_or("the port must be a number up to 65535".into())
 }
 
-impl fmt::Display for Destination {
+impl fmt::Display for DestinationArg {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Destination::Unix(path) => write!(f, "unix:{}", path.display()),
-            Destination::Ssh { user, host, port } => {
+            DestinationArg::Unix(path) => write!(f, "unix:{}", path.display()),
+            DestinationArg::Ssh { user, host, port } => {
                 if port.is_some() {
                     f.write_str("ssh://")?;
                 }
@@ -136,8 +136,8 @@ fn socket_path(path: &str) -> Result<PathBuf, String> {
 mod tests {
     use super::*;
 
-    fn ssh(user: Option<&str>, host: &str, port: Option<u16>) -> Destination {
-        Destination::Ssh { user: user.map(Into::into), host: host.into(), port }
+    fn ssh(user: Option<&str>, host: &str, port: Option<u16>) -> DestinationArg {
+        DestinationArg::Ssh { user: user.map(Into::into), host: host.into(), port }
     }
 
     #[test]
@@ -149,13 +149,13 @@ mod tests {
             ("ssh://host2", ssh(None, "host2", None)),
             ("ssh://a@host2:2222/", ssh(Some("a"), "host2", Some(2222))),
             ("ssh://[fd00::2]:22", ssh(None, "fd00::2", Some(22))),
-            ("unix:/run/f.sock", Destination::Unix("/run/f.sock".into())),
-            ("unix:///run/f.sock", Destination::Unix("/run/f.sock".into())),
+            ("unix:/run/f.sock", DestinationArg::Unix("/run/f.sock".into())),
+            ("unix:///run/f.sock", DestinationArg::Unix("/run/f.sock".into())),
         ];
         for (text, expected) in cases {
-            let parsed: Destination = text.parse().unwrap();
+            let parsed: DestinationArg = text.parse().unwrap();
             assert_eq!(parsed, expected, "{text}");
-            assert_eq!(parsed.to_string().parse::<Destination>().unwrap(), expected, "{text}");
+            assert_eq!(parsed.to_string().parse::<DestinationArg>().unwrap(), expected, "{text}");
         }
     }
 
@@ -178,7 +178,7 @@ mod tests {
             ("a b", "no host"),
         ];
         for (text, why) in cases {
-            let error = text.parse::<Destination>().unwrap_err();
+            let error = text.parse::<DestinationArg>().unwrap_err();
             assert!(error.contains(why), "{text}: {error}");
         }
     }

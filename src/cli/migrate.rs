@@ -4,7 +4,7 @@ use super::args::{Globals, MigrateArgs, SourceFiles};
 use super::common::{absolute, reach, resolved, say, state_dir};
 use crate::migration::options::MigrateOptions;
 use crate::migration::source;
-use crate::migration::source::negotiate::Options;
+use crate::migration::source::negotiate::SourceOptions;
 use crate::report::exit::Failed;
 use crate::report::forecast::Forecast;
 use crate::report::progress::Reporter;
@@ -17,7 +17,7 @@ pub fn migrate(globals: &Globals, args: &MigrateArgs) -> Result<(), Failed> {
     }
     let mut globals = globals.clone();
     let (container, runtime) = resolved(&mut globals, &args.container)?;
-    let options = Options {
+    let options = SourceOptions {
         wishes: MigrateOptions {
             container,
             bundle: absolute(args.bundle.as_deref())?,

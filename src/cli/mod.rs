@@ -26,7 +26,7 @@ use anyhow::anyhow;
 use clap::Parser;
 
 use self::args::{Cli, Globals, Verb};
-use crate::report::exit::{Exit, Failed, Told};
+use crate::report::exit::{Exit, Failed, ToldError};
 use crate::report::log::ErrorLog;
 use crate::report::trace;
 
@@ -48,7 +48,7 @@ pub fn run(line: Vec<OsString>, ferry_runtime: Option<OsString>, log: &ErrorLog)
         Err(Failed { exit, error }) => {
             let log = globals.error_log();
             // Our stderr is the source's too, through ssh: its user would read it twice.
-            if error.is::<Told>() {
+            if error.is::<ToldError>() {
                 log.log_only(&error)
             } else {
                 log.error(&error)

@@ -19,7 +19,7 @@ use anyhow::{Context, Result, anyhow};
 use clap::CommandFactory;
 
 use super::args::Cli;
-use super::runtime::{Config, Runtime, Unusable};
+use super::runtime::{Config, FoundRuntime, Unusable};
 use super::scan::{Command, Scan};
 use crate::engine::calls;
 use crate::engine::owner;
@@ -33,7 +33,7 @@ pub fn run(scan: Scan) -> u8 {
     if scan.command == Command::NoRuntimeGiven {
         return fail(&scan, 2, &anyhow!("--ferry-runtime needs a value: the runtime to start"));
     }
-    let runtime = match Runtime::find(scan.ferry_runtime.as_deref()) {
+    let runtime = match FoundRuntime::find(scan.ferry_runtime.as_deref()) {
         Ok(runtime) => runtime,
         Err(Unusable { exit: NONE, error }) => match own(&scan.command) {
             // Whoever asks who we are may be about to install a runtime.
@@ -87,7 +87,7 @@ fn fail(scan: &Scan, exit: u8, error: &anyhow::Error) -> u8 {
     exit
 }
 
-fn exec(runtime: &Runtime, argv: &[OsString]) -> Result<Infallible> {
+fn exec(runtime: &FoundRuntime, argv: &[OsString]) -> Result<Infallible> {
     // An argument came in as a C string, so it cannot hold a NUL.
     let c_string = |text: &OsString| CString::new(text.as_bytes());
     let path = CString::new(runtime.path.as_os_str().as_bytes())?;
@@ -98,7 +98,7 @@ fn exec(runtime: &Runtime, argv: &[OsString]) -> Result<Infallible> {
 }
 
 /// The runtime's own words, and when it was content, ours behind them.
-fn spawn_and_add(runtime: &Runtime, argv: &[OsString], text: &str) -> Result<u8> {
+fn spawn_and_add(runtime: &FoundRuntime, argv: &[OsString], text: &str) -> Result<u8> {
     let status = std::process::Command::new(&runtime.path)
         .arg0(&runtime.name)
         .args(argv)
@@ -133,7 +133,7 @@ fn help() -> String {
 }
 
 /// Whether a migration expects this call of an engine's: it is part of that, then.
-fn expected(scan: &Scan, runtime: &Runtime, ids: &[OsString]) -> Option<calls::Expectation> {
+fn expected(scan: &Scan, runtime: &FoundRuntime, ids: &[OsString]) -> Option<calls::Expectation> {
     let verb = scan.verb.as_ref()?.to_str()?;
     let root = scan.root.clone().unwrap_or_else(|| runtime.default_root());
     calls::taken(verb, ids, &root)
@@ -146,7 +146,7 @@ fn make_migratable(scan: &Scan) -> Result<()> {
 }
 
 /// An engine's restart policy must not make a second copy of what runs elsewhere.
-fn refuse_if_away(scan: &Scan, runtime: &Runtime, ids: &[OsString]) -> Result<()> {
+fn refuse_if_away(scan: &Scan, runtime: &FoundRuntime, ids: &[OsString]) -> Result<()> {
     if ids.is_empty() {
         return Ok(());
     }

@@ -11,7 +11,7 @@ use super::args::{Globals, ReceiveArgs};
 use super::common::{runtime, state_dir};
 use super::destination::Listen;
 use crate::migration::destination;
-use crate::report::exit::{Failed, Told};
+use crate::report::exit::{Failed, ToldError};
 use crate::transport::connect;
 
 /// `ferry receive`.
@@ -21,7 +21,7 @@ pub fn receive(globals: &Globals, args: &ReceiveArgs) -> Result<(), Failed> {
             let runtime = runtime(globals)?;
             let link = connect::stdio().map_err(Failed::refused)?;
             destination::receive(link, &runtime, &state_dir()?).map_err(|e| {
-                Failed::from(match e.downcast::<Told>() {
+                Failed::from(match e.downcast::<ToldError>() {
                     Ok(told) if args.own_stderr => told.0,
                     Ok(told) => told.into(),
                     Err(e) => e,

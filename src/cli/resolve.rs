@@ -15,9 +15,11 @@ use crate::migration::forwarding as forward;
 use crate::migration::journal::away::AwayMark;
 use crate::migration::journal::{Journal, Role, State, holder, shelf};
 use crate::migration::protocol::{Standing, Verdict};
-use crate::migration::recovery::decide::{self, Doubt, Next, Tasks, There, Word, has_heard};
+use crate::migration::recovery::decide::{
+    self, Doubt, NextDeed, OperatorWord, Tasks, There, has_heard,
+};
 use crate::migration::recovery::undo::{Rival, StaysFrozen};
-use crate::migration::recovery::verdicts::{self, Asked};
+use crate::migration::recovery::verdicts::{self, ControlRequest};
 use crate::migration::recovery::{guards, postcopy_recover, undo, word};
 use crate::migration::transfer::memory_sender;
 use crate::problem::{Advice, Advise, advice};
@@ -98,8 +100,8 @@ pub fn resolve(globals: &Globals, args: &ResolveArgs) -> Result<(), Failed> {
         return resolve_mark(globals, id, args.keep, &state_dir, over.pop(), &bounds);
     };
     let word = match (args.keep, args.discard) {
-        (true, _) => Some(Word::Keep),
-        (_, true) => Some(Word::Discard),
+        (true, _) => Some(OperatorWord::Keep),
+        (_, true) => Some(OperatorWord::Discard),
         _ => None,
     };
     let said = settle_one(&mut journal, word, &args.remote, &bounds).map_err(|s| s.failed)?;
@@ -125,7 +127,7 @@ pub fn resolve(globals: &Globals, args: &ResolveArgs) -> Result<(), Failed> {
 /// Says what stands in the way.
 pub(super) fn settle_one(
     journal: &mut Journal,
-    word: Option<Word>,
+    word: Option<OperatorWord>,
     remote: &RemoteArgs,
     bounds: &Bounds,
 ) -> Result<String, Stuck> {
@@ -165,7 +167,7 @@ fn tell(journal: &mut Journal, verdict: Verdict, bounds: &Bounds) {
 
 fn resolve_source(
     journal: &mut Journal,
-    word: Option<Word>,
+    word: Option<OperatorWord>,
     remote: &RemoteArgs,
     bounds: &Bounds,
 ) -> Result<Settled, Stuck> {
@@ -189,7 +191,7 @@ fn resolve_source(
             _ => {}
         }
         match decide::resolve(journal.state(), undo::tasks(&journal.record)?, there, word) {
-            Next::Ask(verdict) => {
+            NextDeed::Ask(verdict) => {
                 let answer = match verdict {
                     Some(verdict) => verdicts::insist(&journal.record, verdict, bounds.answer()),
                     None => verdicts::ask(&journal.record, None, bounds.answer()),
@@ -202,11 +204,11 @@ fn resolve_source(
                     }
                 };
             }
-            Next::RunsOn => {
+            NextDeed::RunsOn => {
                 let handed_over = journal.state() == State::Committed;
                 // First of all: clients wait.
                 let never_ran = there == There::Is(Standing::NeverRan);
-                let rival = if never_ran || word == Some(Word::Keep) {
+                let rival = if never_ran || word == Some(OperatorWord::Keep) {
                     Rival::Excluded
                 } else {
                     Rival::Possible
@@ -225,7 +227,7 @@ fn resolve_source(
                     Settled::new("it runs on here").telling(Verdict::Abort)
                 });
             }
-            Next::Abandon => {
+            NextDeed::Abandon => {
                 let tasks = undo::tasks(&journal.record)?;
                 // There is nothing here that could run.
                 bounds.during(|| guards::roll_back_source_later(journal, Rival::Excluded))?;
@@ -239,12 +241,12 @@ fn resolve_source(
                 });
             }
             // On the disk before anybody is told, as in a migration; then it goes on from there.
-            Next::HandOver => {
+            NextDeed::HandOver => {
                 bounds.during(|| journal.write(State::Committed))?;
                 there = There::Unasked;
             }
-            Next::LetGo => {
-                let by_word = word == Some(Word::Discard);
+            NextDeed::LetGo => {
+                let by_word = word == Some(OperatorWord::Discard);
                 bounds.during(|| guards::release_source_later(journal))?;
                 return Ok(if by_word {
                     let said = "what was left of it here is gone, by your word that the other host runs it";
@@ -253,8 +255,8 @@ fn resolve_source(
                     Settled::new("it runs on the other host; what was left here is gone")
                 });
             }
-            Next::BringRest => there = bring_rest(journal, bounds)?,
-            Next::Doubt(doubt) => {
+            NextDeed::BringRest => there = bring_rest(journal, bounds)?,
+            NextDeed::Doubt(doubt) => {
                 let failed = in_doubt(journal, doubt, silent);
                 return Err(Stuck { again: doubt.passes(), failed });
             }
@@ -434,21 +436,21 @@ fn bring_rest(journal: &Journal, bounds: &Bounds) -> Result<There, Stuck> {
 
 fn resolve_destination(
     journal: &Journal,
-    word: Option<Word>,
+    word: Option<OperatorWord>,
     bounds: &Bounds,
 ) -> Result<Settled, Stuck> {
     let id = &journal.record.container;
     let asked = match word {
-        Some(Word::Keep) => Asked::Verdict(Some(Verdict::Commit)),
-        Some(Word::Discard) => Asked::Discard,
-        None => Asked::Verdict(None),
+        Some(OperatorWord::Keep) => ControlRequest::Verdict(Some(Verdict::Commit)),
+        Some(OperatorWord::Discard) => ControlRequest::Discard,
+        None => ControlRequest::Verdict(None),
     };
     let migration = &journal.record.migration;
     let answer = || verdicts::answer_here(state_dir(journal), migration, &asked, bounds.answer());
     // Whoever lives does it himself.
     let standing = if journal.record.worker_lives() { answer()? } else { bounds.during(answer)? };
     let failed = match standing {
-        Standing::Running if word == Some(Word::Discard) => Failed::refused(advice(
+        Standing::Running if word == Some(OperatorWord::Discard) => Failed::refused(advice(
             "it runs here, with all of its memory",
             format!("if it is to end here all the same: `ferry kill {id}`, `ferry delete {id}`"),
         )),
@@ -464,7 +466,7 @@ fn resolve_destination(
                  cannot go on: `ferry resolve {id} --discard` ends it here"
             ),
         )),
-        Standing::Waiting if word == Some(Word::Keep) => {
+        Standing::Waiting if word == Some(OperatorWord::Keep) => {
             return Ok(Settled::new("it starts to run here"));
         }
         Standing::Arriving => Failed::in_doubt(advice(

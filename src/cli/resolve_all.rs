@@ -17,7 +17,7 @@ use super::common::{say, say_json, state_dir};
 use super::resolve::{Stuck, settle_one, tell_stayed};
 use crate::migration::journal::{Journal, Role, State, shelf};
 use crate::migration::protocol::Standing;
-use crate::migration::recovery::verdicts::{self, Asked};
+use crate::migration::recovery::verdicts::{self, ControlRequest};
 use crate::migration::recovery::{undo, word};
 use crate::problem::{Advice, advice};
 use crate::report::exit::Failed;
@@ -64,7 +64,7 @@ fn waits(journal: &Journal) -> String {
     if record.role != Role::Destination {
         return String::new();
     }
-    let asked = Asked::Verdict(None);
+    let asked = ControlRequest::Verdict(None);
     match verdicts::answer_here(undo::state_dir(journal), &record.migration, &asked, AT_ONCE) {
         Ok(Standing::Partial) => format!(
             "; it runs here and waits for memory that is on {}: if that is gone for good, `ferry \
@@ -81,7 +81,7 @@ fn pause(tries: u32) -> Duration {
 }
 
 /// One that is open.
-struct Open {
+struct OpenMigration {
     journal: PathBuf,
     deed: Deed,
     migration: String,
@@ -95,7 +95,7 @@ struct Open {
 
 /// What has been done, for the end.
 #[derive(Default)]
-struct Sums {
+struct Tally {
     settled: usize,
     under_way: usize,
     /// Need an operator's word.
@@ -115,7 +115,7 @@ pub fn resolve_all(args: &ResolveArgs, bounds: &Bounds) -> Result<(), Failed> {
     let ready = Readiness::within(BOOT, manager);
     shelf::tidy(&state_dir).map_err(Failed::refused)?;
     let (current, unreadable) = Journal::current(&state_dir)?;
-    let mut sums = Sums::default();
+    let mut sums = Tally::default();
     for journal in &unreadable {
         sums.stuck += 1;
         event(args, "stuck", &[("why", &format!("{:#}", journal.error()))]);
@@ -133,7 +133,7 @@ pub fn resolve_all(args: &ResolveArgs, bounds: &Bounds) -> Result<(), Failed> {
                 let fields = [("migration", &**migration), ("container", container), ("why", &why)];
                 event(args, "under_way", &fields);
             }
-            Some(deed) => list.push(Open {
+            Some(deed) => list.push(OpenMigration {
                 journal: journal.path().to_owned(),
                 deed,
                 migration: record.migration.clone(),
@@ -170,8 +170,8 @@ pub fn resolve_all(args: &ResolveArgs, bounds: &Bounds) -> Result<(), Failed> {
 fn round(
     args: &ResolveArgs,
     bounds: &Bounds,
-    list: &mut Vec<Open>,
-    sums: &mut Sums,
+    list: &mut Vec<OpenMigration>,
+    sums: &mut Tally,
 ) -> Result<(), Failed> {
     // Who did not answer, and when he is asked again.
     let mut silent = HashMap::new();
@@ -228,7 +228,7 @@ fn is_untold(journal: &Path) -> bool {
     })
 }
 
-fn attempt(open: &Open, args: &ResolveArgs, bounds: &Bounds) -> Result<String, Stuck> {
+fn attempt(open: &OpenMigration, args: &ResolveArgs, bounds: &Bounds) -> Result<String, Stuck> {
     let mut journal = Journal::open(&open.journal)?;
     match open.deed {
         Deed::Tell => tell_stayed(&mut journal, bounds),
@@ -252,8 +252,8 @@ fn event(args: &ResolveArgs, name: &str, fields: &[(&str, &str)]) {
     }
 }
 
-fn conclude(args: &ResolveArgs, sums: &Sums, pruned: usize) -> Result<(), Failed> {
-    let Sums { settled, under_way, stuck, waiting } = sums;
+fn conclude(args: &ResolveArgs, sums: &Tally, pruned: usize) -> Result<(), Failed> {
+    let Tally { settled, under_way, stuck, waiting } = sums;
     if args.json {
         let report = json!({"event": "report", "settled": settled, "under_way": under_way,
             "stuck": stuck, "waiting": waiting, "journals_removed": pruned});

@@ -72,7 +72,7 @@ impl Config {
 
 /// The runtime behind us.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Runtime {
+pub struct FoundRuntime {
     /// The file to execute.
     pub path: PathBuf,
     /// Its argv[0], by which it calls itself in messages: what the user called it.
@@ -88,11 +88,11 @@ pub struct Unusable {
     pub error: anyhow::Error,
 }
 
-impl Runtime {
+impl FoundRuntime {
     /// Finds the runtime; `flag` is `--ferry-runtime`.
     ///
     /// The configuration is read only if it is needed.
-    pub fn find(flag: Option<&OsStr>) -> Result<Runtime, Unusable> {
+    pub fn find(flag: Option<&OsStr>) -> Result<FoundRuntime, Unusable> {
         let chosen = match flag.map(OsStr::to_owned).or_else(|| set("FERRY_RUNTIME")) {
             Some(chosen) => Some(chosen),
             None => {
@@ -102,11 +102,11 @@ impl Runtime {
         };
         let name = chosen.clone().unwrap_or_else(|| DEFAULT_RUNTIME.into());
         if name.as_encoded_bytes().contains(&b'/') {
-            return Runtime::at(name);
+            return FoundRuntime::at(name);
         }
         let path = set("PATH").unwrap_or_else(|| DEFAULT_PATH.into());
         match look_up(&name, &path) {
-            Some(path) => Ok(Runtime { path, name }),
+            Some(path) => Ok(FoundRuntime { path, name }),
             None => Err(Unusable {
                 exit: 127,
                 error: advice(
@@ -126,7 +126,7 @@ impl Runtime {
     }
 
     /// A runtime named by its path.
-    fn at(name: OsString) -> Result<Runtime, Unusable> {
+    fn at(name: OsString) -> Result<FoundRuntime, Unusable> {
         let path = PathBuf::from(&name);
         let refuse = |exit, why: &str| {
             let shown = path.display();
@@ -149,7 +149,7 @@ impl Runtime {
             Ok(file) if !file.is_file() || !may_execute(&path) => {
                 refuse(126, "it cannot be executed")
             }
-            Ok(_) => Ok(Runtime { path, name }),
+            Ok(_) => Ok(FoundRuntime { path, name }),
         }
     }
 

@@ -13,8 +13,10 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use super::guard_commands::{GuardCommand, GuardCommands};
 use super::look::Lifting;
-use super::tasks::{Batch, MirrorHandle, Others, Step, Task, choose, closed_by_exec};
-use super::{Piece, Taken, Vault};
+use super::tasks::{
+    ConnectedTask, ConnectionBatch, MirrorHandle, Others, RepairStep, choose, closed_by_exec,
+};
+use super::{ConnectionPiece, Taken, Vault};
 use crate::criu::images;
 use crate::oci::cgroup::Cgroup;
 use crate::sys::{fault, fd_inject};
@@ -43,7 +45,7 @@ impl Lifting {
         for (pid, mut known) in std::mem::take(&mut self.known) {
             known.sort_unstable_by_key(|known| known.number);
             // Whoever has ended has no connections.
-            tasks.extend(Task::start(pid, known, &self, give.clone())?);
+            tasks.extend(ConnectedTask::start(pid, known, &self, give.clone())?);
         }
         drop(give);
         // Beside the mirrors' work.
@@ -70,13 +72,13 @@ impl Lifting {
         choose(&mut tasks, others);
         listeners_are_chosen(&tasks)?;
         tasks.retain(|task| !task.chosen.is_empty());
-        let taken = Taken(tasks.iter().map(Task::taken).collect());
+        let taken = Taken(tasks.iter().map(ConnectedTask::taken).collect());
         let fresh = self.work.join("connections.new");
         fs::write(&fresh, postcard::to_stdvec(&taken)?)?;
         fs::rename(fresh, self.work.join(FILE))?;
         fault::point("lift.noted")?;
         for task in &tasks {
-            task.order(Step::Take(task.chosen.clone(), task.epolls.clone()));
+            task.order(RepairStep::Take(task.chosen.clone(), task.epolls.clone()));
         }
         for task in &tasks {
             let done = task.done.recv().map_err(|_| anyhow!("the thread has died"))?;
@@ -99,7 +101,7 @@ impl Lifting {
             Some((task.vpid, task.like?, numbers.collect()))
         });
         let reserved = reserved.collect();
-        tasks.iter().for_each(|task| task.order(Step::Go));
+        tasks.iter().for_each(|task| task.order(RepairStep::Go));
         let mirrors = tasks.iter_mut().filter_map(|task| Some((task.pid, task.mirror.take()?)));
         let mirrors = mirrors.collect();
         let (stop, _vault) = (self.stop, self.vault);
@@ -170,7 +172,7 @@ impl Drop for Lifted {
 }
 
 /// CRIU would fail with those that are not.
-fn listeners_are_chosen(tasks: &[Task]) -> Result<()> {
+fn listeners_are_chosen(tasks: &[ConnectedTask]) -> Result<()> {
     for task in tasks {
         let listening = task.known.iter().enumerate().filter(|(_, known)| known.listens);
         for (at, known) in listening {
@@ -190,12 +192,12 @@ fn listeners_are_chosen(tasks: &[Task]) -> Result<()> {
 /// Sends all that were chosen; returns how many.
 fn send(
     write: &impl Fn(u64, &[u8]) -> Result<()>,
-    tasks: &[Task],
-    batches: &Receiver<Batch>,
+    tasks: &[ConnectedTask],
+    batches: &Receiver<ConnectionBatch>,
     count: usize,
 ) -> Result<usize> {
     let mut at = 0;
-    let mut say = |piece: &Piece| -> Result<()> {
+    let mut say = |piece: &ConnectionPiece| -> Result<()> {
         let bytes = postcard::to_stdvec(piece)?;
         write(at, &bytes)?;
         at += bytes.len() as u64;
@@ -204,7 +206,11 @@ fn send(
     for task in tasks {
         for (epoll, list) in &task.epolls {
             for some in list.chunks(SOME_WATCHED) {
-                say(&Piece::Watched { vpid: task.vpid, epoll: *epoll, list: some.to_vec() })?;
+                say(&ConnectionPiece::Watched {
+                    vpid: task.vpid,
+                    epoll: *epoll,
+                    list: some.to_vec(),
+                })?;
             }
         }
     }
@@ -215,16 +221,16 @@ fn send(
         let list: Vec<_> = list.collect();
         sent += list.len();
         if !list.is_empty() {
-            say(&Piece::Listeners(list))?;
+            say(&ConnectionPiece::Listeners(list))?;
         }
     }
-    let of: HashMap<i32, &Task> = tasks.iter().map(|task| (task.pid, task)).collect();
+    let of: HashMap<i32, &ConnectedTask> = tasks.iter().map(|task| (task.pid, task)).collect();
     for (pid, batch) in batches {
         let task = of[&pid];
         sent += batch.len();
         let index = |at: usize| (task.known[at].index, task.cloexec[at] == Some(true));
         let list = batch.into_iter().map(|(at, was)| (index(at).0, index(at).1, was));
-        say(&Piece::Connections(list.collect()))?;
+        say(&ConnectionPiece::Connections(list.collect()))?;
     }
     if sent != count {
         bail!("{sent} of {count} were taken down");

@@ -45,10 +45,10 @@ const FAILED: u8 = b'f';
 
 /// Ferry's end.
 #[derive(Clone, Debug)]
-pub struct GuardCommands(Arc<Mutex<Guard>>);
+pub struct GuardCommands(Arc<Mutex<GuardProcess>>);
 
 #[derive(Debug)]
-struct Guard {
+struct GuardProcess {
     socket: OwnedFd,
     /// Its process, pidfd_open(2).
     process: Option<OwnedFd>,
@@ -61,7 +61,7 @@ impl GuardCommands {
     /// When there can be no sockets.
     pub fn pair() -> Result<(GuardCommands, OwnedFd)> {
         let (own, theirs) = scm::seqpacket_pair()?;
-        let guard = Guard { socket: own, process: None };
+        let guard = GuardProcess { socket: own, process: None };
         Ok((GuardCommands(Arc::new(Mutex::new(guard))), theirs))
     }
 
@@ -74,7 +74,7 @@ impl GuardCommands {
         Ok(())
     }
 
-    fn guard(&self) -> MutexGuard<'_, Guard> {
+    fn guard(&self) -> MutexGuard<'_, GuardProcess> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -10,10 +10,10 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::look::{raise_limit, room};
-use super::{Coming, MOST, Piece, SocketKind, Watched, share};
+use super::{ComingConnection, ConnectionPiece, MOST, SocketKind, Watched, share};
 use crate::problem::Problem;
 use crate::sys::connection::{self, Connection};
-use crate::sys::fd_inject::{self, Place};
+use crate::sys::fd_inject::{self, FdPlace};
 use crate::sys::fd_table::{FIRST, Mirror};
 use crate::sys::listener;
 use crate::sys::netns::NetNs;
@@ -23,15 +23,15 @@ use crate::tasks::freezer::of_first_space;
 /// Most numbers of an epoll's entries that may come in all.
 const MOST_WATCHED: usize = 4 * MOST;
 
-enum GuardCommand {
-    Coming(Vec<Coming>),
+enum InstallOrder {
+    Coming(Vec<ComingConnection>),
     Piece(Vec<u8>),
 }
 
 /// Whoever makes connections out of what comes.
 #[derive(Debug)]
 pub struct Landing {
-    orders: Sender<GuardCommand>,
+    orders: Sender<InstallOrder>,
     thread: thread::JoinHandle<Result<Landed>>,
 }
 
@@ -61,9 +61,9 @@ impl Landing {
     ///
     /// # Errors
     /// When one of them is none.
-    pub fn announce(&self, coming: Vec<Coming>) -> Result<()> {
-        coming.iter().try_for_each(Coming::validate)?;
-        self.order(GuardCommand::Coming(coming))
+    pub fn announce(&self, coming: Vec<ComingConnection>) -> Result<()> {
+        coming.iter().try_for_each(ComingConnection::validate)?;
+        self.order(InstallOrder::Coming(coming))
     }
 
     /// Takes in a piece of what comes.
@@ -71,10 +71,10 @@ impl Landing {
     /// # Errors
     /// When an earlier one could not be taken in; [`Landing::finish`] says why.
     pub fn feed(&self, piece: Vec<u8>) -> Result<()> {
-        self.order(GuardCommand::Piece(piece))
+        self.order(InstallOrder::Piece(piece))
     }
 
-    fn order(&self, order: GuardCommand) -> Result<()> {
+    fn order(&self, order: InstallOrder) -> Result<()> {
         // What has become of it, the end tells.
         let _ = self.orders.send(order);
         Ok(())
@@ -91,13 +91,13 @@ impl Landing {
     }
 }
 
-struct Slot {
-    coming: Coming,
+struct ConnectionSlot {
+    coming: ComingConnection,
     socket: Option<OwnedFd>,
 }
 
 fn take_in(
-    orders: &Receiver<GuardCommand>,
+    orders: &Receiver<InstallOrder>,
     limit: RawFd,
     early: bool,
     prepared: &dyn Fn(Vec<u32>),
@@ -108,7 +108,7 @@ fn take_in(
     for order in orders {
         let began = Instant::now();
         match order {
-            GuardCommand::Coming(list) => {
+            InstallOrder::Coming(list) => {
                 if slots.len() + list.len() > MOST {
                     bail!("more than {MOST} connections");
                 }
@@ -125,27 +125,27 @@ fn take_in(
                     if socket.is_none() {
                         lacking.push(slots.len() as u32);
                     }
-                    slots.push(Slot { coming, socket });
+                    slots.push(ConnectionSlot { coming, socket });
                 }
                 prepared(lacking);
                 continue;
             }
-            GuardCommand::Piece(bytes) => match postcard::from_bytes(&bytes)? {
-                Piece::Connections(list) => {
+            InstallOrder::Piece(bytes) => match postcard::from_bytes(&bytes)? {
+                ConnectionPiece::Connections(list) => {
                     for (index, cloexec, was) in list {
                         let slot = slots.get_mut(index as usize);
                         let slot = slot.ok_or_else(|| anyhow!("one that was not announced"))?;
                         landed.repair_restore(slot, cloexec, &was)?;
                     }
                 }
-                Piece::Listeners(list) => {
+                ConnectionPiece::Listeners(list) => {
                     for (index, cloexec) in list {
                         let slot = slots.get_mut(index as usize);
                         let slot = slot.ok_or_else(|| anyhow!("one that was not announced"))?;
                         landed.take_listener(slot, cloexec)?;
                     }
                 }
-                Piece::Watched { vpid, epoll, list } => {
+                ConnectionPiece::Watched { vpid, epoll, list } => {
                     watched += list.len();
                     if watched > MOST_WATCHED {
                         bail!("more is watched than there can be");
@@ -161,7 +161,7 @@ fn take_in(
     Ok(landed)
 }
 
-fn prepare(coming: &Coming, early: bool) -> std::io::Result<OwnedFd> {
+fn prepare(coming: &ComingConnection, early: bool) -> std::io::Result<OwnedFd> {
     match &coming.kind {
         SocketKind::Connection(_) => connection::prepare(coming.local, coming.owner, early),
         SocketKind::Listener(was) => listener::make(coming.local, coming.owner, was, early),
@@ -179,8 +179,8 @@ struct Built {
 }
 
 impl Built {
-    fn place(&self) -> Place<'_> {
-        Place { number: self.number, cloexec: self.cloexec, file: self.socket.as_fd() }
+    fn place(&self) -> FdPlace<'_> {
+        FdPlace { number: self.number, cloexec: self.cloexec, file: self.socket.as_fd() }
     }
 }
 
@@ -194,8 +194,13 @@ pub struct Landed {
 }
 
 impl Landed {
-    fn repair_restore(&mut self, slot: &mut Slot, cloexec: bool, was: &Connection) -> Result<()> {
-        let &Coming { vpid, number, local, ref kind, .. } = &slot.coming;
+    fn repair_restore(
+        &mut self,
+        slot: &mut ConnectionSlot,
+        cloexec: bool,
+        was: &Connection,
+    ) -> Result<()> {
+        let &ComingConnection { vpid, number, local, ref kind, .. } = &slot.coming;
         let SocketKind::Connection(remote) = *kind else {
             bail!("a listening socket comes as a connection");
         };
@@ -207,8 +212,8 @@ impl Landed {
         Ok(())
     }
 
-    fn take_listener(&mut self, slot: &mut Slot, cloexec: bool) -> Result<()> {
-        let Coming { vpid, number, local, .. } = slot.coming;
+    fn take_listener(&mut self, slot: &mut ConnectionSlot, cloexec: bool) -> Result<()> {
+        let ComingConnection { vpid, number, local, .. } = slot.coming;
         if !slot.coming.listens() {
             bail!("a connection comes as a listening socket");
         }
@@ -251,7 +256,7 @@ impl Landed {
             let what = || format!("process {vpid} of the container");
             let pid = *tasks.get(&vpid).ok_or_else(|| anyhow!("{} is not there", what()))?;
             list.sort_unstable_by_key(|built| built.number);
-            let places: Vec<Place> = list.iter().map(|built| built.place()).collect();
+            let places: Vec<FdPlace> = list.iter().map(|built| built.place()).collect();
             // Its other threads wait for CRIU.
             let mut thread = fd_inject::first_thread(pid).with_context(what)?;
             // What the source has put into their places.

@@ -10,16 +10,16 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result, bail};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use super::{Coming, MOST, MOST_HOLES, SPARE, SocketKind, Vault};
+use super::{ComingConnection, MOST, MOST_HOLES, SPARE, SocketKind, Vault};
 use crate::network::sockets::{Established, SockDiag};
-use crate::sys::connection::{self, Options};
+use crate::sys::connection::{self, OptionDefaults};
 use crate::sys::fd_table::FIRST;
-use crate::sys::listener::{self, Listener};
+use crate::sys::listener::{self, ListenerOptions};
 use crate::sys::netns::NetNs;
 use crate::sys::{fd_inject, process, socket};
 use crate::tasks::epoll;
 use crate::tasks::freezer::{native, of_first_space};
-use crate::tasks::mptcp::{self, Found};
+use crate::tasks::mptcp::{self, MptcpSocket};
 
 /// Fewer that have come since the first look are left to CRIU.
 const FEW: usize = 32;
@@ -48,7 +48,7 @@ pub fn room(limit: RawFd) -> usize {
 
 /// A connection that was seen while the container ran.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Known {
+pub(super) struct SeenConnection {
     pub(super) number: RawFd,
     pub(super) cookie: u64,
     pub(super) inode: u32,
@@ -64,22 +64,22 @@ pub(super) struct Known {
 #[derive(Clone, Debug)]
 pub(super) struct Listeners {
     /// Of a fresh one of IPv4, and of IPv6, as far as there are.
-    pub(super) fresh: [Option<Options>; 2],
+    pub(super) fresh: [Option<OptionDefaults>; 2],
     /// By their numbers among all that were announced.
-    pub(super) known: HashMap<u32, Listener>,
+    pub(super) known: HashMap<u32, ListenerOptions>,
 }
 
 /// Those that are to be taken out when the container is frozen.
 #[derive(Debug)]
 pub struct Lifting {
     /// By process; their numbers rising.
-    pub(super) known: BTreeMap<i32, Vec<Known>>,
+    pub(super) known: BTreeMap<i32, Vec<SeenConnection>>,
     cookies: HashSet<u64>,
     pub(super) announced: usize,
     pub(super) vault: Arc<Vault>,
     pub(super) work: PathBuf,
     /// Of a fresh socket of IPv4, and of IPv6, as far as there are.
-    pub(super) fresh: [Option<Options>; 2],
+    pub(super) fresh: [Option<OptionDefaults>; 2],
     pub(super) listeners: Listeners,
     /// See [`raise_limit`].
     limit: RawFd,
@@ -112,7 +112,7 @@ impl Lifting {
     ///
     /// # Errors
     /// When the kernel does not list them.
-    pub fn look(&mut self, lookout: &mut SockDiag, pids: &[i32]) -> Result<Vec<Coming>> {
+    pub fn look(&mut self, lookout: &mut SockDiag, pids: &[i32]) -> Result<Vec<ComingConnection>> {
         // First of all: nothing may stand at their ports when they are bound.
         let mut coming = self.listeners(pids)?;
         self.announced += coming.len();
@@ -166,7 +166,7 @@ impl Lifting {
                 }
                 let index = index as u32;
                 let v6 = ends.local.is_ipv6();
-                self.known.entry(task.pid).or_default().push(Known {
+                self.known.entry(task.pid).or_default().push(SeenConnection {
                     number,
                     cookie,
                     inode,
@@ -175,7 +175,7 @@ impl Lifting {
                     listens: false,
                 });
                 let (local, kind) = (ends.local, SocketKind::Connection(ends.remote));
-                coming.push(Coming { vpid: task.vpid, number, owner, local, kind });
+                coming.push(ComingConnection { vpid: task.vpid, number, owner, local, kind });
             }
         }
         self.announced += coming.len() - before;
@@ -183,7 +183,7 @@ impl Lifting {
     }
 
     /// Listening sockets of Multipath TCP that were not known yet.
-    fn listeners(&mut self, pids: &[i32]) -> Result<Vec<Coming>> {
+    fn listeners(&mut self, pids: &[i32]) -> Result<Vec<ComingConnection>> {
         let found = mptcp::sockets(pids);
         let Some(init) = pids.first().filter(|_| !found.is_empty()) else { return Ok(Vec::new()) };
         // It has been looked for before: this one has come since.
@@ -213,11 +213,11 @@ impl Lifting {
             let inode = u32::try_from(one.inode)?;
             let known = self.known.entry(one.pid).or_default();
             known.retain(|known| known.number != one.number);
-            let Found { number, .. } = one;
-            known.push(Known { number, cookie, inode, v6, index, listens: true });
+            let MptcpSocket { number, .. } = one;
+            known.push(SeenConnection { number, cookie, inode, v6, index, listens: true });
             self.listeners.known.insert(index, listener.clone());
             let owner = nix::sys::stat::fstat(&one.file)?.st_uid;
-            coming.push(Coming {
+            coming.push(ComingConnection {
                 vpid,
                 number,
                 owner,

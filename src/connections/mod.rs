@@ -54,7 +54,7 @@ pub use put_back::{are_out, put_back, take_out};
 
 use crate::sys::connection::Connection;
 use crate::sys::fd_table::FIRST;
-use crate::sys::listener::Listener;
+use crate::sys::listener::ListenerOptions;
 use crate::sys::scm;
 
 /// Fewer are left to CRIU: 5 ms.
@@ -72,7 +72,7 @@ const SPARE: usize = 16;
 
 /// A connection that will come. Its place among all that were announced is its number.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Coming {
+pub struct ComingConnection {
     /// The process that has it, as the container numbers it.
     pub vpid: i32,
     /// The descriptor.
@@ -91,10 +91,10 @@ pub enum SocketKind {
     /// A connection, and its peer's end.
     Connection(SocketAddr),
     /// A listening socket of Multipath TCP.
-    Listener(Listener),
+    Listener(ListenerOptions),
 }
 
-impl Coming {
+impl ComingConnection {
     /// Whether it is one that waits for connections.
     pub fn listens(&self) -> bool {
         matches!(self.kind, SocketKind::Listener(_))
@@ -125,7 +125,7 @@ fn share(all: usize) -> usize {
 
 /// What comes in the freeze, in pieces of at most [`crate::transport::frame::MAX_FILE_PIECE`] bytes.
 #[derive(Debug, Serialize, Deserialize)]
-enum Piece {
+enum ConnectionPiece {
     /// Connections by their numbers; whether execve(2) closes them.
     Connections(Vec<(u32, bool, Connection)>),
     /// Listening sockets, in the same way: they are as they were announced.
@@ -268,23 +268,25 @@ mod tests {
     #[test]
     fn fuzz_connections() {
         let watched = Watched { number: 5, events: 1, data: 7 };
-        let epoll = Piece::Watched { vpid: 1, epoll: 3, list: vec![watched; 3] };
+        let epoll = ConnectionPiece::Watched { vpid: 1, epoll: 3, list: vec![watched; 3] };
         let connection = crate::sys::connection::tests::sample();
-        let pieces =
-            Piece::Connections(vec![(0, true, connection.clone()), (1, false, connection)]);
+        let pieces = ConnectionPiece::Connections(vec![
+            (0, true, connection.clone()),
+            (1, false, connection),
+        ]);
         let taken = Taken(vec![TakenOut {
             pid: 1,
             started: Some(7),
             places: vec![PlaceTaken { number: 5, cloexec: true, wake: Some(false) }],
             epolls: vec![(3, vec![watched])],
         }]);
-        let listeners = Piece::Listeners(vec![(0, true), (1, false)]);
+        let listeners = ConnectionPiece::Listeners(vec![(0, true), (1, false)]);
         let target = Target::new("connections").sample(postcard::to_stdvec(&epoll).unwrap());
         let target = target.sample(postcard::to_stdvec(&listeners).unwrap());
         let target = target.sample(postcard::to_stdvec(&pieces).unwrap());
         // A list takes room for a MiB at most before there is anything in it: serde's.
         target.sample(postcard::to_stdvec(&taken).unwrap()).room(3 << 20).run(|bytes| {
-            let piece = postcard::from_bytes::<Piece>(bytes).map(drop);
+            let piece = postcard::from_bytes::<ConnectionPiece>(bytes).map(drop);
             let taken = postcard::from_bytes::<Taken>(bytes).map(|taken| {
                 for one in &taken.0 {
                     std::hint::black_box(one.above());

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, anyhow};
 use super::{Taken, TakenOut, Vault, extract, look};
 use crate::oci::cgroup::Cgroup;
 use crate::report::failures::Failures;
-use crate::sys::fd_inject::{self, Place};
+use crate::sys::fd_inject::{self, FdPlace};
 use crate::sys::fd_table::Mirror;
 use crate::sys::process::ProcessId;
 use crate::sys::stopped::Stopped;
@@ -114,12 +114,12 @@ fn install(thread: Option<&mut Stopped>, one: &TakenOut, files: &[OwnedFd]) -> R
     let thread = thread.ok_or_else(|| anyhow!("it is gone"))?;
     let there: HashSet<_> = fd_inject::numbers(one.pid)?.into_iter().collect();
     let places = one.places.iter().zip(files).filter(|(place, _)| !there.contains(&place.number));
-    let places = places.map(|(place, file)| Place {
+    let places = places.map(|(place, file)| FdPlace {
         number: place.number,
         cloexec: place.cloexec,
         file: file.as_fd(),
     });
-    let places: Vec<Place> = places.collect();
+    let places: Vec<FdPlace> = places.collect();
     Ok(fd_inject::put(thread, one.pid, &places)?)
 }
 

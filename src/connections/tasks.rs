@@ -12,10 +12,10 @@ use anyhow::{Result, anyhow};
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 
-use super::look::{Known, Lifting, Listeners};
+use super::look::{Lifting, Listeners, SeenConnection};
 use super::{PlaceTaken, TakenOut, Watched, share};
 use crate::memory::pages;
-use crate::sys::connection::{self, Connection, Options, Plain};
+use crate::sys::connection::{self, Connection, OptionDefaults, Plain};
 use crate::sys::fd_table::{self, Mirror};
 use crate::sys::{listener, process, scm};
 use crate::tasks::{epoll, mptcp};
@@ -26,7 +26,7 @@ const SOME: usize = 256;
 pub(super) type MirrorHandle = fd_table::JoinHandle<std::io::Result<()>>;
 
 /// What the thread with a process's descriptors is told.
-pub(super) enum Step {
+pub(super) enum RepairStep {
     /// Keep those, by their place among the known ones, and have them watched no more.
     Take(Vec<usize>, Vec<(RawFd, Vec<Watched>)>),
     /// They are out of the tasks: take them down.
@@ -34,35 +34,35 @@ pub(super) enum Step {
 }
 
 /// Some that were taken down, by their place among the known ones.
-pub(super) type Batch = (i32, Vec<(usize, Connection)>);
+pub(super) type ConnectionBatch = (i32, Vec<(usize, Connection)>);
 
 /// What can be taken out.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Seen {
+pub(super) enum SeenSocket {
     Connection(Plain),
     Listener,
 }
 
 /// A process with connections.
-pub(super) struct Task {
+pub(super) struct ConnectedTask {
     pub(super) pid: i32,
     pub(super) vpid: i32,
-    pub(super) known: Vec<Known>,
+    pub(super) known: Vec<SeenConnection>,
     /// Of each whether execve(2) closes it.
     pub(super) cloexec: Vec<Option<bool>>,
     /// Of each whether it can be taken out.
-    pub(super) seen: Vec<Option<Seen>>,
+    pub(super) seen: Vec<Option<SeenSocket>>,
     /// See [`Others`].
     pub(super) like: Option<RawFd>,
     pub(super) chosen: Vec<usize>,
     pub(super) epolls: Vec<(RawFd, Vec<Watched>)>,
-    pub(super) orders: Option<Sender<Step>>,
-    pub(super) heard: Receiver<Vec<Option<Seen>>>,
+    pub(super) orders: Option<Sender<RepairStep>>,
+    pub(super) heard: Receiver<Vec<Option<SeenSocket>>>,
     pub(super) done: Receiver<std::io::Result<()>>,
     pub(super) mirror: Option<MirrorHandle>,
 }
 
-impl Drop for Task {
+impl Drop for ConnectedTask {
     fn drop(&mut self) {
         // Given up: nothing more is done when this returns.
         self.orders = None;
@@ -70,13 +70,13 @@ impl Drop for Task {
     }
 }
 
-impl Task {
+impl ConnectedTask {
     pub(super) fn start(
         pid: i32,
-        known: Vec<Known>,
+        known: Vec<SeenConnection>,
         lifting: &Lifting,
-        give: Sender<Batch>,
-    ) -> Result<Option<Task>> {
+        give: Sender<ConnectionBatch>,
+    ) -> Result<Option<ConnectedTask>> {
         let task = pages::tasks(&[pid])?.first().copied();
         let (Some(task), Some(last)) = (task, known.last()) else { return Ok(None) };
         let entrance = lifting.vault.entrance.as_ref();
@@ -90,16 +90,17 @@ impl Task {
         let work = move |mirror: &Mirror| {
             let seen: Vec<_> = list.iter().map(|known| grab(mirror, *known, &listeners)).collect();
             let _ = tell.send(seen.clone());
-            let Ok(Step::Take(chosen, epolls)) = ordered.recv() else { return Ok(()) };
+            let Ok(RepairStep::Take(chosen, epolls)) = ordered.recv() else { return Ok(()) };
             let numbers: Vec<RawFd> = chosen.iter().map(|at| list[*at].number).collect();
             let kept = keep(mirror, &numbers, &epolls);
             let _ = tell_done.send(kept);
-            let Ok(Step::Go) = ordered.recv() else { return Ok(()) };
+            let Ok(RepairStep::Go) = ordered.recv() else { return Ok(()) };
             let connection = |at: &usize| match seen[*at]? {
-                Seen::Connection(plain) => Some((*at, list[*at], plain)),
-                Seen::Listener => None,
+                SeenSocket::Connection(plain) => Some((*at, list[*at], plain)),
+                SeenSocket::Listener => None,
             };
-            let chosen: Vec<(usize, Known, Plain)> = chosen.iter().filter_map(connection).collect();
+            let chosen: Vec<(usize, SeenConnection, Plain)> =
+                chosen.iter().filter_map(connection).collect();
             repair_dump_all(mirror, &chosen, &fresh, |some| {
                 give.send((pid, some)).is_ok() && !stop.load(Ordering::SeqCst)
             })
@@ -108,7 +109,7 @@ impl Task {
         let (cloexec, seen, chosen, epolls) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let (pid, vpid) = (task.pid, task.vpid);
         let (orders, mirror) = (Some(orders), Some(mirror));
-        let all = Task {
+        let all = ConnectedTask {
             pid,
             vpid,
             known,
@@ -125,7 +126,7 @@ impl Task {
         Ok(Some(all))
     }
 
-    pub(super) fn order(&self, order: Step) {
+    pub(super) fn order(&self, order: RepairStep) {
         // Whoever has died does not answer, either.
         let _ = self.orders.as_ref().map(|orders| orders.send(order));
     }
@@ -140,8 +141,8 @@ impl Task {
             number: self.known[*at].number,
             cloexec: self.cloexec[*at] == Some(true),
             wake: match self.seen[*at] {
-                Some(Seen::Connection(plain)) => Some(plain.reuse),
-                Some(Seen::Listener) | None => None,
+                Some(SeenSocket::Connection(plain)) => Some(plain.reuse),
+                Some(SeenSocket::Listener) | None => None,
             },
         };
         TakenOut {
@@ -154,19 +155,19 @@ impl Task {
 }
 
 /// Duplicates a descriptor; what it is, if it is the same as ever and can be taken out.
-fn grab(mirror: &Mirror, known: Known, listeners: &Listeners) -> Option<Seen> {
+fn grab(mirror: &Mirror, known: SeenConnection, listeners: &Listeners) -> Option<SeenSocket> {
     mirror.take(known.number).ok()?;
     let socket = mirror.get(known.number);
     if connection::cookie(socket).ok()? != known.cookie {
         return None;
     }
     if !known.listens {
-        return connection::plain(socket).ok()?.map(Seen::Connection);
+        return connection::plain(socket).ok()?.map(SeenSocket::Connection);
     }
     let fresh = listeners.fresh[usize::from(known.v6)].as_ref()?;
     let (_, now) = listener::look(socket, fresh).ok()??;
     let same = listeners.known.get(&known.index) == Some(&now);
-    (same && listener::waiting(socket).ok()? == 0).then_some(Seen::Listener)
+    (same && listener::waiting(socket).ok()? == 0).then_some(SeenSocket::Listener)
 }
 
 /// Puts descriptors into the vault, and ends that they are watched.
@@ -191,11 +192,11 @@ fn keep(
 /// On several threads: they share the table.
 fn repair_dump_all(
     mirror: &Mirror,
-    chosen: &[(usize, Known, Plain)],
-    fresh: &[Option<Options>; 2],
+    chosen: &[(usize, SeenConnection, Plain)],
+    fresh: &[Option<OptionDefaults>; 2],
     give: impl Fn(Vec<(usize, Connection)>) -> bool + Clone + Send,
 ) -> std::io::Result<()> {
-    let one = |(at, known, plain): &(usize, Known, Plain)| {
+    let one = |(at, known, plain): &(usize, SeenConnection, Plain)| {
         (*at, mirror.get(known.number), fresh[usize::from(known.v6)].as_ref(), *plain)
     };
     let sockets: Vec<_> = chosen.iter().map(one).collect();
@@ -230,7 +231,7 @@ fn panicked() -> std::io::Error {
 #[derive(Debug, Default)]
 pub(super) struct Others {
     /// Process and number; what it watches.
-    epolls: Vec<(i32, RawFd, Vec<epoll::Target>)>,
+    epolls: Vec<(i32, RawFd, Vec<epoll::EpollTarget>)>,
     /// Inodes.
     sockets: HashSet<u64>,
     /// By process: one that CRIU restores, of which another one can stand anywhere for a while: of no
@@ -261,7 +262,7 @@ impl Others {
 
 /// Which of those that can be taken out are: all but those that somebody has under another number, or
 /// another process has, or an epoll watches so.
-pub(super) fn choose(tasks: &mut [Task], others: Others) {
+pub(super) fn choose(tasks: &mut [ConnectedTask], others: Others) {
     let mut by_inode = HashMap::new();
     for (at, task) in tasks.iter_mut().enumerate() {
         task.like = others.like.get(&task.pid).or(others.devices.get(&task.pid)).copied();
@@ -299,13 +300,13 @@ pub(super) fn choose(tasks: &mut [Task], others: Others) {
 }
 
 /// Of each whether execve(2) closes it, as far as there is one. proc_pid_fdinfo(5)
-pub(super) fn closed_by_exec(pid: i32, known: &[Known]) -> Vec<Option<bool>> {
+pub(super) fn closed_by_exec(pid: i32, known: &[SeenConnection]) -> Vec<Option<bool>> {
     // Thousands of them, in the freeze: with as few calls and as short paths as can be.
     let Ok(directory) = File::open(format!("/proc/{pid}/fdinfo")) else {
         return vec![None; known.len()];
     };
     let mut bytes = [0; 256];
-    let mut flags = |known: &Known| {
+    let mut flags = |known: &SeenConnection| {
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
         let name = known.number.to_string();
         let file = openat(&directory, name.as_str(), flags, Mode::empty()).ok()?;

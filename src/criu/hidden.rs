@@ -16,10 +16,10 @@ use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
 use std::ops::Range;
 
-use super::mm::Record;
+use super::mm::MappingRecord;
 use crate::sys::maps::Mapping;
 use crate::sys::memory::PAGE;
-use crate::sys::smaps::{self, Entry};
+use crate::sys::smaps::{self, SmapsEntry};
 
 /// Versions of CRIU with which it was tried that a dump without these mappings, and with them added,
 /// restores to the same as one that has seen them.
@@ -81,10 +81,10 @@ fn advice(flags: &str) -> u64 {
     bits.fold(0, |all, (_, number)| all | 1 << number)
 }
 
-fn record(mapping: &Mapping, flags: &str) -> Record {
+fn record(mapping: &Mapping, flags: &str) -> MappingRecord {
     let bits = [('r', libc::PROT_READ), ('w', libc::PROT_WRITE), ('x', libc::PROT_EXEC)];
     let access = bits.iter().filter(|(letter, _)| mapping.perms.contains(*letter));
-    Record {
+    MappingRecord {
         range: mapping.start..mapping.end,
         offset: mapping.offset,
         access: access.fold(0, |all, (_, bit)| all | *bit as u64),
@@ -97,14 +97,14 @@ fn record(mapping: &Mapping, flags: &str) -> Record {
 
 /// A task's mappings when it was last looked at.
 #[derive(Debug, Default)]
-pub struct Known {
-    all: Vec<(Range<u64>, Attributes)>,
+pub struct KnownMappings {
+    all: Vec<(Range<u64>, SmapsAttributes)>,
     by_line: HashMap<String, usize>,
 }
 
 /// What only smaps tells.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Attributes {
+struct SmapsAttributes {
     flags: String,
     key: u32,
 }
@@ -121,13 +121,13 @@ enum Sure {
     No,
 }
 
-impl Known {
+impl KnownMappings {
     /// From the text of a `smaps` file; nothing where that is not understood.
-    pub fn parse(text: &str) -> Option<Known> {
-        let mut known = Known::default();
-        for Entry { line, mapping, flags, key } in smaps::parse(text)? {
+    pub fn parse(text: &str) -> Option<KnownMappings> {
+        let mut known = KnownMappings::default();
+        for SmapsEntry { line, mapping, flags, key } in smaps::parse(text)? {
             known.by_line.insert(line.to_owned(), known.all.len());
-            let attributes = Attributes { flags: flags.to_owned(), key };
+            let attributes = SmapsAttributes { flags: flags.to_owned(), key };
             known.all.push((mapping.start..mapping.end, attributes));
         }
         Some(known)
@@ -143,7 +143,7 @@ impl Known {
         known && lines == self.all.len()
     }
 
-    fn attributes(&self, line: &str, range: Range<u64>) -> (Attributes, Sure) {
+    fn attributes(&self, line: &str, range: Range<u64>) -> (SmapsAttributes, Sure) {
         if let Some(index) = self.by_line.get(line) {
             return (self.all[*index].1.clone(), Sure::Known);
         }
@@ -153,7 +153,7 @@ impl Known {
             Some((_, one)) if there.all(|(_, other)| same(one, other)) => {
                 (one.clone(), Sure::Likely)
             }
-            _ => (Attributes::default(), Sure::No),
+            _ => (SmapsAttributes::default(), Sure::No),
         }
     }
 
@@ -166,7 +166,7 @@ impl Known {
         for line in maps.lines() {
             let mapping = Mapping::parse(line)?;
             let range = mapping.start..mapping.end;
-            let (Attributes { flags, key }, sure) = self.attributes(line, range.clone());
+            let (SmapsAttributes { flags, key }, sure) = self.attributes(line, range.clone());
             let segment = mapping.is_nameless() && shared.contains(&mapping.inode);
             let hidden = if segment {
                 let has_stack = stacks.iter().any(|pointer| range.contains(pointer));
@@ -194,7 +194,7 @@ impl Known {
             } else {
                 let _ = writeln!(drawn.text, "{line}\nVmFlags: {flags}");
             }
-            drawn.all.push(Expected { line: line.to_owned(), range, flags, key, hidden });
+            drawn.all.push(ExpectedMapping { line: line.to_owned(), range, flags, key, hidden });
         }
         Some(drawn)
     }
@@ -210,7 +210,7 @@ fn pages_of(stacks: &[u64], range: &Range<u64>) -> Vec<Range<u64>> {
     found.into_iter().map(|start| start..start + page).collect()
 }
 
-fn same(one: &Attributes, other: &Attributes) -> bool {
+fn same(one: &SmapsAttributes, other: &SmapsAttributes) -> bool {
     one.key == other.key && relevant(&one.flags).eq(relevant(&other.flags))
 }
 
@@ -220,7 +220,7 @@ pub struct Drawn {
     /// As a `smaps` file has it.
     pub text: String,
     /// Those that are not in it.
-    pub hidden: Vec<Record>,
+    pub hidden: Vec<MappingRecord>,
     /// Pages of theirs that are in it all the same, as mappings of their own.
     pub shown: Vec<Range<u64>>,
     /// Shared memory that is hidden, and such that could have been: inodes.
@@ -230,11 +230,11 @@ pub struct Drawn {
     /// Something was hidden of which only its name and access are known: it must be checked before the
     /// records count.
     pub unsure: bool,
-    all: Vec<Expected>,
+    all: Vec<ExpectedMapping>,
 }
 
 #[derive(Debug)]
-struct Expected {
+struct ExpectedMapping {
     line: String,
     range: Range<u64>,
     flags: String,
@@ -244,9 +244,9 @@ struct Expected {
 
 /// Another advice than was taken for a mapping's.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change {
+pub enum AdviceChange {
     /// Of one that CRIU has not seen: this is its record.
-    Hidden(Record),
+    Hidden(MappingRecord),
     /// Of one that it has seen, which begins there.
     Seen(u64, u64),
 }
@@ -268,7 +268,7 @@ impl Drawn {
     ///
     /// # Errors
     /// What is such that CRIU should have seen, or not have seen it, in words.
-    pub fn check(&self, now: &[Entry]) -> Result<Vec<Change>, String> {
+    pub fn check(&self, now: &[SmapsEntry]) -> Result<Vec<AdviceChange>, String> {
         let mut changes = Vec::new();
         for one in &self.all {
             let first = now.partition_point(|entry| entry.mapping.end <= one.range.start);
@@ -289,8 +289,8 @@ impl Drawn {
     }
 }
 
-impl Expected {
-    fn compare(&self, told: &Mapping, now: &Entry) -> Result<Option<Change>, String> {
+impl ExpectedMapping {
+    fn compare(&self, told: &Mapping, now: &SmapsEntry) -> Result<Option<AdviceChange>, String> {
         let is_advice = |flag: &&str| ADVICE.iter().any(|a| a.0 == *flag);
         if now.key == self.key && relevant(&self.flags).eq(relevant(now.flags)) {
             return Ok(None);
@@ -298,11 +298,11 @@ impl Expected {
         let whole = now.mapping.start <= self.range.start && now.mapping.end >= self.range.end;
         let may = if told.is_shared() { shared_may_be_hidden } else { may_be_hidden };
         if whole && self.hidden && may(told, now.flags, now.key) {
-            return Ok(Some(Change::Hidden(record(told, now.flags))));
+            return Ok(Some(AdviceChange::Hidden(record(told, now.flags))));
         }
         let rest = |flags| relevant(flags).filter(|flag| !is_advice(flag));
         if whole && !self.hidden && now.key == self.key && rest(&self.flags).eq(rest(now.flags)) {
-            return Ok(Some(Change::Seen(self.range.start, advice(now.flags))));
+            return Ok(Some(AdviceChange::Seen(self.range.start, advice(now.flags))));
         }
         Err(format!("the mapping {} was {:?} and is {:?}", self.line, self.flags, now.flags))
     }
@@ -381,12 +381,12 @@ mod tests {
 
     #[test]
     fn criu_is_shown_the_rest_and_stacks() {
-        let known = Known::parse(&smaps(&ALL)).unwrap();
+        let known = KnownMappings::parse(&smaps(&ALL)).unwrap();
         assert!(known.is_of(&maps(&ALL)) && !known.is_of(&maps(&ALL[1..])));
         let drawn = known.draw(&maps(&ALL), &[0xb123, 0xe800], &HashSet::new()).unwrap();
         assert_eq!(ranges(&drawn), [0x3000..0x5000, 0x6000..0x9000, 0xa000..0xc000]);
         assert!(drawn.hidden[0].heap && drawn.hidden[1].advice == 1 << libc::MADV_HUGEPAGE);
-        let shown = Known::parse(&drawn.text).unwrap();
+        let shown = KnownMappings::parse(&drawn.text).unwrap();
         let page = ("0000b000-0000c000 rw-p 00000000 00:00 0 ", PLAIN);
         assert!(shown.is_of(&maps(&[CODE, page, STACK])), "{}", drawn.text);
         assert_eq!((drawn.shown.len(), &drawn.shown[0]), (1, &(0xb000..0xc000)));
@@ -400,7 +400,7 @@ mod tests {
 
     #[test]
     fn what_has_grown_or_come_apart_is_what_it_was() {
-        let known = Known::parse(&smaps(&ALL)).unwrap();
+        let known = KnownMappings::parse(&smaps(&ALL)).unwrap();
         let now = [
             ("3000-6000 rw-p 00000000 00:00 0 [heap]", PLAIN),
             ("6000-7000 r--p 00000000 00:00 0 ", "rd mr mw me ac hg"),
@@ -417,12 +417,12 @@ mod tests {
 
     #[test]
     fn what_is_new_waits_for_the_check_or_is_looked_at() {
-        let known = Known::parse(&smaps(&ALL)).unwrap();
+        let known = KnownMappings::parse(&smaps(&ALL)).unwrap();
         let new = ("c000-d000 rw-p 00000000 00:00 0 ", "rd wr mr mw me ac nr dd");
         let drawn = known.draw(&maps(&[CODE, new]), &[], &HashSet::new()).unwrap();
         assert!(drawn.unsure);
         let changes = drawn.check(&smaps::parse(&smaps(&[CODE, new])).unwrap()).unwrap();
-        let [Change::Hidden(record)] = &changes[..] else { panic!("{changes:?}") };
+        let [AdviceChange::Hidden(record)] = &changes[..] else { panic!("{changes:?}") };
         assert!(record.unreserved && record.advice == 1 << libc::MADV_DONTDUMP);
         let locked = (new.0, "rd wr mr mw me lo ac");
         assert!(drawn.check(&smaps::parse(&smaps(&[CODE, locked])).unwrap()).is_err());
@@ -449,7 +449,7 @@ mod tests {
             line("c000-d000", "rw-s 00000000 DEV 81 /dev/zero (deleted)"),
         ];
         let all: Vec<_> = text[..5].iter().map(|line| (&line[..], flags)).collect();
-        let known = Known::parse(&smaps(&all)).unwrap();
+        let known = KnownMappings::parse(&smaps(&all)).unwrap();
         let draw = |stacks: &[u64], shared: &[u64]| {
             known.draw(&maps(&all), stacks, &shared.iter().copied().collect()).unwrap()
         };
@@ -464,10 +464,11 @@ mod tests {
         assert!(one.shown.is_empty());
 
         let locked = [(all[0].0, "rd wr sh mr mw me ms lo")];
-        let known = Known::parse(&smaps(&locked)).unwrap();
+        let known = KnownMappings::parse(&smaps(&locked)).unwrap();
         let drawn = known.draw(&maps(&locked), &[], &[77].into()).unwrap();
         assert_eq!((drawn.hidden.len(), drawn.seen), (0, [77].into()));
-        let free = Known::parse(&smaps(&all)).unwrap().draw(&maps(&all[..1]), &[], &[77].into());
+        let free =
+            KnownMappings::parse(&smaps(&all)).unwrap().draw(&maps(&all[..1]), &[], &[77].into());
         assert!(free.unwrap().check(&smaps::parse(&smaps(&locked)).unwrap()).is_err());
         // Of one that has come since nobody knows the flags.
         let new = (&text[5][..], flags);
@@ -476,7 +477,7 @@ mod tests {
 
     #[test]
     fn a_changed_flag_is_seen_whoever_has_the_mapping() {
-        let known = Known::parse(&smaps(&ALL)).unwrap();
+        let known = KnownMappings::parse(&smaps(&ALL)).unwrap();
         let drawn = known.draw(&maps(&ALL), &[], &HashSet::new()).unwrap();
         let with = |i: usize, flags: &'static str| {
             let mut all = ALL;
@@ -484,11 +485,14 @@ mod tests {
             let text = smaps(&all);
             drawn.check(&smaps::parse(&text).unwrap())
         };
-        let record = |i: usize, advice| Record { advice, ..drawn.hidden[i].clone() };
+        let record = |i: usize, advice| MappingRecord { advice, ..drawn.hidden[i].clone() };
         let fork = 1 << libc::MADV_DONTFORK;
-        assert_eq!(with(1, "rd wr mr mw me ac dc"), Ok(vec![Change::Hidden(record(0, fork))]));
-        assert_eq!(with(2, PLAIN), Ok(vec![Change::Hidden(record(1, 0))]));
-        assert_eq!(with(0, "rd ex mr mw me dc"), Ok(vec![Change::Seen(0x1000, fork)]));
+        assert_eq!(
+            with(1, "rd wr mr mw me ac dc"),
+            Ok(vec![AdviceChange::Hidden(record(0, fork))])
+        );
+        assert_eq!(with(2, PLAIN), Ok(vec![AdviceChange::Hidden(record(1, 0))]));
+        assert_eq!(with(0, "rd ex mr mw me dc"), Ok(vec![AdviceChange::Seen(0x1000, fork)]));
         assert!(with(1, "rd wr mr mw me ac lo").is_err());
         assert!(with(0, "rd ex mr mw me lo").is_err());
         assert_eq!(with(1, "rd mr mw me"), Ok(vec![]), "access, of which maps tells");
@@ -500,8 +504,10 @@ mod tests {
             ("1000-2000 ---p 00000000 00:00 0 ", "mr mw me"),
             ("2000-3000 rw-p 00000000 00:00 0 ", PLAIN),
         ];
-        let drawn =
-            Known::parse(&smaps(&two)).unwrap().draw(&maps(&two), &[], &HashSet::new()).unwrap();
+        let drawn = KnownMappings::parse(&smaps(&two))
+            .unwrap()
+            .draw(&maps(&two), &[], &HashSet::new())
+            .unwrap();
         let check = |now: &[(&str, &str)]| drawn.check(&smaps::parse(&smaps(now)).unwrap());
         let parasite = ("800-900 r-xs 00000000 00:01 9 /memfd:CRIUMFD", "rd ex sh mr mw me ms");
         assert_eq!(check(&[parasite, ("1000-3000 rw-p 00000000 00:00 0 ", PLAIN)]), Ok(vec![]));
@@ -513,12 +519,12 @@ mod tests {
     #[test]
     fn our_own_mappings_are_drawn_whole() {
         let text = std::fs::read_to_string("/proc/self/smaps").unwrap();
-        let known = Known::parse(&text).unwrap();
+        let known = KnownMappings::parse(&text).unwrap();
         let lines: String =
             smaps::parse(&text).unwrap().iter().map(|e| format!("{}\n", e.line)).collect();
         let drawn = known.draw(&lines, &[], &HashSet::new()).unwrap();
         assert!(!drawn.hidden.is_empty() && !drawn.unsure);
-        let shown = Known::parse(&drawn.text).unwrap();
+        let shown = KnownMappings::parse(&drawn.text).unwrap();
         assert_eq!(shown.all.len() + drawn.hidden.len(), known.all.len());
     }
 }

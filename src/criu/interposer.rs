@@ -1,4 +1,4 @@
-//! Ferry between the runtime and CRIU: [`Interposer`] waits for the shim, a [`Session`] is one run
+//! Ferry between the runtime and CRIU: [`Interposer`] waits for the shim, a [`CriuSession`] is one run
 //! of criu, and whoever holds the session decides about each message.
 //!
 //! The messages of one job (Documentation: criu.org/RPC, images/rpc.proto):
@@ -77,7 +77,7 @@ impl Interposer {
     }
 
     /// Has criu, and nobody else, find each file of a directory in place of the `smaps` of the task whose
-    /// number is its name. Whether that could be done, [`Session::covered`] says.
+    /// number is its name. Whether that could be done, [`CriuSession::covered`] says.
     pub fn cover(&mut self, directory: &Path) {
         self.cover = Some(directory.to_owned());
     }
@@ -101,7 +101,11 @@ impl Interposer {
     ///
     /// # Errors
     /// When the runtime ends without having started a job, or the time is over.
-    pub fn next_job(&self, runtime: BorrowedFd, deadline: Instant) -> Result<(Session, Criu_req)> {
+    pub fn next_job(
+        &self,
+        runtime: BorrowedFd,
+        deadline: Instant,
+    ) -> Result<(CriuSession, Criu_req)> {
         loop {
             if !wait_readable(&[self.listener.as_fd(), runtime], Some(deadline))?.contains(&0) {
                 bail!("the runtime ended before it called CRIU");
@@ -120,7 +124,7 @@ impl Interposer {
             scm::send(&hub, &word, &fds)?;
             drop(for_criu);
             let covered = self.cover.is_some() && covered(&hub, deadline)?;
-            let session = Session { runtime: theirs, criu: ours, criu_pid, covered };
+            let session = CriuSession { runtime: theirs, criu: ours, criu_pid, covered };
             let Some((bytes, _)) = session.receive_from_runtime(Some(deadline))? else { continue };
             let request = Criu_req::parse_from_bytes(&bytes).context("the runtime's request")?;
             match request.type_() {
@@ -152,7 +156,7 @@ fn answer(criu: &OwnedFd, agreed: bool) -> Result<()> {
     Ok(scm::send(criu, &request.write_to_bytes()?, &[])?)
 }
 
-/// Lets a CRIU that restores go on to its end, when whoever held its [`Session`] has died; it is the socket
+/// Lets a CRIU that restores go on to its end, when whoever held its [`CriuSession`] has died; it is the socket
 /// of that. He may have answered the last question or not: an answer too many is that to the next one.
 ///
 /// # Errors
@@ -184,7 +188,7 @@ pub struct Notify {
 
 /// What comes next from CRIU.
 #[derive(Debug)]
-pub enum Event {
+pub enum CriuEvent {
     /// CRIU asks and waits.
     Notify(Notify),
     /// The job's result.
@@ -195,7 +199,7 @@ pub enum Event {
 
 /// One run of criu, held between the runtime and it.
 #[derive(Debug)]
-pub struct Session {
+pub struct CriuSession {
     runtime: OwnedFd,
     criu: OwnedFd,
     /// The process that is criu.
@@ -204,7 +208,7 @@ pub struct Session {
     pub covered: bool,
 }
 
-impl Session {
+impl CriuSession {
     /// Another descriptor of the socket to CRIU: as long as it is open CRIU waits for an answer.
     ///
     /// # Errors
@@ -225,17 +229,17 @@ impl Session {
     ///
     /// # Errors
     /// When the time is over, or the message cannot be read.
-    pub fn next(&self, deadline: Option<Instant>) -> Result<Event> {
+    pub fn next(&self, deadline: Option<Instant>) -> Result<CriuEvent> {
         wait_readable(&[self.criu.as_fd()], deadline)?;
-        let Some((bytes, fds)) = scm::receive(&self.criu)? else { return Ok(Event::Hangup) };
+        let Some((bytes, fds)) = scm::receive(&self.criu)? else { return Ok(CriuEvent::Hangup) };
         let response = Criu_resp::parse_from_bytes(&bytes).context("CRIU's message")?;
         if response.type_() != Criu_req_type::NOTIFY {
-            return Ok(Event::Reply(Box::new(response)));
+            return Ok(CriuEvent::Reply(Box::new(response)));
         }
         let notify: &Criu_notify =
             response.notify.as_ref().ok_or_else(|| anyhow!("a notification without a name"))?;
         let (script, pid) = (notify.script().to_owned(), notify.pid);
-        Ok(Event::Notify(Notify { script, pid, bytes, fds }))
+        Ok(CriuEvent::Notify(Notify { script, pid, bytes, fds }))
     }
 
     /// Asks the runtime; says whether it agrees. CRIU goes on waiting.

@@ -27,7 +27,7 @@ const GUARD: u64 = 1 << 16;
 
 /// An anonymous mapping, as CRIU would have written it down.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Record {
+pub struct MappingRecord {
     /// Its addresses.
     pub range: Range<u64>,
     /// Where in a file it would be.
@@ -44,7 +44,7 @@ pub struct Record {
     pub advice: u64,
 }
 
-impl Record {
+impl MappingRecord {
     fn message(&self) -> Result<Vec<u8>> {
         let (kind, status) = match self.shared {
             Some(_) => (libc::MAP_SHARED, ANON_SHARED),
@@ -76,7 +76,7 @@ impl Record {
 
 /// An `mm` image, taken apart.
 #[derive(Debug)]
-pub struct Image {
+pub struct MmImage {
     /// All fields but the mappings.
     rest: Vec<u8>,
     /// By address.
@@ -84,18 +84,18 @@ pub struct Image {
     guards: Vec<Vec<u8>>,
 }
 
-impl Image {
+impl MmImage {
     /// Reads it.
     ///
     /// # Errors
     /// When it is none, or cut short.
-    pub fn parse(bytes: &[u8]) -> Result<Image> {
+    pub fn parse(bytes: &[u8]) -> Result<MmImage> {
         let mut rest = after_magics(bytes, MM)?;
         let record = take_record(&mut rest)?;
         if !rest.is_empty() {
             bail!("something follows a task's mappings");
         }
-        let mut image = Image { rest: Vec::new(), areas: Vec::new(), guards: Vec::new() };
+        let mut image = MmImage { rest: Vec::new(), areas: Vec::new(), guards: Vec::new() };
         let mut input = CodedInputStream::from_bytes(record);
         let mut from = 0;
         while let Some(tag) = input.read_raw_tag_or_eof()? {
@@ -133,7 +133,7 @@ impl Image {
     ///
     /// # Errors
     /// When it has seen one of them: then there would be two.
-    pub fn add(&mut self, hidden: &[Record]) -> Result<()> {
+    pub fn add(&mut self, hidden: &[MappingRecord]) -> Result<()> {
         for record in hidden {
             self.areas.push((record.range.clone(), record.message()?));
         }
@@ -206,9 +206,9 @@ mod tests {
     use super::*;
     use crate::fuzz::Target;
 
-    fn record(start: u64, end: u64) -> Record {
+    fn record(start: u64, end: u64) -> MappingRecord {
         let range = start..end;
-        Record {
+        MappingRecord {
             range,
             offset: 0,
             access: 3,
@@ -248,9 +248,9 @@ mod tests {
 
     #[test]
     fn what_was_hidden_comes_in_order_and_guards_last() {
-        let mut image = Image::parse(&image()).unwrap();
+        let mut image = MmImage::parse(&image()).unwrap();
         image.add(&[record(0xb000, 0xc000), record(0x3000, 0x9000)]).unwrap();
-        let all = Image::parse(&image.bytes().unwrap()).unwrap();
+        let all = MmImage::parse(&image.bytes().unwrap()).unwrap();
         let ranges: Vec<_> = all.areas.iter().map(|(range, _)| range.clone()).collect();
         assert_eq!(ranges, [0x1000..0x3000, 0x3000..0x9000, 0x9000..0xa000, 0xb000..0xc000]);
         assert_eq!((all.guards.len(), all.rest.len()), (1, 7));
@@ -261,16 +261,16 @@ mod tests {
     #[test]
     fn nothing_is_there_twice() {
         for range in [0x1000..0x3000, 0x0000..0x2000, 0x2000..0x4000, 0x0000..0xb000] {
-            let mut image = Image::parse(&image()).unwrap();
+            let mut image = MmImage::parse(&image()).unwrap();
             assert!(image.add(&[record(range.start, range.end)]).is_err(), "{range:x?}");
         }
-        let mut image = Image::parse(&image()).unwrap();
+        let mut image = MmImage::parse(&image()).unwrap();
         assert!(image.add(&[record(0x3000, 0x5000), record(0x4000, 0x6000)]).is_err());
     }
 
     #[test]
     fn a_part_that_was_shown_gives_way_to_the_whole() {
-        let mut image = Image::parse(&image()).unwrap();
+        let mut image = MmImage::parse(&image()).unwrap();
         assert!(image.remove(&(0x1000..0x2000)).is_err());
         image.remove(&(0x9000..0xa000)).unwrap();
         image.add(&[record(0x8000, 0xb000)]).unwrap();
@@ -284,7 +284,7 @@ mod tests {
         let found = fields(&one.message().unwrap()).unwrap();
         let wanted = [0x7000, 0x8000, 0, 0, 3, 0x4022, 1 | 32 | 512, 1, 1 << 14];
         assert_eq!(found, (1..).zip(wanted).collect::<Vec<_>>());
-        let shared = Record { shared: Some(99), offset: 0x1000, ..record(0x7000, 0x8000) };
+        let shared = MappingRecord { shared: Some(99), offset: 0x1000, ..record(0x7000, 0x8000) };
         let found = fields(&shared.message().unwrap()).unwrap();
         let wanted = [0x7000, 0x8000, 0x1000, 99, 3, 0x21, 1 | 256, 1];
         assert_eq!(found, (1..).zip(wanted).collect::<Vec<_>>());
@@ -295,26 +295,26 @@ mod tests {
     fn a_mapping_that_claims_gigabytes_is_cut_short() {
         let body = [0x72, 0xff, 0xff, 0xff, 0xff, 0x07, 1, 2, 3];
         let head = [COMMON, MM, body.len() as u32].map(u32::to_le_bytes).concat();
-        let why = Image::parse(&[&head[..], &body].concat()).unwrap_err();
+        let why = MmImage::parse(&[&head[..], &body].concat()).unwrap_err();
         assert!(why.to_string().contains("cut short"), "{why}");
     }
 
     #[test]
     fn an_advice_is_changed() {
-        let mut image = Image::parse(&image()).unwrap();
+        let mut image = MmImage::parse(&image()).unwrap();
         image.advise(0x9000, 6).unwrap();
         assert!(image.advise(0x4000, 6).is_err());
-        let all = Image::parse(&image.bytes().unwrap()).unwrap();
+        let all = MmImage::parse(&image.bytes().unwrap()).unwrap();
         assert_eq!(fields(&all.areas[1].1).unwrap().last(), Some(&(9, 6)));
     }
 
     #[test]
     fn fuzz_mm() {
         Target::new("mm").sample(image()).run(|bytes| {
-            let mut image = Image::parse(bytes)?;
+            let mut image = MmImage::parse(bytes)?;
             image.add(&[record(0x3000, 0x9000)])?;
             assert!(image.has_once(&(0x3000..0x9000)));
-            Image::parse(&image.bytes()?).map(drop)
+            MmImage::parse(&image.bytes()?).map(drop)
         });
     }
 }

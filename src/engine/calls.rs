@@ -58,7 +58,7 @@ const MAX_LINE: u64 = 1 << 20;
 /// What an engine is expected to ask of its runtime.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Verb {
+pub enum EngineVerb {
     /// To restore the container, on the destination.
     Restore,
     /// To create it, on the destination: it is restored, and held until it is started.
@@ -72,14 +72,14 @@ pub enum Verb {
     LetGo,
 }
 
-impl Verb {
+impl EngineVerb {
     /// What the command line says.
     fn word(self) -> &'static str {
         match self {
-            Verb::Restore => "restore",
-            Verb::Create => "create",
-            Verb::Start => "start",
-            Verb::Describe | Verb::LetGo => "checkpoint",
+            EngineVerb::Restore => "restore",
+            EngineVerb::Create => "create",
+            EngineVerb::Start => "start",
+            EngineVerb::Describe | EngineVerb::LetGo => "checkpoint",
         }
     }
 }
@@ -89,7 +89,7 @@ impl Verb {
 pub struct Expectation {
     /// The runtime's.
     root: PathBuf,
-    verb: Verb,
+    verb: EngineVerb,
     /// Unix time.
     until: u64,
     socket: PathBuf,
@@ -104,7 +104,7 @@ fn now() -> u64 {
 
 /// From the one that is called.
 #[derive(Debug, Serialize, Deserialize)]
-enum Word {
+enum CallReport {
     Called(Called),
     Started(i32),
     Failed(String),
@@ -119,7 +119,7 @@ pub struct Called {
 
 /// To the one that is called.
 #[derive(Debug, Serialize, Deserialize)]
-enum Order {
+enum CallOrder {
     Run { program: String, arguments: Vec<String>, environment: Vec<(String, Option<String>)> },
     Restored { init: i32, criu: i32 },
     End { why: Option<String> },
@@ -146,7 +146,7 @@ fn hear<T: DeserializeOwned>(reader: &mut BufReader<UnixStream>) -> Result<Optio
 #[derive(Clone, Debug)]
 struct Expecting {
     place: PathBuf,
-    verb: Verb,
+    verb: EngineVerb,
     id: String,
     root: PathBuf,
     work: PathBuf,
@@ -155,14 +155,14 @@ struct Expecting {
 
 /// Somebody who waits for a call. Nobody does when it is dropped.
 #[derive(Debug)]
-pub struct Expected {
+pub struct ExpectedCall {
     what: Expecting,
     file: PathBuf,
     socket: PathBuf,
     listener: UnixListener,
 }
 
-impl Drop for Expected {
+impl Drop for ExpectedCall {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.file);
         let _ = fs::remove_file(&self.socket);
@@ -173,22 +173,28 @@ impl Drop for Expected {
 ///
 /// # Errors
 /// When nobody could be told.
-pub fn expect(verb: Verb, id: &str, root: &Path, work: &Path, limit: Duration) -> Result<Expected> {
+pub fn expect(
+    verb: EngineVerb,
+    id: &str,
+    root: &Path,
+    work: &Path,
+    limit: Duration,
+) -> Result<ExpectedCall> {
     expect_in(Path::new(PLACE), (verb, id, root), work, limit)
 }
 
 fn expect_in(
     place: &Path,
-    (verb, id, root): (Verb, &str, &Path),
+    (verb, id, root): (EngineVerb, &str, &Path),
     work: &Path,
     limit: Duration,
-) -> Result<Expected> {
+) -> Result<ExpectedCall> {
     let (place, id, root) = (place.to_owned(), id.to_owned(), root.to_owned());
     Expecting { place, verb, id, root, work: work.to_owned(), held: None }.expect(limit)
 }
 
 impl Expecting {
-    fn expect(self, limit: Duration) -> Result<Expected> {
+    fn expect(self, limit: Duration) -> Result<ExpectedCall> {
         DirBuilder::new().recursive(true).mode(0o700).create(&self.place)?;
         let socket = self.work.join(SOCKET);
         let _ = fs::remove_file(&socket);
@@ -199,26 +205,28 @@ impl Expecting {
         let text =
             Expectation { root: self.root.clone(), verb, until, socket: socket.clone(), held };
         let fresh = file.with_file_name(format!(".{}", self.id));
-        let expected = Expected { what: self, file: file.clone(), socket, listener };
+        let expected = ExpectedCall { what: self, file: file.clone(), socket, listener };
         fs::write(&fresh, serde_json::to_vec(&text)?)?;
         fs::rename(&fresh, &file).with_context(|| format!("cannot write {}", file.display()))?;
         Ok(expected)
     }
 }
 
-impl Expected {
+impl ExpectedCall {
     /// Waits for the call; `ended` becomes readable when the engine has nothing more to do.
     ///
     /// # Errors
     /// When none comes in time.
-    pub fn call(self, ended: OwnedFd, deadline: Instant) -> Result<Call> {
+    pub fn call(self, ended: OwnedFd, deadline: Instant) -> Result<EngineCall> {
         let (stream, reader, called) = self.accept(&[ended.as_fd()], deadline)?;
-        let next = (self.what.verb == Verb::Create)
-            .then(|| Next { what: Expecting { verb: Verb::Start, ..self.what.clone() }, ended });
-        Ok(Call { stream, reader, called, next, apart: false })
+        let next = (self.what.verb == EngineVerb::Create).then(|| NextCall {
+            what: Expecting { verb: EngineVerb::Start, ..self.what.clone() },
+            ended,
+        });
+        Ok(EngineCall { stream, reader, called, next, apart: false })
     }
 
-    fn accept(&self, ends: &[BorrowedFd], deadline: Instant) -> Result<Heard> {
+    fn accept(&self, ends: &[BorrowedFd], deadline: Instant) -> Result<HeardCall> {
         let mut fds = vec![self.listener.as_fd()];
         fds.extend(ends);
         let ready = process::wait_readable(&fds, Some(deadline));
@@ -228,34 +236,34 @@ impl Expected {
         let (stream, _) = self.listener.accept()?;
         let mut reader = BufReader::new(stream.try_clone()?);
         match hear(&mut reader)? {
-            Some(Word::Called(called)) => Ok((stream, reader, called)),
+            Some(CallReport::Called(called)) => Ok((stream, reader, called)),
             _ => bail!("whom the engine has called says nothing"),
         }
     }
 }
 
-type Heard = (UnixStream, BufReader<UnixStream>, Called);
+type HeardCall = (UnixStream, BufReader<UnixStream>, Called);
 
 /// The call that comes after this one.
 #[derive(Debug)]
-struct Next {
+struct NextCall {
     what: Expecting,
-    /// As in [`Expected::call`].
+    /// As in [`ExpectedCall::call`].
     ended: OwnedFd,
 }
 
 /// A call that waits for us.
 #[derive(Debug)]
-pub struct Call {
+pub struct EngineCall {
     stream: UnixStream,
     reader: BufReader<UnixStream>,
     /// What the engine has said.
     pub called: Called,
-    next: Option<Next>,
+    next: Option<NextCall>,
     apart: bool,
 }
 
-impl Call {
+impl EngineCall {
     /// The caller's standard output and error, where these are pipes: who reads them writes the log.
     ///
     /// # Errors
@@ -284,15 +292,15 @@ impl Call {
                 Some((text(name)?, value.map(text).map_or(Some(None), |v| v.map(Some))?))
             })
             .collect();
-        let order = Order::Run {
+        let order = CallOrder::Run {
             program: text(command.get_program()).ok_or_else(odd)?,
             arguments: arguments.ok_or_else(odd)?,
             environment: environment.ok_or_else(odd)?,
         };
         say(&mut self.stream, &order)?;
         match hear(&mut self.reader)? {
-            Some(Word::Started(pid)) => Ok(pid),
-            Some(Word::Failed(why)) => bail!("{why}"),
+            Some(CallReport::Started(pid)) => Ok(pid),
+            Some(CallReport::Failed(why)) => bail!("{why}"),
             _ => bail!("whom the engine has called has gone"),
         }
     }
@@ -310,7 +318,7 @@ impl Call {
     pub fn restored(&mut self, init: i32, criu: i32) -> Result<()> {
         let given_up = "the engine has given up waiting for the container";
         let Some(next) = self.next.take() else {
-            return say(&mut self.stream, &Order::Restored { init, criu }).context(given_up);
+            return say(&mut self.stream, &CallOrder::Restored { init, criu }).context(given_up);
         };
         let held = ProcessId::of(init).zip(ProcessId::of(criu)).map(|(init, criu)| [init, criu]);
         let held = held.ok_or_else(|| anyhow!("what was restored has ended"))?;
@@ -318,7 +326,7 @@ impl Call {
         let gone = [process::pidfd_open(criu)?, process::pidfd_open(init)?];
         // Before the first call ends: the second may come at once.
         let expected = Expecting { held: Some(held), ..next.what }.expect(START_LIMIT)?;
-        say(&mut self.stream, &Order::Restored { init, criu }).context(given_up)?;
+        say(&mut self.stream, &CallOrder::Restored { init, criu }).context(given_up)?;
         self.apart = true;
         let ends = [next.ended.as_fd(), gone[0].as_fd(), gone[1].as_fd()];
         let heard = expected.accept(&ends, Instant::now() + START_LIMIT);
@@ -334,7 +342,7 @@ impl Call {
     /// It runs, or why it does not.
     pub fn end(mut self, why: Option<String>) {
         // Whoever has gone knows already.
-        let _ = say(&mut self.stream, &Order::End { why });
+        let _ = say(&mut self.stream, &CallOrder::End { why });
     }
 }
 
@@ -381,23 +389,23 @@ fn value(arguments: &[OsString], name: &str) -> Option<PathBuf> {
 /// As the runtime would have: the engine is told that it did not work.
 pub fn answer(expectation: &Expectation, arguments: &[OsString]) -> Result<()> {
     match expectation.verb {
-        Verb::Describe => {
+        EngineVerb::Describe => {
             let images = value(arguments, "image-path");
             let images = images.ok_or_else(|| anyhow!("a checkpoint without --image-path"))?;
             DirBuilder::new().recursive(true).mode(0o700).create(&images)?;
             // Whoever looks for a checkpoint looks for this.
             Ok(fs::write(images.join("inventory.img"), "")?)
         }
-        Verb::LetGo => {
+        EngineVerb::LetGo => {
             let (_stream, mut reader) = call(expectation, arguments)?;
             match hear(&mut reader)? {
-                Some(Order::End { why: None }) | None => Ok(()),
-                Some(Order::End { why: Some(why) }) => bail!("{why}"),
+                Some(CallOrder::End { why: None }) | None => Ok(()),
+                Some(CallOrder::End { why: Some(why) }) => bail!("{why}"),
                 Some(_) => bail!("an order that is not meant here"),
             }
         }
-        Verb::Restore | Verb::Create => restore(expectation, arguments),
-        Verb::Start => start(expectation, arguments),
+        EngineVerb::Restore | EngineVerb::Create => restore(expectation, arguments),
+        EngineVerb::Start => start(expectation, arguments),
     }
 }
 
@@ -405,7 +413,7 @@ pub fn answer(expectation: &Expectation, arguments: &[OsString]) -> Result<()> {
 fn start(expectation: &Expectation, arguments: &[OsString]) -> Result<()> {
     let why = match call(expectation, arguments) {
         Ok((_stream, mut reader)) => match hear(&mut reader).unwrap_or_default() {
-            Some(Order::End { why }) => why,
+            Some(CallOrder::End { why }) => why,
             _ => alone(expectation.held),
         },
         Err(_) => alone(expectation.held),
@@ -424,7 +432,7 @@ fn call(
     let what = "the migration that this belongs to has been given up";
     let mut stream = UnixStream::connect(&expectation.socket).context(what)?;
     let bundle = value(arguments, "bundle").or(value(arguments, "b")).unwrap_or_default();
-    say(&mut stream, &Word::Called(Called { bundle })).context(what)?;
+    say(&mut stream, &CallReport::Called(Called { bundle })).context(what)?;
     let reader = BufReader::new(stream.try_clone()?);
     Ok((stream, reader))
 }
@@ -436,27 +444,27 @@ fn restore(expectation: &Expectation, arguments: &[OsString]) -> Result<()> {
     let mut held = None;
     let ended = loop {
         match hear(&mut reader).unwrap_or_default() {
-            Some(Order::Run { program, arguments, environment }) => {
+            Some(CallOrder::Run { program, arguments, environment }) => {
                 let word = match run(&program, &arguments, &environment) {
-                    Ok(child) => Word::Started(runtime.insert(child).id() as i32),
-                    Err(e) => Word::Failed(format!("{e:#}")),
+                    Ok(child) => CallReport::Started(runtime.insert(child).id() as i32),
+                    Err(e) => CallReport::Failed(format!("{e:#}")),
                 };
                 // Whoever has gone meanwhile is not heard any more.
                 let _ = say(&mut stream, &word);
             }
-            Some(Order::Restored { init, criu }) => {
+            Some(CallOrder::Restored { init, criu }) => {
                 if let Some(file) = &pid_file {
                     fs::write(file, init.to_string())
                         .with_context(|| format!("cannot write {}", file.display()))?;
                 }
                 let now = |pid| ProcessId::of(pid).unwrap_or(ProcessId { pid, started: 0 });
                 held = Some([now(init), now(criu)]);
-                if expectation.verb == Verb::Create {
+                if expectation.verb == EngineVerb::Create {
                     // What was started still restores it.
                     return Ok(());
                 }
             }
-            Some(Order::End { why }) => break why,
+            Some(CallOrder::End { why }) => break why,
             None => break alone(held.take()),
         }
     };

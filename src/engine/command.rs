@@ -22,13 +22,13 @@ const MAX_SAID: u64 = 4 << 20;
 
 /// What it has said.
 #[derive(Debug)]
-pub(super) struct Said {
+pub(super) struct CommandOutput {
     pub success: bool,
     pub out: Vec<u8>,
     pub err: String,
 }
 
-impl Said {
+impl CommandOutput {
     /// Its last word about what went wrong.
     pub fn why(&self) -> String {
         let last = self.err.lines().rev().find(|line| !line.trim().is_empty());
@@ -54,7 +54,7 @@ fn command(program: &str, arguments: &[&str]) -> Command {
 ///
 /// # Errors
 /// When there is no such program, or it takes too long.
-pub(super) fn run(program: &str, arguments: &[&str], limit: Duration) -> Result<Said> {
+pub(super) fn run(program: &str, arguments: &[&str], limit: Duration) -> Result<CommandOutput> {
     let what = || format!("cannot run {program} {}", arguments.join(" "));
     let (mut out, mut err) = (tempfile::tempfile()?, tempfile::tempfile()?);
     let mut command = command(program, arguments);
@@ -69,7 +69,7 @@ pub(super) fn run(program: &str, arguments: &[&str], limit: Duration) -> Result<
     }
     let success = child.wait()?.success();
     tracing::debug!("{program} {}: {success}", arguments.join(" "));
-    Ok(Said {
+    Ok(CommandOutput {
         success,
         out: read(&mut out)?,
         err: String::from_utf8_lossy(&read(&mut err)?).into_owned(),
@@ -108,13 +108,13 @@ pub(super) fn ask(program: &str, arguments: &[&str]) -> Result<Option<Value>> {
 /// Something that an engine does while we do something else.
 #[derive(Debug)]
 pub(crate) struct Running {
-    work: Work,
+    work: EngineWork,
     /// Becomes readable when it has ended.
     end: OwnedFd,
 }
 
 #[derive(Debug)]
-enum Work {
+enum EngineWork {
     /// A command, and what it says.
     Command(Child, PathBuf),
     /// A request to its daemon.
@@ -129,7 +129,7 @@ impl Running {
         command.stdout(file.try_clone()?).stderr(file);
         let child = command.spawn().with_context(|| format!("cannot run {program}"))?;
         let end = process::pidfd_open(child.id() as i32)?;
-        Ok(Running { work: Work::Command(child, log.to_owned()), end })
+        Ok(Running { work: EngineWork::Command(child, log.to_owned()), end })
     }
 
     /// Makes a request on a thread of its own. What the daemon does goes on if we are killed.
@@ -144,7 +144,7 @@ impl Running {
             drop(held);
         };
         std::thread::Builder::new().name("request".into()).spawn(work)?;
-        Ok(Running { work: Work::Request(answer), end: end.into() })
+        Ok(Running { work: EngineWork::Request(answer), end: end.into() })
     }
 
     /// A descriptor that becomes readable when it has ended.
@@ -160,14 +160,14 @@ impl Running {
         process::wait_readable(&[self.end.as_fd()], Some(Instant::now() + limit))
             .map_err(|_| anyhow!("it takes longer than {} s", limit.as_secs()))?;
         match self.work {
-            Work::Command(mut child, log) => {
+            EngineWork::Command(mut child, log) => {
                 if child.wait()?.success() {
                     return Ok(());
                 }
                 let err = std::fs::read_to_string(log).unwrap_or_default();
-                bail!("{}", Said { success: false, out: Vec::new(), err }.why())
+                bail!("{}", CommandOutput { success: false, out: Vec::new(), err }.why())
             }
-            Work::Request(answer) => {
+            EngineWork::Request(answer) => {
                 answer.recv().unwrap_or_else(|_| bail!("nobody has waited for the answer"))
             }
         }

@@ -7,7 +7,9 @@ use anyhow::{Result, anyhow, bail};
 use serde_json::Value;
 
 use super::Engine;
-use super::papers::{Image, Neighbour, Network, Port, Volume, Wanted};
+use super::papers::{
+    EngineImage, EngineNetwork, EngineWants, NeighbourContainer, PublishedPort, Volume,
+};
 use crate::problem::Problem;
 
 /// A text; an empty one if it is none.
@@ -32,7 +34,7 @@ pub(super) fn is_set(value: &Value) -> bool {
 }
 
 /// The published ports of what `inspect` says.
-pub(super) fn ports(found: &Value) -> Vec<Port> {
+pub(super) fn ports(found: &Value) -> Vec<PublishedPort> {
     let mut ports = Vec::new();
     for (inside, list) in found["NetworkSettings"]["Ports"].as_object().into_iter().flatten() {
         let (inside, protocol) = inside.split_once('/').unwrap_or((inside, "tcp"));
@@ -43,7 +45,7 @@ pub(super) fn ports(found: &Value) -> Vec<Port> {
                     "0.0.0.0" | "::" => String::new(),
                     address => address.to_owned(),
                 };
-                let port = Port { address, port, inside, protocol: protocol.to_owned() };
+                let port = PublishedPort { address, port, inside, protocol: protocol.to_owned() };
                 // Once for each family.
                 if !ports.contains(&port) {
                     ports.push(port);
@@ -97,19 +99,25 @@ pub(super) fn volumes(
 }
 
 /// A neighbour by an address with its prefix, as engines write it; nothing for one of IPv6.
-pub(super) fn neighbour(name: &str, network: &str, address: &str) -> Option<Neighbour> {
+pub(super) fn neighbour(name: &str, network: &str, address: &str) -> Option<NeighbourContainer> {
     let address: Ipv4Addr = address.split('/').next()?.parse().ok()?;
-    Some(Neighbour { name: name.to_owned(), network: network.to_owned(), address })
+    Some(NeighbourContainer { name: name.to_owned(), network: network.to_owned(), address })
 }
 
 /// Containers here that cannot be told apart from those which stay on the other host: these go on to be
 /// the container's neighbours.
-pub(super) fn doubles(wanted: &Wanted, found: &[Neighbour], here: &str) -> Vec<Problem> {
-    let same = |a: &Neighbour, b: &Neighbour| a.network == b.network && a.address == b.address;
+pub(super) fn doubles(
+    wanted: &EngineWants,
+    found: &[NeighbourContainer],
+    here: &str,
+) -> Vec<Problem> {
+    let same = |a: &NeighbourContainer, b: &NeighbourContainer| {
+        a.network == b.network && a.address == b.address
+    };
     let pairs = wanted.neighbours.iter().flat_map(|there| {
         found.iter().filter(move |one| same(there, one)).map(move |one| (there, one))
     });
-    let problem = |(there, one): (&Neighbour, &Neighbour)| {
+    let problem = |(there, one): (&NeighbourContainer, &NeighbourContainer)| {
         let (engine, stays) = (wanted.engine, &there.name);
         Problem::new(
             format!(
@@ -126,7 +134,7 @@ pub(super) fn doubles(wanted: &Wanted, found: &[Neighbour], here: &str) -> Vec<P
 }
 
 /// An engine binds a port that it publishes.
-pub(super) fn port_free(port: &Port, here: &str) -> Option<Problem> {
+pub(super) fn port_free(port: &PublishedPort, here: &str) -> Option<Problem> {
     let address = if port.address.is_empty() { "0.0.0.0" } else { &port.address };
     let bound = match port.protocol.as_str() {
         "tcp" => TcpListener::bind((address, port.port)).map(drop),
@@ -153,7 +161,7 @@ pub(super) fn taken(engine: Engine, kind: &str, name: &str, here: &str) -> Probl
 /// An image that is not here, where another one may have its name.
 pub(super) fn image(
     engine: Engine,
-    wanted: &Image,
+    wanted: &EngineImage,
     id: Option<&str>,
     here: &str,
 ) -> Option<Problem> {
@@ -175,8 +183,8 @@ pub(super) fn image(
 /// A network that is not here, or is another one.
 pub(super) fn network(
     engine: Engine,
-    wanted: &Network,
-    found: Option<Network>,
+    wanted: &EngineNetwork,
+    found: Option<EngineNetwork>,
     here: &str,
 ) -> Option<Problem> {
     let name = &wanted.name;

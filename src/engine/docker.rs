@@ -27,11 +27,11 @@ use serde_json::{Value, json};
 
 use self::api::{DELETE, GET, POST, ask};
 use super::Engine;
-use super::calls::Verb;
+use super::calls::EngineVerb;
 use super::command::{LIMIT, Running, run};
 use super::common::{ports, short, text};
 use super::handover::Handover;
-use super::papers::{Image, Made, Papers, Store, Wanted};
+use super::papers::{EngineImage, EngineStore, EngineWants, Made, Papers};
 use crate::problem::Problem;
 use crate::sys::{fault, process};
 
@@ -67,7 +67,7 @@ impl Handover for Docker {
         roots.find(|root| root.join(id).exists())
     }
 
-    fn wanted(&self, id: &str, config: &Value) -> Result<Wanted, Vec<Problem>> {
+    fn wanted(&self, id: &str, config: &Value) -> Result<EngineWants, Vec<Problem>> {
         let looked = (|| {
             let found = ask(GET, &format!("/containers/{id}/json"), None)?;
             let found = found.ok_or_else(|| anyhow!("docker does not know it"))?;
@@ -104,13 +104,13 @@ impl Handover for Docker {
         let log_path = PathBuf::from(text(&found["LogPath"]));
         let log_path = Some(log_path).filter(|path| path.is_absolute());
         let log = log_path.as_ref().map(|path| fs::metadata(path).map_or(0, |meta| meta.len()));
-        Ok(Wanted {
+        Ok(EngineWants {
             engine: Engine::Docker,
             version: text(&info["ServerVersion"]).to_owned(),
             name: text(&found["Name"]).trim_start_matches('/').to_owned(),
             runtime: runtime.to_owned(),
             store,
-            image: Image {
+            image: EngineImage {
                 id: text(&found["Image"]).to_owned(),
                 name: text(&found["Config"]["Image"]).to_owned(),
             },
@@ -132,11 +132,11 @@ impl Handover for Docker {
         Ok(Papers { config, spec: Value::Null, network: Value::Null })
     }
 
-    fn problems(&self, id: &str, wanted: &Wanted) -> Vec<Problem> {
+    fn problems(&self, id: &str, wanted: &EngineWants) -> Vec<Problem> {
         there::problems(id, wanted)
     }
 
-    fn make(&self, wanted: &Wanted, made: &Made) -> Result<()> {
+    fn make(&self, wanted: &EngineWants, made: &Made) -> Result<()> {
         for name in &made.volumes {
             let volume = wanted.volumes.iter().find(|volume| volume.name == *name);
             let labels = volume.map(|volume| &volume.labels);
@@ -149,7 +149,7 @@ impl Handover for Docker {
 
     fn create(
         &self,
-        wanted: &Wanted,
+        wanted: &EngineWants,
         made: &Made,
         papers: &Papers,
         _work: &Path,
@@ -166,11 +166,11 @@ impl Handover for Docker {
         Ok(id.to_owned())
     }
 
-    fn verb(&self) -> Verb {
-        Verb::Create
+    fn verb(&self) -> EngineVerb {
+        EngineVerb::Create
     }
 
-    fn log(&self, wanted: &Wanted, id: &str) -> Option<PathBuf> {
+    fn log(&self, wanted: &EngineWants, id: &str) -> Option<PathBuf> {
         Some(wanted.store.root.join("containers").join(id).join(format!("{id}-json.log")))
     }
 
@@ -282,9 +282,9 @@ fn info() -> Result<Value> {
     ask(GET, "/info", None)?.ok_or_else(|| anyhow!("docker says nothing"))
 }
 
-fn store(info: &Value) -> Store {
+fn store(info: &Value) -> EngineStore {
     let root = PathBuf::from(text(&info["DockerRootDir"]));
-    Store {
+    EngineStore {
         run: EXEC_ROOT.into(),
         volumes: root.join("volumes"),
         root,
@@ -293,7 +293,7 @@ fn store(info: &Value) -> Store {
 }
 
 /// Why what a container has changed of its image cannot be told.
-fn store_problem(store: &Store) -> Option<Problem> {
+fn store_problem(store: &EngineStore) -> Option<Problem> {
     (store.driver != "overlay2").then(|| {
         Problem::new(
             format!("docker's storage driver is {}", store.driver.escape_debug()),

@@ -14,9 +14,9 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde_json::Value;
 
-use super::calls::Verb;
+use super::calls::EngineVerb;
 use super::command::Running;
-use super::papers::{Made, Papers, Wanted};
+use super::papers::{EngineWants, Made, Papers};
 use super::{Engine, docker, podman};
 use crate::problem::Problem;
 
@@ -31,7 +31,7 @@ pub(crate) trait Handover: Sync {
     ///
     /// # Errors
     /// What of it cannot go.
-    fn wanted(&self, id: &str, config: &Value) -> Result<Wanted, Vec<Problem>>;
+    fn wanted(&self, id: &str, config: &Value) -> Result<EngineWants, Vec<Problem>>;
 
     /// The container in the engine's words; it runs on. `root` is the runtime's, `work` a directory.
     ///
@@ -40,26 +40,32 @@ pub(crate) trait Handover: Sync {
     fn papers(&self, id: &str, root: &Path, work: &Path) -> Result<Papers>;
 
     /// What is in the way here, and what is missing.
-    fn problems(&self, id: &str, wanted: &Wanted) -> Vec<Problem>;
+    fn problems(&self, id: &str, wanted: &EngineWants) -> Vec<Problem>;
 
     /// Makes volumes. All that is made is in `made`.
     ///
     /// # Errors
     /// When the engine does not make them.
-    fn make(&self, wanted: &Wanted, made: &Made) -> Result<()>;
+    fn make(&self, wanted: &EngineWants, made: &Made) -> Result<()>;
 
     /// Prepares the container; the ID by which the engine will call its runtime about it.
     ///
     /// # Errors
     /// When what came is not what this engine would have been asked for, or it does not take it.
-    fn create(&self, wanted: &Wanted, made: &Made, papers: &Papers, work: &Path) -> Result<String>;
+    fn create(
+        &self,
+        wanted: &EngineWants,
+        made: &Made,
+        papers: &Papers,
+        work: &Path,
+    ) -> Result<String>;
 
     /// How it will call its runtime.
-    fn verb(&self) -> Verb;
+    fn verb(&self) -> EngineVerb;
 
     /// Where it has the container's log before it calls its runtime. `None`: in the bundle, as `ctr.log`,
     /// and it writes to the end of whatever is there.
-    fn log(&self, wanted: &Wanted, id: &str) -> Option<PathBuf>;
+    fn log(&self, wanted: &EngineWants, id: &str) -> Option<PathBuf>;
 
     /// Has the engine make the container, which calls its runtime.
     ///

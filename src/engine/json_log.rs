@@ -25,7 +25,7 @@ const LIMIT: Duration = Duration::from_secs(10);
 
 /// A line.
 #[derive(Deserialize)]
-struct Line {
+struct LogLine {
     log: String,
     stream: String,
 }
@@ -81,7 +81,7 @@ pub(crate) fn say(staged: &File, from: u64, pipes: [Option<File>; 2]) -> Result<
         if line.is_empty() {
             return Ok(());
         }
-        let line: Line = serde_json::from_slice(&line).context("the container's log")?;
+        let line: LogLine = serde_json::from_slice(&line).context("the container's log")?;
         let pipe = if line.stream == "stderr" { &pipes[1] } else { &pipes[0] };
         let pipe = pipe.as_ref().ok_or_else(|| anyhow!("the engine does not read its log"))?;
         write_all(pipe, line.log.as_bytes(), until)?;

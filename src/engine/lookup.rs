@@ -19,7 +19,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::owner::{Facts, owner};
-use super::{Engine, Owned, Role, socket};
+use super::{Engine, EngineRole, Owned, socket};
 use crate::oci::bundle::Bundle;
 use crate::problem::Problem;
 
@@ -32,21 +32,21 @@ const MIN_PREFIX: usize = 4;
 
 /// What is known of a name.
 #[derive(Debug, Default)]
-pub(crate) struct Found {
+pub(crate) struct FoundName {
     /// Who has a container of that name or ID.
     owned: Vec<Owned>,
     /// Daemons that are there and do not answer.
     silent: Vec<Engine>,
 }
 
-impl Found {
+impl FoundName {
     /// Looks for a name, an ID, or the beginning of one, which must be a possible ID.
-    pub fn of(wanted: &str) -> Found {
-        Found::below(Path::new("/"), wanted)
+    pub fn of(wanted: &str) -> FoundName {
+        FoundName::below(Path::new("/"), wanted)
     }
 
-    fn below(top: &Path, wanted: &str) -> Found {
-        let mut found = Found::default();
+    fn below(top: &Path, wanted: &str) -> FoundName {
+        let mut found = FoundName::default();
         for (engine, place) in
             [(Engine::Podman, "run/podman/podman.sock"), (Engine::Docker, "run/docker.sock")]
         {
@@ -87,7 +87,7 @@ impl Found {
     }
 
     /// What an engine has of it, and no other.
-    pub fn only(mut self, engine: Engine) -> Found {
+    pub fn only(mut self, engine: Engine) -> FoundName {
         self.owned.retain(|owned| owned.engine == engine);
         self.silent.retain(|silent| *silent == engine);
         self
@@ -125,7 +125,7 @@ fn fits(id: &str, wanted: &str) -> bool {
 /// The answer to `GET /containers/NAME/json`, of docker's API, which podman has, too.
 fn of_daemon(engine: Engine, answer: &Value) -> Option<Owned> {
     let name = answer["Name"].as_str().map(|name| name.trim_start_matches('/'));
-    Some(Owned::new(engine, Role::Alone, answer["Id"].as_str()?, name))
+    Some(Owned::new(engine, EngineRole::Alone, answer["Id"].as_str()?, name))
 }
 
 /// Where containers/storage is: by its configuration, or by default. containers-storage.conf(5)
@@ -152,7 +152,7 @@ fn stores(top: &Path) -> Vec<PathBuf> {
 /// podman's, or CRI-O's: their configuration says which.
 fn in_store(store: &Path, wanted: &str) -> Vec<Owned> {
     #[derive(Deserialize)]
-    struct Entry {
+    struct StorageEntry {
         id: String,
         #[serde(default)]
         names: Vec<String>,
@@ -162,8 +162,9 @@ fn in_store(store: &Path, wanted: &str) -> Vec<Owned> {
     for driver in drivers.filter(|path| path.to_string_lossy().ends_with("-containers")) {
         for list in ["containers.json", "volatile-containers.json"] {
             let list = text(&driver.join(list)).unwrap_or_default();
-            let list: Vec<Entry> = serde_json::from_str(&list).unwrap_or_default();
-            let wanted = |e: &Entry| fits(&e.id, wanted) || e.names.iter().any(|n| n == wanted);
+            let list: Vec<StorageEntry> = serde_json::from_str(&list).unwrap_or_default();
+            let wanted =
+                |e: &StorageEntry| fits(&e.id, wanted) || e.names.iter().any(|n| n == wanted);
             for entry in list.into_iter().filter(wanted) {
                 let bundle = driver.join(&entry.id).join("userdata");
                 let name = entry.names.first().map(String::as_str);
@@ -180,7 +181,7 @@ fn in_docker(containers: &Path, wanted: &str) -> Vec<Owned> {
         let config: Value = serde_json::from_str(&text(&path.join("config.v2.json"))?).ok()?;
         let name = config["Name"].as_str().map(|name| name.trim_start_matches('/'));
         let wanted = fits(id, wanted) || name == Some(wanted);
-        wanted.then(|| Owned::new(Engine::Docker, Role::Alone, id, name))
+        wanted.then(|| Owned::new(Engine::Docker, EngineRole::Alone, id, name))
     };
     entries(containers).into_iter().filter_map(of).collect()
 }
@@ -256,7 +257,7 @@ mod tests {
     fn told(top: &Path, names: &[&str]) -> Vec<String> {
         let mut all: Vec<String> = Vec::new();
         for name in names {
-            let found = Found::below(top, name);
+            let found = FoundName::below(top, name);
             all.extend(found.refusal(name).map(|problem| problem.what));
         }
         all
@@ -306,7 +307,7 @@ mod tests {
         file(top.path(), "var/lib/docker/containers/4f5e/config.v2.json", r#"{"Name":"/web"}"#);
         let list = r#"[{"id":"ab12","names":["web"]}]"#;
         file(top.path(), "var/lib/containers/storage/overlay-containers/containers.json", list);
-        let problem = Found::below(top.path(), "web").refusal("web").unwrap();
+        let problem = FoundName::below(top.path(), "web").refusal("web").unwrap();
         assert!(problem.why.contains("podman has web (ab12), docker has web (4f5e)"), "{problem}");
     }
 
@@ -322,7 +323,7 @@ mod tests {
             let answer = format!("HTTP/1.0 200 OK\r\n\r\n{{\"Id\":\"{ID}\",\"Name\":\"/web\"}}");
             stream.write_all(answer.as_bytes()).unwrap();
         });
-        let found = Found::below(top.path(), "web");
+        let found = FoundName::below(top.path(), "web");
         daemon.join().unwrap();
         assert_eq!(found.refusal("web").unwrap().what, "web is docker's container 465b65bd374b");
         assert!(found.silent().unwrap().starts_with("podman did not say"));

@@ -86,7 +86,7 @@ impl fmt::Display for Engine {
 
 /// What a container is to its engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Role {
+pub(crate) enum EngineRole {
     /// A container by itself.
     Alone,
     /// One of several in a pod.
@@ -101,7 +101,7 @@ pub(crate) struct Owned {
     /// Whose.
     pub engine: Engine,
     /// What it is there.
-    pub role: Role,
+    pub role: EngineRole,
     /// As the runtime calls it.
     pub id: String,
     /// As the engine calls it, where that is known.
@@ -112,27 +112,27 @@ pub(crate) struct Owned {
 const SHORT: usize = 12;
 
 impl Owned {
-    fn new(engine: Engine, role: Role, id: &str, name: Option<&str>) -> Owned {
+    fn new(engine: Engine, role: EngineRole, id: &str, name: Option<&str>) -> Owned {
         // Whoever made it may have written anything there.
         let name = name.filter(|name| valid_id(name.as_ref()) && name.len() <= 256);
         // podman says of what holds a pod nothing but its name.
         let infra = engine == Engine::Podman && name.is_some_and(|name| name.ends_with("-infra"));
-        let role = if infra { Role::Sandbox } else { role };
+        let role = if infra { EngineRole::Sandbox } else { role };
         Owned { engine, role, id: id.to_owned(), name: name.map(str::to_owned) }
     }
 
     /// The engine, if it can be asked to hand this one over: a container by itself.
     pub fn handover(&self) -> Option<&'static dyn handover::Handover> {
-        handover::of(self.engine).filter(|_| self.role == Role::Alone)
+        handover::of(self.engine).filter(|_| self.role == EngineRole::Alone)
     }
 
     /// Why it is not carried, in the words of whoever asked for it by `asked`.
     pub fn refusal(&self, asked: &str) -> Problem {
         let engine = self.engine;
         let kind = match self.role {
-            Role::Alone => "container",
-            Role::Member => "container, one of a pod,",
-            Role::Sandbox => "pod sandbox",
+            EngineRole::Alone => "container",
+            EngineRole::Member => "container, one of a pod,",
+            EngineRole::Sandbox => "pod sandbox",
         };
         let short = self.id.get(..SHORT).unwrap_or(&self.id);
         let called = match &self.name {
@@ -143,9 +143,13 @@ impl Owned {
         };
         let who = if asked == self.id { short } else { asked };
         let pod = match self.role {
-            Role::Alone => "",
-            Role::Member => "; and what it shares with the others of its pod would be torn apart",
-            Role::Sandbox => "; and the pod's containers would be left without their namespaces",
+            EngineRole::Alone => "",
+            EngineRole::Member => {
+                "; and what it shares with the others of its pod would be torn apart"
+            }
+            EngineRole::Sandbox => {
+                "; and the pod's containers would be left without their namespaces"
+            }
         };
         let there = match engine {
             Engine::Cri | Engine::CriO => "let Kubernetes start the pod there",
@@ -186,7 +190,7 @@ mod tests {
     #[test]
     fn a_refusal_says_what_it_is_and_what_can_be_done() {
         let id = "ab12cd34ef567890";
-        let web = Owned::new(Engine::Nerdctl, Role::Alone, id, Some("web"));
+        let web = Owned::new(Engine::Nerdctl, EngineRole::Alone, id, Some("web"));
         for (asked, words) in [
             ("web", "web is nerdctl's container ab12cd34ef56"),
             ("ab12", "ab12 is nerdctl's container web (ab12cd34ef56)"),
@@ -197,21 +201,21 @@ mod tests {
             assert!(problem.fatal && problem.why.contains("nerdctl on the other host"));
             assert!(problem.hint.contains("planned"), "{problem}");
         }
-        let ended = Owned::new(Engine::Podman, Role::Alone, id, Some("web")).refusal("web");
+        let ended = Owned::new(Engine::Podman, EngineRole::Alone, id, Some("web")).refusal("web");
         assert_eq!(ended.what, "web is podman's container ab12cd34ef56");
         assert!(ended.why.contains("does not run"), "{ended}");
-        let ended = Owned::new(Engine::Docker, Role::Alone, id, Some("web")).refusal("web");
+        let ended = Owned::new(Engine::Docker, EngineRole::Alone, id, Some("web")).refusal("web");
         assert!(ended.hint.contains("docker inspect"), "{ended}");
-        let member = Owned::new(Engine::Podman, Role::Member, id, Some("web")).refusal("web");
+        let member = Owned::new(Engine::Podman, EngineRole::Member, id, Some("web")).refusal("web");
         assert!(member.why.contains("torn apart"), "{member}");
-        let pause = Owned::new(Engine::Cri, Role::Sandbox, id, None).refusal(id);
+        let pause = Owned::new(Engine::Cri, EngineRole::Sandbox, id, None).refusal(id);
         assert_eq!(pause.what, "ab12cd34ef56 is containerd's pod sandbox");
         assert!(pause.hint.contains("Kubernetes") && pause.why.contains("namespaces"));
     }
 
     #[test]
     fn a_name_that_is_none_is_not_repeated() {
-        let odd = Owned::new(Engine::Docker, Role::Alone, "ab", Some("a\u{1b}[31m\nb"));
+        let odd = Owned::new(Engine::Docker, EngineRole::Alone, "ab", Some("a\u{1b}[31m\nb"));
         assert_eq!(odd.name, None);
     }
 }

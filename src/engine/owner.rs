@@ -14,10 +14,10 @@ use std::path::{Component, Path, PathBuf};
 
 use serde_json::Value;
 
-use super::{Engine, Owned, Role, lookup};
+use super::{Engine, EngineRole, Owned, lookup};
 use crate::oci::bundle::Bundle;
 use crate::oci::cgroup::Cgroup;
-use crate::oci::runtime::State;
+use crate::oci::runtime::RuntimeState;
 use crate::sys::process::proc_text;
 
 /// What is looked at.
@@ -39,7 +39,7 @@ pub(crate) struct Facts {
 
 impl Facts {
     /// Looks at a container. What cannot be seen is left out.
-    pub fn of(state: &State, root: &Path) -> Facts {
+    pub fn of(state: &RuntimeState, root: &Path) -> Facts {
         let config = Bundle::load(&state.bundle).ok().map(|bundle| bundle.config);
         let (Cgroup::V2(cgroup) | Cgroup::V1(cgroup)) =
             Cgroup::of_process(state.pid).unwrap_or_else(|_| Cgroup::V2(PathBuf::new()));
@@ -108,7 +108,7 @@ fn docker_name(id: &str, config: &Value) -> Option<String> {
     let known = lookup::text(&directory.join("config.v2.json"))?;
     let known: Value = serde_json::from_str(&known).ok()?;
     let name = known["Name"].as_str()?.trim_start_matches('/').to_owned();
-    Owned::new(Engine::Docker, Role::Alone, id, Some(&name)).name
+    Owned::new(Engine::Docker, EngineRole::Alone, id, Some(&name)).name
 }
 
 /// podman and CRI-O say so themselves.
@@ -200,14 +200,14 @@ fn by_parent(facts: &Facts) -> Option<Engine> {
 }
 
 /// What it is to its engine. podman uses CRI-O's annotations for the members of its pods.
-fn role(facts: &Facts) -> Role {
+fn role(facts: &Facts) -> EngineRole {
     let kinds = ["io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri.container-type"];
     let in_pod = facts.annotation("io.kubernetes.cri-o.SandboxID").is_some();
     match kinds.iter().find_map(|kind| facts.annotation(kind)) {
-        Some("sandbox") => Role::Sandbox,
-        Some(_) => Role::Member,
-        None if in_pod => Role::Member,
-        None => Role::Alone,
+        Some("sandbox") => EngineRole::Sandbox,
+        Some(_) => EngineRole::Member,
+        None if in_pod => EngineRole::Member,
+        None => EngineRole::Alone,
     }
 }
 
@@ -281,35 +281,35 @@ mod tests {
         let with = |annotations| Facts { annotations, ..plain() };
         let pod = json!({"io.container.manager": "libpod", "io.kubernetes.cri-o.ContainerType": "sandbox"});
         for (annotations, wanted, role, name) in [
-            (json!({"io.container.manager": "libpod"}), Engine::Podman, Role::Alone, None),
-            (pod, Engine::Podman, Role::Sandbox, None),
+            (json!({"io.container.manager": "libpod"}), Engine::Podman, EngineRole::Alone, None),
+            (pod, Engine::Podman, EngineRole::Sandbox, None),
             (
                 json!({"io.container.manager": "libpod", "io.kubernetes.cri-o.SandboxID": "f39233c1"}),
                 Engine::Podman,
-                Role::Member,
+                EngineRole::Member,
                 None,
             ),
             (
                 json!({"io.podman.annotations.autoremove": "TRUE"}),
                 Engine::Podman,
-                Role::Alone,
+                EngineRole::Alone,
                 None,
             ),
             (
                 json!({"io.container.manager": "cri-o", "io.kubernetes.cri-o.ContainerType": "container",
                     "io.kubernetes.cri-o.Name": "k8s_srv_web_default_u1_0"}),
                 Engine::CriO,
-                Role::Member,
+                EngineRole::Member,
                 Some("k8s_srv_web_default_u1_0"),
             ),
             (
                 json!({"io.kubernetes.cri.container-type": "sandbox",
                     "io.kubernetes.cri.sandbox-name": "web"}),
                 Engine::Cri,
-                Role::Sandbox,
+                EngineRole::Sandbox,
                 Some("web"),
             ),
-            (json!({"nerdctl/name": "web"}), Engine::Nerdctl, Role::Alone, Some("web")),
+            (json!({"nerdctl/name": "web"}), Engine::Nerdctl, EngineRole::Alone, Some("web")),
         ] {
             let owned = owner(&with(annotations)).unwrap();
             assert_eq!((owned.engine, owned.role, owned.name.as_deref()), (wanted, role, name));
@@ -372,7 +372,7 @@ mod tests {
         let conmon = conmon.unwrap();
         assert_eq!((conmon.engine, conmon.name.as_deref()), (Engine::Podman, Some("web")));
         let infra = under(format!("/usr/bin/conmon -c {ID} -n 79c8a4b7fa57-infra")).unwrap();
-        assert_eq!((conmon.role, infra.role), (Role::Alone, Role::Sandbox));
+        assert_eq!((conmon.role, infra.role), (EngineRole::Alone, EngineRole::Sandbox));
         let shim = "/usr/bin/containerd-shim-runc-v2";
         let engine = |line| under(line).map(|owned| owned.engine);
         assert_eq!(engine(format!("{shim} -namespace moby -id {ID}")), Some(Engine::Docker));

@@ -1,6 +1,6 @@
 //! What goes from one host to the other about an engine's container, beside the container itself.
 //!
-//! [`Wanted`] is in the plan: what has to be there, so that all that is missing is told before anything
+//! [`EngineWants`] is in the plan: what has to be there, so that all that is missing is told before anything
 //! is touched. [`Papers`] follow when the migration has begun: the container in the engine's own words.
 //! [`Made`] is in the journal: what there is to undo.
 
@@ -29,7 +29,7 @@ const MAX_PAPERS: usize = 1 << 20;
 
 /// What a container needs of its engine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Wanted {
+pub struct EngineWants {
     /// Which.
     pub engine: Engine,
     /// Its version.
@@ -39,22 +39,22 @@ pub struct Wanted {
     /// As it calls the runtime.
     pub runtime: String,
     /// Where it keeps things.
-    pub store: Store,
+    pub store: EngineStore,
     /// What the container was made of.
-    pub image: Image,
+    pub image: EngineImage,
     /// Volumes that are the engine's.
     pub volumes: Vec<Volume>,
     /// Networks that it is in.
-    pub networks: Vec<Network>,
+    pub networks: Vec<EngineNetwork>,
     /// Addresses that it has and that cannot be asked for.
     #[serde(default)]
     pub given: Vec<IpAddr>,
     /// Ports of the host that lead to it.
-    pub ports: Vec<Port>,
+    pub ports: Vec<PublishedPort>,
     /// The engine's other containers in its bridge networks: they stay. None where they are not to reach it
     /// afterwards.
     #[serde(default)]
-    pub neighbours: Vec<Neighbour>,
+    pub neighbours: Vec<NeighbourContainer>,
     /// Mounts of the container that the engine makes itself.
     pub own: Vec<PathBuf>,
     /// Bytes of its log.
@@ -66,7 +66,7 @@ pub struct Wanted {
 
 /// Where an engine keeps things.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Store {
+pub struct EngineStore {
     /// Images and containers.
     pub root: PathBuf,
     /// What is gone with a reboot.
@@ -79,7 +79,7 @@ pub struct Store {
 
 /// An image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Image {
+pub struct EngineImage {
     /// By what is in it.
     pub id: String,
     /// By its name.
@@ -99,7 +99,7 @@ pub struct Volume {
 
 /// A network.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Network {
+pub struct EngineNetwork {
     /// Its name.
     pub name: String,
     /// Its kind.
@@ -110,7 +110,7 @@ pub struct Network {
 
 /// Another container in a network of the container's.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Neighbour {
+pub struct NeighbourContainer {
     /// As the engine calls it.
     pub name: String,
     /// The network.
@@ -121,7 +121,7 @@ pub struct Neighbour {
 
 /// A published port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Port {
+pub struct PublishedPort {
     /// On which of the host's addresses; empty for all.
     pub address: String,
     /// On the host.
@@ -222,7 +222,7 @@ impl Made {
     }
 
     /// On the source: whose it is.
-    pub fn nothing(wanted: &Wanted, container: &str) -> Made {
+    pub fn nothing(wanted: &EngineWants, container: &str) -> Made {
         Made {
             engine: wanted.engine,
             container: container.to_owned(),
@@ -239,7 +239,7 @@ fn plain(path: &Path) -> bool {
     path.is_absolute() && path.components().all(|c| !matches!(c, Component::ParentDir))
 }
 
-impl Wanted {
+impl EngineWants {
     /// Refuses what no honest source sends.
     ///
     /// # Errors
@@ -277,8 +277,9 @@ impl Wanted {
         if id.len() != 64 || !id.bytes().all(|b| b.is_ascii_hexdigit()) {
             bail!("{:?} is no image's ID", self.image.id);
         }
-        let odd =
-            |port: &&Port| !port.address.is_empty() && port.address.parse::<IpAddr>().is_err();
+        let odd = |port: &&PublishedPort| {
+            !port.address.is_empty() && port.address.parse::<IpAddr>().is_err()
+        };
         if let Some(port) = self.ports.iter().find(odd) {
             bail!("{:?} is no address", port.address);
         }

@@ -18,11 +18,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::Value;
 
-use super::calls::{self, Verb};
+use super::calls::{self, EngineVerb};
 use super::command::{LIMIT, Running, ask, run};
 use super::common::{ports, short, text};
 use super::handover::Handover;
-use super::papers::{Image, Made, Papers, Store, Wanted};
+use super::papers::{EngineImage, EngineStore, EngineWants, Made, Papers};
 use super::{Engine, archive};
 use crate::problem::Problem;
 
@@ -48,7 +48,7 @@ impl Handover for Podman {
         None
     }
 
-    fn wanted(&self, id: &str, config: &Value) -> Result<Wanted, Vec<Problem>> {
+    fn wanted(&self, id: &str, config: &Value) -> Result<EngineWants, Vec<Problem>> {
         let looked = (|| {
             let found = ask(PODMAN, &["container", "inspect", id])?;
             let found = found.ok_or_else(|| anyhow!("podman does not know it"))?;
@@ -80,13 +80,13 @@ impl Handover for Podman {
         let file = matches!(text(&log["Type"]), "k8s-file" | "json-file");
         let log_path = file.then(|| PathBuf::from(text(&log["Path"])));
         let log = log_path.as_ref().map(|path| fs::metadata(path).map_or(0, |meta| meta.len()));
-        Ok(Wanted {
+        Ok(EngineWants {
             engine: Engine::Podman,
             version: text(&info["version"]["Version"]).to_owned(),
             name: text(&found["Name"]).to_owned(),
             runtime: text(&found["OCIRuntime"]).to_owned(),
             store,
-            image: Image {
+            image: EngineImage {
                 id: text(&found["Image"]).to_owned(),
                 name: text(&found["ImageName"]).to_owned(),
             },
@@ -105,7 +105,7 @@ impl Handover for Podman {
         let file = work.join(ARCHIVE);
         let place = work.join("engine");
         // Its runtime is asked for a checkpoint, which nobody needs.
-        let _expected = calls::expect(Verb::Describe, id, root, work, LIMIT)?;
+        let _expected = calls::expect(EngineVerb::Describe, id, root, work, LIMIT)?;
         let to = file.to_str().ok_or_else(|| anyhow!("a directory that is not UTF-8"))?;
         let said = run(
             PODMAN,
@@ -145,11 +145,11 @@ impl Handover for Podman {
         Ok(papers)
     }
 
-    fn problems(&self, id: &str, wanted: &Wanted) -> Vec<Problem> {
+    fn problems(&self, id: &str, wanted: &EngineWants) -> Vec<Problem> {
         there::problems(id, wanted)
     }
 
-    fn make(&self, wanted: &Wanted, made: &Made) -> Result<()> {
+    fn make(&self, wanted: &EngineWants, made: &Made) -> Result<()> {
         for name in &made.volumes {
             let volume = wanted.volumes.iter().find(|volume| volume.name == *name);
             let labels: Vec<String> = volume
@@ -169,7 +169,13 @@ impl Handover for Podman {
         Ok(())
     }
 
-    fn create(&self, wanted: &Wanted, made: &Made, papers: &Papers, work: &Path) -> Result<String> {
+    fn create(
+        &self,
+        wanted: &EngineWants,
+        made: &Made,
+        papers: &Papers,
+        work: &Path,
+    ) -> Result<String> {
         judge::judge(wanted, &made.container, papers)?;
         let json = |value: &Value| serde_json::to_vec(value);
         archive::write(
@@ -185,11 +191,11 @@ impl Handover for Podman {
         Ok(made.container.clone())
     }
 
-    fn verb(&self) -> Verb {
-        Verb::Restore
+    fn verb(&self) -> EngineVerb {
+        EngineVerb::Restore
     }
 
-    fn log(&self, _wanted: &Wanted, _id: &str) -> Option<PathBuf> {
+    fn log(&self, _wanted: &EngineWants, _id: &str) -> Option<PathBuf> {
         None
     }
 
@@ -244,9 +250,9 @@ fn info() -> Result<Value> {
     ask(PODMAN, &["info", "--format", "json"])?.ok_or_else(|| anyhow!("podman says nothing"))
 }
 
-fn store(info: &Value) -> Store {
+fn store(info: &Value) -> EngineStore {
     let store = &info["store"];
-    Store {
+    EngineStore {
         root: text(&store["graphRoot"]).into(),
         run: text(&store["runRoot"]).into(),
         volumes: text(&store["volumePath"]).into(),

@@ -37,7 +37,7 @@ pub(super) fn get(at: &Path, path: &str) -> io::Result<Option<Value>> {
 
 /// What a daemon has said.
 #[derive(Debug)]
-pub(super) struct Answer {
+pub(super) struct DaemonAnswer {
     /// As in RFC 9110.
     pub status: u16,
     /// JSON, if anything.
@@ -54,7 +54,7 @@ pub(super) fn request(
     path: &str,
     body: Option<&Value>,
     limit: Duration,
-) -> io::Result<Answer> {
+) -> io::Result<DaemonAnswer> {
     let until = Instant::now() + limit;
     let mut stream = connect_within(at, limit)?;
     // HTTP/1.0: an answer in one piece, which ends with the connection.
@@ -104,13 +104,13 @@ fn connect_within(at: &Path, limit: Duration) -> io::Result<UnixStream> {
 }
 
 /// An answer's parts. RFC 9112.
-fn parse(answer: &[u8]) -> io::Result<Answer> {
+fn parse(answer: &[u8]) -> io::Result<DaemonAnswer> {
     let end = answer.windows(4).position(|four| four == b"\r\n\r\n");
     let (head, body) = answer.split_at(end.ok_or_else(|| odd("it does not speak HTTP"))?);
     let head = std::str::from_utf8(head).map_err(|_| odd("it does not speak HTTP"))?;
     let status = head.strip_prefix("HTTP/1.").and_then(|rest| rest.get(2..5)?.parse().ok());
     let status = status.ok_or_else(|| odd("it does not speak HTTP"))?;
-    Ok(Answer { status, body: body[4..].to_vec() })
+    Ok(DaemonAnswer { status, body: body[4..].to_vec() })
 }
 
 fn odd(what: &str) -> io::Error {

@@ -21,8 +21,8 @@ use nix::fcntl::{FallocateFlags, OFlag, fallocate, openat, renameat};
 use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
-use super::ops::{self, BLOCK, Step};
-use super::tree::{self, Entry, Kind};
+use super::ops::{self, BLOCK, FileStep};
+use super::tree::{self, FileEntry, FileKind};
 use super::walk::Size;
 
 /// Pieces of the stream that wait to be written.
@@ -65,12 +65,12 @@ impl Applying {
                 bytes: announced.bytes.saturating_mul(2).saturating_add(MORE.bytes),
                 entries: announced.entries.saturating_mul(2).saturating_add(MORE.entries),
             };
-            trees.push(Tree { root: open, left, budget: left });
+            trees.push(AppliedTree { root: open, left, budget: left });
         }
         let (stream, pieces) = sync_channel(QUEUE);
         let thread = std::thread::Builder::new().name("files".into()).spawn(move || {
             let mut input = Pieces { pieces, now: Vec::new(), at: 0 };
-            let mut work = Work { trees, current: 0, file: None, directories: HashMap::new() };
+            let mut work = ApplyWork { trees, current: 0, file: None, directories: HashMap::new() };
             let result = work.all(&mut input, &tell);
             if let Err(e) = &result {
                 tell(Applied::Failed(format!("{e:#}")));
@@ -135,7 +135,7 @@ impl Read for Pieces {
     }
 }
 
-struct Tree {
+struct AppliedTree {
     root: File,
     /// What may still come in this round.
     left: Size,
@@ -143,7 +143,7 @@ struct Tree {
     budget: Size,
 }
 
-impl Tree {
+impl AppliedTree {
     /// So much more is written.
     fn take(&mut self, bytes: u64, entries: u64) -> Result<()> {
         let left = &mut self.left;
@@ -154,58 +154,58 @@ impl Tree {
 }
 
 /// A regular file whose data are coming.
-struct Open {
+struct IncomingFile {
     parent: OwnedFd,
     name: PathBuf,
     file: File,
-    entry: Entry,
+    entry: FileEntry,
     size: u64,
 }
 
-struct Work {
-    trees: Vec<Tree>,
+struct ApplyWork {
+    trees: Vec<AppliedTree>,
     current: usize,
-    file: Option<Open>,
+    file: Option<IncomingFile>,
     /// Directories of this round, by tree and path: their times are set when all in them is done.
-    directories: HashMap<(usize, Vec<u8>), Entry>,
+    directories: HashMap<(usize, Vec<u8>), FileEntry>,
 }
 
-impl Work {
+impl ApplyWork {
     fn all(&mut self, input: &mut impl Read, tell: &impl Fn(Applied)) -> Result<()> {
         while let Some(step) = ops::read(input)? {
             match step {
-                Step::Data(offset, length) => {
+                FileStep::Data(offset, length) => {
                     self.data(offset, length, input)?;
                     continue;
                 }
-                Step::Hole(offset, length) => {
+                FileStep::Hole(offset, length) => {
                     self.hole(offset, length)?;
                     continue;
                 }
                 _ => self.close()?,
             }
             match step {
-                Step::Tree(number) => {
+                FileStep::Tree(number) => {
                     self.current = number as usize;
                     if self.current >= self.trees.len() {
                         bail!(UNKNOWN);
                     }
                 }
-                Step::Remove(path) => self.remove(&path)?,
-                Step::Rename(from, to) => {
+                FileStep::Remove(path) => self.remove(&path)?,
+                FileStep::Rename(from, to) => {
                     let shown = String::from_utf8_lossy(&from).into_owned();
                     self.rename(&from, &to).with_context(|| format!("cannot rename {shown:?}"))?;
                 }
-                Step::Make(entry) => {
+                FileStep::Make(entry) => {
                     let shown = String::from_utf8_lossy(&entry.path).into_owned();
                     self.make(entry).with_context(|| format!("cannot make {shown:?}"))?;
                 }
-                Step::Change(entry, empty) => {
+                FileStep::Change(entry, empty) => {
                     let shown = String::from_utf8_lossy(&entry.path).into_owned();
                     self.change(entry, empty)
                         .with_context(|| format!("cannot change {shown:?}"))?;
                 }
-                Step::Round(number, last) => {
+                FileStep::Round(number, last) => {
                     if number > MAX_ROUNDS {
                         bail!("more rounds than any source makes");
                     }
@@ -222,13 +222,13 @@ impl Work {
                     }
                     tell(Applied::Round(number));
                 }
-                Step::Data(..) | Step::Hole(..) => {}
+                FileStep::Data(..) | FileStep::Hole(..) => {}
             }
         }
         Ok(())
     }
 
-    fn tree(&mut self) -> Result<&mut Tree> {
+    fn tree(&mut self) -> Result<&mut AppliedTree> {
         self.trees.get_mut(self.current).context(UNKNOWN)
     }
 
@@ -301,25 +301,25 @@ impl Work {
         Ok(())
     }
 
-    fn make(&mut self, entry: Entry) -> Result<()> {
+    fn make(&mut self, entry: FileEntry) -> Result<()> {
         let current = self.current;
         let tree = self.tree()?;
         tree.take(entry.said(), 1)?;
         let (parent, name) = super::walk::place(&tree.root, &entry.path)?;
         clear(&parent, &name)?;
         match &entry.kind {
-            Kind::File(size) => {
+            FileKind::File(size) => {
                 let size = *size;
                 let file = tree::create(parent.as_fd(), &name)?;
                 file.set_len(size)?;
-                self.file = Some(Open { parent, name, file, entry, size });
+                self.file = Some(IncomingFile { parent, name, file, entry, size });
                 Ok(())
             }
-            Kind::Link(first) => tree::link(&tree.root, first, parent.as_fd(), &name),
+            FileKind::Link(first) => tree::link(&tree.root, first, parent.as_fd(), &name),
             kind => {
                 tree::make_node(parent.as_fd(), &name, &entry)?;
                 tree::describe(parent.as_fd(), &name, &entry)?;
-                if matches!(kind, Kind::Directory) {
+                if matches!(kind, FileKind::Directory) {
                     self.directories.insert((current, entry.path.clone()), entry);
                 }
                 Ok(())
@@ -327,7 +327,7 @@ impl Work {
         }
     }
 
-    fn change(&mut self, entry: Entry, empty: bool) -> Result<()> {
+    fn change(&mut self, entry: FileEntry, empty: bool) -> Result<()> {
         let current = self.current;
         let tree = self.tree()?;
         tree.take(entry.said(), 0)?;
@@ -337,7 +337,7 @@ impl Work {
             super::walk::place(&tree.root, &entry.path)?
         };
         match &entry.kind {
-            Kind::File(size) => {
+            FileKind::File(size) => {
                 let size = *size;
                 let flags =
                     OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
@@ -349,13 +349,13 @@ impl Work {
                     file.set_len(0)?;
                 }
                 file.set_len(size)?;
-                self.file = Some(Open { parent, name, file, entry, size });
+                self.file = Some(IncomingFile { parent, name, file, entry, size });
                 Ok(())
             }
-            Kind::Link(_) => bail!("another name that has changed"),
+            FileKind::Link(_) => bail!("another name that has changed"),
             kind => {
                 tree::describe(parent.as_fd(), &name, &entry)?;
-                if matches!(kind, Kind::Directory) {
+                if matches!(kind, FileKind::Directory) {
                     self.directories.insert((current, entry.path.clone()), entry);
                 }
                 Ok(())

@@ -15,8 +15,8 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::writes::{Heard as Written, Writes};
-use crate::sys::fanotify::{Change, Changes, Handle};
+use super::writes::{Writes, WrittenBlocks as Written};
+use crate::sys::fanotify::{Changes, FileChange, Handle};
 
 /// More names than this are no help: then everything is looked at. Others may be busy on the same
 /// file system.
@@ -25,36 +25,36 @@ const MOST: usize = 50_000;
 const ROOM: usize = 64 << 10;
 
 /// Directories and names in them; files themselves, without a name.
-pub(super) type Names = HashSet<(Handle, Vec<u8>)>;
+pub(super) type ChangedNames = HashSet<(Handle, Vec<u8>)>;
 
 /// Listens to the file systems of some trees until it is dropped.
 #[derive(Debug)]
-pub(super) struct Listener {
-    shared: Arc<Shared>,
+pub(super) struct ChangeListener {
+    shared: Arc<SharedChanges>,
     stop: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct SharedChanges {
     changes: Changes,
-    heard: Mutex<Heard>,
+    heard: Mutex<HeardChanges>,
     writes: Option<Mutex<Writes>>,
 }
 
 #[derive(Debug, Default)]
-struct Heard {
-    names: Names,
+struct HeardChanges {
+    names: ChangedNames,
     /// Not everything is among them.
     lost: bool,
 }
 
-impl Listener {
+impl ChangeListener {
     /// Everything that changes from now on is heard.
     ///
     /// # Errors
     /// When the kernel does not tell, or not of one of these file systems.
-    pub(super) fn start(roots: &[PathBuf]) -> Result<Listener> {
+    pub(super) fn start(roots: &[PathBuf]) -> Result<ChangeListener> {
         let changes = Changes::new()?;
         for root in roots {
             changes.watch(root)?;
@@ -64,7 +64,7 @@ impl Listener {
         let wakers = writes.iter().flat_map(Writes::wakers).map(|fd| fd.try_clone_to_owned());
         let wakers: Vec<OwnedFd> = wakers.collect::<Result<_, _>>()?;
         let writes = writes.map(Mutex::new);
-        let shared = Arc::new(Shared { changes, heard: Mutex::default(), writes });
+        let shared = Arc::new(SharedChanges { changes, heard: Mutex::default(), writes });
         let stop = Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?);
         let (listening, stopped) = (shared.clone(), stop.clone());
         let thread = std::thread::Builder::new().name("listener".into()).spawn(move || {
@@ -76,12 +76,12 @@ impl Listener {
                 }
             }
         })?;
-        Ok(Listener { shared, stop, thread: Some(thread) })
+        Ok(ChangeListener { shared, stop, thread: Some(thread) })
     }
 
     /// What has changed since the last call, all of what has happened by now; none if that is not
     /// known.
-    pub(super) fn take(&self) -> Option<Names> {
+    pub(super) fn take(&self) -> Option<ChangedNames> {
         let heard = std::mem::take(&mut *self.shared.drain());
         (!heard.lost).then_some(heard.names)
     }
@@ -120,7 +120,7 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Drop for Listener {
+impl Drop for ChangeListener {
     fn drop(&mut self) {
         let _ = self.stop.write(1);
         if let Some(thread) = self.thread.take() {
@@ -129,7 +129,7 @@ impl Drop for Listener {
     }
 }
 
-impl Shared {
+impl SharedChanges {
     /// Whether there may be something to hear, and not the end.
     fn wait(&self, stop: &EventFd, wakers: &[OwnedFd]) -> bool {
         let own = [stop.as_fd(), self.changes.as_fd()];
@@ -141,22 +141,22 @@ impl Shared {
         }
     }
 
-    fn drain(&self) -> MutexGuard<'_, Heard> {
+    fn drain(&self) -> MutexGuard<'_, HeardChanges> {
         let mut heard = locked(&self.heard);
         let mut room = vec![0; ROOM];
         let mut lost = heard.lost;
         let names = &mut heard.names;
         loop {
             let more = self.changes.read(&mut room, &mut |change| match change {
-                Change::Name(handle, name) if !lost && names.len() < MOST => {
+                FileChange::Name(handle, name) if !lost && names.len() < MOST => {
                     names.insert((handle, name));
                 }
-                Change::File(handle) if !lost && names.len() < MOST => {
+                FileChange::File(handle) if !lost && names.len() < MOST => {
                     names.insert((handle, Vec::new()));
                 }
                 _ => {
                     lost = true;
-                    *names = Names::default();
+                    *names = ChangedNames::default();
                 }
             });
             match more {

@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use anyhow::Result;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::ops::{self, BLOCK, Step};
+use super::ops::{self, BLOCK, FileStep};
 use super::tree::Extents;
 
 /// Bytes that are compared, and sent again, as one. Databases write pages of this size.
@@ -25,7 +25,7 @@ const MOST_RUNS: usize = 1 << 20;
 /// What the copy of a large file holds: a sum of each grain that is no hole. Two grains with the same
 /// sum by chance are far less likely than a disk that gives back something else than was written.
 #[derive(Debug)]
-pub(super) struct Sums {
+pub(super) struct GrainSums {
     size: u64,
     /// Bytes of a grain.
     grain: u64,
@@ -36,9 +36,9 @@ pub(super) struct Sums {
 
 /// What was sent.
 #[derive(Debug)]
-pub(super) struct Sent {
+pub(super) struct SentFile {
     /// Of a large file.
-    pub(super) sums: Option<Sums>,
+    pub(super) sums: Option<GrainSums>,
     /// Bytes that were read.
     pub(super) read: u64,
     /// Whether it was certainly all that it held when it was looked at, or later.
@@ -59,15 +59,15 @@ pub(super) trait Touched {
 pub(super) fn send(
     file: &File,
     size: u64,
-    before: Option<Sums>,
+    before: Option<GrainSums>,
     touched: Option<&dyn Touched>,
     out: &mut impl Write,
     went: &mut dyn FnMut(u64),
-) -> Result<Sent> {
+) -> Result<SentFile> {
     let very_large = file.metadata()?.blocks() > VERY_LARGE / 512;
     let chosen = if very_large { BLOCK as u64 } else { GRAIN };
     let grain = before.as_ref().map_or(chosen, |before| before.grain);
-    let sums = Sums { size, grain, runs: Vec::new(), sums: Vec::new() };
+    let sums = GrainSums { size, grain, runs: Vec::new(), sums: Vec::new() };
     let sums = (size > LARGE).then_some(sums);
     let mut sending = Sending { before, sums, size, grain, out, went };
     let mut buffer = vec![0; BLOCK];
@@ -100,10 +100,10 @@ pub(super) fn send(
 
     sending.hole(at, size)?;
     let sums = sending.sums.filter(|sums| sums.runs.len() <= MOST_RUNS);
-    Ok(Sent { sums, read, certain })
+    Ok(SentFile { sums, read, certain })
 }
 
-impl Sums {
+impl GrainSums {
     /// Adds the sum of a grain behind all others.
     fn push(&mut self, number: u64, sum: u64) {
         // Beyond that they are of no use, and need no memory.
@@ -137,9 +137,9 @@ impl Sums {
 
 struct Sending<'a, W> {
     /// What the copy has.
-    before: Option<Sums>,
+    before: Option<GrainSums>,
     /// What it will have, if somebody wants to know.
-    sums: Option<Sums>,
+    sums: Option<GrainSums>,
     size: u64,
     grain: u64,
     out: &'a mut W,
@@ -158,7 +158,7 @@ impl<W: Write> Sending<'_, W> {
             }
             let (start, end) = (start.max(from), end.min(to));
             if start < end {
-                ops::write(self.out, &Step::Hole(start, end - start))?;
+                ops::write(self.out, &FileStep::Hole(start, end - start))?;
             }
         }
         Ok(())
@@ -203,7 +203,7 @@ impl<W: Write> Sending<'_, W> {
     /// Sends the rest of a block, which is at `at`, from a place in it on.
     fn data(&mut self, at: u64, block: &[u8], from: usize) -> Result<()> {
         let rest = &block[from..];
-        ops::write(self.out, &Step::Data(at + from as u64, rest.len() as u32))?;
+        ops::write(self.out, &FileStep::Data(at + from as u64, rest.len() as u32))?;
         self.out.write_all(rest)?;
         (self.went)(rest.len() as u64);
         Ok(())

@@ -32,14 +32,14 @@ use serde::Serialize;
 use xxhash_rust::xxh3::Xxh3Builder;
 
 use self::moves::Moves;
-use super::changes::{Listener, Names};
-use super::contents::{self, Sums, Touched};
+use super::changes::{ChangeListener, ChangedNames};
+use super::contents::{self, GrainSums, Touched};
 use super::directory;
 use super::inodes::Inodes;
-use super::ops::{self, SINGLE, Step};
+use super::ops::{self, FileStep, SINGLE};
 use super::root::Root;
-use super::tree::{Entry, Kind};
-use super::walk::{Seen, look_at, reach, shown, visit_one, walk};
+use super::tree::{FileEntry, FileKind};
+use super::walk::{SeenFile, look_at, reach, shown, visit_one, walk};
 use crate::sys::fanotify::{self, Handle};
 
 /// Some file systems know seconds only, others the time of the last tick; and a write bears the time
@@ -48,7 +48,7 @@ pub(super) const WINDOW: Duration = Duration::from_millis(2100);
 
 /// What a round found and sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
-pub struct RoundStats {
+pub struct FileRoundStats {
     /// Files looked at.
     pub entries: u64,
     /// Those that were new or had changed.
@@ -66,21 +66,21 @@ pub struct RoundStats {
 /// Follows some trees; see the module.
 #[derive(Debug)]
 pub struct Follower {
-    trees: Vec<Tree>,
+    trees: Vec<FollowedTree>,
     rounds: u32,
     /// So many of the first trees never change.
     fixed: usize,
     /// See [`WINDOW`].
     window: Duration,
-    listener: Option<Listener>,
+    listener: Option<ChangeListener>,
 }
 
 #[derive(Debug)]
-struct Tree {
+struct FollowedTree {
     root: Root,
-    known: HashMap<Vec<u8>, Known, Xxh3Builder>,
+    known: HashMap<Vec<u8>, KnownFile, Xxh3Builder>,
     /// Of large files, by inode: which inode of the copy, and what it holds.
-    sums: HashMap<u64, (u64, Sums)>,
+    sums: HashMap<u64, (u64, GrainSums)>,
     /// Numbers given to inodes of the copy.
     groups: u64,
     /// Where the directories are whose handles the kernel tells.
@@ -94,9 +94,9 @@ struct Tree {
     numbered: bool,
 }
 
-impl Tree {
-    fn new(root: Root) -> Tree {
-        Tree {
+impl FollowedTree {
+    fn new(root: Root) -> FollowedTree {
+        FollowedTree {
             numbered: moves::numbered(&root.path()),
             root,
             known: HashMap::default(),
@@ -132,8 +132,8 @@ impl Tree {
     }
 
     /// Under which names this was known.
-    fn names_of(&self, seen: &Seen) -> Vec<Vec<u8>> {
-        let same = |known: &Known| known.ino == seen.ino && known.kind == seen.kind();
+    fn names_of(&self, seen: &SeenFile) -> Vec<Vec<u8>> {
+        let same = |known: &KnownFile| known.ino == seen.ino && known.kind == seen.kind();
         let names = self.known.iter().filter(|(_, known)| same(known));
         names.map(|(path, _)| path.clone()).collect()
     }
@@ -141,7 +141,7 @@ impl Tree {
 
 /// What the other side has at a path.
 #[derive(Clone, Copy, Debug)]
-struct Known {
+struct KnownFile {
     kind: u32,
     ino: u64,
     /// Change time and size when it was sent; none if that is not certain.
@@ -152,9 +152,9 @@ struct Known {
     round: u32,
 }
 
-impl Known {
+impl KnownFile {
     /// Whether it is the same file, as far as can be seen.
-    fn is(&self, seen: &Seen) -> bool {
+    fn is(&self, seen: &SeenFile) -> bool {
         self.kind == seen.kind() && (self.ino == seen.ino || seen.is_dir())
     }
 }
@@ -175,10 +175,10 @@ impl Follower {
     /// With another [`WINDOW`].
     pub(super) fn with_window(roots: Vec<Root>, listen: bool, window: Duration) -> Follower {
         let paths: Vec<PathBuf> = roots.iter().map(Root::path).collect();
-        let listener = listen.then(|| Listener::start(&paths)).and_then(|started| {
+        let listener = listen.then(|| ChangeListener::start(&paths)).and_then(|started| {
             started.inspect_err(|e| tracing::debug!("changes of files are looked for: {e:#}")).ok()
         });
-        let trees = roots.into_iter().map(Tree::new).collect();
+        let trees = roots.into_iter().map(FollowedTree::new).collect();
         Follower { trees, rounds: 0, fixed: 0, window, listener }
     }
 
@@ -202,14 +202,15 @@ impl Follower {
         last: bool,
         out: &mut impl Write,
         went: &mut dyn FnMut(u64),
-    ) -> Result<RoundStats> {
+    ) -> Result<FileRoundStats> {
         self.rounds += 1;
         // What was heard before the first look at all is among what is seen then.
-        let told = self.listener.as_ref().and_then(Listener::take).filter(|_| self.rounds > 1);
-        let mut stats = RoundStats { told: told.is_some(), ..RoundStats::default() };
+        let told =
+            self.listener.as_ref().and_then(ChangeListener::take).filter(|_| self.rounds > 1);
+        let mut stats = FileRoundStats { told: told.is_some(), ..FileRoundStats::default() };
         let skipped = if self.rounds > 1 { self.fixed } else { 0 };
         for (number, tree) in self.trees.iter_mut().enumerate().skip(skipped) {
-            ops::write(out, &Step::Tree(number as u32))?;
+            ops::write(out, &FileStep::Tree(number as u32))?;
             let mut look = Look {
                 round: self.rounds,
                 top: Rc::new(tree.root.top().with_context(|| replaced(&tree.root))?),
@@ -242,7 +243,7 @@ impl Follower {
                 }
             }
         }
-        ops::write(out, &Step::Round(self.rounds, last))?;
+        ops::write(out, &FileStep::Round(self.rounds, last))?;
         out.flush()?;
         Ok(stats)
     }
@@ -255,11 +256,11 @@ struct Look<'a, W> {
     mapped: &'a Inodes,
     out: &'a mut W,
     went: &'a mut dyn FnMut(u64),
-    stats: &'a mut RoundStats,
+    stats: &'a mut FileRoundStats,
     /// Files with several names: the first one seen, and its number in the copy.
     names: HashMap<u64, (Vec<u8>, u64)>,
     window: Duration,
-    listener: Option<&'a Listener>,
+    listener: Option<&'a ChangeListener>,
     last: bool,
     /// Whether only what may have changed is looked at.
     partial: bool,
@@ -281,7 +282,7 @@ struct Look<'a, W> {
 
 /// What a look has found.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Found {
+enum FoundFile {
     Gone,
     /// What was there before, if something was.
     There,
@@ -291,22 +292,24 @@ enum Found {
 
 impl<W: Write> Look<'_, W> {
     /// Looks at a tree that is one file.
-    fn single(&mut self, tree: &mut Tree, name: &OsStr) -> Result<()> {
+    fn single(&mut self, tree: &mut FollowedTree, name: &OsStr) -> Result<()> {
         let (root, top) = (tree.root.clone(), self.top.clone());
         let seen = look_at(top.as_fd(), &CString::new(name.as_bytes())?)?;
         let seen = seen.filter(|seen| seen.is_file() && (seen.device, seen.ino) == root.inode());
         let found = seen.map(|seen| self.one(tree, SINGLE, &reach(&*top, name), &seen));
         match found.transpose().with_context(|| root.place().display().to_string())? {
-            Some(Found::There | Found::NewDirectory) => Ok(()),
-            Some(Found::Gone) | None => bail!(replaced(&root)),
+            Some(FoundFile::There | FoundFile::NewDirectory) => Ok(()),
+            Some(FoundFile::Gone) | None => bail!(replaced(&root)),
         }
     }
 
     /// Looks at everything.
-    fn all(&mut self, tree: &mut Tree) -> Result<()> {
+    fn all(&mut self, tree: &mut FollowedTree) -> Result<()> {
         let root = tree.root.path();
         tree.directories.clear();
-        walk(&root, &mut |path, full, seen| Ok(self.one(tree, path, full, seen)? != Found::Gone))?;
+        walk(&root, &mut |path, full, seen| {
+            Ok(self.one(tree, path, full, seen)? != FoundFile::Gone)
+        })?;
         let round = self.round;
         let gone = tree.known.iter().filter(|(_, k)| k.round != round).map(|(p, _)| p.clone());
         self.gone = gone.collect();
@@ -314,7 +317,7 @@ impl<W: Write> Look<'_, W> {
     }
 
     /// Looks at what the kernel has told of, and at what it does not tell of.
-    fn some(&mut self, tree: &mut Tree, told: &Names) -> Result<()> {
+    fn some(&mut self, tree: &mut FollowedTree, told: &ChangedNames) -> Result<()> {
         let mut paths = tree.several.clone();
         // One that had a second name for a while may have changed under that, of which nothing is told
         // any more when it is gone.
@@ -359,7 +362,7 @@ impl<W: Write> Look<'_, W> {
 
     /// Looks at what may have changed under this name; if that is a directory that was not known, at
     /// all that is in it.
-    fn again(&mut self, tree: &mut Tree, path: &[u8]) -> Result<()> {
+    fn again(&mut self, tree: &mut FollowedTree, path: &[u8]) -> Result<()> {
         let seen = tree.known.get(path).is_some_and(|known| known.round == self.round);
         // Where the copy has no directory, nothing can be put; if there is one here by now, that was
         // told, and the next round will see.
@@ -368,28 +371,28 @@ impl<W: Write> Look<'_, W> {
         }
         let before = tree.known.get(path).map(|known| known.kind);
         let top = self.top.clone();
-        let mut found = Found::Gone;
+        let mut found = FoundFile::Gone;
         visit_one(&top, path, &mut |at, full, seen| {
             let what = self.one(tree, at, full, seen)?;
             if at == path {
                 found = what;
-                return Ok(what == Found::NewDirectory);
+                return Ok(what == FoundFile::NewDirectory);
             }
-            Ok(what != Found::Gone)
+            Ok(what != FoundFile::Gone)
         })?;
         let directory = before == Some(libc::S_IFDIR);
         let still = tree.known.get(path).is_some_and(|known| known.kind == libc::S_IFDIR);
-        if directory && (found != Found::There || !still) {
+        if directory && (found != FoundFile::There || !still) {
             self.emptied.insert(path.to_vec());
         }
-        if before.is_some() && found == Found::Gone {
+        if before.is_some() && found == FoundFile::Gone {
             self.gone.push(path.to_vec());
         }
         Ok(())
     }
 
     /// Takes away what is gone, and says last what is to be said of directories.
-    fn end(&mut self, tree: &mut Tree) -> Result<()> {
+    fn end(&mut self, tree: &mut FollowedTree) -> Result<()> {
         self.nowhere(tree);
         let mut gone = std::mem::take(&mut self.gone);
         gone.sort_unstable();
@@ -413,7 +416,7 @@ impl<W: Write> Look<'_, W> {
             let inside =
                 last.is_some_and(|l| path.starts_with(l) && path.get(l.len()) == Some(&b'/'));
             if !inside {
-                ops::write(self.out, &Step::Remove(path.clone()))?;
+                ops::write(self.out, &FileStep::Remove(path.clone()))?;
                 self.touch(path);
                 last = Some(path);
             }
@@ -429,7 +432,7 @@ impl<W: Write> Look<'_, W> {
                 continue;
             }
             match describe_directory(&self.top, path) {
-                Ok(Some(entry)) => ops::write(self.out, &Step::Change(entry, false))?,
+                Ok(Some(entry)) => ops::write(self.out, &FileStep::Change(entry, false))?,
                 Ok(None) => {}
                 Err(e) if vanished(&e) => {}
                 Err(e) => return Err(e),
@@ -443,7 +446,13 @@ impl<W: Write> Look<'_, W> {
     }
 
     /// What there is to say of what was seen there.
-    fn one(&mut self, tree: &mut Tree, path: &[u8], full: &Path, seen: &Seen) -> Result<Found> {
+    fn one(
+        &mut self,
+        tree: &mut FollowedTree,
+        path: &[u8],
+        full: &Path,
+        seen: &SeenFile,
+    ) -> Result<FoundFile> {
         self.stats.entries += 1;
         let several = !seen.is_dir() && seen.names > 1;
         let compared = !self.mapped.is_empty() && self.mapped.contains(&(seen.device, seen.ino));
@@ -454,9 +463,9 @@ impl<W: Write> Look<'_, W> {
         }
         let heard = self.listener.is_some() && seen.is_dir();
         let found = if heard && (tree.is_new_directory(path, full) || another) {
-            Found::NewDirectory
+            FoundFile::NewDirectory
         } else {
-            Found::There
+            FoundFile::There
         };
         // Most of all files, most of the time.
         if let Some(known) = tree.known.get_mut(path)
@@ -470,7 +479,7 @@ impl<W: Write> Look<'_, W> {
         }
         match self.one_that_may_have_changed(tree, path, full, seen, (several, compared)) {
             // Gone, or something else, since it was looked at: the next round will see.
-            Err(e) if vanished(&e) => Ok(Found::Gone),
+            Err(e) if vanished(&e) => Ok(FoundFile::Gone),
             Err(e) => Err(e.context(format!("cannot read {}", shown(path)))),
             Ok(()) => Ok(found),
         }
@@ -478,10 +487,10 @@ impl<W: Write> Look<'_, W> {
 
     fn one_that_may_have_changed(
         &mut self,
-        tree: &mut Tree,
+        tree: &mut FollowedTree,
         path: &[u8],
         full: &Path,
-        seen: &Seen,
+        seen: &SeenFile,
         (several, compared): (bool, bool),
     ) -> Result<()> {
         let stamp = stamp(seen, self.window);
@@ -505,7 +514,8 @@ impl<W: Write> Look<'_, W> {
             },
             |k| k.group,
         );
-        let mut now = Known { kind: seen.kind(), ino: seen.ino, stamp, group, round: self.round };
+        let mut now =
+            KnownFile { kind: seen.kind(), ino: seen.ino, stamp, group, round: self.round };
         if several {
             tree.several.insert(path.to_vec());
         } else {
@@ -540,11 +550,11 @@ impl<W: Write> Look<'_, W> {
     /// the new one, and loses the other at the end of the round.
     fn moved(
         &mut self,
-        tree: &Tree,
+        tree: &FollowedTree,
         path: &[u8],
         full: &Path,
-        seen: &Seen,
-    ) -> Result<Option<Known>> {
+        seen: &SeenFile,
+    ) -> Result<Option<KnownFile>> {
         let Some((group, _)) = tree.sums.get(&seen.ino) else { return Ok(None) };
         let before = tree.names_of(seen).into_iter().find(|other| {
             other != path
@@ -557,21 +567,21 @@ impl<W: Write> Look<'_, W> {
         Ok(known)
     }
 
-    fn link(&mut self, path: &[u8], to: Vec<u8>, full: &Path, seen: &Seen) -> Result<()> {
+    fn link(&mut self, path: &[u8], to: Vec<u8>, full: &Path, seen: &SeenFile) -> Result<()> {
         let meta = look(full, seen)?;
-        self.make(Entry::of(path.to_vec(), Kind::Link(to), &meta, full, false)?)
+        self.make(FileEntry::of(path.to_vec(), FileKind::Link(to), &meta, full, false)?)
     }
 
-    fn make(&mut self, entry: Entry) -> Result<()> {
+    fn make(&mut self, entry: FileEntry) -> Result<()> {
         self.touch(&entry.path);
-        ops::write(self.out, &Step::Make(entry))
+        ops::write(self.out, &FileStep::Make(entry))
     }
 
     /// Says all there is to say about a file; whether what was read is certainly what it was when
     /// it was looked at, or later.
     fn send(
         &mut self,
-        tree: &mut Tree,
+        tree: &mut FollowedTree,
         path: &[u8],
         full: &Path,
         meta: &Metadata,
@@ -584,22 +594,22 @@ impl<W: Write> Look<'_, W> {
         }
         let described = if kind.is_dir() {
             self.described.insert(path.to_vec());
-            Kind::Directory
+            FileKind::Directory
         } else if kind.is_symlink() {
-            Kind::Symlink(target(full)?.into_os_string().into_vec())
+            FileKind::Symlink(target(full)?.into_os_string().into_vec())
         } else if kind.is_char_device() {
-            Kind::Character(meta.rdev())
+            FileKind::Character(meta.rdev())
         } else if kind.is_block_device() {
-            Kind::Block(meta.rdev())
+            FileKind::Block(meta.rdev())
         } else if kind.is_fifo() {
-            Kind::Fifo
+            FileKind::Fifo
         } else {
-            Kind::Socket
+            FileKind::Socket
         };
-        let entry = Entry::of(path.to_vec(), described, meta, full, false)?;
+        let entry = FileEntry::of(path.to_vec(), described, meta, full, false)?;
         // The root is there from the beginning.
         if there || path.is_empty() {
-            ops::write(self.out, &Step::Change(entry, false))?;
+            ops::write(self.out, &FileStep::Change(entry, false))?;
         } else {
             self.make(entry)?;
         }
@@ -608,7 +618,7 @@ impl<W: Write> Look<'_, W> {
 
     fn send_file(
         &mut self,
-        tree: &mut Tree,
+        tree: &mut FollowedTree,
         path: &[u8],
         full: &Path,
         meta: &Metadata,
@@ -621,12 +631,12 @@ impl<W: Write> Look<'_, W> {
             return Err(io::Error::from(io::ErrorKind::NotFound).into());
         }
         let size = now.size();
-        let entry = Entry::of(path.to_vec(), Kind::File(size), &now, full, false)?;
+        let entry = FileEntry::of(path.to_vec(), FileKind::File(size), &now, full, false)?;
         // Those of another inode of the copy say nothing of this one.
         let sums = tree.sums.remove(&meta.ino()).filter(|(of, _)| there && *of == group);
         let sums = sums.map(|(_, sums)| sums);
         if there {
-            ops::write(self.out, &Step::Change(entry, sums.is_none()))?;
+            ops::write(self.out, &FileStep::Change(entry, sums.is_none()))?;
         } else {
             self.make(entry)?;
         }
@@ -662,7 +672,7 @@ fn parent(path: &[u8]) -> &[u8] {
 }
 
 /// What there is to say of a directory below `top`, if it is one.
-fn describe_directory(top: &File, path: Vec<u8>) -> Result<Option<Entry>> {
+fn describe_directory(top: &File, path: Vec<u8>) -> Result<Option<FileEntry>> {
     let held;
     let full = if path.is_empty() {
         reach(top, OsStr::new("."))
@@ -675,11 +685,11 @@ fn describe_directory(top: &File, path: Vec<u8>) -> Result<Option<Entry>> {
     if !meta.is_dir() {
         return Ok(None);
     }
-    Ok(Some(Entry::of(path, Kind::Directory, &meta, &full, false)?))
+    Ok(Some(FileEntry::of(path, FileKind::Directory, &meta, &full, false)?))
 }
 
 /// A closer look at what was seen.
-fn look(full: &Path, seen: &Seen) -> Result<Metadata> {
+fn look(full: &Path, seen: &SeenFile) -> Result<Metadata> {
     let meta = fs::symlink_metadata(full)?;
     // A directory is what its name leads to; what is in it is looked at by name.
     let same =
@@ -688,7 +698,7 @@ fn look(full: &Path, seen: &Seen) -> Result<Metadata> {
 }
 
 /// Change time and size, if a later change would certainly show in them.
-fn stamp(seen: &Seen, window: Duration) -> Option<(i64, i64, u64)> {
+fn stamp(seen: &SeenFile, window: Duration) -> Option<(i64, i64, u64)> {
     let changed = Duration::new(seen.changed.0.try_into().ok()?, seen.changed.1 as u32);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
     (changed + window < now).then_some((seen.changed.0, seen.changed.1, seen.size))

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::directory;
 use super::follow::WINDOW;
 use super::overlay::MAX_LAYERS;
-use super::tree::{Entry, Kind};
+use super::tree::{FileEntry, FileKind};
 use super::walk::walk;
 
 /// Part of every digest: another way to compute it has another name.
@@ -96,27 +96,27 @@ fn digest(path: &Path) -> Result<String> {
         let kind = meta.file_type();
         let first = links.get(&meta.ino()).filter(|_| !kind.is_dir()).cloned();
         let described = if let Some(first) = first {
-            Kind::Link(first)
+            FileKind::Link(first)
         } else if kind.is_dir() {
-            Kind::Directory
+            FileKind::Directory
         } else if kind.is_file() {
-            Kind::File(meta.size())
+            FileKind::File(meta.size())
         } else if kind.is_symlink() {
-            Kind::Symlink(fs::read_link(full)?.as_os_str().as_bytes().to_vec())
+            FileKind::Symlink(fs::read_link(full)?.as_os_str().as_bytes().to_vec())
         } else if kind.is_char_device() {
-            Kind::Character(meta.rdev())
+            FileKind::Character(meta.rdev())
         } else if kind.is_block_device() {
-            Kind::Block(meta.rdev())
+            FileKind::Block(meta.rdev())
         } else if kind.is_fifo() {
-            Kind::Fifo
+            FileKind::Fifo
         } else {
-            Kind::Socket
+            FileKind::Socket
         };
         if meta.nlink() > 1 && !kind.is_dir() {
             links.entry(meta.ino()).or_insert_with(|| name.to_vec());
         }
-        let contents = matches!(described, Kind::File(..));
-        let mut entry = Entry::of(name.to_vec(), described, &meta, full, false)?;
+        let contents = matches!(described, FileKind::File(..));
+        let mut entry = FileEntry::of(name.to_vec(), described, &meta, full, false)?;
         entry.attributes.sort();
         if name.is_empty() {
             // The root's own is the upper layer's, and that of whoever unpacked it here.
@@ -143,7 +143,7 @@ fn digest(path: &Path) -> Result<String> {
 
 /// What is remembered of a layer.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-struct Known {
+struct KnownLayer {
     print: String,
     layer: Layer,
     /// Unix time.
@@ -152,15 +152,15 @@ struct Known {
 
 /// The layers that were read on this host, and those that came here.
 #[derive(Debug)]
-pub struct Store {
+pub struct LayerStore {
     dir: PathBuf,
     file: PathBuf,
-    known: BTreeMap<PathBuf, Known>,
+    known: BTreeMap<PathBuf, KnownLayer>,
 }
 
-impl Store {
+impl LayerStore {
     /// The one in Ferry's state directory.
-    pub fn open(state_dir: &Path) -> Store {
+    pub fn open(state_dir: &Path) -> LayerStore {
         let dir = state_dir.join("layers");
         let file = state_dir.join("layers.json");
         // Whatever cannot be read is found out again.
@@ -170,7 +170,7 @@ impl Store {
             Some(text)
         });
         let known = text.and_then(|t| serde_json::from_slice(&t).ok()).unwrap_or_default();
-        Store { dir, file, known }
+        LayerStore { dir, file, known }
     }
 
     /// Where its layers are.
@@ -291,7 +291,7 @@ impl Store {
     fn remember(&mut self, path: &Path, print: String, layer: &Layer) {
         // JSON has no other names.
         if path.to_str().is_some() {
-            let known = Known { print, layer: layer.clone(), used: now() };
+            let known = KnownLayer { print, layer: layer.clone(), used: now() };
             self.known.insert(path.to_owned(), known);
         }
     }
@@ -383,13 +383,13 @@ mod tests {
         let (state, a) = (top.path().join("state"), top.path().join("a"));
         fs::create_dir(&state).unwrap();
         layer(&a);
-        let mut store = Store::open(&state);
+        let mut store = LayerStore::open(&state);
         let found = store.look(&a).unwrap();
         assert!(store.known.is_empty(), "it has changed a moment ago");
         let wrong = Layer { digest: "f".repeat(64), ..found.clone() };
         store.remember(&a, print(&a).unwrap().sum, &wrong);
         store.save();
-        let mut again = Store::open(&state);
+        let mut again = LayerStore::open(&state);
         assert_eq!(again.look(&a).unwrap(), wrong);
         assert_eq!(again.find(&wrong, &[], &[]), Some(a.clone()));
         assert_eq!(again.find(&wrong, &[], std::slice::from_ref(&a)), None);
@@ -403,7 +403,7 @@ mod tests {
         let top = tempfile::tempdir().unwrap();
         let a = top.path().join("a");
         layer(&a);
-        let mut store = Store::open(top.path());
+        let mut store = LayerStore::open(top.path());
         let wanted = store.look(&a).unwrap();
         let (staged, place) = store.place(&wanted, "0123", 0, &[]);
         store.stage(std::slice::from_ref(&staged)).unwrap();

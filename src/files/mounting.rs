@@ -21,7 +21,7 @@ use anyhow::{Context, Result, bail};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde::{Deserialize, Serialize};
 
-use super::overlay::{self, Mounted, Overlay};
+use super::overlay::{self, MountedAt, Overlay};
 
 /// Bytes of what stands in: there are some empty directories in it.
 const STAND_IN: &str = "mode=0755,size=1m";
@@ -97,7 +97,7 @@ impl Mounting {
         if fs::symlink_metadata(&self.mark).is_err() {
             return Ok(());
         }
-        while self.mounted()? != Mounted::Nothing {
+        while self.mounted()? != MountedAt::Nothing {
             umount2(&self.place, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
                 .with_context(|| format!("cannot unmount {}", self.place.display()))?;
         }
@@ -110,7 +110,7 @@ impl Mounting {
     /// When the kernel does not take it.
     pub fn put_back(&self) -> Result<()> {
         if let Some(before) = &self.before
-            && self.mounted()? == Mounted::Nothing
+            && self.mounted()? == MountedAt::Nothing
         {
             before.mount(&self.place)?;
         }
@@ -125,10 +125,10 @@ impl Mounting {
         super::walk::remove(&self.mark)
     }
 
-    fn mounted(&self) -> Result<Mounted> {
+    fn mounted(&self) -> Result<MountedAt> {
         match fs::canonicalize(&self.place) {
             Ok(place) => Ok(overlay::at(&overlay::mounts()?, &place)),
-            Err(e) if e.kind() == ErrorKind::NotFound => Ok(Mounted::Nothing),
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(MountedAt::Nothing),
             Err(e) => Err(e).with_context(|| self.place.display().to_string()),
         }
     }
@@ -142,7 +142,7 @@ impl Mounting {
 /// When something else is mounted there, or somebody uses it.
 pub fn refill(place: &Path, from: &Path) -> Result<()> {
     let real = fs::canonicalize(place).with_context(|| place.display().to_string())?;
-    let Mounted::Overlay(mut overlay) = overlay::at(&overlay::mounts()?, &real) else {
+    let MountedAt::Overlay(mut overlay) = overlay::at(&overlay::mounts()?, &real) else {
         bail!("{} is no overlay", real.display());
     };
     let upper = overlay.upper.as_ref().map(|upper| upper.path.clone());

@@ -1,12 +1,12 @@
 //! What is said about a tree that is copied while it changes: one stream of steps, each a u32 LE
-//! length and a [`Step`] in postcard's format; the bytes of [`Step::Data`] follow it.
+//! length and a [`FileStep`] in postcard's format; the bytes of [`FileStep::Data`] follow it.
 
 use std::io::{self, Read, Write};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::tree::Entry;
+use super::tree::FileEntry;
 
 /// Longest step: names, link targets and attributes are far below.
 const MAX_STEP: usize = 1 << 20;
@@ -18,15 +18,15 @@ pub(super) const SINGLE: &[u8] = b"file";
 
 /// One step.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) enum Step {
+pub(super) enum FileStep {
     /// What follows is about the tree of this number.
     Tree(u32),
     /// Takes away whatever is there, with all that is below.
     Remove(Vec<u8>),
     /// Makes it anew, in the place of whatever is there. Data of a regular file follow.
-    Make(Entry),
+    Make(FileEntry),
     /// It is there and has changed. Data of a regular file follow; with `true` it has none before.
-    Change(Entry, bool),
+    Change(FileEntry, bool),
     /// So many bytes at an offset of the file just named.
     Data(u64, u32),
     /// A hole there: offset, length.
@@ -38,7 +38,7 @@ pub(super) enum Step {
 }
 
 /// Writes a step.
-pub(super) fn write(out: &mut impl Write, step: &Step) -> Result<()> {
+pub(super) fn write(out: &mut impl Write, step: &FileStep) -> Result<()> {
     let bytes = postcard::to_stdvec(step)?;
     if bytes.len() > MAX_STEP {
         bail!("too much to say about one file");
@@ -48,7 +48,7 @@ pub(super) fn write(out: &mut impl Write, step: &Step) -> Result<()> {
 }
 
 /// Reads a step; none at the end of the stream, which may come only between two.
-pub(super) fn read(input: &mut impl Read) -> Result<Option<Step>> {
+pub(super) fn read(input: &mut impl Read) -> Result<Option<FileStep>> {
     let mut length = [0; 4];
     match input.read_exact(&mut length) {
         Ok(()) => {}

@@ -56,7 +56,7 @@ pub struct Upper {
 
 /// What is mounted at a place.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Mounted {
+pub enum MountedAt {
     /// Nothing.
     Nothing,
     /// An overlay whose layers can be carried one by one.
@@ -71,14 +71,14 @@ pub enum Mounted {
 ///
 /// # Errors
 /// When `/proc` is not there.
-pub fn mounts() -> Result<Vec<Mount>> {
+pub fn mounts() -> Result<Vec<MountInfo>> {
     let text = fs::read("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
-    Ok(text.split(|b| *b == b'\n').filter_map(Mount::parse).collect())
+    Ok(text.split(|b| *b == b'\n').filter_map(MountInfo::parse).collect())
 }
 
 /// A line of mountinfo.
 #[derive(Clone, Debug)]
-pub struct Mount {
+pub struct MountInfo {
     root: PathBuf,
     /// Where it is.
     pub place: PathBuf,
@@ -87,14 +87,14 @@ pub struct Mount {
     options: Vec<Vec<u8>>,
 }
 
-impl Mount {
-    fn parse(line: &[u8]) -> Option<Mount> {
+impl MountInfo {
+    fn parse(line: &[u8]) -> Option<MountInfo> {
         let middle = line.windows(3).position(|w| w == b" - ")?;
         let mut left = line[..middle].split(|b| *b == b' ').skip(3);
         let mut right = line[middle + 3..].split(|b| *b == b' ');
         let path = |bytes: &[u8]| PathBuf::from(OsString::from_vec(plain(bytes)));
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        Some(Mount {
+        Some(MountInfo {
             root: path(left.next()?),
             place: path(left.next()?),
             flags: text(left.next()?),
@@ -168,20 +168,20 @@ impl Mount {
 }
 
 /// What is mounted at a place, on top.
-pub fn at(mounts: &[Mount], place: &Path) -> Mounted {
+pub fn at(mounts: &[MountInfo], place: &Path) -> MountedAt {
     match mounts.iter().rev().find(|m| m.place == place) {
-        None => Mounted::Nothing,
+        None => MountedAt::Nothing,
         Some(mount) if mount.kind == "overlay" => match mount.overlay() {
-            Ok(overlay) => Mounted::Overlay(overlay),
-            Err(why) => Mounted::Merged(why),
+            Ok(overlay) => MountedAt::Overlay(overlay),
+            Err(why) => MountedAt::Merged(why),
         },
-        Some(mount) => Mounted::Other(mount.kind.clone()),
+        Some(mount) => MountedAt::Other(mount.kind.clone()),
     }
 }
 
 /// Where this directory is an overlay's upper one.
-pub fn users_of<'a>(mounts: &'a [Mount], upper: &Path) -> Option<&'a Path> {
-    let uses = |m: &&Mount| {
+pub fn users_of<'a>(mounts: &'a [MountInfo], upper: &Path) -> Option<&'a Path> {
+    let uses = |m: &&MountInfo| {
         let value = m.options.iter().find_map(|o| o.strip_prefix(b"upperdir="));
         m.kind == "overlay" && value.is_some_and(|v| unescape(v) == upper.as_os_str().as_bytes())
     };
@@ -189,7 +189,7 @@ pub fn users_of<'a>(mounts: &'a [Mount], upper: &Path) -> Option<&'a Path> {
 }
 
 /// The upper layers of all overlays that are mounted.
-pub fn uppers(mounts: &[Mount]) -> Vec<PathBuf> {
+pub fn uppers(mounts: &[MountInfo]) -> Vec<PathBuf> {
     let overlays = mounts.iter().filter(|m| m.kind == "overlay").flat_map(|m| &m.options);
     let values = overlays.filter_map(|o| o.strip_prefix(b"upperdir="));
     values.map(|v| PathBuf::from(OsString::from_vec(unescape(v)))).collect()
@@ -471,15 +471,15 @@ mod tests {
     use super::*;
     use crate::fuzz::Target;
 
-    fn one(options: &str) -> Mounted {
+    fn one(options: &str) -> MountedAt {
         let line =
             format!("47 27 0:39 / /m\\040x rw,nodev,relatime shared:5 - overlay overlay {options}");
-        at(&[Mount::parse(line.as_bytes()).unwrap()], Path::new("/m x"))
+        at(&[MountInfo::parse(line.as_bytes()).unwrap()], Path::new("/m x"))
     }
 
     fn overlay(options: &str) -> Overlay {
         match one(options) {
-            Mounted::Overlay(overlay) => overlay,
+            MountedAt::Overlay(overlay) => overlay,
             other => panic!("{other:?}"),
         }
     }
@@ -517,7 +517,7 @@ mod tests {
             "rw,lowerdir=/a,upperdir=/u,workdir=/w,verity=require",
             "rw,lowerdir=/a,upperdir=/u,workdir=/w,novel=1",
         ] {
-            assert!(matches!(one(odd), Mounted::Merged(_)), "{odd}");
+            assert!(matches!(one(odd), MountedAt::Merged(_)), "{odd}");
         }
         let mut bad = overlay("rw,lowerdir=/a,upperdir=/u,workdir=/w");
         bad.validate().unwrap();
@@ -541,7 +541,7 @@ mod tests {
         let words =
             [&b" - "[..], b"\\054", b"\\134", b"lowerdir=", b"::", b"upperdir=", b"workdir="];
         target.words(&words).run(|bytes| {
-            let mount = Mount::parse(bytes).context("no mount")?;
+            let mount = MountInfo::parse(bytes).context("no mount")?;
             mount.overlay().map_err(anyhow::Error::msg)?.validate()
         });
     }

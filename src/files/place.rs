@@ -46,7 +46,7 @@ pub fn parents(place: &Path, moved: impl Fn(&Path) -> PathBuf) -> Vec<Parent> {
 
 /// Where a copy is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Target {
+pub struct CopyTarget {
     /// The place.
     pub path: PathBuf,
     /// Nobody but the container uses what is there.
@@ -65,7 +65,7 @@ pub struct Placing {
     /// Files that were not there, and beside each another name of it for as long as it may have to
     /// be taken away.
     files: Vec<(PathBuf, PathBuf)>,
-    trees: Vec<Placed>,
+    trees: Vec<PlacedTree>,
     /// Where layers are staged that stay when they are whole.
     #[serde(default)]
     layers: Vec<PathBuf>,
@@ -76,7 +76,7 @@ pub struct Placing {
 
 /// One tree.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Placed {
+struct PlacedTree {
     target: PathBuf,
     staged: PathBuf,
     /// Where what stood in its place is meanwhile, if there was something.
@@ -96,19 +96,19 @@ impl Placing {
     ///
     /// # Errors
     /// When a place has no directory.
-    pub fn plan(migration: &str, targets: &[Target], files: &[PathBuf]) -> Result<Placing> {
+    pub fn plan(migration: &str, targets: &[CopyTarget], files: &[PathBuf]) -> Result<Placing> {
         let mut placing = Placing { migration: migration.to_owned(), ..Placing::default() };
         for (i, file) in files.iter().enumerate() {
             let beside = file.with_file_name(format!(".ferry-{migration}-file-{i}"));
             placing.files.push((file.clone(), beside));
         }
-        for (i, Target { path: target, own, single }) in targets.iter().enumerate() {
+        for (i, CopyTarget { path: target, own, single }) in targets.iter().enumerate() {
             let name = target.file_name().and_then(|n| n.to_str());
             let (Some(parent), Some(_)) = (target.parent(), name) else {
                 return Err(anyhow!("{} cannot be the place of a copy", target.display()));
             };
             let beside = |what: &str| parent.join(format!(".ferry-{migration}-{i}{what}"));
-            placing.trees.push(Placed {
+            placing.trees.push(PlacedTree {
                 target: target.clone(),
                 staged: match single {
                     true => beside("").join(OsStr::from_bytes(SINGLE)),
@@ -288,7 +288,7 @@ impl Parent {
     }
 }
 
-impl Placed {
+impl PlacedTree {
     fn keep(&self, migration: &str, left: bool) -> Result<()> {
         remove(&self.mark)?;
         if let Some(nest) = &self.nest {
@@ -356,8 +356,8 @@ mod tests {
         names
     }
 
-    fn target(path: &Path, own: bool, single: bool) -> Target {
-        Target { path: path.to_owned(), own, single }
+    fn target(path: &Path, own: bool, single: bool) -> CopyTarget {
+        CopyTarget { path: path.to_owned(), own, single }
     }
 
     /// A tree and a file that stand in the way, and a tree and a file that do not.

@@ -37,21 +37,21 @@ pub struct Proof {
 
 /// A proof together with the file that has to be taken away again: on drop.
 #[derive(Debug)]
-pub struct Probe {
+pub struct ProbeFile {
     /// For the other host.
     pub proof: Proof,
     made: Option<PathBuf>,
     /// Where `made` leads through one of our descriptors.
-    kept: Option<Kept>,
+    kept: Option<KeptPlace>,
 }
 
 #[derive(Debug)]
-enum Kept {
+enum KeptPlace {
     Directory(#[allow(dead_code)] OwnedFd),
     Root(#[allow(dead_code)] Root),
 }
 
-impl Drop for Probe {
+impl Drop for ProbeFile {
     fn drop(&mut self) {
         if let Some(path) = &self.made {
             let _ = fs::remove_file(path);
@@ -73,7 +73,7 @@ pub fn random_name() -> Result<String> {
 ///
 /// # Errors
 /// When the path cannot be read.
-pub fn make(path: &Path, read_only: bool) -> Result<Probe> {
+pub fn make(path: &Path, read_only: bool) -> Result<ProbeFile> {
     let what = || format!("cannot look at {}", path.display());
     let meta = fs::metadata(path).with_context(what)?;
     let (mut file, mut made) = (None, None);
@@ -103,16 +103,16 @@ pub fn make(path: &Path, read_only: bool) -> Result<Probe> {
     // After the probe file was made: it has changed the directory.
     let meta = fs::metadata(path).with_context(what)?;
     let inode = (meta.ino(), meta.size(), meta.ctime(), meta.ctime_nsec());
-    Ok(Probe { proof: Proof { file, inode, contents }, made, kept: None })
+    Ok(ProbeFile { proof: Proof { file, inode, contents }, made, kept: None })
 }
 
 /// As [`make`], for a directory that is open: whatever its name leads to by now.
 ///
 /// # Errors
 /// When it cannot be looked at.
-pub fn make_in(directory: OwnedFd) -> Result<Probe> {
+pub fn make_in(directory: OwnedFd) -> Result<ProbeFile> {
     let mut probe = make(&process::path_of(&directory), false)?;
-    probe.kept = Some(Kept::Directory(directory));
+    probe.kept = Some(KeptPlace::Directory(directory));
     Ok(probe)
 }
 
@@ -120,10 +120,10 @@ pub fn make_in(directory: OwnedFd) -> Result<Probe> {
 ///
 /// # Errors
 /// When it cannot be looked at.
-pub fn make_at(root: &Root, read_only: bool) -> Result<Probe> {
+pub fn make_at(root: &Root, read_only: bool) -> Result<ProbeFile> {
     let made = make(&root.path(), read_only);
     let mut probe = made.with_context(|| format!("cannot look at {}", root.place().display()))?;
-    probe.kept = Some(Kept::Root(root.clone()));
+    probe.kept = Some(KeptPlace::Root(root.clone()));
     Ok(probe)
 }
 

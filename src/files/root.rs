@@ -17,10 +17,10 @@ use crate::sys::process;
 
 /// A directory, or something else that is a tree by itself.
 #[derive(Clone, Debug)]
-pub struct Root(Arc<Held>);
+pub struct Root(Arc<HeldRoot>);
 
 #[derive(Debug)]
-struct Held {
+struct HeldRoot {
     /// `O_PATH`: whatever it is, nothing happens to it.
     at: OwnedFd,
     /// Of a regular file the directory that it is in, and its name there.
@@ -44,7 +44,7 @@ impl Root {
         let place = fs::read_link(process::path_of(&at))?;
         let single = meta.is_file().then(|| single(&place, inode)).flatten();
         let (directory, file) = (meta.is_dir(), meta.is_file());
-        Ok(Root(Arc::new(Held { at: at.into(), single, place, directory, file, inode })))
+        Ok(Root(Arc::new(HeldRoot { at: at.into(), single, place, directory, file, inode })))
     }
 
     /// A path that leads to it, whatever bears its name by now. proc_pid_fd(5)

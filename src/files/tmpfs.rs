@@ -18,7 +18,7 @@ use nix::sys::stat::fstat;
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use serde::{Deserialize, Serialize};
 
-use super::tree::{Names, fits};
+use super::tree::{NameCount, fits};
 use super::walk::walk_one_mount;
 use crate::sys::process;
 
@@ -53,7 +53,7 @@ impl Tmpfs {
 /// `masked` files that the runtime binds `/dev/null` over: files of a tmpfs that are bound elsewhere are no
 /// reason to leave it to CRIU where the runtime declares them external.
 pub fn find(mountinfo: &str, bound: &[PathBuf], masked: &[String]) -> Vec<Tmpfs> {
-    struct Line<'a> {
+    struct TmpfsLine<'a> {
         device: &'a str,
         root: &'a str,
         place: &'a str,
@@ -61,7 +61,7 @@ pub fn find(mountinfo: &str, bound: &[PathBuf], masked: &[String]) -> Vec<Tmpfs>
         kind: &'a str,
         options: &'a str,
     }
-    let lines: Vec<Line> = mountinfo
+    let lines: Vec<TmpfsLine> = mountinfo
         .lines()
         .filter_map(|line| {
             let (left, right) = line.split_once(" - ")?;
@@ -70,10 +70,10 @@ pub fn find(mountinfo: &str, bound: &[PathBuf], masked: &[String]) -> Vec<Tmpfs>
             let tied = left.skip(1).any(|o| o.starts_with("shared:") || o.starts_with("master:"));
             let mut right = right.split(' ');
             let (kind, options) = (right.next()?, right.nth(1)?);
-            Some(Line { device, root, place, tied, kind, options })
+            Some(TmpfsLine { device, root, place, tied, kind, options })
         })
         .collect();
-    let (mut devices, mut places) = (HashMap::<&str, Vec<&Line>>::new(), HashMap::new());
+    let (mut devices, mut places) = (HashMap::<&str, Vec<&TmpfsLine>>::new(), HashMap::new());
     for line in &lines {
         devices.entry(line.device).or_default().push(line);
         *places.entry(line.place).or_insert(0) += 1;
@@ -83,7 +83,7 @@ pub fn find(mountinfo: &str, bound: &[PathBuf], masked: &[String]) -> Vec<Tmpfs>
     let is_bound = |place: &str| bound.contains(Path::new(place));
     // A second mount over the first hides it; CRIU knows how to tell them apart. Blanks and the like are
     // escaped: rare enough for CRIU's way.
-    let is_plain = |l: &Line| {
+    let is_plain = |l: &TmpfsLine| {
         let alone = places[l.place] == 1;
         l.place != "/" && !l.tied && alone && !is_bound(l.place) && !l.place.contains('\\')
     };
@@ -145,7 +145,7 @@ pub fn open_in(root: &Path, place: &str) -> Result<OwnedFd> {
 /// # Errors
 /// When there is more in one than can be carried, or in all of them together.
 pub fn measure(root: &Path, list: &mut [Tmpfs]) -> Result<()> {
-    let mut names = Names::default();
+    let mut names = NameCount::default();
     for tmpfs in list {
         let Ok(found) = open_in(root, &tmpfs.place) else { continue };
         tmpfs.used =
@@ -189,19 +189,19 @@ pub fn validate(list: &[Tmpfs]) -> Result<()> {
 /// Fresh ones on the destination, waiting to be bound into the container. Taken down on drop: what
 /// the container has by then stays with it.
 #[derive(Debug)]
-pub struct Mounted {
+pub struct MountedTmpfs {
     base: PathBuf,
 }
 
-impl Mounted {
+impl MountedTmpfs {
     /// Mounts them below `base`, which is made.
     ///
     /// # Errors
     /// When one cannot be mounted; those before it are gone then.
-    pub fn new(base: &Path, list: &[Tmpfs]) -> Result<Mounted> {
+    pub fn new(base: &Path, list: &[Tmpfs]) -> Result<MountedTmpfs> {
         let what = || format!("cannot mount a tmpfs below {}", base.display());
         fs::create_dir(base).with_context(what)?;
-        let mounted = Mounted { base: base.to_owned() };
+        let mounted = MountedTmpfs { base: base.to_owned() };
         for (i, tmpfs) in list.iter().enumerate() {
             let place = mounted.place(i);
             fs::create_dir(&place).with_context(what)?;
@@ -221,7 +221,7 @@ impl Mounted {
     }
 }
 
-impl Drop for Mounted {
+impl Drop for MountedTmpfs {
     fn drop(&mut self) {
         unmount_all(&self.base);
     }

@@ -5,7 +5,7 @@
 //! FIFOs. Sockets do not: CRIU binds them again. Mount points inside are made as empty directories
 //! or files.
 //!
-//! Format: for each entry a u32 LE length and a JSON [`Entry`]; behind that of a regular file, for each
+//! Format: for each entry a u32 LE length and a JSON [`FileEntry`]; behind that of a regular file, for each
 //! extent with data its offset and length as u64 LE and its bytes, and an extent of length 0.
 
 use std::collections::HashMap;
@@ -26,7 +26,7 @@ use nix::unistd::{Gid, LinkatFlags, Uid, Whence, fchownat, linkat, lseek, symlin
 use serde::{Deserialize, Serialize};
 
 use super::directory;
-use super::walk::{Seen, place, reach, shown, walk_one_mount};
+use super::walk::{SeenFile, place, reach, shown, walk_one_mount};
 use crate::sys::process;
 
 /// Longest description of one entry: names, link targets and attributes are far below.
@@ -41,10 +41,10 @@ const PIECE: usize = 256 << 10;
 
 /// A file of any kind: all that there is to say about it but its contents.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Entry {
+pub(super) struct FileEntry {
     /// Relative to the root; empty for the root itself.
     pub(super) path: Vec<u8>,
-    pub(super) kind: Kind,
+    pub(super) kind: FileKind,
     pub(super) mode: u32,
     pub(super) uid: u32,
     pub(super) gid: u32,
@@ -56,7 +56,7 @@ pub(super) struct Entry {
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum Kind {
+pub(super) enum FileKind {
     Directory,
     /// Its size.
     File(u64),
@@ -70,31 +70,31 @@ pub(super) enum Kind {
     Socket,
 }
 
-impl Kind {
+impl FileKind {
     /// The part of its mode that says what it is. inode(7)
     fn format(&self) -> u32 {
         match self {
-            Kind::Directory => libc::S_IFDIR,
-            Kind::File(..) | Kind::Link(_) => libc::S_IFREG,
-            Kind::Symlink(_) => libc::S_IFLNK,
-            Kind::Character(_) => libc::S_IFCHR,
-            Kind::Block(_) => libc::S_IFBLK,
-            Kind::Fifo => libc::S_IFIFO,
-            Kind::Socket => libc::S_IFSOCK,
+            FileKind::Directory => libc::S_IFDIR,
+            FileKind::File(..) | FileKind::Link(_) => libc::S_IFREG,
+            FileKind::Symlink(_) => libc::S_IFLNK,
+            FileKind::Character(_) => libc::S_IFCHR,
+            FileKind::Block(_) => libc::S_IFBLK,
+            FileKind::Fifo => libc::S_IFIFO,
+            FileKind::Socket => libc::S_IFSOCK,
         }
     }
 }
 
-impl Entry {
+impl FileEntry {
     /// What there is to say of a file with these metadata, at `full`; `mounted` if something else
     /// is mounted there: what lies beneath cannot be seen by anybody.
     pub(super) fn of(
         path: Vec<u8>,
-        kind: Kind,
+        kind: FileKind,
         meta: &Metadata,
         full: &Path,
         mounted: bool,
-    ) -> Result<Entry> {
+    ) -> Result<FileEntry> {
         let (mode, uid, gid) = match (mounted, meta.is_dir()) {
             (false, _) => (meta.mode() & 0o7777, meta.uid(), meta.gid()),
             (true, true) => (0o755, 0, 0),
@@ -102,14 +102,14 @@ impl Entry {
         };
         let attributes = if mounted { Vec::new() } else { attributes(full)? };
         let mtime = (meta.mtime(), meta.mtime_nsec());
-        Ok(Entry { path, kind, mode, uid, gid, mtime, attributes })
+        Ok(FileEntry { path, kind, mode, uid, gid, mtime, attributes })
     }
 }
 
-impl Entry {
+impl FileEntry {
     /// Bytes that it takes beside the contents of a file.
     pub(super) fn said(&self) -> u64 {
-        let target = if let Kind::Symlink(target) = &self.kind { target.len() } else { 0 };
+        let target = if let FileKind::Symlink(target) = &self.kind { target.len() } else { 0 };
         let attributes = self.attributes.iter().map(|(name, value)| name.len() + value.len());
         (target + attributes.sum::<usize>()) as u64
     }
@@ -117,12 +117,12 @@ impl Entry {
 
 /// How many entries there are, and how long their paths are, counted as they come.
 #[derive(Debug, Default)]
-pub(super) struct Names {
+pub(super) struct NameCount {
     entries: usize,
     bytes: usize,
 }
 
-impl Names {
+impl NameCount {
     /// One more.
     ///
     /// # Errors
@@ -161,8 +161,9 @@ pub(super) fn fits(path: &[u8], full: &Path) -> Result<()> {
 /// # Errors
 /// When it cannot be read, or `out` fails.
 pub fn pack(root: &Path, out: &mut impl Write) -> Result<()> {
-    let mut packer = Packer { device: None, links: HashMap::new(), buffer: vec![0; PIECE], out };
-    let mut names = Names::default();
+    let mut packer =
+        TreePacker { device: None, links: HashMap::new(), buffer: vec![0; PIECE], out };
+    let mut names = NameCount::default();
     walk_one_mount(root, &mut |path, full, seen| {
         names.add(path)?;
         packer.entry(path, full, seen).with_context(|| format!("cannot read {}", shown(path)))?;
@@ -170,7 +171,7 @@ pub fn pack(root: &Path, out: &mut impl Write) -> Result<()> {
     })
 }
 
-struct Packer<'a, W> {
+struct TreePacker<'a, W> {
     /// The root's.
     device: Option<u64>,
     links: HashMap<u64, Vec<u8>>,
@@ -178,32 +179,32 @@ struct Packer<'a, W> {
     out: &'a mut W,
 }
 
-impl<W: Write> Packer<'_, W> {
-    fn entry(&mut self, path: &[u8], full: &Path, seen: &Seen) -> Result<()> {
+impl<W: Write> TreePacker<'_, W> {
+    fn entry(&mut self, path: &[u8], full: &Path, seen: &SeenFile) -> Result<()> {
         let meta = fs::symlink_metadata(full)?;
         let kind = meta.file_type();
         // Something else is mounted there; what lies beneath cannot be seen by anybody.
         let mounted = *self.device.get_or_insert(seen.device) != seen.device;
         let mut file = None;
         let described = if kind.is_dir() {
-            Kind::Directory
+            FileKind::Directory
         } else if mounted {
-            Kind::File(0)
+            FileKind::File(0)
         } else if let Some(first) =
             self.links.get(&meta.ino()).filter(|_| meta.nlink() > 1).cloned()
         {
-            Kind::Link(first)
+            FileKind::Link(first)
         } else if kind.is_file() {
             file = Some(directory::open_regular(full)?);
-            Kind::File(meta.size())
+            FileKind::File(meta.size())
         } else if kind.is_symlink() {
-            Kind::Symlink(fs::read_link(full)?.as_os_str().as_bytes().to_vec())
+            FileKind::Symlink(fs::read_link(full)?.as_os_str().as_bytes().to_vec())
         } else if kind.is_char_device() {
-            Kind::Character(meta.rdev())
+            FileKind::Character(meta.rdev())
         } else if kind.is_block_device() {
-            Kind::Block(meta.rdev())
+            FileKind::Block(meta.rdev())
         } else if kind.is_fifo() {
-            Kind::Fifo
+            FileKind::Fifo
         } else {
             return Ok(());
         };
@@ -211,14 +212,14 @@ impl<W: Write> Packer<'_, W> {
             self.links.entry(meta.ino()).or_insert_with(|| path.to_vec());
         }
 
-        let entry = Entry::of(path.to_vec(), described, &meta, full, mounted)?;
+        let entry = FileEntry::of(path.to_vec(), described, &meta, full, mounted)?;
         let json = serde_json::to_vec(&entry)?;
         if json.len() > MAX_ENTRY {
             bail!("too much to say about it");
         }
         self.out.write_all(&(json.len() as u32).to_le_bytes())?;
         self.out.write_all(&json)?;
-        if let Kind::File(size) = entry.kind {
+        if let FileKind::File(size) = entry.kind {
             if let Some(file) = file {
                 self.contents(&file, size)?;
             }
@@ -332,7 +333,7 @@ fn is_of_this_host(attribute: &OsStr) -> bool {
 pub fn unpack(root: &Path, input: &mut impl Read) -> Result<()> {
     let root = File::open(root).with_context(|| root.display().to_string())?;
     let mut directories: Vec<(Vec<u8>, (i64, i64))> = Vec::new();
-    let mut names = Names::default();
+    let mut names = NameCount::default();
     loop {
         let mut length = [0; 4];
         match input.read_exact(&mut length) {
@@ -352,31 +353,31 @@ pub fn unpack(root: &Path, input: &mut impl Read) -> Result<()> {
         }
         let mut json = vec![0; length];
         input.read_exact(&mut json).context("the stream was cut")?;
-        let entry: Entry = serde_json::from_slice(&json)?;
+        let entry: FileEntry = serde_json::from_slice(&json)?;
         names.add(&entry.path)?;
         let shown = String::from_utf8_lossy(&entry.path).into_owned();
         make(&root, &entry, input).with_context(|| format!("cannot make {shown:?}"))?;
-        if matches!(entry.kind, Kind::Directory) {
+        if matches!(entry.kind, FileKind::Directory) {
             directories.push((entry.path, entry.mtime));
         }
     }
 }
 
-fn make(root: &File, entry: &Entry, input: &mut impl Read) -> Result<()> {
+fn make(root: &File, entry: &FileEntry, input: &mut impl Read) -> Result<()> {
     if entry.path.is_empty() {
-        if !matches!(entry.kind, Kind::Directory) {
+        if !matches!(entry.kind, FileKind::Directory) {
             bail!("a root that is no directory");
         }
         return describe(root.as_fd(), Path::new("."), entry);
     }
     let (parent, name) = place(root, &entry.path)?;
     match &entry.kind {
-        Kind::File(size) => {
+        FileKind::File(size) => {
             let file = create(parent.as_fd(), &name)?;
             file.set_len(*size)?;
             fill(&file, *size, input)?;
         }
-        Kind::Link(first) => return link(root, first, parent.as_fd(), &name),
+        FileKind::Link(first) => return link(root, first, parent.as_fd(), &name),
         _ => make_node(parent.as_fd(), &name, entry)?,
     }
     describe(parent.as_fd(), &name, entry)
@@ -425,16 +426,16 @@ pub(super) fn link(root: &File, first: &[u8], parent: BorrowedFd, name: &Path) -
 }
 
 /// Makes what is neither a regular file nor another name of something.
-pub(super) fn make_node(parent: BorrowedFd, name: &Path, entry: &Entry) -> Result<()> {
+pub(super) fn make_node(parent: BorrowedFd, name: &Path, entry: &FileEntry) -> Result<()> {
     let private = Mode::from_bits_truncate(0o700);
     match &entry.kind {
-        Kind::Directory => mkdirat(parent, name, private)?,
-        Kind::Symlink(target) => symlinkat(OsStr::from_bytes(target), parent, name)?,
-        Kind::Character(device) => mknodat(parent, name, SFlag::S_IFCHR, private, *device)?,
-        Kind::Block(device) => mknodat(parent, name, SFlag::S_IFBLK, private, *device)?,
-        Kind::Fifo => mknodat(parent, name, SFlag::S_IFIFO, private, 0)?,
-        Kind::Socket => mknodat(parent, name, SFlag::S_IFSOCK, private, 0)?,
-        Kind::File(..) | Kind::Link(_) => bail!("a file where none is meant"),
+        FileKind::Directory => mkdirat(parent, name, private)?,
+        FileKind::Symlink(target) => symlinkat(OsStr::from_bytes(target), parent, name)?,
+        FileKind::Character(device) => mknodat(parent, name, SFlag::S_IFCHR, private, *device)?,
+        FileKind::Block(device) => mknodat(parent, name, SFlag::S_IFBLK, private, *device)?,
+        FileKind::Fifo => mknodat(parent, name, SFlag::S_IFIFO, private, 0)?,
+        FileKind::Socket => mknodat(parent, name, SFlag::S_IFSOCK, private, 0)?,
+        FileKind::File(..) | FileKind::Link(_) => bail!("a file where none is meant"),
     }
     Ok(())
 }
@@ -444,11 +445,11 @@ pub(super) fn make_node(parent: BorrowedFd, name: &Path, entry: &Entry) -> Resul
 ///
 /// By a descriptor of the thing itself: where others may write to the directory, its name may lead
 /// elsewhere by now.
-pub(super) fn describe(parent: BorrowedFd, name: &Path, entry: &Entry) -> Result<()> {
+pub(super) fn describe(parent: BorrowedFd, name: &Path, entry: &FileEntry) -> Result<()> {
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let thing = openat(parent, name, flags, Mode::empty())?;
     let meta = fs::metadata(process::path_of(&thing));
-    let is_link = matches!(entry.kind, Kind::Symlink(_));
+    let is_link = matches!(entry.kind, FileKind::Symlink(_));
     // Of a symbolic link the path of the descriptor leads on, perhaps to nowhere.
     let found = if is_link { File::from(thing.try_clone()?).metadata()? } else { meta? };
     if found.mode() & libc::S_IFMT != entry.kind.format() {

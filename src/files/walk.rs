@@ -108,7 +108,7 @@ pub fn names_of(root: &Path, inodes: &HashSet<u64>, most: u64) -> Result<HashMap
 
 /// What a look at a file tells, and no more of it than a round needs of files that have not changed.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Seen {
+pub(super) struct SeenFile {
     pub(super) device: u64,
     pub(super) ino: u64,
     pub(super) mode: u32,
@@ -118,9 +118,9 @@ pub(super) struct Seen {
     pub(super) changed: (i64, i64),
 }
 
-impl Seen {
-    fn new(stat: &FileStat) -> Seen {
-        Seen {
+impl SeenFile {
+    fn new(stat: &FileStat) -> SeenFile {
+        SeenFile {
             device: stat.st_dev,
             ino: stat.st_ino,
             mode: stat.st_mode,
@@ -146,7 +146,7 @@ impl Seen {
 
 /// Hears of a file: its path below the root, a path by which it can be reached, and what it is. Of a
 /// directory it says whether what is in it is to be looked at, too.
-pub(super) type Visit<'a> = dyn FnMut(&[u8], &Path, &Seen) -> Result<bool> + 'a;
+pub(super) type Visit<'a> = dyn FnMut(&[u8], &Path, &SeenFile) -> Result<bool> + 'a;
 
 /// Visits a whole tree, directories before what is in them, names in order. What is gone when it is
 /// looked at was never there.
@@ -154,7 +154,7 @@ pub(super) type Visit<'a> = dyn FnMut(&[u8], &Path, &Seen) -> Result<bool> + 'a;
 /// # Errors
 /// When something cannot be read, or is on another file system.
 pub(super) fn walk(root: &Path, visit: &mut Visit) -> Result<()> {
-    walk_all(root, Mounts::Refused, visit)
+    walk_all(root, MountPolicy::Refused, visit)
 }
 
 /// The same, but what is mounted below is visited, too, and nothing that is in it.
@@ -162,14 +162,14 @@ pub(super) fn walk(root: &Path, visit: &mut Visit) -> Result<()> {
 /// # Errors
 /// When something cannot be read.
 pub(super) fn walk_one_mount(root: &Path, visit: &mut Visit) -> Result<()> {
-    walk_all(root, Mounts::Visited, visit)
+    walk_all(root, MountPolicy::Visited, visit)
 }
 
-fn walk_all(root: &Path, mounts: Mounts, visit: &mut Visit) -> Result<()> {
+fn walk_all(root: &Path, mounts: MountPolicy, visit: &mut Visit) -> Result<()> {
     let what = || root.display().to_string();
     // Its own name may be a symbolic link; what is below is not followed.
     let dir = Dir::open(root, DIRECTORY - OFlag::O_NOFOLLOW, Mode::empty()).with_context(what)?;
-    let seen = Seen::new(&fstat(&dir).with_context(what)?);
+    let seen = SeenFile::new(&fstat(&dir).with_context(what)?);
     if visit(b"", &reach(&dir, OsStr::new(".")), &seen)? {
         Walk { path: Vec::new(), depth: 0, device: seen.device, mounts, visit }.level(dir)?;
     }
@@ -198,7 +198,7 @@ pub(super) fn visit_one(top: &File, path: &[u8], visit: &mut Visit) -> Result<bo
         (held.as_fd(), CString::new(name.as_os_str().as_bytes())?)
     };
     let depth = path.split(|b| *b == b'/').count();
-    let mut walk = Walk { path: path.to_vec(), depth, device, mounts: Mounts::Refused, visit };
+    let mut walk = Walk { path: path.to_vec(), depth, device, mounts: MountPolicy::Refused, visit };
     let Some(seen) = look_at(dir, &name).with_context(|| shown(path))? else { return Ok(false) };
     walk.one(dir, &name, &seen)?;
     Ok(true)
@@ -209,7 +209,7 @@ const GONE: [Errno; 3] = [Errno::ENOENT, Errno::ENOTDIR, Errno::ELOOP];
 
 /// What becomes of what is mounted below a root.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Mounts {
+enum MountPolicy {
     Refused,
     Visited,
 }
@@ -220,7 +220,7 @@ struct Walk<'a, 'b> {
     /// Directories on the way.
     depth: usize,
     device: u64,
-    mounts: Mounts,
+    mounts: MountPolicy,
     visit: &'a mut Visit<'b>,
 }
 
@@ -249,9 +249,9 @@ impl Walk<'_, '_> {
     }
 
     /// What bears this name in a directory.
-    fn one(&mut self, dir: BorrowedFd, name: &CStr, seen: &Seen) -> Result<()> {
+    fn one(&mut self, dir: BorrowedFd, name: &CStr, seen: &SeenFile) -> Result<()> {
         let mounted = seen.device != self.device;
-        if mounted && self.mounts == Mounts::Refused {
+        if mounted && self.mounts == MountPolicy::Refused {
             bail!(
                 "{} is on another file system and cannot be copied with the rest: bind it by \
                  itself, or take it away",
@@ -274,7 +274,7 @@ const DIRECTORY: OFlag =
     OFlag::O_RDONLY.union(OFlag::O_DIRECTORY).union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
 
 /// What is in a directory, if that is not more names than that, nor more bytes of them.
-fn look_into(dir: &mut Dir, most: (usize, usize)) -> Result<Vec<(CString, Seen)>> {
+fn look_into(dir: &mut Dir, most: (usize, usize)) -> Result<Vec<(CString, SeenFile)>> {
     let mut names = Vec::new();
     let mut bytes = 0;
     for entry in dir.iter() {
@@ -298,9 +298,9 @@ fn look_into(dir: &mut Dir, most: (usize, usize)) -> Result<Vec<(CString, Seen)>
 }
 
 /// What bears a name in a directory.
-pub(super) fn look_at(dir: BorrowedFd, name: &CStr) -> Result<Option<Seen>> {
+pub(super) fn look_at(dir: BorrowedFd, name: &CStr) -> Result<Option<SeenFile>> {
     match fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
-        Ok(stat) => Ok(Some(Seen::new(&stat))),
+        Ok(stat) => Ok(Some(SeenFile::new(&stat))),
         Err(Errno::ENOENT) => Ok(None),
         Err(e) => Err(e.into()),
     }

@@ -52,7 +52,7 @@ const KEEP_SIZE: u64 = 1;
 pub(super) struct Writes {
     tracing: Tracing,
     /// By inode.
-    files: HashMap<u64, Heard>,
+    files: HashMap<u64, WrittenBlocks>,
     /// What was written to otherwise.
     unfit: HashSet<u64>,
     /// Something was missed.
@@ -61,18 +61,18 @@ pub(super) struct Writes {
 
 /// Blocks of a file, by number.
 #[derive(Debug, Default)]
-pub(super) struct Heard {
+pub(super) struct WrittenBlocks {
     blocks: HashSet<u64>,
 }
 
-impl Touched for Heard {
+impl Touched for WrittenBlocks {
     fn any(&self, from: u64, to: u64) -> bool {
         let blocks = from / BLOCK as u64..to.div_ceil(BLOCK as u64);
         blocks.into_iter().any(|block| self.blocks.contains(&block))
     }
 }
 
-impl Heard {
+impl WrittenBlocks {
     /// Of a folio only the beginning is told; it lies at a multiple of its size.
     fn folio(&mut self, at: u64) {
         let most = at & at.wrapping_neg();
@@ -82,7 +82,7 @@ impl Heard {
     }
 
     /// Adds what another one has.
-    pub(super) fn add(&mut self, other: &Heard) {
+    pub(super) fn add(&mut self, other: &WrittenBlocks) {
         self.blocks.extend(&other.blocks);
     }
 }
@@ -120,19 +120,19 @@ impl Writes {
             tracing::debug!("writes are not followed: {e}");
             return false;
         }
-        self.files.insert(ino, Heard::default());
+        self.files.insert(ino, WrittenBlocks::default());
         true
     }
 
     /// Says what is known to have been written to a file once more at the next call.
-    pub(super) fn remember(&mut self, ino: u64, heard: &Heard) {
+    pub(super) fn remember(&mut self, ino: u64, heard: &WrittenBlocks) {
         if let Some(file) = self.files.get_mut(&ino) {
             file.add(heard);
         }
     }
 
     /// What was written to a file since the last call; none if that is not known.
-    pub(super) fn take(&mut self, ino: u64) -> Option<Heard> {
+    pub(super) fn take(&mut self, ino: u64) -> Option<WrittenBlocks> {
         self.drain();
         if self.lost {
             // Whoever asks from now on begins anew.

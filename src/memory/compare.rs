@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::digest::{BATCH, Digester, END, Record, batches, contents, read_padded, shared_memory};
+use super::digest::{
+    BATCH, DigestRecord, Digester, END, batches, contents, read_padded, shared_memory,
+};
 use super::pages::{self, Reader, Task, is_kernels};
 use crate::criu::images::{PE_LAZY, PagemapEntry};
 use crate::sys::maps;
@@ -28,7 +30,7 @@ pub struct Comparison {
     digester: Digester,
     tasks: HashMap<i32, Own>,
     /// The range or the shared memory that the source is telling of.
-    open: Open,
+    open: OpenRecord,
     pages: u64,
     found: Differences,
 }
@@ -60,7 +62,7 @@ impl Own {
 }
 
 #[derive(Debug)]
-enum Open {
+enum OpenRecord {
     Nothing,
     /// With what is populated here, and was not told.
     Range(i32, Vec<(u64, u64)>),
@@ -110,39 +112,39 @@ impl Comparison {
             all.insert(task.vpid, Own { pid: task.pid, reader, mapped, files });
         }
         let found = Differences::default();
-        Ok(Comparison { digester, tasks: all, open: Open::Nothing, pages: 0, found })
+        Ok(Comparison { digester, tasks: all, open: OpenRecord::Nothing, pages: 0, found })
     }
 
     /// Compares what the source has told next. Whether that was the last of it.
     ///
     /// # Errors
     /// When it makes no sense, or a task has ended. Pages that differ are no error yet.
-    pub fn take(&mut self, records: Vec<Record>) -> Result<bool> {
+    pub fn take(&mut self, records: Vec<DigestRecord>) -> Result<bool> {
         for record in records {
             match record {
-                Record::Range { vpid, start, end } => {
+                DigestRecord::Range { vpid, start, end } => {
                     self.close()?;
                     let own = self.own(vpid)?;
                     let here = pages::populated_in(own.pid, &within(&own.mapped, (start, end)))?;
                     let here = here.iter().map(|region| (region.start, region.end)).collect();
-                    self.open = Open::Range(vpid, here);
+                    self.open = OpenRecord::Range(vpid, here);
                 }
-                Record::Pages { start, digests } => self.pages(start, &digests)?,
-                Record::Shared { vpid, at, size } => {
+                DigestRecord::Pages { start, digests } => self.pages(start, &digests)?,
+                DigestRecord::Shared { vpid, at, size } => {
                     self.close()?;
                     self.shared(vpid, at, size)?;
                 }
-                Record::Data { offset, digests } => self.data(offset, &digests)?,
-                Record::End { pages } => {
+                DigestRecord::Data { offset, digests } => self.data(offset, &digests)?,
+                DigestRecord::End { pages } => {
                     self.close()?;
                     if pages != self.pages {
                         bail!("{pages} pages were to be compared, {} came", self.pages);
                     }
-                    self.open = Open::Done;
+                    self.open = OpenRecord::Done;
                 }
             }
         }
-        Ok(matches!(self.open, Open::Done))
+        Ok(matches!(self.open, OpenRecord::Done))
     }
 
     /// How many pages are the same.
@@ -161,7 +163,7 @@ impl Comparison {
     }
 
     fn pages(&mut self, start: u64, digests: &[u64]) -> Result<()> {
-        let Open::Range(vpid, extra) = &mut self.open else { bail!("pages of no task") };
+        let OpenRecord::Range(vpid, extra) = &mut self.open else { bail!("pages of no task") };
         let (vpid, count) = (*vpid, digests.len());
         let end = end_of(start, count)?;
         *extra = without(extra, (start, end));
@@ -206,12 +208,12 @@ impl Comparison {
             bail!("shared memory of process {vpid} has {here} bytes here, {size} on the source");
         }
         let extra = contents(&file, size)?;
-        self.open = Open::Shared(vpid, at, file, extra);
+        self.open = OpenRecord::Shared(vpid, at, file, extra);
         Ok(())
     }
 
     fn data(&mut self, offset: u64, digests: &[u64]) -> Result<()> {
-        let Open::Shared(vpid, at, file, extra) = &mut self.open else {
+        let OpenRecord::Shared(vpid, at, file, extra) = &mut self.open else {
             bail!("pages of no shared memory");
         };
         let end = end_of(offset, digests.len())?;
@@ -232,10 +234,10 @@ impl Comparison {
 
     /// What is here and was not told must be as if nobody had written to it.
     fn close(&mut self) -> Result<()> {
-        match std::mem::replace(&mut self.open, Open::Nothing) {
-            Open::Nothing => {}
-            Open::Done => bail!("more comes than all"),
-            Open::Range(vpid, extra) => {
+        match std::mem::replace(&mut self.open, OpenRecord::Nothing) {
+            OpenRecord::Nothing => {}
+            OpenRecord::Done => bail!("more comes than all"),
+            OpenRecord::Range(vpid, extra) => {
                 let own = self.own(vpid)?;
                 let mut differ = Vec::new();
                 let mut buffer = vec![0; BATCH * PAGE];
@@ -251,7 +253,7 @@ impl Comparison {
                 }
                 differ.into_iter().for_each(|at| self.differs(vpid, at));
             }
-            Open::Shared(vpid, start, file, extra) => {
+            OpenRecord::Shared(vpid, start, file, extra) => {
                 let mut page = [0; PAGE];
                 for (from, to) in extra {
                     for offset in (from..to).step_by(PAGE) {
@@ -393,7 +395,7 @@ mod tests {
         (child, Task { pid, vpid: 7 })
     }
 
-    fn told(task: Task, digester: &Digester) -> Vec<Record> {
+    fn told(task: Task, digester: &Digester) -> Vec<DigestRecord> {
         let mut all = Vec::new();
         digest::tell(&[task], digester, &mut |records| {
             all.extend_from_slice(records);
@@ -440,10 +442,10 @@ mod tests {
         let (mut child, task) = idle();
         let digester = || Digester::new(5, &[]).unwrap();
         let mut records = told(task, &digester());
-        let last = records.iter().rposition(|r| matches!(r, Record::Pages { .. })).unwrap();
-        let Record::Pages { digests, .. } = records.remove(last) else { panic!("no pages") };
+        let last = records.iter().rposition(|r| matches!(r, DigestRecord::Pages { .. })).unwrap();
+        let DigestRecord::Pages { digests, .. } = records.remove(last) else { panic!("no pages") };
         for record in &mut records {
-            if let Record::End { pages } = record {
+            if let DigestRecord::End { pages } = record {
                 *pages -= digests.len() as u64;
             }
         }
@@ -483,20 +485,20 @@ mod tests {
     fn nonsense_is_refused() {
         let (mut child, task) = idle();
         let new = || Comparison::new(&[task], Digester::new(5, &[]).unwrap()).unwrap();
-        let pages = |start| Record::Pages { start, digests: vec![1] };
+        let pages = |start| DigestRecord::Pages { start, digests: vec![1] };
         assert!(new().take(vec![pages(0x1000)]).is_err());
-        assert!(new().take(vec![Record::Range { vpid: 8, start: 0, end: 1 }]).is_err());
-        assert!(new().take(vec![Record::Shared { vpid: 7, at: 0, size: 1 }]).is_err());
-        assert!(new().take(vec![Record::End { pages: 1 }]).is_err());
-        assert!(new().take(vec![Record::End { pages: 0 }; 2]).is_err());
-        let range = Record::Range { vpid: 7, start: 0, end: u64::MAX };
+        assert!(new().take(vec![DigestRecord::Range { vpid: 8, start: 0, end: 1 }]).is_err());
+        assert!(new().take(vec![DigestRecord::Shared { vpid: 7, at: 0, size: 1 }]).is_err());
+        assert!(new().take(vec![DigestRecord::End { pages: 1 }]).is_err());
+        assert!(new().take(vec![DigestRecord::End { pages: 0 }; 2]).is_err());
+        let range = DigestRecord::Range { vpid: 7, start: 0, end: u64::MAX };
         assert!(new().take(vec![range.clone(), pages(0x1001)]).is_err());
         // Where nothing is mapped, nothing is the same.
         let mut other = new();
         let zeros = Digester::new(5, &[]).unwrap().plain(&[0; PAGE]);
-        let nowhere = Record::Pages { start: 0x1000, digests: vec![zeros] };
-        other.take(vec![Record::Range { vpid: 7, start: 0, end: 0x2000 }, nowhere]).unwrap();
-        assert!(other.take(vec![Record::End { pages: 1 }]).unwrap());
+        let nowhere = DigestRecord::Pages { start: 0x1000, digests: vec![zeros] };
+        other.take(vec![DigestRecord::Range { vpid: 7, start: 0, end: 0x2000 }, nowhere]).unwrap();
+        assert!(other.take(vec![DigestRecord::End { pages: 1 }]).unwrap());
         assert!(other.verdict().is_err());
         child.kill().unwrap();
         child.wait().unwrap();

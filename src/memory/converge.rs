@@ -26,7 +26,7 @@ impl Default for Goal {
 
 /// One round, when it was over.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Seen {
+pub struct SeenRound {
     /// Bytes that it put on the link, and the seconds until they had arrived.
     pub wire: u64,
     /// See `wire`.
@@ -40,7 +40,7 @@ pub struct Seen {
 /// What to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Next {
+pub enum NextRound {
     /// Another round.
     Round,
     /// Freeze: what is left is little enough.
@@ -53,7 +53,7 @@ pub enum Next {
 
 /// Seconds that the pages left will take, by the latest round that had enough on the link to tell;
 /// none where no round had.
-pub fn seconds_left(rounds: &[Seen]) -> Option<f64> {
+pub fn seconds_left(rounds: &[SeenRound]) -> Option<f64> {
     const TELLING: u64 = 1 << 20;
     let left = rounds.last()?.left;
     let telling = rounds.iter().rev().find(|r| r.wire >= TELLING && r.pages > 0)?;
@@ -63,13 +63,13 @@ pub fn seconds_left(rounds: &[Seen]) -> Option<f64> {
 }
 
 /// What comes after the rounds seen so far.
-pub fn next(goal: &Goal, rounds: &[Seen]) -> Next {
-    let give_up = if goal.postcopy { Next::PostCopy } else { Next::FreezeAnyway };
+pub fn next(goal: &Goal, rounds: &[SeenRound]) -> NextRound {
+    let give_up = if goal.postcopy { NextRound::PostCopy } else { NextRound::FreezeAnyway };
     let Some(last) = rounds.last() else {
-        return if goal.max_rounds == 0 { give_up } else { Next::Round };
+        return if goal.max_rounds == 0 { give_up } else { NextRound::Round };
     };
     if last.left <= LITTLE {
-        return Next::Freeze;
+        return NextRound::Freeze;
     }
     let fits = seconds_left(rounds).is_none_or(|s| s <= goal.max_downtime.as_secs_f64());
     // From the end: rounds that did not make it a quarter less.
@@ -77,11 +77,11 @@ pub fn next(goal: &Goal, rounds: &[Seen]) -> Next {
         rounds.windows(2).rev().take_while(|pair| pair[1].left > pair[0].left / 4 * 3).count();
     let out_of_rounds = rounds.len() >= goal.max_rounds;
     match (fits, stalled) {
-        (true, _) if out_of_rounds => Next::Freeze,
+        (true, _) if out_of_rounds => NextRound::Freeze,
         (false, _) if out_of_rounds => give_up,
-        (true, 1..) => Next::Freeze,
-        (false, PATIENCE..) if goal.postcopy => Next::PostCopy,
-        _ => Next::Round,
+        (true, 1..) => NextRound::Freeze,
+        (false, PATIENCE..) if goal.postcopy => NextRound::PostCopy,
+        _ => NextRound::Round,
     }
 }
 
@@ -94,15 +94,15 @@ mod tests {
 
     /// Rounds over a container of `pages` pages that writes to `rate` pages a second, on a link of
     /// `link` pages a second, until the end; the end, and what was left.
-    fn run(goal: &Goal, pages: u64, rate: f64, link: f64) -> (Next, Vec<Seen>) {
+    fn run(goal: &Goal, pages: u64, rate: f64, link: f64) -> (NextRound, Vec<SeenRound>) {
         let mut rounds = Vec::new();
         let mut todo = pages;
         loop {
             match next(goal, &rounds) {
-                Next::Round => {
+                NextRound::Round => {
                     let seconds = todo as f64 / link + 0.002;
                     let left = ((rate * seconds) as u64).min(pages);
-                    rounds.push(Seen { wire: todo * 4096, seconds, pages: todo, left });
+                    rounds.push(SeenRound { wire: todo * 4096, seconds, pages: todo, left });
                     todo = left;
                 }
                 end => return (end, rounds),
@@ -114,13 +114,13 @@ mod tests {
     #[test]
     fn a_still_container_is_frozen_after_one_round() {
         let (end, rounds) = run(&GOAL, 262_144, 10.0, 100_000.0);
-        assert_eq!((end, rounds.len()), (Next::Freeze, 1));
+        assert_eq!((end, rounds.len()), (NextRound::Freeze, 1));
     }
 
     #[test]
     fn it_goes_on_while_a_round_shrinks_what_is_left() {
         let (end, rounds) = run(&GOAL, 262_144, 20_000.0, 100_000.0);
-        assert_eq!(end, Next::Freeze);
+        assert_eq!(end, NextRound::Freeze);
         assert!(rounds.len() > 3, "{rounds:?}");
         assert!(rounds.last().unwrap().left < 1000, "{rounds:?}");
     }
@@ -128,29 +128,29 @@ mod tests {
     #[test]
     fn what_writes_faster_than_the_link_is_brought_after_the_resume_or_frozen_anyway() {
         let (end, rounds) = run(&GOAL, 262_144, 50_000.0, 25_000.0);
-        assert_eq!(end, Next::PostCopy);
+        assert_eq!(end, NextRound::PostCopy);
         assert!(rounds.len() < GOAL.max_rounds, "no round that cannot help: {}", rounds.len());
         let never = Goal { postcopy: false, ..GOAL };
         let (end, rounds) = run(&never, 262_144, 50_000.0, 25_000.0);
-        assert_eq!((end, rounds.len()), (Next::FreezeAnyway, GOAL.max_rounds));
+        assert_eq!((end, rounds.len()), (NextRound::FreezeAnyway, GOAL.max_rounds));
     }
 
     #[test]
     fn a_standing_rest_that_fits_the_downtime_is_frozen() {
         // 500 pages, always the same, are 20 ms of this link.
-        let seen = Seen { wire: 1 << 30, seconds: 10.0, pages: 262_144, left: 500 };
-        let again = Seen { wire: 500 * 4096, seconds: 0.02, pages: 500, left: 500 };
-        assert_eq!(next(&GOAL, &[seen, again]), Next::Freeze);
+        let seen = SeenRound { wire: 1 << 30, seconds: 10.0, pages: 262_144, left: 500 };
+        let again = SeenRound { wire: 500 * 4096, seconds: 0.02, pages: 500, left: 500 };
+        assert_eq!(next(&GOAL, &[seen, again]), NextRound::Freeze);
         let strict = Goal { max_downtime: Duration::from_millis(5), ..GOAL };
-        assert_eq!(next(&strict, &[seen, again]), Next::Round);
-        assert_eq!(next(&strict, &[seen, again, again]), Next::PostCopy);
+        assert_eq!(next(&strict, &[seen, again]), NextRound::Round);
+        assert_eq!(next(&strict, &[seen, again, again]), NextRound::PostCopy);
     }
 
     #[test]
     fn without_rounds_nothing_is_copied_before() {
         let goal = Goal { max_rounds: 0, ..GOAL };
-        assert_eq!(next(&goal, &[]), Next::PostCopy);
-        assert_eq!(next(&Goal { postcopy: false, ..goal }, &[]), Next::FreezeAnyway);
+        assert_eq!(next(&goal, &[]), NextRound::PostCopy);
+        assert_eq!(next(&Goal { postcopy: false, ..goal }, &[]), NextRound::FreezeAnyway);
     }
 
     #[test]
@@ -159,8 +159,8 @@ mod tests {
             for link in [3e3, 3e4, 3e6] {
                 for postcopy in [false, true] {
                     let (end, _) = run(&Goal { postcopy, ..GOAL }, 1 << 20, rate, link);
-                    assert_ne!(end, Next::Round);
-                    assert!(postcopy || end != Next::PostCopy);
+                    assert_ne!(end, NextRound::Round);
+                    assert!(postcopy || end != NextRound::PostCopy);
                 }
             }
         }

@@ -59,7 +59,7 @@ pub fn random_seed() -> u64 {
 
 /// What the source tells, in the order of addresses within each task.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Record {
+pub enum DigestRecord {
     /// A private mapping of a task. Those of its pages follow that are populated.
     Range {
         /// The process, as the container numbers it.
@@ -158,7 +158,7 @@ impl Digester {
 pub fn tell(
     tasks: &[Task],
     digester: &Digester,
-    say: &mut dyn FnMut(&[Record]) -> Result<()>,
+    say: &mut dyn FnMut(&[DigestRecord]) -> Result<()>,
 ) -> Result<u64> {
     let mut teller = Teller { digester, say, records: Vec::new(), waiting: 0, pages: 0 };
     let mut told = HashSet::new();
@@ -177,22 +177,22 @@ pub fn tell(
         }
     }
     let pages = teller.pages;
-    teller.add(Record::End { pages }, 0)?;
+    teller.add(DigestRecord::End { pages }, 0)?;
     teller.flush()?;
     Ok(pages)
 }
 
 struct Teller<'a> {
     digester: &'a Digester,
-    say: &'a mut dyn FnMut(&[Record]) -> Result<()>,
-    records: Vec<Record>,
+    say: &'a mut dyn FnMut(&[DigestRecord]) -> Result<()>,
+    records: Vec<DigestRecord>,
     /// Digests in these.
     waiting: usize,
     pages: u64,
 }
 
 impl Teller<'_> {
-    fn add(&mut self, record: Record, digests: usize) -> Result<()> {
+    fn add(&mut self, record: DigestRecord, digests: usize) -> Result<()> {
         self.records.push(record);
         self.waiting += digests;
         self.pages += digests as u64;
@@ -207,7 +207,7 @@ impl Teller<'_> {
     }
 
     fn range(&mut self, task: Task, reader: &Reader, (start, end): (u64, u64)) -> Result<()> {
-        self.add(Record::Range { vpid: task.vpid, start, end }, 0)?;
+        self.add(DigestRecord::Range { vpid: task.vpid, start, end }, 0)?;
         let mut buffer = vec![0; BATCH * PAGE];
         for region in pages::populated_in(task.pid, &[(start, end)])? {
             for (at, count) in batches(region.start, region.end) {
@@ -224,21 +224,21 @@ impl Teller<'_> {
                 let digests = (at..).step_by(PAGE).zip(bytes.chunks_exact_mut(PAGE));
                 let digests = digests.map(|(at, page)| self.digester.page(task.vpid, at, page));
                 let digests = digests.collect();
-                self.add(Record::Pages { start: at, digests }, count)?;
+                self.add(DigestRecord::Pages { start: at, digests }, count)?;
             }
         }
         Ok(())
     }
 
     fn shared(&mut self, vpid: i32, at: u64, file: &File, size: u64) -> Result<()> {
-        self.add(Record::Shared { vpid, at, size }, 0)?;
+        self.add(DigestRecord::Shared { vpid, at, size }, 0)?;
         let mut buffer = vec![0; BATCH * PAGE];
         for (start, end) in contents(file, size)? {
             for (offset, count) in batches(start, end) {
                 read_padded(file, &mut buffer[..count * PAGE], offset)?;
                 let pages = buffer[..count * PAGE].chunks_exact(PAGE);
                 let digests = pages.map(|page| self.digester.plain(page)).collect();
-                self.add(Record::Data { offset, digests }, count)?;
+                self.add(DigestRecord::Data { offset, digests }, count)?;
             }
         }
         Ok(())

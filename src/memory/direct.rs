@@ -58,11 +58,11 @@ const CACHED: &[&str] = &[
 /// A file that one thread closes while another reads from it is not seen; no program that can rely
 /// on what it has read does that.
 pub fn may_be_read_into(pids: &[i32]) -> bool {
-    let own = Mounts::of(std::process::id() as i32);
+    let own = ProcessMounts::of(std::process::id() as i32);
     pids.iter().any(|pid| task_may(*pid, &own))
 }
 
-fn task_may(pid: i32, outside: &Mounts) -> bool {
+fn task_may(pid: i32, outside: &ProcessMounts) -> bool {
     // Whoever has ended meanwhile has no memory.
     let Ok(list) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
     let mut mounts = None;
@@ -75,7 +75,7 @@ fn task_may(pid: i32, outside: &Mounts) -> bool {
         let Ok(info) = proc_head(pid, &format!("fdinfo/{}", number.to_string_lossy())) else {
             return false;
         };
-        let mounts = mounts.get_or_insert_with(|| Mounts::of(pid));
+        let mounts = mounts.get_or_insert_with(|| ProcessMounts::of(pid));
         // A standard stream may be the host's.
         is_direct(&info, |id| mounts.kind(id).or_else(|| outside.kind(id)))
     })
@@ -103,11 +103,11 @@ fn is_direct<'a>(info: &str, kind: impl FnOnce(&str) -> Option<&'a str>) -> bool
 }
 
 /// A process's mounts.
-struct Mounts(String);
+struct ProcessMounts(String);
 
-impl Mounts {
-    fn of(pid: i32) -> Mounts {
-        Mounts(proc_text(pid, "mountinfo").unwrap_or_default())
+impl ProcessMounts {
+    fn of(pid: i32) -> ProcessMounts {
+        ProcessMounts(proc_text(pid, "mountinfo").unwrap_or_default())
     }
 
     /// The file system of a mount, by its number. proc_pid_mountinfo(5)
@@ -131,7 +131,7 @@ mod tests {
         23 21 0:41 / /\\040-\\040ext4 rw - 9p srv rw\n";
 
     fn judge(flags: i32, mount: &str) -> bool {
-        let mounts = Mounts(MOUNTS.into());
+        let mounts = ProcessMounts(MOUNTS.into());
         let info = format!("pos:\t0\nflags:\t0{flags:o}\nmnt_id:\t{mount}\nino:\t5\n");
         is_direct(&info, |id| mounts.kind(id))
     }
@@ -179,7 +179,7 @@ mod tests {
         let Ok(direct) = direct else { return };
         let direct = run(child.stdin(direct));
         assert!(direct && !may_be_read_into(&[]));
-        let own = Mounts::of(std::process::id() as i32);
+        let own = ProcessMounts::of(std::process::id() as i32);
         let known = own.0.lines().any(|l| l.contains(" - ext4 ") || l.contains(" - overlay "));
         assert!(!cached || !known, "a file that is read through the cache counts");
     }
@@ -191,7 +191,7 @@ mod tests {
         target.words(&[b"flags:", b"mnt_id:", b" - ", b"\0"]).run(|bytes| {
             let text = String::from_utf8_lossy(bytes);
             let (info, mounts) = text.split_once('\0').unwrap_or((&text, ""));
-            let mounts = Mounts(mounts.into());
+            let mounts = ProcessMounts(mounts.into());
             let said = [is_direct(info, |id| mounts.kind(id)), is_file(Path::new(info))];
             found(&said.map(usize::from))
         });

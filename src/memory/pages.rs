@@ -15,7 +15,7 @@ use std::os::unix::fs::FileExt;
 use anyhow::{Context, Result};
 
 use crate::sys::maps::Mapping;
-use crate::sys::memory::{PAGE, PageRegion, Wanted, category, pagemap_scan, read_process};
+use crate::sys::memory::{PAGE, PageRegion, ScanFilter, category, pagemap_scan, read_process};
 use crate::sys::process::proc_text;
 
 /// What looks like private memory, and is the kernel's.
@@ -97,7 +97,7 @@ impl Finder {
         let at = (&raw const own) as u64 & !(PAGE as u64 - 1);
         let mut found = Vec::new();
         for finder in [Finder::ScanWithGuards, Finder::Scan] {
-            let wanted = wanted(Kind::Private, finder.guard());
+            let wanted = wanted(RegionKind::Private, finder.guard());
             if pagemap_scan(&own, at, at + PAGE as u64, wanted, &mut found).is_ok() {
                 return finder;
             }
@@ -112,18 +112,18 @@ impl Finder {
 
 /// What may be mapped where populated pages are looked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum RegionKind {
     /// A file's own pages are not wanted.
     Private,
     /// There are none.
     Anonymous,
 }
 
-fn wanted(kind: Kind, guard: u64) -> Wanted {
-    let file = if kind == Kind::Private { category::FILE } else { 0 };
+fn wanted(kind: RegionKind, guard: u64) -> ScanFilter {
+    let file = if kind == RegionKind::Private { category::FILE } else { 0 };
     let out = category::PFNZERO | file | guard;
     let any_of = category::PRESENT | category::SWAPPED;
-    Wanted { inverted: out, mask: out, any_of, protect: false }
+    ScanFilter { inverted: out, mask: out, any_of, protect: false }
 }
 
 /// The populated private anonymous pages of a task, in ascending order.
@@ -140,7 +140,7 @@ pub fn populated(pid: i32) -> Result<Vec<PageRegion>> {
 /// # Errors
 /// `NotFound` where the task has ended.
 pub fn populated_anonymous(pid: i32, mappings: &[(u64, u64)]) -> Result<Vec<PageRegion>> {
-    find(Kind::Anonymous, pid, mappings)
+    find(RegionKind::Anonymous, pid, mappings)
 }
 
 /// The populated pages of some private mappings, whether or not of files, that are the task's own.
@@ -148,10 +148,10 @@ pub fn populated_anonymous(pid: i32, mappings: &[(u64, u64)]) -> Result<Vec<Page
 /// # Errors
 /// `NotFound` where the task has ended.
 pub fn populated_in(pid: i32, mappings: &[(u64, u64)]) -> Result<Vec<PageRegion>> {
-    find(Kind::Private, pid, mappings)
+    find(RegionKind::Private, pid, mappings)
 }
 
-fn find(kind: Kind, pid: i32, mappings: &[(u64, u64)]) -> Result<Vec<PageRegion>> {
+fn find(kind: RegionKind, pid: i32, mappings: &[(u64, u64)]) -> Result<Vec<PageRegion>> {
     static FINDER: std::sync::OnceLock<Finder> = std::sync::OnceLock::new();
     let finder = *FINDER.get_or_init(Finder::probe);
     let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;

@@ -5,38 +5,38 @@ use std::collections::BTreeMap;
 use anyhow::{Result, anyhow};
 use serde::{Deserialize, Serialize};
 
-use super::staging::{Slot, Staging};
+use super::staging::{PageSlot, Staging};
 use crate::criu::images::{PE_LAZY, PagemapEntry};
 use crate::sys::memory::{PAGE, UffdEvent};
 
 /// A run of neighbouring pages that are still to be installed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Run {
+pub struct PendingRun {
     /// How many.
     pub pages: u32,
     /// Where the first is; the others follow it.
-    pub slot: Slot,
+    pub slot: PageSlot,
 }
 
-impl Run {
+impl PendingRun {
     /// Behind the last, where the first is at `start`.
     pub fn end(&self, start: u64) -> u64 {
         start + u64::from(self.pages) * PAGE as u64
     }
     /// The part of the run from its n-th page.
-    pub fn from(&self, n: u32) -> Run {
+    pub fn from(&self, n: u32) -> PendingRun {
         let slot = match self.slot {
-            Slot::At(s) => Slot::At(s + n),
-            Slot::Zero => Slot::Zero,
-            Slot::Remote(page) => Slot::Remote(page + u64::from(n)),
+            PageSlot::At(s) => PageSlot::At(s + n),
+            PageSlot::Zero => PageSlot::Zero,
+            PageSlot::Remote(page) => PageSlot::Remote(page + u64::from(n)),
         };
-        Run { pages: self.pages - n, slot }
+        PendingRun { pages: self.pages - n, slot }
     }
 }
 
 /// What is still missing in a task, by address.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Pending(pub BTreeMap<u64, Run>);
+pub struct Pending(pub BTreeMap<u64, PendingRun>);
 
 impl Pending {
     /// Everything that CRIU left to us, from where it is staged.
@@ -45,7 +45,7 @@ impl Pending {
     /// When a page is nowhere.
     pub fn new(vpid: i32, entries: &[PagemapEntry], staging: &Staging) -> Result<Pending> {
         let mut all = Pending::default();
-        let mut last: Option<(u64, Run)> = None;
+        let mut last: Option<(u64, PendingRun)> = None;
         for entry in entries.iter().filter(|e| e.flags & PE_LAZY != 0) {
             let mut at = entry.vaddr;
             for (pages, slot) in staging.find(vpid, entry.vaddr, entry.pages) {
@@ -55,9 +55,9 @@ impl Pending {
                 at += u64::from(pages) * PAGE as u64;
                 if let Some((first, run)) = &mut last {
                     let follows = match (run.slot, slot) {
-                        (Slot::At(a), Slot::At(b)) => b == a + run.pages,
-                        (Slot::Zero, Slot::Zero) => true,
-                        (Slot::Remote(a), Slot::Remote(b)) => b == a + u64::from(run.pages),
+                        (PageSlot::At(a), PageSlot::At(b)) => b == a + run.pages,
+                        (PageSlot::Zero, PageSlot::Zero) => true,
+                        (PageSlot::Remote(a), PageSlot::Remote(b)) => b == a + u64::from(run.pages),
                         _ => false,
                     };
                     if follows && run.end(*first) == start && run.pages < u32::MAX - pages {
@@ -66,7 +66,7 @@ impl Pending {
                     }
                     all.0.insert(*first, *run);
                 }
-                last = Some((start, Run { pages, slot }));
+                last = Some((start, PendingRun { pages, slot }));
             }
         }
         if let Some((start, run)) = last {
@@ -76,7 +76,7 @@ impl Pending {
     }
 
     /// Takes out what lies in `[start, end)`.
-    pub fn take(&mut self, start: u64, end: u64) -> Vec<(u64, Run)> {
+    pub fn take(&mut self, start: u64, end: u64) -> Vec<(u64, PendingRun)> {
         let mut taken = Vec::new();
         let first = self.0.range(..=start).next_back().map_or(start, |(s, _)| *s);
         let keys: Vec<u64> = self.0.range(first..end).map(|(s, _)| *s).collect();
@@ -89,7 +89,7 @@ impl Pending {
             let before = (start.saturating_sub(key) / PAGE as u64) as u32;
             let (from, mut run) = (key + u64::from(before) * PAGE as u64, {
                 if before > 0 {
-                    self.0.insert(key, Run { pages: before, slot: run.slot });
+                    self.0.insert(key, PendingRun { pages: before, slot: run.slot });
                 }
                 run.from(before)
             });
@@ -123,26 +123,26 @@ impl Pending {
     pub fn take_remote(&mut self) -> Pending {
         let (remote, here) = std::mem::take(&mut self.0)
             .into_iter()
-            .partition(|(_, run)| matches!(run.slot, Slot::Remote(_)));
+            .partition(|(_, run)| matches!(run.slot, PageSlot::Remote(_)));
         self.0 = here;
         Pending(remote)
     }
 
     /// Takes out what is missing of these pages of the source, wherever they belong now.
-    pub fn take_origin(&mut self, first: u64, pages: u64, moved: bool) -> Vec<(u64, Run)> {
+    pub fn take_origin(&mut self, first: u64, pages: u64, moved: bool) -> Vec<(u64, PendingRun)> {
         let (start, end) = (first * PAGE as u64, (first + pages) * PAGE as u64);
         if !moved {
             return self.take(start, end);
         }
-        let overlaps = |run: &Run| match run.slot {
-            Slot::Remote(page) => page < first + pages && first < page + u64::from(run.pages),
+        let overlaps = |run: &PendingRun| match run.slot {
+            PageSlot::Remote(page) => page < first + pages && first < page + u64::from(run.pages),
             _ => false,
         };
-        let hit: Vec<(u64, Run)> =
+        let hit: Vec<(u64, PendingRun)> =
             self.0.iter().filter(|(_, run)| overlaps(run)).map(|(at, run)| (*at, *run)).collect();
         let mut taken = Vec::new();
         for (at, run) in hit {
-            let Slot::Remote(page) = run.slot else { continue };
+            let PageSlot::Remote(page) = run.slot else { continue };
             let from = first.saturating_sub(page);
             let to = (first + pages - page).min(u64::from(run.pages));
             taken.extend(self.take(at + from * PAGE as u64, at + to * PAGE as u64));
@@ -151,32 +151,32 @@ impl Pending {
     }
 
     /// Adds one page; neighbours become one run.
-    pub fn add(&mut self, at: u64, slot: Slot) {
+    pub fn add(&mut self, at: u64, slot: PageSlot) {
         let before = self.0.range_mut(..at).next_back();
         if let Some((start, run)) = before
             && run.end(*start) == at
             && run.pages < u32::MAX
             && match (run.slot, slot) {
-                (Slot::At(a), Slot::At(b)) => b == a + run.pages,
-                (Slot::Zero, Slot::Zero) => true,
+                (PageSlot::At(a), PageSlot::At(b)) => b == a + run.pages,
+                (PageSlot::Zero, PageSlot::Zero) => true,
                 _ => false,
             }
         {
             run.pages += 1;
             return;
         }
-        self.0.insert(at, Run { pages: 1, slot });
+        self.0.insert(at, PendingRun { pages: 1, slot });
     }
 
     /// The run that holds an address, from there: where its contents are, and at most `most` pages.
-    pub fn range(&self, at: u64, most: u32) -> Option<(Slot, u32)> {
+    pub fn range(&self, at: u64, most: u32) -> Option<(PageSlot, u32)> {
         let (start, run) = self.0.range(..=at).next_back()?;
         let rest = run.from(((at - start) / PAGE as u64).min(u64::from(run.pages)) as u32);
         (rest.pages > 0).then(|| (rest.slot, rest.pages.min(most)))
     }
 
     /// Puts runs (back) in.
-    pub fn put_back(&mut self, list: impl IntoIterator<Item = (u64, Run)>) {
+    pub fn put_back(&mut self, list: impl IntoIterator<Item = (u64, PendingRun)>) {
         self.0.extend(list);
     }
 }
@@ -212,7 +212,7 @@ mod tests {
         let mut pending = Pending::new(5, &entries, &staging).unwrap();
         let taken = pending.take(0x11000, 0x15000);
         let shape: Vec<_> = taken.iter().map(|(s, r)| (*s, r.pages, r.slot)).collect();
-        assert_eq!(shape, [(0x11000, 3, Slot::At(1)), (0x14000, 1, Slot::Zero)]);
+        assert_eq!(shape, [(0x11000, 3, PageSlot::At(1)), (0x14000, 1, PageSlot::Zero)]);
         let left: Vec<_> = pending.0.iter().map(|(s, r)| (*s, r.pages)).collect();
         assert_eq!(left, [(0x10000, 1), (0x15000, 1), (0x16000, 1)]);
         assert!(pending.take(0x40000, 0x50000).is_empty());

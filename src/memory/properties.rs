@@ -19,7 +19,7 @@ use nix::unistd::{Pid, mkfifo};
 use super::pages::{self, Task};
 use super::pending::Pending;
 use super::rounds::{Rounds, Sink, Tracking, best};
-use super::staging::{Slot, Staging};
+use super::staging::{PageSlot, Staging};
 use crate::criu::images::{PE_LAZY, PagemapEntry};
 use crate::fuzz::Random;
 use crate::sys::memory::PAGE;
@@ -330,9 +330,9 @@ fn differences(task: Task, over: &Over) -> Vec<String> {
             let at = start + u64::from(i) * PAGE as u64;
             memory.read_exact_at(&mut page, at).unwrap();
             let same = match run.from(i).slot {
-                Slot::Zero => page.iter().all(|byte| *byte == 0),
-                Slot::At(slot) => page == over.0.bytes(slot, 1),
-                Slot::Remote(_) => false,
+                PageSlot::Zero => page.iter().all(|byte| *byte == 0),
+                PageSlot::At(slot) => page == over.0.bytes(slot, 1),
+                PageSlot::Remote(_) => false,
             };
             seen += 1;
             if !same {

@@ -56,7 +56,7 @@ pub trait Sink {
 
 /// What a round did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct RoundStats {
+pub struct MemoryRoundStats {
     /// Pages looked at.
     pub scanned: u64,
     /// Pages handed on with their contents.
@@ -69,9 +69,9 @@ pub struct RoundStats {
     pub unchanged: u64,
 }
 
-impl RoundStats {
+impl MemoryRoundStats {
     /// Adds another's numbers.
-    pub fn add(&mut self, other: RoundStats) {
+    pub fn add(&mut self, other: MemoryRoundStats) {
         self.scanned += other.scanned;
         self.sent += other.sent;
         self.zero += other.zero;
@@ -107,12 +107,12 @@ pub fn best(wanted: Tracking) -> Tracking {
 #[derive(Debug)]
 pub struct Rounds {
     tracking: Tracking,
-    tasks: HashMap<i32, Known>,
-    sent: Sent,
+    tasks: HashMap<i32, KnownTask>,
+    sent: SentPages,
 }
 
 #[derive(Debug, Default)]
-struct Known {
+struct KnownTask {
     /// Host's number and start time: the container's number may be used again.
     identity: (i32, u64),
     tracker: Option<Tracker>,
@@ -122,7 +122,7 @@ struct Known {
 
 /// What a look at a task found: pages that must be looked at.
 #[derive(Debug, Default)]
-pub struct Found {
+pub struct FoundPages {
     regions: Vec<PageRegion>,
     /// The first so many are those that a tracker told.
     told: usize,
@@ -132,7 +132,7 @@ impl Rounds {
     /// Asks the kernel in the way of `tracking`; see [`best`] for what it can. `seed` makes the hashes ones that
     /// nobody in the container can know.
     pub fn new(tracking: Tracking, seed: u64) -> Rounds {
-        Rounds { tracking, tasks: HashMap::new(), sent: Sent::new(seed) }
+        Rounds { tracking, tasks: HashMap::new(), sent: SentPages::new(seed) }
     }
 
     /// What was handed on so far has arrived. `in_order`: what is handed on now arrives in that
@@ -166,7 +166,12 @@ impl Rounds {
     ///
     /// # Errors
     /// When the sink fails. A task that has ended is no error: it has no pages left.
-    pub fn round(&mut self, task: Task, frozen: bool, sink: &mut dyn Sink) -> Result<RoundStats> {
+    pub fn round(
+        &mut self,
+        task: Task,
+        frozen: bool,
+        sink: &mut dyn Sink,
+    ) -> Result<MemoryRoundStats> {
         let found = self.find(task, frozen)?;
         self.hand_on(task, found, frozen, sink)
     }
@@ -176,10 +181,10 @@ impl Rounds {
     ///
     /// # Errors
     /// When it cannot be found out. Of a task that has ended nothing must be looked at.
-    pub fn find(&mut self, task: Task, frozen: bool) -> Result<Found> {
+    pub fn find(&mut self, task: Task, frozen: bool) -> Result<FoundPages> {
         match self.look(task, frozen) {
             // A frozen task that has ended was killed: what CRIU has written of it is out of date.
-            Err(e) if task_is_gone(&e) && !frozen => Ok(Found::default()),
+            Err(e) if task_is_gone(&e) && !frozen => Ok(FoundPages::default()),
             other => other,
         }
     }
@@ -191,12 +196,12 @@ impl Rounds {
     pub fn hand_on(
         &mut self,
         task: Task,
-        found: Found,
+        found: FoundPages,
         frozen: bool,
         sink: &mut dyn Sink,
-    ) -> Result<RoundStats> {
+    ) -> Result<MemoryRoundStats> {
         match self.try_hand_on(task, &found, frozen, sink) {
-            Err(e) if task_is_gone(&e) && !frozen => Ok(RoundStats::default()),
+            Err(e) if task_is_gone(&e) && !frozen => Ok(MemoryRoundStats::default()),
             other => other,
         }
     }
@@ -204,10 +209,10 @@ impl Rounds {
     fn try_hand_on(
         &mut self,
         task: Task,
-        found: &Found,
+        found: &FoundPages,
         frozen: bool,
         sink: &mut dyn Sink,
-    ) -> Result<RoundStats> {
+    ) -> Result<MemoryRoundStats> {
         let mut missing = Vec::new();
         let stats = send(task, &found.regions, &mut self.sent, sink, &mut missing)?;
         if let (true, Some(page)) = (frozen, missing.first()) {
@@ -257,12 +262,12 @@ impl Rounds {
     }
 
     /// Finds what must be looked at, and starts to watch anew.
-    fn look(&mut self, task: Task, frozen: bool) -> Result<Found> {
+    fn look(&mut self, task: Task, frozen: bool) -> Result<FoundPages> {
         let known = self.tasks.entry(task.vpid).or_default();
         let identity = (task.pid, process::start_time(task.pid).unwrap_or(0));
         let new = known.identity != identity;
         if new {
-            *known = Known { identity, ..Known::default() };
+            *known = KnownTask { identity, ..KnownTask::default() };
             if self.tracking == Tracking::WriteProtect && !frozen {
                 // Whoever cannot be watched is compared.
                 known.tracker = Tracker::attach(task).ok();
@@ -281,13 +286,14 @@ impl Rounds {
             }
             soft_dirty::clear(task)?;
             let told = regions.len();
-            return Ok(Found { regions, told });
+            return Ok(FoundPages { regions, told });
         }
         let looked = known.tracker.as_mut().map(|t| t.look(task, &mappings));
         match looked {
-            None => {
-                Ok(Found { regions: pages::populated_anonymous(task.pid, &mappings)?, told: 0 })
-            }
+            None => Ok(FoundPages {
+                regions: pages::populated_anonymous(task.pid, &mappings)?,
+                told: 0,
+            }),
             Some(Ok(mut written)) => {
                 for page in std::mem::take(&mut known.again) {
                     let at = page * PAGE as u64;
@@ -297,13 +303,16 @@ impl Rounds {
                 let told = written.regions.len();
                 let mut regions = written.regions;
                 regions.extend(pages::populated_anonymous(task.pid, &written.unwatched)?);
-                Ok(Found { regions, told })
+                Ok(FoundPages { regions, told })
             }
             // It lives in other memory since an exec, or something that nobody foresaw: compared
             // from here on.
             Some(Err(_)) => {
                 known.tracker = None;
-                Ok(Found { regions: pages::populated_anonymous(task.pid, &mappings)?, told: 0 })
+                Ok(FoundPages {
+                    regions: pages::populated_anonymous(task.pid, &mappings)?,
+                    told: 0,
+                })
             }
         }
     }
@@ -311,19 +320,19 @@ impl Rounds {
 
 /// What the destination has.
 #[derive(Debug)]
-struct Sent {
+struct SentPages {
     seed: u64,
     /// Half a hash of each page's contents; 0: nothing.
     table: PageTable<u64>,
     /// Whole hashes, each in the one place where it can be, and a page that had those contents when
     /// it was handed on. 6 MiB: finds what was sent among the last GiB or so.
-    places: Vec<Place>,
+    places: Vec<PagePlace>,
     round: u32,
     in_order: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
-struct Place {
+struct PagePlace {
     hash: u128,
     task: i32,
     page: u64,
@@ -333,7 +342,7 @@ struct Place {
 
 /// What is to be done with a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum PageAction {
     /// Nothing: it is over there, or could not be read.
     Skip,
     Data,
@@ -346,25 +355,25 @@ const PLACES: usize = 1 << 18;
 /// What stands in the table for a page of zeros.
 const ZERO_PAGE: u64 = 1;
 
-impl Sent {
-    fn new(seed: u64) -> Sent {
-        Sent { seed, table: PageTable::new(0), places: Vec::new(), round: 0, in_order: true }
+impl SentPages {
+    fn new(seed: u64) -> SentPages {
+        SentPages { seed, table: PageTable::new(0), places: Vec::new(), round: 0, in_order: true }
     }
 
     /// Decides about a page, and notes that it has been handed on so.
-    fn judge(&mut self, vpid: i32, page: u64, bytes: &[u8]) -> Kind {
+    fn judge(&mut self, vpid: i32, page: u64, bytes: &[u8]) -> PageAction {
         if is_zero(bytes) {
             let before = std::mem::replace(self.table.at(vpid, page), ZERO_PAGE);
-            return if before == ZERO_PAGE { Kind::Skip } else { Kind::Zero };
+            return if before == ZERO_PAGE { PageAction::Skip } else { PageAction::Zero };
         }
         let hash = xxh3_128_with_seed(bytes, self.seed);
         // Neither "nothing" nor "zero".
         let half = |hash: u128| (hash as u64) | 2;
         if std::mem::replace(self.table.at(vpid, page), half(hash)) == half(hash) {
-            return Kind::Skip;
+            return PageAction::Skip;
         }
         if self.places.is_empty() {
-            self.places.resize(PLACES, Place::default());
+            self.places.resize(PLACES, PagePlace::default());
         }
         let place = &mut self.places[(hash >> 64) as usize % PLACES];
         let is_there = place.hash == hash
@@ -372,10 +381,10 @@ impl Sent {
             && (self.in_order || place.round != self.round);
         // What was there may have been overwritten by a later version.
         if is_there && self.table.get(place.task, place.page) == half(hash) {
-            return Kind::Same(place.task, place.page);
+            return PageAction::Same(place.task, place.page);
         }
-        *place = Place { hash, task: vpid, page, round: self.round };
-        Kind::Data
+        *place = PagePlace { hash, task: vpid, page, round: self.round };
+        PageAction::Data
     }
 }
 
@@ -384,12 +393,12 @@ impl Sent {
 fn send(
     task: Task,
     regions: &[PageRegion],
-    sent: &mut Sent,
+    sent: &mut SentPages,
     sink: &mut dyn Sink,
     unread: &mut Vec<u64>,
-) -> Result<RoundStats> {
+) -> Result<MemoryRoundStats> {
     let reader = Reader::open(task.pid)?;
-    let mut stats = RoundStats::default();
+    let mut stats = MemoryRoundStats::default();
     let mut buffer = vec![0u8; BATCH * PAGE];
     let mut runs: Vec<(u64, usize)> = Vec::with_capacity(RUNS);
     let mut waiting = 0;
@@ -435,22 +444,24 @@ fn judge_and_send(
     runs: &[(u64, usize)],
     buffer: &[u8],
     missing: &[usize],
-    sent: &mut Sent,
+    sent: &mut SentPages,
     sink: &mut dyn Sink,
-    stats: &mut RoundStats,
+    stats: &mut MemoryRoundStats,
 ) -> Result<()> {
     let mut index = 0;
     for &(start, pages) in runs {
         let first = index;
         // The kind of the run that is open, and where it began.
-        let mut open = (Kind::Skip, 0);
-        let mut close = |kind: Kind, from: usize, to: usize| -> Result<()> {
+        let mut open = (PageAction::Skip, 0);
+        let mut close = |kind: PageAction, from: usize, to: usize| -> Result<()> {
             let at = start + (from * PAGE) as u64;
             match kind {
-                Kind::Skip => Ok(()),
-                Kind::Zero => sink.zeros(vpid, at, to - from),
-                Kind::Same(of, page) => sink.same(vpid, at, (of, page * PAGE as u64), to - from),
-                Kind::Data => {
+                PageAction::Skip => Ok(()),
+                PageAction::Zero => sink.zeros(vpid, at, to - from),
+                PageAction::Same(of, page) => {
+                    sink.same(vpid, at, (of, page * PAGE as u64), to - from)
+                }
+                PageAction::Data => {
                     sink.pages(vpid, at, &buffer[(first + from) * PAGE..(first + to) * PAGE])
                 }
             }
@@ -458,20 +469,20 @@ fn judge_and_send(
         for i in 0..pages {
             let bytes = &buffer[index * PAGE..][..PAGE];
             let kind = if missing.contains(&index) {
-                Kind::Skip
+                PageAction::Skip
             } else {
                 stats.scanned += 1;
                 let kind = sent.judge(vpid, start / PAGE as u64 + i as u64, bytes);
                 match kind {
-                    Kind::Skip => stats.unchanged += 1,
-                    Kind::Data => stats.sent += 1,
-                    Kind::Zero => stats.zero += 1,
-                    Kind::Same(..) => stats.same += 1,
+                    PageAction::Skip => stats.unchanged += 1,
+                    PageAction::Data => stats.sent += 1,
+                    PageAction::Zero => stats.zero += 1,
+                    PageAction::Same(..) => stats.same += 1,
                 }
                 kind
             };
             let goes_on = match (open.0, kind) {
-                (Kind::Same(of, page), Kind::Same(of2, page2)) => {
+                (PageAction::Same(of, page), PageAction::Same(of2, page2)) => {
                     of == of2 && page2 == page + (i - open.1) as u64
                 }
                 (a, b) => a == b,

@@ -36,14 +36,14 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{Signal, raise};
 
 use super::pending::Pending;
-use super::staging::{Slot, Staging};
-use super::will::{Author, Missing, Snapshot, Will, Word};
+use super::staging::{PageSlot, Staging};
+use super::will::{Author, Missing, Snapshot, Will, WillWord};
 use crate::criu::images::PagemapEntry;
 use crate::sys::memory::{PAGE, UffdEvent, uffd_read, uffd_wake, uffd_zero};
 use crate::sys::panics::{Panicked, caught};
 use crate::sys::{fault, process, scm};
 
-pub use succession::{Left, Stranded, succeed};
+pub use succession::{LeftServer, Stranded, succeed};
 
 /// Name of the socket in CRIU's work directory.
 pub const SOCKET: &str = "lazy-pages.socket";
@@ -66,7 +66,7 @@ const AROUND: u32 = 16;
 
 /// What the daemon is told while it serves.
 #[derive(Debug)]
-pub enum Arrived {
+pub enum PageArrival {
     /// Pages of a task, by the address that they had on the source.
     Pages(i32, u64, Vec<u8>),
     /// Pages that are zero.
@@ -79,7 +79,7 @@ pub enum Arrived {
 /// The way to a serving daemon.
 #[derive(Debug)]
 pub struct Intake {
-    queue: SyncSender<Arrived>,
+    queue: SyncSender<PageArrival>,
     wake: Arc<EventFd>,
 }
 
@@ -88,7 +88,7 @@ impl Intake {
     ///
     /// # Errors
     /// When the daemon cannot be woken.
-    pub fn hand_in(&self, arrived: Arrived) -> Result<()> {
+    pub fn hand_in(&self, arrived: PageArrival) -> Result<()> {
         // Whoever has all pages may have ended already.
         if self.queue.send(arrived).is_ok() {
             self.wake.write(1)?;
@@ -126,7 +126,7 @@ impl Served {
 }
 
 #[derive(Debug)]
-struct Target {
+struct ServedTask {
     uffd: OwnedFd,
     /// The task whose pages these were on the source; a child of a fork has its parent's.
     vpid: i32,
@@ -215,10 +215,10 @@ impl Server {
     }
 }
 
-impl Target {
-    fn new(uffd: OwnedFd, vpid: i32, mut pending: Pending) -> Target {
+impl ServedTask {
+    fn new(uffd: OwnedFd, vpid: i32, mut pending: Pending) -> ServedTask {
         let remote = pending.take_remote();
-        Target {
+        ServedTask {
             uffd,
             vpid,
             pending,
@@ -235,7 +235,7 @@ impl Target {
 struct Daemon {
     staging: Staging,
     pending: HashMap<i32, Pending>,
-    targets: Vec<Target>,
+    targets: Vec<ServedTask>,
     served: Served,
     finished: bool,
     /// The background ran into a mapping that is not registered yet.
@@ -248,7 +248,7 @@ struct Daemon {
     outdated: bool,
     will: Arc<Will>,
     author: Author,
-    arrivals: Receiver<Arrived>,
+    arrivals: Receiver<PageArrival>,
     intake: Option<Intake>,
     wake: Arc<EventFd>,
     want: Box<dyn Fn(i32, u64, usize) + Send>,
@@ -263,7 +263,7 @@ impl Daemon {
     ) -> Result<Daemon> {
         let (queue, arrivals) = sync_channel(WAITING);
         let wake = Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?);
-        will.note_descriptor(Word::Staging, Some(staging.number()));
+        will.note_descriptor(WillWord::Staging, Some(staging.number()));
         Ok(Daemon {
             staging,
             pending: HashMap::new(),
@@ -336,7 +336,7 @@ impl Daemon {
             self.author.forget();
             return Ok(());
         }
-        let missing = |target: &Target| Missing {
+        let missing = |target: &ServedTask| Missing {
             uffd: target.uffd.as_raw_fd(),
             vpid: target.vpid,
             moved: target.moved,
@@ -350,13 +350,13 @@ impl Daemon {
     }
 
     fn run(&mut self, mut criu: UnixStream) -> Result<()> {
-        self.will.note_descriptor(Word::Lazy, Some(criu.as_raw_fd()));
+        self.will.note_descriptor(WillWord::Lazy, Some(criu.as_raw_fd()));
         loop {
             let idle = self.targets.iter().all(|t| t.pending.0.is_empty());
             if idle && self.targets.iter().all(|t| t.remote.0.is_empty()) {
                 if self.finished {
                     // Before anything is closed: whoever comes after has nothing to fill any more.
-                    self.will.note(Word::Done, 1);
+                    self.will.note(WillWord::Done, 1);
                     return Ok(());
                 }
                 if !self.all_in && self.all_here() {
@@ -419,7 +419,7 @@ impl Daemon {
         };
         if vpid == FINISHED {
             self.finished = true;
-            self.will.note(Word::Finished, 1);
+            self.will.note(WillWord::Finished, 1);
             if let Some(vpid) = self.pending.iter().find(|(_, p)| !p.0.is_empty()).map(|(v, _)| v) {
                 bail!("CRIU asked for no pages for task {vpid}");
             }
@@ -434,7 +434,7 @@ impl Daemon {
         let (_, mut fds) = scm::receive(&*criu)?.ok_or(CriuClosed)?;
         let uffd = fds.pop().ok_or_else(|| anyhow!("CRIU sent no userfaultfd"))?;
         let pending = self.pending.remove(&vpid).unwrap_or_default();
-        self.targets.push(Target::new(uffd, vpid, pending));
+        self.targets.push(ServedTask::new(uffd, vpid, pending));
         // Whoever comes later with nothing missing need not stand in it; but the number of one that has
         // gone, and does, may be his.
         if self.all_here() && (self.outdated || !self.will.is_made()) {
@@ -470,7 +470,8 @@ impl Daemon {
                     self.served.faults += 1;
                     let wanted = target.pending.take(page, page + PAGE as u64);
                     let remote = target.remote.range(page, AROUND);
-                    if let (true, Some((Slot::Remote(origin), pages))) = (wanted.is_empty(), remote)
+                    if let (true, Some((PageSlot::Remote(origin), pages))) =
+                        (wanted.is_empty(), remote)
                     {
                         target.waiting.entry(page).or_insert(began);
                         let vpid = target.vpid;
@@ -498,8 +499,8 @@ impl Daemon {
                     self.shared = true;
                     let (pending, remote) = (target.pending.clone(), target.remote.clone());
                     let (vpid, moved, early) = (target.vpid, target.moved, !self.finished);
-                    let child = Target::new(process::adopt_fd(number)?, vpid, pending);
-                    self.targets.push(Target { remote, moved, early, ..child });
+                    let child = ServedTask::new(process::adopt_fd(number)?, vpid, pending);
+                    self.targets.push(ServedTask { remote, moved, early, ..child });
                 }
                 change => {
                     target.moved |= target.pending.change(change);
@@ -514,18 +515,18 @@ impl Daemon {
         let _ = self.wake.read();
         while let Ok(arrived) = self.arrivals.try_recv() {
             match arrived {
-                Arrived::Pages(vpid, at, bytes) => {
+                PageArrival::Pages(vpid, at, bytes) => {
                     let first = at / PAGE as u64;
                     self.arrive(vpid, first, (bytes.len() / PAGE) as u64, Some(&bytes))?;
                 }
-                Arrived::Zeros(vpid, at, pages) => {
+                PageArrival::Zeros(vpid, at, pages) => {
                     self.arrive(vpid, at / PAGE as u64, pages as u64, None)?;
                 }
-                Arrived::Missing(reply) => {
+                PageArrival::Missing(reply) => {
                     let _ = reply.send(self.missing());
                     for target in &self.targets {
                         for &page in target.waiting.keys() {
-                            if let Some((Slot::Remote(origin), pages)) =
+                            if let Some((PageSlot::Remote(origin), pages)) =
                                 target.remote.range(page, AROUND)
                             {
                                 (self.want)(target.vpid, origin * PAGE as u64, pages as usize);
@@ -542,7 +543,7 @@ impl Daemon {
     fn missing(&self) -> Vec<(i32, u64, usize)> {
         let of = |vpid: i32, list: &Pending| -> Vec<(i32, u64, usize)> {
             let remote = list.0.values().filter_map(|run| match run.slot {
-                Slot::Remote(page) => Some((vpid, page * PAGE as u64, run.pages as usize)),
+                PageSlot::Remote(page) => Some((vpid, page * PAGE as u64, run.pages as usize)),
                 _ => None,
             });
             remote.collect()

@@ -26,7 +26,7 @@ use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::digest::{contents, read_padded};
-use super::rounds::{RoundStats, Sink, is_zero};
+use super::rounds::{MemoryRoundStats, Sink, is_zero};
 use super::table::PageTable;
 use crate::sys::maps::{self, Mapping};
 use crate::sys::memory::{self, PAGE};
@@ -58,14 +58,14 @@ fn file_name(number: i32) -> String {
 
 /// Where a segment's pages are when all of them are over there.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Placed {
+pub struct PlacedPages {
     /// Number of its pages image.
     pub image: u32,
     /// Page of the segment, and how many follow it: in the order of the image.
     pub runs: Vec<(u64, u64)>,
 }
 
-impl Placed {
+impl PlacedPages {
     /// One past the last page.
     pub fn end(&self) -> u64 {
         self.runs.iter().map(|(page, pages)| page + pages).max().unwrap_or(0)
@@ -74,19 +74,19 @@ impl Placed {
 
 /// What the rounds have of shared memory, for whoever decides what CRIU sees.
 #[derive(Clone, Debug, Default)]
-pub struct Shared(Arc<(Mutex<State>, Condvar)>);
+pub struct SharedMemory(Arc<(Mutex<SharedState>, Condvar)>);
 
 #[derive(Debug, Default)]
-struct State {
+struct SharedState {
     /// Inodes of segments that went along in the latest round.
     known: HashSet<u64>,
     /// After the last round, by inode.
-    placed: Option<HashMap<u64, Placed>>,
+    placed: Option<HashMap<u64, PlacedPages>>,
     gone: bool,
 }
 
-impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
+impl SharedMemory {
+    fn state(&self) -> MutexGuard<'_, SharedState> {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -99,8 +99,8 @@ impl Shared {
     ///
     /// # Errors
     /// When nobody reads them any more.
-    pub fn placed(&self) -> Result<HashMap<u64, Placed>> {
-        let waits = |state: &mut State| state.placed.is_none() && !state.gone;
+    pub fn placed(&self) -> Result<HashMap<u64, PlacedPages>> {
+        let waits = |state: &mut SharedState| state.placed.is_none() && !state.gone;
         let state = self.0.1.wait_timeout_while(self.state(), PATIENCE, waits);
         let (state, _) = state.unwrap_or_else(PoisonError::into_inner);
         state.placed.clone().ok_or_else(|| anyhow!("shared memory was not read in the freeze"))
@@ -111,7 +111,7 @@ impl Shared {
         self.tell(|state| state.gone = true);
     }
 
-    fn tell(&self, change: impl FnOnce(&mut State)) {
+    fn tell(&self, change: impl FnOnce(&mut SharedState)) {
         change(&mut self.state());
         self.0.1.notify_all();
     }
@@ -120,7 +120,7 @@ impl Shared {
 /// The source's half: segments, and what of them is over there.
 #[derive(Debug)]
 pub struct Segments {
-    shared: Shared,
+    shared: SharedMemory,
     seed: u64,
     /// By inode: they are held open, so that no other one gets their numbers.
     all: BTreeMap<u64, Segment>,
@@ -134,14 +134,14 @@ struct Segment {
     number: i32,
     /// Pages up to here are mapped.
     end: u64,
-    slots: Vec<Slot>,
+    slots: Vec<SharedPage>,
     /// Of each page, or [`NO_SLOT`].
     slot_of: PageTable<u32>,
     round: u32,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Slot {
+struct SharedPage {
     page: u64,
     /// Of what is over there.
     hash: u64,
@@ -171,7 +171,7 @@ impl Drop for Segments {
 
 impl Segments {
     /// None so far; tells `shared` what there is. With hashes that nobody in the container can know.
-    pub fn new(shared: Shared, seed: u64) -> Segments {
+    pub fn new(shared: SharedMemory, seed: u64) -> Segments {
         Segments { shared, seed, all: BTreeMap::new(), numbers: 0 }
     }
 
@@ -179,7 +179,7 @@ impl Segments {
     ///
     /// # Errors
     /// When the sink fails, or a segment cannot be read.
-    pub fn round(&mut self, processes: &[i32], sink: &mut dyn Sink) -> Result<RoundStats> {
+    pub fn round(&mut self, processes: &[i32], sink: &mut dyn Sink) -> Result<MemoryRoundStats> {
         let device = memory::shared_device()?;
         let mut mapped = mapped(processes)?;
         let held = if mapped.is_empty() { HashSet::new() } else { held(processes, device) };
@@ -196,7 +196,7 @@ impl Segments {
             }
         }
 
-        let mut sum = RoundStats::default();
+        let mut sum = MemoryRoundStats::default();
         for segment in self.all.values_mut() {
             sum.add(segment.hand_on(self.seed, sink)?);
         }
@@ -209,8 +209,12 @@ impl Segments {
     ///
     /// # Errors
     /// As [`Segments::round`].
-    pub fn last_round(&mut self, processes: &[i32], sink: &mut dyn Sink) -> Result<RoundStats> {
-        let mut sum = RoundStats::default();
+    pub fn last_round(
+        &mut self,
+        processes: &[i32],
+        sink: &mut dyn Sink,
+    ) -> Result<MemoryRoundStats> {
+        let mut sum = MemoryRoundStats::default();
         let mapped = if self.all.is_empty() { HashMap::new() } else { mapped(processes)? };
         let mut placed = HashMap::new();
         for (inode, segment) in &mut self.all {
@@ -232,9 +236,9 @@ impl Segment {
     }
 
     /// Hands on what has another content than over there.
-    fn hand_on(&mut self, seed: u64, sink: &mut dyn Sink) -> Result<RoundStats> {
+    fn hand_on(&mut self, seed: u64, sink: &mut dyn Sink) -> Result<MemoryRoundStats> {
         self.round += 1;
-        let mut stats = RoundStats::default();
+        let mut stats = MemoryRoundStats::default();
         let mut buffer = vec![0; BATCH * PAGE];
         let size = self.file.metadata()?.len().min(self.end * PAGE as u64);
         for (start, end) in contents(&self.file, size)? {
@@ -256,7 +260,7 @@ impl Segment {
         buffer: &[u8],
         seed: u64,
         sink: &mut dyn Sink,
-        stats: &mut RoundStats,
+        stats: &mut MemoryRoundStats,
     ) -> Result<()> {
         // What is open: its first slot, where in the buffer it begins, how many pages, whether zero.
         let mut open: Option<(u32, usize, usize, bool)> = None;
@@ -304,13 +308,18 @@ impl Segment {
         let slot = self.slot_of.at(0, page);
         if *slot == NO_SLOT {
             *slot = u32::try_from(self.slots.len())?;
-            self.slots.push(Slot { page, hash: NONE, round: 0 });
+            self.slots.push(SharedPage { page, hash: NONE, round: 0 });
         }
         Ok(*slot)
     }
 
     /// Pages that are populated no more leave no gap: the last ones get their slots.
-    fn close_gaps(&mut self, seed: u64, sink: &mut dyn Sink, stats: &mut RoundStats) -> Result<()> {
+    fn close_gaps(
+        &mut self,
+        seed: u64,
+        sink: &mut dyn Sink,
+        stats: &mut MemoryRoundStats,
+    ) -> Result<()> {
         let mut page = [0; PAGE];
         let mut at = 0;
         while at < self.slots.len() {
@@ -332,7 +341,7 @@ impl Segment {
         Ok(())
     }
 
-    fn placed(&self) -> Placed {
+    fn placed(&self) -> PlacedPages {
         let mut runs: Vec<(u64, u64)> = Vec::new();
         for slot in &self.slots {
             match runs.last_mut() {
@@ -340,7 +349,7 @@ impl Segment {
                 _ => runs.push((slot.page, 1)),
             }
         }
-        Placed { image: image(self.number), runs }
+        PlacedPages { image: image(self.number), runs }
     }
 }
 
@@ -515,7 +524,7 @@ mod tests {
 
     /// What CRIU would make of the image, as it reads it, is what the segment is: and nothing more is populated.
     fn is_there(segment: &Segment, directory: &Path) {
-        let Placed { image, runs } = segment.placed();
+        let PlacedPages { image, runs } = segment.placed();
         let file = File::open(directory.join(format!("pages-{image}.img"))).unwrap();
         let (mut at, mut filled) = (0, HashSet::new());
         let (mut here, mut there) = ([0; PAGE], [0; PAGE]);
@@ -612,12 +621,12 @@ mod tests {
 
     #[test]
     fn who_waits_for_a_last_round_hears_that_there_is_none() {
-        let shared = Shared::default();
+        let shared = SharedMemory::default();
         drop(Segments::new(shared.clone(), 7));
         assert!(shared.placed().is_err());
 
         // A dump that is given up while the last round goes on: not after all of its patience.
-        let (shared, began) = (Shared::default(), std::time::Instant::now());
+        let (shared, began) = (SharedMemory::default(), std::time::Instant::now());
         let segments = Segments::new(shared.clone(), 7);
         let waits = shared.clone();
         let waiting = std::thread::spawn(move || waits.placed().is_err());
@@ -625,7 +634,7 @@ mod tests {
         assert!(waiting.join().unwrap() && began.elapsed() < PATIENCE / 2);
         drop(segments);
 
-        let shared = Shared::default();
+        let shared = SharedMemory::default();
         let mut segments = Segments::new(shared.clone(), 7);
         let (mut over, directory) = over("shared-none");
         segments.last_round(&[], &mut over).unwrap();

@@ -11,7 +11,7 @@ use crate::sys::memory::{Arena, PAGE};
 
 /// Where a page's contents are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Slot {
+pub enum PageSlot {
     /// Number of the page in the arena.
     At(u32),
     /// All zero.
@@ -40,7 +40,7 @@ pub struct Staging {
 
 /// Slots that are in use: all up to a number, but some.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Kept {
+pub struct KeptSlots {
     used: usize,
     free: Vec<u32>,
 }
@@ -63,16 +63,16 @@ impl Staging {
     }
 
     /// Which slots are in use.
-    pub fn kept(&self) -> Kept {
-        Kept { used: self.used, free: self.free.clone() }
+    pub fn kept(&self) -> KeptSlots {
+        KeptSlots { used: self.used, free: self.free.clone() }
     }
 
     /// What somebody who has died had staged. Which pages they are, nothing in it tells.
     ///
     /// # Errors
     /// When it cannot be mapped.
-    pub fn adopt(file: File, kept: Kept) -> Result<Staging> {
-        let (arena, Kept { used, free }) = (Arena::adopt(file)?, kept);
+    pub fn adopt(file: File, kept: KeptSlots) -> Result<Staging> {
+        let (arena, KeptSlots { used, free }) = (Arena::adopt(file)?, kept);
         if used * PAGE > arena.capacity() {
             bail!("more pages than there is room for");
         }
@@ -179,7 +179,7 @@ impl Staging {
         vpid: i32,
         vaddr: u64,
         pages: u64,
-    ) -> impl Iterator<Item = (u32, Option<Slot>)> {
+    ) -> impl Iterator<Item = (u32, Option<PageSlot>)> {
         let first = vaddr / PAGE as u64;
         let mut at = first;
         self.index.values(vpid, first, pages).flat_map(move |(count, entries)| {
@@ -217,7 +217,7 @@ fn runs(
     first: u64,
     count: u64,
     entries: Option<&[u32]>,
-) -> impl Iterator<Item = (u32, Option<Slot>)> {
+) -> impl Iterator<Item = (u32, Option<PageSlot>)> {
     let mut at = 0;
     std::iter::from_fn(move || {
         let Some(entries) = entries else {
@@ -234,9 +234,9 @@ fn runs(
         let length = next.map_or(rest.len(), |n| n + 1);
         let slot = match entry {
             NONE => None,
-            ZERO => Some(Slot::Zero),
-            REMOTE => Some(Slot::Remote(first + at as u64)),
-            slot => Some(Slot::At(slot - FIRST)),
+            ZERO => Some(PageSlot::Zero),
+            REMOTE => Some(PageSlot::Remote(first + at as u64)),
+            slot => Some(PageSlot::At(slot - FIRST)),
         };
         at += length;
         Some((length as u32, slot))
@@ -262,7 +262,7 @@ mod tests {
     use crate::fuzz::{Target, found};
     use crate::memory::pending::Pending;
 
-    fn find(staging: &Staging, vpid: i32, vaddr: u64) -> Option<Slot> {
+    fn find(staging: &Staging, vpid: i32, vaddr: u64) -> Option<PageSlot> {
         staging.find(vpid, vaddr, 1).next().unwrap().1
     }
 
@@ -271,7 +271,7 @@ mod tests {
         let mut staging = Staging::new(2).unwrap();
         staging.put(1, 0x1000, &[7; PAGE]).unwrap();
         staging.put_same((1, 0x1000), (1, 0x1000), 1).unwrap();
-        let Some(Slot::At(slot)) = find(&staging, 1, 0x1000) else { panic!("lost") };
+        let Some(PageSlot::At(slot)) = find(&staging, 1, 0x1000) else { panic!("lost") };
         assert_eq!(staging.bytes(slot, 1), [7; PAGE]);
     }
 
@@ -280,12 +280,12 @@ mod tests {
         let mut staging = Staging::new(3).unwrap();
         staging.put(1, 0x1000, &[1; 2 * PAGE]).unwrap();
         staging.put(1, 0x2000, &[2; PAGE]).unwrap();
-        let Some(Slot::At(slot)) = find(&staging, 1, 0x2000) else { panic!("lost") };
+        let Some(PageSlot::At(slot)) = find(&staging, 1, 0x2000) else { panic!("lost") };
         assert_eq!(staging.bytes(slot, 1), [2; PAGE]);
         staging.put_zeros(1, 0x2000, 1).unwrap();
-        assert_eq!(find(&staging, 1, 0x2000), Some(Slot::Zero));
+        assert_eq!(find(&staging, 1, 0x2000), Some(PageSlot::Zero));
         staging.put_remote(1, 0x1000, 1).unwrap();
-        assert_eq!(find(&staging, 1, 0x1000), Some(Slot::Remote(1)));
+        assert_eq!(find(&staging, 1, 0x1000), Some(PageSlot::Remote(1)));
         assert_eq!(find(&staging, 2, 0x2000), None);
     }
 
@@ -296,7 +296,7 @@ mod tests {
         assert!(staging.put(1, 0x3000, &[3; PAGE]).is_err());
         staging.put_remote(1, 0x1000, 1).unwrap();
         staging.put(1, 0x3000, &[3; PAGE]).unwrap();
-        let Some(Slot::At(slot)) = find(&staging, 1, 0x3000) else { panic!("lost") };
+        let Some(PageSlot::At(slot)) = find(&staging, 1, 0x3000) else { panic!("lost") };
         assert_eq!(staging.bytes(slot, 1), [3; PAGE]);
         assert!(staging.put(1, 0x1000, &[1; PAGE]).is_err());
     }
@@ -308,7 +308,7 @@ mod tests {
         staging.put_same((2, 0x9000), (1, 0x1000), 2).unwrap();
         // A later version of the one does not change the other.
         staging.put(1, 0x1000, &[8; PAGE]).unwrap();
-        let Some(Slot::At(slot)) = find(&staging, 2, 0x9000) else { panic!("lost") };
+        let Some(PageSlot::At(slot)) = find(&staging, 2, 0x9000) else { panic!("lost") };
         assert_eq!(staging.bytes(slot, 1), [7; PAGE]);
         assert!(staging.put_same((2, 0x9000), (1, 0x5000), 1).is_err());
     }
@@ -334,7 +334,7 @@ mod tests {
         let target = Target::new("pages").sample((0..6).flat_map(some).collect::<Vec<u8>>());
         target.words(&[&[0xff; 5], &[0, 0, 0, 0, 2]]).cost(4).room(4 << 20).run(|bytes| {
             let mut staging = Staging::new(ROOM)?;
-            let mut model: BTreeMap<(i32, u64), Slot> = BTreeMap::new();
+            let mut model: BTreeMap<(i32, u64), PageSlot> = BTreeMap::new();
             let mut contents: BTreeMap<(i32, u64), u8> = BTreeMap::new();
             let mut entries: Vec<PagemapEntry> = Vec::new();
             for step in bytes.chunks_exact(9) {
@@ -349,22 +349,22 @@ mod tests {
                     0 => {
                         staging.put(task, vaddr, &vec![*kind; pages.min(4) * PAGE])?;
                         for page in all.take(4) {
-                            model.insert((task, page), Slot::At(0));
+                            model.insert((task, page), PageSlot::At(0));
                             contents.insert((task, page), *kind);
                         }
                     }
                     1 => {
                         staging.put_zeros(task, vaddr, pages)?;
-                        model.extend(all.map(|page| ((task, page), Slot::Zero)));
+                        model.extend(all.map(|page| ((task, page), PageSlot::Zero)));
                     }
                     2 => {
                         staging.put_remote(task, vaddr, pages)?;
-                        model.extend(all.map(|page| ((task, page), Slot::Remote(page))));
+                        model.extend(all.map(|page| ((task, page), PageSlot::Remote(page))));
                     }
                     3 => {
                         staging.put_same((task, vaddr), (task, from << 12), pages)?;
                         for (to, from) in all.zip(from..) {
-                            model.insert((task, to), Slot::At(0));
+                            model.insert((task, to), PageSlot::At(0));
                             contents.insert((task, to), contents[&(task, from)]);
                         }
                     }
@@ -377,19 +377,19 @@ mod tests {
                         });
                     }
                 }
-                let full = model.values().filter(|slot| matches!(slot, Slot::At(_))).count();
+                let full = model.values().filter(|slot| matches!(slot, PageSlot::At(_))).count();
                 assert!(full <= ROOM && model.len() - full <= ROOM);
             }
             for (&(task, page), slot) in &model {
                 match (find(&staging, task, page << 12), slot) {
-                    (Some(Slot::At(found)), Slot::At(_)) => {
+                    (Some(PageSlot::At(found)), PageSlot::At(_)) => {
                         let byte = contents[&(task, page)];
                         assert!(staging.bytes(found, 1).iter().all(|b| *b == byte));
                     }
                     (there, wanted) => assert_eq!(there, Some(*wanted), "page {page} of {task}"),
                 }
             }
-            let full = model.values().filter(|slot| matches!(slot, Slot::At(_))).count();
+            let full = model.values().filter(|slot| matches!(slot, PageSlot::At(_))).count();
             found(&[full, model.len() - full])
         });
     }

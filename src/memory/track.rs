@@ -16,7 +16,7 @@ use anyhow::Result;
 
 use super::pages::Task;
 use crate::sys::memory::{
-    PAGE, PageRegion, UFFD_USER_MODE_ONLY, Wanted, category, pagemap_scan, uffd_new,
+    PAGE, PageRegion, ScanFilter, UFFD_USER_MODE_ONLY, category, pagemap_scan, uffd_new,
     uffd_track_writes, uffd_unprotect, uffd_watch_writes,
 };
 use crate::sys::{inject, process};
@@ -47,7 +47,7 @@ impl Tracker {
         let own = || -> io::Result<()> {
             uffd_track_writes(&uffd_new(UFFD_USER_MODE_ONLY)?)?;
             let pagemap = File::open("/proc/self/pagemap")?;
-            let wanted = Wanted { inverted: 0, mask: 0, any_of: 0, protect: false };
+            let wanted = ScanFilter { inverted: 0, mask: 0, any_of: 0, protect: false };
             pagemap_scan(&pagemap, 0, PAGE as u64, wanted, &mut Vec::new())
         };
         own().is_ok()
@@ -120,7 +120,7 @@ impl Tracker {
         let pagemap = File::open(format!("/proc/{}/pagemap", task.pid))?;
         let mut found = Vec::new();
         let out = category::PFNZERO | self.guard;
-        let wanted = Wanted {
+        let wanted = ScanFilter {
             inverted: out,
             mask: out | category::WRITTEN,
             any_of: category::PRESENT | category::SWAPPED,
@@ -141,7 +141,7 @@ impl Tracker {
     ) -> io::Result<()> {
         loop {
             let out = category::PFNZERO | self.guard;
-            let wanted = Wanted {
+            let wanted = ScanFilter {
                 inverted: out,
                 mask: out | category::WRITTEN,
                 any_of: category::PRESENT | category::SWAPPED,

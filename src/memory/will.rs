@@ -20,13 +20,13 @@ use std::sync::atomic::Ordering;
 use anyhow::{Context, Result, anyhow};
 use serde::{Deserialize, Serialize};
 
-use super::pending::{Pending, Run};
-use super::staging::Kept;
+use super::pending::{Pending, PendingRun};
+use super::staging::KeptSlots;
 use crate::sys::memory::{Arena, UFFD_MESSAGE, UffdEvent, memory_file};
 
 /// Numbers in the will. Descriptors count from one: nothing is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Word {
+pub enum WillWord {
     /// The descriptor of the staged pages.
     Staging = 1,
     /// That on which CRIU tells its tasks' userfaultfds.
@@ -79,28 +79,28 @@ impl Will {
     }
 
     /// Notes a number.
-    pub fn note(&self, word: Word, value: u64) {
+    pub fn note(&self, word: WillWord, value: u64) {
         self.arena.word(word as usize * 8).store(value, Ordering::SeqCst);
     }
 
     /// Reads one.
-    pub fn read(&self, word: Word) -> u64 {
+    pub fn read(&self, word: WillWord) -> u64 {
         self.arena.word(word as usize * 8).load(Ordering::SeqCst)
     }
 
     /// Notes a descriptor, or that there is none.
-    pub fn note_descriptor(&self, word: Word, number: Option<RawFd>) {
+    pub fn note_descriptor(&self, word: WillWord, number: Option<RawFd>) {
         self.note(word, number.map_or(0, |number| number as u64 + 1));
     }
 
     /// The number of a descriptor.
-    pub fn descriptor(&self, word: Word) -> Option<RawFd> {
+    pub fn descriptor(&self, word: WillWord) -> Option<RawFd> {
         (self.read(word) as u32).checked_sub(1).map(|number| number as RawFd)
     }
 
     /// Whether there is a snapshot: whoever comes after can go on.
     pub fn is_made(&self) -> bool {
-        self.read(Word::Snapshot) != 0
+        self.read(WillWord::Snapshot) != 0
     }
 }
 
@@ -114,14 +114,14 @@ pub struct Missing {
     /// Whether some of it has another address than on the source.
     pub moved: bool,
     /// Runs of pages by their address.
-    pub runs: Vec<(u64, Run)>,
+    pub runs: Vec<(u64, PendingRun)>,
 }
 
 /// All that is missing.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Snapshot {
     /// What is staged.
-    pub staging: Kept,
+    pub staging: KeptSlots,
     /// By task.
     pub tasks: Vec<Missing>,
 }
@@ -144,7 +144,7 @@ impl Author {
     /// When it cannot be mapped.
     pub fn new(will: &Will) -> Result<Author> {
         let file = will.arena.file()?;
-        let number = will.read(Word::Snapshot) >> 32;
+        let number = will.read(WillWord::Snapshot) >> 32;
         Ok(Author { arena: Arena::adopt(file)?, file: None, number, entries: 0 })
     }
 
@@ -158,7 +158,7 @@ impl Author {
         file.write_all(&bytes)?;
         self.number += 1;
         self.entries = 0;
-        will.note(Word::Snapshot, self.number << 32 | (file.as_raw_fd() as u64 + 1));
+        will.note(WillWord::Snapshot, self.number << 32 | (file.as_raw_fd() as u64 + 1));
         // What it replaces is closed when it is not named any more.
         self.file = Some(file);
         Ok(())
@@ -200,7 +200,7 @@ pub fn read(will: &Will, snapshot: &mut File) -> Result<Snapshot> {
     snapshot.seek(SeekFrom::Start(0))?;
     snapshot.read_to_end(&mut bytes)?;
     let mut all: Snapshot = postcard::from_bytes(&bytes).context("a will")?;
-    let number = will.read(Word::Snapshot) >> 32;
+    let number = will.read(WillWord::Snapshot) >> 32;
     replay(&mut all, (0..ENTRIES).map_while(|i| entry(&will.arena, i, number)))?;
     Ok(all)
 }
@@ -249,7 +249,7 @@ fn replay(
 
 #[cfg(test)]
 mod tests {
-    use super::super::staging::Slot;
+    use super::super::staging::PageSlot;
     use super::*;
 
     fn message(kind: u8, words: [u64; 3]) -> [u8; UFFD_MESSAGE] {
@@ -266,9 +266,9 @@ mod tests {
         author.keep();
     }
 
-    fn snapshot(runs: Vec<(u64, Run)>) -> Snapshot {
+    fn snapshot(runs: Vec<(u64, PendingRun)>) -> Snapshot {
         let tasks = vec![Missing { uffd: 7, vpid: 1, moved: false, runs }];
-        Snapshot { staging: Kept::default(), tasks }
+        Snapshot { staging: KeptSlots::default(), tasks }
     }
 
     fn read_back(will: &Will, author: &Author) -> Vec<Missing> {
@@ -282,9 +282,11 @@ mod tests {
         let will = Will::new().unwrap();
         let mut author = Author::new(&will).unwrap();
         assert!(!will.is_made());
-        let run = |pages, slot| Run { pages, slot };
-        let all =
-            snapshot(vec![(0x10000, run(4, Slot::At(3))), (0x20000, run(2, Slot::Remote(5)))]);
+        let run = |pages, slot| PendingRun { pages, slot };
+        let all = snapshot(vec![
+            (0x10000, run(4, PageSlot::At(3))),
+            (0x20000, run(2, PageSlot::Remote(5))),
+        ]);
         author.snapshot(&will, &all).unwrap();
         assert!(will.is_made());
         log(&mut author, 7, 0x15, [0x11000, 0x12000, 0]);
@@ -296,9 +298,9 @@ mod tests {
         *author.place(9) = message(0x15, [0x10000, 0x11000, 0]);
         let tasks = read_back(&will, &author);
         let shape: Vec<_> = tasks.iter().map(|t| (t.uffd, t.vpid, t.moved, &t.runs[..])).collect();
-        let here = (0x10000, run(1, Slot::At(3)));
-        let far = run(2, Slot::Remote(5));
-        let child = [(0x12000, run(2, Slot::At(5))), (0x50000, far)];
+        let here = (0x10000, run(1, PageSlot::At(3)));
+        let far = run(2, PageSlot::Remote(5));
+        let child = [(0x12000, run(2, PageSlot::At(5))), (0x50000, far)];
         assert_eq!(shape, [(7, 1, false, &[here, (0x20000, far)][..]), (9, 1, true, &child[..])]);
         // A new one begins a log of its own.
         author.snapshot(&will, &snapshot(vec![here])).unwrap();

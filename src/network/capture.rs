@@ -7,12 +7,12 @@ use std::fs;
 use std::net::Ipv4Addr;
 use std::path::Path;
 
-use super::image::{Kind, Link, LinkSysctl, Neighbour, NetworkImage, Sysctl, VERSION};
+use super::image::{LinkImage, LinkKind, LinkSysctl, Neighbour, NetworkImage, Sysctl, VERSION};
 use super::read::{address, routes, rules};
 use super::rtnl::{AF_INET, AF_INET6, IFF_CARRIED, LinkInfo, Rtnl, enter, index_at, ip_of};
 use super::{fence, nft, qdisc, routed, sysctl};
 use crate::problem::{Problem, Trying};
-use crate::sys::netlink::{Mac, Protocol, Socket};
+use crate::sys::netlink::{Mac, NetlinkSocket, Protocol};
 use crate::sys::netns::NetNs;
 
 const NUD_PERMANENT: u16 = 0x80;
@@ -46,7 +46,7 @@ pub fn capture_forwarded(
     container: &NetNs,
     host: &NetNs,
     path: Option<&Path>,
-    forwarded: &[(String, Kind)],
+    forwarded: &[(String, LinkKind)],
 ) -> Result<NetworkImage, Problem> {
     capture_with(container, host, path, forwarded, false)
 }
@@ -65,7 +65,7 @@ fn capture_with(
     container: &NetNs,
     host: &NetNs,
     path: Option<&Path>,
-    forwarded: &[(String, Kind)],
+    forwarded: &[(String, LinkKind)],
     engines: bool,
 ) -> Result<NetworkImage, Problem> {
     let trying = || "cannot read the container's network".to_owned();
@@ -86,12 +86,12 @@ fn capture_with(
     let names: Vec<String> = infos.iter().map(|l| l.name.clone()).collect();
     let (sysctls, of_links) = read_sysctls(container, &names)?;
 
-    let surroundings = Surroundings::look(&mut inside, host)?;
+    let surroundings = LinkSurroundings::look(&mut inside, host)?;
     let addresses = inside.addresses().trying(trying)?;
     let qdiscs = inside.qdiscs().trying(trying)?;
     let mut links = Vec::new();
     for (info, sysctls) in infos.iter().zip(of_links) {
-        links.push(Link {
+        links.push(LinkImage {
             name: info.name.clone(),
             mac: info.mac.filter(|_| !info.is_loopback()),
             mtu: info.mtu,
@@ -132,7 +132,7 @@ fn capture_with(
 /// would be open to what they kept out.
 fn refuse_filters(container: &NetNs, path: Option<&Path>, engines: bool) -> Result<(), Problem> {
     let mut found = Vec::new();
-    if let Ok(mut socket) = Socket::open_in(container, Protocol::Netfilter) {
+    if let Ok(mut socket) = NetlinkSocket::open_in(container, Protocol::Netfilter) {
         found.extend(filtering(&mut socket, engines).unwrap_or_default());
     }
     let legacy = container.run(|| {
@@ -159,7 +159,10 @@ fn refuse_filters(container: &NetNs, path: Option<&Path>, engines: bool) -> Resu
 
 /// The tables that do something. iptables leaves empty ones behind, with chains that let
 /// everything through: to come without them is to come the same.
-fn filtering(socket: &mut Socket, engines: bool) -> crate::sys::netlink::Result<Vec<String>> {
+fn filtering(
+    socket: &mut NetlinkSocket,
+    engines: bool,
+) -> crate::sys::netlink::Result<Vec<String>> {
     let tables = nft::tables(socket)?;
     if tables.is_empty() {
         return Ok(Vec::new());
@@ -188,14 +191,14 @@ fn read_sysctls(
 }
 
 /// The host's side of the container's links.
-struct Surroundings<'a> {
+struct LinkSurroundings<'a> {
     namespace: &'a NetNs,
     host: Vec<LinkInfo>,
     /// How the container's namespace calls the host's.
     id: Option<i32>,
 }
 
-impl<'a> Surroundings<'a> {
+impl<'a> LinkSurroundings<'a> {
     fn look(inside: &mut Rtnl, host: &'a NetNs) -> Result<Self, Problem> {
         let trying = || "cannot read the host's links".to_owned();
         let links = Rtnl::open(host).and_then(|mut s| s.links()).trying(trying)?;
@@ -206,12 +209,12 @@ impl<'a> Surroundings<'a> {
         self.host.iter().find(|l| l.index == index)
     }
 
-    fn kind_of(&self, link: &LinkInfo) -> Result<Kind, Problem> {
+    fn kind_of(&self, link: &LinkInfo) -> Result<LinkKind, Problem> {
         let refuse = |why: String, hint: &str| {
             Err(Problem::new(format!("interface {} cannot be carried", link.name), why).hint(hint))
         };
         if link.is_loopback() {
-            return Ok(Kind::Loopback);
+            return Ok(LinkKind::Loopback);
         }
         if link.master.is_some() {
             return refuse(
@@ -224,13 +227,13 @@ impl<'a> Surroundings<'a> {
             _ => None,
         };
         match (link.kind.as_str(), outside) {
-            ("macvlan", Some(parent)) => Ok(Kind::Macvlan {
+            ("macvlan", Some(parent)) => Ok(LinkKind::Macvlan {
                 mode: link.macvlan_mode.unwrap_or_default(),
                 parent: parent.name.clone(),
             }),
             ("veth", Some(peer)) => {
                 match peer.master.and_then(|m| self.by_index(m)).filter(|m| m.kind == "bridge") {
-                    Some(bridge) => Ok(Kind::Veth {
+                    Some(bridge) => Ok(LinkKind::Veth {
                         host_ifname: peer.name.clone(),
                         host_mac: peer.mac.unwrap_or_default(),
                         bridge: bridge.name.clone(),
@@ -240,7 +243,7 @@ impl<'a> Surroundings<'a> {
                         "put it on a bridge, or let the host route to it",
                     ),
                     None => match routed::capture_end(self.namespace, peer)? {
-                        Some(end) => Ok(Kind::Routed { end: Box::new(end) }),
+                        Some(end) => Ok(LinkKind::Routed { end: Box::new(end) }),
                         None => refuse(
                             format!(
                                 "its other end, {} on the host, is on no bridge, and no route leads \

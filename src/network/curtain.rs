@@ -9,11 +9,11 @@
 //! An engine that sends a frame itself, and gives up when it is told that this was dropped (docker), is
 //! told nothing: the frame goes to the loopback device, where nobody takes it.
 
-use super::image::{Kind, NetworkImage};
-use super::nft::{self, Batch, Expression, NewChain, Policy};
+use super::image::{LinkKind, NetworkImage};
+use super::nft::{self, Expression, NewChain, NftBatch, Policy};
 use super::rtnl::Rtnl;
 use crate::problem::{Problem, Trying};
-use crate::sys::netlink::{Mac, Protocol, Socket};
+use crate::sys::netlink::{Mac, NetlinkSocket, Protocol};
 use crate::sys::netns::NetNs;
 
 /// In an Ethernet header: where a frame goes, and where it comes from.
@@ -41,7 +41,7 @@ pub fn draw(
     let trying = || "cannot hide the container's hardware address".to_owned();
     let hidden: Vec<Mac> = image
         .outward()
-        .filter(|(_, link)| matches!(link.kind, Kind::Macvlan { .. }))
+        .filter(|(_, link)| matches!(link.kind, LinkKind::Macvlan { .. }))
         .filter_map(|(_, link)| link.mac)
         .collect();
     if hidden.is_empty() {
@@ -50,7 +50,7 @@ pub fn draw(
     let links = Rtnl::open(host).and_then(|mut s| s.links()).trying(trying)?;
     let devices: Vec<String> =
         links.into_iter().map(|link| link.name).filter(|name| name != "lo").collect();
-    let (mut batch, table) = (Batch::new(), table(migration));
+    let (mut batch, table) = (NftBatch::new(), table(migration));
     batch.add_table(nft::NETDEV, &table);
     for (name, hook, at) in CHAINS {
         batch.add_chain(&NewChain {
@@ -72,7 +72,7 @@ pub fn draw(
             batch.add_rule(nft::NETDEV, &table, name, &rule);
         }
     }
-    let mut socket = Socket::open_in(host, Protocol::Netfilter).trying(trying)?;
+    let mut socket = NetlinkSocket::open_in(host, Protocol::Netfilter).trying(trying)?;
     let drawn = socket.transact(&batch.prepare()).map(drop).trying(trying);
     drawn
         .map_err(|p| p.hint("the kernel needs CONFIG_NF_TABLES_NETDEV and CONFIG_NETFILTER_EGRESS"))
@@ -85,7 +85,7 @@ pub fn draw(
 pub fn lift(migration: &str, host: &NetNs) -> Result<(), Problem> {
     let trying = || "cannot show the container's hardware address".to_owned();
     let (mut socket, table) =
-        (Socket::open_in(host, Protocol::Netfilter).trying(trying)?, table(migration));
+        (NetlinkSocket::open_in(host, Protocol::Netfilter).trying(trying)?, table(migration));
     let ours = |family, name: &str| family == nft::NETDEV && name == table;
     nft::delete_tables(&mut socket, ours).trying(trying)
 }

@@ -17,10 +17,10 @@
 
 use nix::errno::Errno;
 
-use super::nft::{self, Batch, NewChain, Policy};
+use super::nft::{self, NewChain, NftBatch, Policy};
 use super::rtnl::Rtnl;
 use crate::problem::{Problem, Trying};
-use crate::sys::netlink::{Prepared, Protocol, Socket};
+use crate::sys::netlink::{NetlinkSocket, Prepared, Protocol};
 use crate::sys::netns::NetNs;
 
 pub(super) const TABLE: &str = "ferry";
@@ -35,7 +35,7 @@ const NF_ARP_OUT: u32 = 1;
 
 /// What a closed fence stops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Side {
+pub enum FenceSide {
     /// New TCP connections, for those that are beginning or ending to come to their end: the
     /// container runs on, and all others with it.
     New,
@@ -52,7 +52,7 @@ enum Outward {
 
 /// What there is of a fence in a namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
+pub enum FenceState {
     /// No fence.
     Absent,
     /// There, and lets everything through.
@@ -66,7 +66,7 @@ pub enum State {
 /// A fence whose chains are in place, with everything ready to flip it.
 #[derive(Debug)]
 pub struct ArmedFence {
-    pub(super) socket: Socket,
+    pub(super) socket: NetlinkSocket,
     pub(super) open: Prepared,
     pub(super) close_new: Prepared,
     pub(super) open_new: Prepared,
@@ -78,12 +78,12 @@ pub struct ArmedFence {
 
 impl ArmedFence {
     /// Lets nothing (more) through. Tens of microseconds.
-    pub fn close(&mut self, side: Side) -> Result<(), Problem> {
+    pub fn close(&mut self, side: FenceSide) -> Result<(), Problem> {
         let batch = match side {
-            Side::New => &self.close_new,
-            Side::Both => &self.close,
+            FenceSide::New => &self.close_new,
+            FenceSide::Both => &self.close,
         };
-        self.holds_new |= side == Side::New;
+        self.holds_new |= side == FenceSide::New;
         self.socket.transact(batch).map(drop).trying(|| "cannot close the network fence".into())
     }
 
@@ -128,31 +128,31 @@ pub fn raise_without_egress(namespace: &NetNs) -> Result<ArmedFence, Problem> {
 /// Takes the fence away by its name, whoever made it; it is no error if there is none.
 pub fn remove(namespace: &NetNs) -> Result<(), Problem> {
     let trying = || "cannot remove the network fence".into();
-    let mut socket = Socket::open_in(namespace, Protocol::Netfilter).trying(trying)?;
+    let mut socket = NetlinkSocket::open_in(namespace, Protocol::Netfilter).trying(trying)?;
     nft::delete_tables(&mut socket, |family, name| name == TABLE && FAMILIES.contains(&family))
         .trying(trying)
 }
 
 /// Looks what there is.
-pub fn state(namespace: &NetNs) -> Result<State, Problem> {
+pub fn state(namespace: &NetNs) -> Result<FenceState, Problem> {
     let trying = || "cannot read the network fence".into();
-    let mut socket = Socket::open_in(namespace, Protocol::Netfilter).trying(trying)?;
+    let mut socket = NetlinkSocket::open_in(namespace, Protocol::Netfilter).trying(trying)?;
     let chains = ours(&mut socket).trying(trying)?;
     let closed = chains.iter().filter(|c| c.policy == Some(Policy::Drop as u32)).count();
     Ok(match (chains.len(), closed) {
-        (0, _) => State::Absent,
-        (_, 0) => State::Open,
-        (all, closed) if all == closed => State::Closed,
-        _ => State::Partly,
+        (0, _) => FenceState::Absent,
+        (_, 0) => FenceState::Open,
+        (all, closed) if all == closed => FenceState::Closed,
+        _ => FenceState::Partly,
     })
 }
 
 /// Whether nothing passes.
 pub fn is_raised(namespace: &NetNs) -> Result<bool, Problem> {
-    Ok(state(namespace)? == State::Closed)
+    Ok(state(namespace)? == FenceState::Closed)
 }
 
-fn ours(socket: &mut Socket) -> crate::sys::netlink::Result<Vec<nft::Chain>> {
+fn ours(socket: &mut NetlinkSocket) -> crate::sys::netlink::Result<Vec<nft::Chain>> {
     let mut chains = nft::chains(socket)?;
     chains.retain(|c| c.table == TABLE && FAMILIES.contains(&c.family));
     Ok(chains)
@@ -177,7 +177,7 @@ fn install_with(
     let mut links = Rtnl::open(namespace)?;
     let devices: Vec<String> =
         links.links()?.into_iter().filter(|l| !l.is_loopback()).map(|l| l.name).collect();
-    let mut socket = Socket::open_in(namespace, Protocol::Netfilter)?;
+    let mut socket = NetlinkSocket::open_in(namespace, Protocol::Netfilter)?;
 
     let mut chains = Vec::new();
     if !devices.is_empty() {
@@ -194,7 +194,7 @@ fn install_with(
     families.extend(chains.iter().map(|c| c.0));
     families.dedup();
 
-    let mut batch = Batch::new();
+    let mut batch = NftBatch::new();
     for &family in &families {
         // Adding before deleting makes the deletion right whether or not it was there.
         batch.add_table(family, TABLE);
@@ -215,12 +215,12 @@ fn install_with(
 
     let names: Vec<_> = chains.iter().map(|&(family, name, _)| (family, name)).collect();
     let inward = &names[..names.len().min(1)];
-    let (mut close_new, mut open_new) = (Batch::new(), Batch::new());
+    let (mut close_new, mut open_new) = (NftBatch::new(), NftBatch::new());
     for &(family, name) in inward {
         close_new.drop_new_connections(family, TABLE, name);
         open_new.flush_chain(family, TABLE, name);
     }
-    let mut removal = Batch::new();
+    let mut removal = NftBatch::new();
     families.iter().for_each(|&family| removal.delete_table(family, TABLE));
     Ok(ArmedFence {
         socket,
@@ -234,7 +234,7 @@ fn install_with(
 }
 
 fn flip(chains: &[(u8, &str)], policy: Policy) -> Prepared {
-    let mut batch = Batch::new();
+    let mut batch = NftBatch::new();
     for &(family, chain) in chains {
         batch.set_policy(family, TABLE, chain, policy);
     }

@@ -2,8 +2,8 @@
 //! not: frames go in and out here, and between the hosts over whatever the caller has.
 //!
 //! At home, the host that has the address, the container's namespace stays as it was, with its links,
-//! and with its fence closed: no kernel answers for it. A [`Wire`] takes in what comes before the
-//! fence drops it, and sends past the fence. So the neighbours see the same hardware address at the
+//! and with its fence closed: no kernel answers for it. [`HomeLinks`] take in what comes before the
+//! fence drops it, and send past the fence. So the neighbours see the same hardware address at the
 //! same place, and nothing has to be announced.
 //!
 //! Away, each link is a TAP device with the name, hardware address and MTU of the one at home. Frames
@@ -14,9 +14,9 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use super::fence;
-use super::frames::{Frame, MAX_FRAME};
-use super::image::{Link, NetworkImage};
-use super::placement::{Hook, Placement};
+use super::frames::{EthernetFrame, MAX_FRAME};
+use super::image::{LinkImage, NetworkImage};
+use super::placement::{Attachment, Placement};
 use super::read::address;
 use super::rtnl::{self, Rtnl, ifinfo};
 use super::sockets::SockDiag;
@@ -34,7 +34,7 @@ const BATCH: usize = 256;
 const ETH_P_ALL: u16 = 3;
 
 /// Makes the device of a link, in the container's namespace, down.
-pub(super) fn tap(namespace: &NetNs, link: &Link) -> Result<Tap, Problem> {
+pub(super) fn tap(namespace: &NetNs, link: &LinkImage) -> Result<Tap, Problem> {
     let trying = || format!("cannot make {} as a TAP device", link.name);
     let tap = namespace
         .run(|| {
@@ -71,14 +71,14 @@ pub fn take_taps(namespace: &NetNs, names: &[String]) -> Result<Vec<(String, Tap
 
 /// The container's links at home, for whoever forwards.
 #[derive(Debug)]
-pub struct Wire {
+pub struct HomeLinks {
     namespace: NetNs,
     /// Interface index, and place in the list of links that both ends count by.
     links: Vec<(i32, u16)>,
     out: PacketSocket,
 }
 
-impl Wire {
+impl HomeLinks {
     /// Opens the namespace's links of these names; nothing is heard yet.
     pub fn open(namespace: NetNs, names: &[String]) -> Result<Self, Problem> {
         let trying = || "cannot open the kept network".to_owned();
@@ -95,7 +95,7 @@ impl Wire {
     }
 
     /// Begins to hear what comes in, fence or not.
-    pub fn listen(&self) -> Result<Ear, Problem> {
+    pub fn listen(&self) -> Result<FrameReceiver, Problem> {
         let trying = || "cannot listen on the kept network".to_owned();
         let socket = self.namespace.run(PacketSocket::open).and_then(|s| s).trying(trying)?;
         socket
@@ -109,14 +109,14 @@ impl Wire {
             socket.all_multicasts(*index).trying(trying)?;
         }
         socket.listen(ETH_P_ALL, 0).trying(trying)?;
-        Ok(Ear { socket, links: self.links.clone() })
+        Ok(FrameReceiver { socket, links: self.links.clone() })
     }
 
     /// Sends a frame of the container's.
     ///
     /// # Errors
     /// When it is not valid, or the link does not take it.
-    pub fn send(&self, frame: &Frame) -> io::Result<()> {
+    pub fn send(&self, frame: &EthernetFrame) -> io::Result<()> {
         let invalid = || io::Error::from(io::ErrorKind::InvalidData);
         frame.validate().map_err(|_| invalid())?;
         let link = self.links.iter().find(|(_, place)| *place == frame.link);
@@ -130,14 +130,14 @@ impl Wire {
 
 /// Hears what comes in for the container at home.
 #[derive(Debug)]
-pub struct Ear {
+pub struct FrameReceiver {
     socket: PacketSocket,
     links: Vec<(i32, u16)>,
 }
 
-impl Ear {
+impl FrameReceiver {
     /// Moves what has come in to `frames`, a bounded number of them.
-    pub fn read(&self, buffer: &mut [u8], frames: &mut Vec<Frame>) -> io::Result<()> {
+    pub fn read(&self, buffer: &mut [u8], frames: &mut Vec<EthernetFrame>) -> io::Result<()> {
         while frames.len() < BATCH {
             let Some((length, ifindex)) = self.socket.receive(buffer)? else { break };
             let link = self.links.iter().find(|(index, _)| *index == ifindex);
@@ -149,7 +149,7 @@ impl Ear {
     }
 }
 
-impl AsFd for Ear {
+impl AsFd for FrameReceiver {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
@@ -161,9 +161,9 @@ pub fn buffer() -> Vec<u8> {
 }
 
 /// A frame as a device or socket gives it, its header first.
-pub fn frame(link: u16, bytes: &[u8]) -> Option<Frame> {
+pub fn frame(link: u16, bytes: &[u8]) -> Option<EthernetFrame> {
     let vnet_hdr = *bytes.first_chunk::<VNET_HDR>()?;
-    let frame = Frame { link, vnet_hdr, bytes: bytes[VNET_HDR..].to_vec() };
+    let frame = EthernetFrame { link, vnet_hdr, bytes: bytes[VNET_HDR..].to_vec() };
     frame.validate().is_ok().then_some(frame)
 }
 
@@ -207,7 +207,7 @@ pub fn is_elsewhere(image: &NetworkImage, placement: &Placement, host: &NetNs) -
         if theirs.is_empty() {
             continue;
         }
-        let hook = placement.hook(link).filter(|h| *h != Hook::Tap)?;
+        let hook = placement.hook(link).filter(|h| *h != Attachment::Tap)?;
         let on = links.iter().find(|l| l.name == hook.name())?;
         let networks: Vec<(IpAddr, u8)> = addresses
             .iter()

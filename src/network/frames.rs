@@ -31,7 +31,7 @@ const ETH_P_ALL: u16 = 3;
 
 /// One frame that came in.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Frame {
+pub struct EthernetFrame {
     /// Place of its link in [`NetworkImage::links`].
     pub link: u16,
     /// `struct virtio_net_hdr`: which checksum is unfinished, how segments were merged.
@@ -40,13 +40,13 @@ pub struct Frame {
     pub bytes: Vec<u8>,
 }
 
-impl std::fmt::Debug for Frame {
+impl std::fmt::Debug for EthernetFrame {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Frame {{ link: {}, {} bytes }}", self.link, self.bytes.len())
     }
 }
 
-impl Frame {
+impl EthernetFrame {
     /// Refuses what no honest peer sends. The kernel itself checks `vnet_hdr` on injection.
     pub fn validate(&self) -> Result<(), Problem> {
         if (MIN_FRAME..=MAX_FRAME).contains(&self.bytes.len()) && usize::from(self.link) < MAX_LINKS
@@ -142,7 +142,7 @@ impl Capture {
         self.listen()
     }
 
-    /// Begins to keep the frames that [`Side::New`](crate::network::fence::Side::New) stops, and no others.
+    /// Begins to keep the frames that [`FenceSide::New`](crate::network::fence::FenceSide::New) stops, and no others.
     pub fn start_new(&mut self) -> io::Result<()> {
         self.socket.filter(&NEW)?;
         self.listen()
@@ -157,7 +157,7 @@ impl Capture {
     }
 
     /// Moves what has come in to `frames`; returns how many. 0: nothing waits, poll again.
-    pub fn read(&mut self, frames: &mut Vec<Frame>) -> io::Result<usize> {
+    pub fn read(&mut self, frames: &mut Vec<EthernetFrame>) -> io::Result<usize> {
         let before = frames.len();
         while frames.len() - before < BATCH {
             let Some((length, ifindex)) = self.socket.receive(&mut self.buffer)? else { break };
@@ -167,7 +167,7 @@ impl Capture {
             };
             let mut vnet_hdr = [0; VNET_HDR];
             vnet_hdr.copy_from_slice(&self.buffer[..VNET_HDR]);
-            let frame = Frame { link: *link, vnet_hdr, bytes: bytes.to_vec() };
+            let frame = EthernetFrame { link: *link, vnet_hdr, bytes: bytes.to_vec() };
             // While only new connections are kept, the socket's filter knows no addresses.
             let wanted = self.addresses.is_empty()
                 || frame.destination().is_some_and(|to| self.addresses.contains(&to));
@@ -297,7 +297,7 @@ const NEW: [Instruction; 24] = {
 pub(crate) const HEAD: usize = 2 + 10;
 
 /// A frame as it goes over the link: link number, virtio header, contents.
-pub fn encode(frame: &Frame) -> Vec<u8> {
+pub fn encode(frame: &EthernetFrame) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(HEAD + frame.bytes.len());
     bytes.extend(frame.link.to_le_bytes());
     bytes.extend(frame.vnet_hdr);
@@ -309,7 +309,7 @@ pub fn encode(frame: &Frame) -> Vec<u8> {
 ///
 /// # Errors
 /// When it is none.
-pub fn decode(bytes: &[u8]) -> anyhow::Result<Frame> {
+pub fn decode(bytes: &[u8]) -> anyhow::Result<EthernetFrame> {
     let (Some(link), Some(header), Some(rest)) =
         (bytes.first_chunk::<2>(), bytes.get(2..HEAD), bytes.get(HEAD..))
     else {
@@ -317,7 +317,7 @@ pub fn decode(bytes: &[u8]) -> anyhow::Result<Frame> {
     };
     let mut vnet_hdr = [0; 10];
     vnet_hdr.copy_from_slice(header);
-    let frame = Frame { link: u16::from_le_bytes(*link), vnet_hdr, bytes: rest.to_vec() };
+    let frame = EthernetFrame { link: u16::from_le_bytes(*link), vnet_hdr, bytes: rest.to_vec() };
     frame.validate()?;
     Ok(frame)
 }
@@ -371,7 +371,7 @@ mod tests {
         let program = filter_of(&moved);
         for frame in [v4("10.0.0.5"), v4("10.0.0.6"), v6("fd00::5"), v6("fd00::1:5")] {
             assert!(passes(&program, &frame), "{frame:?}");
-            let frame = Frame { link: 0, vnet_hdr: [0; VNET_HDR], bytes: frame };
+            let frame = EthernetFrame { link: 0, vnet_hdr: [0; VNET_HDR], bytes: frame };
             assert!(frame.destination().is_some_and(|to| moved.contains(&to)));
         }
         for frame in [v4("10.0.0.1"), v4("5.0.0.10"), v6("fd00::6"), v6("fd00::1:6")] {
@@ -384,7 +384,7 @@ mod tests {
 
     #[test]
     fn fuzz_kept_frames() {
-        let frame = |bytes: Vec<u8>| Frame { link: 0, vnet_hdr: [0; VNET_HDR], bytes };
+        let frame = |bytes: Vec<u8>| EthernetFrame { link: 0, vnet_hdr: [0; VNET_HDR], bytes };
         let v4 = [vec![0; 12], vec![8, 0], vec![0x45; 40]].concat();
         let v6 = [vec![0; 12], vec![0x86, 0xdd], vec![58; 60]].concat();
         let target =

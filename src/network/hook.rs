@@ -37,7 +37,7 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::image::{Kind, Link, NetworkImage};
+use super::image::{LinkImage, LinkKind, NetworkImage};
 use crate::problem::{Problem, Trying};
 use crate::sys::process;
 
@@ -50,7 +50,7 @@ const LONGEST: usize = 4096;
 
 /// When the program is called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Phase {
+pub enum HookPhase {
     /// Make ready.
     Prepare,
     /// The container is on the destination now.
@@ -61,7 +61,7 @@ pub enum Phase {
     Release,
 }
 
-impl Phase {
+impl HookPhase {
     fn name(self) -> &'static str {
         match self {
             Self::Prepare => "prepare",
@@ -131,7 +131,7 @@ impl Hook {
     }
 
     /// Calls it. Up to [`LIMIT`]. `work` is a private directory.
-    pub fn call(&self, phase: Phase, work: &Path) -> Result<(), Problem> {
+    pub fn call(&self, phase: HookPhase, work: &Path) -> Result<(), Problem> {
         let what = || format!("the network hook {} ({})", self.command.display(), phase.name());
         let said = work.join(format!("hook-{}", phase.name()));
         let mut input = self.input.clone();
@@ -167,12 +167,12 @@ impl Hook {
     }
 }
 
-fn described(link: &Link) -> Value {
+fn described(link: &LinkImage) -> Value {
     let (kind, host) = match &link.kind {
-        Kind::Loopback => ("loopback", None),
-        Kind::Macvlan { parent, .. } => ("macvlan", Some(parent)),
-        Kind::Veth { host_ifname, .. } => ("veth", Some(host_ifname)),
-        Kind::Routed { end } => ("routed", Some(&end.name)),
+        LinkKind::Loopback => ("loopback", None),
+        LinkKind::Macvlan { parent, .. } => ("macvlan", Some(parent)),
+        LinkKind::Veth { host_ifname, .. } => ("veth", Some(host_ifname)),
+        LinkKind::Routed { end } => ("routed", Some(&end.name)),
     };
     let addresses: Vec<String> =
         link.addresses.iter().map(|a| format!("{}/{}", a.local, a.prefix)).collect();
@@ -205,8 +205,8 @@ mod tests {
         let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         fs::set_permissions(&program, executable).unwrap();
         let hook = Hook { command: program, input: json!({}) };
-        assert_eq!(hook.call(Phase::Prepare, dir.path()), Ok(()));
-        let said = hook.call(Phase::Release, dir.path()).unwrap_err().to_string();
+        assert_eq!(hook.call(HookPhase::Prepare, dir.path()), Ok(()));
+        let said = hook.call(HookPhase::Release, dir.path()).unwrap_err().to_string();
         assert!(said.contains("(release)") && said.contains("unwilling"), "{said}");
     }
 }

@@ -13,10 +13,10 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 use super::image::NetworkImage;
-use super::nft::{self, Batch, Expression, NewChain, Policy};
+use super::nft::{self, Expression, NewChain, NftBatch, Policy};
 use super::routed::{self, HostRoutes, Uplinks};
 use crate::problem::{Problem, Trying};
-use crate::sys::netlink::{Prepared, Protocol, Socket};
+use crate::sys::netlink::{NetlinkSocket, Prepared, Protocol};
 use crate::sys::netns::NetNs;
 
 const OUT: &str = "out";
@@ -35,7 +35,7 @@ pub struct HostSide {
 /// Ready to keep the host from answering for the container.
 #[derive(Debug)]
 pub struct ProxyArpBlock {
-    socket: Socket,
+    socket: NetlinkSocket,
     rules: Prepared,
 }
 
@@ -63,8 +63,8 @@ impl HostSide {
     /// On the source, ahead of time: chains that let everything through.
     pub fn arm(&self, host: &NetNs) -> Result<ProxyArpBlock, Problem> {
         let trying = || "cannot prepare this host's packet filter".to_owned();
-        let mut socket = Socket::open_in(host, Protocol::Netfilter).trying(trying)?;
-        let (mut chains, mut rules) = (Batch::new(), Batch::new());
+        let mut socket = NetlinkSocket::open_in(host, Protocol::Netfilter).trying(trying)?;
+        let (mut chains, mut rules) = (NftBatch::new(), NftBatch::new());
         for (family, hook) in FAMILIES {
             chains.add_table(family, &self.table);
             chains.add_chain(&NewChain {
@@ -138,7 +138,7 @@ impl HostSide {
     /// The table goes, if it is there.
     fn speak(&self, host: &NetNs) -> Result<(), Problem> {
         let trying = || "cannot remove what kept this host silent".to_owned();
-        let mut socket = Socket::open_in(host, Protocol::Netfilter).trying(trying)?;
+        let mut socket = NetlinkSocket::open_in(host, Protocol::Netfilter).trying(trying)?;
         nft::delete_tables(&mut socket, |_, name| name == self.table).trying(trying)
     }
 }

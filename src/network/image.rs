@@ -45,7 +45,7 @@ pub struct NetworkImage {
     /// [`VERSION`]
     pub version: u32,
     /// All links, loopback first.
-    pub links: Vec<Link>,
+    pub links: Vec<LinkImage>,
     /// Routes of all tables but `local`, which the kernel fills by itself.
     pub routes: Vec<Route>,
     /// All policy rules, the kernel's own too: they can be deleted.
@@ -58,7 +58,7 @@ pub struct NetworkImage {
 
 /// One network interface of the container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Link {
+pub struct LinkImage {
     /// As the container sees it.
     pub name: String,
     /// `None` for loopback.
@@ -68,7 +68,7 @@ pub struct Link {
     /// Frames.
     pub txqlen: u32,
     /// What it is, and what it hangs on.
-    pub kind: Kind,
+    pub kind: LinkKind,
     /// `IFF_UP`
     pub up: bool,
     /// `IFF_NOARP`, `IFF_ALLMULTI`, `IFF_MULTICAST`, `IFF_DYNAMIC` as in netdevice(7).
@@ -86,7 +86,7 @@ pub struct Link {
 /// Kinds of links that can be carried.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Kind {
+pub enum LinkKind {
     /// The namespace's `lo`.
     Loopback,
     /// An address of its own on the host's interface.
@@ -235,7 +235,7 @@ pub struct Sysctl {
 /// Directories of parameters that each link has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Tree {
+pub enum ParameterTree {
     /// `ipv4/conf`
     Ipv4Conf,
     /// `ipv6/conf`
@@ -246,7 +246,7 @@ pub enum Tree {
     Ipv6Neigh,
 }
 
-impl Tree {
+impl ParameterTree {
     /// All of them.
     pub const ALL: [Self; 4] = [Self::Ipv4Conf, Self::Ipv6Conf, Self::Ipv4Neigh, Self::Ipv6Neigh];
 
@@ -265,7 +265,7 @@ impl Tree {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LinkSysctl {
     /// Where.
-    pub tree: Tree,
+    pub tree: ParameterTree,
     /// `rp_filter`
     pub name: String,
     /// Without the newline.
@@ -277,14 +277,14 @@ pub struct LinkSysctl {
 impl NetworkImage {
     /// Links that can lead out of the container: all but loopback, with their place in
     /// [`NetworkImage::links`].
-    pub fn outward(&self) -> impl Iterator<Item = (usize, &Link)> {
-        self.links.iter().enumerate().filter(|(_, l)| l.kind != Kind::Loopback)
+    pub fn outward(&self) -> impl Iterator<Item = (usize, &LinkImage)> {
+        self.links.iter().enumerate().filter(|(_, l)| l.kind != LinkKind::Loopback)
     }
 
     /// Links that the host routes to, each with its other end.
-    pub fn routed(&self) -> impl Iterator<Item = (&Link, &HostEnd)> {
+    pub fn routed(&self) -> impl Iterator<Item = (&LinkImage, &HostEnd)> {
         self.links.iter().filter_map(|link| match &link.kind {
-            Kind::Routed { end } => Some((link, &**end)),
+            LinkKind::Routed { end } => Some((link, &**end)),
             _ => None,
         })
     }
@@ -345,23 +345,23 @@ impl NetworkImage {
     }
 }
 
-impl Link {
+impl LinkImage {
     fn check(&self) -> Result<(), String> {
         ifname(&self.name)?;
         match &self.kind {
-            Kind::Loopback if self.name == "lo" => {}
-            Kind::Loopback => return Err(format!("loopback is called {:?}", self.name)),
-            Kind::Macvlan { mode, parent } => {
+            LinkKind::Loopback if self.name == "lo" => {}
+            LinkKind::Loopback => return Err(format!("loopback is called {:?}", self.name)),
+            LinkKind::Macvlan { mode, parent } => {
                 ifname(parent)?;
                 if ![1, 2, 4].contains(mode) {
                     return Err(format!("macvlan mode {mode} cannot be carried"));
                 }
             }
-            Kind::Veth { host_ifname, bridge, .. } => {
+            LinkKind::Veth { host_ifname, bridge, .. } => {
                 ifname(host_ifname)?;
                 ifname(bridge)?;
             }
-            Kind::Routed { end } => {
+            LinkKind::Routed { end } => {
                 end.check()?;
                 let other = end.as_link(&end.name, self.mtu);
                 other.check_values()?;
@@ -489,9 +489,9 @@ pub struct HostEnd {
     pub mac: Mac,
     /// Frames, `txqueuelen`.
     pub txqlen: u32,
-    /// As in [`Link::flags`].
+    /// As in [`LinkImage::flags`].
     pub flags: u32,
-    /// As in [`Link::addr_gen_mode`].
+    /// As in [`LinkImage::addr_gen_mode`].
     pub addr_gen_mode: Option<u8>,
     /// The gateway's, often none.
     pub addresses: Vec<Address>,
@@ -530,13 +530,13 @@ impl HostEnd {
     }
 
     /// As a link to be filled; its kind plays no part in that.
-    pub(super) fn as_link(&self, name: &str, mtu: u32) -> Link {
-        Link {
+    pub(super) fn as_link(&self, name: &str, mtu: u32) -> LinkImage {
+        LinkImage {
             name: name.to_owned(),
             mac: Some(self.mac),
             mtu,
             txqlen: self.txqlen,
-            kind: Kind::Loopback,
+            kind: LinkKind::Loopback,
             up: true,
             flags: self.flags,
             addr_gen_mode: self.addr_gen_mode,

@@ -56,7 +56,7 @@ pub use crate::problem::Problem;
 pub use announce::{Announcer, announce};
 pub use capture::{capture, capture_at, capture_engines, capture_forwarded};
 pub use floating::Floating;
-pub use frames::{Capture, Frame};
+pub use frames::{Capture, EthernetFrame};
 pub use hook::Hook;
 pub use host_side::HostSide;
 pub use image::NetworkImage;

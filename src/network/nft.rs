@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::rtnl::octets;
 use crate::sys::netlink::{
-    ACK, Attributes, CREATE, DUMP, Message, Prepared, Request, Result, Socket,
+    ACK, Attributes, CREATE, DUMP, NetlinkMessage, NetlinkSocket, Prepared, Request, Result,
 };
 
 /// `NFPROTO_INET`
@@ -74,9 +74,9 @@ fn message(kind: u16, flags: u16, family: u8) -> Request {
 
 /// Changes that are done together.
 #[derive(Debug)]
-pub(super) struct Batch(Vec<Request>);
+pub(super) struct NftBatch(Vec<Request>);
 
-impl Batch {
+impl NftBatch {
     pub fn new() -> Self {
         Self(vec![Request::new(BATCH_BEGIN, 0, &fixed(0, SUBSYSTEM))])
     }
@@ -390,7 +390,7 @@ pub(super) struct NewSet {
 
 /// The keys of a set.
 pub(super) fn keys(
-    socket: &mut Socket,
+    socket: &mut NetlinkSocket,
     family: u8,
     table: &str,
     set: &str,
@@ -399,7 +399,7 @@ pub(super) fn keys(
     let mut request = message(GETSETELEM, DUMP, family);
     request.string(1, table).string(2, set);
     let list = socket.list(&request)?;
-    let read = |m: &Message| -> Vec<Vec<u8>> {
+    let read = |m: &NetlinkMessage| -> Vec<Vec<u8>> {
         let elements = m.attributes(FIXED).nest(ELEMENTS);
         let key = |(_, e): (u16, &[u8])| Some(Attributes::parse(e).nest(1).get(1)?.to_vec());
         elements.iter().filter_map(key).collect()
@@ -408,8 +408,8 @@ pub(super) fn keys(
 }
 
 /// All chains of the namespace.
-pub(super) fn chains(socket: &mut Socket) -> Result<Vec<Chain>> {
-    let read = |m: Message| {
+pub(super) fn chains(socket: &mut NetlinkSocket) -> Result<Vec<Chain>> {
+    let read = |m: NetlinkMessage| {
         let a = m.attributes(FIXED);
         Some(Chain {
             family: *m.payload.first()?,
@@ -423,15 +423,18 @@ pub(super) fn chains(socket: &mut Socket) -> Result<Vec<Chain>> {
 }
 
 /// Family and name of all tables of the namespace.
-pub(super) fn tables(socket: &mut Socket) -> Result<Vec<(u8, String)>> {
-    let read = |m: Message| Some((*m.payload.first()?, m.attributes(FIXED).string(1)?));
+pub(super) fn tables(socket: &mut NetlinkSocket) -> Result<Vec<(u8, String)>> {
+    let read = |m: NetlinkMessage| Some((*m.payload.first()?, m.attributes(FIXED).string(1)?));
     let list = socket.dump(SUBSYSTEM << 8 | GETTABLE, &fixed(0, 0))?;
     Ok(list.into_iter().filter_map(read).collect())
 }
 
 /// Takes away the tables that are `ours`, by family and name; it is no error if there is none.
-pub(super) fn delete_tables(socket: &mut Socket, ours: impl Fn(u8, &str) -> bool) -> Result<()> {
-    let mut batch = Batch::new();
+pub(super) fn delete_tables(
+    socket: &mut NetlinkSocket,
+    ours: impl Fn(u8, &str) -> bool,
+) -> Result<()> {
+    let mut batch = NftBatch::new();
     let mut any = false;
     for (family, name) in tables(socket)? {
         if ours(family, &name) {
@@ -444,16 +447,16 @@ pub(super) fn delete_tables(socket: &mut Socket, ours: impl Fn(u8, &str) -> bool
 
 /// Family and name of the tables that have any other rule than these, one entry a rule.
 pub(super) fn tables_with_rules(
-    socket: &mut Socket,
-    but: impl Fn(&Message) -> bool,
+    socket: &mut NetlinkSocket,
+    but: impl Fn(&NetlinkMessage) -> bool,
 ) -> Result<Vec<(u8, String)>> {
-    let read = |m: Message| Some((*m.payload.first()?, m.attributes(FIXED).string(1)?));
+    let read = |m: NetlinkMessage| Some((*m.payload.first()?, m.attributes(FIXED).string(1)?));
     let list = socket.dump(SUBSYSTEM << 8 | GETRULE, &fixed(0, 0))?;
     Ok(list.into_iter().filter(|rule| !but(rule)).filter_map(read).collect())
 }
 
 /// Whether a rule of IPv4 concerns packets from or to one address, and no others: it begins with that.
-pub(super) fn concerns(rule: &Message, address: Ipv4Addr) -> bool {
+pub(super) fn concerns(rule: &NetlinkMessage, address: Ipv4Addr) -> bool {
     /// Of the network header, where the two addresses are in that, and equality.
     const NETWORK: u32 = 1;
     const ADDRESSES: [u32; 2] = [12, 16];
@@ -472,7 +475,7 @@ pub(super) fn concerns(rule: &Message, address: Ipv4Addr) -> bool {
 }
 
 /// What a rule does, step by step.
-fn steps(rule: &Message) -> Vec<Attributes<'_>> {
+fn steps(rule: &NetlinkMessage) -> Vec<Attributes<'_>> {
     const EXPRESSIONS: u16 = 4;
     let rule = rule.attributes(FIXED).nest(EXPRESSIONS);
     rule.iter().map(|(_, e)| Attributes::parse(e)).collect()
@@ -480,13 +483,13 @@ fn steps(rule: &Message) -> Vec<Attributes<'_>> {
 
 /// Whether a rule makes one of these addresses the destination of packets that are for another.
 /// Addresses in maps are not seen.
-pub(super) fn leads_to(socket: &mut Socket, addresses: &[IpAddr]) -> Result<bool> {
+pub(super) fn leads_to(socket: &mut NetlinkSocket, addresses: &[IpAddr]) -> Result<bool> {
     let list = socket.dump(SUBSYSTEM << 8 | GETRULE, &fixed(0, 0))?;
     Ok(list.iter().any(|rule| publishes(rule, addresses)))
 }
 
 /// The same of one rule.
-pub(super) fn publishes(rule: &Message, addresses: &[IpAddr]) -> bool {
+pub(super) fn publishes(rule: &NetlinkMessage, addresses: &[IpAddr]) -> bool {
     let steps = steps(rule);
     is_destination_nat(&steps) && addresses.iter().any(|a| names(&steps, &octets(*a)))
 }
@@ -541,7 +544,7 @@ pub(super) mod tests {
 
     #[test]
     fn a_rule_of_nfts_is_read() {
-        let rule = Message { payload: published().payload() };
+        let rule = NetlinkMessage { payload: published().payload() };
         let leads = |to: &str| publishes(&rule, &[to.parse().unwrap()]);
         assert!(leads("10.88.0.5") && !leads("10.88.0.6"));
     }
@@ -586,13 +589,13 @@ pub(super) mod tests {
                     });
                 }
             });
-            Message { payload: rule.payload() }
+            NetlinkMessage { payload: rule.payload() }
         };
         assert!(concerns(&rule(16, [127, 0, 0, 11], "payload"), ours));
         assert!(concerns(&rule(12, [127, 0, 0, 11], "payload"), ours));
         assert!(!concerns(&rule(16, [127, 0, 0, 12], "payload"), ours));
         assert!(!concerns(&rule(8, [127, 0, 0, 11], "payload"), ours));
         assert!(!concerns(&rule(16, [127, 0, 0, 11], "meta"), ours));
-        assert!(!concerns(&Message { payload: published().payload() }, ours));
+        assert!(!concerns(&NetlinkMessage { payload: published().payload() }, ours));
     }
 }

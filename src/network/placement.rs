@@ -11,7 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 
 use super::announce::{ArpForm, arp_frame};
-use super::image::{Kind, Link, NetworkImage, ifname};
+use super::image::{LinkImage, LinkKind, NetworkImage, ifname};
 use super::read::address;
 use super::rtnl::{LinkInfo, Rtnl};
 use super::{hook, routed};
@@ -95,7 +95,7 @@ impl fmt::Display for Placement {
 
 /// What one link hangs on, on the destination.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Hook {
+pub(super) enum Attachment {
     Bridge(String),
     Macvlan {
         parent: String,
@@ -107,7 +107,7 @@ pub(super) enum Hook {
     Routed,
 }
 
-impl Hook {
+impl Attachment {
     pub(super) fn name(&self) -> &str {
         match self {
             Self::Bridge(name) | Self::Macvlan { parent: name, .. } => name,
@@ -118,24 +118,24 @@ impl Hook {
 
 impl Placement {
     /// `None` for links that are not made.
-    pub(super) fn hook(&self, link: &Link) -> Option<Hook> {
+    pub(super) fn hook(&self, link: &LinkImage) -> Option<Attachment> {
         const MODE_BRIDGE: u32 = 4;
         match (self, &link.kind) {
-            (_, Kind::Loopback) | (Self::None | Self::Keep, _) => None,
-            (Self::Forward, _) => Some(Hook::Tap),
-            (Self::Bridge(name), _) => Some(Hook::Bridge(name.clone())),
-            (Self::Auto | Self::Hook(_), Kind::Veth { bridge, .. }) => {
-                Some(Hook::Bridge(bridge.clone()))
+            (_, LinkKind::Loopback) | (Self::None | Self::Keep, _) => None,
+            (Self::Forward, _) => Some(Attachment::Tap),
+            (Self::Bridge(name), _) => Some(Attachment::Bridge(name.clone())),
+            (Self::Auto | Self::Hook(_), LinkKind::Veth { bridge, .. }) => {
+                Some(Attachment::Bridge(bridge.clone()))
             }
-            (Self::Macvlan(parent), Kind::Macvlan { mode, .. }) => {
-                Some(Hook::Macvlan { parent: parent.clone(), mode: *mode })
+            (Self::Macvlan(parent), LinkKind::Macvlan { mode, .. }) => {
+                Some(Attachment::Macvlan { parent: parent.clone(), mode: *mode })
             }
-            (Self::Auto | Self::Hook(_), Kind::Routed { .. }) => Some(Hook::Routed),
-            (Self::Macvlan(parent), Kind::Veth { .. } | Kind::Routed { .. }) => {
-                Some(Hook::Macvlan { parent: parent.clone(), mode: MODE_BRIDGE })
+            (Self::Auto | Self::Hook(_), LinkKind::Routed { .. }) => Some(Attachment::Routed),
+            (Self::Macvlan(parent), LinkKind::Veth { .. } | LinkKind::Routed { .. }) => {
+                Some(Attachment::Macvlan { parent: parent.clone(), mode: MODE_BRIDGE })
             }
-            (Self::Auto | Self::Hook(_), Kind::Macvlan { parent, mode }) => {
-                Some(Hook::Macvlan { parent: parent.clone(), mode: *mode })
+            (Self::Auto | Self::Hook(_), LinkKind::Macvlan { parent, mode }) => {
+                Some(Attachment::Macvlan { parent: parent.clone(), mode: *mode })
             }
         }
     }
@@ -182,8 +182,8 @@ pub fn preflight(
                     .hint("remove it from the host"),
             );
         }
-        let Some(hook) = placement.hook(link).filter(|h| *h != Hook::Tap) else { continue };
-        if let (Hook::Routed, Kind::Routed { end }) = (&hook, &link.kind) {
+        let Some(hook) = placement.hook(link).filter(|h| *h != Attachment::Tap) else { continue };
+        if let (Attachment::Routed, LinkKind::Routed { end }) = (&hook, &link.kind) {
             problems.extend(routed::problems(link, end, host));
             continue;
         }
@@ -234,15 +234,17 @@ pub(super) fn kept(image: &NetworkImage, path: &Path) -> Result<NetNs, Problem> 
 
 /// Whether the link can be made where it is to hang.
 pub(super) fn fits<'a>(
-    link: &Link,
-    hook: &Hook,
+    link: &LinkImage,
+    hook: &Attachment,
     host: &'a [LinkInfo],
 ) -> Result<&'a LinkInfo, Problem> {
     let what = format!("interface {} cannot be made here", link.name);
     let Some(on) = host.iter().find(|l| l.name == hook.name()) else {
         let (kind, option) = match hook {
-            Hook::Bridge(_) => ("bridge", "bridge=BR"),
-            Hook::Macvlan { .. } | Hook::Tap | Hook::Routed => ("interface", "macvlan=IF"),
+            Attachment::Bridge(_) => ("bridge", "bridge=BR"),
+            Attachment::Macvlan { .. } | Attachment::Tap | Attachment::Routed => {
+                ("interface", "macvlan=IF")
+            }
         };
         return Err(Problem::new(what, format!("this host has no {kind} {}", hook.name()))
             .hint(format!("say where to attach the container with --network {option}")));
@@ -252,23 +254,23 @@ pub(super) fn fits<'a>(
             .hint(format!("ip link set {} up", on.name)));
     }
     match hook {
-        Hook::Bridge(_) if on.kind != "bridge" => {
+        Attachment::Bridge(_) if on.kind != "bridge" => {
             return Err(Problem::new(what, format!("{} is not a bridge", on.name))
                 .hint(format!("--network macvlan={} attaches the container to it", on.name)));
         }
-        Hook::Bridge(_) | Hook::Routed => {}
-        Hook::Macvlan { .. } if on.master.is_some() => {
+        Attachment::Bridge(_) | Attachment::Routed => {}
+        Attachment::Macvlan { .. } if on.master.is_some() => {
             return Err(Problem::new(what, format!("{} is a port of a bridge or bond", on.name))
                 .hint("attach the container to the bridge with --network bridge=BR"));
         }
-        Hook::Macvlan { .. } if link.mtu > on.mtu => {
+        Attachment::Macvlan { .. } if link.mtu > on.mtu => {
             return Err(Problem::new(
                 what,
                 format!("its MTU is {}, that of {} only {}", link.mtu, on.name, on.mtu),
             )
             .hint(format!("ip link set {} mtu {}", on.name, link.mtu)));
         }
-        Hook::Macvlan { .. } | Hook::Tap => {}
+        Attachment::Macvlan { .. } | Attachment::Tap => {}
     }
     if let Some(other) = host.iter().find(|l| l.mac.is_some() && l.mac == link.mac) {
         return Err(Problem::new(
@@ -281,7 +283,7 @@ pub(super) fn fits<'a>(
 }
 
 /// Asks the network who has the link's addresses.
-fn asked(link: &Link, on: &LinkInfo, host: &NetNs) -> Vec<Problem> {
+fn asked(link: &LinkImage, on: &LinkInfo, host: &NetNs) -> Vec<Problem> {
     let addresses: Vec<IpAddr> = link.addresses.iter().map(|a| a.local).collect();
     asked_for(&addresses, link.mac, on, host)
 }

@@ -13,7 +13,7 @@ use super::rtnl::{
     DELQDISC, LinkInfo, NEWQDISC, Rtnl, TCA_KIND, TCA_OPTIONS, enter, index_at, tcmsg,
 };
 use crate::problem::{Problem, Trying};
-use crate::sys::netlink::{CREATE, EXCL, Message, Request};
+use crate::sys::netlink::{CREATE, EXCL, NetlinkMessage, Request};
 
 /// Those that take back what they tell. All others have classes, or tables that they do not tell.
 const CARRIED: [&str; 11] =
@@ -48,7 +48,7 @@ pub struct Qdisc {
 }
 
 impl Qdisc {
-    pub(super) fn read(m: &Message) -> Option<Self> {
+    pub(super) fn read(m: &NetlinkMessage) -> Option<Self> {
         let word = |at| index_at(m, at).map(|w| w as u32);
         let a = m.attributes(FIXED);
         Some(Self {
@@ -102,7 +102,7 @@ fn is_root(one: &Qdisc) -> bool {
 
 /// What somebody has put on a link: the kernel's own choice has no handle, and is the other kernel's
 /// own choice there.
-fn on_link(messages: &[Message], index: i32) -> Vec<(Qdisc, &Message)> {
+fn on_link(messages: &[NetlinkMessage], index: i32) -> Vec<(Qdisc, &NetlinkMessage)> {
     let ours = messages.iter().filter(|m| index_at(m, 4) == Some(index));
     ours.filter_map(|m| Some((Qdisc::read(m)?, m))).filter(|(q, _)| q.handle != 0).collect()
 }
@@ -110,7 +110,7 @@ fn on_link(messages: &[Message], index: i32) -> Vec<(Qdisc, &Message)> {
 /// Those of a link, from `all` that there are, parents first. `path` is the namespace's, for hints.
 pub(super) fn capture(
     socket: &mut Rtnl,
-    all: &[Message],
+    all: &[NetlinkMessage],
     link: &LinkInfo,
     path: Option<&Path>,
 ) -> Result<Vec<Qdisc>, Problem> {
@@ -161,7 +161,7 @@ pub(super) fn capture(
 /// Puts on a link what is wanted, in the place of whatever was put there before.
 pub(super) fn restore(
     socket: &mut Rtnl,
-    all: &[Message],
+    all: &[NetlinkMessage],
     link: &LinkInfo,
     wanted: &[Qdisc],
 ) -> Result<(), Problem> {

@@ -3,7 +3,7 @@
 use super::image::{Address, RULE_ATTRIBUTES, Route, Rule};
 use super::rtnl::{self, AF_INET, AF_INET6, Rtnl, ip_of};
 use crate::problem::{Problem, Trying};
-use crate::sys::netlink::Message;
+use crate::sys::netlink::NetlinkMessage;
 
 /// `IFA_F_*` that the owner of an address sets; the others tell what the kernel found.
 /// NODAD, OPTIMISTIC (0x04), HOMEADDRESS, MANAGETEMPADDR, NOPREFIXROUTE, MCAUTOJOIN,
@@ -30,7 +30,7 @@ const RULE_FLAGS: u32 = 0x2 | 0x1_0000;
 const CLOCK: i32 = 100;
 
 /// From `struct ifaddrmsg`.
-pub(super) fn address(m: &Message) -> Option<Address> {
+pub(super) fn address(m: &NetlinkMessage) -> Option<Address> {
     let &[family, prefix, flags, scope, ..] = m.payload.as_slice() else { return None };
     let a = m.attributes(8);
     let address = ip_of(&a, 1)?;
@@ -74,7 +74,7 @@ pub(super) fn routes(
 
 /// From `struct rtmsg`.
 pub(super) fn route(
-    m: &Message,
+    m: &NetlinkMessage,
     name_of: &dyn Fn(i32) -> Option<String>,
 ) -> Result<Option<Route>, Problem> {
     let &[family, prefix, src_len, tos, table, protocol, scope, kind, ..] = m.payload.as_slice()
@@ -208,7 +208,7 @@ mod tests {
         let name = |_| Some("eth0".to_owned());
         let ours = "10.88.0.5".parse().unwrap();
         target.words(&[b"DNAT\0", b"nat\0", b"target\0"]).run(|bytes| {
-            let message = Message { payload: bytes.to_vec() };
+            let message = NetlinkMessage { payload: bytes.to_vec() };
             let read = [
                 rtnl::LinkInfo::read(&message).is_some(),
                 address(&message).is_some(),

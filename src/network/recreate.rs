@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use super::fence::{self, ArmedFence};
-use super::image::{Kind, Link, NetworkImage};
-use super::placement::{Hook, Placement, fits, kept};
+use super::image::{LinkImage, LinkKind, NetworkImage};
+use super::placement::{Attachment, Placement, fits, kept};
 use super::restore::Restoring;
 use super::rtnl::{self, IFF_UP, LinkInfo, Rtnl, ifinfo};
 use super::{forward, routed};
@@ -137,7 +137,7 @@ pub fn recreate(
 /// Makes the loopback device of a namespace that somebody else has made what the image says.
 pub fn fill_loopback(namespace: &NetNs, image: &NetworkImage) -> Result<(), Problem> {
     let mut socket = Rtnl::open(namespace).trying(|| "cannot open the new namespace".into())?;
-    let links = image.links.iter().filter(|l| l.kind == Kind::Loopback).collect();
+    let links = image.links.iter().filter(|l| l.kind == LinkKind::Loopback).collect();
     let mut restoring = Restoring { namespace, socket: &mut socket, links };
     restoring.parameters(image)?;
     restoring.up()?;
@@ -159,7 +159,7 @@ impl Recreated {
     /// kernel chooses one that is free in the container's namespace.
     fn add(
         &mut self,
-        link: &Link,
+        link: &LinkImage,
         request: &Request,
         outside: &mut Rtnl,
         inside: &mut Rtnl,
@@ -209,7 +209,7 @@ fn refurnish(made: &mut Recreated, image: &NetworkImage) -> Result<(), Problem> 
     made.fence = Some(fence::raise(&made.namespace)?);
     let mut inside =
         Rtnl::open(&made.namespace).trying(|| "cannot open the kept namespace".into())?;
-    let links: Vec<&Link> = image.links.iter().collect();
+    let links: Vec<&LinkImage> = image.links.iter().collect();
     let names: Vec<String> = image.outward().map(|(_, l)| l.name.clone()).collect();
     let mut restoring = Restoring { namespace: &made.namespace, socket: &mut inside, links };
     restoring.clear(image)?;
@@ -229,21 +229,21 @@ fn furnish(
     let mut outside = Rtnl::open(host).trying(|| "cannot open this host's network".into())?;
     let mut inside =
         Rtnl::open(&made.namespace).trying(|| "cannot open the new namespace".into())?;
-    let mut links: Vec<&Link> = Vec::new();
+    let mut links: Vec<&LinkImage> = Vec::new();
     let (mut ports, mut routed) = (Vec::new(), Vec::new());
     for link in &image.links {
         let Some(hook) = placement.hook(link) else {
-            links.extend((link.kind == Kind::Loopback).then_some(link));
+            links.extend((link.kind == LinkKind::Loopback).then_some(link));
             continue;
         };
-        if hook == Hook::Tap {
+        if hook == Attachment::Tap {
             made.taps.push((link.name.clone(), forward::tap(&made.namespace, link)?));
             made.links.push(link.name.clone());
             links.push(link);
             continue;
         }
         let host_links = outside.links().trying(|| "cannot read this host's links".into())?;
-        if let (Hook::Routed, Kind::Routed { end }) = (&hook, &link.kind) {
+        if let (Attachment::Routed, LinkKind::Routed { end }) = (&hook, &link.kind) {
             let request = veth(link, &host_links, &made.namespace);
             made.add(link, &request, &mut outside, &mut inside)
                 .trying(|| format!("cannot make {}", link.name))?;
@@ -253,13 +253,15 @@ fn furnish(
         }
         let on = fits(link, &hook, &host_links)?;
         let request = match &hook {
-            Hook::Macvlan { mode, .. } => macvlan(link, on, *mode, &made.namespace),
-            Hook::Bridge(_) | Hook::Tap | Hook::Routed => veth(link, &host_links, &made.namespace),
+            Attachment::Macvlan { mode, .. } => macvlan(link, on, *mode, &made.namespace),
+            Attachment::Bridge(_) | Attachment::Tap | Attachment::Routed => {
+                veth(link, &host_links, &made.namespace)
+            }
         };
         made.add(link, &request, &mut outside, &mut inside)
             .trying(|| format!("cannot make {} on {}", link.name, on.name))?;
         links.push(link);
-        if let Hook::Bridge(_) = hook {
+        if let Attachment::Bridge(_) = hook {
             ports.push((link.name.clone(), on.index));
         }
     }
@@ -300,7 +302,7 @@ fn furnish(
 }
 
 /// All but the name: see [`Recreated::add`].
-fn describe(request: &mut Request, link: &Link, namespace: &NetNs) {
+fn describe(request: &mut Request, link: &LinkImage, namespace: &NetNs) {
     request
         .attr(rtnl::IFLA_ADDRESS, &link.mac.unwrap_or_default())
         .u32(rtnl::IFLA_MTU, link.mtu)
@@ -310,7 +312,7 @@ fn describe(request: &mut Request, link: &Link, namespace: &NetNs) {
 
 /// Sent in the host's namespace, makes the link in the container's at once: it never bears a
 /// name on the host that could be taken.
-fn macvlan(link: &Link, parent: &LinkInfo, mode: u32, namespace: &NetNs) -> Request {
+fn macvlan(link: &LinkImage, parent: &LinkInfo, mode: u32, namespace: &NetNs) -> Request {
     let mut request = Request::new(rtnl::NEWLINK, CREATE | EXCL, &ifinfo(0, 0, 0));
     describe(&mut request, link, namespace);
     request.u32(rtnl::IFLA_LINK, parent.index as u32).nest(rtnl::IFLA_LINKINFO, |info| {
@@ -321,20 +323,20 @@ fn macvlan(link: &Link, parent: &LinkInfo, mode: u32, namespace: &NetNs) -> Requ
     request
 }
 
-fn veth(link: &Link, host: &[LinkInfo], namespace: &NetNs) -> Request {
+fn veth(link: &LinkImage, host: &[LinkInfo], namespace: &NetNs) -> Request {
     // The name on the host matters to nobody but its owner; taken, the kernel finds another. The
     // hardware address is not the source's: a bridge takes the lowest of its ports' for its own, and
     // two hosts with one address cut each other off. One that begins with fe is never the lowest.
     let free = |name: &&str| !host.iter().any(|l| l.name == **name);
     let wished = match &link.kind {
-        Kind::Veth { host_ifname, .. } => Some(host_ifname.as_str()),
-        Kind::Routed { end } => Some(end.name.as_str()),
+        LinkKind::Veth { host_ifname, .. } => Some(host_ifname.as_str()),
+        LinkKind::Routed { end } => Some(end.name.as_str()),
         _ => None,
     };
     let name = wished.filter(free).unwrap_or("veth%d");
     let mac = match &link.kind {
         // On no bridge; and the container knows its gateway by it.
-        Kind::Routed { end } => Some(end.mac),
+        LinkKind::Routed { end } => Some(end.mac),
         _ => link.mac.map(|m| [0xfe, m[1], m[2], m[3], m[4], m[5]]),
     };
     let mut request = Request::new(rtnl::NEWLINK, CREATE | EXCL, &ifinfo(0, 0, 0));

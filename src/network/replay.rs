@@ -9,7 +9,7 @@
 //!
 //! The TAP has no address, has IPv6 off, and goes with this value or with the process.
 
-use super::frames::Frame;
+use super::frames::EthernetFrame;
 use super::image::NetworkImage;
 use super::rtnl::{self, IFF_UP, NEWQDISC, Rtnl, TCA_KIND, TCA_OPTIONS, ifinfo, tcmsg};
 use super::sockets::SockDiag;
@@ -80,7 +80,7 @@ impl Replay {
 
     /// Lets one frame come in, at once: when this returns, the namespace's stack has had it. The
     /// fence must be open, for the frame passes the real link's ingress like any other.
-    pub fn inject(&self, frame: &Frame) -> Result<(), Problem> {
+    pub fn inject(&self, frame: &EthernetFrame) -> Result<(), Problem> {
         frame.validate()?;
         let trying = || format!("cannot replay {frame:?}");
         match self.taps.get(usize::from(frame.link)) {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use super::image::{Address, Link, LinkSysctl, Neighbour, NetworkImage, Route, Rule};
+use super::image::{Address, LinkImage, LinkSysctl, Neighbour, NetworkImage, Route, Rule};
 use super::rtnl::{self, AF_INET, AF_INET6, IFF_CARRIED, IFF_UP, LinkInfo, Rtnl, ifinfo, octets};
 use super::{qdisc, sysctl};
 use crate::problem::{Problem, Trying};
@@ -32,7 +32,7 @@ pub(super) struct Restoring<'a> {
     pub namespace: &'a NetNs,
     pub socket: &'a mut Rtnl,
     /// Those that are made.
-    pub links: Vec<&'a Link>,
+    pub links: Vec<&'a LinkImage>,
 }
 
 impl Restoring<'_> {
@@ -261,7 +261,7 @@ impl Restoring<'_> {
         }
     }
 
-    fn generate_addresses(&mut self, link: &Link, mode: u8) -> Result<(), Problem> {
+    fn generate_addresses(&mut self, link: &LinkImage, mode: u8) -> Result<(), Problem> {
         let index = self.find(link)?.index;
         // Not by /proc/sys, for that makes addresses at once.
         let mut request = Request::new(rtnl::NEWLINK, 0, &ifinfo(index, 0, 0));
@@ -285,7 +285,7 @@ impl Restoring<'_> {
         self.socket.links().trying(|| "cannot read the new links".into())
     }
 
-    fn find(&mut self, link: &Link) -> Result<LinkInfo, Problem> {
+    fn find(&mut self, link: &LinkImage) -> Result<LinkInfo, Problem> {
         self.socket
             .link(&link.name)
             .trying(|| "cannot read the new links".into())?
@@ -300,7 +300,7 @@ impl Restoring<'_> {
     }
 }
 
-fn set_of_link(link: &Link, s: &LinkSysctl) -> std::io::Result<()> {
+fn set_of_link(link: &LinkImage, s: &LinkSysctl) -> std::io::Result<()> {
     sysctl::set(&sysctl::path_of(s.tree, &link.name, &s.name), &s.value, s.changed)
 }
 

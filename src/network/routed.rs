@@ -12,7 +12,7 @@ use std::net::IpAddr;
 use nix::errno::Errno;
 
 use super::announce::{advertisement, arp_both};
-use super::image::{HostEnd, Link, NetworkImage, Proxy, Route};
+use super::image::{HostEnd, LinkImage, NetworkImage, Proxy, Route};
 use super::read::address;
 use super::restore::{Restoring, route_request};
 use super::rtnl::{self, AF_INET, AF_INET6, IFF_CARRIED, LinkInfo, Rtnl, index_at, ip_of, octets};
@@ -79,7 +79,7 @@ fn leads_to(route: &Route, address: IpAddr) -> bool {
 }
 
 /// What stands in the way of a routed link here.
-pub(super) fn problems(link: &Link, end: &HostEnd, host: &NetNs) -> Vec<Problem> {
+pub(super) fn problems(link: &LinkImage, end: &HostEnd, host: &NetNs) -> Vec<Problem> {
     let what = || format!("interface {} cannot be routed to here", link.name);
     let mut found = Vec::new();
     for (family, v6) in [("ipv4", false), ("ipv6", true)] {

@@ -7,7 +7,9 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 
-use crate::sys::netlink::{Attributes, Mac, Message, Protocol, Request, Result, Socket};
+use crate::sys::netlink::{
+    Attributes, Mac, NetlinkMessage, NetlinkSocket, Protocol, Request, Result,
+};
 use crate::sys::netns::NetNs;
 
 pub(super) const NEWLINK: u16 = 16;
@@ -97,7 +99,7 @@ impl LinkInfo {
         self.flags & IFF_LOWER_UP != 0 && matches!(self.operstate, 0 | 6)
     }
 
-    pub fn read(m: &Message) -> Option<Self> {
+    pub fn read(m: &NetlinkMessage) -> Option<Self> {
         let a = m.attributes(16);
         let info = a.nest(IFLA_LINKINFO);
         let kind = info.string(1).unwrap_or_default();
@@ -123,11 +125,11 @@ impl LinkInfo {
 
 /// An rtnetlink socket of one namespace.
 #[derive(Debug)]
-pub(super) struct Rtnl(Socket);
+pub(super) struct Rtnl(NetlinkSocket);
 
 impl Rtnl {
     pub fn open(namespace: &NetNs) -> Result<Self> {
-        Socket::open_in(namespace, Protocol::Route).map(Self)
+        NetlinkSocket::open_in(namespace, Protocol::Route).map(Self)
     }
 
     pub fn change(&mut self, request: &Request) -> Result<()> {
@@ -144,12 +146,12 @@ impl Rtnl {
     }
 
     /// `struct ifaddrmsg` with its attributes, both families.
-    pub fn addresses(&mut self) -> Result<Vec<Message>> {
+    pub fn addresses(&mut self) -> Result<Vec<NetlinkMessage>> {
         self.0.dump(GETADDR, &[0; 8])
     }
 
     /// `struct rtmsg` with its attributes; clones of the IPv6 cache are left out.
-    pub fn routes(&mut self, family: u8) -> Result<Vec<Message>> {
+    pub fn routes(&mut self, family: u8) -> Result<Vec<NetlinkMessage>> {
         let mut fixed = [0; 12];
         fixed[0] = family;
         let mut list = self.0.dump(GETROUTE, &fixed)?;
@@ -162,31 +164,31 @@ impl Rtnl {
     }
 
     /// `struct fib_rule_hdr` with its attributes.
-    pub fn rules(&mut self, family: u8) -> Result<Vec<Message>> {
+    pub fn rules(&mut self, family: u8) -> Result<Vec<NetlinkMessage>> {
         let mut fixed = [0; 12];
         fixed[0] = family;
         self.0.dump(GETRULE, &fixed)
     }
 
     /// `struct tcmsg` with its attributes: queueing disciplines of all links.
-    pub fn qdiscs(&mut self) -> Result<Vec<Message>> {
+    pub fn qdiscs(&mut self) -> Result<Vec<NetlinkMessage>> {
         self.0.dump(GETQDISC, &tcmsg(0, 0, 0, 0))
     }
 
     /// The same: filters of one link, below a discipline or one of its classes.
-    pub fn filters(&mut self, index: i32, parent: u32) -> Result<Vec<Message>> {
+    pub fn filters(&mut self, index: i32, parent: u32) -> Result<Vec<NetlinkMessage>> {
         self.0.dump(GETTFILTER, &tcmsg(index, 0, parent, 0))
     }
 
     /// `struct ndmsg` with its attributes.
-    pub fn neighbours(&mut self, family: u8) -> Result<Vec<Message>> {
+    pub fn neighbours(&mut self, family: u8) -> Result<Vec<NetlinkMessage>> {
         let mut fixed = [0; 12];
         fixed[0] = family;
         self.0.dump(GETNEIGH, &fixed)
     }
 
     /// `struct ndmsg` with its attributes, of the addresses that are answered for by proxy.
-    pub fn proxies(&mut self, family: u8) -> Result<Vec<Message>> {
+    pub fn proxies(&mut self, family: u8) -> Result<Vec<NetlinkMessage>> {
         const NTF_PROXY: u8 = 0x08;
         let mut fixed = [0; 12];
         fixed[0] = family;
@@ -246,7 +248,7 @@ pub(super) fn tcmsg(ifindex: i32, handle: u32, parent: u32, info: u32) -> [u8; 2
 }
 
 /// The interface index in a fixed header.
-pub(super) fn index_at(m: &Message, at: usize) -> Option<i32> {
+pub(super) fn index_at(m: &NetlinkMessage, at: usize) -> Option<i32> {
     m.payload.get(at..at + 4)?.try_into().ok().map(i32::from_ne_bytes)
 }
 

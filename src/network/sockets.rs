@@ -12,7 +12,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use serde::{Deserialize, Serialize};
 
 use crate::problem::{Problem, Trying};
-use crate::sys::netlink::{Message, Protocol, Request, Socket};
+use crate::sys::netlink::{NetlinkMessage, NetlinkSocket, Protocol, Request};
 use crate::sys::netns::NetNs;
 
 /// `SOCK_DIAG_BY_FAMILY`, `SOCK_DESTROY` of linux/sock_diag.h.
@@ -75,7 +75,7 @@ impl Unowned {
 
 /// A socket of the namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Known {
+pub struct SocketInfo {
     /// UDP rather than TCP.
     pub udp: bool,
     /// It takes connections.
@@ -101,7 +101,7 @@ pub struct Established {
 
 /// Which sockets count, where others than the container have theirs in the same namespace.
 #[derive(Debug, Clone, Default)]
-pub struct Only {
+pub struct SocketFilter {
     /// Connections on these addresses.
     pub addresses: Vec<IpAddr>,
     /// Listening sockets with these numbers.
@@ -111,20 +111,20 @@ pub struct Only {
 /// Looks for what is nobody's, again and again.
 #[derive(Debug)]
 pub struct SockDiag {
-    socket: Socket,
-    only: Option<Only>,
+    socket: NetlinkSocket,
+    only: Option<SocketFilter>,
 }
 
 impl SockDiag {
     /// Makes ready to look into a namespace.
     pub fn new(namespace: &NetNs) -> Result<Self, Problem> {
-        let socket = Socket::open_in(namespace, Protocol::SockDiag);
+        let socket = NetlinkSocket::open_in(namespace, Protocol::SockDiag);
         let socket = socket.trying(|| "cannot list the container's sockets".into())?;
         Ok(Self { socket, only: None })
     }
 
     /// The same where not all sockets are the container's.
-    pub fn among(namespace: &NetNs, only: Only) -> Result<Self, Problem> {
+    pub fn among(namespace: &NetNs, only: SocketFilter) -> Result<Self, Problem> {
         Ok(Self { only: Some(only), ..Self::new(namespace)? })
     }
 
@@ -133,7 +133,7 @@ impl SockDiag {
         let mut found = Unowned::default();
         let states = [LISTEN, SYN_RECV, FIN_WAIT1, LAST_ACK, CLOSING];
         let only = self.only.clone();
-        let counts = |one: &One| match &only {
+        let counts = |one: &DiagMessage| match &only {
             None => true,
             Some(only) if one.state == LISTEN => only.inodes.contains(&one.inode),
             Some(only) => only.addresses.contains(&one.flow.local.ip()),
@@ -152,13 +152,13 @@ impl SockDiag {
     }
 
     /// All TCP and UDP sockets that are more than a memory of one.
-    pub fn all(&mut self) -> Result<Vec<Known>, Problem> {
+    pub fn all(&mut self) -> Result<Vec<SocketInfo>, Problem> {
         let states: Vec<u8> = (1..=CLOSING).filter(|s| *s != TIME_WAIT).collect();
         let mut found = Vec::new();
         for (protocol, udp) in [(libc::IPPROTO_TCP, false), (libc::IPPROTO_UDP, true)] {
             self.list(protocol, &states, |one| {
                 let listens = !udp && one.state == LISTEN;
-                found.push(Known { udp, listens, flow: one.flow, inode: one.inode });
+                found.push(SocketInfo { udp, listens, flow: one.flow, inode: one.inode });
             })?;
         }
         Ok(found)
@@ -211,7 +211,7 @@ impl SockDiag {
     /// Established connections that are bound to no device.
     pub fn established(&mut self) -> Result<Vec<Established>, Problem> {
         let only = self.only.clone();
-        let counts = |one: &One| match (&only, one.ends.local) {
+        let counts = |one: &DiagMessage| match (&only, one.ends.local) {
             // Its address means something only together with a device.
             (_, SocketAddr::V6(address)) if address.ip().is_unicast_link_local() => false,
             (Some(only), _) => only.addresses.contains(&one.flow.local.ip()),
@@ -220,7 +220,7 @@ impl SockDiag {
         let mut found = Vec::new();
         self.list(libc::IPPROTO_TCP, &[ESTABLISHED], |one| {
             if one.inode != 0 && one.device == 0 && counts(&one) {
-                let One { ends, inode, cookie, owner, .. } = one;
+                let DiagMessage { ends, inode, cookie, owner, .. } = one;
                 found.push(Established { ends, inode, cookie, owner });
             }
         })?;
@@ -233,12 +233,12 @@ impl SockDiag {
     ///
     /// # Errors
     /// When they cannot be listed.
-    pub fn cut(&mut self, wanted: impl Fn(&Known) -> bool) -> Result<(), Problem> {
+    pub fn cut(&mut self, wanted: impl Fn(&SocketInfo) -> bool) -> Result<(), Problem> {
         let states: Vec<u8> = (1..=CLOSING).filter(|s| ![CLOSE, LISTEN].contains(s)).collect();
         let mut requests = Vec::new();
         self.ask(libc::IPPROTO_TCP, &states, None, |message| {
             let Some(one) = one(message) else { return };
-            let known = Known { udp: false, listens: false, flow: one.flow, inode: one.inode };
+            let known = SocketInfo { udp: false, listens: false, flow: one.flow, inode: one.inode };
             if wanted(&known) && one.can_be_cut(kernel()) {
                 let mut request = [0; REQUEST];
                 (request[0], request[1]) = (message.payload[0], libc::IPPROTO_TCP as u8);
@@ -257,7 +257,7 @@ impl SockDiag {
         &mut self,
         protocol: libc::c_int,
         states: &[u8],
-        mut each: impl FnMut(One),
+        mut each: impl FnMut(DiagMessage),
     ) -> Result<(), Problem> {
         self.ask(protocol, states, None, |message| one(message).into_iter().for_each(&mut each))
     }
@@ -268,7 +268,7 @@ impl SockDiag {
         protocol: libc::c_int,
         states: &[u8],
         what: Option<u16>,
-        mut each: impl FnMut(&Message),
+        mut each: impl FnMut(&NetlinkMessage),
     ) -> Result<(), Problem> {
         let states: u32 = states.iter().map(|s| 1 << s).sum();
         for family in FAMILIES {
@@ -286,7 +286,7 @@ impl SockDiag {
 }
 
 /// What is wanted of `struct inet_diag_msg`.
-pub(super) struct One {
+pub(super) struct DiagMessage {
     state: u8,
     /// As IPv4 where it is that.
     flow: Flow,
@@ -306,7 +306,7 @@ pub(super) struct One {
     inode: u32,
 }
 
-impl One {
+impl DiagMessage {
     /// Whether the kernel ends it in full. Before Linux 6.11 it throws away what a closed one has yet to
     /// send, and with it the timer that would end it.
     fn can_be_cut(&self, kernel: (u32, u32)) -> bool {
@@ -326,7 +326,7 @@ fn kernel() -> (u32, u32) {
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
-pub(super) fn one(message: &Message) -> Option<One> {
+pub(super) fn one(message: &NetlinkMessage) -> Option<DiagMessage> {
     let bytes = message.payload.first_chunk::<ANSWER>()?;
     let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|i| bytes[at + i]));
     let port = |at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
@@ -342,7 +342,7 @@ pub(super) fn one(message: &Message) -> Option<One> {
         remote: SocketAddr::new(address(24), port(6)),
     };
     let plainly = |end: SocketAddr| SocketAddr::new(end.ip().to_canonical(), end.port());
-    Some(One {
+    Some(DiagMessage {
         state: bytes[1],
         flow: Flow { local: plainly(ends.local), remote: plainly(ends.remote) },
         ends,
@@ -366,7 +366,7 @@ mod tests {
             let mut bytes = [0; ANSWER];
             (bytes[0], bytes[1], bytes[3]) = (libc::AF_INET as u8, FIN_WAIT1, retries);
             bytes[60..64].copy_from_slice(&sent.to_ne_bytes());
-            let message = Message { payload: bytes.to_vec() };
+            let message = NetlinkMessage { payload: bytes.to_vec() };
             one(&message).is_some_and(|one| one.drains())
         };
         assert!(one(2, 0) && one(1 << 20, UNANSWERED - 1));
@@ -380,7 +380,8 @@ mod tests {
             let mut bytes = [0; ANSWER];
             (bytes[0], bytes[1]) = (libc::AF_INET as u8, state);
             bytes[68..].copy_from_slice(&inode.to_ne_bytes());
-            one(&Message { payload: bytes.to_vec() }).is_some_and(|one| one.can_be_cut(kernel))
+            one(&NetlinkMessage { payload: bytes.to_vec() })
+                .is_some_and(|one| one.can_be_cut(kernel))
         };
         assert!(one(ESTABLISHED, 7, (5, 10)) && one(TIME_WAIT, 0, (5, 10)));
         assert!(!one(FIN_WAIT1, 0, (6, 8)) && !one(FIN_WAIT1, 0, (5, 19)));

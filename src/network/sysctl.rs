@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::{fs, io};
 
-use super::image::{LinkSysctl, Sysctl, Tree};
+use super::image::{LinkSysctl, ParameterTree, Sysctl};
 
 const ROOT: &str = "/proc/sys/net";
 /// What a namespace has, apart from tables of per-link parameters.
@@ -58,7 +58,7 @@ pub(super) fn sort_out(
     let mut rest = Vec::new();
     let mut of_links = vec![Vec::new(); links.len()];
     for (path, value) in all {
-        let in_tree = Tree::ALL.into_iter().find_map(|tree| {
+        let in_tree = ParameterTree::ALL.into_iter().find_map(|tree| {
             let (link, name) =
                 path.strip_prefix(tree.path())?.strip_prefix('/')?.split_once('/')?;
             Some((tree, link, name))
@@ -90,7 +90,7 @@ pub(super) fn sort_out(
 /// would not have.
 pub(super) fn of_link(link: &str) -> Vec<LinkSysctl> {
     let mut list = Vec::new();
-    for tree in Tree::ALL {
+    for tree in ParameterTree::ALL {
         let mut found = BTreeMap::new();
         walk(&Path::new(ROOT).join(tree.path()).join(link), "", &mut found);
         for (path, value) in found {
@@ -130,6 +130,6 @@ pub(super) fn set(path: &str, value: &str, needed: bool) -> io::Result<()> {
 }
 
 /// Where a link's parameter is.
-pub(super) fn path_of(tree: Tree, link: &str, name: &str) -> String {
+pub(super) fn path_of(tree: ParameterTree, link: &str, name: &str) -> String {
     format!("{}/{link}/{name}", tree.path())
 }

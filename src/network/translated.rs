@@ -15,7 +15,7 @@ use super::rtnl::{AF_INET, AF_INET6, ip_of, octets};
 use super::sockets::Flow;
 use super::{legacy, nft};
 use crate::problem::{Problem, Trying};
-use crate::sys::netlink::{Attributes, DUMP, Message, Protocol, Request, Socket};
+use crate::sys::netlink::{Attributes, DUMP, NetlinkMessage, NetlinkSocket, Protocol, Request};
 use crate::sys::netns::NetNs;
 
 /// Most connections that are told; the rest would say nothing new.
@@ -47,7 +47,7 @@ pub struct Translated {
 
 /// A connection under translation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Entry {
+pub struct ConntrackEntry {
     /// `IPPROTO_TCP` or `IPPROTO_UDP`.
     pub protocol: u8,
     /// As the container sees it.
@@ -56,7 +56,7 @@ pub struct Entry {
     pub wire: Flow,
 }
 
-impl Entry {
+impl ConntrackEntry {
     /// What packets to the container have on the wire, and inside; nothing for IPv6.
     pub fn translation(&self) -> Option<Translation> {
         let ends = |flow: Flow| match (flow.remote, flow.local) {
@@ -73,9 +73,9 @@ impl Entry {
 ///
 /// # Errors
 /// When they cannot be read.
-pub fn entries(host: &NetNs, addresses: &[IpAddr]) -> Result<Vec<Entry>, Problem> {
+pub fn entries(host: &NetNs, addresses: &[IpAddr]) -> Result<Vec<ConntrackEntry>, Problem> {
     let trying = || "cannot read this host's address translation".to_owned();
-    let mut socket = Socket::open_in(host, Protocol::Netfilter).trying(trying)?;
+    let mut socket = NetlinkSocket::open_in(host, Protocol::Netfilter).trying(trying)?;
     let mut entries = Vec::new();
     for address in addresses {
         for (tuple, flags) in [(CTA_TUPLE_ORIG, 1), (CTA_TUPLE_REPLY, 2)] {
@@ -94,8 +94,8 @@ pub fn entries(host: &NetNs, addresses: &[IpAddr]) -> Result<Vec<Entry>, Problem
 /// When they cannot be read.
 pub fn look(host: &NetNs, addresses: &[IpAddr]) -> Result<Translated, Problem> {
     let trying = || "cannot read this host's address translation".to_owned();
-    let mut socket = Socket::open_in(host, Protocol::Netfilter).trying(trying)?;
-    let tcp = |entry: &Entry| (entry.protocol == TCP).then_some(entry.inside);
+    let mut socket = NetlinkSocket::open_in(host, Protocol::Netfilter).trying(trying)?;
+    let tcp = |entry: &ConntrackEntry| (entry.protocol == TCP).then_some(entry.inside);
     let mut flows: Vec<Flow> = entries(host, addresses)?.iter().filter_map(tcp).collect();
     flows.sort_unstable();
     flows.dedup();
@@ -132,7 +132,7 @@ fn request(address: IpAddr, tuple: u16, flags: u16) -> Request {
 }
 
 /// A connection under translation: an open one of TCP, or one of UDP.
-pub(super) fn entry(message: &Message, address: IpAddr) -> Option<Entry> {
+pub(super) fn entry(message: &NetlinkMessage, address: IpAddr) -> Option<ConntrackEntry> {
     let a = message.attributes(FIXED);
     let protocol = *a.nest(CTA_TUPLE_ORIG).nest(2).get(1)?.first()?;
     let open = || OPEN.contains(a.nest(CTA_PROTOINFO).nest(1).get(1)?.first()?).then_some(());
@@ -148,7 +148,7 @@ pub(super) fn entry(message: &Message, address: IpAddr) -> Option<Entry> {
     let own = faces.iter().position(|flow| flow.local.ip() == address)?;
     // The other direction is told as its sender sees it, who is the other end.
     let Flow { local: remote, remote: local } = faces[1 - own];
-    Some(Entry { protocol, inside: faces[own], wire: Flow { local, remote } })
+    Some(ConntrackEntry { protocol, inside: faces[own], wire: Flow { local, remote } })
 }
 
 /// One direction: who sends, and to whom.
@@ -196,7 +196,7 @@ pub(super) mod tests {
 
     #[test]
     fn a_translated_connection_is_read() {
-        let message = Message { payload: entry().payload() };
+        let message = NetlinkMessage { payload: entry().payload() };
         let found = super::entry(&message, "10.88.0.5".parse().unwrap()).unwrap();
         let flow = |local: &str, remote: &str| Flow {
             local: local.parse().unwrap(),

@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 
-use super::frames::Frame;
+use super::frames::EthernetFrame;
 
 const ETHERNET: usize = 14;
 const HEAD4: usize = 20;
@@ -19,7 +19,7 @@ const PIECES_AT: usize = 4;
 const BESIDE: usize = 1024;
 
 /// The ports that datagrams are for, and the bytes that they take in sockets, at most.
-pub fn taken(frames: &[Frame]) -> (HashSet<u16>, usize) {
+pub fn taken(frames: &[EthernetFrame]) -> (HashSet<u16>, usize) {
     let (mut ports, mut bytes) = (HashSet::new(), 0);
     for frame in frames {
         let Some(port) = port(frame) else { continue };
@@ -37,12 +37,12 @@ pub fn taken(frames: &[Frame]) -> (HashSet<u16>, usize) {
 }
 
 /// Whether it is a datagram, or a piece of one.
-pub fn is_datagram(frame: &Frame) -> bool {
+pub fn is_datagram(frame: &EthernetFrame) -> bool {
     port(frame).is_some()
 }
 
 /// `None` for what is no UDP; no port in what is a piece of a datagram and not its first.
-fn port(frame: &Frame) -> Option<Option<u16>> {
+fn port(frame: &EthernetFrame) -> Option<Option<u16>> {
     let packet = frame.bytes.get(ETHERNET..)?;
     let half = |at: usize| packet.get(at..)?.first_chunk().map(|b| u16::from_be_bytes(*b));
     let (udp, at, first) = match frame.bytes[ETHERNET - 2..ETHERNET] {
@@ -67,14 +67,14 @@ fn port(frame: &Frame) -> Option<Option<u16>> {
 mod tests {
     use super::*;
 
-    fn frame(kind: u16, packet: &[u8]) -> Frame {
+    fn frame(kind: u16, packet: &[u8]) -> EthernetFrame {
         let mut bytes = vec![0; ETHERNET - 2];
         bytes.extend(kind.to_be_bytes());
         bytes.extend(packet);
-        Frame { link: 0, vnet_hdr: [0; 10], bytes }
+        EthernetFrame { link: 0, vnet_hdr: [0; 10], bytes }
     }
 
-    fn v4(protocol: u8, piece: u16, options: usize, to: u16) -> Frame {
+    fn v4(protocol: u8, piece: u16, options: usize, to: u16) -> EthernetFrame {
         let mut packet = vec![0; HEAD4 + options];
         packet[0] = 0x45 + (options / 4) as u8;
         packet[6..8].copy_from_slice(&piece.to_be_bytes());
@@ -83,7 +83,7 @@ mod tests {
         frame(0x0800, &packet)
     }
 
-    fn v6(piece: Option<u16>, to: u16) -> Frame {
+    fn v6(piece: Option<u16>, to: u16) -> EthernetFrame {
         let mut packet = vec![0; HEAD6];
         packet[6] = if piece.is_some() { PIECE } else { UDP };
         if let Some(piece) = piece {
@@ -109,7 +109,7 @@ mod tests {
             assert_eq!(port(&frame), expected, "{:02x?}", frame.bytes);
             for cut in 0..frame.bytes.len() {
                 let bytes = frame.bytes[..cut].to_vec();
-                let _ = (cut >= ETHERNET).then(|| port(&Frame { bytes, ..frame.clone() }));
+                let _ = (cut >= ETHERNET).then(|| port(&EthernetFrame { bytes, ..frame.clone() }));
             }
         }
     }

@@ -9,8 +9,8 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 
 use super::announce::{checksum, ethernet};
-use super::frames::Frame;
-use super::image::{Kind, NetworkImage};
+use super::frames::EthernetFrame;
+use super::image::{LinkKind, NetworkImage};
 use crate::sys::datagrams::Datagram;
 use crate::sys::netlink::Mac;
 use crate::sys::packet::VNET_HDR;
@@ -35,7 +35,7 @@ impl UdpEndpoints {
         let mut links = Vec::new();
         for (at, link) in image.links.iter().enumerate() {
             // What is sent to an address of loopback from outside comes in by another link.
-            let by = if link.kind == Kind::Loopback { first } else { Some((at, link)) };
+            let by = if link.kind == LinkKind::Loopback { first } else { Some((at, link)) };
             let Some((number, Some(mac))) = by.map(|(number, link)| (number, link.mac)) else {
                 continue;
             };
@@ -56,7 +56,7 @@ impl UdpEndpoints {
     ///
     /// A multicast or a broadcast waits in every socket that takes it, and would come to all of them
     /// as often.
-    pub fn frame(&self, port: u16, datagram: &Datagram) -> Option<Frame> {
+    pub fn frame(&self, port: u16, datagram: &Datagram) -> Option<EthernetFrame> {
         let Datagram { from, to, payload } = datagram;
         let (_, link, mac) = self.links.iter().find(|(address, ..)| address == to)?;
         if from.ip().is_loopback() || self.links.iter().any(|(own, ..)| *own == from.ip()) {
@@ -99,13 +99,13 @@ impl UdpEndpoints {
         };
         udp[6..8].copy_from_slice(&u16::to_be_bytes(sum));
         bytes.extend(udp);
-        let frame = Frame { link: *link, vnet_hdr: [0; VNET_HDR], bytes };
+        let frame = EthernetFrame { link: *link, vnet_hdr: [0; VNET_HDR], bytes };
         frame.validate().is_ok().then_some(frame)
     }
 }
 
 /// What a frame brings, if it is a whole datagram: from where, to where, what.
-fn datagram(frame: &Frame) -> Option<(SocketAddr, SocketAddr, &[u8])> {
+fn datagram(frame: &EthernetFrame) -> Option<(SocketAddr, SocketAddr, &[u8])> {
     let (head, packet) = frame.bytes.split_at_checked(ETHERNET)?;
     let address = |at: usize, v6: bool| -> Option<IpAddr> {
         Some(if !v6 {
@@ -136,7 +136,7 @@ fn datagram(frame: &Frame) -> Option<(SocketAddr, SocketAddr, &[u8])> {
 
 /// Takes out of `caught` what is in `unread` already: what came when frames were being caught and the
 /// fence was not closed yet, and is in the container's sockets.
-pub fn once(caught: &mut Vec<Frame>, unread: &[Frame]) {
+pub fn once(caught: &mut Vec<EthernetFrame>, unread: &[EthernetFrame]) {
     let mut twins: HashMap<_, Cell<usize>> = HashMap::new();
     for one in unread.iter().filter_map(datagram) {
         *twins.entry(one).or_default().get_mut() += 1;
@@ -188,7 +188,7 @@ mod tests {
                 }
                 for cut in 0..frame.bytes.len().min(60) {
                     let bytes = frame.bytes[..cut].to_vec();
-                    let short = Frame { bytes, ..frame.clone() };
+                    let short = EthernetFrame { bytes, ..frame.clone() };
                     assert!(payload.is_empty() || datagram(&short).is_none(), "cut at {cut}");
                 }
             }

@@ -10,15 +10,15 @@
 use std::net::IpAddr;
 use std::path::Path;
 
-use super::image::{Address, Kind, NetworkImage, Route};
-use super::nft::{self, Batch, NewChain, Policy};
+use super::image::{Address, LinkKind, NetworkImage, Route};
+use super::nft::{self, NewChain, NftBatch, Policy};
 use super::placement::Placement;
 use super::published::given::alone;
 use super::recreate::{Recreated, recreate};
 use super::restore::{address_request, route_request};
 use super::rtnl::{self, Rtnl};
 use crate::problem::{Problem, Trying};
-use crate::sys::netlink::{Protocol, Socket};
+use crate::sys::netlink::{NetlinkSocket, Protocol};
 use crate::sys::netns::NetNs;
 
 const TABLE: &str = "ferry-understudy";
@@ -51,7 +51,7 @@ impl Understudy {
         let addresses: Vec<Address> =
             outward.map(|a| a.local).filter(IpAddr::is_ipv4).map(alone).collect();
         let mut loopback = image.clone();
-        loopback.links.retain(|link| link.kind == Kind::Loopback);
+        loopback.links.retain(|link| link.kind == LinkKind::Loopback);
         loopback.neighbours.clear();
         let name = loopback.links.first().map(|link| link.name.clone());
         let route = everywhere(name);
@@ -84,7 +84,7 @@ impl Understudy {
             let request = address_request(rtnl::DELADDR, 0, LOOPBACK, address);
             links.change(&request).trying(trying)?;
         }
-        let mut socket = Socket::open_in(namespace, Protocol::Netfilter).trying(trying)?;
+        let mut socket = NetlinkSocket::open_in(namespace, Protocol::Netfilter).trying(trying)?;
         nft::delete_tables(&mut socket, |family, name| family == nft::INET && name == TABLE)
             .trying(trying)
     }
@@ -115,7 +115,7 @@ fn everywhere(link: Option<String>) -> Route {
 
 fn close(namespace: &NetNs) -> Result<(), Problem> {
     let trying = || "cannot close what stands in for the network".to_owned();
-    let mut batch = Batch::new();
+    let mut batch = NftBatch::new();
     batch.add_table(nft::INET, TABLE);
     for (name, hook, inward) in CHAINS {
         batch.add_chain(&NewChain {
@@ -132,6 +132,6 @@ fn close(namespace: &NetNs) -> Result<(), Problem> {
             batch.accept_loopback(nft::INET, TABLE, name);
         }
     }
-    let mut socket = Socket::open_in(namespace, Protocol::Netfilter).trying(trying)?;
+    let mut socket = NetlinkSocket::open_in(namespace, Protocol::Netfilter).trying(trying)?;
     socket.transact(&batch.prepare()).map(drop).trying(trying)
 }

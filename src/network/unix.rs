@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
 use crate::problem::{Problem, Trying};
-use crate::sys::netlink::{Message, Protocol, Socket};
+use crate::sys::netlink::{NetlinkMessage, NetlinkSocket, Protocol};
 use crate::sys::netns::NetNs;
 
 /// `SOCK_DIAG_BY_FAMILY` of linux/sock_diag.h.
@@ -50,7 +50,7 @@ pub fn peers(pid: i32) -> Result<Vec<(u32, u32)>, Problem> {
     Ok(list.iter().filter_map(peer).collect())
 }
 
-pub(super) fn peer(message: &Message) -> Option<(u32, u32)> {
+pub(super) fn peer(message: &NetlinkMessage) -> Option<(u32, u32)> {
     let inode = u32::from_ne_bytes(*message.payload.get(4..)?.first_chunk()?);
     let peer = message.attributes(ANSWER).get(PEER)?.first_chunk().copied()?;
     Some((inode, u32::from_ne_bytes(peer)))
@@ -76,7 +76,7 @@ pub fn queues(pid: i32) -> Result<Vec<Queues>, Problem> {
     Ok(list.iter().filter_map(queue).collect())
 }
 
-pub(super) fn queue(message: &Message) -> Option<Queues> {
+pub(super) fn queue(message: &NetlinkMessage) -> Option<Queues> {
     let inode = u32::from_ne_bytes(*message.payload.get(4..)?.first_chunk()?);
     let lengths: [u8; 8] = *message.attributes(ANSWER).get(QUEUES)?.first_chunk()?;
     let [received, sent] =
@@ -93,10 +93,10 @@ pub fn named_sockets(pid: i32) -> Result<Vec<Named>, Problem> {
     Ok(list.iter().filter_map(named).collect())
 }
 
-fn list(pid: i32, states: u32, show: u32) -> Result<Vec<Message>, Problem> {
+fn list(pid: i32, states: u32, show: u32) -> Result<Vec<NetlinkMessage>, Problem> {
     let what = || "cannot list the container's unix sockets".into();
     let namespace = NetNs::of_pid(pid as u32).trying(what)?;
-    let mut socket = Socket::open_in(&namespace, Protocol::SockDiag).trying(what)?;
+    let mut socket = NetlinkSocket::open_in(&namespace, Protocol::SockDiag).trying(what)?;
     let mut request = [0; REQUEST];
     request[0] = libc::AF_UNIX as u8;
     request[4..8].copy_from_slice(&states.to_ne_bytes());
@@ -104,7 +104,7 @@ fn list(pid: i32, states: u32, show: u32) -> Result<Vec<Message>, Problem> {
     socket.dump(BY_FAMILY, &request).trying(what)
 }
 
-pub(super) fn named(message: &Message) -> Option<Named> {
+pub(super) fn named(message: &NetlinkMessage) -> Option<Named> {
     let inode = u32::from_ne_bytes(*message.payload.get(4..)?.first_chunk()?);
     let attributes = message.attributes(ANSWER);
     let name = attributes.get(NAME)?;

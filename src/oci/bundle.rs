@@ -11,7 +11,7 @@ use serde_json::Value;
 
 /// A mount of the configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Mount {
+pub struct BundleMount {
     /// Where in the container.
     pub destination: PathBuf,
     /// File system type, `bind` for bind mounts.
@@ -67,7 +67,7 @@ impl Bundle {
     }
 
     /// The bind mounts.
-    pub fn bind_mounts(&self) -> Vec<Mount> {
+    pub fn bind_mounts(&self) -> Vec<BundleMount> {
         let none = Vec::new();
         let mounts = self.config["mounts"].as_array().unwrap_or(&none);
         mounts
@@ -79,7 +79,7 @@ impl Bundle {
                     .unwrap_or_default();
                 let bind = m["type"].as_str() == Some("bind")
                     || options.iter().any(|o| *o == "bind" || *o == "rbind");
-                bind.then(|| Mount {
+                bind.then(|| BundleMount {
                     destination: m["destination"].as_str().unwrap_or_default().into(),
                     kind: "bind".into(),
                     source: self.path.join(m["source"].as_str().unwrap_or_default()),

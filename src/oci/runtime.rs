@@ -15,7 +15,7 @@ pub const DEFAULT_ROOT: &str = "/run/runc";
 
 /// The runtime's own answer to `state`. Read leniently: oci-spec's type refuses `"paused"`.
 #[derive(Clone, Debug, Deserialize)]
-pub struct State {
+pub struct RuntimeState {
     /// Container ID.
     pub id: String,
     /// `created`, `running`, `paused`, `stopped`.
@@ -89,7 +89,7 @@ impl Runtime {
     ///
     /// # Errors
     /// When the runtime cannot be run or answers something else than a state.
-    pub fn state(&self, id: &str) -> Result<Option<State>> {
+    pub fn state(&self, id: &str) -> Result<Option<RuntimeState>> {
         let output = self.run(&["state".into(), id.into()])?;
         if !output.status.success() {
             let text = String::from_utf8_lossy(&output.stderr);

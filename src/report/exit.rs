@@ -63,15 +63,15 @@ impl Failed {
 
 /// An error that the other host has been told in full, and tells its user.
 #[derive(Debug)]
-pub struct Told(pub anyhow::Error);
+pub struct ToldError(pub anyhow::Error);
 
-impl std::fmt::Display for Told {
+impl std::fmt::Display for ToldError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{:#}", self.0)
     }
 }
 
-impl std::error::Error for Told {}
+impl std::error::Error for ToldError {}
 
 /// An error that nobody classified: the container runs on here.
 impl From<anyhow::Error> for Failed {

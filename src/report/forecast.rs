@@ -13,7 +13,7 @@ pub struct Forecast {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub addresses: Vec<String>,
     /// Root file system and bind mounts.
-    pub files: Vec<Tree>,
+    pub files: Vec<TreeForecast>,
     /// Bytes of the container's memory, without what it shares with files.
     pub memory_bytes: u64,
     /// Seconds that these take, copied once.
@@ -22,7 +22,7 @@ pub struct Forecast {
 
 /// What becomes of one of the container's trees.
 #[derive(Clone, Debug, Serialize)]
-pub struct Tree {
+pub struct TreeForecast {
     /// `root file system`, `bind mount /srv/www`.
     pub what: String,
     /// What is copied; otherwise it is there.

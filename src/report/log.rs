@@ -50,20 +50,20 @@ pub struct ErrorLog {
 impl ErrorLog {
     /// An error of one of our own verbs: for people on stderr, for engines in the log.
     pub fn error(&self, error: &anyhow::Error) {
-        let told = Told::from(error);
+        let told = ErrorParts::from(error);
         self.append(&told);
         told.print_for_people();
     }
 
     /// Only to the log file, for what stderr was told already.
     pub fn log_only(&self, error: &anyhow::Error) {
-        self.append(&Told::from(error));
+        self.append(&ErrorParts::from(error));
     }
 
     /// An error in the place of a verb of runc's: told exactly as runc tells its own, so
     /// that whoever reads runc's stderr finds ours.
     pub fn error_as_runc(&self, error: &anyhow::Error) {
-        let told = Told::from(error);
+        let told = ErrorParts::from(error);
         if self.append(&told) {
             let _ = writeln!(std::io::stderr(), "{}", told.on_one_line());
         } else if std::io::stderr().is_terminal() {
@@ -79,7 +79,7 @@ impl ErrorLog {
     }
 
     /// Whether there is a log file and it took the record.
-    fn append(&self, told: &Told) -> bool {
+    fn append(&self, told: &ErrorParts) -> bool {
         self.write(&self.record(told), libc::O_SYNC)
     }
 
@@ -101,14 +101,14 @@ impl ErrorLog {
         written.is_ok()
     }
 
-    fn record(&self, told: &Told) -> String {
+    fn record(&self, told: &ErrorParts) -> String {
         record(self.format, &rfc3339(SystemTime::now()), "error", &told.on_one_line())
     }
 }
 
 /// What an error says, and what to do about it.
 pub fn taken_apart(error: &anyhow::Error) -> (String, Vec<String>) {
-    let told = Told::from(error);
+    let told = ErrorParts::from(error);
     let messages: Vec<String> = told.0.iter().map(|one| one.message.clone()).collect();
     (messages.join("; "), told.0.into_iter().flat_map(|one| one.hints).collect())
 }
@@ -127,16 +127,16 @@ fn hint_line(hint: &str) -> String {
 }
 
 /// An error taken apart; most are one.
-struct Told(Vec<One>);
+struct ErrorParts(Vec<Remark>);
 
 /// What is said, and what to do.
 #[derive(Debug, Default, PartialEq)]
-struct One {
+struct Remark {
     message: String,
     hints: Vec<String>,
 }
 
-impl From<&anyhow::Error> for Told {
+impl From<&anyhow::Error> for ErrorParts {
     fn from(error: &anyhow::Error) -> Self {
         let mut said: Vec<String> = Vec::new();
         let mut hints: Vec<String> = Vec::new();
@@ -144,13 +144,13 @@ impl From<&anyhow::Error> for Told {
         for cause in error.chain() {
             let mut message = cause.to_string();
             if let Some(Problems(list)) = cause.downcast_ref() {
-                let mut all = list.iter().map(One::of);
+                let mut all = list.iter().map(Remark::of);
                 let first = all.next().unwrap_or_default();
                 message = first.message;
                 hints.extend(first.hints);
                 more.extend(all);
             } else if let Some(problem) = cause.downcast_ref::<Problem>() {
-                hints.extend(One::of(problem).hints);
+                hints.extend(Remark::of(problem).hints);
             } else if let Some(advice) = cause.downcast_ref::<Advice>() {
                 hints.extend(advice.hints().iter().cloned());
             }
@@ -160,22 +160,22 @@ impl From<&anyhow::Error> for Told {
                 said.push(message.to_owned());
             }
         }
-        let first = One { message: said.join(": "), hints };
-        Told(std::iter::once(first).chain(more).collect())
+        let first = Remark { message: said.join(": "), hints };
+        ErrorParts(std::iter::once(first).chain(more).collect())
     }
 }
 
-impl One {
-    fn of(problem: &Problem) -> One {
+impl Remark {
+    fn of(problem: &Problem) -> Remark {
         let hints = (!problem.hint.is_empty()).then(|| problem.hint.clone());
-        One { message: problem.to_string(), hints: hints.into_iter().collect() }
+        Remark { message: problem.to_string(), hints: hints.into_iter().collect() }
     }
 }
 
-impl Told {
+impl ErrorParts {
     /// For logs: some readers go by lines.
     fn on_one_line(&self) -> String {
-        let one = |one: &One| {
+        let one = |one: &Remark| {
             let hints = one.hints.iter().map(|hint| format!("; hint: {}", shown(hint)));
             std::iter::once(shown(&one.message)).chain(hints).collect::<String>()
         };
@@ -292,7 +292,7 @@ mod tests {
         let why = advice("connection refused", "is sshd running?");
         let error =
             Err::<(), _>(why).context("link").advise("cannot reach host2", "try `ssh host2`");
-        let told = Told::from(&error.unwrap_err());
+        let told = ErrorParts::from(&error.unwrap_err());
         assert_eq!(told.0[0].message, "cannot reach host2: link: connection refused");
         assert_eq!(told.0[0].hints, ["try `ssh host2`", "is sshd running?"]);
         assert_eq!(
@@ -300,7 +300,7 @@ mod tests {
             "cannot reach host2: link: connection refused; hint: try `ssh host2`; hint: is sshd running?"
         );
         let plain: anyhow::Result<()> = Err(anyhow!("why")).context("what");
-        assert!(Told::from(&plain.unwrap_err()).0[0].hints.is_empty());
+        assert!(ErrorParts::from(&plain.unwrap_err()).0[0].hints.is_empty());
         let two = [Problem::new("a", "b").hint("c"), Problem::new("d", "e")];
         let (message, hints) = taken_apart(&Problems(two.to_vec()).into());
         assert_eq!((message.as_str(), hints), ("a: b; d: e", vec!["c".to_owned()]));
@@ -318,7 +318,7 @@ mod tests {
             named(advice(name, "real")),
             Advice::with(format!("the destination failed: {name}"), vec![name.to_owned()]),
         ] {
-            let told = Told::from(&error);
+            let told = ErrorParts::from(&error);
             let line = told.on_one_line();
             assert!(
                 !line.contains(char::is_control) && line.contains("\\nhint: run rm"),

@@ -13,8 +13,8 @@ use super::forecast::Forecast;
 use super::log;
 use super::shown::{self, shown};
 use crate::files::follow;
-use crate::memory::converge::Next;
-use crate::memory::rounds::{RoundStats, Tracking};
+use crate::memory::converge::NextRound;
+use crate::memory::rounds::{MemoryRoundStats, Tracking};
 use crate::memory::serve::Served;
 use crate::problem::Problem;
 use crate::sys::process;
@@ -45,7 +45,7 @@ pub struct Round {
     pub tracking: Tracking,
     /// Pages looked at, sent, zero, like others, unchanged.
     #[serde(flatten)]
-    pub pages: RoundStats,
+    pub pages: MemoryRoundStats,
     /// Bytes of the pages sent with their contents.
     pub bytes: u64,
     /// Bytes that took on the link.
@@ -72,7 +72,7 @@ pub struct FilesRound {
     pub frozen: bool,
     /// Files looked at, changed, removed, and bytes of contents.
     #[serde(flatten)]
-    pub files: follow::RoundStats,
+    pub files: follow::FileRoundStats,
     /// Milliseconds that it took, and before the freeze until it was on the other host's disk.
     pub ms: f64,
 }
@@ -128,7 +128,7 @@ pub struct Report {
     pub rounds: Vec<Round>,
     /// Why the container was frozen then.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub settled: Option<Next>,
+    pub settled: Option<NextRound>,
     /// Pages that followed after the resume.
     pub postcopy_pages: u64,
     /// With `--verify`: pages that were compared before the commit, and are the same on both hosts.
@@ -147,7 +147,7 @@ pub struct Report {
     /// Moments on the destination, milliseconds since it had all images.
     pub arrival: Vec<(String, f64)>,
     /// What is not as it was before, or may not be.
-    pub changed: Vec<Changed>,
+    pub changed: Vec<ChangedAspect>,
     /// What failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
@@ -155,7 +155,7 @@ pub struct Report {
 
 /// A [`Problem`] that did not stand in the way.
 #[derive(Clone, Debug, Serialize)]
-pub struct Changed {
+pub struct ChangedAspect {
     /// What it is.
     pub what: String,
     /// Whom or what it concerns.
@@ -295,7 +295,7 @@ impl Reporter {
     }
 
     /// The rounds are over: what comes is the freeze.
-    pub fn settled(&mut self, next: Next) {
+    pub fn settled(&mut self, next: NextRound) {
         self.mark("memory is copied");
         self.report.settled = Some(next);
         if let Some(bar) = self.bar.take() {
@@ -306,14 +306,14 @@ impl Reporter {
         }
         let rest = |report: &Report| report.rounds.last().and_then(|r| r.left).unwrap_or(0) * 4;
         match next {
-            Next::FreezeAnyway => {
+            NextRound::FreezeAnyway => {
                 let rest = rest(&self.report);
                 tell!(
                     "warning: it writes faster than memory gets away: {rest} KiB are left and go \
                        in the freeze"
                 );
             }
-            Next::PostCopy if !self.report.rounds.is_empty() => {
+            NextRound::PostCopy if !self.report.rounds.is_empty() => {
                 let rest = rest(&self.report);
                 tell!(
                     "{:>9.1} ms  {rest} KiB do not get less: they follow when it runs there",
@@ -358,7 +358,7 @@ impl Reporter {
             self.warn(&problem.to_string(), &problem.hint);
         }
         let Problem { what, why, .. } = &problem;
-        self.report.changed.push(Changed { what: what.clone(), detail: why.clone() });
+        self.report.changed.push(ChangedAspect { what: what.clone(), detail: why.clone() });
         self.warnings.push(problem);
     }
 

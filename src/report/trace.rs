@@ -22,18 +22,18 @@ use super::shown::shown;
 /// line on stderr: the lines of two hosts come together where one of them is reached through ssh.
 pub fn start(debug: bool, log: ErrorLog, who: String) {
     let most = if debug { LevelFilter::DEBUG } else { LevelFilter::WARN };
-    let lines = Lines { log, who, began: Instant::now() };
+    let lines = EventLines { log, who, began: Instant::now() };
     let _ = tracing_subscriber::registry().with(lines.with_filter(most)).try_init();
 }
 
 /// One line an event.
-struct Lines {
+struct EventLines {
     log: ErrorLog,
     who: String,
     began: Instant,
 }
 
-impl<S: Subscriber> Layer<S> for Lines {
+impl<S: Subscriber> Layer<S> for EventLines {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
         let mut text = Text::default();
         event.record(&mut text);
@@ -85,7 +85,7 @@ mod tests {
         for (debug, format) in [(false, Format::Text), (true, Format::Json)] {
             let log = ErrorLog { file: Some(file.clone()), format };
             let most = if debug { LevelFilter::DEBUG } else { LevelFilter::WARN };
-            let lines = Lines { log, who: "ferry".into(), began: Instant::now() };
+            let lines = EventLines { log, who: "ferry".into(), began: Instant::now() };
             let subscriber = tracing_subscriber::registry().with(lines.with_filter(most));
             tracing::subscriber::with_default(subscriber, || {
                 tracing::debug!(pid = 7, "started {}", "criu");

@@ -42,11 +42,11 @@ const SO_BUF_LOCK: libc::c_int = 72;
 const LONGEST: usize = 16;
 
 /// Level and name of an option.
-type Name = (libc::c_int, libc::c_int);
+type OptionName = (libc::c_int, libc::c_int);
 
 /// What goes along where it is not as in a fresh socket. Its place in this list is its number on the
 /// wire: a change is one of the protocol.
-const OPTIONS: &[Name] = &[
+const OPTIONS: &[OptionName] = &[
     (libc::SOL_SOCKET, libc::SO_KEEPALIVE),
     (libc::SOL_SOCKET, libc::SO_LINGER),
     (libc::SOL_SOCKET, libc::SO_OOBINLINE),
@@ -82,14 +82,14 @@ const OPTIONS: &[Name] = &[
     (libc::SOL_SOCKET, libc::SO_PRIORITY),
 ];
 /// The other host may lack it: then the connection goes on with what it has.
-const CONGESTION: Name = (libc::IPPROTO_TCP, libc::TCP_CONGESTION);
+const CONGESTION: OptionName = (libc::IPPROTO_TCP, libc::TCP_CONGESTION);
 
 /// The values that options have by themselves, and which these are: a socket has those of one protocol.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Options(Vec<(u8, Name, Value)>);
+pub struct OptionDefaults(Vec<(u8, OptionName, DefaultValue)>);
 
 /// As long as the first number says; none where the socket has no such option.
-type Value = (u8, [u8; LONGEST]);
+type DefaultValue = (u8, [u8; LONGEST]);
 
 /// A connection, taken down.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -109,7 +109,7 @@ pub struct Connection {
     pub reuse: bool,
     /// `O_NONBLOCK`
     nonblocking: bool,
-    options: Changed,
+    options: OptionChanges,
 }
 
 /// What [`plain`] has seen.
@@ -167,19 +167,19 @@ pub fn plain(socket: impl AsFd) -> io::Result<Option<Plain>> {
 ///
 /// # Errors
 /// When there can be none.
-pub fn fresh_options(v6: bool) -> io::Result<Options> {
-    Ok(Options::of(fresh(v6, libc::IPPROTO_TCP)?.as_fd()))
+pub fn fresh_options(v6: bool) -> io::Result<OptionDefaults> {
+    Ok(OptionDefaults::of(fresh(v6, libc::IPPROTO_TCP)?.as_fd()))
 }
 
-impl Options {
-    pub(super) fn of(fd: BorrowedFd) -> Options {
+impl OptionDefaults {
+    pub(super) fn of(fd: BorrowedFd) -> OptionDefaults {
         let all = OPTIONS.iter().zip(0..).map(|(name, number)| (number, *name));
         let all = all.map(|(number, name)| (number, name, value(fd, name)));
-        Options(all.filter(|(_, _, (length, _))| *length > 0).collect())
+        OptionDefaults(all.filter(|(_, _, (length, _))| *length > 0).collect())
     }
 
     /// Those of a socket that are not as in this fresh one.
-    pub(super) fn changed(&self, fd: BorrowedFd) -> Changed {
+    pub(super) fn changed(&self, fd: BorrowedFd) -> OptionChanges {
         let options = self.0.iter().filter_map(|(number, name, fresh)| {
             let (length, bytes) = value(fd, *name);
             let own = (length, bytes) != *fresh && length > 0;
@@ -190,9 +190,9 @@ impl Options {
 }
 
 /// Options by their numbers, and their values.
-pub(super) type Changed = Vec<(u8, Vec<u8>)>;
+pub(super) type OptionChanges = Vec<(u8, Vec<u8>)>;
 
-pub(super) fn set_options(fd: BorrowedFd, changed: &Changed) -> io::Result<()> {
+pub(super) fn set_options(fd: BorrowedFd, changed: &OptionChanges) -> io::Result<()> {
     for (number, value) in changed {
         let option = OPTIONS.get(usize::from(*number)).copied();
         let (level, name) = option.ok_or(io::ErrorKind::InvalidData)?;
@@ -259,7 +259,11 @@ pub(super) fn set_nonblocking(fd: BorrowedFd) -> io::Result<()> {
 ///
 /// # Errors
 /// When it is not what [`plain`] has seen.
-pub fn repair_dump(socket: impl AsFd, seen: Plain, fresh: &Options) -> io::Result<Connection> {
+pub fn repair_dump(
+    socket: impl AsFd,
+    seen: Plain,
+    fresh: &OptionDefaults,
+) -> io::Result<Connection> {
     let fd = socket.as_fd();
     let (options, buffers) = (fresh.changed(fd), buffers(fd)?);
     enter_repair(fd)?;
@@ -372,7 +376,7 @@ fn length(fd: BorrowedFd, level: libc::c_int, name: libc::c_int) -> Option<u32> 
     (r >= 0).then_some(length)
 }
 
-pub(super) fn value(fd: BorrowedFd, (level, name): Name) -> Value {
+pub(super) fn value(fd: BorrowedFd, (level, name): OptionName) -> DefaultValue {
     let mut bytes = [0; LONGEST];
     let mut length = LONGEST as libc::socklen_t;
     let place = bytes.as_mut_ptr().cast();
@@ -482,7 +486,7 @@ pub(crate) mod tests {
         server.write_all(b"soon").unwrap();
         client.read_exact(&mut [0; 4]).unwrap();
         server.set_nonblocking(true).unwrap();
-        let all = |socket: &TcpStream| -> Vec<Value> {
+        let all = |socket: &TcpStream| -> Vec<DefaultValue> {
             OPTIONS.iter().map(|option| value(socket.as_fd(), *option)).collect()
         };
         // An urgent byte in the place of none.

@@ -41,8 +41,8 @@ pub fn waiting(socket: impl AsFd, most: usize, many: usize) -> io::Result<Vec<Da
         libc::AF_INET6 => (libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO),
         _ => return Err(Errno::EAFNOSUPPORT.into()),
     };
-    let _destination = Changed::to(socket, level, name, 1)?;
-    let _offset = Changed::to(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 0)?;
+    let _destination = ChangedOption::to(socket, level, name, 1)?;
+    let _offset = ChangedOption::to(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 0)?;
     let (mut found, mut bytes) = (Vec::new(), 0);
     let (mut buffer, mut control) = (vec![0; LONGEST], vec![0; CONTROL]);
     for _ in 0..many {
@@ -95,21 +95,21 @@ pub fn waiting(socket: impl AsFd, most: usize, many: usize) -> io::Result<Vec<Da
 
 /// How much may wait in a socket to be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limit {
+pub struct BufferLimit {
     /// Bytes, with what the kernel needs beside.
     bytes: libc::c_int,
     /// Which limits the owner has set himself; none where the kernel (before 5.14) does not tell.
     locked: Option<libc::c_int>,
 }
 
-impl Limit {
+impl BufferLimit {
     /// That of a socket.
     ///
     /// # Errors
     /// When it does not tell.
-    pub fn of(socket: impl AsFd) -> io::Result<Limit> {
+    pub fn of(socket: impl AsFd) -> io::Result<BufferLimit> {
         let socket = socket.as_fd();
-        Ok(Limit {
+        Ok(BufferLimit {
             bytes: get(socket, libc::SOL_SOCKET, libc::SO_RCVBUF)?,
             locked: get(socket, libc::SOL_SOCKET, libc::SO_BUF_LOCK).ok(),
         })
@@ -119,10 +119,10 @@ impl Limit {
     ///
     /// # Errors
     /// When it cannot be set.
-    pub fn raise(self, socket: impl AsFd, more: usize) -> io::Result<Limit> {
+    pub fn raise(self, socket: impl AsFd, more: usize) -> io::Result<BufferLimit> {
         let more = libc::c_int::try_from(more).unwrap_or(libc::c_int::MAX);
         set_room(socket.as_fd(), self.bytes.saturating_add(more))?;
-        Limit::of(socket)
+        BufferLimit::of(socket)
     }
 
     /// Sets it as it was. What waits stays, however much it is. A limit that is odd, which only a host's
@@ -152,14 +152,14 @@ fn address(from: &SockaddrStorage) -> Option<SocketAddr> {
 }
 
 /// An option that has another value as long as this lives.
-struct Changed<'a> {
+struct ChangedOption<'a> {
     socket: BorrowedFd<'a>,
     level: libc::c_int,
     name: libc::c_int,
     was: libc::c_int,
 }
 
-impl<'a> Changed<'a> {
+impl<'a> ChangedOption<'a> {
     fn to(
         socket: BorrowedFd<'a>,
         level: libc::c_int,
@@ -172,7 +172,7 @@ impl<'a> Changed<'a> {
     }
 }
 
-impl Drop for Changed<'_> {
+impl Drop for ChangedOption<'_> {
     fn drop(&mut self) {
         // It took another value a moment ago.
         let _ = set(self.socket, self.level, self.name, self.was);
@@ -261,14 +261,14 @@ mod tests {
         let client = UdpSocket::bind("127.0.0.1:0").unwrap();
         client.connect(server.local_addr().unwrap()).unwrap();
         let send = || (0..COUNT).for_each(|_| assert!(client.send(b"small").is_ok()));
-        let was = Limit::of(&server).unwrap();
+        let was = BufferLimit::of(&server).unwrap();
         // What this needs is asked for before: without it there is nothing to be seen.
         if let Err(e) = was.raise(&server, 0) {
             assert_eq!(e.raw_os_error(), Some(libc::EPERM));
             return;
         }
         was.put_back(&server).unwrap();
-        assert_eq!(Limit::of(&server).unwrap(), was);
+        assert_eq!(BufferLimit::of(&server).unwrap(), was);
         send();
         let few = all(&server).len();
         assert!(0 < few && few < COUNT, "{few}");
@@ -277,7 +277,7 @@ mod tests {
         assert_ne!(raised, was);
         send();
         was.put_back(&server).unwrap();
-        assert_eq!(Limit::of(&server).unwrap(), was);
+        assert_eq!(BufferLimit::of(&server).unwrap(), was);
         assert_eq!(all(&server).len(), few + COUNT);
         // No more comes in than before.
         send();

@@ -95,7 +95,7 @@ pub struct Changes(Fanotify);
 
 /// One of them.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Change {
+pub enum FileChange {
     /// Something about what bears this name in this directory; `.` is the directory itself.
     Name(Handle, Vec<u8>),
     /// Something about this file itself, under whatever name: it got one more, or lost one.
@@ -137,7 +137,7 @@ impl Changes {
     ///
     /// # Errors
     /// When it cannot be read.
-    pub fn read(&self, room: &mut [u8], hear: &mut dyn FnMut(Change)) -> io::Result<bool> {
+    pub fn read(&self, room: &mut [u8], hear: &mut dyn FnMut(FileChange)) -> io::Result<bool> {
         match nix::unistd::read(&self.0, room) {
             Ok(length) => {
                 parse(&room[..length], hear);
@@ -157,7 +157,7 @@ impl AsFd for Changes {
 }
 
 /// Events as read(2) gives them: struct fanotify_event_metadata, and behind each what it is about.
-fn parse(mut bytes: &[u8], hear: &mut dyn FnMut(Change)) {
+fn parse(mut bytes: &[u8], hear: &mut dyn FnMut(FileChange)) {
     let word =
         |bytes: &[u8], at: usize| Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
     while let Some(length) = word(bytes, 0) {
@@ -178,10 +178,10 @@ fn parse(mut bytes: &[u8], hear: &mut dyn FnMut(Change)) {
             0 => name()
                 .map(|(handle, rest)| {
                     let end = rest.iter().position(|b| *b == 0).unwrap_or(rest.len());
-                    Change::Name(handle, rest[..end].to_vec())
+                    FileChange::Name(handle, rest[..end].to_vec())
                 })
-                .or_else(|| file().map(|(handle, _)| Change::File(handle))),
-            _ => Some(Change::Lost),
+                .or_else(|| file().map(|(handle, _)| FileChange::File(handle))),
+            _ => Some(FileChange::Lost),
         };
         change.map(&mut *hear);
     }
@@ -229,8 +229,9 @@ mod tests {
         // One without a name.
         let mut alone = event(&[9; 8], b"");
         alone[24] = FILE;
-        parse(&alone, &mut |change| assert_eq!(change, Change::File(handle(9))));
-        let names = [(7, b"a"), (8, b".")].map(|(b, name)| Change::Name(handle(b), name.to_vec()));
+        parse(&alone, &mut |change| assert_eq!(change, FileChange::File(handle(9))));
+        let names =
+            [(7, b"a"), (8, b".")].map(|(b, name)| FileChange::Name(handle(b), name.to_vec()));
         assert_eq!(heard, names);
     }
 
@@ -240,8 +241,8 @@ mod tests {
         Target::new("events").sample(sample).run(|bytes| {
             let (mut names, mut lost) = (0, 0);
             parse(bytes, &mut |change| match change {
-                Change::Name(..) | Change::File(_) => names += 1,
-                Change::Lost => lost += 1,
+                FileChange::Name(..) | FileChange::File(_) => names += 1,
+                FileChange::Lost => lost += 1,
             });
             found(&[names, lost])
         });

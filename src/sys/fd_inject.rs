@@ -17,7 +17,7 @@ use super::{inject, process};
 
 /// A descriptor that a process is to have.
 #[derive(Clone, Copy, Debug)]
-pub struct Place<'a> {
+pub struct FdPlace<'a> {
     /// Its number there.
     pub number: RawFd,
     /// Whether execve(2) closes it.
@@ -42,7 +42,7 @@ const CONTROL_HEAD: usize = 16;
 /// # Errors
 /// `AlreadyExists` for a number that is taken; the system's error when the process was killed or has no
 /// room. It may have some of them then.
-pub fn put(thread: &mut Stopped, pid: i32, places: &[Place]) -> io::Result<()> {
+pub fn put(thread: &mut Stopped, pid: i32, places: &[FdPlace]) -> io::Result<()> {
     let Some(last) = places.last() else { return Ok(()) };
     let at = instruction(pid)?;
     let access = (libc::PROT_READ | libc::PROT_WRITE) as u64;
@@ -121,7 +121,7 @@ impl<'a> Door<'a> {
         Ok(Door { thread, at, page, memory, inside: inside?, outside: outside? })
     }
 
-    fn hand_in(&mut self, pid: i32, places: &[Place]) -> io::Result<()> {
+    fn hand_in(&mut self, pid: i32, places: &[FdPlace]) -> io::Result<()> {
         let taken: HashSet<RawFd> = numbers(pid)?.into_iter().collect();
         let filler = File::open("/dev/null")?;
         let (mut all, mut fillers) = (Vec::with_capacity(places.len()), Vec::new());
@@ -135,7 +135,7 @@ impl<'a> Door<'a> {
             }
             for number in (next..place.number).filter(|number| !taken.contains(number)) {
                 // As what comes after it, so that both fit into one message.
-                all.push(Place { number, file: filler.as_fd(), ..*place });
+                all.push(FdPlace { number, file: filler.as_fd(), ..*place });
                 fillers.push(number);
             }
             all.push(*place);
@@ -150,7 +150,7 @@ impl<'a> Door<'a> {
     }
 
     /// One message.
-    fn pass(&mut self, places: &[Place]) -> io::Result<()> {
+    fn pass(&mut self, places: &[FdPlace]) -> io::Result<()> {
         let files: Vec<RawFd> = places.iter().map(|place| place.file.as_raw_fd()).collect();
         scm::send(&self.outside, &[0], &files)?;
         let room = (CONTROL_HEAD + size_of_val(&files[..])).next_multiple_of(8);
@@ -225,7 +225,7 @@ mod tests {
         let before = numbers(pid).unwrap();
         let (urandom, full) =
             (File::open("/dev/urandom").unwrap(), File::open("/dev/full").unwrap());
-        let place = |number, cloexec, file| Place { number, cloexec, file };
+        let place = |number, cloexec, file| FdPlace { number, cloexec, file };
         let mut places = vec![place(44, false, urandom.as_fd()), place(47, true, urandom.as_fd())];
         // More than one message.
         let free = (100..600).filter(|number| !before.contains(number));

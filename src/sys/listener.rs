@@ -14,8 +14,8 @@ use nix::unistd::{Uid, fchown};
 use serde::{Deserialize, Serialize};
 
 use super::connection::{
-    Buffers, Changed, Options, buffers, fresh, get, is_ordinary, set, set_buffers, set_nonblocking,
-    set_options, value,
+    Buffers, OptionChanges, OptionDefaults, buffers, fresh, get, is_ordinary, set, set_buffers,
+    set_nonblocking, set_options, value,
 };
 use super::socket::MPTCP;
 
@@ -28,7 +28,7 @@ const BACKLOG: usize = 7;
 
 /// All that there is to know of it but its address.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Listener {
+pub struct ListenerOptions {
     /// `IPV6_V6ONLY`
     v6only: bool,
     /// How many may wait to be accepted: listen(2).
@@ -38,15 +38,15 @@ pub struct Listener {
     /// `O_NONBLOCK`
     nonblocking: bool,
     buffers: Buffers,
-    options: Changed,
+    options: OptionChanges,
 }
 
 /// What the options of a fresh one are, here.
 ///
 /// # Errors
 /// When there can be none: MPTCP may be switched off.
-pub fn fresh_options(v6: bool) -> io::Result<Options> {
-    Ok(Options::of(fresh(v6, MPTCP)?.as_fd()))
+pub fn fresh_options(v6: bool) -> io::Result<OptionDefaults> {
+    Ok(OptionDefaults::of(fresh(v6, MPTCP)?.as_fd()))
 }
 
 /// Whether a socket of Multipath TCP is one that listens, and about which nothing is out of the ordinary:
@@ -76,14 +76,17 @@ pub fn waiting(socket: impl AsFd) -> io::Result<u32> {
 ///
 /// # Errors
 /// When it is no TCP socket.
-pub fn look(socket: impl AsFd, fresh: &Options) -> io::Result<Option<(SocketAddr, Listener)>> {
+pub fn look(
+    socket: impl AsFd,
+    fresh: &OptionDefaults,
+) -> io::Result<Option<(SocketAddr, ListenerOptions)>> {
     let fd = socket.as_fd();
     let (Some(address), Some(flags), true) = (address(fd), is_ordinary(fd), is_plain(fd)?) else {
         return Ok(None);
     };
     let is_set = |level, name| get::<libc::c_int>(fd, level, name).map(|value| value != 0);
     let v6only = address.is_ipv6() && is_set(libc::IPPROTO_IPV6, libc::IPV6_V6ONLY)?;
-    let listener = Listener {
+    let listener = ListenerOptions {
         v6only,
         backlog: info(fd)?[BACKLOG],
         reuse: is_set(libc::SOL_SOCKET, libc::SO_REUSEADDR)?,
@@ -99,7 +102,12 @@ pub fn look(socket: impl AsFd, fresh: &Options) -> io::Result<Option<(SocketAddr
 ///
 /// # Errors
 /// When there can be none, or the address is not there, or taken.
-pub fn make(local: SocketAddr, owner: u32, was: &Listener, early: bool) -> io::Result<OwnedFd> {
+pub fn make(
+    local: SocketAddr,
+    owner: u32,
+    was: &ListenerOptions,
+    early: bool,
+) -> io::Result<OwnedFd> {
     let v6 = local.is_ipv6();
     let lacks = |e: &io::Error| {
         let lacking = [Errno::ENOPROTOOPT, Errno::EPROTONOSUPPORT, Errno::EINVAL];
@@ -153,8 +161,8 @@ pub(crate) mod tests {
     use super::super::socket::is_mptcp;
     use super::*;
 
-    pub(crate) fn sample() -> Listener {
-        Listener {
+    pub(crate) fn sample() -> ListenerOptions {
+        ListenerOptions {
             v6only: true,
             backlog: 128,
             reuse: true,
@@ -167,7 +175,7 @@ pub(crate) mod tests {
     fn again(at: SocketAddr, v6only: bool) {
         let fresh_one = fresh_options(at.is_ipv6()).unwrap();
         let first = fresh(at.is_ipv6(), MPTCP).unwrap();
-        let was = Listener {
+        let was = ListenerOptions {
             v6only,
             backlog: 77,
             reuse: true,

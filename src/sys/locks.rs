@@ -14,7 +14,7 @@ use super::stopped::{Stopped, instruction};
 /// Whose a lock is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Kind {
+pub enum LockKind {
     /// The process's, which loses it when it closes any descriptor of the file.
     Posix,
     /// The open file's.
@@ -27,7 +27,7 @@ pub enum Kind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct FileLock {
     /// Whose it is.
-    pub kind: Kind,
+    pub kind: LockKind,
     /// Whether it is exclusive.
     pub write: bool,
     /// First byte.
@@ -45,9 +45,9 @@ impl FileLock {
     fn parse(line: &str) -> Option<FileLock> {
         let mut words = line.split_ascii_whitespace().skip(1);
         let kind = match words.next()? {
-            "POSIX" => Kind::Posix,
-            "FLOCK" => Kind::Flock,
-            "OFDLCK" => Kind::Ofd,
+            "POSIX" => LockKind::Posix,
+            "FLOCK" => LockKind::Flock,
+            "OFDLCK" => LockKind::Ofd,
             _ => return None,
         };
         let write = match words.nth(1)? {
@@ -79,9 +79,9 @@ impl FileLock {
 impl std::fmt::Display for FileLock {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let kind = match self.kind {
-            Kind::Posix => "POSIX",
-            Kind::Flock => "flock",
-            Kind::Ofd => "OFD",
+            LockKind::Posix => "POSIX",
+            LockKind::Flock => "flock",
+            LockKind::Ofd => "OFD",
         };
         let way = if self.write { "exclusive" } else { "shared" };
         match (self.start, self.end) {
@@ -154,9 +154,9 @@ impl<'a> Setter<'a> {
     pub fn set(&mut self, number: RawFd, lock: &FileLock) -> io::Result<()> {
         let number = number as u64;
         let command = match lock.kind {
-            Kind::Posix => libc::F_SETLK,
-            Kind::Ofd => libc::F_OFD_SETLK,
-            Kind::Flock => {
+            LockKind::Posix => libc::F_SETLK,
+            LockKind::Ofd => libc::F_OFD_SETLK,
+            LockKind::Flock => {
                 let way = if lock.write { libc::LOCK_EX } else { libc::LOCK_SH } | libc::LOCK_NB;
                 return self.thread.call(self.at, libc::SYS_flock, [number, way as u64]).map(drop);
             }
@@ -196,9 +196,9 @@ mod tests {
             lock:\t5: POSIX  ADVISORY\n";
         let lock = |kind, write, start, end| FileLock { kind, write, start, end };
         let wanted = [
-            lock(Kind::Posix, true, 0, None),
-            lock(Kind::Flock, false, 0, None),
-            lock(Kind::Ofd, false, 5, Some(i64::MAX as u64 - 1)),
+            lock(LockKind::Posix, true, 0, None),
+            lock(LockKind::Flock, false, 0, None),
+            lock(LockKind::Ofd, false, 5, Some(i64::MAX as u64 - 1)),
         ];
         assert_eq!(in_info(text.as_bytes(), 3).unwrap(), wanted);
         assert_eq!(in_info(text.as_bytes(), 2).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
@@ -222,17 +222,17 @@ mod tests {
         let pid = child.id() as i32;
         let lock = |kind, write, start, end| FileLock { kind, write, start, end };
         let mut wanted = vec![
-            lock(Kind::Posix, true, 3, Some(3)),
-            lock(Kind::Posix, false, 10, None),
-            lock(Kind::Ofd, true, 5, Some(6)),
-            lock(Kind::Flock, true, 0, None),
+            lock(LockKind::Posix, true, 3, Some(3)),
+            lock(LockKind::Posix, false, 10, None),
+            lock(LockKind::Ofd, true, 5, Some(6)),
+            lock(LockKind::Flock, true, 0, None),
         ];
         let mut thread = fd_inject::first_thread(pid).unwrap();
         let mut setter = Setter::open(&mut thread, pid).unwrap();
         for lock in wanted.iter().chain(&wanted[..1]) {
             setter.set(9, lock).unwrap();
         }
-        let taken = lock(Kind::Posix, true, 20, Some(20));
+        let taken = lock(LockKind::Posix, true, 20, Some(20));
         let ours = libc::flock {
             l_type: libc::F_RDLCK as i16,
             l_whence: libc::SEEK_SET as i16,
@@ -241,7 +241,7 @@ mod tests {
             l_pid: 0,
         };
         fcntl(&own, FcntlArg::F_SETLK(&ours)).unwrap();
-        let refused = setter.set(9, &lock(Kind::Posix, true, 30, Some(30))).unwrap_err();
+        let refused = setter.set(9, &lock(LockKind::Posix, true, 30, Some(30))).unwrap_err();
         assert_eq!(refused.raw_os_error(), Some(libc::EAGAIN));
         assert_eq!(setter.set(99, &taken).unwrap_err().raw_os_error(), Some(libc::EBADF));
         setter.close().unwrap();

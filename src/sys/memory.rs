@@ -60,7 +60,7 @@ pub mod category {
 /// What a scan looks for: a page matches when `(categories ^ inverted) & mask == mask` and
 /// `categories & any_of != 0`.
 #[derive(Clone, Copy, Debug)]
-pub struct Wanted {
+pub struct ScanFilter {
     /// See above.
     pub inverted: u64,
     /// See above.
@@ -84,7 +84,7 @@ pub fn pagemap_scan(
     pagemap: &File,
     start: u64,
     end: u64,
-    wanted: Wanted,
+    wanted: ScanFilter,
     found: &mut Vec<PageRegion>,
 ) -> io::Result<()> {
     let mut vec = [PageRegion::default(); 512];

@@ -199,12 +199,12 @@ impl Prepared {
 
 /// One message of the kernel's answer.
 #[derive(Debug, Clone)]
-pub struct Message {
+pub struct NetlinkMessage {
     /// What follows the netlink header.
     pub payload: Vec<u8>,
 }
 
-impl Message {
+impl NetlinkMessage {
     /// The attributes behind a fixed header of `fixed` bytes.
     pub fn attributes(&self, fixed: usize) -> Attributes<'_> {
         Attributes::parse(self.payload.get(fixed..).unwrap_or_default())
@@ -265,12 +265,12 @@ impl<'a> Attributes<'a> {
 
 /// A netlink socket; it belongs to the namespace in which it was opened, wherever it is used.
 #[derive(Debug)]
-pub struct Socket {
+pub struct NetlinkSocket {
     fd: OwnedFd,
     buffer: Vec<u8>,
 }
 
-impl Socket {
+impl NetlinkSocket {
     /// Opens a socket in the namespace of the calling thread.
     pub fn open(protocol: Protocol) -> Result<Self> {
         let protocol = match protocol {
@@ -299,7 +299,7 @@ impl Socket {
     }
 
     /// Sends one request and returns what the kernel says before the acknowledgement.
-    pub fn query(&mut self, request: &Request) -> Result<Vec<Message>> {
+    pub fn query(&mut self, request: &Request) -> Result<Vec<NetlinkMessage>> {
         let mut request = request.clone();
         request.bytes[6] |= ACK as u8;
         self.transact(&Prepared::new(&[request]))
@@ -307,7 +307,7 @@ impl Socket {
 
     /// Sends everything in one datagram and waits for the acknowledgements that were asked for.
     /// The first refusal is the result.
-    pub fn transact(&mut self, prepared: &Prepared) -> Result<Vec<Message>> {
+    pub fn transact(&mut self, prepared: &Prepared) -> Result<Vec<NetlinkMessage>> {
         send(self.fd.as_raw_fd(), &prepared.bytes, MsgFlags::empty())?;
         let (mut answers, mut messages) = (0, Vec::new());
         while answers < prepared.answers {
@@ -319,7 +319,7 @@ impl Socket {
                 }
                 NLMSG_DONE => Ok(()),
                 _ => {
-                    messages.push(Message { payload: payload.to_vec() });
+                    messages.push(NetlinkMessage { payload: payload.to_vec() });
                     Ok(())
                 }
             });
@@ -333,12 +333,12 @@ impl Socket {
     }
 
     /// Sends a dump request and returns the whole list.
-    pub fn dump(&mut self, kind: u16, fixed: &[u8]) -> Result<Vec<Message>> {
+    pub fn dump(&mut self, kind: u16, fixed: &[u8]) -> Result<Vec<NetlinkMessage>> {
         self.list(&Request::new(kind, DUMP, fixed))
     }
 
     /// The same with attributes; the request has [`DUMP`] in its flags.
-    pub fn list(&mut self, request: &Request) -> Result<Vec<Message>> {
+    pub fn list(&mut self, request: &Request) -> Result<Vec<NetlinkMessage>> {
         for _ in 0..DUMP_TRIES {
             if let Some(messages) = self.dump_once(request)? {
                 return Ok(messages);
@@ -347,7 +347,7 @@ impl Socket {
         Err(Errno::EAGAIN.into())
     }
 
-    fn dump_once(&mut self, request: &Request) -> Result<Option<Vec<Message>>> {
+    fn dump_once(&mut self, request: &Request) -> Result<Option<Vec<NetlinkMessage>>> {
         let prepared = Prepared::new(std::slice::from_ref(request));
         send(self.fd.as_raw_fd(), &prepared.bytes, MsgFlags::empty())?;
         let (mut done, mut torn, mut messages) = (false, false, Vec::new());
@@ -362,7 +362,7 @@ impl Socket {
                         outcome(0, payload)
                     }
                     _ => {
-                        messages.push(Message { payload: payload.to_vec() });
+                        messages.push(NetlinkMessage { payload: payload.to_vec() });
                         Ok(())
                     }
                 }
@@ -382,7 +382,7 @@ impl Socket {
     }
 }
 
-impl AsFd for Socket {
+impl AsFd for NetlinkSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
@@ -482,7 +482,7 @@ mod tests {
         Target::new("netlink").sample(sample).run(|bytes| {
             let (mut result, mut seen) = (Ok(()), 0);
             split(bytes, |header, payload| {
-                let message = Message { payload: payload.to_vec() };
+                let message = NetlinkMessage { payload: payload.to_vec() };
                 let a = message.attributes(4);
                 let nest = a.nest(2);
                 let _ = (nest.be32(3), nest.nest(2).u32(1), a.string(1));

@@ -7,7 +7,7 @@ use super::maps::Mapping;
 
 /// What smaps says of a mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Entry<'a> {
+pub struct SmapsEntry<'a> {
     /// Its first line, which `maps` has, too.
     pub line: &'a str,
     /// What that says.
@@ -19,15 +19,15 @@ pub struct Entry<'a> {
 }
 
 /// Reads the text of a `smaps` file; nothing where a line of it is not understood.
-pub fn parse(text: &str) -> Option<Vec<Entry<'_>>> {
-    let mut all: Vec<Entry> = Vec::new();
+pub fn parse(text: &str) -> Option<Vec<SmapsEntry<'_>>> {
+    let mut all: Vec<SmapsEntry> = Vec::new();
     let mut has_flags = true;
     for line in text.lines() {
         if let Some(mapping) = Mapping::parse(line) {
             if !std::mem::replace(&mut has_flags, false) {
                 return None;
             }
-            all.push(Entry { line, mapping, flags: "", key: 0 });
+            all.push(SmapsEntry { line, mapping, flags: "", key: 0 });
             continue;
         }
 

@@ -27,7 +27,7 @@ pub enum Meaning {
 
 /// An option that can be carried.
 #[derive(Clone, Copy, Debug)]
-pub struct Known {
+pub struct KnownOption {
     level: libc::c_int,
     name: libc::c_int,
     /// For people.
@@ -36,8 +36,8 @@ pub struct Known {
     pub meaning: Meaning,
 }
 
-const fn plain(level: libc::c_int, name: libc::c_int, called: &'static str) -> Known {
-    Known { level, name, called, meaning: Meaning::Plain }
+const fn plain(level: libc::c_int, name: libc::c_int, called: &'static str) -> KnownOption {
+    KnownOption { level, name, called, meaning: Meaning::Plain }
 }
 
 const fn interface(
@@ -45,8 +45,8 @@ const fn interface(
     name: libc::c_int,
     called: &'static str,
     network_order: bool,
-) -> Known {
-    Known { level, name, called, meaning: Meaning::Interface { network_order } }
+) -> KnownOption {
+    KnownOption { level, name, called, meaning: Meaning::Interface { network_order } }
 }
 
 const SOCKET: libc::c_int = libc::SOL_SOCKET;
@@ -60,7 +60,7 @@ const RAW: libc::c_int = 255;
 ///
 /// Not here: what CRIU needs for itself while it restores (addresses, ports, buffers, SO_REUSEADDR,
 /// SO_REUSEPORT, IPV6_V6ONLY), what the kernel changes by itself, and what cannot be read (filters).
-pub const KNOWN: &[Known] = &[
+pub const KNOWN: &[KnownOption] = &[
     plain(SOCKET, libc::SO_BROADCAST, "SO_BROADCAST"),
     plain(SOCKET, libc::SO_KEEPALIVE, "SO_KEEPALIVE"),
     plain(SOCKET, libc::SO_LINGER, "SO_LINGER"),
@@ -152,25 +152,29 @@ pub const KNOWN: &[Known] = &[
 ];
 
 /// Where an option stands in [`KNOWN`], and its value.
-pub type Value = (u8, Vec<u8>);
+pub type OptionValue = (u8, Vec<u8>);
 
 /// Of which kind a socket is: socket(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Kind {
+pub struct SocketType {
     domain: libc::c_int,
     kind: libc::c_int,
     protocol: libc::c_int,
 }
 
-impl Kind {
+impl SocketType {
     /// A socket's, if it is one of the internet.
-    pub fn of(socket: impl AsFd) -> Option<Kind> {
+    pub fn of(socket: impl AsFd) -> Option<SocketType> {
         let fd = socket.as_fd();
         let number = |name| get::<libc::c_int>(fd, SOCKET, name).ok();
         let domain = number(libc::SO_DOMAIN)?;
         let internet = [libc::AF_INET, libc::AF_INET6].contains(&domain);
         internet.then_some(())?;
-        Some(Kind { domain, kind: number(libc::SO_TYPE)?, protocol: number(libc::SO_PROTOCOL)? })
+        Some(SocketType {
+            domain,
+            kind: number(libc::SO_TYPE)?,
+            protocol: number(libc::SO_PROTOCOL)?,
+        })
     }
 
     /// Whether it is of IPv6.
@@ -203,9 +207,9 @@ impl Kind {
 ///
 /// # Errors
 /// When there can be none.
-pub fn defaults(kind: Kind) -> io::Result<Vec<Value>> {
+pub fn defaults(kind: SocketType) -> io::Result<Vec<OptionValue>> {
     let socket = kind.fresh()?;
-    let one = |(known, number): (&Known, u8)| {
+    let one = |(known, number): (&KnownOption, u8)| {
         // The kernel has other things there, of a connection.
         let without = !kind.joins() && known.called.contains("MULTICAST");
         Some((number, value(socket.as_fd(), known).filter(|_| !without)?))
@@ -214,16 +218,16 @@ pub fn defaults(kind: Kind) -> io::Result<Vec<Value>> {
 }
 
 /// Those that are other than in a fresh socket of its kind.
-pub fn changed(socket: impl AsFd, fresh: &[Value]) -> Vec<Value> {
+pub fn changed(socket: impl AsFd, fresh: &[OptionValue]) -> Vec<OptionValue> {
     let fd = socket.as_fd();
-    let own = |(number, was): &Value| {
+    let own = |(number, was): &OptionValue| {
         let now = value(fd, KNOWN.get(usize::from(*number))?)?;
         (now != *was).then_some((*number, now))
     };
     fresh.iter().filter_map(own).collect()
 }
 
-fn value(fd: BorrowedFd, known: &Known) -> Option<Vec<u8>> {
+fn value(fd: BorrowedFd, known: &KnownOption) -> Option<Vec<u8>> {
     let mut bytes = [0u8; LONGEST];
     let mut length = LONGEST as libc::socklen_t;
     let place = bytes.as_mut_ptr().cast();
@@ -238,7 +242,7 @@ fn value(fd: BorrowedFd, known: &Known) -> Option<Vec<u8>> {
 ///
 /// # Errors
 /// setsockopt(2)
-pub fn give(socket: impl AsFd, known: &Known, wanted: &[u8]) -> io::Result<()> {
+pub fn give(socket: impl AsFd, known: &KnownOption, wanted: &[u8]) -> io::Result<()> {
     let fd = socket.as_fd();
     if value(fd, known).as_deref() == Some(wanted) {
         return Ok(());
@@ -428,7 +432,7 @@ mod tests {
     fn what_one_socket_has_set_another_gets() {
         let (one, other) =
             (UdpSocket::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
-        let kind = Kind::of(&one).unwrap();
+        let kind = SocketType::of(&one).unwrap();
         let fresh = defaults(kind).unwrap();
         assert!(
             fresh.len() > 20 && changed(&one, &fresh).is_empty(),

@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use super::process::proc_text;
-use super::waits::{Clock, Processors, Seen};
+use super::waits::{Clock, Processors, SeenWait};
 use super::{arch, maps};
 
 mod waiting;
@@ -93,7 +93,7 @@ impl Stopped {
     /// As [`Stopped::standing`].
     pub fn within(tid: i32, until: Instant) -> io::Result<Stopped> {
         let clock = Clock::of(tid);
-        let before = Seen::of(tid, &clock, &mut Processors::default());
+        let before = SeenWait::of(tid, &clock, &mut Processors::default());
         let mut stopped = Stopped::standing(tid, until)?;
         stopped.wait_on(&clock, before.as_ref());
         Ok(stopped)
@@ -257,7 +257,7 @@ pub fn await_outside(tids: &[i32], until: Instant) -> io::Result<()> {
     let (mut seen, mut processors) = (HashMap::new(), Processors::default());
     for &tid in tids {
         let clock = Clock::of(tid);
-        seen.insert(tid, (clock, Seen::of(tid, &clock, &mut processors)));
+        seen.insert(tid, (clock, SeenWait::of(tid, &clock, &mut processors)));
         let thread = Pid::from_raw(tid);
         match ptrace::seize(thread, ptrace::Options::empty()) {
             Ok(()) => {

@@ -90,7 +90,7 @@ fn find_field(format: &str, field: &str) -> Option<(usize, usize)> {
 #[derive(Debug)]
 pub struct Tracing {
     points: Vec<Point>,
-    rings: Vec<Ring>,
+    rings: Vec<TraceRing>,
     /// All of them; the first of a processor has its ring.
     events: Vec<OwnedFd>,
     /// One that comes later is not heard.
@@ -122,7 +122,7 @@ impl Tracing {
                 match first {
                     None => {
                         first = Some(event.as_raw_fd());
-                        rings.push(Ring::map(&event, room)?);
+                        rings.push(TraceRing::map(&event, room)?);
                     }
                     Some(first) => control(&event, SET_OUTPUT, first as libc::c_ulong)?,
                 }
@@ -219,7 +219,7 @@ fn control(event: &OwnedFd, what: libc::c_ulong, argument: libc::c_ulong) -> io:
 
 /// Records as the kernel writes them, behind a page that says where it is. perf_event_open(2)
 #[derive(Debug)]
-struct Ring {
+struct TraceRing {
     base: NonNull<libc::c_void>,
     page: usize,
     room: usize,
@@ -227,16 +227,16 @@ struct Ring {
 }
 
 // SAFETY: the mapping belongs to it alone, and any thread may read it.
-unsafe impl Send for Ring {}
+unsafe impl Send for TraceRing {}
 
-impl Ring {
-    fn map(event: &OwnedFd, room: usize) -> io::Result<Ring> {
+impl TraceRing {
+    fn map(event: &OwnedFd, room: usize) -> io::Result<TraceRing> {
         let page = crate::sys::memory::PAGE;
         let length = NonZeroUsize::new(page + room).ok_or(Errno::EINVAL)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping, wherever the kernel finds room.
         let base = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, event, 0)? };
-        Ok(Ring { base, page, room, record: Vec::new() })
+        Ok(TraceRing { base, page, room, record: Vec::new() })
     }
 
     fn position(&self, at: usize) -> &AtomicU64 {
@@ -277,7 +277,7 @@ impl Ring {
     }
 }
 
-impl Drop for Ring {
+impl Drop for TraceRing {
     fn drop(&mut self) {
         // SAFETY: nobody has a reference into it any more.
         let _ = unsafe { munmap(self.base, self.page + self.room) };

@@ -37,33 +37,34 @@ const SECOND: u64 = 1_000_000_000;
 
 /// Calls that restart_syscall(2) continues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum WaitKind {
     Nanosleep,
     ClockNanosleep,
     Poll,
     Futex,
 }
 
-const KINDS: [Kind; 4] = [Kind::Nanosleep, Kind::ClockNanosleep, Kind::Poll, Kind::Futex];
+const KINDS: [WaitKind; 4] =
+    [WaitKind::Nanosleep, WaitKind::ClockNanosleep, WaitKind::Poll, WaitKind::Futex];
 
-impl Kind {
+impl WaitKind {
     fn number(self) -> i64 {
         match self {
-            Kind::Nanosleep => libc::SYS_nanosleep,
-            Kind::ClockNanosleep => libc::SYS_clock_nanosleep,
+            WaitKind::Nanosleep => libc::SYS_nanosleep,
+            WaitKind::ClockNanosleep => libc::SYS_clock_nanosleep,
             #[cfg(target_arch = "x86_64")]
-            Kind::Poll => libc::SYS_poll,
+            WaitKind::Poll => libc::SYS_poll,
             // There is ppoll(2) only, which the kernel begins anew.
             #[cfg(not(target_arch = "x86_64"))]
-            Kind::Poll => -1,
-            Kind::Futex => libc::SYS_futex,
+            WaitKind::Poll => -1,
+            WaitKind::Futex => libc::SYS_futex,
         }
     }
 }
 
 /// Where a call has its time limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Limit {
+pub(super) enum TimeLimit {
     /// It has none, or one that names a moment.
     Nowhere,
     /// In this argument, in milliseconds.
@@ -76,23 +77,23 @@ pub(super) enum Limit {
 
 /// A call in which a thread is, or was stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Call {
+pub(super) struct SystemCall {
     /// The number, with what is in the upper half of it.
     pub(super) number: u64,
     pub(super) arguments: [u64; 6],
 }
 
-impl Call {
+impl SystemCall {
     /// Of `/proc/TID/syscall`: number, arguments, stack, position. None where the thread runs, or waits for
     /// something else than a call. proc_pid_syscall(5)
-    fn parse(text: &str) -> Option<Call> {
+    fn parse(text: &str) -> Option<SystemCall> {
         let mut words = text.split_ascii_whitespace();
         let number: i64 = words.next()?.parse().ok()?;
         let mut arguments = [0; 6];
         for argument in &mut arguments {
             *argument = u64::from_str_radix(words.next()?.strip_prefix("0x")?, 16).ok()?;
         }
-        Some(Call { number: u64::try_from(number).ok()?, arguments })
+        Some(SystemCall { number: u64::try_from(number).ok()?, arguments })
     }
 
     /// Its number alone.
@@ -100,48 +101,50 @@ impl Call {
         (self.number as u32).into()
     }
 
-    fn kind(self) -> Option<Kind> {
+    fn kind(self) -> Option<WaitKind> {
         KINDS.into_iter().find(|kind| kind.number() == self.plain())
     }
 
     /// Where it has its time limit, if it is one that restart_syscall(2) continues.
-    pub(super) fn continued(self) -> Option<Limit> {
+    pub(super) fn continued(self) -> Option<TimeLimit> {
         const WAIT: u64 = 0;
         let [first, second, third, ..] = self.arguments;
         let limit = match self.kind()? {
-            Kind::Nanosleep => Limit::Time(0, Some(1)),
+            WaitKind::Nanosleep => TimeLimit::Time(0, Some(1)),
             // A moment is no matter of ours; nor is the time that a processor has worked.
-            Kind::ClockNanosleep => {
+            WaitKind::ClockNanosleep => {
                 let own = [libc::CLOCK_REALTIME, libc::CLOCK_MONOTONIC, libc::CLOCK_BOOTTIME];
                 let own = own.contains(&(first as i32)) || first as i32 == libc::CLOCK_TAI;
                 (own && second as i32 & libc::TIMER_ABSTIME == 0)
-                    .then_some(Limit::Time(2, Some(3)))?
+                    .then_some(TimeLimit::Time(2, Some(3)))?
             }
-            Kind::Poll if third as i32 > 0 => Limit::Milliseconds(2),
-            Kind::Poll => Limit::Nowhere,
+            WaitKind::Poll if third as i32 > 0 => TimeLimit::Milliseconds(2),
+            WaitKind::Poll => TimeLimit::Nowhere,
             // All but this one name a moment.
-            Kind::Futex if second & 0x7f == WAIT && self.arguments[3] != 0 => Limit::Time(3, None),
-            Kind::Futex => Limit::Nowhere,
+            WaitKind::Futex if second & 0x7f == WAIT && self.arguments[3] != 0 => {
+                TimeLimit::Time(3, None)
+            }
+            WaitKind::Futex => TimeLimit::Nowhere,
         };
         Some(limit)
     }
 
     /// Where it has its time limit, if it is one that ends with `EINTR` after any stop. `is_socket` tells of
     /// a descriptor.
-    pub(super) fn ended(self, is_socket: impl FnOnce(i32) -> bool) -> Option<Limit> {
-        let limit = |argument: usize, has: Limit| match self.arguments[argument] {
-            0 => Limit::Nowhere,
+    pub(super) fn ended(self, is_socket: impl FnOnce(i32) -> bool) -> Option<TimeLimit> {
+        let limit = |argument: usize, has: TimeLimit| match self.arguments[argument] {
+            0 => TimeLimit::Nowhere,
             _ => has,
         };
         match self.plain() {
             #[cfg(target_arch = "x86_64")]
             libc::SYS_epoll_wait => Some(self.epoll()),
             libc::SYS_epoll_pwait => Some(self.epoll()),
-            libc::SYS_epoll_pwait2 => Some(limit(3, Limit::Anew)),
-            libc::SYS_rt_sigtimedwait => Some(limit(2, Limit::Anew)),
-            libc::SYS_semtimedop => Some(limit(3, Limit::Anew)),
-            libc::SYS_semop => Some(Limit::Nowhere),
-            libc::SYS_io_getevents => Some(limit(4, Limit::Anew)),
+            libc::SYS_epoll_pwait2 => Some(limit(3, TimeLimit::Anew)),
+            libc::SYS_rt_sigtimedwait => Some(limit(2, TimeLimit::Anew)),
+            libc::SYS_semtimedop => Some(limit(3, TimeLimit::Anew)),
+            libc::SYS_semop => Some(TimeLimit::Nowhere),
+            libc::SYS_io_getevents => Some(limit(4, TimeLimit::Anew)),
             libc::SYS_read
             | libc::SYS_readv
             | libc::SYS_recvfrom
@@ -152,27 +155,27 @@ impl Call {
             | libc::SYS_write
             | libc::SYS_writev
             | libc::SYS_sendto
-            | libc::SYS_sendmsg => is_socket(self.arguments[0] as i32).then_some(Limit::Anew),
+            | libc::SYS_sendmsg => is_socket(self.arguments[0] as i32).then_some(TimeLimit::Anew),
             _ => None,
         }
     }
 
-    fn epoll(self) -> Limit {
-        if self.arguments[3] as i32 > 0 { Limit::Milliseconds(3) } else { Limit::Nowhere }
+    fn epoll(self) -> TimeLimit {
+        if self.arguments[3] as i32 > 0 { TimeLimit::Milliseconds(3) } else { TimeLimit::Nowhere }
     }
 
     /// How long it was to wait, in nanoseconds.
-    fn whole(self, tid: i32, limit: Limit) -> Option<u64> {
+    fn whole(self, tid: i32, limit: TimeLimit) -> Option<u64> {
         match limit {
-            Limit::Milliseconds(at) => Some(u64::from(self.arguments[at] as u32) * 1_000_000),
-            Limit::Time(at, _) => time_at(tid, self.arguments[at]).ok()?,
-            Limit::Nowhere | Limit::Anew => None,
+            TimeLimit::Milliseconds(at) => Some(u64::from(self.arguments[at] as u32) * 1_000_000),
+            TimeLimit::Time(at, _) => time_at(tid, self.arguments[at]).ok()?,
+            TimeLimit::Nowhere | TimeLimit::Anew => None,
         }
     }
 
     /// What the kernel has written down as left, as it does when such a call is interrupted.
-    fn rest(self, tid: i32, limit: Limit) -> Option<u64> {
-        let Limit::Time(_, Some(at)) = limit else { return None };
+    fn rest(self, tid: i32, limit: TimeLimit) -> Option<u64> {
+        let TimeLimit::Time(_, Some(at)) = limit else { return None };
         (self.arguments[at] != 0).then(|| time_at(tid, self.arguments[at]).ok()?)?
     }
 
@@ -181,13 +184,13 @@ impl Call {
     pub(super) fn deadline(
         self,
         tid: i32,
-        limit: Limit,
+        limit: TimeLimit,
         clock: &Clock,
-        before: Option<(&Seen, u64)>,
+        before: Option<(&SeenWait, u64)>,
     ) -> Option<u64> {
         let now = clock.now();
         // Else it has waited for something else meanwhile, or for the same once more.
-        let same = |(seen, stops): &(&Seen, u64)| {
+        let same = |(seen, stops): &(&SeenWait, u64)| {
             (seen.call.plain(), seen.call.arguments) == (self.plain(), self.arguments)
                 && Slept::of(tid).is_some_and(|slept| slept.often <= seen.often + stops)
         };
@@ -226,13 +229,13 @@ impl Call {
     }
 
     /// The call that restart_syscall(2) continues, if its number bears that.
-    pub(super) fn continued_by(self) -> Option<Call> {
+    pub(super) fn continued_by(self) -> Option<SystemCall> {
         if self.plain() != libc::SYS_restart_syscall || (self.number >> 32) & (WINDOW - 1) == 0 {
             return None;
         }
         let kind = KINDS[(self.number >> (32 + BITS)) as usize & 3];
         let mark = (self.number >> 32) & (WINDOW - 1);
-        Some(Call { number: kind.number() as u64 | mark << 32, ..self })
+        Some(SystemCall { number: kind.number() as u64 | mark << 32, ..self })
     }
 }
 
@@ -315,32 +318,32 @@ fn now() -> u64 {
 
 /// What was seen of a thread that waits, while it did.
 #[derive(Clone, Copy, Debug)]
-pub struct Seen {
-    call: Call,
+pub struct SeenWait {
+    call: SystemCall,
     /// When it is over at the latest: where the kernel tells since when it waits.
     deadline: Option<u64>,
     /// How often the thread had gone to sleep.
     often: u64,
 }
 
-impl Seen {
+impl SeenWait {
     /// Looks at a thread, which notices nothing. Nothing if it is in no such call, or in one that may take
     /// as long as it likes.
-    pub fn of(tid: i32, clock: &Clock, processors: &mut Processors) -> Option<Seen> {
-        let call = Call::parse(&proc_text(tid, "syscall").ok()?)?;
+    pub fn of(tid: i32, clock: &Clock, processors: &mut Processors) -> Option<SeenWait> {
+        let call = SystemCall::parse(&proc_text(tid, "syscall").ok()?)?;
         let limit = call.continued().or_else(|| call.ended(|_| false))?;
         let whole = call.whole(tid, limit)?;
         let slept = Slept::of(tid)?;
         let since = processors.since(tid, &slept);
         let since = since.map(|since| since.saturating_add_signed(clock.offset));
         let deadline = since.map(|since| since.saturating_add(whole));
-        Some(Seen { call, deadline, often: slept.often })
+        Some(SeenWait { call, deadline, often: slept.often })
     }
 }
 
 /// Whether a thread is in a call that restart_syscall(2) would continue.
 pub fn is_continued(tid: i32) -> bool {
-    let call = proc_text(tid, "syscall").ok().and_then(|text| Call::parse(&text));
+    let call = proc_text(tid, "syscall").ok().and_then(|text| SystemCall::parse(&text));
     call.is_some_and(|call| call.continued().is_some())
 }
 
@@ -409,8 +412,8 @@ mod tests {
     use super::*;
     use crate::fuzz::{Target, found};
 
-    fn call(number: i64, arguments: [u64; 6]) -> Call {
-        Call { number: number as u64, arguments }
+    fn call(number: i64, arguments: [u64; 6]) -> SystemCall {
+        SystemCall { number: number as u64, arguments }
     }
 
     #[test]
@@ -418,32 +421,35 @@ mod tests {
         let text =
             "230 0x0 0x0 0x7ffe5313e400 0x7ffe5313e440 0x0 0x0 0x7ffe5313e3e8 0x7f3590e33503\n";
         let wanted = [0, 0, 0x7ffe_5313_e400, 0x7ffe_5313_e440, 0, 0];
-        assert_eq!(Call::parse(text), Some(call(230, wanted)));
+        assert_eq!(SystemCall::parse(text), Some(call(230, wanted)));
         for none in ["running\n", "-1 0x7ffe5313e3e8 0x7f3590e33503\n", "230 0x0\n", ""] {
-            assert_eq!(Call::parse(none), None);
+            assert_eq!(SystemCall::parse(none), None);
         }
     }
 
     #[test]
     fn limits_are_found() {
         let of = |number, arguments| call(number, arguments).continued();
-        assert_eq!(of(libc::SYS_nanosleep, [8, 0, 0, 0, 0, 0]), Some(Limit::Time(0, Some(1))));
+        assert_eq!(of(libc::SYS_nanosleep, [8, 0, 0, 0, 0, 0]), Some(TimeLimit::Time(0, Some(1))));
         let relative = [libc::CLOCK_REALTIME as u64, 0, 8, 9, 0, 0];
-        assert_eq!(of(libc::SYS_clock_nanosleep, relative), Some(Limit::Time(2, Some(3))));
+        assert_eq!(of(libc::SYS_clock_nanosleep, relative), Some(TimeLimit::Time(2, Some(3))));
         let moment = [1, libc::TIMER_ABSTIME as u64, 8, 0, 0, 0];
         let own_time = [libc::CLOCK_PROCESS_CPUTIME_ID as u64, 0, 8, 0, 0, 0];
         assert_eq!(of(libc::SYS_clock_nanosleep, moment), None);
         assert_eq!(of(libc::SYS_clock_nanosleep, own_time), None);
-        assert_eq!(of(libc::SYS_futex, [8, 128, 7, 9, 0, 0]), Some(Limit::Time(3, None)));
-        assert_eq!(of(libc::SYS_futex, [8, 128, 7, 0, 0, 0]), Some(Limit::Nowhere));
-        assert_eq!(of(libc::SYS_futex, [8, 0x189, 7, 9, 0, 0]), Some(Limit::Nowhere));
+        assert_eq!(of(libc::SYS_futex, [8, 128, 7, 9, 0, 0]), Some(TimeLimit::Time(3, None)));
+        assert_eq!(of(libc::SYS_futex, [8, 128, 7, 0, 0, 0]), Some(TimeLimit::Nowhere));
+        assert_eq!(of(libc::SYS_futex, [8, 0x189, 7, 9, 0, 0]), Some(TimeLimit::Nowhere));
         assert_eq!(of(libc::SYS_read, [8, 0, 7, 9, 0, 0]), None);
         let ended = |number, arguments| call(number, arguments).ended(|number| number == 3);
-        assert_eq!(ended(libc::SYS_epoll_pwait, [3, 8, 1, 7, 0, 8]), Some(Limit::Milliseconds(3)));
+        assert_eq!(
+            ended(libc::SYS_epoll_pwait, [3, 8, 1, 7, 0, 8]),
+            Some(TimeLimit::Milliseconds(3))
+        );
         let forever = [3, 8, 1, u64::from(u32::MAX), 0, 8];
-        assert_eq!(ended(libc::SYS_epoll_pwait, forever), Some(Limit::Nowhere));
-        assert_eq!(ended(libc::SYS_rt_sigtimedwait, [8, 0, 0, 8, 0, 0]), Some(Limit::Nowhere));
-        assert_eq!(ended(libc::SYS_recvfrom, [3, 0, 0, 8, 0, 0]), Some(Limit::Anew));
+        assert_eq!(ended(libc::SYS_epoll_pwait, forever), Some(TimeLimit::Nowhere));
+        assert_eq!(ended(libc::SYS_rt_sigtimedwait, [8, 0, 0, 8, 0, 0]), Some(TimeLimit::Nowhere));
+        assert_eq!(ended(libc::SYS_recvfrom, [3, 0, 0, 8, 0, 0]), Some(TimeLimit::Anew));
         assert_eq!(ended(libc::SYS_recvfrom, [4, 0, 0, 8, 0, 0]), None);
         assert_eq!(ended(libc::SYS_nanosleep, [8, 0, 0, 0, 0, 0]), None);
     }
@@ -458,7 +464,7 @@ mod tests {
             for left in [0, 1, SECOND / 1000, SECOND, 30 * DAY] {
                 let deadline = now + left;
                 let number = poll.bearing(Some(deadline), now);
-                let borne = Call { number, ..poll };
+                let borne = SystemCall { number, ..poll };
                 assert_eq!(borne.plain(), libc::SYS_poll);
                 assert!(number as i64 > 0);
                 // Asked a little earlier or later, also by a clock that has stood still meanwhile.
@@ -471,11 +477,11 @@ mod tests {
                 }
                 let at = borne.marked(now).unwrap();
                 assert_eq!(
-                    Call { number: borne.bearing(Some(at), now), ..poll }.marked(now),
+                    SystemCall { number: borne.bearing(Some(at), now), ..poll }.marked(now),
                     Some(at)
                 );
                 let number = borne.continuing(Some(deadline), now).unwrap();
-                let continued = Call { number, ..poll }.continued_by().unwrap();
+                let continued = SystemCall { number, ..poll }.continued_by().unwrap();
                 assert_eq!((continued.plain(), continued.marked(now)), (libc::SYS_poll, Some(at)));
             }
             assert_eq!(poll.bearing(Some(now + 90 * DAY), now), libc::SYS_poll as u64);
@@ -495,11 +501,11 @@ mod tests {
             |bytes| {
                 let text = String::from_utf8_lossy(bytes);
                 let slept = Slept::parse(&text).map(|slept| slept.ran ^ slept.often);
-                let Some(call) = Call::parse(&text) else {
+                let Some(call) = SystemCall::parse(&text) else {
                     return found(&[0, usize::from(slept.is_some())]);
                 };
                 let moment = call.marked(call.arguments[5]);
-                let borne = Call { number: call.bearing(moment, call.arguments[5]), ..call };
+                let borne = SystemCall { number: call.bearing(moment, call.arguments[5]), ..call };
                 let _ = (borne.continuing(moment, 7), borne.continued_by(), borne.continued());
                 found(&[1, usize::from(moment.is_some()), usize::from(call.continued().is_some())])
             },

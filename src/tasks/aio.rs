@@ -26,20 +26,20 @@ const MAX_RING: u64 = 64 << 20;
 
 /// A ring, and whose it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ring {
+pub struct AioRing {
     pid: i32,
     start: u64,
     length: u64,
 }
 
 /// The rings of these processes.
-pub fn rings(pids: &[i32]) -> Vec<Ring> {
+pub fn rings(pids: &[i32]) -> Vec<AioRing> {
     let mut found = Vec::new();
     for &pid in pids {
         // Whoever has ended meanwhile has none.
         let text = proc_text(pid, "maps").unwrap_or_default();
         let list = maps::parse(&text).filter(|m| is_ring(m.name));
-        found.extend(list.map(|m| Ring { pid, start: m.start, length: m.end - m.start }));
+        found.extend(list.map(|m| AioRing { pid, start: m.start, length: m.end - m.start }));
     }
     found
 }
@@ -50,7 +50,7 @@ fn is_ring(name: &str) -> bool {
 }
 
 /// What stands in the way: whose requests would be lost. Once, however many rings there are.
-pub fn problem(rings: &[Ring]) -> Option<Problem> {
+pub fn problem(rings: &[AioRing]) -> Option<Problem> {
     let used = rings.iter().find(|ring| !ring.is_unused())?;
     let name = proc_text(used.pid, "comm").unwrap_or_default();
     Some(
@@ -69,7 +69,7 @@ pub fn problem(rings: &[Ring]) -> Option<Problem> {
     )
 }
 
-impl Ring {
+impl AioRing {
     /// Whether no request was ever answered through it. One that cannot be read is not vouched for.
     fn is_unused(&self) -> bool {
         match self.read() {

@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 use crate::oci::cgroup::Cgroup;
 use crate::report::failures::Failures;
 use crate::sys::stopped::{Stopped, ThreadState, Wait, before_death, instruction};
-use crate::sys::waits::{Clock, Seen};
+use crate::sys::waits::{Clock, SeenWait};
 use crate::sys::{inject, maps, process, socket};
 
 /// In CRIU's work directory: what was noted, once CRIU has been killed.
@@ -61,7 +61,7 @@ struct ProcessSnapshot {
 }
 
 /// A mapping: from, to, and what may be done there (`rwxp`).
-type Mapping<'a> = (u64, u64, &'a str);
+type MappedRange<'a> = (u64, u64, &'a str);
 
 impl TaskSnapshot {
     /// Notes the tasks of a frozen control group. Calls in which they wait go on wherever the tasks do:
@@ -70,7 +70,7 @@ impl TaskSnapshot {
     /// # Errors
     /// `TimedOut` when a thread sleeps uninterruptibly: CRIU could not stop it either. Else as
     /// [`Stopped::standing`].
-    pub fn take(cgroup: &Cgroup, seen: &HashMap<i32, Seen>) -> Result<TaskSnapshot> {
+    pub fn take(cgroup: &Cgroup, seen: &HashMap<i32, SeenWait>) -> Result<TaskSnapshot> {
         // On a thread that ends: see `Stopped::standing`.
         let noted = std::thread::scope(|scope| {
             let all = || cgroup.processes()?.into_iter().map(|pid| note(pid, seen)).collect();
@@ -180,7 +180,7 @@ impl TracerWatch {
     }
 }
 
-fn note(pid: i32, seen: &HashMap<i32, Seen>) -> Result<ProcessSnapshot> {
+fn note(pid: i32, seen: &HashMap<i32, SeenWait>) -> Result<ProcessSnapshot> {
     let maps = process::proc_text(pid, "maps")?;
     let code_at = mappings_of(&maps).find(|(_, _, may)| may.contains('x')).map_or(0, |m| m.0);
     let mut code = vec![0; BORROWED];
@@ -261,7 +261,7 @@ fn memory(pid: i32) -> io::Result<File> {
 }
 
 /// The mappings in a `maps` file, in the order of addresses.
-fn mappings_of(maps: &str) -> impl Iterator<Item = Mapping<'_>> {
+fn mappings_of(maps: &str) -> impl Iterator<Item = MappedRange<'_>> {
     maps::parse(maps).map(|m| (m.start, m.end, m.perms))
 }
 

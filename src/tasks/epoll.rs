@@ -50,7 +50,7 @@ pub fn vouch(pids: &[i32]) -> Result<()> {
 
 /// What an epoll watches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Target {
+pub struct EpollTarget {
     /// The number that it had when it was added.
     pub number: i32,
     /// Its file's inode.
@@ -62,13 +62,13 @@ pub struct Target {
 }
 
 #[derive(Debug, Default)]
-struct Task {
+struct EpollTask {
     open: HashMap<i32, PathBuf>,
-    epolls: Vec<(i32, Vec<Target>)>,
+    epolls: Vec<(i32, Vec<EpollTarget>)>,
 }
 
-fn look(pid: i32) -> Result<Task> {
-    let mut task = Task::default();
+fn look(pid: i32) -> Result<EpollTask> {
+    let mut task = EpollTask::default();
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
         let Some(number) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
             continue;
@@ -92,7 +92,7 @@ pub fn is_epoll(target: &Path) -> bool {
 ///
 /// # Errors
 /// When the kernel says it in other words than those that are known, or it is more than can be read.
-pub fn targets(pid: i32, epoll: i32) -> Result<Vec<Target>> {
+pub fn targets(pid: i32, epoll: i32) -> Result<Vec<EpollTarget>> {
     match process::proc_text(pid, &format!("fdinfo/{epoll}")) {
         Err(e) if e.kind() == ErrorKind::FileTooLarge => {
             Err(e).with_context(|| format!("epoll {epoll} of process {pid}"))
@@ -102,7 +102,7 @@ pub fn targets(pid: i32, epoll: i32) -> Result<Vec<Target>> {
 }
 
 /// `tfd: 5 events: 19 data: 5 pos:0 ino:1e240 sdev:8`, a line for each.
-fn parse(list: &str) -> Result<Vec<Target>> {
+fn parse(list: &str) -> Result<Vec<EpollTarget>> {
     let lines = list.lines().filter_map(|line| line.strip_prefix("tfd:"));
     let one = |line: &str| {
         let mut words = line.split_ascii_whitespace();
@@ -111,13 +111,18 @@ fn parse(list: &str) -> Result<Vec<Target>> {
         let inode = words.find_map(|word| word.strip_prefix("ino:"))?;
         let hex = |text| u64::from_str_radix(text, 16).ok();
         let events = u32::from_str_radix(events, 16).ok()?;
-        Some(Target { number, inode: hex(inode)?, events, data: hex(data)? })
+        Some(EpollTarget { number, inode: hex(inode)?, events, data: hex(data)? })
     };
     lines.map(|line| one(line).ok_or_else(|| anyhow!("an epoll with a line {line:?}"))).collect()
 }
 
-fn check(pid: i32, epoll: i32, watched: &[Target], open: &HashMap<i32, PathBuf>) -> Result<()> {
-    for Target { number, inode, .. } in watched {
+fn check(
+    pid: i32,
+    epoll: i32,
+    watched: &[EpollTarget],
+    open: &HashMap<i32, PathBuf>,
+) -> Result<()> {
+    for EpollTarget { number, inode, .. } in watched {
         let right = open.get(number).is_some_and(|target| match socket(target) {
             Some(own) => own == *inode,
             // Several files may have one inode; there are few of these.
@@ -154,7 +159,7 @@ mod tests {
     use super::*;
     use crate::fuzz::Target as Decoder;
 
-    fn found(epoll: &Epoll) -> (Task, Vec<Target>) {
+    fn found(epoll: &Epoll) -> (EpollTask, Vec<EpollTarget>) {
         let task = look(std::process::id() as i32).unwrap();
         let number = epoll.0.as_raw_fd();
         let watched = task.epolls.iter().find(|(n, _)| *n == number).unwrap().1.clone();
@@ -195,7 +200,7 @@ mod tests {
     fn lines_that_are_none_are_an_error() {
         let text =
             "pos:\t0\ntfd:       63 events:       19 data:               3f  pos:0 ino:1a sdev:8\n";
-        let target = Target { number: 63, inode: 26, events: 0x19, data: 0x3f };
+        let target = EpollTarget { number: 63, inode: 26, events: 0x19, data: 0x3f };
         assert_eq!(parse(text).unwrap(), [target]);
         assert!(parse("tfd: x ino:1\n").is_err());
         assert!(parse("tfd: 1 pos:0\n").is_err());

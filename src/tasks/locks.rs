@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use super::freezer::{native, of_first_space};
 use crate::memory::pages::Task;
 use crate::problem::Problem;
-use crate::sys::locks::{FileLock, Kind, Setter, held};
+use crate::sys::locks::{FileLock, LockKind, Setter, held};
 use crate::sys::{arch, fd_inject, process};
 
 /// Most of one container.
@@ -28,7 +28,7 @@ pub const MOST: usize = 20_000;
 
 /// A lock, and by which descriptor it is held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Held {
+pub struct HeldLock {
     /// The process, as the container numbers it.
     pub vpid: i32,
     /// Its descriptor.
@@ -39,26 +39,26 @@ pub struct Held {
 
 /// A lock on the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Found {
+pub struct FoundLock {
     /// The process, as this host numbers it.
     pub pid: i32,
     /// The lock.
-    pub held: Held,
+    pub held: HeldLock,
 }
 
 /// The locks of a container: all of them, where its tasks stand still.
 ///
 /// # Errors
 /// When they are more than can go along.
-pub fn look(pids: &[i32]) -> Result<Vec<Found>> {
+pub fn look(pids: &[i32]) -> Result<Vec<FoundLock>> {
     up_to(pids, MOST)
 }
 
-fn up_to(pids: &[i32], most: usize) -> Result<Vec<Found>> {
+fn up_to(pids: &[i32], most: usize) -> Result<Vec<FoundLock>> {
     let mut found = Vec::new();
     for Task { pid, vpid } in of_first_space(pids)? {
         each(pid, |number, lock| {
-            found.push(Found { pid, held: Held { vpid, number, lock } });
+            found.push(FoundLock { pid, held: HeldLock { vpid, number, lock } });
             found.len() <= most
         });
         if found.len() > most {
@@ -95,12 +95,12 @@ fn each(pid: i32, mut tell: impl FnMut(RawFd, FileLock) -> bool) {
 ///
 /// # Errors
 /// Names the first process that cannot, and its file.
-pub fn hold(pids: &[i32], locks: &[Held]) -> Result<()> {
+pub fn hold(pids: &[i32], locks: &[HeldLock]) -> Result<()> {
     if locks.is_empty() {
         return Ok(());
     }
     let tasks = of_first_space(pids)?;
-    let mut by_task: BTreeMap<i32, Vec<Held>> = BTreeMap::new();
+    let mut by_task: BTreeMap<i32, Vec<HeldLock>> = BTreeMap::new();
     for held in locks {
         by_task.entry(held.vpid).or_default().push(*held);
     }
@@ -113,7 +113,7 @@ pub fn hold(pids: &[i32], locks: &[Held]) -> Result<()> {
     Ok(())
 }
 
-fn hold_in(pid: i32, list: &[Held]) -> Result<()> {
+fn hold_in(pid: i32, list: &[HeldLock]) -> Result<()> {
     let lacking = missing(pid, list)?;
     let Some(first) = lacking.first() else { return Ok(()) };
     tracing::debug!("{} file locks of process {} are set again", lacking.len(), first.vpid);
@@ -132,7 +132,7 @@ fn hold_in(pid: i32, list: &[Held]) -> Result<()> {
 
 /// Those that a process does not hold. Which of several descriptors of a file the kernel shows a lock at
 /// does not matter.
-fn missing(pid: i32, list: &[Held]) -> Result<Vec<Held>> {
+fn missing(pid: i32, list: &[HeldLock]) -> Result<Vec<HeldLock>> {
     let mut files = BTreeMap::new();
     let mut there = HashSet::new();
     for number in list.iter().map(|held| held.number) {
@@ -149,7 +149,7 @@ fn missing(pid: i32, list: &[Held]) -> Result<Vec<Held>> {
         .with_context(what)?;
         files.insert(number, file);
     }
-    let lacks = |held: &&Held| !there.contains(&(files[&held.number], held.lock));
+    let lacks = |held: &&HeldLock| !there.contains(&(files[&held.number], held.lock));
     Ok(list.iter().filter(lacks).copied().collect())
 }
 
@@ -177,7 +177,7 @@ pub fn problems(pids: &[i32]) -> Vec<Problem> {
 fn locked_and_mapped(pid: i32) -> Option<PathBuf> {
     let mut locked = Vec::new();
     each(pid, |number, lock| {
-        let new = lock.kind == Kind::Posix && locked.last() != Some(&number);
+        let new = lock.kind == LockKind::Posix && locked.last() != Some(&number);
         locked.extend(new.then_some(number));
         true
     });
@@ -192,7 +192,7 @@ fn locked_and_mapped(pid: i32) -> Option<PathBuf> {
 }
 
 /// What could not be done.
-fn words(pid: i32, held: &Held) -> String {
+fn words(pid: i32, held: &HeldLock) -> String {
     let file = fs::read_link(format!("/proc/{pid}/fd/{}", held.number)).unwrap_or_default();
     format!("process {} does not get its lock on {} ({})", held.vpid, file.display(), held.lock)
 }
@@ -263,10 +263,10 @@ mod tests {
             setter.set(number, &lock).unwrap();
             setter.close().unwrap();
         };
-        set(8, lock(Kind::Posix));
-        set(9, lock(Kind::Flock));
+        set(8, lock(LockKind::Posix));
+        set(9, lock(LockKind::Flock));
         assert_eq!(locked_and_mapped(pid), None);
-        set(9, lock(Kind::Posix));
+        set(9, lock(LockKind::Posix));
         let program = fs::read_link(format!("/proc/{pid}/exe")).unwrap();
         assert_eq!(locked_and_mapped(pid), Some(program));
         // We can set it again.
@@ -274,7 +274,7 @@ mod tests {
         let held = look(&[pid]).unwrap().into_iter().map(|found| found.held).collect::<Vec<_>>();
         assert_eq!(held.len(), 3);
         assert_eq!(missing(pid, &held).unwrap(), []);
-        let more = Held { lock: FileLock { end: Some(7), ..held[0].lock }, ..held[0] };
+        let more = HeldLock { lock: FileLock { end: Some(7), ..held[0].lock }, ..held[0] };
         assert_eq!(missing(pid, &[more]).unwrap(), [more]);
         drop(child.stdin.take());
         child.wait().unwrap();

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use super::losses::files::{self, Open};
+use super::losses::files::{self, OpenFile};
 use super::losses::who;
 use crate::network::unix;
 use crate::problem::Problem;
@@ -41,7 +41,7 @@ fn waits(init: i32, pids: &[i32]) -> Option<Problem> {
         return None;
     }
     let open = files::all(pids);
-    let own: HashMap<u64, &Open> =
+    let own: HashMap<u64, &OpenFile> =
         open.iter().filter_map(|one| Some((one.socket()?, one))).collect();
     // Nobody has a descriptor of the other end before it is accepted.
     let peers: HashMap<u32, u32> = unix::peers(init).unwrap_or_default().into_iter().collect();

@@ -17,7 +17,7 @@ use crate::sys::{arch, listener, process, socket};
 
 /// A socket of Multipath TCP in a process.
 #[derive(Debug)]
-pub struct Found {
+pub struct MptcpSocket {
     /// Whose.
     pub pid: i32,
     /// Its number there.
@@ -29,7 +29,7 @@ pub struct Found {
 }
 
 /// All that these processes have, of one network namespace.
-pub fn sockets(pids: &[i32]) -> Vec<Found> {
+pub fn sockets(pids: &[i32]) -> Vec<MptcpSocket> {
     // Whoever has none need not look at each.
     let table = pids.first().and_then(|pid| process::proc_text(*pid, "net/protocols").ok());
     if !table.is_some_and(|table| are_some(&table)) {
@@ -43,7 +43,7 @@ pub fn sockets(pids: &[i32]) -> Vec<Found> {
             let Some(inode) = epoll::socket(&target) else { continue };
             let Ok(file) = process::pidfd_getfd(&pidfd, number) else { continue };
             if socket::is_mptcp(file.as_fd()) {
-                found.push(Found { pid, number, inode, file });
+                found.push(MptcpSocket { pid, number, inode, file });
             }
         }
     }
@@ -51,7 +51,7 @@ pub fn sockets(pids: &[i32]) -> Vec<Found> {
 }
 
 /// The first of them that cannot go along, and why.
-pub fn obstacle(init: i32, all: &[Found]) -> Option<(i32, &'static str)> {
+pub fn obstacle(init: i32, all: &[MptcpSocket]) -> Option<(i32, &'static str)> {
     if all.is_empty() {
         return None;
     }

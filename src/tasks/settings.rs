@@ -44,12 +44,12 @@ pub struct Setting {
     /// The thread, as the container numbers it.
     pub vtid: i32,
     /// What it is.
-    pub value: Value,
+    pub value: SettingValue,
 }
 
 /// See [`Setting`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Value {
+pub enum SettingValue {
     /// The only CPUs that the thread may run on, as the kernel lists them: `0-3,7`.
     Cpus(String),
     /// Its I/O priority.
@@ -101,7 +101,7 @@ impl Count {
         most: usize,
     ) -> Result<(), Problem> {
         for setting in some {
-            if let Value::Cpus(list) = &setting.value {
+            if let SettingValue::Cpus(list) = &setting.value {
                 self.bytes += list.len();
                 if !self.lists.contains(list) {
                     self.lists.insert(list.clone());
@@ -135,7 +135,7 @@ pub fn validate(settings: &[Setting]) -> Result<()> {
         bail!("{} settings, more than {MOST}", settings.len());
     }
     let lists = settings.iter().filter_map(|setting| match &setting.value {
-        Value::Cpus(list) => Some(list.len()),
+        SettingValue::Cpus(list) => Some(list.len()),
         _ => None,
     });
     if lists.sum::<usize>() > MOST_OF_LISTS {
@@ -144,15 +144,15 @@ pub fn validate(settings: &[Setting]) -> Result<()> {
     Ok(())
 }
 
-fn of_thread(tid: i32, allowed: Option<&[u8]>) -> Vec<Value> {
+fn of_thread(tid: i32, allowed: Option<&[u8]>) -> Vec<SettingValue> {
     let mut values = Vec::new();
     let cpus = sched::cpus(tid).ok().filter(|cpus| allowed.is_some_and(|all| all != cpus));
-    values.extend(cpus.map(|cpus| Value::Cpus(sched::cpu_list(&cpus))));
+    values.extend(cpus.map(|cpus| SettingValue::Cpus(sched::cpu_list(&cpus))));
     // Without a class it is derived from the niceness, which is carried.
     let io = sched::io_priority(tid).ok().filter(|priority| priority >> 13 != 0);
-    values.extend(io.map(Value::Io));
+    values.extend(io.map(SettingValue::Io));
     let slack = sched::timer_slack(tid).ok().filter(|slack| ![0, TIMER_SLACK].contains(slack));
-    values.extend(slack.map(Value::Slack));
+    values.extend(slack.map(SettingValue::Slack));
     values
 }
 
@@ -194,17 +194,17 @@ pub fn ask(pids: &[i32]) -> Result<Vec<Setting>> {
     .unwrap_or_else(|_| bail!("the thread has died"))
 }
 
-fn ask_one(task: Task, mdwe: bool, locks: bool) -> io::Result<Vec<Value>> {
+fn ask_one(task: Task, mdwe: bool, locks: bool) -> io::Result<Vec<SettingValue>> {
     let at = instruction(task.pid)?;
     let mut thread = fd_inject::first_thread(task.pid)?;
     let mut values = Vec::new();
     if mdwe {
         let flags = thread.call(at, libc::SYS_prctl, protection::ASK)? as u64;
-        values.extend((flags != 0).then_some(Value::Mdwe(flags)));
+        values.extend((flags != 0).then_some(SettingValue::Mdwe(flags)));
     }
     if locks && gets_locked(task.pid, &mut thread, at)? {
         let later = if first_is_locked(task.pid, "lf") { libc::MCL_ONFAULT } else { 0 };
-        values.push(Value::Lock((libc::MCL_FUTURE | later) as u64));
+        values.push(SettingValue::Lock((libc::MCL_FUTURE | later) as u64));
     }
     Ok(values)
 }
@@ -257,20 +257,20 @@ pub fn set(pids: &[i32], settings: &[Setting]) -> Result<Vec<Problem>> {
         let Some(&(task, tid)) = threads.get(&(*vpid, *vtid)) else { continue };
         let whose = || who(task, *vtid);
         match value {
-            Value::Cpus(cpus) => changed.extend(pin(tid, cpus, whose)),
-            Value::Io(priority) => {
+            SettingValue::Cpus(cpus) => changed.extend(pin(tid, cpus, whose)),
+            SettingValue::Io(priority) => {
                 if let Err(e) = sched::set_io_priority(tid, *priority) {
                     changed.push(lost("an I/O priority is not what it was", whose(), &e));
                 }
             }
-            Value::Slack(slack) => {
+            SettingValue::Slack(slack) => {
                 if let Err(e) = sched::set_timer_slack(tid, *slack) {
                     changed.push(lost("a timer slack is not what it was", whose(), &e));
                 }
             }
-            Value::Mdwe(flags) => call(task, protection::deny(*flags), libc::SYS_prctl)
+            SettingValue::Mdwe(flags) => call(task, protection::deny(*flags), libc::SYS_prctl)
                 .with_context(|| format!("{} cannot deny itself memory (MDWE)", whose()))?,
-            Value::Lock(flags) => {
+            SettingValue::Lock(flags) => {
                 if let Err(e) = call(task, [*flags], libc::SYS_mlockall) {
                     let what = "memory that the container gets later is not locked any more";
                     changed.push(lost(what, whose(), &e));
@@ -314,7 +314,7 @@ fn call<const N: usize>(task: Task, arguments: [u64; N], number: i64) -> io::Res
 /// Which CPUs threads are bound to: each list once.
 pub fn bound_cpus(settings: &[Setting]) -> Vec<String> {
     let lists = settings.iter().filter_map(|setting| match &setting.value {
-        Value::Cpus(list) => Some(list.as_str()),
+        SettingValue::Cpus(list) => Some(list.as_str()),
         _ => None,
     });
     let lists: BTreeSet<&str> = lists.collect();
@@ -356,7 +356,8 @@ mod tests {
 
     #[test]
     fn lists_are_told_once() {
-        let setting = |list: &str| Setting { vpid: 1, vtid: 1, value: Value::Cpus(list.into()) };
+        let setting =
+            |list: &str| Setting { vpid: 1, vtid: 1, value: SettingValue::Cpus(list.into()) };
         assert_eq!(bound_cpus(&[setting("1"), setting("0"), setting("1")]), ["0", "1"]);
         assert_eq!(lacking(&["0-1".into(), "1".into()], "0-3\n"), None);
         assert!(lacking(&["0-1".into()], "0").is_some() && lacking(&["x".into()], "0").is_some());
@@ -389,17 +390,21 @@ mod tests {
         sched::set_io_priority(first, 3 << 13).unwrap();
         sched::set_timer_slack(first, 77_000).unwrap();
         let list = sched::cpu_list(&cpus);
-        let wanted = [Value::Cpus(list.clone()), Value::Io(3 << 13), Value::Slack(77_000)];
+        let wanted = [
+            SettingValue::Cpus(list.clone()),
+            SettingValue::Io(3 << 13),
+            SettingValue::Slack(77_000),
+        ];
         let other_than_all = if cpus == all { &wanted[1..] } else { &wanted };
         assert_eq!(of_thread(first, Some(&all)), other_than_all);
         let vpid = inside(second, second).unwrap();
-        let setting = |value: &Value| Setting { vpid, vtid: vpid, value: value.clone() };
+        let setting = |value: &SettingValue| Setting { vpid, vtid: vpid, value: value.clone() };
         assert_eq!(set(&[second], &wanted.each_ref().map(setting)).unwrap(), []);
         assert_eq!(of_thread(second, Some(&[])), wanted);
         // No machine has that many.
-        let told = set(&[second], &[setting(&Value::Cpus("8000".into()))]).unwrap();
+        let told = set(&[second], &[setting(&SettingValue::Cpus("8000".into()))]).unwrap();
         assert!(told.len() == 1 && !told[0].fatal, "{told:?}");
-        let told = set(&[second], &[setting(&Value::Cpus("x".into()))]).unwrap();
+        let told = set(&[second], &[setting(&SettingValue::Cpus("x".into()))]).unwrap();
         assert!(told.len() == 1 && !told[0].fatal, "{told:?}");
         let settings = wanted.each_ref().map(setting);
         assert_eq!(bound_cpus(&settings), std::slice::from_ref(&list));
@@ -424,19 +429,19 @@ mod tests {
         call(own, protection::deny(1), libc::SYS_prctl).unwrap();
         let (other, second) = idle();
         let vpid = inside(second, second).unwrap();
-        let values = |pid| -> Vec<Value> {
+        let values = |pid| -> Vec<SettingValue> {
             ask(&[pid]).unwrap().into_iter().map(|setting| setting.value).collect()
         };
-        assert_eq!(values(first), [Value::Mdwe(1)]);
+        assert_eq!(values(first), [SettingValue::Mdwe(1)]);
         assert_eq!(values(second), []);
-        let settings = [Value::Mdwe(1), Value::Lock(libc::MCL_FUTURE as u64)];
+        let settings = [SettingValue::Mdwe(1), SettingValue::Lock(libc::MCL_FUTURE as u64)];
         let settings = settings.map(|value| Setting { vpid, vtid: vpid, value });
         assert_eq!(set(&[second], &settings).unwrap(), []);
         // What it has is not locked, so that nobody looks.
-        assert_eq!(values(second), [Value::Mdwe(1)]);
+        assert_eq!(values(second), [SettingValue::Mdwe(1)]);
         let task = Task { pid: second, vpid };
         let asked = ask_one(task, true, true).unwrap();
-        assert_eq!(asked, [Value::Mdwe(1), Value::Lock(libc::MCL_FUTURE as u64)]);
+        assert_eq!(asked, [SettingValue::Mdwe(1), SettingValue::Lock(libc::MCL_FUTURE as u64)]);
         end(one);
         end(other);
     }

@@ -17,8 +17,8 @@ use crate::problem::Problem;
 use crate::sys::netns::NetNs;
 use crate::sys::process::{self, proc_text};
 use crate::sys::socket_options::{
-    KNOWN, Kind, LONGEST, MOST_SOURCES, Meaning, Membership, Value, changed, defaults, give, join,
-    membership,
+    KNOWN, LONGEST, MOST_SOURCES, Meaning, Membership, OptionValue, SocketType, changed, defaults,
+    give, join, membership,
 };
 
 /// Most options and memberships of one container.
@@ -40,7 +40,7 @@ pub struct SocketSettings {
     /// Its descriptor there.
     pub number: RawFd,
     /// Where they stand in [`KNOWN`], and their values.
-    pub options: Vec<Value>,
+    pub options: Vec<OptionValue>,
     /// The same, of those that are an interface: its name, for over there it may have another number.
     pub interfaces: Vec<(u8, String)>,
     /// The multicast groups that it is a member of.
@@ -125,18 +125,18 @@ pub fn groups(igmp: &str, igmp6: &str) -> Vec<Joined> {
 }
 
 /// A socket of the internet.
-struct Socket {
+struct InternetSocket {
     /// Its process, as the container numbers it.
     vpid: i32,
     /// Its descriptor there.
     number: RawFd,
-    kind: Kind,
+    kind: SocketType,
     /// A duplicate of that.
     file: OwnedFd,
 }
 
 /// Those that these processes have, each once.
-fn sockets(pids: &[i32]) -> Result<Vec<Socket>> {
+fn sockets(pids: &[i32]) -> Result<Vec<InternetSocket>> {
     let (mut found, mut seen) = (Vec::new(), HashSet::new());
     for task in of_first_space(pids)? {
         // Whoever has ended meanwhile has none.
@@ -151,8 +151,8 @@ fn sockets(pids: &[i32]) -> Result<Vec<Socket>> {
             }
             let Ok(file) = process::pidfd_getfd(&pidfd, number) else { continue };
             seen.insert(inode);
-            if let Some(kind) = Kind::of(&file) {
-                found.push(Socket { vpid: task.vpid, number, kind, file });
+            if let Some(kind) = SocketType::of(&file) {
+                found.push(InternetSocket { vpid: task.vpid, number, kind, file });
             }
         }
     }
@@ -177,7 +177,7 @@ pub fn look(
     within_reason(&sockets, &joined)?;
     // Whatever a fresh socket has is the namespace's, and goes along with it.
     let (fresh, names) = namespace.run(|| {
-        let mut fresh: HashMap<Kind, Vec<Value>> = HashMap::new();
+        let mut fresh: HashMap<SocketType, Vec<OptionValue>> = HashMap::new();
         for socket in &sockets {
             let values = || defaults(socket.kind).unwrap_or_default();
             fresh.entry(socket.kind).or_insert_with(values);
@@ -187,7 +187,7 @@ pub fn look(
     let names = names?;
 
     let (mut found, mut count, mut left) = (Vec::new(), 0, 0);
-    for Socket { vpid, number, kind, file } in sockets {
+    for InternetSocket { vpid, number, kind, file } in sockets {
         let values = fresh.get(&kind).map(Vec::as_slice).unwrap_or_default();
         let mut settings = SocketSettings {
             vpid,
@@ -249,7 +249,7 @@ pub fn strange_members(pids: &[i32], joined: &[Joined]) -> Result<Vec<Joined>> {
 }
 
 /// Of each socket the kernel is asked for each group: half a microsecond.
-fn within_reason(sockets: &[Socket], groups: &[Joined]) -> Result<()> {
+fn within_reason(sockets: &[InternetSocket], groups: &[Joined]) -> Result<()> {
     let (sockets, groups) = (sockets.iter().filter(|one| one.kind.joins()).count(), groups.len());
     if sockets.saturating_mul(groups) > MOST_LOOKS {
         bail!("{sockets} sockets and {groups} groups: each could be a member of each");

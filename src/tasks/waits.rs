@@ -10,18 +10,18 @@ use crate::problem::Problem;
 use crate::sys::inject;
 use crate::sys::process::proc_text;
 use crate::sys::stopped::wait_no_longer;
-use crate::sys::waits::{Clock, Processors, Seen, is_continued};
+use crate::sys::waits::{Clock, Processors, SeenWait, is_continued};
 
 /// Nobody tells when it has.
 const GLANCE: Duration = Duration::from_millis(1);
 
 /// What threads wait for that are to be frozen in the next moment, by their numbers.
-pub fn look(pids: &[i32]) -> HashMap<i32, Seen> {
+pub fn look(pids: &[i32]) -> HashMap<i32, SeenWait> {
     let (mut seen, mut processors) = (HashMap::new(), Processors::default());
     for &pid in pids {
         let clock = Clock::of(pid);
         for tid in inject::threads(pid).unwrap_or_default() {
-            seen.extend(Seen::of(tid, &clock, &mut processors).map(|one| (tid, one)));
+            seen.extend(SeenWait::of(tid, &clock, &mut processors).map(|one| (tid, one)));
         }
     }
     seen

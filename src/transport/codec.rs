@@ -90,7 +90,7 @@ pub enum CompressOption {
 
 /// What is known of a codec.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Known {
+pub struct CodecSpeed {
     /// Bytes a second that go in.
     pub speed: f64,
     /// What comes out, as a part of what goes in.
@@ -101,7 +101,7 @@ pub struct Known {
 const GAIN: f64 = 0.9;
 
 /// The codec with which a byte takes the shortest time, on a link of `link` bytes a second.
-pub fn best(link: f64, known: &[(Codec, Known)]) -> Codec {
+pub fn best(link: f64, known: &[(Codec, CodecSpeed)]) -> Codec {
     let mut best = (Codec::None, GAIN / link);
     for (codec, known) in known {
         let time = 1.0 / known.speed + known.ratio / link;
@@ -162,7 +162,7 @@ impl Chooser {
             12 => return Codec::None,
             _ => {}
         }
-        let known = |l: &Lately| Known { speed: l.raw / l.seconds, ratio: l.wire / l.raw };
+        let known = |l: &Lately| CodecSpeed { speed: l.raw / l.seconds, ratio: l.wire / l.raw };
         let codecs = [(Codec::Lz4, known(&self.lz4)), (Codec::Zstd, known(&self.zstd))];
         best(self.link.wire / self.link.seconds, &codecs)
     }
@@ -187,8 +187,8 @@ mod tests {
     use super::*;
     use crate::fuzz::Target;
 
-    const LZ4: (Codec, Known) = (Codec::Lz4, Known { speed: 1e9, ratio: 0.5 });
-    const ZSTD: (Codec, Known) = (Codec::Zstd, Known { speed: 3e8, ratio: 0.3 });
+    const LZ4: (Codec, CodecSpeed) = (Codec::Lz4, CodecSpeed { speed: 1e9, ratio: 0.5 });
+    const ZSTD: (Codec, CodecSpeed) = (Codec::Zstd, CodecSpeed { speed: 3e8, ratio: 0.3 });
 
     #[test]
     fn the_slower_the_link_the_harder_it_is_packed() {
@@ -199,9 +199,9 @@ mod tests {
 
     #[test]
     fn what_cannot_be_packed_goes_as_it_is() {
-        let random = Known { speed: 2e9, ratio: 1.004 };
+        let random = CodecSpeed { speed: 2e9, ratio: 1.004 };
         assert_eq!(best(12.5e6, &[(Codec::Lz4, random), (Codec::Zstd, random)]), Codec::None);
-        let unknown = Known { speed: f64::NAN, ratio: f64::NAN };
+        let unknown = CodecSpeed { speed: f64::NAN, ratio: f64::NAN };
         assert_eq!(best(12.5e6, &[(Codec::Lz4, unknown)]), Codec::None);
     }
 

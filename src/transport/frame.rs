@@ -38,7 +38,7 @@ pub enum Frame {
     /// Pages of a task's memory: number in the container, address, contents.
     Pages(i32, u64, Vec<u8>),
     /// Pages without contents: what about them, number in the container, address, how many.
-    Run(Run, i32, u64, usize),
+    Run(RunKind, i32, u64, usize),
     /// Pages whose contents are those of others that came before.
     Same(Same),
     /// A piece of an image file: name, offset, contents.
@@ -50,7 +50,7 @@ pub enum Frame {
 /// What about a run of pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Run {
+pub enum RunKind {
     /// They are all zero.
     Zero = ZEROS,
     /// They stay on the source until after the commit.
@@ -130,7 +130,7 @@ pub fn write_pages(
 /// Writes a run of pages without contents.
 pub fn write_run(
     out: &mut impl Write,
-    what: Run,
+    what: RunKind,
     vpid: i32,
     mut vaddr: u64,
     mut pages: usize,
@@ -266,9 +266,9 @@ fn decode(kind: u8, mut payload: Vec<u8>) -> Result<Frame> {
         CONTROL => Frame::Control(payload),
         ZEROS | REMOTE | WANT => {
             let what = match kind {
-                ZEROS => Run::Zero,
-                REMOTE => Run::Remote,
-                _ => Run::Want,
+                ZEROS => RunKind::Zero,
+                REMOTE => RunKind::Remote,
+                _ => RunKind::Want,
             };
             Frame::Run(what, word(0)? as i32, word(8)?, run_length(word(16)?)?)
         }
@@ -314,8 +314,8 @@ mod tests {
         let mut out = Vec::new();
         write_control(&mut out, b"{\"a\":1}").unwrap();
         write_pages(&mut out, 7, 0x1000, &vec![9; 200 * PAGE], None).unwrap();
-        write_run(&mut out, Run::Zero, 7, 0x9000, 5).unwrap();
-        write_run(&mut out, Run::Want, -7, 0x9000, MAX_RUN + 1).unwrap();
+        write_run(&mut out, RunKind::Zero, 7, 0x9000, 5).unwrap();
+        write_run(&mut out, RunKind::Want, -7, 0x9000, MAX_RUN + 1).unwrap();
         write_same(&mut out, SAME_RUN).unwrap();
         let (bytes, mut packed) = (vec![3; 16 * PAGE], Vec::new());
         Codec::Lz4.pack(&bytes, &mut packed).unwrap();
@@ -341,9 +341,9 @@ mod tests {
         assert_eq!(all.len(), 9);
         assert_eq!(all[0], Frame::Control(b"{\"a\":1}".to_vec()));
         assert_eq!(all[1], Frame::Pages(7, 0x1000, vec![9; 200 * PAGE]));
-        assert_eq!(all[2], Frame::Run(Run::Zero, 7, 0x9000, 5));
-        assert_eq!(all[3], Frame::Run(Run::Want, -7, 0x9000, MAX_RUN));
-        assert_eq!(all[4], Frame::Run(Run::Want, -7, 0x9000 + (MAX_RUN * PAGE) as u64, 1));
+        assert_eq!(all[2], Frame::Run(RunKind::Zero, 7, 0x9000, 5));
+        assert_eq!(all[3], Frame::Run(RunKind::Want, -7, 0x9000, MAX_RUN));
+        assert_eq!(all[4], Frame::Run(RunKind::Want, -7, 0x9000 + (MAX_RUN * PAGE) as u64, 1));
         assert_eq!(all[5], Frame::Same(SAME_RUN));
         assert_eq!(all[6], Frame::Pages(7, 0x5000, vec![3; 16 * PAGE]));
         assert_eq!(all[7], Frame::File("core-1.img".into(), 12, b"xyz".to_vec()));
@@ -364,7 +364,7 @@ mod tests {
     #[test]
     fn every_flipped_bit_is_found() {
         let mut whole = Vec::new();
-        write_run(&mut whole, Run::Zero, 7, 0x9000, 5).unwrap();
+        write_run(&mut whole, RunKind::Zero, 7, 0x9000, 5).unwrap();
         for bit in 0..whole.len() * 8 {
             let mut bad = whole.clone();
             bad[bit / 8] ^= 1 << (bit % 8);
@@ -406,7 +406,7 @@ mod tests {
         write_pages(&mut small, 1, 0x1000, &zeros, Some((Codec::Lz4, &lz4))).unwrap();
         write_pages(&mut small, 1, 0x1000, &zeros[..PAGE], None).unwrap();
         write_control(&mut small, b"{}").unwrap();
-        write_run(&mut small, Run::Remote, 7, 0x9000, 5).unwrap();
+        write_run(&mut small, RunKind::Remote, 7, 0x9000, 5).unwrap();
         write_same(&mut small, SAME_RUN).unwrap();
         write_file(&mut small, "core-1.img", 12, b"xyz").unwrap();
         write_packet(&mut small, b"frame").unwrap();

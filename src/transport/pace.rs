@@ -9,10 +9,10 @@ const BURST: Duration = Duration::from_millis(20);
 
 /// The limit, if there is one. A clone counts together with what it was made of.
 #[derive(Clone, Debug, Default)]
-pub struct Pace(Option<Arc<Limit>>);
+pub struct Pace(Option<Arc<RateLimit>>);
 
 #[derive(Debug)]
-struct Limit {
+struct RateLimit {
     /// Bytes a second.
     rate: u64,
     /// When the bytes sent so far are paid for.
@@ -22,7 +22,7 @@ struct Limit {
 impl Pace {
     /// So many bytes a second, at most.
     pub fn new(rate: Option<u64>) -> Pace {
-        let limit = |rate: u64| Limit { rate: rate.max(1), paid: Mutex::new(Instant::now()) };
+        let limit = |rate: u64| RateLimit { rate: rate.max(1), paid: Mutex::new(Instant::now()) };
         Pace(rate.map(|rate| Arc::new(limit(rate))))
     }
 

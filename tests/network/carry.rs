@@ -5,7 +5,7 @@ use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::Path;
 
 use ferry::network;
-use ferry::network::image::Kind;
+use ferry::network::image::LinkKind;
 use ferry::network::{
     NetworkImage, Placement, Problem, announce, capture, capture_at, fence, recreate,
 };
@@ -224,7 +224,7 @@ pub fn hand_over(name: &'static str, attachment: Attachment) {
     let mut kept = network::Capture::prepare(&source, &image).expect("a capture");
     let mut source_fence = fence::arm(&source).expect("a fence");
     kept.start().expect("started");
-    source_fence.close(fence::Side::Both).expect("a closed fence");
+    source_fence.close(fence::FenceSide::Both).expect("a closed fence");
     assert_eq!(lab.learned_at(MAC), ["port-a"], "nothing has come out of the copy so far");
     let server = made.namespace().run(|| TcpListener::bind((IP4, 80))).expect("namespace");
     let server = server.expect("a server on the copy");
@@ -333,7 +333,7 @@ pub fn keep() {
     let made = recreate(&image, &Placement::Keep, &path, &host).expect("kept");
     assert_eq!(fence::is_raised(&source), Ok(true));
     made.undo().expect("undone");
-    assert_eq!(fence::state(&source), Ok(fence::State::Absent));
+    assert_eq!(fence::state(&source), Ok(fence::FenceState::Absent));
     assert!(path.exists(), "what was there stays");
 
     lab.at("web", &format!("address del {IP4}/24 dev eth0"));
@@ -558,7 +558,7 @@ pub fn preflight_finds(name: &'static str, attachment: Attachment) {
 
 fn anonymous(mut image: NetworkImage) -> NetworkImage {
     for link in &mut image.links {
-        if let Kind::Veth { host_mac, .. } = &mut link.kind {
+        if let LinkKind::Veth { host_mac, .. } = &mut link.kind {
             *host_mac = [0; 6];
         }
     }

@@ -7,8 +7,8 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use ferry::network::fence::{Side, State};
-use ferry::network::{Capture, Frame, Placement, Replay, capture, fence, recreate};
+use ferry::network::fence::{FenceSide, FenceState};
+use ferry::network::{Capture, EthernetFrame, Placement, Replay, capture, fence, recreate};
 use ferry::sys::netns::NetNs;
 use ferry::sys::packet::PacketSocket;
 
@@ -94,7 +94,7 @@ pub fn silent(name: &'static str, attachment: Attachment) {
     for kind in [0x0806, 0x0800, 0x86dd] {
         assert!(seen.contains(&kind), "with the fence open {kind:#06x} is seen");
     }
-    made.fence().expect("a fence").close(Side::Both).expect("close");
+    made.fence().expect("a fence").close(FenceSide::Both).expect("close");
     witness.saw();
     knock(&lab, made.namespace());
     assert_eq!(witness.saw(), Vec::<u16>::new(), "closed again");
@@ -115,28 +115,28 @@ pub fn without_egress() {
     knock(&lab, &ns);
     assert!(witness.saw().contains(&0x0806));
     fence::remove(&ns).expect("removed by name");
-    assert_eq!(fence::state(&ns), Ok(State::Absent));
+    assert_eq!(fence::state(&ns), Ok(FenceState::Absent));
 }
 
 pub fn outlives() {
     let lab = Lab::new("outl", Attachment::Macvlan);
     let ns = lab.container("web");
-    assert_eq!(fence::state(&ns), Ok(State::Absent));
+    assert_eq!(fence::state(&ns), Ok(FenceState::Absent));
     let status = Command::new(std::env::current_exe().expect("this program"))
         .env(RAISE_AND_EXIT, lab.path("web"))
         .status();
     assert!(status.expect("a process").success());
-    assert_eq!(fence::state(&ns), Ok(State::Closed));
+    assert_eq!(fence::state(&ns), Ok(FenceState::Closed));
     drop(fence::raise(&ns).expect("raised twice"));
     drop(fence::raise(&ns).expect("raised twice"));
     assert_eq!(fence::is_raised(&ns), Ok(true));
     fence::remove(&ns).expect("removed by name");
     fence::remove(&ns).expect("removed twice");
-    assert_eq!(fence::state(&ns), Ok(State::Absent));
+    assert_eq!(fence::state(&ns), Ok(FenceState::Absent));
     // Flipping a fence that somebody has removed must not succeed in silence.
     let mut armed = fence::arm(&ns).expect("armed");
     fence::remove(&ns).expect("removed");
-    armed.close(Side::Both).expect_err("it is gone");
+    armed.close(FenceSide::Both).expect_err("it is gone");
     armed.disarm().expect("it is gone");
 }
 
@@ -151,7 +151,7 @@ pub fn new_only() {
         |patience| client.run(|| TcpStream::connect_timeout(&to, patience)).expect("client");
     knock(PATIENCE).expect("nothing is in the way of a new one");
     let mut armed = fence::arm(&ns).expect("armed");
-    armed.close(Side::New).expect("closed for new ones");
+    armed.close(FenceSide::New).expect("closed for new ones");
     let kept_out = knock(SILENCE).expect_err("a new one gets no answer");
     assert_eq!(kept_out.kind(), ErrorKind::TimedOut, "{kept_out}");
     server.write_all(b"on its way").expect("write");
@@ -165,11 +165,11 @@ pub fn new_only() {
     armed.open().expect("open");
     knock(PATIENCE).expect("a new one comes in again");
     armed.disarm().expect("disarmed");
-    assert_eq!(fence::state(&ns), Ok(State::Absent));
+    assert_eq!(fence::state(&ns), Ok(FenceState::Absent));
 }
 
 /// Reads until `enough` says so; waits for frames.
-fn keep(capture: &mut Capture, enough: impl Fn(&[Frame]) -> bool) -> Vec<Frame> {
+fn keep(capture: &mut Capture, enough: impl Fn(&[EthernetFrame]) -> bool) -> Vec<EthernetFrame> {
     let mut frames = Vec::new();
     wait_until("frames to be kept", || {
         capture.read(&mut frames).expect("read");
@@ -199,7 +199,7 @@ pub fn replay(name: &'static str, attachment: Attachment) {
         let before = lab.counter("c", "Tcp", "RetransSegs");
 
         kept.start().expect("started");
-        armed.close(Side::Both).expect("closed");
+        armed.close(FenceSide::Both).expect("closed");
         near.write_all(b"in the dark").expect("write");
         let any = if ip.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
         let sent = client.run(|| UdpSocket::bind(any)?.send_to(b"datagram", (ip, 7000)));
@@ -231,22 +231,22 @@ pub fn replay(name: &'static str, attachment: Attachment) {
 }
 
 /// How many bytes of a TCP stream the frames hold in one piece, counting what was sent twice once.
-fn stretch(frames: &[Frame]) -> usize {
-    let ends = |f: &Frame| {
+fn stretch(frames: &[EthernetFrame]) -> usize {
+    let ends = |f: &EthernetFrame| {
         let header = if f.bytes[12..14] == [0x86, 0xdd] { 40 } else { 20 };
         let tcp = &f.bytes[14 + header..];
         let first = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
         let length = tcp.len() - usize::from(tcp[12] >> 4) * 4;
         (first, first.wrapping_add(length as u32))
     };
-    let is_tcp = |f: &&Frame| match f.bytes[12..14] {
+    let is_tcp = |f: &&EthernetFrame| match f.bytes[12..14] {
         [0x08, 0x00] => f.bytes[14 + 9] == libc::IPPROTO_TCP as u8,
         _ => f.bytes[14 + 6] == libc::IPPROTO_TCP as u8,
     };
     let Some((start, _)) = frames.iter().find(is_tcp).map(ends) else { return 0 };
 
     // Counted from the first byte, as sequence numbers come round.
-    let from_start = |f: &Frame| {
+    let from_start = |f: &EthernetFrame| {
         let (first, last) = ends(f);
         (first.wrapping_sub(start), last.wrapping_sub(start))
     };
@@ -300,7 +300,7 @@ pub fn large_segments(name: &'static str, attachment: Attachment) {
         await_acknowledged(&near);
         let mut kept = Capture::prepare(&ns, &image).expect("a capture");
         kept.start().expect("started");
-        armed.close(Side::Both).expect("closed");
+        armed.close(FenceSide::Both).expect("closed");
         thread::scope(|scope| {
             // What the link carries besides: a listener report of a host's, for one.
             let any = if ip.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
@@ -308,10 +308,10 @@ pub fn large_segments(name: &'static str, attachment: Attachment) {
             sent.expect("client").expect("send");
             scope.spawn(|| near.write_all(dark).expect("write"));
             // How much fits into the congestion window depends on what was lost before.
-            let merged = |f: &Frame| f.bytes.len() > 4000;
+            let merged = |f: &EthernetFrame| f.bytes.len() > 4000;
             let mut frames = keep(&mut kept, |f| f.iter().any(merged));
             // From now on the client can neither send nor hear: what arrives has been replayed.
-            dark_client.close(Side::Both).expect("closed");
+            dark_client.close(FenceSide::Both).expect("closed");
             kept.read(&mut frames).expect("read");
             armed.open().expect("open");
             for frame in &frames {
@@ -334,7 +334,7 @@ pub fn bad_frames() {
     let ns = lab.container("web");
     let image = capture(&ns, &lab.ns("a")).expect("a captured network");
     let replay = Replay::prepare(&ns, &image).expect("a replay");
-    let frame = |link, length| Frame { link, vnet_hdr: [0; 10], bytes: vec![0; length] };
+    let frame = |link, length| EthernetFrame { link, vnet_hdr: [0; 10], bytes: vec![0; length] };
     for bad in [frame(1, 0), frame(1, 14), frame(1, 70_000), frame(9, 60), frame(0, 60)] {
         replay.inject(&bad).expect_err(&format!("{bad:?}"));
     }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use ferry::network::fence::Side;
+use ferry::network::fence::FenceSide;
 use ferry::network::{Announcer, Capture, Placement, Replay, capture, fence, recreate};
 
 use crate::lab::{Attachment, Lab};
@@ -29,8 +29,8 @@ pub fn measure(name: &'static str, attachment: Attachment) {
     let mut t: [Vec<Duration>; 16] = std::array::from_fn(|_| Vec::new());
     for _ in 0..TIMES {
         let mut armed = timed(&mut t[0], || fence::arm(&ns)).expect("arm");
-        timed(&mut t[1], || armed.close(Side::New)).expect("close");
-        timed(&mut t[2], || armed.close(Side::Both)).expect("close");
+        timed(&mut t[1], || armed.close(FenceSide::New)).expect("close");
+        timed(&mut t[2], || armed.close(FenceSide::Both)).expect("close");
         timed(&mut t[3], || armed.open()).expect("open");
         timed(&mut t[4], || fence::state(&ns)).expect("state");
         timed(&mut t[5], || armed.disarm()).expect("disarm");

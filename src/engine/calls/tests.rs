@@ -12,7 +12,7 @@ fn words(text: &str) -> Vec<OsString> {
 fn a_call_is_expected_once_and_for_a_while() {
     let top = tempfile::tempdir().unwrap();
     let (place, root) = (top.path().join("expected"), Path::new("/run/runc"));
-    let expect = |limit| expect_in(&place, (Verb::Restore, "ab12", root), top.path(), limit);
+    let expect = |limit| expect_in(&place, (EngineVerb::Restore, "ab12", root), top.path(), limit);
     let taken = |verb, ids: &str, root: &str| {
         taken_in(&place, verb, &words(ids), Path::new(root)).is_some()
     };
@@ -37,9 +37,9 @@ fn a_call_is_expected_once_and_for_a_while() {
 }
 
 /// Whoever is called, on a thread, and the call.
-fn called(top: &Path) -> (JoinHandle<Result<()>>, Call) {
+fn called(top: &Path) -> (JoinHandle<Result<()>>, EngineCall) {
     let (place, root) = (top.join("expected"), Path::new("/run/runc"));
-    let expected = expect_in(&place, (Verb::Restore, "ab12", root), top, LIMIT).unwrap();
+    let expected = expect_in(&place, (EngineVerb::Restore, "ab12", root), top, LIMIT).unwrap();
     let pid_file = top.join("pid");
     let line = format!(
         "--log-format=json restore --bundle /b --pid-file {} --detach ab12",
@@ -117,7 +117,8 @@ fn what_is_created_is_held_until_it_is_started() {
     for word in [None, Some("the link broke")] {
         let top = tempfile::tempdir().unwrap();
         let (place, root) = (top.path().join("expected"), Path::new("/run/moby"));
-        let expected = expect_in(&place, (Verb::Create, "ab12", root), top.path(), LIMIT).unwrap();
+        let expected =
+            expect_in(&place, (EngineVerb::Create, "ab12", root), top.path(), LIMIT).unwrap();
         let pid_file = top.path().join("pid");
         let line = format!("create --bundle /b --pid-file {} ab12", pid_file.display());
         let taken = taken_in(&place, "create", &words("ab12"), root).unwrap();
@@ -149,7 +150,7 @@ fn who_is_to_start_it_decides_by_what_lives_when_nobody_waits() {
     let mark = |child: &Child| ProcessId::of(child.id() as i32).unwrap();
     let expectation = |held| Expectation {
         root: "/run/moby".into(),
-        verb: Verb::Start,
+        verb: EngineVerb::Start,
         until: now() + 20,
         socket: "/no/such/socket".into(),
         held: Some(held),
@@ -172,7 +173,7 @@ fn who_is_to_start_it_decides_by_what_lives_when_nobody_waits() {
 fn a_description_is_no_checkpoint() {
     let top = tempfile::tempdir().unwrap();
     let (place, root) = (top.path().join("expected"), Path::new("/run/runc"));
-    let _expected = expect_in(&place, (Verb::Describe, "ab12", root), top.path(), LIMIT);
+    let _expected = expect_in(&place, (EngineVerb::Describe, "ab12", root), top.path(), LIMIT);
     let taken = taken_in(&place, "checkpoint", &words("ab12"), root).unwrap();
     let images = top.path().join("images");
     let line = format!("checkpoint --image-path={} ab12", images.display());

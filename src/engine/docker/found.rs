@@ -11,7 +11,7 @@ use super::OWN;
 use super::api::{GET, ask};
 use crate::engine::Engine;
 use crate::engine::common::{self, is_set, text};
-use crate::engine::papers::{Neighbour, Network, Store, Volume};
+use crate::engine::papers::{EngineNetwork, EngineStore, NeighbourContainer, Volume};
 use crate::problem::Problem;
 
 /// The network of those who ask for none.
@@ -108,7 +108,7 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
 /// Mounts of the container that docker makes itself.
 pub(super) fn own(
     id: &str,
-    store: &Store,
+    store: &EngineStore,
     config: &Value,
     problems: &mut Vec<Problem>,
 ) -> Vec<PathBuf> {
@@ -133,7 +133,7 @@ pub(super) fn own(
     own
 }
 
-pub(super) fn networks(found: &Value, problems: &mut Vec<Problem>) -> Vec<Network> {
+pub(super) fn networks(found: &Value, problems: &mut Vec<Problem>) -> Vec<EngineNetwork> {
     if matches!(text(&found["HostConfig"]["NetworkMode"]), "none" | "host") {
         return Vec::new();
     }
@@ -178,10 +178,10 @@ pub(super) fn given(found: &Value) -> Vec<IpAddr> {
     text(&own["IPAddress"]).parse().into_iter().collect()
 }
 
-pub(super) fn network(name: &str) -> Result<Option<Network>> {
+pub(super) fn network(name: &str) -> Result<Option<EngineNetwork>> {
     let Some(found) = ask(GET, &format!("/networks/{name}"), None)? else { return Ok(None) };
     let subnets = found["IPAM"]["Config"].as_array().into_iter().flatten();
-    Ok(Some(Network {
+    Ok(Some(EngineNetwork {
         name: name.to_owned(),
         driver: text(&found["Driver"]).to_owned(),
         subnets: subnets.map(|subnet| text(&subnet["Subnet"]).to_owned()).collect(),
@@ -190,7 +190,7 @@ pub(super) fn network(name: &str) -> Result<Option<Network>> {
 
 /// Other containers in bridge networks, but for the default one: nobody has a name there, and each host gives the
 /// same addresses.
-pub(super) fn neighbours(id: &str, networks: &[Network]) -> Result<Vec<Neighbour>> {
+pub(super) fn neighbours(id: &str, networks: &[EngineNetwork]) -> Result<Vec<NeighbourContainer>> {
     let mut neighbours = Vec::new();
     for network in networks.iter().filter(|n| n.driver == "bridge" && n.name != DEFAULT) {
         let name = &network.name;

@@ -4,7 +4,7 @@ use anyhow::{Result, bail};
 use serde_json::Value;
 
 use crate::engine::common::{is_set, text};
-use crate::engine::papers::{Papers, Wanted};
+use crate::engine::papers::{EngineWants, Papers};
 
 /// Parts of a request that name what else is on this host, or programs that it would run.
 const FOREIGN: [&str; 6] =
@@ -14,7 +14,7 @@ const NAMESPACES: [&str; 5] = ["NetworkMode", "PidMode", "IpcMode", "UTSMode", "
 
 /// It names nothing here but what was looked for. Whoever may ask for a migration may ask docker for any
 /// container: what docker gives it to is docker's business.
-pub(super) fn judge(wanted: &Wanted, papers: &Papers) -> Result<()> {
+pub(super) fn judge(wanted: &EngineWants, papers: &Papers) -> Result<()> {
     papers.validate()?;
     let (config, host) = (&papers.config, &papers.config["HostConfig"]);
     for (what, said, value) in [
@@ -38,7 +38,7 @@ pub(super) fn judge(wanted: &Wanted, papers: &Papers) -> Result<()> {
     networks(wanted, config)
 }
 
-fn volumes(wanted: &Wanted, config: &Value) -> Result<()> {
+fn volumes(wanted: &EngineWants, config: &Value) -> Result<()> {
     let host = &config["HostConfig"];
     let known = |name: &str| wanted.volumes.iter().any(|volume| volume.name == name);
     for bind in host["Binds"].as_array().into_iter().flatten() {
@@ -66,7 +66,7 @@ fn volumes(wanted: &Wanted, config: &Value) -> Result<()> {
     Ok(())
 }
 
-fn networks(wanted: &Wanted, config: &Value) -> Result<()> {
+fn networks(wanted: &EngineWants, config: &Value) -> Result<()> {
     let known = |name: &str| wanted.networks.iter().any(|network| network.name == name);
     let mode = text(&config["HostConfig"]["NetworkMode"]);
     let own = wanted.networks.is_empty() && matches!(mode, "none" | "host");
@@ -91,7 +91,7 @@ mod tests {
 
     const ID: &str = "b39f270b1e1caf22caa0909b5b1bd0e57e918c8d22a3699a0633f9f399ff0ebe";
 
-    fn wanted() -> Wanted {
+    fn wanted() -> EngineWants {
         serde_json::from_value(json!({
             "engine": "docker", "version": "28.5.2", "name": "web", "runtime": "ferry",
             "store": {

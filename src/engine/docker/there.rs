@@ -7,11 +7,11 @@ use super::found::{DEFAULT, neighbours, network};
 use super::{SET_UP, info, is_ferry, store, store_problem};
 use crate::engine::Engine;
 use crate::engine::common::{self, text};
-use crate::engine::papers::{Image, Wanted};
+use crate::engine::papers::{EngineImage, EngineWants};
 use crate::problem::Problem;
 use crate::sys::host;
 
-pub(super) fn problems(_id: &str, wanted: &Wanted) -> Vec<Problem> {
+pub(super) fn problems(_id: &str, wanted: &EngineWants) -> Vec<Problem> {
     let here = host::name();
     let info = match info() {
         Ok(info) => info,
@@ -85,7 +85,7 @@ fn taken(kind: &str, name: &str, here: &str) -> Result<Option<Problem>> {
     Ok(there.then(|| common::taken(Engine::Docker, kind, name, here)))
 }
 
-fn image(image: &Image, here: &str) -> Result<Option<Problem>> {
+fn image(image: &EngineImage, here: &str) -> Result<Option<Problem>> {
     if image.name.contains("..") || image.name.contains(['?', '&', '=']) {
         bail!("{:?} is no image's name", image.name);
     }

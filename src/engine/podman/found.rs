@@ -9,7 +9,7 @@ use super::{OWN, PODMAN};
 use crate::engine::Engine;
 use crate::engine::command::ask;
 use crate::engine::common::{self, is_set, text};
-use crate::engine::papers::{Neighbour, Network, Store, Volume};
+use crate::engine::papers::{EngineNetwork, EngineStore, NeighbourContainer, Volume};
 use crate::problem::Problem;
 
 /// The network of those who ask for none.
@@ -119,7 +119,7 @@ fn unit(found: &Value) -> Option<&str> {
 /// Mounts of the container that podman makes itself.
 pub(super) fn own(
     id: &str,
-    store: &Store,
+    store: &EngineStore,
     config: &Value,
     problems: &mut Vec<Problem>,
 ) -> Vec<PathBuf> {
@@ -149,7 +149,7 @@ pub(super) fn networks(
     id: &str,
     found: &Value,
     problems: &mut Vec<Problem>,
-) -> (Vec<Network>, Vec<Neighbour>) {
+) -> (Vec<EngineNetwork>, Vec<NeighbourContainer>) {
     if text(&found["HostConfig"]["NetworkMode"]) != "bridge" {
         return Default::default();
     }
@@ -174,13 +174,13 @@ pub(super) fn networks(
 }
 
 /// Neighbours with their containers' IDs.
-type Neighbours = Vec<(String, Neighbour)>;
+type NeighbourContainers = Vec<(String, NeighbourContainer)>;
 
 /// A network, and, if it is a bridge, who is in it.
-pub(super) fn network(name: &str) -> Result<Option<(Network, Neighbours)>> {
+pub(super) fn network(name: &str) -> Result<Option<(EngineNetwork, NeighbourContainers)>> {
     let Some(found) = ask(PODMAN, &["network", "inspect", name])? else { return Ok(None) };
     let subnets = found["subnets"].as_array().into_iter().flatten();
-    let network = Network {
+    let network = EngineNetwork {
         name: name.to_owned(),
         driver: text(&found["driver"]).to_owned(),
         subnets: subnets.map(|subnet| text(&subnet["subnet"]).to_owned()).collect(),
@@ -191,7 +191,7 @@ pub(super) fn network(name: &str) -> Result<Option<(Network, Neighbours)>> {
     Ok(Some((network, neighbours)))
 }
 
-fn neighbours(network: &str, found: &Value) -> Neighbours {
+fn neighbours(network: &str, found: &Value) -> NeighbourContainers {
     let mut all = Vec::new();
     for (id, one) in found["containers"].as_object().into_iter().flatten() {
         let interfaces = one["interfaces"].as_object().into_iter().flat_map(|list| list.values());

@@ -6,11 +6,11 @@ use anyhow::{Result, bail};
 use serde_json::Value;
 
 use crate::engine::common::text;
-use crate::engine::papers::{Papers, Wanted};
+use crate::engine::papers::{EngineWants, Papers};
 
 /// What came is what podman here would have written down for a container of that ID: what it decides by
 /// itself is its own, wherever the other host says that it is.
-pub(super) fn judge(wanted: &Wanted, id: &str, papers: &Papers) -> Result<()> {
+pub(super) fn judge(wanted: &EngineWants, id: &str, papers: &Papers) -> Result<()> {
     papers.validate()?;
     let Papers { config, spec, .. } = papers;
     let store = &wanted.store;
@@ -103,11 +103,11 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::engine::papers::Image;
+    use crate::engine::papers::EngineImage;
 
     const ID: &str = "b39f270b1e1caf22caa0909b5b1bd0e57e918c8d22a3699a0633f9f399ff0ebe";
 
-    fn wanted() -> Wanted {
+    fn wanted() -> EngineWants {
         serde_json::from_value(json!({
             "engine": "podman", "version": "5.8.6", "name": "web", "runtime": "ferry",
             "store": {
@@ -163,12 +163,12 @@ mod tests {
     #[test]
     fn names_that_could_be_options_are_refused() {
         for name in ["-a", "--volume=/:/x", "", "a b", "../x"] {
-            assert!(Wanted { name: name.into(), ..wanted() }.validate().is_err(), "{name:?}");
+            assert!(EngineWants { name: name.into(), ..wanted() }.validate().is_err(), "{name:?}");
         }
         let mut odd = wanted();
         odd.store.root = "/var/../etc".into();
         assert!(odd.validate().is_err());
-        let image = Image { id: ID.into(), name: "--help".into() };
-        assert!(Wanted { image, ..wanted() }.validate().is_err());
+        let image = EngineImage { id: ID.into(), name: "--help".into() };
+        assert!(EngineWants { image, ..wanted() }.validate().is_err());
     }
 }

@@ -7,11 +7,11 @@ use super::{PODMAN, SET_UP, info, is_ferry, store};
 use crate::engine::Engine;
 use crate::engine::command::{LIMIT, ask, run};
 use crate::engine::common::{self, text};
-use crate::engine::papers::{Image, Network, Wanted};
+use crate::engine::papers::{EngineImage, EngineNetwork, EngineWants};
 use crate::problem::Problem;
 use crate::sys::host;
 
-pub(super) fn problems(id: &str, wanted: &Wanted) -> Vec<Problem> {
+pub(super) fn problems(id: &str, wanted: &EngineWants) -> Vec<Problem> {
     let here = host::name();
     let info = match info() {
         Ok(info) => info,
@@ -92,13 +92,13 @@ fn taken(kind: &str, name: &str, here: &str) -> Result<Vec<Problem>> {
     Ok(there.then(|| common::taken(Engine::Podman, kind, name, here)).into_iter().collect())
 }
 
-fn image(image: &Image, here: &str) -> Result<Vec<Problem>> {
+fn image(image: &EngineImage, here: &str) -> Result<Vec<Problem>> {
     let found = ask(PODMAN, &["image", "inspect", &image.name])?;
     let id = found.as_ref().map(|found| text(&found["Id"]));
     Ok(common::image(Engine::Podman, image, id, here).into_iter().collect())
 }
 
-fn network_there(wanted: &Wanted, one: &Network, here: &str) -> Result<Vec<Problem>> {
+fn network_there(wanted: &EngineWants, one: &EngineNetwork, here: &str) -> Result<Vec<Problem>> {
     let (found, others) = network(&one.name)?.unzip();
     let others: Vec<_> = others.unwrap_or_default().into_iter().map(|other| other.1).collect();
     let mut problems = common::doubles(wanted, &others, here);

@@ -39,10 +39,10 @@ fn sample() -> Vec<u8> {
 }
 
 /// Steps, each with the data behind it.
-fn split(mut bytes: &[u8]) -> Option<Vec<(Step, Vec<u8>)>> {
+fn split(mut bytes: &[u8]) -> Option<Vec<(FileStep, Vec<u8>)>> {
     let mut all = Vec::new();
     while let Some(step) = ops::read(&mut bytes).ok()? {
-        let length = if let Step::Data(_, length) = step { length as usize } else { 0 };
+        let length = if let FileStep::Data(_, length) = step { length as usize } else { 0 };
         let (data, rest) = bytes.split_at_checked(length)?;
         all.push((step, data.to_vec()));
         bytes = rest;
@@ -88,36 +88,36 @@ fn lie(bytes: &mut Vec<u8>, random: &mut Random) {
                 all.swap(at, to);
             }
             1 => drop(all.remove(at)),
-            2 => all.insert(at, (Step::Remove(path), Vec::new())),
-            3 => all.insert(at, (Step::Rename(path, other), Vec::new())),
+            2 => all.insert(at, (FileStep::Remove(path), Vec::new())),
+            3 => all.insert(at, (FileStep::Rename(path, other), Vec::new())),
             4 => all.insert(
                 at,
                 (
-                    Step::Hole(
+                    FileStep::Hole(
                         random.next() >> random.below(64),
                         random.next() >> random.below(64),
                     ),
                     Vec::new(),
                 ),
             ),
-            5 => all.insert(at, (Step::Tree(random.below(3) as u32), Vec::new())),
+            5 => all.insert(at, (FileStep::Tree(random.below(3) as u32), Vec::new())),
             _ => match &mut all[at].0 {
-                Step::Make(entry) | Step::Change(entry, _) => match random.below(4) {
+                FileStep::Make(entry) | FileStep::Change(entry, _) => match random.below(4) {
                     0 => entry.path = path,
-                    1 => entry.kind = Kind::Link(path),
-                    2 => entry.kind = Kind::Symlink(path),
+                    1 => entry.kind = FileKind::Link(path),
+                    2 => entry.kind = FileKind::Symlink(path),
                     _ => {
                         entry.path = path;
                         entry.kind = match random.below(4) {
-                            0 => Kind::Directory,
-                            1 => Kind::Fifo,
-                            2 => Kind::File(random.next() >> random.below(64)),
-                            _ => Kind::Character(random.next()),
+                            0 => FileKind::Directory,
+                            1 => FileKind::Fifo,
+                            2 => FileKind::File(random.next() >> random.below(64)),
+                            _ => FileKind::Character(random.next()),
                         };
                     }
                 },
-                Step::Data(offset, _) => *offset = random.next() >> random.below(64),
-                Step::Remove(old) | Step::Rename(_, old) => *old = path,
+                FileStep::Data(offset, _) => *offset = random.next() >> random.below(64),
+                FileStep::Remove(old) | FileStep::Rename(_, old) => *old = path,
                 _ => {}
             },
         }
@@ -135,12 +135,13 @@ fn lie(bytes: &mut Vec<u8>, random: &mut Random) {
 /// Where nothing was announced, nothing is taken.
 #[test]
 fn steps_of_no_tree_are_refused() {
-    let mut work = Work { trees: Vec::new(), current: 0, file: None, directories: HashMap::new() };
+    let mut work =
+        ApplyWork { trees: Vec::new(), current: 0, file: None, directories: HashMap::new() };
     let failed = work.all(&mut &sample()[..], &|_| {}).unwrap_err();
     assert_eq!(failed.to_string(), UNKNOWN);
     // Without the step that names a tree, too.
     let mut bytes = Vec::new();
-    ops::write(&mut bytes, &Step::Remove(b"d".to_vec())).unwrap();
+    ops::write(&mut bytes, &FileStep::Remove(b"d".to_vec())).unwrap();
     let failed = work.all(&mut &bytes[..], &|_| {}).unwrap_err();
     assert_eq!(failed.to_string(), UNKNOWN);
 }
@@ -162,9 +163,9 @@ fn fuzz_steps() {
     let left = Size { bytes: 1 << 20, entries: 100 };
     let target = Target::new("steps").sample(sample()).repair(lie).cost(60).room(2 << 20);
     target.run(|bytes| {
-        let tree = Tree { root: File::open(&root)?, left, budget: left };
+        let tree = AppliedTree { root: File::open(&root)?, left, budget: left };
         let mut work =
-            Work { trees: vec![tree], current: 0, file: None, directories: HashMap::new() };
+            ApplyWork { trees: vec![tree], current: 0, file: None, directories: HashMap::new() };
         let done = work.all(&mut &bytes[..], &|_| {});
         drop(work);
         assert_eq!(look(), before, "something outside has changed");

@@ -6,7 +6,7 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use super::*;
-use crate::files::follow::{Follower, RoundStats};
+use crate::files::follow::{FileRoundStats, Follower};
 use crate::files::inodes::Inodes;
 use crate::files::root::Root;
 use crate::files::walk::measure;
@@ -84,7 +84,7 @@ impl Pair {
         self.stats_of_round(mapped).bytes
     }
 
-    fn stats_of_round(&mut self, mapped: &Inodes) -> RoundStats {
+    fn stats_of_round(&mut self, mapped: &Inodes) -> FileRoundStats {
         self.round_while(mapped, &mut |_| {})
     }
 
@@ -93,7 +93,7 @@ impl Pair {
         &mut self,
         mapped: &Inodes,
         meanwhile: &mut dyn FnMut(u64),
-    ) -> RoundStats {
+    ) -> FileRoundStats {
         let mut stream = Vec::new();
         let stats = self.follower.round(mapped, false, &mut stream, meanwhile).unwrap();
         let size = measure(self.from.path()).unwrap();
@@ -343,7 +343,7 @@ fn a_stream_cannot_lead_outside_or_beyond_what_was_announced() {
     let outer = tempfile::tempdir().unwrap();
     let root = outer.path().join("root");
     fs::create_dir(&root).unwrap();
-    let entry = |path: &str, kind| Entry {
+    let entry = |path: &str, kind| FileEntry {
         path: path.into(),
         kind,
         mode: 0o644,
@@ -352,11 +352,11 @@ fn a_stream_cannot_lead_outside_or_beyond_what_was_announced() {
         mtime: (0, 0),
         attributes: Vec::new(),
     };
-    let apply = |steps: Vec<Step>| {
+    let apply = |steps: Vec<FileStep>| {
         let mut stream = Vec::new();
         for step in steps {
             ops::write(&mut stream, &step).unwrap();
-            if let Step::Data(_, n) = step {
+            if let FileStep::Data(_, n) = step {
                 stream.extend(vec![1; n as usize]);
             }
         }
@@ -367,31 +367,31 @@ fn a_stream_cannot_lead_outside_or_beyond_what_was_announced() {
         drop(applying);
         heard.iter().any(|a| matches!(a, Applied::Failed(_)))
     };
-    let file = |size| Kind::File(size);
+    let file = |size| FileKind::File(size);
     for bad in ["../out", "/out", "a/../../out"] {
-        assert!(apply(vec![Step::Make(entry(bad, file(0)))]), "{bad}");
-        assert!(apply(vec![Step::Remove(bad.into())]), "{bad}");
-        assert!(apply(vec![Step::Rename(bad.into(), b"in".to_vec())]), "{bad}");
-        let dir = Step::Make(entry("d", Kind::Directory));
-        assert!(apply(vec![dir, Step::Rename(b"d".to_vec(), bad.into())]), "{bad}");
-        assert!(apply(vec![Step::Change(entry(bad, Kind::Directory), false)]), "{bad}");
-        assert!(apply(vec![Step::Make(entry("l", Kind::Link(bad.into())))]), "{bad}");
+        assert!(apply(vec![FileStep::Make(entry(bad, file(0)))]), "{bad}");
+        assert!(apply(vec![FileStep::Remove(bad.into())]), "{bad}");
+        assert!(apply(vec![FileStep::Rename(bad.into(), b"in".to_vec())]), "{bad}");
+        let dir = FileStep::Make(entry("d", FileKind::Directory));
+        assert!(apply(vec![dir, FileStep::Rename(b"d".to_vec(), bad.into())]), "{bad}");
+        assert!(apply(vec![FileStep::Change(entry(bad, FileKind::Directory), false)]), "{bad}");
+        assert!(apply(vec![FileStep::Make(entry("l", FileKind::Link(bad.into())))]), "{bad}");
     }
     assert!(apply(vec![
-        Step::Make(entry("s", Kind::Symlink(b"..".to_vec()))),
-        Step::Make(entry("s/out", file(0))),
+        FileStep::Make(entry("s", FileKind::Symlink(b"..".to_vec()))),
+        FileStep::Make(entry("s/out", file(0))),
     ]));
     symlink("/", root.join("t")).unwrap();
-    assert!(apply(vec![Step::Change(entry("t", file(0)), true)]));
-    assert!(apply(vec![Step::Make(entry("f", file(1))), Step::Data(1, 1)]));
-    assert!(apply(vec![Step::Data(0, 1)]));
-    assert!(apply(vec![Step::Tree(1)]));
-    let mut much = vec![Step::Make(entry("big", file(2 << 30)))];
-    much.extend((0..8193).map(|i| Step::Data(i * BLOCK as u64, BLOCK as u32)));
+    assert!(apply(vec![FileStep::Change(entry("t", file(0)), true)]));
+    assert!(apply(vec![FileStep::Make(entry("f", file(1))), FileStep::Data(1, 1)]));
+    assert!(apply(vec![FileStep::Data(0, 1)]));
+    assert!(apply(vec![FileStep::Tree(1)]));
+    let mut much = vec![FileStep::Make(entry("big", file(2 << 30)))];
+    much.extend((0..8193).map(|i| FileStep::Data(i * BLOCK as u64, BLOCK as u32)));
     assert!(apply(much));
     let mut many = Vec::new();
     for i in 0..100_001 {
-        many.push(Step::Make(entry(&format!("n{}", i % 7), Kind::Fifo)));
+        many.push(FileStep::Make(entry(&format!("n{}", i % 7), FileKind::Fifo)));
     }
     assert!(apply(many));
     assert_eq!(fs::read_dir(outer.path()).unwrap().count(), 1);

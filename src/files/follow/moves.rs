@@ -14,9 +14,9 @@ use std::path::Path;
 use anyhow::Result;
 use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC, statfs};
 
-use super::{Look, Tree, parent};
-use crate::files::ops::{self, Step};
-use crate::files::walk::Seen;
+use super::{FollowedTree, Look, parent};
+use crate::files::ops::{self, FileStep};
+use crate::files::walk::SeenFile;
 
 /// Each new name costs a look at every file that is known. What there would be beyond so many is
 /// sent again instead: before the freeze, and in it.
@@ -36,7 +36,12 @@ pub(super) struct Moves {
 impl<W: Write> Look<'_, W> {
     /// Something is at this path that the copy does not have there: makes room for it, and if it is
     /// a directory that the copy has under another name, this becomes its name.
-    pub(super) fn meet(&mut self, tree: &mut Tree, path: &[u8], seen: &Seen) -> Result<()> {
+    pub(super) fn meet(
+        &mut self,
+        tree: &mut FollowedTree,
+        path: &[u8],
+        seen: &SeenFile,
+    ) -> Result<()> {
         let stands = tree.known.get(path).is_some_and(|known| known.kind == libc::S_IFDIR);
         if self.round == 1 || path.is_empty() || !(stands || seen.is_dir()) || !tree.numbered {
             return Ok(());
@@ -55,7 +60,12 @@ impl<W: Write> Look<'_, W> {
     }
 
     /// Under which name the copy has this directory, if it can be renamed.
-    fn name_before(&mut self, tree: &Tree, path: &[u8], seen: &Seen) -> Option<Vec<u8>> {
+    fn name_before(
+        &mut self,
+        tree: &FollowedTree,
+        path: &[u8],
+        seen: &SeenFile,
+    ) -> Option<Vec<u8>> {
         if !seen.is_dir() || !tree.has_directory(parent(path)) {
             return None;
         }
@@ -76,14 +86,14 @@ impl<W: Write> Look<'_, W> {
     }
 
     /// A name at the top of the tree that nothing has; none if that would cost too much.
-    fn free_name(&mut self, tree: &Tree) -> Option<Vec<u8>> {
+    fn free_name(&mut self, tree: &FollowedTree) -> Option<Vec<u8>> {
         self.afford(tree)?;
         let name = |n| format!(".ferry-aside-{}-{n}", self.round).into_bytes();
         (self.moves.aside.len()..).map(name).find(|name| !tree.known.contains_key(name))
     }
 
     /// One more look at all that is known, if that is not too much.
-    fn afford(&mut self, tree: &Tree) -> Option<()> {
+    fn afford(&mut self, tree: &FollowedTree) -> Option<()> {
         let most = if self.last { MOST_LOOKS_FROZEN } else { MOST_LOOKS };
         // From then on nothing is renamed any more: no half of two that belong together.
         self.moves.looks = self.moves.looks.saturating_add(tree.known.len());
@@ -91,8 +101,8 @@ impl<W: Write> Look<'_, W> {
     }
 
     /// Gives a directory of the copy another name, and to all that is known of it and below.
-    fn rename(&mut self, tree: &mut Tree, from: &[u8], to: &[u8]) -> Result<()> {
-        ops::write(self.out, &Step::Rename(from.to_vec(), to.to_vec()))?;
+    fn rename(&mut self, tree: &mut FollowedTree, from: &[u8], to: &[u8]) -> Result<()> {
+        ops::write(self.out, &FileStep::Rename(from.to_vec(), to.to_vec()))?;
         let moves = |path: &[u8]| path == from || is_in(path, from);
         let moved = |path: &[u8]| [to, &path[from.len()..]].concat();
         tree.several.remove(to);
@@ -129,7 +139,7 @@ impl<W: Write> Look<'_, W> {
     }
 
     /// The round is over: what is still out of the way is nowhere.
-    pub(super) fn nowhere(&mut self, tree: &Tree) {
+    pub(super) fn nowhere(&mut self, tree: &FollowedTree) {
         let aside = std::mem::take(&mut self.moves.aside);
         if aside.is_empty() {
             return;

@@ -75,7 +75,7 @@ fn a_stream_cannot_lead_outside() {
     let to = tempfile::tempdir().unwrap();
     let root = to.path().join("root");
     fs::create_dir(&root).unwrap();
-    let entry = |path: &str, kind| Entry {
+    let entry = |path: &str, kind| FileEntry {
         path: path.into(),
         kind,
         mode: 0o644,
@@ -84,7 +84,7 @@ fn a_stream_cannot_lead_outside() {
         mtime: (0, 0),
         attributes: Vec::new(),
     };
-    let stream = |list: Vec<Entry>| {
+    let stream = |list: Vec<FileEntry>| {
         let mut out = Vec::new();
         for e in list {
             let json = serde_json::to_vec(&e).unwrap();
@@ -93,16 +93,17 @@ fn a_stream_cannot_lead_outside() {
         }
         out
     };
-    let file = || Kind::File(0);
+    let file = || FileKind::File(0);
     for bad in ["../out", "/out", "a/../../out", "a/./../../out"] {
-        let s = stream(vec![entry("a", Kind::Directory), entry(bad, file())]);
+        let s = stream(vec![entry("a", FileKind::Directory), entry(bad, file())]);
         assert!(unpack(&root, &mut s.as_slice()).is_err(), "{bad}");
         fs::remove_dir_all(&root).unwrap();
         fs::create_dir(&root).unwrap();
     }
-    let through = stream(vec![entry("s", Kind::Symlink(b"..".to_vec())), entry("s/out", file())]);
+    let through =
+        stream(vec![entry("s", FileKind::Symlink(b"..".to_vec())), entry("s/out", file())]);
     assert!(unpack(&root, &mut through.as_slice()).is_err());
-    let link = stream(vec![entry("l", Kind::Link(b"../x".to_vec()))]);
+    let link = stream(vec![entry("l", FileKind::Link(b"../x".to_vec()))]);
     assert!(unpack(&root, &mut link.as_slice()).is_err());
     assert_eq!(fs::read_dir(to.path()).unwrap().count(), 1);
 }

@@ -58,7 +58,7 @@ fn a_second_round_over_a_still_task_sends_nothing() {
     assert_eq!(second.scanned, first.scanned);
     drop(child.stdin.take());
     child.wait().unwrap();
-    assert_eq!(rounds.round(task, false, &mut copy).unwrap(), RoundStats::default());
+    assert_eq!(rounds.round(task, false, &mut copy).unwrap(), MemoryRoundStats::default());
 }
 
 #[test]
@@ -67,8 +67,8 @@ fn runs_are_cut_where_the_kind_changes() {
     buffer[PAGE] = 1;
     buffer[2 * PAGE + 5] = 2;
     buffer[5 * PAGE + 4095] = 3;
-    let (mut sent, mut copy) = (Sent::new(7), Copy::default());
-    let mut stats = RoundStats::default();
+    let (mut sent, mut copy) = (SentPages::new(7), Copy::default());
+    let mut stats = MemoryRoundStats::default();
     let runs = [(0x1000, 4), (0x9000, 2)];
     judge_and_send(7, &runs, &buffer, &[3], &mut sent, &mut copy, &mut stats).unwrap();
     assert_eq!((stats.scanned, stats.sent, stats.zero), (5, 3, 2));
@@ -81,10 +81,10 @@ fn runs_are_cut_where_the_kind_changes() {
 #[test]
 fn equal_pages_go_once_and_never_as_what_is_not_there_any_more() {
     let page = |n: u8| vec![n; PAGE];
-    let (mut sent, mut copy) = (Sent::new(7), Copy::default());
+    let (mut sent, mut copy) = (SentPages::new(7), Copy::default());
     let mut hand = |at: u64, pages: &[u8]| {
         let bytes: Vec<u8> = pages.iter().flat_map(|n| page(*n)).collect();
-        let mut stats = RoundStats::default();
+        let mut stats = MemoryRoundStats::default();
         let runs = [(at, pages.len())];
         judge_and_send(7, &runs, &bytes, &[], &mut sent, &mut copy, &mut stats).unwrap();
         for (i, n) in pages.iter().enumerate() {

@@ -3,8 +3,8 @@
 use anyhow::{Context, Result, bail};
 
 use super::Daemon;
-use crate::memory::pending::{Pending, Run};
-use crate::memory::staging::{Slot, Staging};
+use crate::memory::pending::{Pending, PendingRun};
+use crate::memory::staging::{PageSlot, Staging};
 use crate::sys::memory::{PAGE, uffd_copy, uffd_wake, uffd_zero};
 
 /// Pages installed at a time in the background: long enough for UFFDIO_COPY's full speed, short
@@ -24,7 +24,7 @@ impl Daemon {
         if let Some(list) = self.pending.get_mut(&vpid) {
             for (at, run) in list.take_origin(first, pages, false) {
                 match run.slot {
-                    Slot::Remote(origin) => {
+                    PageSlot::Remote(origin) => {
                         for n in 0..run.pages {
                             let slot =
                                 stage(&mut self.staging, bytes, origin + u64::from(n) - first)?;
@@ -41,7 +41,7 @@ impl Daemon {
                 continue;
             }
             for (at, run) in target.remote.take_origin(first, pages, target.moved) {
-                let Slot::Remote(origin) = run.slot else { continue };
+                let PageSlot::Remote(origin) = run.slot else { continue };
                 self.served.fetched += u64::from(run.pages);
                 for n in 0..run.pages {
                     let slot = stage(&mut self.staging, bytes, origin + u64::from(n) - first)?;
@@ -50,7 +50,7 @@ impl Daemon {
                     match waited {
                         // Ahead of its neighbours.
                         Some(since) => {
-                            self.install(index, page, Run { pages: 1, slot })?;
+                            self.install(index, page, PendingRun { pages: 1, slot })?;
                             self.served.took(since);
                         }
                         None => self.targets[index].pending.add(page, slot),
@@ -84,17 +84,22 @@ impl Daemon {
     }
 
     /// Installs a run that has been taken out of the pending ones; puts back what has to wait.
-    pub(super) fn install(&mut self, index: usize, mut start: u64, mut run: Run) -> Result<()> {
+    pub(super) fn install(
+        &mut self,
+        index: usize,
+        mut start: u64,
+        mut run: PendingRun,
+    ) -> Result<()> {
         while run.pages > 0 {
             let target = &mut self.targets[index];
             let length = run.pages as usize * PAGE;
             let (done, result) = match run.slot {
-                Slot::At(slot) => {
+                PageSlot::At(slot) => {
                     uffd_copy(&target.uffd, start, self.staging.bytes(slot, run.pages as usize))
                 }
-                Slot::Zero => uffd_zero(&target.uffd, start, length),
+                PageSlot::Zero => uffd_zero(&target.uffd, start, length),
                 // Only what is here is ever pending.
-                Slot::Remote(_) => bail!("a page that has not come is to be installed"),
+                PageSlot::Remote(_) => bail!("a page that has not come is to be installed"),
             };
             let mut pages = (done / PAGE) as u32;
             if pages > 0 {
@@ -143,7 +148,7 @@ impl Daemon {
                         let rest = run.from(pages);
                         let at = start + u64::from(pages) * PAGE as u64;
                         for n in 0..rest.pages {
-                            let one = Run { pages: 1, slot: rest.from(n).slot };
+                            let one = PendingRun { pages: 1, slot: rest.from(n).slot };
                             self.install(index, at + u64::from(n) * PAGE as u64, one)?;
                         }
                         return Ok(());
@@ -167,21 +172,21 @@ impl Daemon {
 }
 
 /// Keeps one of the pages that came.
-fn stage(staging: &mut Staging, bytes: Option<&[u8]>, index: u64) -> Result<Slot> {
+fn stage(staging: &mut Staging, bytes: Option<&[u8]>, index: u64) -> Result<PageSlot> {
     Ok(match bytes {
-        None => Slot::Zero,
-        Some(bytes) => Slot::At(staging.keep(&bytes[index as usize * PAGE..][..PAGE])?),
+        None => PageSlot::Zero,
+        Some(bytes) => PageSlot::At(staging.keep(&bytes[index as usize * PAGE..][..PAGE])?),
     })
 }
 
 /// What no task needs any more, unless another one may.
-fn give_back(staging: &mut Staging, shared: bool, slot: Slot, pages: u32) {
-    if let (Slot::At(slot), false) = (slot, shared) {
+fn give_back(staging: &mut Staging, shared: bool, slot: PageSlot, pages: u32) {
+    if let (PageSlot::At(slot), false) = (slot, shared) {
         staging.release(slot, pages as usize);
     }
 }
 
-fn continue_after(start: &mut u64, run: &mut Run, pages: u32) {
+fn continue_after(start: &mut u64, run: &mut PendingRun, pages: u32) {
     *start += u64::from(pages) * PAGE as u64;
     *run = run.from(pages.min(run.pages));
 }

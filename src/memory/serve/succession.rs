@@ -8,15 +8,15 @@ use std::sync::Arc;
 
 use anyhow::Result;
 
-use super::{Daemon, Ended, Intake, Target};
+use super::{Daemon, Ended, Intake, ServedTask};
 use crate::memory::pending::Pending;
-use crate::memory::staging::{Slot, Staging};
-use crate::memory::will::{self, Missing, Will, Word};
+use crate::memory::staging::{PageSlot, Staging};
+use crate::memory::will::{self, Missing, Will, WillWord};
 use crate::sys::memory::uffd_wake_all;
 
 /// What somebody who was killed while he served had open.
 #[derive(Debug)]
-pub struct Left {
+pub struct LeftServer {
     /// What is missing.
     pub snapshot: File,
     /// The staged pages.
@@ -43,11 +43,11 @@ pub struct Stranded {
 /// When his will cannot be read; nothing that a task waits on has been closed then.
 pub fn succeed(
     will: Arc<Will>,
-    left: Left,
+    left: LeftServer,
     want: impl Fn(i32, u64, usize) + Send + 'static,
     tell: impl FnOnce(Ended) + Send + 'static,
 ) -> Result<(Intake, bool), Stranded> {
-    let Left { mut snapshot, staging, lazy, uffds } = left;
+    let LeftServer { mut snapshot, staging, lazy, uffds } = left;
     let begun = will::read(&will, &mut snapshot).and_then(|all| {
         let staging = Staging::adopt(staging, all.staging)?;
         Ok((Daemon::new(staging, will, want)?, all.tasks))
@@ -72,12 +72,12 @@ impl Daemon {
     /// Has what somebody had who was killed. Whoever is not in his will came in its last moment, with
     /// nothing missing.
     pub(super) fn take_over(&mut self, uffds: Vec<OwnedFd>, tasks: Vec<Missing>) {
-        self.finished = self.will.read(Word::Finished) != 0;
+        self.finished = self.will.read(WillWord::Finished) != 0;
         // Forks that nobody has read yet are told by the tasks' descriptors.
         self.shared = is_shared(&tasks);
         let mut tasks: HashMap<_, _> = tasks.into_iter().map(|t| (t.uffd, t)).collect();
         for uffd in uffds {
-            let mut target = Target::new(uffd, 0, Pending::default());
+            let mut target = ServedTask::new(uffd, 0, Pending::default());
             if let Some(task) = tasks.remove(&target.uffd.as_raw_fd()) {
                 target.vpid = task.vpid;
                 target.moved = task.moved;
@@ -94,8 +94,8 @@ impl Daemon {
 pub(super) fn is_shared(tasks: &[Missing]) -> bool {
     let runs = tasks.iter().flat_map(|task| &task.runs);
     let staged = runs.filter_map(|(_, run)| match run.slot {
-        Slot::At(slot) => Some((u64::from(slot), u64::from(slot) + u64::from(run.pages))),
-        Slot::Zero | Slot::Remote(_) => None,
+        PageSlot::At(slot) => Some((u64::from(slot), u64::from(slot) + u64::from(run.pages))),
+        PageSlot::Zero | PageSlot::Remote(_) => None,
     });
     let mut all: Vec<_> = staged.collect();
     all.sort_unstable();

@@ -5,10 +5,10 @@ use std::sync::mpsc::channel;
 
 use super::succession::is_shared;
 use super::*;
-use crate::memory::pending::Run;
+use crate::memory::pending::PendingRun;
 
-fn run(pages: u32, slot: Slot) -> Run {
-    Run { pages, slot }
+fn run(pages: u32, slot: PageSlot) -> PendingRun {
+    PendingRun { pages, slot }
 }
 
 /// As CRIU introduces a task; what stands for its userfaultfd never has anything to say.
@@ -36,7 +36,7 @@ fn the_will_is_made_once() {
     let ended: Ended = ended.recv().unwrap();
     ended.result.unwrap();
     assert_eq!(times.iter().count(), 1);
-    assert_eq!(will.read(Word::Done), 1);
+    assert_eq!(will.read(WillWord::Done), 1);
     drop(intake);
 }
 
@@ -47,7 +47,7 @@ fn a_daemon_that_panics_closes_nothing() {
     let will = Arc::new(Will::new().unwrap());
     let mut daemon = Daemon::new(Staging::new(1).unwrap(), will, |_, _, _| ()).unwrap();
     let uffd = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC).unwrap();
-    daemon.targets.push(Target::new(uffd.into(), 1, Pending::default()));
+    daemon.targets.push(ServedTask::new(uffd.into(), 1, Pending::default()));
     let tell = move |e| tell.send(e).unwrap();
     let _intake = daemon.spawn(tell, |_| panic!("as it is to")).unwrap();
     let ended: Ended = ended.recv().unwrap();
@@ -65,7 +65,7 @@ fn who_cannot_go_on_closes_nothing() {
     let left = |snapshot: File| {
         let staging = Staging::new(1).unwrap();
         let (waited_on, end) = std::io::pipe().unwrap();
-        let left = Left {
+        let left = LeftServer {
             snapshot,
             staging: again(staging.number()),
             lazy: UnixStream::pair().unwrap().0,
@@ -95,17 +95,17 @@ fn who_cannot_go_on_closes_nothing() {
 /// Staged pages go as they are installed, unless two tasks want them.
 #[test]
 fn only_a_fork_makes_two_want_the_same() {
-    let task = |uffd: RawFd, runs: &[(u64, Run)]| Missing {
+    let task = |uffd: RawFd, runs: &[(u64, PendingRun)]| Missing {
         uffd,
         vpid: 1,
         moved: false,
         runs: runs.to_vec(),
     };
-    let own = task(5, &[(0x1000, run(4, Slot::At(0))), (0x9000, run(2, Slot::Zero))]);
-    let other = task(6, &[(0x1000, run(4, Slot::At(4))), (0x9000, run(2, Slot::Zero))]);
-    let child = task(7, &[(0x3000, run(1, Slot::At(2)))]);
+    let own = task(5, &[(0x1000, run(4, PageSlot::At(0))), (0x9000, run(2, PageSlot::Zero))]);
+    let other = task(6, &[(0x1000, run(4, PageSlot::At(4))), (0x9000, run(2, PageSlot::Zero))]);
+    let child = task(7, &[(0x3000, run(1, PageSlot::At(2)))]);
     assert!(!is_shared(&[]));
     assert!(!is_shared(&[own, other]));
-    let own = task(5, &[(0x1000, run(4, Slot::At(0)))]);
+    let own = task(5, &[(0x1000, run(4, PageSlot::At(0)))]);
     assert!(is_shared(&[own, child]));
 }

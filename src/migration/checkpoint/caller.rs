@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
 
-use crate::engine::calls::Call;
+use crate::engine::calls::EngineCall;
 use crate::migration::journal::workdir::NETWORK;
 use crate::sys::netns::NetNs;
 use crate::sys::process;
@@ -25,13 +25,13 @@ const PAUSE: Duration = Duration::from_millis(1);
 /// See the module. There is none where no engine has called.
 #[derive(Debug, Default)]
 pub(super) struct Caller {
-    call: Option<Call>,
+    call: Option<EngineCall>,
     /// What the engine was told early, and whether it went on.
-    early: Option<JoinHandle<(Call, Result<()>)>>,
+    early: Option<JoinHandle<(EngineCall, Result<()>)>>,
 }
 
 impl Caller {
-    pub fn new(call: Option<Call>) -> Caller {
+    pub fn new(call: Option<EngineCall>) -> Caller {
         Caller { call, early: None }
     }
 
@@ -84,7 +84,7 @@ impl Caller {
         }
     }
 
-    fn join(&mut self, early: JoinHandle<(Call, Result<()>)>) -> Result<()> {
+    fn join(&mut self, early: JoinHandle<(EngineCall, Result<()>)>) -> Result<()> {
         let (call, told) = early.join().map_err(|_| anyhow!("a thread has died"))?;
         self.call = Some(call);
         told
@@ -92,7 +92,7 @@ impl Caller {
 
     /// Whether the engine knows what is restored, and waits for its end if it does not run.
     pub fn is_apart(&self) -> bool {
-        self.call.as_ref().is_some_and(Call::is_apart)
+        self.call.as_ref().is_some_and(EngineCall::is_apart)
     }
 
     /// It runs, or why it does not; CRIU has gone.

@@ -31,14 +31,14 @@ use rust_criu::rust_criu_protobuf::rpc::{
 use super::hiding::{Added, Hiding};
 use crate::connections::{GuardCommands, Lifted, Lifting};
 use crate::criu::failure;
-use crate::criu::interposer::{Event, Interposer, Session};
+use crate::criu::interposer::{CriuEvent, CriuSession, Interposer};
 use crate::files::sockets::{self, Renamed};
-use crate::memory::shared::Shared;
+use crate::memory::shared::SharedMemory;
 use crate::migration::journal::workdir::CRIU_PID;
 use crate::migration::network::quiesce::{await_last, await_quiet};
 use crate::migration::network::udp_queues::Came;
 use crate::migration::protocol::session::PeerWriter;
-use crate::network::fence::{ArmedFence, Side};
+use crate::network::fence::{ArmedFence, FenceSide};
 use crate::network::frames::Capture;
 use crate::network::sockets::SockDiag;
 use crate::network::udp_queues::UdpEndpoints;
@@ -64,7 +64,7 @@ const ROLLBACK_LIMIT: Duration = Duration::from_secs(2);
 /// What the dump tells the hand-over.
 #[derive(Debug)]
 pub enum DumpEvent {
-    /// Everything is ready for the freeze: say [`Go`].
+    /// Everything is ready for the freeze: say [`DumpOrder`].
     AtFreeze,
     /// The tasks stand still and the fence is closed.
     Frozen {
@@ -93,7 +93,7 @@ pub enum DumpEvent {
 
 /// What the hand-over tells the dump. A dropped sender means the same as `Verdict(false)`.
 #[derive(Debug)]
-pub enum Go {
+pub enum DumpOrder {
     /// Freeze, and have it so that CRIU can dump all.
     Freeze(Freeze),
     /// The container belongs to the destination, or (`false`) stays.
@@ -144,7 +144,7 @@ pub struct DumpPlan {
     /// Whether plain memory may be hidden from CRIU.
     pub hide: bool,
     /// Shared memory that the rounds read.
-    pub shared: Shared,
+    pub shared: SharedMemory,
     /// Tells the destination of connections.
     pub peer: PeerWriter,
     /// Has the guard take them out of the tasks.
@@ -161,17 +161,17 @@ pub type LiftedPlace = Arc<Mutex<Option<Lifted>>>;
 /// A dump under way.
 #[derive(Debug)]
 pub struct DumpJob {
-    /// To say [`Go`].
-    pub go: Sender<Go>,
+    /// To say [`DumpOrder`].
+    pub go: Sender<DumpOrder>,
     thread: JoinHandle<()>,
     /// Closed when the thread ends.
     ended: Receiver<()>,
     criu: CriuPlace,
     watch: TracerWatch,
-    shared: Shared,
+    shared: SharedMemory,
 }
 
-type Tell = Arc<dyn Fn(DumpEvent) + Send + Sync>;
+type TellDump = Arc<dyn Fn(DumpEvent) + Send + Sync>;
 
 /// The CRIU that dumps, as soon as there is one.
 type CriuPlace = Arc<Mutex<Option<OwnedFd>>>;
@@ -189,7 +189,7 @@ impl DumpJob {
         let (ends, ended) = std::sync::mpsc::channel();
         let (criu, watch, shared) = (CriuPlace::default(), plan.watch.clone(), plan.shared.clone());
 
-        let (place, tell) = (criu.clone(), Arc::new(tell) as Tell);
+        let (place, tell) = (criu.clone(), Arc::new(tell) as TellDump);
         let thread = std::thread::Builder::new().name("dump".into()).spawn(move || {
             let _ends = ends;
             let result = caught(|| run(plan, &place, &tell, &orders));
@@ -204,7 +204,7 @@ impl DumpJob {
     /// as CRIU likes. Whoever undoes the migration mends what that leaves in the tasks.
     pub fn give_up(self) {
         self.shared.give_up();
-        let _ = self.go.send(Go::Verdict(false));
+        let _ = self.go.send(DumpOrder::Verdict(false));
         if self.ended.recv_timeout(ROLLBACK_LIMIT) == Err(RecvTimeoutError::Timeout) {
             self.kill_criu();
         }
@@ -232,7 +232,12 @@ impl DumpJob {
     }
 }
 
-fn run(mut plan: DumpPlan, criu: &CriuPlace, tell: &Tell, orders: &Receiver<Go>) -> Result<()> {
+fn run(
+    mut plan: DumpPlan,
+    criu: &CriuPlace,
+    tell: &TellDump,
+    orders: &Receiver<DumpOrder>,
+) -> Result<()> {
     let log = plan.work.join("runc.log");
     let mut command = plan.runtime.command();
     command.arg("--log").arg(&log).arg("checkpoint");
@@ -286,11 +291,11 @@ fn runtime_log(plan: &DumpPlan) -> String {
 
 fn job(
     plan: &mut DumpPlan,
-    session: &Session,
+    session: &CriuSession,
     mut request: Criu_req,
     mut hiding: Option<&mut Hiding>,
-    tell: &Tell,
-    orders: &Receiver<Go>,
+    tell: &TellDump,
+    orders: &Receiver<DumpOrder>,
 ) -> Result<()> {
     // Open as long as CRIU may look them up in our descriptor table.
     let images = File::open(&plan.images)?;
@@ -306,10 +311,11 @@ fn job(
     let result = loop {
         let event = session.next(Some(Instant::now() + STEP_TIMEOUT));
         match event.context("CRIU's dump")? {
-            Event::Notify(notify) => match notify.script.as_str() {
+            CriuEvent::Notify(notify) => match notify.script.as_str() {
                 "pre-dump" => {
                     tell(DumpEvent::AtFreeze);
-                    let Ok(Go::Freeze(Freeze { lifting, root, renamed })) = orders.recv() else {
+                    let Ok(DumpOrder::Freeze(Freeze { lifting, root, renamed })) = orders.recv()
+                    else {
                         session.answer(false)?;
                         continue;
                     };
@@ -368,7 +374,7 @@ fn job(
                     };
                     fault::point("dump.dumped")?;
                     tell_dumped(added, tell);
-                    let agreed = matches!(orders.recv(), Ok(Go::Verdict(true)));
+                    let agreed = matches!(orders.recv(), Ok(DumpOrder::Verdict(true)));
                     session.answer(agreed)?;
                 }
                 "status-ready" => {
@@ -379,14 +385,14 @@ fn job(
                 }
                 _ => session.answer(true)?,
             },
-            Event::Reply(response) => {
+            CriuEvent::Reply(response) => {
                 let success = response.success();
                 let why = response.cr_errmsg().to_owned();
                 // The runtime may be gone already; its opinion is of no use.
                 let _ = session.relay_reply(&response);
                 break if success { Ok(()) } else { Err(anyhow!("{why}")) };
             }
-            Event::Hangup => break Err(anyhow!("CRIU ended in the middle of the dump")),
+            CriuEvent::Hangup => break Err(anyhow!("CRIU ended in the middle of the dump")),
         }
     };
     if let Some(e) = wrong {
@@ -405,14 +411,14 @@ fn name(pid: i32) -> Option<String> {
 }
 
 /// Writes what CRIU is to see of the tasks' memory, which stand still.
-fn hide(plan: &DumpPlan, session: &Session, hiding: Option<&mut Hiding>) -> Result<()> {
+fn hide(plan: &DumpPlan, session: &CriuSession, hiding: Option<&mut Hiding>) -> Result<()> {
     let Some(hiding) = hiding else { return Ok(()) };
     let stacks = |pid| plan.watch.stacks(pid);
     hiding.draw(&plan.cgroup, session.covered, &stacks).context("hiding memory from CRIU")
 }
 
 /// The images are complete, and beside what follows it is seen whether they are right.
-fn tell_dumped(added: Option<Added>, tell: &Tell) {
+fn tell_dumped(added: Option<Added>, tell: &TellDump) {
     let hidden = added.as_ref().filter(|added| added.mappings > 0).map(|added| added.pages);
     let unchecked = added.map(|added| added.unchecked).filter(|unchecked| !unchecked.is_empty());
     tell(DumpEvent::Dumped { hidden, unchecked: unchecked.is_some() });
@@ -438,11 +444,11 @@ fn vouch(cgroup: &Cgroup) -> Result<JoinHandle<Result<()>>> {
 }
 
 /// The beginning of the freeze; the network; and what came to it.
-type Stopped = (Instant, Option<Box<(ArmedFence, Capture)>>, Came);
+type StoppedContainer = (Instant, Option<Box<(ArmedFence, Capture)>>, Came);
 
 /// Stops the container, then its network: what came in before the fence has closed is in the
 /// sockets' queues. That of TCP is acknowledged, and goes along with them; that of UDP is read out.
-fn stop(plan: &mut DumpPlan) -> Result<Stopped> {
+fn stop(plan: &mut DumpPlan) -> Result<StoppedContainer> {
     if let (Some(network), Some(sock_diag)) = (plan.network.as_deref_mut(), &mut plan.sock_diag) {
         await_quiet(&mut network.0, &mut network.1, sock_diag)?;
     }
@@ -453,7 +459,7 @@ fn stop(plan: &mut DumpPlan) -> Result<Stopped> {
     if let Some((fence, capture)) = network.as_deref_mut() {
         plan.sock_diag.as_mut().map_or(Ok(()), await_last)?;
         capture.start()?;
-        fence.close(Side::Both)?;
+        fence.close(FenceSide::Both)?;
         if let Some(sock_diag) = &mut plan.sock_diag {
             came = Came::until_now(capture, sock_diag, &plan.homes, &plan.cgroup)?;
         }

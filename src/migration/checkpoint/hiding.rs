@@ -21,10 +21,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use crate::criu::hidden::{Change, Drawn, Known};
+use crate::criu::hidden::{AdviceChange, Drawn, KnownMappings};
 use crate::criu::{images, mm};
 use crate::memory::pages::{self, Task};
-use crate::memory::shared::Shared;
+use crate::memory::shared::SharedMemory;
 use crate::oci::cgroup::Cgroup;
 use crate::problem::advice;
 use crate::sys::maps;
@@ -45,7 +45,7 @@ pub struct Hiding {
     /// Tasks with a file, by number.
     looked: HashMap<i32, Looked>,
     /// Shared memory that the rounds read, too.
-    shared: Shared,
+    shared: SharedMemory,
     work: Option<JoinHandle<Result<Vec<Hidden>>>>,
 }
 
@@ -53,7 +53,7 @@ pub struct Hiding {
 struct Looked {
     /// With the number, a name that is not used twice.
     started: Option<u64>,
-    known: Known,
+    known: KnownMappings,
 }
 
 /// A task, frozen.
@@ -64,7 +64,7 @@ struct Hidden {
     /// What is populated of what is hidden.
     regions: Vec<PageRegion>,
     /// Where it was looked already: what is not as it was thought to be.
-    changes: Option<Vec<Change>>,
+    changes: Option<Vec<AdviceChange>>,
 }
 
 /// What was added to the images.
@@ -88,7 +88,7 @@ impl Hiding {
     ///
     /// # Errors
     /// When there is no room for files.
-    pub fn prepare(work: &Path, cgroup: &Cgroup, shared: Shared) -> Result<Hiding> {
+    pub fn prepare(work: &Path, cgroup: &Cgroup, shared: SharedMemory) -> Result<Hiding> {
         let directory = work.join("mappings");
         fs::create_dir(&directory)?;
         let mut looked = HashMap::new();
@@ -296,7 +296,7 @@ impl Looked {
     /// None where the task has ended, or a line is not understood.
     fn look(pid: i32) -> Option<Looked> {
         let started = process::start_time(pid);
-        let known = Known::parse(&proc_text(pid, "smaps").ok()?)?;
+        let known = KnownMappings::parse(&proc_text(pid, "smaps").ok()?)?;
         started.is_some().then_some(Looked { started, known })
     }
 
@@ -308,7 +308,7 @@ impl Looked {
             return Ok(Some(drawn));
         }
         tracing::debug!("process {pid} has a mapping that it had not before");
-        let now = Known::parse(&proc_text(pid, "smaps")?);
+        let now = KnownMappings::parse(&proc_text(pid, "smaps")?);
         Ok(now.and_then(|now| now.draw(&maps, stacks, shared)))
     }
 }
@@ -330,7 +330,7 @@ impl Hidden {
         all
     }
 
-    fn check(&self) -> Result<Vec<Change>> {
+    fn check(&self) -> Result<Vec<AdviceChange>> {
         let text = proc_text(self.task.pid, "smaps")?;
         let now = smaps::parse(&text).ok_or_else(|| changed("a line of smaps"))?;
         self.drawn.check(&now).map_err(|why| changed(&why))
@@ -342,16 +342,16 @@ impl Hidden {
         let mut seen = Vec::new();
         for change in self.changes.iter().flatten() {
             match change {
-                Change::Hidden(now) => {
-                    let of = |record: &&mut mm::Record| record.range == now.range;
+                AdviceChange::Hidden(now) => {
+                    let of = |record: &&mut mm::MappingRecord| record.range == now.range;
                     records.iter_mut().filter(of).for_each(|record| record.clone_from(now));
                 }
-                Change::Seen(start, advice) => seen.push((*start, *advice)),
+                AdviceChange::Seen(start, advice) => seen.push((*start, *advice)),
             }
         }
 
         let path = images.join(format!("mm-{vpid}.img"));
-        let mut image = mm::Image::parse(&fs::read(&path)?)?;
+        let mut image = mm::MmImage::parse(&fs::read(&path)?)?;
         for page in &self.drawn.shown {
             image.remove(page)?;
         }

@@ -34,9 +34,9 @@ use rust_criu::rust_criu_protobuf::rpc::{Criu_network_lock_method, Criu_req, Inh
 
 use super::caller::Caller;
 use super::dump::external_mount;
-use crate::criu::interposer::{Event, Interposer, Session};
+use crate::criu::interposer::{CriuEvent, CriuSession, Interposer};
 use crate::criu::{failure, images};
-use crate::engine::calls::Call;
+use crate::engine::calls::EngineCall;
 use crate::migration::journal::criu;
 use crate::migration::journal::workdir::{CRIU_PID, INIT};
 use crate::network::{self, NetworkImage, ReleaseSet};
@@ -74,7 +74,7 @@ pub enum RestoreEvent {
 
 /// What the hand-over tells the restore. A dropped sender means the same as `Verdict(false)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Go {
+pub enum RestoreOrder {
     /// The images are there.
     Restore,
     /// Run, or (`false`) give up.
@@ -115,7 +115,7 @@ pub struct RestorePlan {
     /// Takes the terminal.
     pub console_socket: Option<PathBuf>,
     /// Whom the container's engine has called to restore it: the runtime has to be started there.
-    pub call: Option<Call>,
+    pub call: Option<EngineCall>,
     /// What is released with the container, when CRIU lets go of it; it may come until the verdict.
     pub release: Arc<Mutex<Option<ReleaseSet>>>,
     /// The interposer.
@@ -125,8 +125,8 @@ pub struct RestorePlan {
 /// A restore under way.
 #[derive(Debug)]
 pub struct RestoreJob {
-    /// To say [`Go`].
-    pub go: Sender<Go>,
+    /// To say [`RestoreOrder`].
+    pub go: Sender<RestoreOrder>,
     thread: JoinHandle<()>,
 }
 
@@ -164,7 +164,7 @@ impl RestoreJob {
 fn run(
     mut plan: RestorePlan,
     tell: &(dyn Fn(RestoreEvent) + Sync),
-    orders: &Receiver<Go>,
+    orders: &Receiver<RestoreOrder>,
 ) -> Result<()> {
     let log = plan.work.join("runc.log");
     let mut command = plan.runtime.command();
@@ -246,11 +246,11 @@ fn own_words(log: &str) -> Option<String> {
 fn job(
     plan: &mut RestorePlan,
     runtime: BorrowedFd,
-    session: &Session,
+    session: &CriuSession,
     mut request: Criu_req,
     external: &[(String, i32)],
     caller: &mut Caller,
-    (tell, orders): (&(dyn Fn(RestoreEvent) + Sync), &Receiver<Go>),
+    (tell, orders): (&(dyn Fn(RestoreEvent) + Sync), &Receiver<RestoreOrder>),
 ) -> Result<()> {
     let images = File::open(&plan.images)?;
     let work = File::open(&plan.work)?;
@@ -292,7 +292,7 @@ fn job(
         opts.inherit_fd.push(inherit);
     }
     tell(RestoreEvent::AtRequest);
-    if !matches!(orders.recv(), Ok(Go::Restore)) {
+    if !matches!(orders.recv(), Ok(RestoreOrder::Restore)) {
         bail!("given up before the images came");
     }
     fault::point("restore.request")?;
@@ -306,7 +306,7 @@ fn job(
     let plan = &*plan;
     let result = loop {
         match session.next(Some(Instant::now() + STEP_TIMEOUT)).context("CRIU's restore")? {
-            Event::Notify(notify) => match notify.script.as_str() {
+            CriuEvent::Notify(notify) => match notify.script.as_str() {
                 "post-restore" => {
                     init = notify.pid.unwrap_or(init);
                     // Before the runtime knows of a container: who discards it must know it as ours.
@@ -375,20 +375,20 @@ fn job(
                 "network-unlock" | "network-lock" => session.answer(true)?,
                 _ => session.forward(&notify, Some(Instant::now() + STEP_TIMEOUT))?,
             },
-            Event::Reply(response) => {
+            CriuEvent::Reply(response) => {
                 let success = response.success();
                 let why = response.cr_errmsg().to_owned();
                 // The runtime has ended, unless it was CRIU that failed.
                 let _ = session.relay_reply(&response);
                 break if success { Ok(()) } else { Err(anyhow!("{why}")) };
             }
-            Event::Hangup if left => {
+            CriuEvent::Hangup if left => {
                 if !running {
                     tell(RestoreEvent::Running);
                 }
                 break Ok(());
             }
-            Event::Hangup => break Err(anyhow!("CRIU ended in the middle of the restore")),
+            CriuEvent::Hangup => break Err(anyhow!("CRIU ended in the middle of the restore")),
         }
     };
     result.map_err(|e| {
@@ -421,9 +421,9 @@ fn orphan(init: i32, criu: i32) {
 /// Waits for the verdict, and says so if CRIU dies meanwhile: the source must hear of it before it
 /// decides.
 fn await_verdict(
-    session: &Session,
+    session: &CriuSession,
     tell: &(dyn Fn(RestoreEvent) + Sync),
-    orders: &Receiver<Go>,
+    orders: &Receiver<RestoreOrder>,
 ) -> Result<bool> {
     let criu = process::pidfd_open(session.criu_pid)?;
     let (stop, stopped) = UnixStream::pair()?;
@@ -437,6 +437,6 @@ fn await_verdict(
         let verdict = orders.recv();
         // Ends the watch.
         drop(stop);
-        matches!(verdict, Ok(Go::Verdict(true)))
+        matches!(verdict, Ok(RestoreOrder::Verdict(true)))
     }))
 }

@@ -37,14 +37,14 @@ const MODE: u32 = 0o666;
 #[derive(Debug, Default)]
 pub struct Streams {
     /// Places of logs, by the number of the stream. The second of two streams of one file has none.
-    places: Vec<Option<Place>>,
+    places: Vec<Option<LogPlace>>,
     logs: Logs,
     files: Vec<(File, Option<String>)>,
 }
 
 /// The place of a log.
 #[derive(Debug)]
-struct Place {
+struct LogPlace {
     directory: OwnedFd,
     /// Both hosts see this file.
     shared: Option<File>,
@@ -181,14 +181,14 @@ impl Streams {
         self.places.clear();
     }
 
-    fn coming(&self) -> impl Iterator<Item = (usize, &Place)> {
+    fn coming(&self) -> impl Iterator<Item = (usize, &LogPlace)> {
         let places = self.places.iter().enumerate();
         places.filter_map(|(i, p)| Some((i, p.as_ref().filter(|p| p.coming.is_some())?)))
     }
 }
 
 /// Looks for the place of a log.
-fn find(stream: &Stream) -> Result<Place, Problem> {
+fn find(stream: &Stream) -> Result<LogPlace, Problem> {
     let path = Path::new(&stream.target);
     let refuse = |why: String| {
         Problem::new(
@@ -223,10 +223,10 @@ fn find(stream: &Stream) -> Result<Place, Problem> {
         })?;
         let shared = directory::reopen(&there, OpenOptions::new().read(true).append(true));
         let shared = shared.map_err(|e| refuse(format!("both hosts see it, but here: {e}")))?;
-        return Ok(Place { directory, shared: Some(shared), coming: None });
+        return Ok(LogPlace { directory, shared: Some(shared), coming: None });
     }
     comes(stream, &directory, there.as_ref()).map_err(|(why, hint)| refuse(why).hint(hint))?;
-    Ok(Place { directory, shared: None, coming: None })
+    Ok(LogPlace { directory, shared: None, coming: None })
 }
 
 /// The directory and the name of a place that is said so in only one way.

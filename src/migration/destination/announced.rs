@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail};
 
-use super::{Input, Inputs, LAYERS_LIMIT, SILENCE, engine};
+use super::{DestinationInput, DestinationInputs, LAYERS_LIMIT, SILENCE, engine};
 use crate::files::layers::validate as validate_layers;
-use crate::files::place::Target;
+use crate::files::place::CopyTarget;
 use crate::files::walk::Size;
 use crate::migration::preflight::destination_checks;
-use crate::migration::preflight::layers::{self, Coming};
+use crate::migration::preflight::layers::{self, ComingOverlay};
 use crate::migration::protocol::session::{FromPeer, PeerWriter};
 use crate::migration::protocol::{self, Message, Plan};
 use crate::problem::Problem;
@@ -18,11 +18,11 @@ use crate::problem::Problem;
 #[derive(Debug, Default)]
 pub(super) struct Incoming {
     /// Where the trees go.
-    pub(super) targets: Vec<Target>,
+    pub(super) targets: Vec<CopyTarget>,
     /// What was announced of them; first of lacking layers.
     pub(super) sizes: Vec<Size>,
     /// The overlay that is mounted of some.
-    pub(super) coming: Option<Coming>,
+    pub(super) coming: Option<ComingOverlay>,
 }
 
 impl Incoming {
@@ -44,14 +44,14 @@ pub(super) fn announced(
     plan: &Plan,
     copies: &[usize],
     peer: &PeerWriter,
-    inputs: &mut Inputs,
+    inputs: &mut DestinationInputs,
     state_dir: &Path,
 ) -> Result<Announced> {
     let mut incoming = Incoming::default();
     let (mut staged, mut lacking) = (PathBuf::new(), 0);
     if let Some(overlay) = layers::wanted(plan, copies) {
         let all = match inputs.next(LAYERS_LIMIT) {
-            Ok(Input::FromPeer(FromPeer::Message(Message::Layers { layers })))
+            Ok(DestinationInput::FromPeer(FromPeer::Message(Message::Layers { layers })))
                 if layers.len() == overlay.lower.len() =>
             {
                 layers
@@ -61,7 +61,7 @@ pub(super) fn announced(
         };
         validate_layers(&all)?;
         let place = destination_checks::bundle_here(plan)?.0.rootfs()?;
-        match Coming::plan(plan, overlay, &place, &all, state_dir) {
+        match ComingOverlay::plan(plan, overlay, &place, &all, state_dir) {
             Ok((coming, numbers)) => {
                 (staged, lacking) = (coming.store().join("layer"), numbers.len());
                 peer.send(&Message::Lacking { layers: numbers })?;
@@ -74,10 +74,10 @@ pub(super) fn announced(
     if let Some(wanted) = &plan.engine {
         // Until the engine has made a place for it.
         let path = engine::upper(plan, wanted);
-        incoming.targets.push(Target { path, own: true, single: false });
+        incoming.targets.push(CopyTarget { path, own: true, single: false });
     }
     incoming.sizes = match inputs.next(SILENCE) {
-        Ok(Input::FromPeer(FromPeer::Message(Message::Trees { sizes })))
+        Ok(DestinationInput::FromPeer(FromPeer::Message(Message::Trees { sizes })))
             if sizes.len() == lacking + incoming.targets.len() =>
         {
             sizes
@@ -96,7 +96,11 @@ pub(super) fn announced(
 }
 
 /// Where the trees go.
-fn targets(plan: &Plan, copies: &[usize], coming: Option<&Coming>) -> Result<Vec<Target>> {
+fn targets(
+    plan: &Plan,
+    copies: &[usize],
+    coming: Option<&ComingOverlay>,
+) -> Result<Vec<CopyTarget>> {
     let (here, _) = destination_checks::bundle_here(plan)?;
     let mut targets = Vec::new();
     for number in copies {
@@ -109,7 +113,7 @@ fn targets(plan: &Plan, copies: &[usize], coming: Option<&Coming>) -> Result<Vec
                 Some(path.ok_or_else(|| anyhow!("config.json does not have {}", probe.what))?)
             }
         };
-        targets.extend(path.map(|path| Target { path, own: root, single: probe.file }));
+        targets.extend(path.map(|path| CopyTarget { path, own: root, single: probe.file }));
     }
     Ok(targets)
 }

@@ -24,12 +24,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::{IncomingMigration, Input};
-use crate::engine::calls::{self, Call, Verb};
+use super::{DestinationInput, IncomingMigration};
+use crate::engine::calls::{self, EngineCall, EngineVerb};
 use crate::engine::command::Running;
 use crate::engine::handover::{self, Handover};
 use crate::engine::json_log;
-use crate::engine::papers::{Made, Papers, Wanted};
+use crate::engine::papers::{EngineWants, Made, Papers};
 use crate::files::{mounting, tree};
 use crate::migration::journal::{Record, workdir};
 use crate::migration::protocol::Plan;
@@ -49,12 +49,12 @@ const GROWTH: u64 = 1 << 30;
 
 /// Where what the container has changed of its image is until the engine has made a place for it: in the
 /// same mount, as it is renamed.
-pub(super) fn upper(plan: &Plan, wanted: &Wanted) -> PathBuf {
+pub(super) fn upper(plan: &Plan, wanted: &EngineWants) -> PathBuf {
     wanted.store.root.join(&wanted.store.driver).join(format!("ferry-{}", plan.migration))
 }
 
 /// What there will be to undo.
-pub(super) fn made(plan: &Plan, wanted: &Wanted) -> Made {
+pub(super) fn made(plan: &Plan, wanted: &EngineWants) -> Made {
     let upper = upper(plan, wanted);
     Made {
         engine: wanted.engine,
@@ -68,7 +68,7 @@ pub(super) fn made(plan: &Plan, wanted: &Wanted) -> Made {
 }
 
 /// The engine's part of an incoming migration, and how far it has come.
-pub(super) struct Engine {
+pub(super) struct EnginePart {
     handover: &'static dyn Handover,
     most_log: u64,
     upper: PathBuf,
@@ -78,15 +78,15 @@ pub(super) struct Engine {
     /// Where the engine has opened its log already: how much is in that. The rest is for these.
     said: Option<(u64, [Option<File>; 2])>,
     running: Option<Running>,
-    call: Option<Call>,
+    call: Option<EngineCall>,
     /// As the engine has made it.
     bundle: Option<Bundle>,
 }
 
-impl Engine {
-    pub(super) fn new(wanted: &Wanted) -> Result<Engine> {
+impl EnginePart {
+    pub(super) fn new(wanted: &EngineWants) -> Result<EnginePart> {
         let handover = handover::of(wanted.engine);
-        Ok(Engine {
+        Ok(EnginePart {
             handover: handover.ok_or_else(|| anyhow!("an engine that is not known here"))?,
             most_log: wanted.log.unwrap_or(0).saturating_add(GROWTH),
             upper: PathBuf::new(),
@@ -103,7 +103,7 @@ impl Engine {
         self.papers = Some(papers.clone());
     }
 
-    pub(super) fn take_call(&mut self) -> Option<Call> {
+    pub(super) fn take_call(&mut self) -> Option<EngineCall> {
         self.call.take()
     }
 
@@ -177,7 +177,7 @@ impl IncomingMigration {
     }
 
     /// Has the engine make the container.
-    pub(super) fn engage(&mut self, tell: &Sender<Input>) -> Result<()> {
+    pub(super) fn engage(&mut self, tell: &Sender<DestinationInput>) -> Result<()> {
         let (Some(engine), Some(wanted), Some(made)) =
             (&mut self.engine, &self.plan.engine, &self.journal.record.engine)
         else {
@@ -187,7 +187,7 @@ impl IncomingMigration {
         let papers = engine.papers.take().ok_or_else(|| anyhow!("nothing is known of it"))?;
         let verb = engine.handover.verb();
         if let Some(image) = &self.plan.network {
-            let softly = verb == Verb::Create;
+            let softly = verb == EngineVerb::Create;
             curtain::draw(image, &self.plan.migration, &NetNs::current()?, softly)?;
         }
         let (root, work) = (self.runtime.root(), self.work.path());
@@ -205,14 +205,14 @@ impl IncomingMigration {
         let wait = move || {
             let call = expected.call(ended, Instant::now() + ENGAGE_LIMIT);
             // The hand-over may have ended already.
-            let _ = tell.send(Input::Engaged(call));
+            let _ = tell.send(DestinationInput::Engaged(call));
         };
         std::thread::Builder::new().name("engine".into()).spawn(wait)?;
         Ok(())
     }
 
     /// Its runtime is called.
-    pub(super) fn engaged(&mut self, call: Result<Call>) -> Result<()> {
+    pub(super) fn engaged(&mut self, call: Result<EngineCall>) -> Result<()> {
         let Some(engine) = &mut self.engine else { bail!("there is no engine") };
         let call = match (call, engine.running.take()) {
             (Ok(call), running) => {
@@ -243,7 +243,7 @@ impl IncomingMigration {
             engine.log = Some((place, log));
         }
         engine.call = Some(call);
-        if self.plan.network.is_some() && engine.handover.verb() == Verb::Create {
+        if self.plan.network.is_some() && engine.handover.verb() == EngineVerb::Create {
             self.doing = "making the network";
             self.network.stand_in(&self.plan, self.work.path())?;
         } else if self.plan.network.is_some() {
@@ -264,7 +264,7 @@ impl IncomingMigration {
 
     /// It is restored, and the engine has started it: what was missing until then.
     pub(super) fn started(&mut self) -> Result<()> {
-        let Some(engine) = self.engine.as_mut().filter(|e| e.handover.verb() == Verb::Create)
+        let Some(engine) = self.engine.as_mut().filter(|e| e.handover.verb() == EngineVerb::Create)
         else {
             return Ok(());
         };
@@ -284,7 +284,7 @@ impl IncomingMigration {
     }
 }
 
-fn engine_of(engine: &mut Option<Engine>) -> Result<&mut Engine> {
+fn engine_of(engine: &mut Option<EnginePart>) -> Result<&mut EnginePart> {
     engine.as_mut().ok_or_else(|| anyhow!("there is no engine"))
 }
 

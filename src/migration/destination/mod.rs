@@ -38,28 +38,28 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow, bail};
 
 use self::announced::{Announced, Incoming, announced};
-use self::engine::Engine;
+use self::engine::EnginePart;
 use super::checkpoint::restore::{RestoreEvent, RestoreJob};
 use super::checkpoint::streams::Streams;
 use super::forwarding as forward;
 use super::journal::workdir::WorkDir;
 use super::journal::{self, Journal, Lock, Record, Role, State};
-use super::network::arrival::Arrival;
+use super::network::arrival::NetworkArrival;
 use super::preflight::destination_checks;
 use super::protocol::forwarding::{AddressDecision, ForwardMessage};
 use super::protocol::session::{self, FromPeer, PeerWriter};
 use super::protocol::{Message, Plan, Standing, variant};
-use super::recovery::decide::{Act, Event, Phase, hear};
+use super::recovery::decide::{Act, CopyEvent, CopyPhase, hear};
 use super::recovery::successors::PageGuards;
 use super::recovery::undo;
-use super::recovery::verdicts::{self, Call};
-use super::transfer::image_files::Images;
+use super::recovery::verdicts::{self, ControlCall};
+use super::transfer::image_files::ImageFiles;
 use super::transfer::receiver::{self, Backlog, Current, Stage};
 use crate::connections::{Landed, Landing};
 use crate::engine::calls;
 use crate::files::apply::{Applied, Applying};
-use crate::files::place::{Placing, Target};
-use crate::files::tmpfs::Mounted;
+use crate::files::place::{CopyTarget, Placing};
+use crate::files::tmpfs::MountedTmpfs;
 use crate::memory::serve::{CriuClosed, Ended, Server};
 use crate::memory::shared::SharedImages;
 use crate::memory::staging::Staging;
@@ -67,7 +67,7 @@ use crate::memory::will::Will;
 use crate::network::{Placement, ReleaseSet};
 use crate::oci::runtime::Runtime;
 use crate::problem::Problem;
-use crate::report::exit::Told;
+use crate::report::exit::ToldError;
 use crate::sys::fault;
 use crate::sys::memory::PAGE;
 use crate::sys::perf::DummyEvent;
@@ -86,12 +86,12 @@ const CRIU_ENDS: Duration = Duration::from_secs(5);
 const MAX_CHANNELS: usize = 64;
 
 #[derive(Debug)]
-enum Input {
+enum DestinationInput {
     FromPeer(FromPeer),
     Restore(RestoreEvent),
-    Call(Call),
+    Call(ControlCall),
     /// The engine has called its runtime; or it has not, and why.
-    Engaged(Result<calls::Call>),
+    Engaged(Result<calls::EngineCall>),
     Pages(Ended),
     /// From whoever makes copies of trees.
     Files(Applied),
@@ -124,19 +124,19 @@ pub fn receive(link: Link, runtime: &Runtime, state_dir: &Path) -> Result<()> {
     let (stage, current, backlog) = (Stage::default(), Current::default(), Backlog::default());
     let heard = tell.clone();
     receiver::listen(reader, &peer, &stage, &current, &backlog, move |h| {
-        heard.send(Input::FromPeer(h)).is_ok()
+        heard.send(DestinationInput::FromPeer(h)).is_ok()
     })?;
     let caught = tell.clone();
-    session::catch_signals(move |signal| caught.send(Input::Signal(signal)).is_ok())?;
-    let mut inputs = Inputs { queue, stage: stage.clone() };
-    let place = Place { runtime, state_dir, stage, current, backlog };
+    session::catch_signals(move |signal| caught.send(DestinationInput::Signal(signal)).is_ok())?;
+    let mut inputs = DestinationInputs { queue, stage: stage.clone() };
+    let place = ReceiveContext { runtime, state_dir, stage, current, backlog };
     let result = converse(&peer, &mut inputs, &tell, &place, &closer);
     closer.close();
     result
 }
 
 /// Where a migration is taken in.
-struct Place<'a> {
+struct ReceiveContext<'a> {
     runtime: &'a Runtime,
     state_dir: &'a Path,
     stage: Stage,
@@ -144,8 +144,8 @@ struct Place<'a> {
     backlog: Backlog,
 }
 
-struct Inputs {
-    queue: Receiver<Input>,
+struct DestinationInputs {
+    queue: Receiver<DestinationInput>,
     /// Who hears what does not come to the queue.
     stage: Stage,
 }
@@ -155,9 +155,9 @@ fn patience(heard: Option<Instant>, limit: Duration, now: Instant) -> Option<Ins
     heard.map(|heard| heard + limit).filter(|until| *until > now)
 }
 
-impl Inputs {
+impl DestinationInputs {
     /// The next thing that happens; the source's giving up is an error.
-    fn next(&mut self, limit: Duration) -> Result<Input> {
+    fn next(&mut self, limit: Duration) -> Result<DestinationInput> {
         let limit = fault::limit(limit);
         let mut until = Instant::now() + limit;
         loop {
@@ -173,12 +173,12 @@ impl Inputs {
     }
 
     /// What has happened already, without waiting.
-    fn pending(&mut self) -> Result<Option<Input>> {
+    fn pending(&mut self) -> Result<Option<DestinationInput>> {
         self.queue.try_recv().ok().map(|input| self.explain(judge(input))).transpose()
     }
 
     /// Where CRIU has only broken off its connection: what it says of that itself, which comes later.
-    fn explain(&mut self, judged: Result<Input>) -> Result<Input> {
+    fn explain(&mut self, judged: Result<DestinationInput>) -> Result<DestinationInput> {
         let error = match judged {
             Err(error) if error.is::<CriuClosed>() => error,
             judged => return judged,
@@ -195,17 +195,17 @@ impl Inputs {
     }
 }
 
-fn judge(input: Input) -> Result<Input> {
+fn judge(input: DestinationInput) -> Result<DestinationInput> {
     match input {
-        Input::FromPeer(FromPeer::Gone(why)) => {
+        DestinationInput::FromPeer(FromPeer::Gone(why)) => {
             bail!("the link to the source broke: {}", why.unwrap_or("it was closed".into()))
         }
-        Input::FromPeer(FromPeer::Message(Message::Abort { why })) => {
+        DestinationInput::FromPeer(FromPeer::Message(Message::Abort { why })) => {
             bail!("the source gave up: {why}")
         }
-        Input::Call(Call::Verdict(verdict, ref reply)) => {
-            let event = verdict.map_or(Event::Asked, Event::Verdict);
-            let (act, standing) = hear(Phase::Arriving, event);
+        DestinationInput::Call(ControlCall::Verdict(verdict, ref reply)) => {
+            let event = verdict.map_or(CopyEvent::Asked, CopyEvent::Verdict);
+            let (act, standing) = hear(CopyPhase::Arriving, event);
             // Whoever asks may have gone; or learns from the journal when everything is undone.
             standing.map_or(Ok(()), |standing| reply.send(standing)).ok();
             match act {
@@ -213,14 +213,18 @@ fn judge(input: Input) -> Result<Input> {
                 Act::Undo => bail!("the source has given up"),
             }
         }
-        Input::Call(Call::Discard(_)) => bail!("the operator wants it to end here"),
-        Input::ChannelEnded(why) => bail!("a further link to the source broke: {why}"),
-        Input::Files(Applied::Failed(why)) => bail!("taking files in: {why}"),
-        Input::Restore(RestoreEvent::Ended(Err(e))) => Err(e),
-        Input::Restore(RestoreEvent::Died) => bail!("CRIU was killed when it had restored"),
+        DestinationInput::Call(ControlCall::Discard(_)) => {
+            bail!("the operator wants it to end here")
+        }
+        DestinationInput::ChannelEnded(why) => bail!("a further link to the source broke: {why}"),
+        DestinationInput::Files(Applied::Failed(why)) => bail!("taking files in: {why}"),
+        DestinationInput::Restore(RestoreEvent::Ended(Err(e))) => Err(e),
+        DestinationInput::Restore(RestoreEvent::Died) => {
+            bail!("CRIU was killed when it had restored")
+        }
         // Nothing has run yet: closing what is held lets nobody read zeros.
-        Input::Pages(Ended { result: Err(e), .. }) => Err(e),
-        Input::Signal(signal) if signal != libc::SIGHUP => {
+        DestinationInput::Pages(Ended { result: Err(e), .. }) => Err(e),
+        DestinationInput::Signal(signal) if signal != libc::SIGHUP => {
             bail!("interrupted by {}", session::signal_name(signal))
         }
         input => Ok(input),
@@ -229,9 +233,9 @@ fn judge(input: Input) -> Result<Input> {
 
 fn converse(
     peer: &PeerWriter,
-    inputs: &mut Inputs,
-    tell: &Sender<Input>,
-    place: &Place,
+    inputs: &mut DestinationInputs,
+    tell: &Sender<DestinationInput>,
+    place: &ReceiveContext,
     closer: &Closer,
 ) -> Result<()> {
     match first_message(peer, inputs)? {
@@ -262,10 +266,10 @@ fn converse(
 }
 
 /// Greets, demands a greeting, and then what the link is for.
-fn first_message(peer: &PeerWriter, inputs: &mut Inputs) -> Result<Message> {
+fn first_message(peer: &PeerWriter, inputs: &mut DestinationInputs) -> Result<Message> {
     peer.send(&session::hello())?;
     let mut next = || loop {
-        if let Input::FromPeer(heard) = inputs.next(SILENCE)? {
+        if let DestinationInput::FromPeer(heard) = inputs.next(SILENCE)? {
             return Ok::<_, anyhow::Error>(heard);
         }
     };
@@ -282,7 +286,7 @@ fn hand_on(
     further: bool,
     peer: &PeerWriter,
     closer: &Closer,
-    place: &Place,
+    place: &ReceiveContext,
 ) -> Result<()> {
     let Closer::Stdio(input, output) = closer else { bail!("this link cannot be handed on") };
     let (input, output) = (input.as_fd(), output.as_fd());
@@ -294,11 +298,11 @@ fn hand_on(
 fn migration(
     plan: Plan,
     peer: &PeerWriter,
-    inputs: &mut Inputs,
-    tell: &Sender<Input>,
-    place: &Place,
+    inputs: &mut DestinationInputs,
+    tell: &Sender<DestinationInput>,
+    place: &ReceiveContext,
 ) -> Result<()> {
-    let Place { runtime, state_dir, stage, current, backlog } = place;
+    let ReceiveContext { runtime, state_dir, stage, current, backlog } = place;
     plan.validate()?;
     let runtime =
         Runtime::new(runtime.program().to_owned(), plan.root.clone(), plan.systemd_cgroup);
@@ -339,7 +343,7 @@ fn migration(
         return Ok(());
     }
     match inputs.next(SILENCE) {
-        Ok(Input::FromPeer(FromPeer::Message(Message::Prepare))) => {}
+        Ok(DestinationInput::FromPeer(FromPeer::Message(Message::Prepare))) => {}
         Ok(_) => bail!("the source does not follow the protocol"),
         // It changed its mind: nothing was made.
         Err(_) => return Ok(()),
@@ -356,7 +360,7 @@ fn migration(
         Ok(guest) => guest,
         Err(e) => {
             let told = peer.send(&Message::failed("preparing", &e)).is_ok();
-            return Err(if told { Told(e).into() } else { e });
+            return Err(if told { ToldError(e).into() } else { e });
         }
     };
     stage.keep_shared(SharedImages::new(&guest.work.images()));
@@ -370,7 +374,7 @@ struct IncomingMigration {
     journal: Journal,
     work: WorkDir,
     state_dir: PathBuf,
-    network: Arrival,
+    network: NetworkArrival,
     restore: Option<RestoreJob>,
     server: Option<Server>,
     pages: Option<Ended>,
@@ -386,17 +390,17 @@ struct IncomingMigration {
     incoming: Incoming,
     /// Whoever makes the copies.
     applying: Option<Applying>,
-    tmpfs: Option<Mounted>,
+    tmpfs: Option<MountedTmpfs>,
     /// Connections that come, and those that have.
     landing: Option<Landing>,
     landed: Option<Landed>,
     /// What is not as it was on the source, to be told.
     changed: Vec<Problem>,
-    images: Images,
+    images: ImageFiles,
     channels: Vec<UnixStream>,
     backlog: Backlog,
     /// What its engine does here, if it has one.
-    engine: Option<Engine>,
+    engine: Option<EnginePart>,
     /// What it is at, for people.
     doing: &'static str,
     began: Instant,
@@ -449,15 +453,15 @@ impl IncomingMigration {
             begun: journal::unix_time(),
         };
         let journal = Journal::create(state_dir, record)?;
-        let images = Images::new(work.images());
-        let engine = plan.engine.as_ref().map(Engine::new).transpose()?;
+        let images = ImageFiles::new(work.images());
+        let engine = plan.engine.as_ref().map(EnginePart::new).transpose()?;
         Ok(IncomingMigration {
             plan,
             runtime,
             journal,
             work,
             state_dir: state_dir.to_owned(),
-            network: Arrival::default(),
+            network: NetworkArrival::default(),
             restore: None,
             server: None,
             pages: None,
@@ -493,8 +497,8 @@ impl IncomingMigration {
     fn take_in(
         mut self,
         peer: &PeerWriter,
-        inputs: &mut Inputs,
-        tell: &Sender<Input>,
+        inputs: &mut DestinationInputs,
+        tell: &Sender<DestinationInput>,
         stage: &Stage,
         current: &Current,
     ) -> Result<()> {
@@ -508,7 +512,7 @@ impl IncomingMigration {
                 let told = peer.send(&failed).is_ok();
                 undone?;
                 say_undone(peer);
-                return Err(if told { Told(e).into() } else { e });
+                return Err(if told { ToldError(e).into() } else { e });
             }
         };
         match self.await_verdict(ready, peer, inputs) {
@@ -574,7 +578,7 @@ impl IncomingMigration {
         drop(self.tmpfs.take());
         self.streams.undo();
         // It is told by the end of its runtime's call, or finds nobody who expects that.
-        let engine = self.engine.take().map(Engine::give_up);
+        let engine = self.engine.take().map(EnginePart::give_up);
         let undone = undo::discard_destination(&mut self.journal);
         drop(engine);
         if undone.is_err() && undo::copy_lives(&self.journal.record) {
@@ -604,7 +608,7 @@ fn placing(plan: &Plan, incoming: &Incoming) -> Result<Placing> {
     let coming = incoming.coming.as_ref();
     // Last, as nothing is announced of it: it comes to its place as it is staged, empty.
     let work = coming.and_then(|c| c.upper.as_ref()).map(|u| u.work.clone());
-    targets.extend(work.map(|path| Target { path, own: true, single: false }));
+    targets.extend(work.map(|path| CopyTarget { path, own: true, single: false }));
     let placing = Placing::plan(&plan.migration, &targets, config.as_slice())?;
     Ok(match coming {
         Some(coming) => placing.with_overlay(coming.mounting.clone(), coming.staged()),

@@ -115,10 +115,10 @@ impl Outstanding {
     }
 
     /// What is decided by, when somebody asks.
-    pub(super) fn phase(&self) -> decide::Phase {
+    pub(super) fn phase(&self) -> decide::CopyPhase {
         let running = self.running && self.noted;
         let whole = self.served.is_some() && self.synced;
-        decide::Phase::Started { running, whole, lacking: self.left > 0 }
+        decide::CopyPhase::Started { running, whole, lacking: self.left > 0 }
     }
 
     /// What an operator is told who wants it to end here, where it stays.

@@ -10,7 +10,7 @@ use super::outstanding::Outstanding;
 use crate::files::sockets::{self, Renamed};
 use crate::migration::protocol::{MAX_TASKS, Message, variant};
 use crate::migration::recovery::decide;
-use crate::tasks::locks::{self, Held};
+use crate::tasks::locks::{self, HeldLock};
 use crate::tasks::settings::{self, Setting};
 use crate::tasks::sockets::{self as task_sockets, SocketSettings};
 
@@ -102,7 +102,7 @@ pub(super) struct Dumped {
     pub(super) tasks: Vec<i32>,
     /// How many connections have come beside the images.
     pub(super) connections: usize,
-    pub(super) locks: Vec<Held>,
+    pub(super) locks: Vec<HeldLock>,
     pub(super) settings: Vec<Setting>,
     pub(super) renamed: Vec<Renamed>,
     pub(super) sockets: Vec<SocketSettings>,
@@ -238,8 +238,8 @@ impl Ready {
     }
 
     /// What is decided by, when somebody asks.
-    pub(super) fn phase(self) -> decide::Phase {
-        decide::Phase::Held { lacking: self.left > 0 }
+    pub(super) fn phase(self) -> decide::CopyPhase {
+        decide::CopyPhase::Held { lacking: self.left > 0 }
     }
 }
 

@@ -11,17 +11,19 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::engine::Engine;
+use super::engine::EnginePart;
 use super::phase::{Dumped, Event, Phase, Ready};
-use super::{IncomingMigration, Input, Inputs, MAX_CHANNELS, RESTORE_LIMIT, SILENCE};
-use crate::connections::{self, Coming, Landed, Landing};
+use super::{
+    DestinationInput, DestinationInputs, IncomingMigration, MAX_CHANNELS, RESTORE_LIMIT, SILENCE,
+};
+use crate::connections::{self, ComingConnection, Landed, Landing};
 use crate::criu::interposer::Interposer;
 use crate::files::apply::{Applied, Applying};
-use crate::files::tmpfs::{Mounted, Tmpfs};
+use crate::files::tmpfs::{MountedTmpfs, Tmpfs};
 use crate::files::{sockets, tree};
 use crate::memory::serve::Server;
 use crate::memory::will::Will;
-use crate::migration::checkpoint::restore::{Go, RestoreEvent, RestoreJob, RestorePlan};
+use crate::migration::checkpoint::restore::{RestoreEvent, RestoreJob, RestoreOrder, RestorePlan};
 use crate::migration::forwarding::published;
 use crate::migration::journal::forward_role::ForwardRole;
 use crate::migration::journal::{State, workdir};
@@ -29,7 +31,7 @@ use crate::migration::preflight::{destination_checks, host};
 use crate::migration::protocol::session::{self, FromPeer, PeerWriter};
 use crate::migration::protocol::{Message, variant};
 use crate::migration::recovery::successors::PageGuards;
-use crate::migration::recovery::verdicts::{self, Call};
+use crate::migration::recovery::verdicts::{self, ControlCall};
 use crate::migration::transfer::image_files::{LOG, STREAM};
 use crate::migration::transfer::receiver::{self, Stage, want};
 use crate::oci::cgroup::Cgroup;
@@ -37,7 +39,7 @@ use crate::oci::cgroup_warmer::CgroupWarmer;
 use crate::sys::fault;
 use crate::sys::netns::NetNs;
 use crate::sys::process::{self, ProcessId};
-use crate::tasks::locks::{self, Held};
+use crate::tasks::locks::{self, HeldLock};
 use crate::tasks::{settings, sockets as task_sockets};
 use crate::transport::connect;
 use crate::transport::frame::Frame;
@@ -46,8 +48,8 @@ impl IncomingMigration {
     pub(super) fn until_ready(
         &mut self,
         peer: &PeerWriter,
-        inputs: &mut Inputs,
-        tell: &Sender<Input>,
+        inputs: &mut DestinationInputs,
+        tell: &Sender<DestinationInput>,
         stage: &Stage,
     ) -> Result<Ready> {
         fault::point("destination.prepare")?;
@@ -57,7 +59,9 @@ impl IncomingMigration {
         }
         // From the beginning: a source that lost this link, and gave up, says so over another.
         let call = tell.clone();
-        verdicts::take_calls(self.work.path(), move |c| call.send(Input::Call(c)).is_ok())?;
+        verdicts::take_calls(self.work.path(), move |c| {
+            call.send(DestinationInput::Call(c)).is_ok()
+        })?;
         peer.send(&Message::AcceptChannels)?;
         self.doing = "making the network";
         let note = self.journal.record.forward.as_ref();
@@ -67,7 +71,7 @@ impl IncomingMigration {
         }
         if !self.plan.tmpfs.is_empty() {
             let base = workdir::tmpfs_base(self.work.path());
-            self.tmpfs = Some(Mounted::new(&base, &self.plan.tmpfs)?);
+            self.tmpfs = Some(MountedTmpfs::new(&base, &self.plan.tmpfs)?);
         }
         if let Some(note) = note.filter(|n| n.part == ForwardRole::ArrivesWithoutConnections) {
             published::arrive(note, &self.plan)?;
@@ -115,8 +119,8 @@ impl IncomingMigration {
         &mut self,
         mut phase: Phase,
         peer: &PeerWriter,
-        inputs: &mut Inputs,
-        tell: &Sender<Input>,
+        inputs: &mut DestinationInputs,
+        tell: &Sender<DestinationInput>,
         stage: &Stage,
     ) -> Result<Phase> {
         let mut warm = None;
@@ -127,18 +131,20 @@ impl IncomingMigration {
                 return Ok(phase);
             }
             match inputs.next(if restored { RESTORE_LIMIT } else { SILENCE })? {
-                Input::Restore(RestoreEvent::AtRequest) => {
+                DestinationInput::Restore(RestoreEvent::AtRequest) => {
                     phase = phase.step(Event::Held)?;
                     self.begin_guard()?;
                     fault::point("destination.prepared")?;
                     peer.send(&Message::Prepared)?;
                 }
-                Input::FromPeer(FromPeer::Frame(Frame::File(name, at, bytes))) => {
+                DestinationInput::FromPeer(FromPeer::Frame(Frame::File(name, at, bytes))) => {
                     phase = phase.step(Event::File)?;
                     self.file(&name, at, &bytes)?;
                 }
-                Input::Files(Applied::Round(round)) => peer.send(&Message::Applied { round })?,
-                Input::FromPeer(FromPeer::Message(Message::Copied)) => {
+                DestinationInput::Files(Applied::Round(round)) => {
+                    peer.send(&Message::Applied { round })?
+                }
+                DestinationInput::FromPeer(FromPeer::Message(Message::Copied)) => {
                     phase = phase.step(Event::Copied)?;
                     fault::point("destination.copied")?;
                     self.journal.record.placing.put()?;
@@ -147,36 +153,36 @@ impl IncomingMigration {
                         self.start_restore(tell)?;
                     }
                 }
-                Input::FromPeer(FromPeer::Message(Message::Papers(papers))) => {
+                DestinationInput::FromPeer(FromPeer::Message(Message::Papers(papers))) => {
                     phase = phase.step(Event::Papers)?;
                     self.engine.iter_mut().for_each(|engine| engine.know(&papers));
                 }
-                Input::FromPeer(FromPeer::Message(Message::Engage)) => {
+                DestinationInput::FromPeer(FromPeer::Message(Message::Engage)) => {
                     phase = phase.step(Event::Engage)?;
                     self.engage(tell)?;
                 }
-                Input::Engaged(call) => {
+                DestinationInput::Engaged(call) => {
                     phase = phase.step(Event::Called)?;
                     self.engaged(call)?;
                     self.start_restore(tell)?;
                 }
-                Input::Call(Call::Channel(input, output, held)) => {
+                DestinationInput::Call(ControlCall::Channel(input, output, held)) => {
                     self.join(input, output, held, stage, tell)?;
                 }
-                Input::FromPeer(FromPeer::Message(Message::Freezing)) => {
+                DestinationInput::FromPeer(FromPeer::Message(Message::Freezing)) => {
                     phase = phase.step(Event::Freezing)?;
                     warm = Some(CgroupWarmer::start()?);
                     self.network.take(self.work.path())?;
                 }
-                Input::FromPeer(FromPeer::Message(Message::Connections { list })) => {
+                DestinationInput::FromPeer(FromPeer::Message(Message::Connections { list })) => {
                     phase = phase.step(Event::Connections)?;
                     self.await_connections(list, tell)?;
                 }
-                Input::Awaited(lacking) => peer.send(&Message::Awaited { lacking })?,
-                Input::FromPeer(FromPeer::Message(Message::Sockets { list })) => {
+                DestinationInput::Awaited(lacking) => peer.send(&Message::Awaited { lacking })?,
+                DestinationInput::FromPeer(FromPeer::Message(Message::Sockets { list })) => {
                     phase = phase.step(Event::Sockets(list))?;
                 }
-                Input::FromPeer(FromPeer::Message(Message::Dumped {
+                DestinationInput::FromPeer(FromPeer::Message(Message::Dumped {
                     tasks,
                     connections,
                     locks,
@@ -189,10 +195,10 @@ impl IncomingMigration {
                     fault::point("destination.restore")?;
                     self.begin_restore()?;
                 }
-                Input::FromPeer(FromPeer::Message(Message::MemoryDone { left })) => {
+                DestinationInput::FromPeer(FromPeer::Message(Message::MemoryDone { left })) => {
                     phase = phase.step(Event::MemoryDone(left))?;
                 }
-                Input::Restore(RestoreEvent::Restored(pid, criu)) => {
+                DestinationInput::Restore(RestoreEvent::Restored(pid, criu)) => {
                     phase = phase.step(Event::Restored)?;
                     self.release = Some(criu);
                     if let Phase::Restoring { dumped, .. } = &phase {
@@ -214,16 +220,22 @@ impl IncomingMigration {
     pub(super) fn keep_pace(
         &mut self,
         phase: &Phase,
-        input: Input,
+        input: DestinationInput,
         peer: &PeerWriter,
     ) -> Result<()> {
         match input {
-            Input::FromPeer(FromPeer::Frame(Frame::Packet(bytes))) if phase.takes_packets() => {
+            DestinationInput::FromPeer(FromPeer::Frame(Frame::Packet(bytes)))
+                if phase.takes_packets() =>
+            {
                 self.network.keep(&bytes)
             }
-            Input::Want(vpid, at, pages) => want(peer, vpid, at, pages),
-            Input::FromPeer(FromPeer::Message(message)) => Err(phase.refuse_message(&message)),
-            Input::FromPeer(FromPeer::Frame(frame)) => Err(phase.refuse(&variant(&frame))),
+            DestinationInput::Want(vpid, at, pages) => want(peer, vpid, at, pages),
+            DestinationInput::FromPeer(FromPeer::Message(message)) => {
+                Err(phase.refuse_message(&message))
+            }
+            DestinationInput::FromPeer(FromPeer::Frame(frame)) => {
+                Err(phase.refuse(&variant(&frame)))
+            }
             // Of our own, all else says how far it is, and is looked at where that counts.
             _ => Ok(()),
         }
@@ -263,15 +275,15 @@ impl IncomingMigration {
         text.trim().parse().ok()
     }
 
-    fn start_restore(&mut self, tell: &Sender<Input>) -> Result<()> {
+    fn start_restore(&mut self, tell: &Sender<DestinationInput>) -> Result<()> {
         self.doing = "preparing the restore";
         let (criu, _) = host::criu()?;
         let targets: Vec<&str> = self.plan.streams.iter().map(|s| s.target.as_str()).collect();
         fs::write(self.work.images().join("descriptors.json"), serde_json::to_vec(&targets)?)?;
         let streams = self.streams.plan()?;
         self.have_released();
-        let call = self.engine.as_mut().and_then(Engine::take_call);
-        let made = self.engine.as_ref().and_then(Engine::bundle);
+        let call = self.engine.as_mut().and_then(EnginePart::take_call);
+        let made = self.engine.as_ref().and_then(EnginePart::bundle);
         self.server = Some(Server::listen(&self.work.work())?);
         let namespace = match self.network.namespace() {
             Some(namespace) if self.plan.criu_inside() => Some(namespace.try_clone()?),
@@ -301,13 +313,17 @@ impl IncomingMigration {
         let tell = tell.clone();
         self.restore = Some(RestoreJob::start(plan, move |event| {
             // The hand-over may have ended already.
-            let _ = tell.send(Input::Restore(event));
+            let _ = tell.send(DestinationInput::Restore(event));
         })?);
         Ok(())
     }
 
     /// Prepares for connections that will come beside the images.
-    fn await_connections(&mut self, list: Vec<Coming>, tell: &Sender<Input>) -> Result<()> {
+    fn await_connections(
+        &mut self,
+        list: Vec<ComingConnection>,
+        tell: &Sender<DestinationInput>,
+    ) -> Result<()> {
         if list.len() > connections::BATCH {
             bail!("{} connections in one message", list.len());
         }
@@ -327,7 +343,7 @@ impl IncomingMigration {
             }
             let tell = tell.clone();
             // The hand-over may have ended already.
-            let prepared = move |lacking| drop(tell.send(Input::Awaited(lacking)));
+            let prepared = move |lacking| drop(tell.send(DestinationInput::Awaited(lacking)));
             self.landing = Some(Landing::start(namespace, floating, prepared)?);
         }
         self.landing.as_ref().map_or(Ok(()), |landing| landing.announce(list))
@@ -353,7 +369,7 @@ impl IncomingMigration {
     }
 
     /// Has the tasks that CRIU has restored hold the locks that they held on the source.
-    fn hold_locks(&mut self, init: i32, held: &[Held]) -> Result<()> {
+    fn hold_locks(&mut self, init: i32, held: &[HeldLock]) -> Result<()> {
         if !held.is_empty() {
             locks::hold(&Cgroup::of_process(init)?.processes()?, held)?;
             self.mark("locks held");
@@ -368,7 +384,7 @@ impl IncomingMigration {
         output: OwnedFd,
         held: UnixStream,
         stage: &Stage,
-        tell: &Sender<Input>,
+        tell: &Sender<DestinationInput>,
     ) -> Result<()> {
         if self.channels.len() >= MAX_CHANNELS {
             bail!("more than {MAX_CHANNELS} further links");
@@ -378,7 +394,7 @@ impl IncomingMigration {
         let tell = tell.clone();
         receiver::listen_channel(reader, peer, stage, move |why| {
             // The hand-over may have ended already.
-            let _ = tell.send(Input::ChannelEnded(why));
+            let _ = tell.send(DestinationInput::ChannelEnded(why));
         })?;
         self.channels.push(held);
         Ok(())
@@ -427,11 +443,11 @@ impl IncomingMigration {
             self.mark("the engine's root file system is filled");
         }
         self.mark("restore begins");
-        self.tell_restore(Go::Restore)
+        self.tell_restore(RestoreOrder::Restore)
     }
 
     /// Makes the places of the trees that are copied, and whoever fills them.
-    fn take_files(&mut self, tell: &Sender<Input>) -> Result<()> {
+    fn take_files(&mut self, tell: &Sender<DestinationInput>) -> Result<()> {
         self.doing = "taking files in";
         let placing = &self.journal.record.placing;
         let mut staged = Vec::new();
@@ -448,7 +464,7 @@ impl IncomingMigration {
         let roots: Vec<_> = staged.into_iter().zip(self.incoming.sizes.iter().copied()).collect();
         let tell = tell.clone();
         // The hand-over may have ended already.
-        let told = move |applied| drop(tell.send(Input::Files(applied)));
+        let told = move |applied| drop(tell.send(DestinationInput::Files(applied)));
         self.applying = Some(match self.incoming.coming.take() {
             Some(coming) => Applying::start(&roots, coming.after_first_round(told))?,
             None => Applying::start(&roots, told)?,
@@ -461,7 +477,7 @@ impl IncomingMigration {
         mounted.flat_map(|m| self.plan.tmpfs.iter().enumerate().map(|(i, t)| (t, m.place(i))))
     }
 
-    pub(super) fn tell_restore(&self, go: Go) -> Result<()> {
+    pub(super) fn tell_restore(&self, go: RestoreOrder) -> Result<()> {
         let job = self.restore.as_ref().ok_or_else(|| anyhow!("no restore under way"))?;
         job.go.send(go).map_err(|_| anyhow!("the restore has ended"))
     }
@@ -481,15 +497,16 @@ impl IncomingMigration {
         tasks: &[i32],
         server: Server,
         stage: &Stage,
-        tell: &Sender<Input>,
+        tell: &Sender<DestinationInput>,
     ) -> Result<()> {
         let pagemaps = self.pagemaps(tasks)?;
         let will = self.will.clone().ok_or_else(|| anyhow!("nobody would go on"))?;
         // The hand-over may have ended already.
         let (wanted, made, ended) = (tell.clone(), tell.clone(), tell.clone());
-        let want = move |vpid, at, pages| drop(wanted.send(Input::Want(vpid, at, pages)));
-        let ready = move || drop(made.send(Input::Guarded));
-        let end = move |e| drop(ended.send(Input::Pages(e)));
+        let want =
+            move |vpid, at, pages| drop(wanted.send(DestinationInput::Want(vpid, at, pages)));
+        let ready = move || drop(made.send(DestinationInput::Guarded));
+        let end = move |e| drop(ended.send(DestinationInput::Pages(e)));
         stage.serve(|staging| server.start(staging, &pagemaps, will, want, ready, end))?;
         self.mark("last page is here");
         Ok(())

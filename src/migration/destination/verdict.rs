@@ -9,21 +9,21 @@ use anyhow::{Result, bail};
 
 use super::outstanding::{Outstanding, ToTell};
 use super::phase::{Phase, Ready};
-use super::{IncomingMigration, Input, Inputs, RESTORE_LIMIT, SILENCE};
+use super::{DestinationInput, DestinationInputs, IncomingMigration, RESTORE_LIMIT, SILENCE};
 use crate::connections::Landed;
 use crate::criu::barrier;
 use crate::memory::serve::{Ended, Served};
-use crate::migration::checkpoint::restore::{Go, RestoreEvent};
+use crate::migration::checkpoint::restore::{RestoreEvent, RestoreOrder};
 use crate::migration::checkpoint::streams::Streams;
 use crate::migration::journal::{State, criu};
 use crate::migration::protocol::session::{self, FromPeer, PeerWriter};
 use crate::migration::protocol::{self, Message, Standing, Verdict};
-use crate::migration::recovery::decide::{Act, Event, hear};
+use crate::migration::recovery::decide::{Act, CopyEvent, hear};
 use crate::migration::recovery::undo;
-use crate::migration::recovery::verdicts::Call;
+use crate::migration::recovery::verdicts::ControlCall;
 use crate::migration::transfer::receiver::{self, Current, Stage, send_missing, want};
 use crate::oci::cgroup::Cgroup;
-use crate::report::exit::Told;
+use crate::report::exit::ToldError;
 use crate::sys::{fault, process};
 use crate::tasks::waits;
 use crate::transport::connect;
@@ -38,7 +38,7 @@ impl IncomingMigration {
         &mut self,
         mut ready: Ready,
         peer: &PeerWriter,
-        inputs: &mut Inputs,
+        inputs: &mut DestinationInputs,
     ) -> Option<Outstanding> {
         let phase = ready.phase();
         loop {
@@ -49,71 +49,73 @@ impl IncomingMigration {
                 Err(RecvTimeoutError::Disconnected) => return None,
             };
             let event = match input {
-                Input::FromPeer(FromPeer::Message(Message::Commit)) => {
-                    Event::Verdict(Verdict::Commit)
+                DestinationInput::FromPeer(FromPeer::Message(Message::Commit)) => {
+                    CopyEvent::Verdict(Verdict::Commit)
                 }
-                Input::FromPeer(FromPeer::Message(Message::Abort { .. })) => {
-                    Event::Verdict(Verdict::Abort)
+                DestinationInput::FromPeer(FromPeer::Message(Message::Abort { .. })) => {
+                    CopyEvent::Verdict(Verdict::Abort)
                 }
-                Input::FromPeer(FromPeer::Frame(Frame::Packet(bytes))) => {
+                DestinationInput::FromPeer(FromPeer::Frame(Frame::Packet(bytes))) => {
                     // A damaged one is the sender's timer's business.
                     let _ = self.network.keep(&bytes);
                     continue;
                 }
-                Input::Call(Call::Verdict(verdict, reply)) => {
-                    let event = verdict.map_or(Event::Asked, Event::Verdict);
+                DestinationInput::Call(ControlCall::Verdict(verdict, reply)) => {
+                    let event = verdict.map_or(CopyEvent::Asked, CopyEvent::Verdict);
                     if let (_, Some(standing)) = hear(phase, event) {
                         // Whoever asked may have gone.
                         let _ = reply.send(standing);
                     }
                     event
                 }
-                Input::Call(Call::Discard(reply)) => {
-                    let event = Event::Verdict(Verdict::Abort);
+                DestinationInput::Call(ControlCall::Discard(reply)) => {
+                    let event = CopyEvent::Verdict(Verdict::Abort);
                     if let (_, Some(standing)) = hear(phase, event) {
                         let _ = reply.send(standing);
                     }
                     event
                 }
-                Input::Pages(Ended { result: Ok(served), held }) => {
+                DestinationInput::Pages(Ended { result: Ok(served), held }) => {
                     self.pages = Some(Ended { result: Ok(served), held });
                     continue;
                 }
                 // Its memory cannot be put into it; there is nothing that could run.
-                Input::Pages(Ended { result: Err(e), .. }) => {
+                DestinationInput::Pages(Ended { result: Err(e), .. }) => {
                     failed = Some(format!("{e:#}"));
-                    Event::Broken
+                    CopyEvent::Broken
                 }
                 // The copy has died while it was held; there is nothing to run any more.
-                Input::Restore(RestoreEvent::Ended(_) | RestoreEvent::Died) => {
+                DestinationInput::Restore(RestoreEvent::Ended(_) | RestoreEvent::Died) => {
                     failed = Some("the restored copy was killed while it waited".to_owned());
-                    Event::Broken
+                    CopyEvent::Broken
                 }
-                Input::Want(vpid, at, pages) => {
+                DestinationInput::Want(vpid, at, pages) => {
                     drop(want(peer, vpid, at, pages));
                     continue;
                 }
-                Input::FromPeer(FromPeer::Gone(_)) => {
+                DestinationInput::FromPeer(FromPeer::Gone(_)) => {
                     ready.link = false;
-                    Event::Unlinked
+                    CopyEvent::Unlinked
                 }
-                Input::FromPeer(FromPeer::Message(message)) => {
+                DestinationInput::FromPeer(FromPeer::Message(message)) => {
                     tracing::warn!("{:#}", Phase::Ready(ready).refuse_message(&message));
                     continue;
                 }
                 // A signal is no verdict either.
-                Input::FromPeer(FromPeer::Frame(_))
-                | Input::Restore(_)
-                | Input::Signal(_)
-                | Input::ChannelEnded(_)
-                | Input::Files(_)
-                | Input::Synced
-                | Input::Noted
-                | Input::Guarded
-                | Input::Engaged(_)
-                | Input::TasksEnded
-                | Input::Awaited(_)
-                | Input::Call(Call::Link(..) | Call::Channel(..)) => continue,
+                DestinationInput::FromPeer(FromPeer::Frame(_))
+                | DestinationInput::Restore(_)
+                | DestinationInput::Signal(_)
+                | DestinationInput::ChannelEnded(_)
+                | DestinationInput::Files(_)
+                | DestinationInput::Synced
+                | DestinationInput::Noted
+                | DestinationInput::Guarded
+                | DestinationInput::Engaged(_)
+                | DestinationInput::TasksEnded
+                | DestinationInput::Awaited(_)
+                | DestinationInput::Call(ControlCall::Link(..) | ControlCall::Channel(..)) => {
+                    continue;
+                }
             };
             match hear(phase, event).0 {
                 Act::Wait => {}
@@ -134,8 +136,8 @@ impl IncomingMigration {
         mut self,
         mut todo: Outstanding,
         mut peer: PeerWriter,
-        inputs: &mut Inputs,
-        tell: &Sender<Input>,
+        inputs: &mut DestinationInputs,
+        tell: &Sender<DestinationInput>,
         stage: &Stage,
         current: &Current,
     ) -> Result<()> {
@@ -149,7 +151,7 @@ impl IncomingMigration {
             // Nothing runs of which that is not known: the source takes it back.
             let undone = self.undo(Vec::new());
             let _ = peer.send(&Message::failed("starting", &e));
-            return undone.and(Err(Told(e).into()));
+            return undone.and(Err(ToldError(e).into()));
         }
         // From here on what was made is the container's: no error may take it away again but one
         // that says that there is no container.
@@ -158,7 +160,7 @@ impl IncomingMigration {
         // Before anything can run that would find them asleep.
         self.landed.iter().for_each(Landed::wake);
         // If it has ended, that stands in the queue.
-        let _ = self.tell_restore(Go::Verdict(true));
+        let _ = self.tell_restore(RestoreOrder::Verdict(true));
         todo.served = self.pages.take().and_then(|ended| ended.result.ok());
         // As long as the latest link is ours to use, whoever brought it waits.
         let mut brought = None;
@@ -166,17 +168,17 @@ impl IncomingMigration {
         let mut waits = None;
         while !todo.is_over() {
             match inputs.queue.recv_timeout(fault::limit(RESTORE_LIMIT)) {
-                Ok(Input::Restore(RestoreEvent::Released(opened))) => {
+                Ok(DestinationInput::Restore(RestoreEvent::Released(opened))) => {
                     self.network.open(opened, self.journal.record.init.map_or(0, |init| init.pid));
                     self.mark("fence open");
                     let _ = fault::point("destination.open");
                 }
-                Ok(Input::Restore(RestoreEvent::AtResume)) => {
+                Ok(DestinationInput::Restore(RestoreEvent::AtResume)) => {
                     self.mark("sockets alive");
                     self.network.replay();
-                    let _ = self.tell_restore(Go::Resume);
+                    let _ = self.tell_restore(RestoreOrder::Resume);
                 }
-                Ok(Input::Restore(RestoreEvent::Running)) => {
+                Ok(DestinationInput::Restore(RestoreEvent::Running)) => {
                     todo.running = true;
                     self.mark("running");
                     waits = self.have_them_wait();
@@ -193,21 +195,21 @@ impl IncomingMigration {
                         self.sync(tell);
                     }
                 }
-                Ok(Input::Noted) => todo.noted = true,
-                Ok(Input::Synced) => todo.synced = true,
-                Ok(Input::Pages(Ended { result: Ok(all), .. })) => {
+                Ok(DestinationInput::Noted) => todo.noted = true,
+                Ok(DestinationInput::Synced) => todo.synced = true,
+                Ok(DestinationInput::Pages(Ended { result: Ok(all), .. })) => {
                     todo.served = Some(all);
                     if todo.running {
                         undo::note_all_in(self.work.path());
                     }
                 }
-                Ok(Input::Want(vpid, at, pages)) => {
+                Ok(DestinationInput::Want(vpid, at, pages)) => {
                     todo.link &= want(&peer, vpid, at, pages).is_ok();
                 }
-                Ok(Input::Call(Call::Link(input, output, held))) => {
+                Ok(DestinationInput::Call(ControlCall::Link(input, output, held))) => {
                     tracing::info!("the source is back over a new link");
                     let heard = tell.clone();
-                    let hear = move |h| heard.send(Input::FromPeer(h)).is_ok();
+                    let hear = move |h| heard.send(DestinationInput::FromPeer(h)).is_ok();
                     let backlog = &self.backlog;
                     let taken = connect::adopt(input, output).and_then(|new| {
                         let (other, reader, _) = session::split(new);
@@ -228,7 +230,7 @@ impl IncomingMigration {
                         _ => send_missing(&peer, stage).is_ok(),
                     };
                 }
-                Ok(Input::Pages(Ended { result: Err(e), held })) => {
+                Ok(DestinationInput::Pages(Ended { result: Err(e), held })) => {
                     let failed = e.context("not all of its memory can be put into the container");
                     // Ended while whoever misses a page still waits for it.
                     let undone = self.undo(held);
@@ -236,7 +238,7 @@ impl IncomingMigration {
                     undone?;
                     return Err(failed);
                 }
-                Ok(Input::Restore(RestoreEvent::Ended(result))) => {
+                Ok(DestinationInput::Restore(RestoreEvent::Ended(result))) => {
                     todo.restored = true;
                     if let Err(e) = result
                         && !todo.running
@@ -251,18 +253,18 @@ impl IncomingMigration {
                         return Err(failed);
                     }
                 }
-                Ok(Input::FromPeer(FromPeer::Frame(Frame::Packet(bytes)))) => {
+                Ok(DestinationInput::FromPeer(FromPeer::Frame(Frame::Packet(bytes)))) => {
                     let _ = self.network.keep(&bytes);
                     if todo.running {
                         self.network.replay();
                     }
                 }
-                Ok(Input::FromPeer(FromPeer::Message(message))) => {
+                Ok(DestinationInput::FromPeer(FromPeer::Message(message))) => {
                     todo.hear(&message).unwrap_or_else(|e| tracing::warn!("{e:#}"));
                 }
-                Ok(Input::FromPeer(FromPeer::Gone(_))) => todo.link = false,
-                Ok(Input::TasksEnded) => todo.alive = false,
-                Ok(Input::Call(Call::Discard(reply))) => {
+                Ok(DestinationInput::FromPeer(FromPeer::Gone(_))) => todo.link = false,
+                Ok(DestinationInput::TasksEnded) => todo.alive = false,
+                Ok(DestinationInput::Call(ControlCall::Discard(reply))) => {
                     if todo.lacks() {
                         // The operator knows that nobody will bring the rest.
                         self.undo(Vec::new())?;
@@ -273,8 +275,8 @@ impl IncomingMigration {
                     }
                     let _ = reply.send(todo.stays());
                 }
-                Ok(Input::Call(Call::Verdict(verdict, reply))) => {
-                    let event = verdict.map_or(Event::Asked, Event::Verdict);
+                Ok(DestinationInput::Call(ControlCall::Verdict(verdict, reply))) => {
+                    let event = verdict.map_or(CopyEvent::Asked, CopyEvent::Verdict);
                     if let (_, Some(standing)) = hear(todo.phase(), event) {
                         let _ = reply.send(standing);
                     }
@@ -328,15 +330,15 @@ impl IncomingMigration {
     }
 
     /// Tells when the container's init has ended.
-    fn watch_tasks(&self, tell: &Sender<Input>) {
+    fn watch_tasks(&self, tell: &Sender<DestinationInput>) {
         let Some(init) = self.journal.record.init else { return };
         let Ok(pidfd) = process::pidfd_open(init.pid) else {
-            return drop(tell.send(Input::TasksEnded));
+            return drop(tell.send(DestinationInput::TasksEnded));
         };
         let tell = tell.clone();
         let watch = move || {
             if process::wait_readable(&[pidfd.as_fd()], None).is_ok() {
-                let _ = tell.send(Input::TasksEnded);
+                let _ = tell.send(DestinationInput::TasksEnded);
             }
         };
         // Without it, only the operator's word ends what is missing memory.
@@ -345,7 +347,7 @@ impl IncomingMigration {
 
     /// Brings to the disk, while the container starts, that it may have run here: what this host says of
     /// it when it has gone down must be what it has said before.
-    fn bring_to_disk(&self, tell: &Sender<Input>) {
+    fn bring_to_disk(&self, tell: &Sender<DestinationInput>) {
         let (sync, tell) = (self.journal.syncing(), tell.clone());
         let work = move || {
             let _ = fault::point("destination.noted");
@@ -353,7 +355,7 @@ impl IncomingMigration {
                 // It runs all the same.
                 tracing::error!("{e:#}");
             }
-            let _ = tell.send(Input::Noted);
+            let _ = tell.send(DestinationInput::Noted);
         };
         run_beside("note", work);
     }
@@ -370,14 +372,14 @@ impl IncomingMigration {
     }
 
     /// Brings the copies to the disk, while the container runs.
-    fn sync(&self, tell: &Sender<Input>) {
+    fn sync(&self, tell: &Sender<DestinationInput>) {
         let (placing, tell) = (self.journal.record.placing.clone(), tell.clone());
         let work = move || {
             if let Err(e) = placing.sync() {
                 // The container runs on them all the same; the journal's own disk may be another.
                 tracing::error!("what was copied may not be on the disk: {e:#}");
             }
-            let _ = tell.send(Input::Synced);
+            let _ = tell.send(DestinationInput::Synced);
         };
         run_beside("sync", work);
     }

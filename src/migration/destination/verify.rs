@@ -8,10 +8,10 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow};
 
 use super::phase::{Event, Phase};
-use super::{IncomingMigration, Input, Inputs, RESTORE_LIMIT};
+use super::{DestinationInput, DestinationInputs, IncomingMigration, RESTORE_LIMIT};
 use crate::criu::images::{self, PagemapEntry};
 use crate::memory::compare::{Comparison, await_pages};
-use crate::memory::digest::{Digester, Record, STREAM, random_seed};
+use crate::memory::digest::{DigestRecord, Digester, STREAM, random_seed};
 use crate::migration::protocol::Message;
 use crate::migration::protocol::session::{FromPeer, PeerWriter};
 use crate::oci::cgroup::Cgroup;
@@ -52,7 +52,7 @@ impl IncomingMigration {
         tasks: &[i32],
         mut phase: Phase,
         peer: &PeerWriter,
-        inputs: &mut Inputs,
+        inputs: &mut DestinationInputs,
     ) -> Result<Phase> {
         self.doing = "verifying memory";
         let init = self.journal.record.init.ok_or_else(|| anyhow!("nothing is restored"))?;
@@ -77,10 +77,12 @@ impl IncomingMigration {
         peer.send(&Message::Verify { seed, masks })?;
         loop {
             match inputs.next(RESTORE_LIMIT)? {
-                Input::FromPeer(FromPeer::Frame(Frame::File(name, _, bytes))) if name == STREAM => {
+                DestinationInput::FromPeer(FromPeer::Frame(Frame::File(name, _, bytes)))
+                    if name == STREAM =>
+                {
                     phase = phase.step(Event::Digests)?;
                     self.backlog.done(bytes.len());
-                    let records: Vec<Record> = postcard::from_bytes(&bytes)?;
+                    let records: Vec<DigestRecord> = postcard::from_bytes(&bytes)?;
                     if comparison.take(records)? {
                         break;
                     }

@@ -17,7 +17,7 @@ use super::control::{self, Handed};
 use super::{Away, away_at, directory, remove_directory};
 use crate::migration::journal::Journal;
 use crate::migration::protocol::Message;
-use crate::migration::protocol::forwarding::{Answer, Ask, ForwardMessage, Status, is_id};
+use crate::migration::protocol::forwarding::{Ask, ForwardAnswer, ForwardMessage, Status, is_id};
 use crate::migration::protocol::session::{self, FromPeer, PeerWriter};
 use crate::network::forward::{self, Meter};
 use crate::network::published::away::{Keeper, take_devices};
@@ -97,7 +97,7 @@ struct Holder {
     /// Ends it.
     over: Sender<()>,
     taps: Vec<(String, Tap)>,
-    link: Mutex<Link>,
+    link: Mutex<NumberedLink>,
     changed: Condvar,
     out_bytes: AtomicU64,
     in_bytes: AtomicU64,
@@ -109,7 +109,7 @@ struct Holder {
 }
 
 #[derive(Default)]
-struct Link {
+struct NumberedLink {
     /// Which one; a later one takes the place of an earlier one.
     number: u64,
     peer: Option<PeerWriter>,
@@ -122,7 +122,7 @@ struct Link {
     /// Whoever brought it waits until this is closed.
     held: Option<std::os::unix::net::UnixStream>,
     /// Questions that home has not answered.
-    asked: HashMap<u64, Sender<Answer>>,
+    asked: HashMap<u64, Sender<ForwardAnswer>>,
 }
 
 /// The process itself: `ferry __guard forward away DIRECTORY`.
@@ -185,7 +185,7 @@ pub fn hold(directory: &Path) -> Result<()> {
     std::process::exit(0);
 }
 
-impl Link {
+impl NumberedLink {
     /// Nobody speaks over it any more, nobody waits for it, and whoever brought it ends.
     fn cut(&mut self) {
         self.cutter.iter().for_each(Cutter::cut);
@@ -195,7 +195,7 @@ impl Link {
 }
 
 impl Holder {
-    fn lock(&self) -> MutexGuard<'_, Link> {
+    fn lock(&self) -> MutexGuard<'_, NumberedLink> {
         self.link.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -203,7 +203,12 @@ impl Holder {
         self.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn answer(self: &Arc<Self>, asked: Ask, handed: Option<Handed>, quit: &dyn Fn()) -> Answer {
+    fn answer(
+        self: &Arc<Self>,
+        asked: Ask,
+        handed: Option<Handed>,
+        quit: &dyn Fn(),
+    ) -> ForwardAnswer {
         match (asked, handed) {
             (Ask::Link(names), Some(handed)) => self.take(names, handed).into(),
             (Ask::Status, _) => {
@@ -218,17 +223,17 @@ impl Holder {
                     connected,
                     why: if connected { String::new() } else { "no link from there".into() },
                 };
-                Answer { status: Some(status), ..Answer::default() }
+                ForwardAnswer { status: Some(status), ..ForwardAnswer::default() }
             }
             (Ask::Quit, _) => {
                 quit();
-                Answer::default()
+                ForwardAnswer::default()
             }
             (asked, _) => self.ask_home(asked).unwrap_or_else(|e| Err(e).into()),
         }
     }
 
-    fn ask_home(&self, ask: Ask) -> Result<Answer> {
+    fn ask_home(&self, ask: Ask) -> Result<ForwardAnswer> {
         let (tell, told) = channel();
         let number = self.number.fetch_add(1, Ordering::Relaxed);
         let peer = {
@@ -255,7 +260,7 @@ impl Holder {
             // Threads may still wait for the one before to take something.
             link.cut();
             let number = link.number + 1;
-            *link = Link {
+            *link = NumberedLink {
                 number,
                 peer: Some(peer),
                 cutter,
@@ -327,7 +332,7 @@ impl Holder {
         let mut frames = Vec::new();
         loop {
             let place = {
-                let without = |link: &mut Link| link.peer.is_none();
+                let without = |link: &mut NumberedLink| link.peer.is_none();
                 let link = self.changed.wait_while(self.lock(), without);
                 let link = link.unwrap_or_else(PoisonError::into_inner);
                 let place = link.names.iter().position(|n| n == name);

@@ -19,7 +19,7 @@ use anyhow::{Result, anyhow, bail};
 use crate::migration::protocol::forwarding::ForwardMessage;
 use crate::migration::protocol::session::{FromPeer, PeerWriter, Session};
 use crate::migration::protocol::{Message, variant};
-use crate::network::Frame;
+use crate::network::EthernetFrame;
 use crate::transport::connect::Destination;
 
 /// How often each tells the other that it lives.
@@ -92,7 +92,7 @@ pub fn connect(
 ///
 /// # Errors
 /// When the link is gone.
-pub fn send(peer: &PeerWriter, frames: &[Frame]) -> Result<u64> {
+pub fn send(peer: &PeerWriter, frames: &[EthernetFrame]) -> Result<u64> {
     let mut bytes = 0;
     for frame in frames {
         peer.packet_later(&crate::network::frames::encode(frame))?;

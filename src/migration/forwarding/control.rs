@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::migration::protocol::forwarding::{Answer, Ask, Status};
+use crate::migration::protocol::forwarding::{Ask, ForwardAnswer, Status};
 use crate::network::translated::Translated;
 use crate::sys::scm;
 
@@ -50,7 +50,7 @@ fn connect(directory: &Path) -> Result<UnixStream> {
     UnixStream::connect(directory.join(SOCKET)).context("the process that forwards is not there")
 }
 
-fn question(directory: &Path, what: &Ask) -> Result<Answer> {
+fn question(directory: &Path, what: &Ask) -> Result<ForwardAnswer> {
     let socket = connect(directory)?;
     socket.set_read_timeout(Some(LIMIT))?;
     scm::send(&socket, &serde_json::to_vec(what)?, &[])?;
@@ -87,7 +87,7 @@ pub type Handed = (OwnedFd, OwnedFd, UnixStream);
 /// When there can be no socket.
 pub fn serve(
     directory: &Path,
-    answer: impl Fn(Ask, Option<Handed>) -> Answer + Clone + Send + 'static,
+    answer: impl Fn(Ask, Option<Handed>) -> ForwardAnswer + Clone + Send + 'static,
 ) -> Result<()> {
     let path = directory.join(SOCKET);
     if UnixStream::connect(&path).is_ok() {

@@ -12,10 +12,10 @@ use anyhow::{Result, anyhow, bail};
 use super::carrier::{self, DEAD, ORPHANED, PULSE, Refused};
 use super::process::dismantle;
 use super::way::{reached_by, through, way};
-use super::wire::{Ear, Wire};
+use super::wire::{IncomingFrames, Wire};
 use super::{HOME, Home, control, home_at, remove_directory, write};
 use crate::migration::protocol::Message;
-use crate::migration::protocol::forwarding::{Answer, Ask, ForwardMessage, Status};
+use crate::migration::protocol::forwarding::{Ask, ForwardAnswer, ForwardMessage, Status};
 use crate::migration::protocol::session::{FromPeer, PeerWriter, Session};
 use crate::network::forward;
 use crate::network::translated::{self, Translated};
@@ -34,26 +34,26 @@ const FAREWELL: Duration = Duration::from_secs(3);
 struct Forwarder {
     directory: PathBuf,
     wire: Wire,
-    state: Mutex<State>,
+    state: Mutex<SwitchState>,
     changed: Condvar,
     out_bytes: AtomicU64,
     in_bytes: AtomicU64,
 }
 
-struct State {
+struct SwitchState {
     home: Home,
     /// Links to hosts: the one where the container is, and one where it may go.
-    ports: Vec<Port>,
+    ports: Vec<SwitchPort>,
     /// The last number given.
     number: u64,
     /// The port that frames go to.
     active: Option<u64>,
     /// Hears what comes, while frames go anywhere.
-    ear: Option<Arc<Ear>>,
+    ear: Option<Arc<IncomingFrames>>,
     over: bool,
 }
 
-struct Port {
+struct SwitchPort {
     number: u64,
     /// The migration that made it; none after a new start.
     migration: String,
@@ -75,7 +75,8 @@ struct Port {
 pub fn work(directory: &Path) -> Result<()> {
     let home = home_at(directory)?;
     let wire = Wire::open(directory, &home)?;
-    let state = State { home, ports: Vec::new(), number: 0, active: None, ear: None, over: false };
+    let state =
+        SwitchState { home, ports: Vec::new(), number: 0, active: None, ear: None, over: false };
     let forwarder = Arc::new(Forwarder {
         directory: directory.to_owned(),
         wire,
@@ -136,20 +137,27 @@ impl Forwarder {
         for peer in state.ports.iter().filter_map(|port| port.peer.as_ref()) {
             let _ = peer.send(&Message::Forward(Box::new(ForwardMessage::Over)));
         }
-        let linked = |state: &mut State| state.ports.iter().any(|port| port.peer.is_some());
+        let linked = |state: &mut SwitchState| state.ports.iter().any(|port| port.peer.is_some());
         let _ = self.changed.wait_timeout_while(state, FAREWELL, linked);
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, SwitchState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Answers a question, of this host or over a port.
-    fn answer(self: &Arc<Self>, asked: Ask, port: Option<u64>, end: &dyn Fn(bool)) -> Answer {
+    fn answer(
+        self: &Arc<Self>,
+        asked: Ask,
+        port: Option<u64>,
+        end: &dyn Fn(bool),
+    ) -> ForwardAnswer {
         match asked {
-            Ask::Status => Answer { status: Some(self.status()), ..Answer::default() },
+            Ask::Status => {
+                ForwardAnswer { status: Some(self.status()), ..ForwardAnswer::default() }
+            }
             Ask::Translated => match self.translated() {
-                Ok(found) => Answer { translated: Some(found), ..Answer::default() },
+                Ok(found) => ForwardAnswer { translated: Some(found), ..ForwardAnswer::default() },
                 Err(e) => Err(e).into(),
             },
             Ask::EndWhenIdle(seconds) => self.end_when_idle(seconds, port).into(),
@@ -165,7 +173,7 @@ impl Forwarder {
                 let mut state = self.lock();
                 state.active = None;
                 state.ear = None;
-                Answer::default()
+                ForwardAnswer::default()
             }
             Ask::Abroad => self.abroad().into(),
             Ask::End { dismantle } => {
@@ -174,7 +182,7 @@ impl Forwarder {
                     return Err(anyhow!("the container is elsewhere")).into();
                 }
                 end(dismantle);
-                Answer::default()
+                ForwardAnswer::default()
             }
             Ask::Quit | Ask::Link(_) => Err(anyhow!("this is the container's home")).into(),
         }
@@ -203,7 +211,7 @@ impl Forwarder {
         let state = self.lock();
         let port = state.ports.iter().find(|p| Some(p.number) == state.active);
         // Connections whose other end has gone for so long are over, and their ports are of use again.
-        let lost = |p: &Port| p.peer.is_none() && p.heard.elapsed() > ORPHANED;
+        let lost = |p: &SwitchPort| p.peer.is_none() && p.heard.elapsed() > ORPHANED;
         if state.home.published.is_some() && port.is_some_and(lost) {
             return true;
         }
@@ -307,7 +315,7 @@ impl Forwarder {
             let mut state = self.lock();
             state.number += 1;
             let number = state.number;
-            state.ports.push(Port {
+            state.ports.push(SwitchPort {
                 number,
                 migration: migration.to_owned(),
                 destination: destination.clone(),
@@ -525,7 +533,7 @@ impl Forwarder {
     }
 
     /// What became of this migration is known.
-    fn not_pending(&self, state: &mut State, migration: &str) {
+    fn not_pending(&self, state: &mut SwitchState, migration: &str) {
         if state.home.pending.take_if(|p| p.1 == migration).is_some() {
             // As above.
             let _ = write(&self.directory, HOME, &state.home);

@@ -41,8 +41,8 @@ use super::protocol::Plan;
 use super::protocol::forwarding::{Ask, Status};
 use crate::migration::journal::forward_role::ForwardRole;
 use crate::migration::protocol::forwarding::{AddressDecision, ForwardOption};
-use crate::network::image::Kind;
-use crate::network::published::home::Known;
+use crate::network::image::LinkKind;
+use crate::network::published::home::HomeFacts;
 use crate::network::published::near::{self, Stays};
 use crate::network::sockets::SockDiag;
 use crate::network::translated::{self, Translated};
@@ -84,7 +84,7 @@ pub struct Home {
     pub name: Option<String>,
     /// Where the address has moved, and connections by this host's translation are forwarded.
     #[serde(default)]
-    pub published: Option<Known>,
+    pub published: Option<HomeFacts>,
 }
 
 /// What the host that has the container knows.
@@ -101,7 +101,7 @@ pub struct Away {
     /// Its device and inode.
     pub identity: (u64, u64),
     /// The links, and what they are at home.
-    pub links: Vec<(String, Kind)>,
+    pub links: Vec<(String, LinkKind)>,
     /// As its engine calls it.
     #[serde(default)]
     pub name: Option<String>,
@@ -212,7 +212,7 @@ pub fn translated(namespace: &NetNs, image: &NetworkImage, away: Option<&Away>) 
 /// routes, and not a namespace that would have no name to be kept under.
 pub fn can_stay(plan: &Plan) -> bool {
     let Some(image) = &plan.network else { return false };
-    let routed = image.links.iter().any(|link| matches!(link.kind, Kind::Routed { .. }));
+    let routed = image.links.iter().any(|link| matches!(link.kind, LinkKind::Routed { .. }));
     let elsewhere =
         matches!(plan.placement, Placement::Keep | Placement::None | Placement::Hook(_));
     !routed && !elsewhere && plan.network_path.is_some() && image.outward().next().is_some()

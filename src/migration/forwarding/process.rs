@@ -9,8 +9,8 @@ use anyhow::{Context, Result, bail};
 use super::{
     HOME, Home, NETWORK, control, home_at, make_directory, published, remove_directory, write,
 };
-use crate::engine::papers::Wanted;
-use crate::network::published::Port;
+use crate::engine::papers::EngineWants;
+use crate::network::published::HomePort;
 use crate::network::published::away;
 use crate::network::published::packet::UDP;
 use crate::network::{self, NetworkImage, forward};
@@ -69,12 +69,12 @@ pub fn establish(
 pub fn establish_published(
     id: &str,
     container: &str,
-    wanted: &Wanted,
+    wanted: &EngineWants,
     image: &NetworkImage,
 ) -> Result<()> {
     let directory = make_directory(id)?;
     let known = published::known(wanted, image);
-    let shown = |p: &Port| {
+    let shown = |p: &HomePort| {
         let protocol = if p.protocol == UDP { "udp" } else { "tcp" };
         let address = p.address.map(|address| format!("{address}:")).unwrap_or_default();
         format!("{address}{}/{protocol}", p.port)

@@ -12,15 +12,15 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 
 use super::{AWAY, Away, away, directory, make_directory, write};
-use crate::engine::papers::Wanted;
+use crate::engine::papers::EngineWants;
 use crate::migration::journal::forward_role::{ForwardRecord, ForwardRole};
 use crate::migration::protocol::Plan;
-use crate::network::image::{Kind, Link};
+use crate::network::image::{LinkImage, LinkKind};
 use crate::network::published::away::{links, make_devices, steer as join_cables};
-use crate::network::published::home::Known;
+use crate::network::published::home::HomeFacts;
 use crate::network::published::near::stay;
 use crate::network::published::packet::{TCP, UDP};
-use crate::network::published::{Port, given, surroundings};
+use crate::network::published::{HomePort, given, surroundings};
 use crate::network::sockets::{self, Flow, SockDiag};
 use crate::network::{NetworkImage, forward, translated};
 use crate::problem::Problem;
@@ -43,9 +43,9 @@ pub fn could_be(plan: &Plan) -> bool {
 }
 
 /// What home has to know.
-pub fn known(wanted: &Wanted, image: &NetworkImage) -> Known {
-    let all: Vec<&Link> = links(image).collect();
-    let own = |link: &&Link| -> Vec<Ipv4Addr> {
+pub fn known(wanted: &EngineWants, image: &NetworkImage) -> HomeFacts {
+    let all: Vec<&LinkImage> = links(image).collect();
+    let own = |link: &&LinkImage| -> Vec<Ipv4Addr> {
         let ips = link.addresses.iter().filter_map(|a| match a.local {
             IpAddr::V4(ip) => Some(ip),
             IpAddr::V6(_) => None,
@@ -67,9 +67,14 @@ pub fn known(wanted: &Wanted, image: &NetworkImage) -> Known {
             "udp" => UDP,
             _ => return None,
         };
-        Some(Port { protocol, address, port: port.port, to: SocketAddrV4::new(to?, port.inside) })
+        Some(HomePort {
+            protocol,
+            address,
+            port: port.port,
+            to: SocketAddrV4::new(to?, port.inside),
+        })
     });
-    Known {
+    HomeFacts {
         ports: ports.collect(),
         links: all.iter().map(|link| (link.mac.unwrap_or_default(), own(link))).collect(),
         bridges: all.iter().map(|link| bridge(link)).collect(),
@@ -77,16 +82,16 @@ pub fn known(wanted: &Wanted, image: &NetworkImage) -> Known {
     }
 }
 
-fn bridge(link: &Link) -> String {
+fn bridge(link: &LinkImage) -> String {
     match &link.kind {
-        Kind::Veth { bridge, .. } => bridge.clone(),
+        LinkKind::Veth { bridge, .. } => bridge.clone(),
         _ => String::new(),
     }
 }
 
 /// Connections that would end, by name: the other end would have to come along.
 pub fn stuck(
-    wanted: &Wanted,
+    wanted: &EngineWants,
     forwards: bool,
     namespace: &NetNs,
     image: &NetworkImage,
@@ -99,7 +104,7 @@ pub fn stuck(
         wanted.neighbours.iter().map(|one| (one.address.into(), &*one.name)).collect();
     let mut found: Vec<(&str, String, Vec<Flow>)> = Vec::new();
     for link in links(image) {
-        let Kind::Veth { bridge, .. } = &link.kind else { continue };
+        let LinkKind::Veth { bridge, .. } = &link.kind else { continue };
         let addresses: Vec<IpAddr> = link.addresses.iter().map(|a| a.local).collect();
         let addresses: Vec<IpAddr> =
             addresses.into_iter().filter(|ip| !forward::is_link_local(*ip)).collect();
@@ -155,7 +160,7 @@ pub fn stuck(
         ))
     };
     let mut problems: Vec<Problem> = found.into_iter().map(problem).collect();
-    let bound = |one: &sockets::Known| {
+    let bound = |one: &sockets::SocketInfo| {
         let waits = one.listens || one.udp && one.flow.remote.ip().is_unspecified();
         waits && wanted.given.contains(&one.flow.local.ip())
     };
@@ -172,7 +177,7 @@ pub fn stuck(
 }
 
 /// What becomes of an address that cannot be asked for.
-pub fn moves(wanted: &Wanted) -> Option<Problem> {
+pub fn moves(wanted: &EngineWants) -> Option<Problem> {
     let ip = wanted.given.first()?;
     let engine = wanted.engine;
     let what = format!("{ip}, in {engine}'s default network, may be another address there");
@@ -182,7 +187,7 @@ pub fn moves(wanted: &Wanted) -> Option<Problem> {
 
 /// Who stays, and what becomes of what they have to do with each other. `forwards`: their packets go
 /// to and fro.
-pub fn left_behind(wanted: &Wanted, forwards: bool) -> Option<Problem> {
+pub fn left_behind(wanted: &EngineWants, forwards: bool) -> Option<Problem> {
     let mut names: Vec<String> =
         wanted.neighbours.iter().map(|one| one.name.escape_debug().to_string()).collect();
     names.sort_unstable();
@@ -235,7 +240,7 @@ pub fn twice(away: &Away) -> Problem {
 pub fn arrive(note: &ForwardRecord, plan: &Plan) -> Result<()> {
     let image = plan.network.as_ref().context("a container without a network")?;
     let directory = make_directory(&note.id)?;
-    let links: Vec<(String, Kind)> =
+    let links: Vec<(String, LinkKind)> =
         links(image).map(|link| (link.name.clone(), link.kind.clone())).collect();
     let names: Vec<String> = links.iter().map(|link| link.0.clone()).collect();
     let wanted = plan.engine.iter().flat_map(|wanted| &wanted.neighbours);
@@ -308,7 +313,7 @@ mod tests {
         serde_json::from_value(image).unwrap()
     }
 
-    fn wanted() -> Wanted {
+    fn wanted() -> EngineWants {
         serde_json::from_value(json!({
             "engine": "docker", "version": "28.5.2", "name": "web", "runtime": "ferry",
             "store": { "root": "/r", "run": "/s", "volumes": "/v", "driver": "overlay2" },
@@ -326,7 +331,7 @@ mod tests {
     #[test]
     fn ports_lead_to_where_the_world_is() {
         let known = known(&wanted(), &image());
-        let port = |protocol, address: Option<&str>, port, to: &str| Port {
+        let port = |protocol, address: Option<&str>, port, to: &str| HomePort {
             protocol,
             address: address.map(|address| address.parse().unwrap()),
             port,

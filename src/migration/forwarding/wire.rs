@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 
 use super::{Home, NETWORK, write};
 use crate::network::published::Translation;
-use crate::network::{Frame, forward, published};
+use crate::network::{EthernetFrame, forward, published};
 use crate::sys::netns::NetNs;
 
 /// In a forwarding's directory: the connections that are open.
@@ -18,31 +18,31 @@ const OPEN: &str = "open.json";
 
 /// See the module.
 pub(super) enum Wire {
-    Kept(forward::Wire),
-    Published(Arc<published::home::Home>, PathBuf),
+    Kept(forward::HomeLinks),
+    Published(Arc<published::home::PublishedHome>, PathBuf),
 }
 
 /// Hears what comes in.
-pub(super) enum Ear {
-    Kept(forward::Ear),
-    Published(Arc<published::home::Home>),
+pub(super) enum IncomingFrames {
+    Kept(forward::FrameReceiver),
+    Published(Arc<published::home::PublishedHome>),
 }
 
 impl Wire {
     /// Opens it; nothing is heard yet.
     pub(super) fn open(directory: &Path, home: &Home) -> Result<Wire> {
         if let Some(known) = &home.published {
-            let opened = published::home::Home::open(&home.id, known.clone())?;
+            let opened = published::home::PublishedHome::open(&home.id, known.clone())?;
             return Ok(Wire::Published(Arc::new(opened), directory.to_owned()));
         }
         let namespace = NetNs::open(&directory.join(NETWORK)).context("the kept network")?;
-        Ok(Wire::Kept(forward::Wire::open(namespace, &home.links)?))
+        Ok(Wire::Kept(forward::HomeLinks::open(namespace, &home.links)?))
     }
 
     /// Begins to hear what comes in.
-    pub(super) fn listen(&self) -> Result<Ear> {
+    pub(super) fn listen(&self) -> Result<IncomingFrames> {
         let (home, directory) = match self {
-            Wire::Kept(wire) => return Ok(Ear::Kept(wire.listen()?)),
+            Wire::Kept(wire) => return Ok(IncomingFrames::Kept(wire.listen()?)),
             Wire::Published(home, directory) => (home, directory),
         };
         // After a new start; by then the engine has taken down what this host knew.
@@ -57,11 +57,11 @@ impl Wire {
             }
         };
         home.lead_here(&open)?;
-        Ok(Ear::Published(home.clone()))
+        Ok(IncomingFrames::Published(home.clone()))
     }
 
     /// Whether a frame can be nobody's but the container's.
-    pub(super) fn is_containers(&self, frame: &Frame) -> bool {
+    pub(super) fn is_containers(&self, frame: &EthernetFrame) -> bool {
         match self {
             Wire::Kept(_) => true,
             Wire::Published(home, _) => home.is_containers(frame),
@@ -69,7 +69,7 @@ impl Wire {
     }
 
     /// Sends a frame of the container's.
-    pub(super) fn send(&self, frame: &Frame) -> io::Result<()> {
+    pub(super) fn send(&self, frame: &EthernetFrame) -> io::Result<()> {
         match self {
             Wire::Kept(wire) => wire.send(frame),
             Wire::Published(home, _) => home.send(frame),
@@ -87,20 +87,24 @@ impl Wire {
     }
 }
 
-impl Ear {
-    pub(super) fn read(&self, buffer: &mut [u8], frames: &mut Vec<Frame>) -> io::Result<()> {
+impl IncomingFrames {
+    pub(super) fn read(
+        &self,
+        buffer: &mut [u8],
+        frames: &mut Vec<EthernetFrame>,
+    ) -> io::Result<()> {
         match self {
-            Ear::Kept(ear) => ear.read(buffer, frames),
-            Ear::Published(home) => home.read(buffer, frames),
+            IncomingFrames::Kept(ear) => ear.read(buffer, frames),
+            IncomingFrames::Published(home) => home.read(buffer, frames),
         }
     }
 }
 
-impl AsFd for Ear {
+impl AsFd for IncomingFrames {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
-            Ear::Kept(ear) => ear.as_fd(),
-            Ear::Published(home) => home.as_fd(),
+            IncomingFrames::Kept(ear) => ear.as_fd(),
+            IncomingFrames::Published(home) => home.as_fd(),
         }
     }
 }

@@ -20,27 +20,27 @@ const ENDING: Duration = Duration::from_secs(5);
 
 /// See [`Journal::hold`].
 #[derive(Debug)]
-pub struct Held {
+pub struct HeldJournal {
     _file: Flock<File>,
 }
 
-impl Held {
+impl HeldJournal {
     /// Waits for as long as it takes.
-    pub(super) fn wait(path: &Path) -> Result<Held> {
-        Held::take(path, FlockArg::LockExclusive)
+    pub(super) fn wait(path: &Path) -> Result<HeldJournal> {
+        HeldJournal::take(path, FlockArg::LockExclusive)
             .map_err(std::io::Error::from)
             .with_context(|| format!("cannot lock the journal {}", path.display()))
     }
 
     /// Only if nobody has it.
-    pub(super) fn if_free(path: &Path) -> std::result::Result<Held, Errno> {
-        Held::take(path, FlockArg::LockExclusiveNonblock)
+    pub(super) fn if_free(path: &Path) -> std::result::Result<HeldJournal, Errno> {
+        HeldJournal::take(path, FlockArg::LockExclusiveNonblock)
     }
 
-    fn take(path: &Path, how: FlockArg) -> std::result::Result<Held, Errno> {
+    fn take(path: &Path, how: FlockArg) -> std::result::Result<HeldJournal, Errno> {
         let opened = File::open(path).map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(0)));
         let file = Flock::lock(opened?, how).map_err(|(_, e)| e)?;
-        Ok(Held { _file: file })
+        Ok(HeldJournal { _file: file })
     }
 }
 
@@ -52,10 +52,10 @@ impl Journal {
     ///
     /// # Errors
     /// When the journal cannot be read any more.
-    pub fn hold(&mut self) -> Result<Held> {
+    pub fn hold(&mut self) -> Result<HeldJournal> {
         loop {
             // Nobody holds what has been put by: it is found where it is now.
-            let held = if self.path.exists() { Some(Held::wait(&self.path)?) } else { None };
+            let held = if self.path.exists() { Some(HeldJournal::wait(&self.path)?) } else { None };
             if self.read_again()?
                 && let Some(held) = held
             {
@@ -68,10 +68,10 @@ impl Journal {
     ///
     /// # Errors
     /// As [`Journal::hold`].
-    pub fn hold_within(&mut self, limit: Duration) -> Result<Option<Held>> {
+    pub fn hold_within(&mut self, limit: Duration) -> Result<Option<HeldJournal>> {
         let until = Instant::now() + limit;
         loop {
-            match Held::if_free(&self.path) {
+            match HeldJournal::if_free(&self.path) {
                 Ok(held) if self.read_again()? => return Ok(Some(held)),
                 Ok(_) => {}
                 Err(Errno::EWOULDBLOCK) if Instant::now() >= until => return Ok(None),

@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 
 use self::away::canonical;
 use self::forward_role::ForwardRecord;
-pub use self::lock::{Held, Lock};
+pub use self::lock::{HeldJournal, Lock};
 use crate::engine::papers::Made;
 use crate::files::logs::Logs;
 use crate::files::place::Placing;
@@ -227,7 +227,7 @@ pub struct Journal {
     /// Where the last state's line is.
     last: u64,
     /// Of whoever has made it, for his whole life: see [`Journal::hold`].
-    _held: Option<Held>,
+    _held: Option<HeldJournal>,
 }
 
 /// The line of [`Journal::note_told`].
@@ -235,7 +235,7 @@ const TOLD: &str = "told";
 
 /// A journal's lines.
 #[derive(Debug, Default)]
-struct Lines {
+struct JournalLines {
     states: Vec<(State, u64)>,
     told: bool,
     /// Where the next one goes.
@@ -255,8 +255,9 @@ struct Head {
 ///
 /// # Errors
 /// When something else is among them.
-fn read_lines(bytes: &[u8], record_end: u64) -> Result<Lines> {
-    let mut found = Lines { at: record_end.next_multiple_of(SECTOR), ..Lines::default() };
+fn read_lines(bytes: &[u8], record_end: u64) -> Result<JournalLines> {
+    let mut found =
+        JournalLines { at: record_end.next_multiple_of(SECTOR), ..JournalLines::default() };
     let (mut place, mut end, mut torn) = (record_end, record_end, false);
     let blank = |bytes: &[u8]| bytes.iter().all(|b| b.is_ascii_whitespace() || *b == 0);
     // A line that was cut by a crash has no end, or no beginning, and does not count: it was never
@@ -352,7 +353,7 @@ impl Journal {
     fn fill(file: File, path: &Path, bytes: &[u8], (record, at): (Record, u64)) -> Result<Journal> {
         let what = || format!("cannot write the journal {}", path.display());
         // Before anybody can read it.
-        let held = Held::wait(path)?;
+        let held = HeldJournal::wait(path)?;
         fault::point("journal.record").with_context(what)?;
         file.write_all_at(bytes, 0).with_context(what)?;
         fault::point("journal.record-sync").with_context(what)?;
@@ -390,7 +391,7 @@ impl Journal {
         }
         let record = serde_json::from_slice(&bytes[..end]).with_context(what)?;
         let lines = read_lines(&bytes, end as u64 + 1).with_context(what)?;
-        let Lines { states, told, at, last } = lines;
+        let JournalLines { states, told, at, last } = lines;
         Ok(Journal { file, path, record, states, told, at, last, _held: None })
     }
 

@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, anyhow};
 
-use super::lock::Held;
+use super::lock::HeldJournal;
 use super::{Journal, Unreadable};
 use crate::problem::advice;
 
@@ -53,7 +53,7 @@ pub fn tidy(state_dir: &Path) -> Result<usize> {
     }
     for journal in done {
         // Whoever has it may have something to add.
-        let Ok(_held) = Held::if_free(&journal.path) else { continue };
+        let Ok(_held) = HeldJournal::if_free(&journal.path) else { continue };
         // Somebody else has been quicker, or it stays where it is.
         let _ = fs::rename(&journal.path, place_of(&journal.path)?);
     }

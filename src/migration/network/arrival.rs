@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
-use super::floating_address::Arrived;
+use super::floating_address::ArrivedAddresses;
 use super::hooks::Hooks;
 use super::udp_buffers::Room;
 use crate::migration::forwarding::steps;
@@ -15,11 +15,11 @@ use crate::migration::journal::forward_role::{ForwardRecord, ForwardRole};
 use crate::migration::journal::workdir;
 use crate::migration::protocol::Plan;
 use crate::network::hook::{About, Hook};
-use crate::network::image::Link;
+use crate::network::image::LinkImage;
 use crate::network::published::{self, given};
 use crate::network::{
-    self, Announcer, Frame, HostRoutes, HostSide, Neighbours, NetworkImage, Placement, Recreated,
-    ReleaseSet, Replay, Understudy, Uplinks, fence,
+    self, Announcer, EthernetFrame, HostRoutes, HostSide, Neighbours, NetworkImage, Placement,
+    Recreated, ReleaseSet, Replay, Understudy, Uplinks, fence,
 };
 use crate::oci::cgroup::Cgroup;
 use crate::sys::netns::NetNs;
@@ -30,14 +30,14 @@ const MAX_PACKETS: usize = 32 << 20;
 
 /// See the module. A container without a network of its own has one that does nothing.
 #[derive(Debug, Default)]
-pub struct Arrival {
+pub struct NetworkArrival {
     net: Option<Net>,
     /// Until an engine has made it.
     understudy: Option<Understudy>,
     /// Where it uses the host's.
-    floating: Option<Arrived>,
+    floating: Option<ArrivedAddresses>,
     hooks: Option<Hooks>,
-    packets: Vec<Frame>,
+    packets: Vec<EthernetFrame>,
     bytes: usize,
     /// Packets given to the container so far.
     pub replayed: u64,
@@ -60,7 +60,7 @@ struct Net {
     neighbours: Option<Neighbours>,
 }
 
-impl Arrival {
+impl NetworkArrival {
     /// Makes the namespace at its place, and notes in the work directory which it is. It is taken down
     /// again on drop.
     ///
@@ -74,7 +74,7 @@ impl Arrival {
         note: Option<&ForwardRecord>,
     ) -> Result<()> {
         if let Some(floating) = &plan.floating {
-            self.floating = Some(Arrived::prepare(floating, &plan.migration, work)?);
+            self.floating = Some(ArrivedAddresses::prepare(floating, &plan.migration, work)?);
         }
         match (&plan.network, place) {
             (Some(image), Some(path)) => self.make_as(plan, image, work, path, note),
@@ -133,7 +133,7 @@ impl Arrival {
         if note.is_some_and(|n| n.part == ForwardRole::ArrivesWithoutConnections) {
             // Another bridge is its gateway now, and connections by the old one would confirm its hardware
             // address for ever.
-            let behind: Vec<&Link> = published::away::links(image).collect();
+            let behind: Vec<&LinkImage> = published::away::links(image).collect();
             known.neighbours.retain(|n| behind.iter().all(|link| link.name != n.link));
         }
         let neighbours = Some(Neighbours::prepare(made.namespace(), &known)?);
@@ -236,7 +236,7 @@ impl Arrival {
         self.replay_those(network::udp_buffers::is_datagram);
     }
 
-    fn replay_those(&mut self, wanted: impl Fn(&Frame) -> bool) {
+    fn replay_those(&mut self, wanted: impl Fn(&EthernetFrame) -> bool) {
         let floating = self.floating.as_ref().map(|f| &f.replay);
         let Some(replay) = self.net.as_ref().map(|n| &n.replay).or(floating) else { return };
         for packet in self.packets.extract_if(.., |packet| wanted(packet)) {
@@ -267,7 +267,7 @@ impl Arrival {
             if let Some(net) = &self.net {
                 let _ = fence::remove(net.made.namespace());
             }
-            self.floating.iter().for_each(Arrived::lift);
+            self.floating.iter().for_each(ArrivedAddresses::lift);
         }
         if let Some(note) = &self.note {
             steps::open_destination(note);
@@ -292,7 +292,7 @@ impl Arrival {
             let _ = net.announcer.announce();
             let _ = net.uplinks.as_ref().map(Uplinks::announce);
         }
-        self.floating.iter().for_each(Arrived::announce);
+        self.floating.iter().for_each(ArrivedAddresses::announce);
     }
 
     /// It belongs to the container from now on.

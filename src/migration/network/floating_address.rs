@@ -12,8 +12,8 @@ use crate::migration::options::MigrateOptions;
 use crate::migration::protocol::Plan;
 use crate::migration::protocol::forwarding::ForwardOption as Forward;
 use crate::network::fence::ArmedFence;
-use crate::network::floating::{self, Floating, Side, Stay};
-use crate::network::sockets::{Only, SockDiag};
+use crate::network::floating::{self, Floating, Stay, StaySide};
+use crate::network::sockets::{SockDiag, SocketFilter};
 use crate::network::{Announcer, Capture, Placement, ReleaseSet, Replay};
 use crate::oci::bundle::Bundle;
 use crate::oci::cgroup::Cgroup;
@@ -143,9 +143,9 @@ pub fn problems(plan: &Plan, bundle: &Bundle) -> Vec<Problem> {
 /// When it cannot be made ready.
 pub fn arm(floating: &Floating, migration: &str, work: &Path) -> Result<(ArmedFence, Capture)> {
     let host = NetNs::current()?;
-    let stay = Stay::new(floating, Side::Source, migration);
+    let stay = Stay::new(floating, StaySide::Source, migration);
     note(work, &stay)?;
-    let interfaces = floating.interfaces(Side::Source);
+    let interfaces = floating.interfaces(StaySide::Source);
     let capture = Capture::of_addresses(&host, &interfaces, floating.addresses())?;
     Ok((stay.arm(&host)?, capture))
 }
@@ -155,7 +155,7 @@ pub fn arm(floating: &Floating, migration: &str, work: &Path) -> Result<(ArmedFe
 /// # Errors
 /// When it cannot be made.
 pub fn sock_diag(floating: &Floating, cgroup: &Cgroup) -> Result<SockDiag> {
-    let only = Only { addresses: floating.addresses(), inodes: sockets_of(cgroup)? };
+    let only = SocketFilter { addresses: floating.addresses(), inodes: sockets_of(cgroup)? };
     Ok(SockDiag::among(&NetNs::current()?, only)?)
 }
 
@@ -164,13 +164,13 @@ pub fn sock_diag(floating: &Floating, cgroup: &Cgroup) -> Result<SockDiag> {
 /// # Errors
 /// When it cannot be made.
 pub fn replay_here(floating: &Floating, migration: &str) -> Result<Replay> {
-    let interfaces = floating.interfaces(Side::Source);
+    let interfaces = floating.interfaces(StaySide::Source);
     Ok(Replay::on_host(&NetNs::current()?, &interfaces, migration)?)
 }
 
 /// The addresses on the destination, until they are the container's.
 #[derive(Debug)]
-pub struct Arrived {
+pub struct ArrivedAddresses {
     stay: Stay,
     host: NetNs,
     release: Option<ReleaseSet>,
@@ -179,22 +179,22 @@ pub struct Arrived {
     announcer: Announcer,
 }
 
-impl Arrived {
+impl ArrivedAddresses {
     /// Makes everything ready for the addresses; the fence is open, and programs of this host reach
     /// them where they still are.
     ///
     /// # Errors
     /// When it cannot be made.
-    pub fn prepare(floating: &Floating, migration: &str, work: &Path) -> Result<Arrived> {
+    pub fn prepare(floating: &Floating, migration: &str, work: &Path) -> Result<ArrivedAddresses> {
         let host = NetNs::current()?;
-        let stay = Stay::new(floating, Side::Destination, migration);
+        let stay = Stay::new(floating, StaySide::Destination, migration);
         note(work, &stay)?;
         let (fence, lead) = (stay.arm(&host)?, Some(stay.entitle(&host)?));
         let release = Some(ReleaseSet { fence, lead, neighbours: None });
-        let interfaces = floating.interfaces(Side::Destination);
+        let interfaces = floating.interfaces(StaySide::Destination);
         let replay = Replay::on_host(&host, &interfaces, migration)?;
         let announcer = stay.announcer(&host)?;
-        Ok(Arrived { stay, host, release, replay, announcer })
+        Ok(ArrivedAddresses { stay, host, release, replay, announcer })
     }
 
     /// Takes the addresses, behind the fence, which is closed from here on: the container is being

@@ -15,7 +15,7 @@ use super::udp_buffers::Room;
 use super::udp_queues::Came;
 use crate::migration::protocol::session::PeerWriter;
 use crate::network::frames::encode;
-use crate::network::{Capture, Frame, Replay};
+use crate::network::{Capture, EthernetFrame, Replay};
 use crate::oci::cgroup::Cgroup;
 use crate::sys::process::wait_readable;
 
@@ -25,14 +25,14 @@ const MOST: usize = 32 << 20;
 #[derive(Debug)]
 pub struct PacketBuffer {
     stop: UnixStream,
-    thread: JoinHandle<Kept>,
+    thread: JoinHandle<KeptFrames>,
 }
 
 /// What a buffer has when it ends.
 #[derive(Default)]
-struct Kept {
+struct KeptFrames {
     /// The first [`MOST`] bytes of it.
-    frames: Vec<Frame>,
+    frames: Vec<EthernetFrame>,
     /// Frames seen, those that waited unread among them.
     count: u64,
     /// Frames that the kernel dropped, since they came faster than they were read. packet(7)
@@ -52,7 +52,7 @@ impl PacketBuffer {
         Ok(PacketBuffer { stop, thread })
     }
 
-    fn end(self) -> Kept {
+    fn end(self) -> KeptFrames {
         // The thread may have ended by itself.
         let _ = (&self.stop).write_all(b"s");
         self.thread.join().unwrap_or_default()
@@ -82,7 +82,7 @@ impl PacketBuffer {
     }
 }
 
-fn keep(mut capture: Capture, came: Came, peer: &PeerWriter, stopped: &UnixStream) -> Kept {
+fn keep(mut capture: Capture, came: Came, peer: &PeerWriter, stopped: &UnixStream) -> KeptFrames {
     let (mut kept, mut size) = (Vec::new(), 0);
     let mut count = came.unread.len() as u64;
     // The dump notices a broken link; here it only means that nobody listens any more.
@@ -102,7 +102,7 @@ fn keep(mut capture: Capture, came: Came, peer: &PeerWriter, stopped: &UnixStrea
             break;
         }
     }
-    Kept { frames: kept, count, lost: capture.lost().unwrap_or(0) }
+    KeptFrames { frames: kept, count, lost: capture.lost().unwrap_or(0) }
 }
 
 #[cfg(test)]
@@ -112,7 +112,7 @@ mod tests {
 
     #[test]
     fn frames_survive_the_link() {
-        let frame = Frame { link: 3, vnet_hdr: [7; 10], bytes: vec![9; 100] };
+        let frame = EthernetFrame { link: 3, vnet_hdr: [7; 10], bytes: vec![9; 100] };
         assert_eq!(decode(&encode(&frame)).unwrap(), frame);
         let bytes = encode(&frame);
         for cut in 0..HEAD + 10 {

@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use anyhow::Result;
 
 use crate::migration::journal::Record;
-use crate::network::hook::{Hook, Phase};
+use crate::network::hook::{Hook, HookPhase};
 use crate::problem::Problem;
 
 /// In the work directory: the hook and what it is told. From then on it may have been called.
@@ -29,7 +29,7 @@ impl Hooks {
     /// When it refuses.
     pub fn prepare(hook: Hook, work: &Path) -> Result<Hooks> {
         fs::write(work.join(FILE), serde_json::to_vec(&hook)?)?;
-        hook.call(Phase::Prepare, work)?;
+        hook.call(HookPhase::Prepare, work)?;
         Ok(Hooks { hook, work: work.to_owned(), switching: None })
     }
 
@@ -37,7 +37,7 @@ impl Hooks {
     pub fn switch(&mut self) {
         let (hook, work) = (self.hook.clone(), self.work.clone());
         let thread = std::thread::Builder::new().name("hook".into());
-        match thread.spawn(move || hook.call(Phase::Switch, &work)) {
+        match thread.spawn(move || hook.call(HookPhase::Switch, &work)) {
             Ok(thread) => self.switching = Some(thread),
             Err(e) => tracing::error!("the network hook cannot be called: {e}"),
         }
@@ -50,7 +50,7 @@ impl Hooks {
 }
 
 /// Calls the hook of a migration that ends, where one was noted.
-pub(in crate::migration) fn end(record: &Record, phase: Phase) {
+pub(in crate::migration) fn end(record: &Record, phase: HookPhase) {
     let hook = fs::read(record.work.join(FILE)).ok();
     let hook: Option<Hook> = hook.and_then(|text| serde_json::from_slice(&text).ok());
     if let Some(hook) = hook

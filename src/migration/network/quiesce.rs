@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use crate::network::fence::{ArmedFence, Side};
+use crate::network::fence::{ArmedFence, FenceSide};
 use crate::network::frames::Capture;
 use crate::network::sockets::{Flow, SockDiag, Unowned};
 use crate::problem::{Problem, Trying};
@@ -36,7 +36,7 @@ pub fn await_quiet(
     sock_diag: &mut SockDiag,
 ) -> Result<Unowned, Problem> {
     capture.start_new().trying(|| "cannot keep what comes for the container".into())?;
-    fence.close(Side::New)?;
+    fence.close(FenceSide::New)?;
     let began = Instant::now();
     let left = loop {
         let left = sock_diag.look()?;

@@ -6,9 +6,9 @@
 
 use std::collections::HashMap;
 
-use crate::network::{Frame, Replay, udp_buffers};
+use crate::network::{EthernetFrame, Replay, udp_buffers};
 use crate::oci::cgroup::Cgroup;
-use crate::sys::datagrams::Limit;
+use crate::sys::datagrams::BufferLimit;
 use crate::tasks::criu_rescue::each_socket;
 
 /// Most that is allowed beyond a socket's own limit; UDP may lose what is beyond.
@@ -19,12 +19,12 @@ const MOST: usize = 32 << 20;
 pub struct Room {
     cgroup: Cgroup,
     /// By inode: the limit that was, and the one that is.
-    raised: HashMap<u32, (Limit, Limit)>,
+    raised: HashMap<u32, (BufferLimit, BufferLimit)>,
 }
 
 impl Room {
     /// Makes room for `frames`, which `replay` will bring; `None` where there is enough.
-    pub fn make(cgroup: &Cgroup, replay: &mut Replay, frames: &[Frame]) -> Option<Room> {
+    pub fn make(cgroup: &Cgroup, replay: &mut Replay, frames: &[EthernetFrame]) -> Option<Room> {
         let (ports, bytes) = udp_buffers::taken(frames);
         let more = bytes.min(MOST);
         if ports.is_empty() {
@@ -42,7 +42,7 @@ impl Room {
             if raised.contains_key(&inode) {
                 return;
             }
-            let was = Limit::of(&socket);
+            let was = BufferLimit::of(&socket);
             match was.and_then(|was| Ok((was, was.raise(&socket, more)?))) {
                 Ok(limits) => drop(raised.insert(inode, limits)),
                 Err(e) => tracing::warn!("datagrams may be lost: {e}"),
@@ -58,7 +58,7 @@ impl Room {
         each_socket(&self.cgroup, wanted, |inode, socket| {
             let (was, raised) = self.raised[&inode];
             // More than once for a socket of more than one descriptor: then it is as it was by then.
-            if Limit::of(&socket).is_ok_and(|now| now == raised)
+            if BufferLimit::of(&socket).is_ok_and(|now| now == raised)
                 && let Err(e) = was.put_back(&socket)
             {
                 tracing::warn!("a UDP socket keeps more room than it had: {e}");

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::time::Instant;
 
 use crate::network::Capture;
-use crate::network::frames::{Frame, ROOM};
+use crate::network::frames::{EthernetFrame, ROOM};
 use crate::network::sockets::SockDiag;
 use crate::network::udp_queues::{UdpEndpoints, once};
 use crate::oci::cgroup::Cgroup;
@@ -25,9 +25,9 @@ const MANY: usize = 4000;
 #[derive(Debug, Default)]
 pub struct Came {
     /// Datagrams in the container's sockets, as frames.
-    pub unread: Vec<Frame>,
+    pub unread: Vec<EthernetFrame>,
     /// Frames that the fence has stopped, so far.
-    pub caught: Vec<Frame>,
+    pub caught: Vec<EthernetFrame>,
 }
 
 impl Came {
@@ -75,7 +75,7 @@ impl Came {
 }
 
 /// What waits in sockets, by their inodes.
-fn read(ports: &HashMap<u32, u16>, homes: &UdpEndpoints, cgroup: &Cgroup) -> Vec<Frame> {
+fn read(ports: &HashMap<u32, u16>, homes: &UdpEndpoints, cgroup: &Cgroup) -> Vec<EthernetFrame> {
     let (mut unread, mut room) = (HashMap::new(), MOST);
     let wanted = |inode| ports.contains_key(&inode);
     each_socket(cgroup, wanted, |inode, socket| {
@@ -87,7 +87,7 @@ fn read(ports: &HashMap<u32, u16>, homes: &UdpEndpoints, cgroup: &Cgroup) -> Vec
             Vec::new()
         });
         let frames = waiting.iter().filter_map(|d| homes.frame(ports[&inode], d));
-        let frames: Vec<Frame> = frames.collect();
+        let frames: Vec<EthernetFrame> = frames.collect();
         room = room.saturating_sub(frames.iter().map(|f| f.bytes.len()).sum());
         unread.insert(inode, frames);
     });

@@ -15,16 +15,16 @@ use crate::files::overlay::plain;
 use crate::migration::protocol::Place;
 use crate::problem::Problem;
 use crate::sys::process::{proc_head, proc_text};
-use crate::tasks::locks::Found;
+use crate::tasks::locks::FoundLock;
 
 /// File systems that no two hosts share.
 const OWN: [&str; 7] = ["tmpfs", "ramfs", "devtmpfs", "mqueue", "hugetlbfs", "proc", "sysfs"];
 
 /// What stands in the way of these locks, all in one.
-pub fn problem(subject: &SourceContainer, locks: &[Found]) -> Option<Problem> {
+pub fn problem(subject: &SourceContainer, locks: &[FoundLock]) -> Option<Problem> {
     let places = Places::of(subject);
     let mut mounts = HashMap::new();
-    let mut files: Vec<(PathBuf, &Found)> = Vec::new();
+    let mut files: Vec<(PathBuf, &FoundLock)> = Vec::new();
     for found in locks.iter().filter(|found| found.held.lock.write) {
         let mounts = mounts.entry(found.pid).or_insert_with(|| mounts_of(found.pid));
         let file = places.shared(found, mounts);
@@ -53,26 +53,26 @@ pub fn problem(subject: &SourceContainer, locks: &[Found]) -> Option<Problem> {
 }
 
 /// A mount of a task: its type, and where it is.
-struct Mount {
+struct TaskMount {
     kind: String,
     place: PathBuf,
 }
 
 /// By their numbers. proc_pid_mountinfo(5)
-fn mounts_of(pid: i32) -> HashMap<u64, Mount> {
+fn mounts_of(pid: i32) -> HashMap<u64, TaskMount> {
     // Whoever has ended meanwhile has none.
     let text = fs::read(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
     text.split(|b| *b == b'\n').filter_map(parse).collect()
 }
 
-fn parse(line: &[u8]) -> Option<(u64, Mount)> {
+fn parse(line: &[u8]) -> Option<(u64, TaskMount)> {
     use std::os::unix::ffi::OsStringExt;
     let middle = line.windows(3).position(|w| w == b" - ")?;
     let mut left = line[..middle].split(|b| *b == b' ');
     let number = std::str::from_utf8(left.next()?).ok()?.parse().ok()?;
     let place = std::ffi::OsString::from_vec(plain(left.nth(3)?)).into();
     let kind = line[middle + 3..].split(|b| *b == b' ').next()?;
-    Some((number, Mount { kind: String::from_utf8_lossy(kind).into_owned(), place }))
+    Some((number, TaskMount { kind: String::from_utf8_lossy(kind).into_owned(), place }))
 }
 
 /// What is where in the container, and whether both hosts see it.
@@ -107,8 +107,8 @@ impl Places {
     }
 
     /// The file of a lock, if both hosts see it.
-    fn shared(&self, found: &Found, mounts: &HashMap<u64, Mount>) -> Option<PathBuf> {
-        let Found { pid, held } = found;
+    fn shared(&self, found: &FoundLock, mounts: &HashMap<u64, TaskMount>) -> Option<PathBuf> {
+        let FoundLock { pid, held } = found;
         let link = format!("/proc/{pid}/fd/{}", held.number);
         let meta = fs::metadata(&link).ok()?;
         // Over there it is another file.
@@ -126,7 +126,7 @@ impl Places {
     }
 
     /// Whether both hosts see what is mounted there.
-    fn sees(&self, mount: &Mount) -> bool {
+    fn sees(&self, mount: &TaskMount) -> bool {
         let over = self.list.iter().filter(|(place, _)| mount.place.starts_with(place));
         let Some((place, shared)) = over.max_by_key(|(place, _)| place.components().count()) else {
             return false;

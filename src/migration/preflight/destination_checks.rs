@@ -33,7 +33,7 @@ const LITTLE: u64 = 16 << 20;
 
 /// What was found.
 #[derive(Debug, Default)]
-pub struct Found {
+pub struct Findings {
     /// Everything that stands in the way on this host, and warnings.
     pub problems: Vec<Problem>,
     /// The probes, by number, of what has to be copied.
@@ -43,8 +43,8 @@ pub struct Found {
 }
 
 /// Looks at this host.
-pub fn look(plan: &Plan, runtime: &Runtime, state_dir: &Path) -> Found {
-    let mut found = Found::default();
+pub fn look(plan: &Plan, runtime: &Runtime, state_dir: &Path) -> Findings {
+    let mut found = Findings::default();
     // What it has made here is not in the way of anybody else, and not to be deleted by hand.
     if let Some(problem) = holder::in_the_way(state_dir, runtime.root(), &plan.container) {
         found.problems.push(problem);

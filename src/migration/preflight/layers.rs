@@ -13,16 +13,16 @@ use anyhow::{Context, Result, anyhow};
 use nix::sys::statfs::{OVERLAYFS_SUPER_MAGIC, statfs};
 
 use crate::files::apply::Applied;
-use crate::files::layers::{Layer, Store};
+use crate::files::layers::{Layer, LayerStore};
 use crate::files::mounting::Mounting;
-use crate::files::overlay::{self, Mounted, Overlay, Upper};
+use crate::files::overlay::{self, MountedAt, Overlay, Upper};
 use crate::files::probe::{self, Proof};
 use crate::migration::protocol::{Place, Plan};
 use crate::problem::Problem;
 
 /// What the source has as its root file system.
 #[derive(Debug)]
-pub struct Layered(Mounted);
+pub struct Layered(MountedAt);
 
 /// Looks at a root file system; `proof` is that of its probe.
 ///
@@ -32,14 +32,14 @@ pub fn look(root: &Path, proof: &Proof) -> Result<Layered> {
     let root = fs::canonicalize(root).with_context(|| root.display().to_string())?;
     let mounts = overlay::mounts()?;
     let mut found = overlay::at(&mounts, &root);
-    if let Mounted::Overlay(overlay) = &mut found {
+    if let MountedAt::Overlay(overlay) = &mut found {
         let below = mounts.iter().find(|m| m.place.starts_with(&root) && m.place != root);
         let odd = match below {
             Some(below) => Some(format!("something is mounted at {}", below.place.display())),
             None => out_of_reach(overlay, proof),
         };
         if let Some(odd) = odd {
-            found = Mounted::Merged(odd);
+            found = MountedAt::Merged(odd);
         }
     }
     Ok(Layered(found))
@@ -73,7 +73,7 @@ impl Layered {
     /// The overlay, if it can go layer by layer.
     pub fn overlay(&self) -> Option<&Overlay> {
         match &self.0 {
-            Mounted::Overlay(overlay) => Some(overlay),
+            MountedAt::Overlay(overlay) => Some(overlay),
             _ => None,
         }
     }
@@ -81,7 +81,7 @@ impl Layered {
     /// Why only the merged tree of an overlay can be copied.
     pub fn only_merged(&self) -> Option<&str> {
         match &self.0 {
-            Mounted::Merged(why) => Some(why),
+            MountedAt::Merged(why) => Some(why),
             _ => None,
         }
     }
@@ -114,7 +114,7 @@ impl Layered {
 pub fn unmount(place: &Path, removed: &[PathBuf]) -> Result<()> {
     let Ok(place) = fs::canonicalize(place) else { return Ok(()) };
     match overlay::at(&overlay::mounts()?, &place) {
-        Mounted::Overlay(Overlay { upper: Some(upper), .. })
+        MountedAt::Overlay(Overlay { upper: Some(upper), .. })
             if fs::canonicalize(&upper.path).is_ok_and(|path| removed.contains(&path)) =>
         {
             overlay::unmount(&place)
@@ -138,8 +138,8 @@ fn before(place: &Path, overlay: &Overlay) -> Result<Option<Overlay>, Box<Proble
     let real = fs::canonicalize(place).unwrap_or_else(|_| place.to_owned());
     let upper = |o: &Overlay| o.upper.as_ref().map(|u| (u.path.clone(), u.work.clone()));
     let found = match overlay::at(&mounts, &real) {
-        Mounted::Nothing => None,
-        Mounted::Overlay(found) if upper(&found) == upper(overlay) => Some(found),
+        MountedAt::Nothing => None,
+        MountedAt::Overlay(found) if upper(&found) == upper(overlay) => Some(found),
         _ => {
             return Err(odd(
                 "the root file system's place is taken on the destination".into(),
@@ -203,12 +203,12 @@ pub fn check(place: &Path, overlay: &Overlay, proof: &Proof) -> Result<(), Box<P
 
 /// An overlay on its way in.
 #[derive(Debug)]
-pub struct Coming {
+pub struct ComingOverlay {
     /// How it is mounted in the end.
     pub mounting: Mounting,
     /// Its upper layer's places.
     pub upper: Option<Upper>,
-    store: Store,
+    store: LayerStore,
     lacking: Vec<Lacking>,
 }
 
@@ -219,7 +219,7 @@ struct Lacking {
     layer: Layer,
 }
 
-impl Coming {
+impl ComingOverlay {
     /// Looks for the layers on this host; which are not there. Nothing is made.
     ///
     /// # Errors
@@ -230,9 +230,9 @@ impl Coming {
         place: &Path,
         layers: &[Layer],
         state_dir: &Path,
-    ) -> Result<(Coming, Vec<usize>), Box<Problem>> {
+    ) -> Result<(ComingOverlay, Vec<usize>), Box<Problem>> {
         let before = before(place, overlay)?;
-        let mut store = Store::open(state_dir);
+        let mut store = LayerStore::open(state_dir);
         let mut overlay = overlay.clone();
         // What somebody writes to is no layer tomorrow, and no overlay takes a layer twice.
         let mut taken = overlay::mounts().map(|m| overlay::uppers(&m)).unwrap_or_default();
@@ -271,7 +271,7 @@ impl Coming {
         }
         let upper = overlay.upper.clone();
         let mounting = Mounting::plan(&plan.migration, place, overlay, before);
-        Ok((Coming { mounting, upper, store, lacking }, numbers))
+        Ok((ComingOverlay { mounting, upper, store, lacking }, numbers))
     }
 
     /// Where the lacking layers are staged.

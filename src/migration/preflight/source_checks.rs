@@ -12,9 +12,9 @@ use super::host;
 use super::layers::{self, Layered};
 use super::standard::{self, Standard};
 use crate::engine::handover::Handover;
-use crate::engine::lookup::Found;
+use crate::engine::lookup::FoundName;
 use crate::engine::owner::{Facts, owner};
-use crate::engine::papers::Wanted;
+use crate::engine::papers::EngineWants;
 use crate::engine::property;
 use crate::files::place::{self, Parent};
 use crate::files::root::Root;
@@ -30,11 +30,11 @@ use crate::migration::options::MigrateOptions;
 use crate::migration::protocol::forwarding::{ForwardOption, ForwardRequest};
 use crate::migration::protocol::{How, MAX_PARENTS, Place, Plan, Probe};
 use crate::migration::transfer::file_sender::FilesToCopy;
-use crate::network::image::Kind;
+use crate::network::image::LinkKind;
 use crate::network::{self, NetworkImage, Placement};
 use crate::oci::bundle::Bundle;
 use crate::oci::cgroup::Cgroup;
-use crate::oci::runtime::{Runtime, State};
+use crate::oci::runtime::{Runtime, RuntimeState};
 use crate::problem::{Problem, Problems};
 use crate::sys::mntns;
 use crate::sys::netns::NetNs;
@@ -45,7 +45,7 @@ use crate::tasks::{imaged, locks, losses as preflight, settings, unsupported};
 /// A container that could go, looked at from all sides.
 pub struct SourceContainer {
     /// What the runtime says.
-    pub state: State,
+    pub state: RuntimeState,
     /// Its bundle.
     pub bundle: Bundle,
     /// Its control group.
@@ -55,7 +55,7 @@ pub struct SourceContainer {
     /// For the destination.
     pub plan: Plan,
     /// Keeps the probe files until the destination has looked.
-    pub probes: Vec<probe::Probe>,
+    pub probes: Vec<probe::ProbeFile>,
     /// What the plan's probes are of, until it is known what is copied: what is held so cannot be
     /// unmounted.
     pub found: Option<Roots>,
@@ -186,7 +186,7 @@ fn wanted(
     engine: &dyn Handover,
     wishes: &MigrateOptions,
     bundle: &Bundle,
-) -> Result<Wanted, Vec<Problem>> {
+) -> Result<EngineWants, Vec<Problem>> {
     let mut problems = Vec::new();
     for (given, option) in [
         (wishes.bundle.is_some(), "--bundle"),
@@ -211,7 +211,11 @@ fn wanted(
 
 /// A migration that holds it already. One that runs may have come by a migration which has its last
 /// words still to say.
-fn held(runtime: &Runtime, wishes: &MigrateOptions, state: Option<&State>) -> Option<Problem> {
+fn held(
+    runtime: &Runtime,
+    wishes: &MigrateOptions,
+    state: Option<&RuntimeState>,
+) -> Option<Problem> {
     let (state_dir, id) = (wishes.state_dir.as_deref()?, &wishes.container);
     match state.map(|state| state.status.as_str()) {
         Some("running") => holder::leaves(state_dir, runtime.root(), id),
@@ -221,7 +225,7 @@ fn held(runtime: &Runtime, wishes: &MigrateOptions, state: Option<&State>) -> Op
 
 /// A container that the runtime does not know: an engine may, by that name.
 fn unknown(runtime: &Runtime, id: &str) -> Problem {
-    let found = Found::of(id);
+    let found = FoundName::of(id);
     if let Some(problem) = found.refusal(id) {
         return problem;
     }
@@ -251,8 +255,8 @@ fn migrated_away(runtime: &Runtime, wishes: &MigrateOptions) -> Option<Problem> 
 fn look(
     runtime: &Runtime,
     wishes: &MigrateOptions,
-    state: State,
-    mut engine: Option<Wanted>,
+    state: RuntimeState,
+    mut engine: Option<EngineWants>,
 ) -> Result<SourceContainer> {
     let bundle = Bundle::load(&state.bundle).map_err(|e| {
         Problem::new("the container's bundle is missing", format!("{e:#}"))
@@ -522,11 +526,11 @@ fn terminal(bundle: &Bundle, wishes: &MigrateOptions) -> Result<()> {
     Ok(())
 }
 
-type Network = Option<(NetNs, PathBuf, NetworkImage)>;
+type OwnNetwork = Option<(NetNs, PathBuf, NetworkImage)>;
 
 /// The container's network, where it has one of its own that Ferry can carry; or what the runtime
 /// has given it, where that is nothing but a loopback device.
-fn network(bundle: &Bundle, pid: i32, engines: bool) -> Result<(Network, Option<NetworkImage>)> {
+fn network(bundle: &Bundle, pid: i32, engines: bool) -> Result<(OwnNetwork, Option<NetworkImage>)> {
     match bundle.namespace("network") {
         Some(Some(path)) => {
             let problem = property::namespace_problem(&path).filter(|_| !engines);
@@ -556,7 +560,7 @@ fn network(bundle: &Bundle, pid: i32, engines: bool) -> Result<(Network, Option<
                 return Ok((None, Some(image)));
             }
             // CRIU makes such a namespace anew, and empty, unless it is in one that is full.
-            if !image.links.iter().any(|l| l.kind == Kind::Loopback && l.up) {
+            if !image.links.iter().any(|l| l.kind == LinkKind::Loopback && l.up) {
                 return Err(Problem::new(
                     "the container's network namespace has no name, and its loopback is down",
                     "CRIU cannot be started in it, and would make an empty one",

@@ -47,7 +47,7 @@ pub struct Standard {
     /// For the destination.
     pub streams: Vec<Stream>,
     /// In the directories of logs outside of the container.
-    pub probes: Vec<probe::Probe>,
+    pub probes: Vec<probe::ProbeFile>,
     /// Those logs, by the number of their stream, to be read again.
     pub logs: Vec<Option<File>>,
 }
@@ -76,7 +76,7 @@ pub fn look(init: i32, tasks: &[i32]) -> Result<Standard> {
             let target = fs::read_link(process::path_of(&file))?;
             stream.target = target.to_string_lossy().into_owned();
             if file.metadata()?.is_file() {
-                let mounts = mounts.get_or_insert_with(|| Mounts::look(init, tasks));
+                let mounts = mounts.get_or_insert_with(|| MountNumbers::look(init, tasks));
                 if let Lies::Here(directory, place) = lies(&file, mounts)? {
                     let probe = describe(&mut stream, &file, directory, place)?;
                     found.probes.push(probe);
@@ -102,16 +102,16 @@ fn open(path: &Path) -> Result<Option<File>> {
 /// Mounts, by the numbers that the kernel gives them: each is one mount's for as long as a file is
 /// open in it. proc_pid_mountinfo(5)
 #[derive(Debug, Default)]
-struct Mounts {
+struct MountNumbers {
     /// In any namespace of the container.
     within: HashSet<u64>,
     /// In Ferry's own, or in that of the host's first process: Ferry may have been given another.
     here: HashSet<u64>,
 }
 
-impl Mounts {
-    fn look(init: i32, tasks: &[i32]) -> Mounts {
-        let mut mounts = Mounts::default();
+impl MountNumbers {
+    fn look(init: i32, tasks: &[i32]) -> MountNumbers {
+        let mut mounts = MountNumbers::default();
         let mut seen = HashSet::new();
         for pid in std::iter::once(&init).chain(tasks) {
             // Whoever has ended meanwhile has none.
@@ -141,7 +141,7 @@ fn mount_of(file: &File) -> Result<u64> {
     number.and_then(|n| n.trim().parse().ok()).context("no mnt_id in fdinfo")
 }
 
-fn lies(file: &File, mounts: &Mounts) -> Result<Lies> {
+fn lies(file: &File, mounts: &MountNumbers) -> Result<Lies> {
     let mount = mount_of(file)?;
     // CRIU finds it, whatever it is called.
     if mounts.within.contains(&mount) || is_memory(file) {
@@ -204,7 +204,7 @@ fn describe(
     file: &File,
     directory: OwnedFd,
     place: String,
-) -> Result<probe::Probe> {
+) -> Result<probe::ProbeFile> {
     let meta = file.metadata()?;
     if meta.size() > MAX_STREAM {
         return Err(Problem::new(
@@ -236,9 +236,9 @@ mod tests {
         open(&process::path_of(file)).unwrap().unwrap()
     }
 
-    fn mounts(within: &[u64], here: &[u64]) -> Mounts {
+    fn mounts(within: &[u64], here: &[u64]) -> MountNumbers {
         let set = |list: &[u64]| list.iter().copied().collect();
-        Mounts { within: set(within), here: set(here) }
+        MountNumbers { within: set(within), here: set(here) }
     }
 
     /// What is said of a file on a mount of this host.
@@ -257,7 +257,7 @@ mod tests {
         assert!(matches!(lies(&file, &mounts(&[mount], &[])).unwrap(), Lies::Within));
         // CRIU sees it, so nobody else has to.
         assert!(matches!(lies(&file, &mounts(&[mount], &[mount])).unwrap(), Lies::Within));
-        let own = Mounts::look(std::process::id() as i32, &[]);
+        let own = MountNumbers::look(std::process::id() as i32, &[]);
         assert!(own.within.contains(&mount) && own.here.contains(&mount));
         let Lies::Here(_, place) = lies(&file, &mounts(&[], &[mount])).unwrap() else {
             panic!("it is on this host");

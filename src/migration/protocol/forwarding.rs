@@ -100,7 +100,7 @@ pub enum ForwardMessage {
         /// To which one.
         number: u64,
         /// What home says to it.
-        answer: Answer,
+        answer: ForwardAnswer,
     },
 }
 
@@ -152,7 +152,7 @@ pub enum Ask {
 
 /// The answer.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct Answer {
+pub struct ForwardAnswer {
     /// Why not.
     pub error: Option<String>,
     /// To [`Ask::Status`].
@@ -161,13 +161,13 @@ pub struct Answer {
     pub translated: Option<Translated>,
 }
 
-impl From<Result<()>> for Answer {
-    fn from(result: Result<()>) -> Answer {
-        Answer { error: result.err().map(|e| format!("{e:#}")), ..Answer::default() }
+impl From<Result<()>> for ForwardAnswer {
+    fn from(result: Result<()>) -> ForwardAnswer {
+        ForwardAnswer { error: result.err().map(|e| format!("{e:#}")), ..ForwardAnswer::default() }
     }
 }
 
-impl Answer {
+impl ForwardAnswer {
     /// What it says as a result.
     ///
     /// # Errors

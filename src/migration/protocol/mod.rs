@@ -57,7 +57,7 @@ use serde::{Deserialize, Serialize};
 
 use self::forwarding::{AddressDecision, ForwardMessage};
 pub use self::plan::{How, MAX_PARENTS, MAX_PROBES, Place, Plan, Probe, Stream};
-use crate::connections::Coming;
+use crate::connections::ComingConnection;
 use crate::engine::papers::Papers;
 use crate::files::layers::Layer;
 use crate::files::sockets::Renamed;
@@ -66,7 +66,7 @@ use crate::memory::digest::Mask;
 use crate::memory::serve::Served;
 use crate::problem::Problem;
 use crate::report::log;
-use crate::tasks::locks::Held;
+use crate::tasks::locks::HeldLock;
 use crate::tasks::settings::Setting;
 use crate::tasks::sockets::SocketSettings;
 use crate::transport::frame;
@@ -146,7 +146,7 @@ pub enum Message {
     /// container.
     Connections {
         /// At most [`BATCH`](crate::connections::BATCH).
-        list: Vec<Coming>,
+        list: Vec<ComingConnection>,
     },
     /// To the source: they are expected. The source owns the container.
     Awaited {
@@ -170,7 +170,7 @@ pub enum Message {
         /// How many connections have come beside the images.
         connections: usize,
         /// The file locks that the tasks hold.
-        locks: Vec<Held>,
+        locks: Vec<HeldLock>,
         /// What they have set for themselves with the kernel.
         settings: Vec<Setting>,
         /// Sockets whose files are to be renamed as they were.
@@ -233,7 +233,7 @@ pub enum Message {
         /// The migration's ID.
         migration: String,
     },
-    /// To the source: all pages that are missing were named (`Run::Want`). The destination owns the
+    /// To the source: all pages that are missing were named (`RunKind::Want`). The destination owns the
     /// container, running.
     Missing {
         /// How many.
@@ -286,9 +286,9 @@ impl Message {
 /// The name of an enum's variant.
 pub fn variant(one: &impl std::fmt::Debug) -> String {
     /// Takes a name, and ends what would follow it.
-    struct Name(String);
+    struct VariantName(String);
 
-    impl std::fmt::Write for Name {
+    impl std::fmt::Write for VariantName {
         fn write_str(&mut self, text: &str) -> std::fmt::Result {
             for letter in text.chars() {
                 if !letter.is_alphanumeric() {
@@ -300,7 +300,7 @@ pub fn variant(one: &impl std::fmt::Debug) -> String {
         }
     }
 
-    let mut name = Name(String::new());
+    let mut name = VariantName(String::new());
     // It fails where the name is over.
     let _ = std::fmt::write(&mut name, format_args!("{one:?}"));
     name.0

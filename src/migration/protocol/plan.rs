@@ -7,12 +7,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::forwarding::ForwardRequest;
-use crate::engine::papers::Wanted;
+use crate::engine::papers::EngineWants;
 use crate::files::overlay::Overlay;
 use crate::files::place::Parent;
 use crate::files::probe::Proof;
 use crate::files::tmpfs::{self, Tmpfs};
-use crate::network::image::{Kind, NetworkImage};
+use crate::network::image::{LinkKind, NetworkImage};
 use crate::network::{Floating, Placement};
 use crate::oci::bundle::Bundle;
 use crate::tasks::settings;
@@ -97,7 +97,7 @@ pub struct Plan {
     pub forward: ForwardRequest,
     /// What it needs of its engine, if it is an engine's.
     #[serde(default)]
-    pub engine: Option<Wanted>,
+    pub engine: Option<EngineWants>,
 }
 
 /// A standard stream of the container.
@@ -219,7 +219,7 @@ impl Plan {
             bail!("a container with the host's network and one of its own");
         }
         self.floating.iter().try_for_each(Floating::validate)?;
-        self.engine.iter().try_for_each(Wanted::validate)?;
+        self.engine.iter().try_for_each(EngineWants::validate)?;
         Ok(())
     }
 
@@ -227,7 +227,7 @@ impl Plan {
     /// the one must be read in the same place on the other. It can where it can talk to itself.
     pub fn criu_inside(&self) -> bool {
         let up =
-            |image: &NetworkImage| image.links.iter().any(|l| l.kind == Kind::Loopback && l.up);
+            |image: &NetworkImage| image.links.iter().any(|l| l.kind == LinkKind::Loopback && l.up);
         self.network.as_ref().is_some_and(up)
     }
 }

@@ -15,7 +15,7 @@ use crate::migration::protocol;
 use crate::problem::{Advice, advice};
 use crate::transport::codec::Codec;
 use crate::transport::connect::{Closer, Destination, Link};
-use crate::transport::frame::{self, Frame, Run, Same};
+use crate::transport::frame::{self, Frame, RunKind, Same};
 
 /// Bytes gathered before they are written.
 const BUFFER: usize = 256 << 10;
@@ -92,7 +92,7 @@ impl PeerWriter {
     ///
     /// # Errors
     /// When the link is gone.
-    pub fn run(&self, what: Run, vpid: i32, vaddr: u64, pages: usize) -> Result<()> {
+    pub fn run(&self, what: RunKind, vpid: i32, vaddr: u64, pages: usize) -> Result<()> {
         Ok(frame::write_run(&mut *self.lock(), what, vpid, vaddr, pages)?)
     }
 

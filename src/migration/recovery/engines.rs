@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use crate::engine::calls::{self, Call, Verb};
+use crate::engine::calls::{self, EngineCall, EngineVerb};
 use crate::engine::command::Running;
 use crate::engine::handover;
 use crate::migration::journal::Record;
@@ -20,7 +20,7 @@ const END_LIMIT: Duration = Duration::from_secs(60);
 
 /// An engine that is being told that its container has left, or that will see it end.
 pub(super) struct Leaving {
-    call: Option<Call>,
+    call: Option<EngineCall>,
     running: Running,
 }
 
@@ -35,7 +35,7 @@ pub(super) fn leave(record: &Record, runtime: &Runtime) -> Option<Leaving> {
             let running = engine.let_go(&made.container, work)?;
             return anyhow::Ok(Leaving { call: None, running });
         }
-        let expected = calls::expect(Verb::LetGo, &made.container, root, work, CALL_LIMIT)?;
+        let expected = calls::expect(EngineVerb::LetGo, &made.container, root, work, CALL_LIMIT)?;
         let running = engine.let_go(&made.container, work)?;
         let call = expected.call(running.pidfd()?, Instant::now() + CALL_LIMIT)?;
         Ok(Leaving { call: Some(call), running })

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 
-use super::decide::{Doubt, Guarding, Next, There, guard as decide, resolve};
+use super::decide::{Doubt, Guarding, NextDeed, There, guard as decide, resolve};
 use super::undo::Rival;
 use super::{postcopy_recover, undo, verdicts, word};
 use crate::connections::{self, GuardCommand, GuardCommands, GuardSocket, Vault};
@@ -231,16 +231,16 @@ fn carry_through(journal: &mut Journal, vault: &Vault) -> Result<Carried> {
             Ok(tasks) => resolve(State::Committed, *tasks, there, None),
             Err(e) => {
                 tracing::error!("{e:#}");
-                Next::Doubt(Doubt::Silent)
+                NextDeed::Doubt(Doubt::Silent)
             }
         };
         match next {
-            Next::Ask(verdict) => {
+            NextDeed::Ask(verdict) => {
                 let answer = verdicts::ask(&journal.record, verdict, ANSWER);
                 there = answer.map_or(There::Silent, There::Is);
                 continue;
             }
-            Next::BringRest => {
+            NextDeed::BringRest => {
                 // Whatever breaks: the lock is let go before the next try.
                 let unbroken = &mut |why: Option<&str>| why.is_none();
                 let brought = postcopy_recover::resume(
@@ -254,19 +254,19 @@ fn carry_through(journal: &mut Journal, vault: &Vault) -> Result<Carried> {
                     continue;
                 }
             }
-            Next::LetGo => {
+            NextDeed::LetGo => {
                 undo::release_source(journal, || ())?;
                 return Ok(Carried::Through);
             }
-            Next::RunsOn | Next::Abandon => {
+            NextDeed::RunsOn | NextDeed::Abandon => {
                 // It has said so.
                 let hands = undo::Hands::Later(Some(vault));
                 undo::roll_back_source(journal, &hands, Rival::Excluded)?;
                 return Ok(Carried::Through);
             }
-            Next::Doubt(doubt) if doubt.passes() => {}
+            NextDeed::Doubt(doubt) if doubt.passes() => {}
             // Whether what is frozen here is to run again, the operator says.
-            Next::Doubt(_) | Next::HandOver => return Ok(Carried::Through),
+            NextDeed::Doubt(_) | NextDeed::HandOver => return Ok(Carried::Through),
         }
         there = There::Unasked;
         drop(held);

@@ -13,10 +13,10 @@ use crate::migration::journal::Record;
 use crate::migration::protocol::session::{FromPeer, Session};
 use crate::migration::protocol::{Message, Standing, Verdict};
 use crate::migration::transfer::memory_sender::{
-    MemoryEvent, MemoryOptions, MemoryTransfer, Order,
+    MemoryEvent, MemoryOptions, MemoryOrder, MemoryTransfer,
 };
 use crate::problem::Advice;
-use crate::transport::frame::{Frame, Run};
+use crate::transport::frame::{Frame, RunKind};
 
 /// How long a link may be silent before another is tried.
 const SILENCE: Duration = Duration::from_secs(30);
@@ -84,7 +84,7 @@ pub fn resume(
     }
 }
 
-enum Event {
+enum ResumeEvent {
     FromPeer(FromPeer),
     Memory(MemoryEvent),
 }
@@ -116,7 +116,7 @@ fn attempt(
     let (tell, events) = channel();
     let heard = tell.clone();
     let resume = Message::Resume { migration: record.migration.clone() };
-    let hear = move |h| heard.send(Event::FromPeer(h)).is_ok();
+    let hear = move |h| heard.send(ResumeEvent::FromPeer(h)).is_ok();
     let Session { peer, mut closer } = Session::open(destination, Some(&resume), silence, hear)?;
     *latest = Instant::now();
     let result = (|| {
@@ -139,13 +139,16 @@ fn attempt(
                 }
             };
             match event {
-                Event::FromPeer(FromPeer::Frame(Frame::Run(Run::Want, vpid, at, pages))) => {
-                    match memory {
-                        None => missing.push((vpid, at, pages)),
-                        Some(_) => order(&memory, Order::Want(vpid, at, pages)),
-                    }
-                }
-                Event::FromPeer(FromPeer::Message(Message::Missing { .. })) => {
+                ResumeEvent::FromPeer(FromPeer::Frame(Frame::Run(
+                    RunKind::Want,
+                    vpid,
+                    at,
+                    pages,
+                ))) => match memory {
+                    None => missing.push((vpid, at, pages)),
+                    Some(_) => order(&memory, MemoryOrder::Want(vpid, at, pages)),
+                },
+                ResumeEvent::FromPeer(FromPeer::Message(Message::Missing { .. })) => {
                     let tell = tell.clone();
                     let list = std::mem::take(&mut missing);
                     memory = Some(MemoryTransfer::resume(
@@ -154,32 +157,32 @@ fn attempt(
                         wishes.clone(),
                         list,
                         move |event| {
-                            let _ = tell.send(Event::Memory(event));
+                            let _ = tell.send(ResumeEvent::Memory(event));
                         },
                     )?);
                 }
-                Event::FromPeer(FromPeer::Message(Message::Echo { number })) => {
-                    order(&memory, Order::Echoed(0, number));
+                ResumeEvent::FromPeer(FromPeer::Message(Message::Echo { number })) => {
+                    order(&memory, MemoryOrder::Echoed(0, number));
                 }
-                Event::FromPeer(FromPeer::Message(Message::MemoryComplete(served))) => {
+                ResumeEvent::FromPeer(FromPeer::Message(Message::MemoryComplete(served))) => {
                     return Ok(Some(Brought::Whole(Some(served))));
                 }
-                Event::FromPeer(FromPeer::Message(Message::Resolved { standing })) => {
+                ResumeEvent::FromPeer(FromPeer::Message(Message::Resolved { standing })) => {
                     return Ok(match standing {
                         Standing::Running => Some(Brought::Whole(None)),
                         Standing::Gone | Standing::NeverRan => Some(Brought::Gone(standing)),
                         _ => None,
                     });
                 }
-                Event::FromPeer(FromPeer::Message(Message::Failed { phase, why, hints })) => {
+                ResumeEvent::FromPeer(FromPeer::Message(Message::Failed { phase, why, hints })) => {
                     let what = format!("the destination failed while {phase}: {why}");
                     return Err(Advice::with(what, hints));
                 }
-                Event::FromPeer(FromPeer::Gone(why)) => {
+                ResumeEvent::FromPeer(FromPeer::Gone(why)) => {
                     bail!("the link broke: {}", why.unwrap_or_else(|| "it was closed".into()))
                 }
-                Event::Memory(MemoryEvent::Failed(why)) => bail!("sending memory: {why}"),
-                Event::FromPeer(_) | Event::Memory(_) => {}
+                ResumeEvent::Memory(MemoryEvent::Failed(why)) => bail!("sending memory: {why}"),
+                ResumeEvent::FromPeer(_) | ResumeEvent::Memory(_) => {}
             }
         }
     })();

@@ -11,7 +11,7 @@ use crate::files::sockets::{self, Renamed, Spares};
 use crate::migration::journal::Record;
 use crate::migration::journal::workdir::{RENAMED, SOCKETS};
 use crate::sys::process;
-use crate::tasks::losses::files::{self, Open};
+use crate::tasks::losses::files::{self, OpenFile};
 use crate::tasks::unix_names;
 
 /// Notes the sockets whose names the destination will bind anew: before anything is done with them.
@@ -34,7 +34,7 @@ pub fn note(record: &Record, pids: &[i32]) -> Result<()> {
 /// When they cannot be noted.
 pub fn note_renamed(record: &Record, pids: &[i32]) -> Result<Vec<Renamed>> {
     let Some(init) = record.init else { return Ok(Vec::new()) };
-    let own = files::all(pids).iter().filter_map(Open::socket).collect();
+    let own = files::all(pids).iter().filter_map(OpenFile::socket).collect();
     let found = unix_names::find(init.pid, &own).into_iter().filter(|one| !one.taken);
     let bytes = |name: PathBuf| name.into_os_string().into_vec();
     let found = found.map(|one| Renamed { bound: bytes(one.bound), current: bytes(one.current) });

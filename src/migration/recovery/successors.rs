@@ -25,12 +25,12 @@ use anyhow::{Context, Result, anyhow};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
-use super::decide::{self, Pages, Phase, Released, hear, pages, released};
+use super::decide::{self, CopyPhase, Pages, Released, hear, pages, released};
 use super::undo;
-use super::verdicts::{self, Call};
+use super::verdicts::{self, ControlCall};
 use crate::criu::interposer::carry_on;
-use crate::memory::serve::{self, Ended, Left, Served, Stranded};
-use crate::memory::will::{Will, Word};
+use crate::memory::serve::{self, Ended, LeftServer, Served, Stranded};
+use crate::memory::will::{Will, WillWord};
 use crate::migration::journal::criu;
 use crate::migration::journal::workdir::GUARD;
 use crate::migration::journal::{Journal, Record};
@@ -95,13 +95,13 @@ impl PageGuards {
     /// CRIU is to be released, whatever becomes of this process.
     pub fn take_criu(&mut self, criu: OwnedFd) {
         use std::os::fd::AsRawFd;
-        self.will.note_descriptor(Word::Criu, Some(criu.as_raw_fd()));
+        self.will.note_descriptor(WillWord::Criu, Some(criu.as_raw_fd()));
         self.criu = Some(criu);
     }
 
     /// It is not.
     pub fn leave_criu(&mut self) {
-        self.will.note_descriptor(Word::Criu, None);
+        self.will.note_descriptor(WillWord::Criu, None);
         self.criu = None;
     }
 
@@ -201,8 +201,8 @@ impl Estate {
         let will = Arc::new(Will::adopt(file.fd)?);
         let mut named =
             |word| will.descriptor(word).and_then(|number| all.remove(&number)).map(|one| one.fd);
-        let (criu, staging) = (named(Word::Criu), named(Word::Staging));
-        let (lazy, snapshot) = (named(Word::Lazy), named(Word::Snapshot));
+        let (criu, staging) = (named(WillWord::Criu), named(WillWord::Staging));
+        let (lazy, snapshot) = (named(WillWord::Lazy), named(WillWord::Snapshot));
         let uffds = all.into_values().filter(|one| one.what.contains("[userfaultfd]"));
         let uffds = uffds.map(|one| one.fd).collect();
         Ok(Estate { criu, staging, lazy, snapshot, uffds, will })
@@ -255,7 +255,9 @@ pub fn go_on(journal: &Path, will: RawFd) -> Result<()> {
     };
     let call = tell.clone();
     let calls = fault::point("successor.calls").and_then(|()| {
-        verdicts::take_calls(&journal.record.work, move |c| call.send(Event::Call(c)).is_ok())
+        verdicts::take_calls(&journal.record.work, move |c| {
+            call.send(SuccessorEvent::Call(c)).is_ok()
+        })
     });
     if let Err(e) = calls {
         tracing::error!("nobody can be answered: {e:#}");
@@ -266,8 +268,8 @@ pub fn go_on(journal: &Path, will: RawFd) -> Result<()> {
     }
     let _ = fault::point("successor.serving");
     let (peer, served) = match filling.wait(&journal.record, &events, &stage, &tell) {
-        End::Whole(peer, served) => (peer, served),
-        End::Lost(held) => return discard(&mut journal, held),
+        ServingEnd::Whole(peer, served) => (peer, served),
+        ServingEnd::Lost(held) => return discard(&mut journal, held),
     };
     undo::note_all_in(&journal.record.work);
     let kept = undo::finish_destination(&mut journal);
@@ -298,8 +300,8 @@ fn discard(journal: &mut Journal, held: Vec<OwnedFd>) -> Result<()> {
     }
 }
 
-enum Event {
-    Call(Call),
+enum SuccessorEvent {
+    Call(ControlCall),
     FromPeer(FromPeer),
     Want(i32, u64, usize),
     Pages(Ended),
@@ -307,7 +309,7 @@ enum Event {
     Released,
 }
 
-enum End {
+enum ServingEnd {
     /// It runs with all of its memory; perhaps the source waits to hear of it.
     Whole(Option<PeerWriter>, Served),
     /// There is no such container, or it can never have its memory.
@@ -328,21 +330,22 @@ impl Filling {
         estate: Estate,
         record: &Record,
         stage: &Stage,
-        tell: &Sender<Event>,
+        tell: &Sender<SuccessorEvent>,
         guards: &mut Result<PageGuards>,
     ) -> Result<Filling, Stranded> {
         let Estate { will, criu, staging, lazy, snapshot, uffds } = estate;
         let mut filling = Filling { lacks: false, served: None, running: false, link: None };
-        if will.read(Word::Done) == 0 {
+        if will.read(WillWord::Done) == 0 {
             let (Some(snapshot), Some(staging), Some(lazy)) = (snapshot, staging, lazy) else {
                 let why = anyhow!("who was killed had not come far enough for anybody to go on");
                 return Err(Stranded { why, held: uffds });
             };
             let (snapshot, staging, lazy) = (snapshot.into(), staging.into(), lazy.into());
-            let left = Left { snapshot, staging, lazy, uffds };
+            let left = LeftServer { snapshot, staging, lazy, uffds };
             let (wanted, ended) = (tell.clone(), tell.clone());
-            let want = move |vpid, at, pages| drop(wanted.send(Event::Want(vpid, at, pages)));
-            let end = move |e| drop(ended.send(Event::Pages(e)));
+            let want =
+                move |vpid, at, pages| drop(wanted.send(SuccessorEvent::Want(vpid, at, pages)));
+            let end = move |e| drop(ended.send(SuccessorEvent::Pages(e)));
             let (intake, lacks) = serve::succeed(will, left, want, end)?;
             stage.serve_by(intake);
             filling.lacks = lacks;
@@ -361,7 +364,7 @@ impl Filling {
                 release_criu(&record, &criu);
             }
             criu::wait_for(&record.work);
-            let _ = tell.send(Event::Released);
+            let _ = tell.send(SuccessorEvent::Released);
         };
         let begun = std::thread::Builder::new().name("release".into()).spawn(work);
         begun.map(|_| filling).map_err(stranded)
@@ -370,60 +373,65 @@ impl Filling {
     fn wait(
         mut self,
         record: &Record,
-        events: &Receiver<Event>,
+        events: &Receiver<SuccessorEvent>,
         stage: &Stage,
-        tell: &Sender<Event>,
-    ) -> End {
+        tell: &Sender<SuccessorEvent>,
+    ) -> ServingEnd {
         let (current, backlog) = (Current::default(), Backlog::default());
         // As long as the latest link is ours to use, whoever brought it waits.
         let mut brought = None;
         loop {
             if let (true, Some(served)) = (self.running, self.served) {
                 drop(brought);
-                return End::Whole(self.link, served);
+                return ServingEnd::Whole(self.link, served);
             }
-            let Ok(event) = events.recv() else { return End::Lost(Vec::new()) };
+            let Ok(event) = events.recv() else { return ServingEnd::Lost(Vec::new()) };
             match event {
-                Event::Released => {
+                SuccessorEvent::Released => {
                     let alive = undo::restored_init(record).is_some_and(ProcessId::is_alive);
                     if released(alive) == Released::Discard {
-                        return End::Lost(Vec::new());
+                        return ServingEnd::Lost(Vec::new());
                     }
                     self.running = true;
                     let opened = undo::open_destination(record);
                     let _ = opened.inspect_err(|e| tracing::error!("{e:#}"));
                 }
-                Event::Pages(Ended { result: Ok(served), .. }) => self.served = Some(served),
-                Event::Pages(Ended { result: Err(e), held }) => {
-                    tracing::error!("not all of its memory can be put into the container: {e:#}");
-                    return End::Lost(held);
+                SuccessorEvent::Pages(Ended { result: Ok(served), .. }) => {
+                    self.served = Some(served)
                 }
-                Event::Want(vpid, at, pages) => {
+                SuccessorEvent::Pages(Ended { result: Err(e), held }) => {
+                    tracing::error!("not all of its memory can be put into the container: {e:#}");
+                    return ServingEnd::Lost(held);
+                }
+                SuccessorEvent::Want(vpid, at, pages) => {
                     // The next link is told of it anew.
                     let told = |peer: &mut PeerWriter| want(peer, vpid, at, pages).is_ok();
                     self.link = self.link.take_if(told);
                 }
-                Event::FromPeer(FromPeer::Gone(_)) => self.link = None,
-                Event::FromPeer(_) | Event::Call(Call::Channel(..)) => {}
-                Event::Call(Call::Discard(reply)) => match (self.lacks, self.served) {
-                    // The operator knows that nobody will bring the rest. Whoever asks learns from the
-                    // journal when everything is undone.
-                    (true, None) => return End::Lost(Vec::new()),
-                    _ => drop(reply.send(Standing::Waiting)),
-                },
-                Event::Call(Call::Verdict(verdict, reply)) => {
-                    let heard = verdict.map_or(decide::Event::Asked, decide::Event::Verdict);
+                SuccessorEvent::FromPeer(FromPeer::Gone(_)) => self.link = None,
+                SuccessorEvent::FromPeer(_) | SuccessorEvent::Call(ControlCall::Channel(..)) => {}
+                SuccessorEvent::Call(ControlCall::Discard(reply)) => {
+                    match (self.lacks, self.served) {
+                        // The operator knows that nobody will bring the rest. Whoever asks learns from the
+                        // journal when everything is undone.
+                        (true, None) => return ServingEnd::Lost(Vec::new()),
+                        _ => drop(reply.send(Standing::Waiting)),
+                    }
+                }
+                SuccessorEvent::Call(ControlCall::Verdict(verdict, reply)) => {
+                    let heard =
+                        verdict.map_or(decide::CopyEvent::Asked, decide::CopyEvent::Verdict);
                     let lacking = self.lacks && self.served.is_none();
                     // Whole it is when the journal says so.
-                    let phase = Phase::Started { running: self.running, whole: false, lacking };
+                    let phase = CopyPhase::Started { running: self.running, whole: false, lacking };
                     if let (_, Some(standing)) = hear(phase, heard) {
                         // Whoever asks may have gone.
                         let _ = reply.send(standing);
                     }
                 }
-                Event::Call(Call::Link(input, output, held)) => {
+                SuccessorEvent::Call(ControlCall::Link(input, output, held)) => {
                     let heard = tell.clone();
-                    let hear = move |h| heard.send(Event::FromPeer(h)).is_ok();
+                    let hear = move |h| heard.send(SuccessorEvent::FromPeer(h)).is_ok();
                     let taken = connect::adopt(input, output).and_then(|new| {
                         let (peer, reader, _) = session::split(new);
                         receiver::listen(reader, &peer, stage, &current, &backlog, hear)?;

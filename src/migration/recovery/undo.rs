@@ -21,7 +21,7 @@ use crate::migration::journal::{Journal, Record, State};
 use crate::migration::network::floating_address::Noted as Addresses;
 use crate::migration::network::hooks;
 use crate::migration::preflight::layers;
-use crate::network::hook::Phase;
+use crate::network::hook::HookPhase;
 use crate::network::{self, HostSide, fence};
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::Runtime;
@@ -122,7 +122,7 @@ pub fn roll_back_source(journal: &mut Journal, hands: &Hands, rival: Rival) -> R
     }
     failures.note("lifting the away-mark", lift_mark(journal));
     // Clients have been waiting: what may take its time comes last.
-    hooks::end(&record, Phase::Rollback);
+    hooks::end(&record, HookPhase::Rollback);
     let undone = failures.into_result();
     // What could not be undone stays open, for `ferry resolve` to try again.
     undone?;
@@ -338,7 +338,7 @@ pub fn release_source(journal: &mut Journal, before_network: impl FnOnce()) -> R
     if let Some((side, host)) = host_side(&record) {
         failures.note("letting go of the address", side.clear(&host));
     }
-    hooks::end(&record, Phase::Release);
+    hooks::end(&record, HookPhase::Release);
     failures.note("deleting the container", delete(&runtime, &record, record.init));
     if let Some(place) = record.unmount.as_deref().filter(|_| failures.is_empty()) {
         failures.note("unmounting its root file system", layers::unmount(place, &record.remove));
@@ -413,7 +413,7 @@ pub fn discard_destination(journal: &mut Journal) -> Result<()> {
     if let Some((side, host)) = host_side(&record) {
         failures.note("letting go of the address", side.clear(&host));
     }
-    hooks::end(&record, Phase::Rollback);
+    hooks::end(&record, HookPhase::Rollback);
     // Nobody uses it any more.
     runtime.clear_restore(&record.id_here());
     failures.note("having the engine remove it", engines::discard(&record));
@@ -533,7 +533,7 @@ pub fn finish_destination(journal: &mut Journal) -> Result<()> {
     if let Some(note) = &record.forward {
         forward::finish_destination(note);
     }
-    hooks::end(&record, Phase::Switch);
+    hooks::end(&record, HookPhase::Switch);
     workdir::remove(&record.work);
     let runtime = runtime(&record);
     runtime.clear_restore(&record.id_here());

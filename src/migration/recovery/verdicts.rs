@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 
-use super::decide::{Answer, Left, answer as decide, has_heard, is_swept};
+use super::decide::{Answer, LeftCopy, answer as decide, has_heard, is_swept};
 use super::undo;
 use crate::migration::journal::{Journal, Record, Role, State};
 use crate::migration::protocol::session::{FromPeer, Session};
@@ -100,7 +100,7 @@ fn check_id(migration: &str) -> Result<()> {
 /// # Errors
 /// When what is waiting does not answer.
 pub fn answer(state_dir: &Path, migration: &str, verdict: Option<Verdict>) -> Result<Standing> {
-    answer_here(state_dir, migration, &Asked::Verdict(verdict), LIMIT)
+    answer_here(state_dir, migration, &ControlRequest::Verdict(verdict), LIMIT)
 }
 
 /// The same for whoever asks on this host, and may be its operator; `limit` is how long whoever is at it
@@ -111,7 +111,7 @@ pub fn answer(state_dir: &Path, migration: &str, verdict: Option<Verdict>) -> Re
 pub fn answer_here(
     state_dir: &Path,
     migration: &str,
-    asked: &Asked,
+    asked: &ControlRequest,
     limit: Duration,
 ) -> Result<Standing> {
     check_id(migration)?;
@@ -147,7 +147,7 @@ pub fn answer_here(
         )
     };
     loop {
-        let left = Left {
+        let left = LeftCopy {
             state: journal.state(),
             started: journal.may_have_run(),
             same_boot: journal.record.same_boot(),
@@ -197,7 +197,7 @@ pub fn sweep(state_dir: &Path, root: &Path, container: &str) -> Result<()> {
 /// What is said to whoever holds the container, over its control socket.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Asked {
+pub enum ControlRequest {
     /// A verdict, or only a question.
     Verdict(Option<Verdict>),
     /// The operator's word that it is not to go on here: the source is gone, or runs it. One that runs
@@ -217,7 +217,7 @@ fn connect(work: &Path) -> Result<UnixStream> {
         .context("the process that holds the container here does not answer")
 }
 
-fn pass_on(work: &Path, asked: &Asked, limit: Duration) -> Result<Standing> {
+fn pass_on(work: &Path, asked: &ControlRequest, limit: Duration) -> Result<Standing> {
     let socket = connect(work)?;
     // Zero would be no limit.
     socket.set_read_timeout(Some(limit.max(Duration::from_millis(1))))?;
@@ -246,7 +246,8 @@ pub fn hand_link(
         .filter(|j| j.record.worker_lives() && !j.state().is_over());
     let Some(journal) = holder else { return answer(state_dir, migration, None).map(Some) };
     let mut socket = connect(&journal.record.work)?;
-    let asked = serde_json::to_vec(if further { &Asked::Channel } else { &Asked::Link })?;
+    let asked =
+        serde_json::to_vec(if further { &ControlRequest::Channel } else { &ControlRequest::Link })?;
     scm::send(&socket, &asked, &[input.as_raw_fd(), output.as_raw_fd()])?;
     // Nothing comes but the end.
     let _ = socket.read(&mut [0]);
@@ -255,10 +256,10 @@ pub fn hand_link(
 
 /// What came by the control socket.
 #[derive(Debug)]
-pub enum Call {
+pub enum ControlCall {
     /// A verdict or a question, and where the answer goes.
     Verdict(Option<Verdict>, Sender<Standing>),
-    /// See [`Asked::Discard`].
+    /// See [`ControlRequest::Discard`].
     Discard(Sender<Standing>),
     /// A new link to the source: reading end, writing end, and what is to be kept as long as it is
     /// used.
@@ -271,7 +272,7 @@ pub enum Call {
 ///
 /// # Errors
 /// When the socket cannot be made.
-pub fn take_calls(work: &Path, tell: impl Fn(Call) -> bool + Send + 'static) -> Result<()> {
+pub fn take_calls(work: &Path, tell: impl Fn(ControlCall) -> bool + Send + 'static) -> Result<()> {
     let place = work.join(SOCKET);
     // That of a process that has been killed.
     let _ = std::fs::remove_file(&place);
@@ -284,19 +285,26 @@ pub fn take_calls(work: &Path, tell: impl Fn(Call) -> bool + Send + 'static) -> 
             let Ok(Some((bytes, fds))) = scm::receive_stream(&socket, ASKED) else { continue };
             let mut fds = fds.into_iter();
             match (serde_json::from_slice(&bytes), fds.next(), fds.next()) {
-                (Ok(asked @ (Asked::Link | Asked::Channel)), Some(input), Some(output)) => {
-                    let call =
-                        if matches!(asked, Asked::Link) { Call::Link } else { Call::Channel };
+                (
+                    Ok(asked @ (ControlRequest::Link | ControlRequest::Channel)),
+                    Some(input),
+                    Some(output),
+                ) => {
+                    let call = if matches!(asked, ControlRequest::Link) {
+                        ControlCall::Link
+                    } else {
+                        ControlCall::Channel
+                    };
                     let taken = tell(call(input, output, socket));
                     if !taken {
                         return;
                     }
                 }
-                (Ok(asked @ (Asked::Verdict(_) | Asked::Discard)), ..) => {
+                (Ok(asked @ (ControlRequest::Verdict(_) | ControlRequest::Discard)), ..) => {
                     let (reply, answer) = channel();
                     let call = match asked {
-                        Asked::Verdict(verdict) => Call::Verdict(verdict, reply),
-                        _ => Call::Discard(reply),
+                        ControlRequest::Verdict(verdict) => ControlCall::Verdict(verdict, reply),
+                        _ => ControlCall::Discard(reply),
                     };
                     if !tell(call) {
                         return;

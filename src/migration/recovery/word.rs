@@ -28,7 +28,7 @@ const BEFORE: Duration = Duration::from_secs(20);
 /// reason to any more: an operator has said so, or somebody else tells it. What it has answered.
 pub fn send(journal: &mut Journal) -> Option<Standing> {
     // As long as this lives, nobody else does the same.
-    let _only = Only::of(journal.path())
+    let _only = SoleTeller::of(journal.path())
         .inspect_err(|e| tracing::info!("somebody else tells it: {e}"))
         .ok()?;
     let mut pause = FIRST_PAUSE;
@@ -55,22 +55,22 @@ pub fn send(journal: &mut Journal) -> Option<Standing> {
 }
 
 /// Held by the only one who tells it, in a file beside the journal.
-struct Only {
+struct SoleTeller {
     path: PathBuf,
     _file: Flock<File>,
 }
 
-impl Only {
-    fn of(journal: &Path) -> std::io::Result<Only> {
+impl SoleTeller {
+    fn of(journal: &Path) -> std::io::Result<SoleTeller> {
         let path = journal.with_extension("word");
         let mut open = OpenOptions::new();
         let file = open.write(true).create(true).truncate(false).mode(0o600).open(&path)?;
         let file = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| e)?;
-        Ok(Only { path, _file: file })
+        Ok(SoleTeller { path, _file: file })
     }
 }
 
-impl Drop for Only {
+impl Drop for SoleTeller {
     fn drop(&mut self) {
         // Whoever has opened it meanwhile tells it a second time, at worst.
         let _ = fs::remove_file(&self.path);
@@ -160,10 +160,10 @@ mod tests {
     fn one_at_a_time_tells_it() {
         let dir = tempfile::tempdir().unwrap();
         let journal = dir.path().join("00112233aabbccdd.journal");
-        let only = Only::of(&journal).unwrap();
-        assert!(Only::of(&journal).is_err());
+        let only = SoleTeller::of(&journal).unwrap();
+        assert!(SoleTeller::of(&journal).is_err());
         drop(only);
-        drop(Only::of(&journal).unwrap());
+        drop(SoleTeller::of(&journal).unwrap());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "nothing stays of it");
     }
 

@@ -4,18 +4,18 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 
-use super::negotiate::Input;
+use super::negotiate::SourceInput;
 use super::{FREEZE_LIMIT, GOODBYE_LIMIT, SETTLE_LIMIT, SourceMigration, WHOLE_LIMIT};
-use crate::migration::checkpoint::dump::Go;
+use crate::migration::checkpoint::dump::DumpOrder;
 use crate::migration::journal::State;
 use crate::migration::network::hooks::Hooks;
 use crate::migration::protocol::session::FromPeer;
 use crate::migration::protocol::{Message, Standing};
-use crate::migration::recovery::decide::{Next, There, resolve};
+use crate::migration::recovery::decide::{NextDeed, There, resolve};
 use crate::migration::recovery::postcopy_recover::{self, Brought};
 use crate::migration::recovery::{undo, verdicts};
 use crate::migration::transfer::channels::Channel;
-use crate::migration::transfer::memory_sender::Order;
+use crate::migration::transfer::memory_sender::MemoryOrder;
 use crate::network::host_side::ProxyArpBlock;
 use crate::problem::advice;
 use crate::report::exit::Failed;
@@ -32,7 +32,7 @@ pub(super) struct Committed(pub(super) SourceMigration);
 
 /// What has come of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
+enum CommittedEnd {
     /// It runs there, with all of its memory.
     RunsThere,
     /// It never ran there, and never will.
@@ -51,15 +51,15 @@ impl Committed {
         let running = Committed::hand_on(&mut source, reporter);
         if let Some(job) = source.dump.take() {
             // CRIU leaves the tasks as they are: frozen.
-            let _ = job.go.send(Go::Verdict(true));
+            let _ = job.go.send(DumpOrder::Verdict(true));
             job.join();
         }
         let end = match running {
-            true => End::RunsThere,
-            false if source.stopping => End::InDoubt(Standing::Waiting),
+            true => CommittedEnd::RunsThere,
+            false if source.stopping => CommittedEnd::InDoubt(Standing::Waiting),
             false => Committed::look_for(&mut source, reporter),
         };
-        if end == End::NeverRan {
+        if end == CommittedEnd::NeverRan {
             // Whoever it is told beside everything else that it has moved is told before that it has not.
             if let Some(e) = source.hooks.take().and_then(Hooks::switched) {
                 reporter.warning(&format!("{e}"));
@@ -72,10 +72,10 @@ impl Committed {
             return Err(source.runs_on(why, reporter));
         }
         // Where the link broke in between, an answer over another one has said so, and later.
-        if end == End::RunsThere && reporter.report.frozen_ms.is_none() {
+        if end == CommittedEnd::RunsThere && reporter.report.frozen_ms.is_none() {
             Committed::runs_there(&source, reporter);
         }
-        if let End::InDoubt(standing) = end {
+        if let CommittedEnd::InDoubt(standing) = end {
             // The guard stays, if it has something without which what is frozen here is not whole.
             source.closer.close();
             let left = source.stopping.then(|| left_to_guard(&source, reporter));
@@ -153,17 +153,17 @@ impl Committed {
             hooks.switch();
         }
         // Whoever has nothing left does not care.
-        let _ = source.tell_memory(Order::Serve);
+        let _ = source.tell_memory(MemoryOrder::Serve);
         loop {
             match source.next(reporter) {
-                Ok(Input::FromPeer(FromPeer::Message(Message::Running(arrival)))) => {
+                Ok(SourceInput::FromPeer(FromPeer::Message(Message::Running(arrival)))) => {
                     Committed::runs_there(source, reporter);
                     reporter.report.arrival = arrival.marks;
                     arrival.changed.into_iter().for_each(|problem| reporter.problem(problem));
                     // What is frozen here stays until the last page is in over there.
                     source.inputs.until(WHOLE_LIMIT);
                 }
-                Ok(Input::FromPeer(FromPeer::Message(Message::MemoryComplete(served)))) => {
+                Ok(SourceInput::FromPeer(FromPeer::Message(Message::MemoryComplete(served)))) => {
                     reporter.mark("all of it is there");
                     reporter.report.served = Some(served);
                     return true;
@@ -187,7 +187,7 @@ impl Committed {
     }
 
     /// The link broke at the worst moment: asks over new ones, and brings what is still here over them.
-    fn look_for(source: &mut SourceMigration, reporter: &mut Reporter) -> End {
+    fn look_for(source: &mut SourceMigration, reporter: &mut Reporter) -> CommittedEnd {
         let until = Instant::now() + fault::limit(SETTLE_LIMIT);
         let mut pause = Duration::from_millis(100);
         // Where pages are here, that is tried first, for as long as it takes.
@@ -202,13 +202,13 @@ impl Committed {
                 Ok(tasks) => tasks,
                 Err(e) => {
                     reporter.warning(&format!("{e:#}"));
-                    return End::InDoubt(standing);
+                    return CommittedEnd::InDoubt(standing);
                 }
             };
             match resolve(State::Committed, tasks, there, None) {
-                Next::LetGo => return End::RunsThere,
-                Next::RunsOn | Next::Abandon => return End::NeverRan,
-                Next::Ask(verdict) => {
+                NextDeed::LetGo => return CommittedEnd::RunsThere,
+                NextDeed::RunsOn | NextDeed::Abandon => return CommittedEnd::NeverRan,
+                NextDeed::Ask(verdict) => {
                     let answer = verdicts::ask(&source.journal.record, verdict, ANSWER);
                     if let Err(e) = &answer
                         && Instant::now() > until
@@ -218,15 +218,15 @@ impl Committed {
                     there = answer.map_or(There::Silent, There::Is);
                     continue;
                 }
-                Next::BringRest => match Committed::bring_rest(source, reporter) {
-                    Brought::Stopped => return End::InDoubt(Standing::Partial),
+                NextDeed::BringRest => match Committed::bring_rest(source, reporter) {
+                    Brought::Stopped => return CommittedEnd::InDoubt(Standing::Partial),
                     brought => {
                         there = There::Is(brought.standing());
                         continue;
                     }
                 },
-                Next::Doubt(doubt) if doubt.passes() && Instant::now() < until => {}
-                Next::Doubt(_) | Next::HandOver => return End::InDoubt(standing),
+                NextDeed::Doubt(doubt) if doubt.passes() && Instant::now() < until => {}
+                NextDeed::Doubt(_) | NextDeed::HandOver => return CommittedEnd::InDoubt(standing),
             }
             there = There::Unasked;
             // Between two tries to reach a host there is nothing to wait on but time, and a signal.
@@ -234,10 +234,10 @@ impl Committed {
             while let Ok(input) =
                 source.inputs.queue.recv_timeout(next.saturating_duration_since(Instant::now()))
             {
-                source.stopping |= matches!(input, Input::Signal(_));
+                source.stopping |= matches!(input, SourceInput::Signal(_));
             }
             if source.stopping {
-                return End::InDoubt(standing);
+                return CommittedEnd::InDoubt(standing);
             }
             pause = (pause * 2).min(Duration::from_secs(5));
         }
@@ -253,7 +253,7 @@ impl Committed {
                 reporter.warning(&format!("{why}; trying again"));
             }
             // Too late to give up, but nobody has to stand by: the guard goes on with it.
-            *stopping |= queue.try_iter().any(|input| matches!(input, Input::Signal(_)));
+            *stopping |= queue.try_iter().any(|input| matches!(input, SourceInput::Signal(_)));
             !*stopping
         });
         if let Brought::Whole(served) = &end {

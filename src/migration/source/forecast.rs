@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::negotiate::{Accepted, Input};
+use super::negotiate::{Accepted, SourceInput};
 use crate::migration::protocol::Message;
 use crate::migration::protocol::session::FromPeer;
 use crate::network::Floating;
-use crate::report::forecast::{Forecast, Tree};
+use crate::report::forecast::{Forecast, TreeForecast};
 
 /// How long the link is tried out.
 const TRIAL: Duration = Duration::from_millis(300);
@@ -34,7 +34,7 @@ pub(super) fn forecast(accepted: &mut Accepted, limit: Option<u64>) -> Result<Fo
             let bytes = size.bytes as f64 / rate.min(DISK_RATE);
             bytes.max(size.entries as f64 / FILES_RATE)
         });
-        Tree { what: what.clone(), copied, copy_s }
+        TreeForecast { what: what.clone(), copied, copy_s }
     };
     let files = plan.probes.iter().map(|p| &p.what).enumerate().map(tree).collect();
     let memory_bytes = plan.resident_bytes;
@@ -62,7 +62,7 @@ fn try_link(accepted: &mut Accepted) -> Result<f64> {
     accepted.peer.send(&Message::Echo { number: 1 })?;
     while !matches!(
         accepted.inputs.next()?,
-        Input::FromPeer(FromPeer::Message(Message::Echo { number: 1 }))
+        SourceInput::FromPeer(FromPeer::Message(Message::Echo { number: 1 }))
     ) {}
     Ok(sent as f64 / began.elapsed().as_secs_f64())
 }

@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::negotiate::{Awaited, Input};
+use super::negotiate::{Awaited, SourceInput};
 use super::{EMPTY_IMAGE, FREEZE_LIMIT, REMAPS, SourceMigration, VERIFY_LIMIT};
 use crate::connections::Lifted;
 use crate::criu::unix_names;
 use crate::files::{tmpfs, tree};
 use crate::memory::pages;
-use crate::migration::checkpoint::dump::{DumpEvent, Freeze, Go};
+use crate::migration::checkpoint::dump::{DumpEvent, DumpOrder, Freeze};
 use crate::migration::network::held_packets::PacketBuffer;
 use crate::migration::network::quiesce;
 use crate::migration::preflight::{contested, standard};
@@ -22,7 +22,7 @@ use crate::migration::recovery::{socket_names, undo};
 use crate::migration::transfer::early_images::EarlyImages;
 use crate::migration::transfer::file_sender::{self, FileEvent};
 use crate::migration::transfer::image_files::{LOG, PeerFile, SHM, SHM_PLACE, send_file};
-use crate::migration::transfer::memory_sender::Order;
+use crate::migration::transfer::memory_sender::MemoryOrder;
 use crate::problem::Problem;
 use crate::report::progress::Reporter;
 use crate::sys::netns::NetNs;
@@ -92,7 +92,7 @@ impl SourceMigration {
         self.inputs.start_heartbeat(&self.peer, rate);
         self.look_for_connections()?;
         while self.unanswered > 0 {
-            if let Input::FromPeer(FromPeer::Message(Message::Awaited { lacking })) =
+            if let SourceInput::FromPeer(FromPeer::Message(Message::Awaited { lacking })) =
                 self.next(reporter)?
             {
                 self.await_answer(&lacking)?;
@@ -110,9 +110,11 @@ impl SourceMigration {
         self.renamed = socket_names::note_renamed(&self.journal.record, &processes)?;
         let lifting = self.lifting.take().map(|(lifting, _)| lifting);
         let root = process::root_of(self.subject.state.pid);
-        self.go(Go::Freeze(Freeze { lifting, root, renamed: self.renamed.clone() }))?;
+        self.go(DumpOrder::Freeze(Freeze { lifting, root, renamed: self.renamed.clone() }))?;
         loop {
-            if let Input::Dump(DumpEvent::Frozen { since, network, came }) = self.next(reporter)? {
+            if let SourceInput::Dump(DumpEvent::Frozen { since, network, came }) =
+                self.next(reporter)?
+            {
                 self.frozen_since = Some(since);
                 reporter.mark_at("freeze", since);
                 reporter.mark("frozen, fence closed");
@@ -124,8 +126,8 @@ impl SourceMigration {
                 break;
             }
         }
-        self.tell_haul(file_sender::Order::Frozen);
-        self.tell_memory(Order::Frozen)
+        self.tell_haul(file_sender::FileOrder::Frozen);
+        self.tell_memory(MemoryOrder::Frozen)
     }
 
     /// Answers on connections that the container has closed get away while it runs.
@@ -139,7 +141,7 @@ impl SourceMigration {
         })
     }
 
-    pub(super) fn tell_memory(&self, order: Order) -> Result<()> {
+    pub(super) fn tell_memory(&self, order: MemoryOrder) -> Result<()> {
         let memory = self.memory.as_ref().ok_or_else(|| anyhow!("memory is not being sent"))?;
         memory.orders.send(order).map_err(|_| anyhow!("memory is not being sent any more"))
     }
@@ -176,15 +178,15 @@ impl SourceMigration {
         self.inputs.awaited = Awaited::Dump;
         while !(dumped && hauled) {
             match self.next(reporter)? {
-                Input::Dump(DumpEvent::Lifted) => reporter.mark("connections are taken out"),
-                Input::Dump(DumpEvent::Dumped { hidden, unchecked }) => {
+                SourceInput::Dump(DumpEvent::Lifted) => reporter.mark("connections are taken out"),
+                SourceInput::Dump(DumpEvent::Dumped { hidden, unchecked }) => {
                     reporter.report.hidden_pages = hidden;
                     self.unchecked = unchecked;
                     self.inputs.awaited = Awaited::Destination;
                     reporter.mark("dumped");
                     dumped = true;
                 }
-                Input::Files(FileEvent::Done) => {
+                SourceInput::Files(FileEvent::Done) => {
                     reporter.mark("last file is sent");
                     hauled = true;
                 }
@@ -194,9 +196,10 @@ impl SourceMigration {
         // An open file that has lost the name it was opened by, and has another one, gets one more
         // of CRIU's for the restore. That has happened while the last files went.
         let remaps = std::fs::metadata(self.work.images().join(REMAPS));
-        if remaps.is_ok_and(|m| m.len() > EMPTY_IMAGE) && self.tell_haul(file_sender::Order::Named)
+        if remaps.is_ok_and(|m| m.len() > EMPTY_IMAGE)
+            && self.tell_haul(file_sender::FileOrder::Named)
         {
-            while !matches!(self.next(reporter)?, Input::Files(FileEvent::Done)) {}
+            while !matches!(self.next(reporter)?, SourceInput::Files(FileEvent::Done)) {}
             reporter.mark("names that CRIU gave are sent");
         }
         Ok(())
@@ -204,7 +207,7 @@ impl SourceMigration {
 
     pub(super) fn transfer(&mut self, reporter: &mut Reporter) -> Result<()> {
         fault::point("source.transfer")?;
-        self.tell_memory(Order::Dumped)?;
+        self.tell_memory(MemoryOrder::Dumped)?;
         self.send_streams(true)?;
         self.send_tmpfs()?;
         self.send_shm()?;
@@ -330,14 +333,14 @@ impl SourceMigration {
         let mut comparing = Comparing::new(self.subject.plan.verify);
         loop {
             match self.next(reporter)? {
-                Input::FromPeer(FromPeer::Message(Message::Ready)) => break,
-                Input::FromPeer(FromPeer::Message(Message::Verify { seed, masks })) => {
+                SourceInput::FromPeer(FromPeer::Message(Message::Ready)) => break,
+                SourceInput::FromPeer(FromPeer::Message(Message::Verify { seed, masks })) => {
                     comparing.begin()?;
                     reporter.mark("destination has restored, and compares memory");
                     self.inputs.until(VERIFY_LIMIT);
-                    self.tell_memory(Order::Verify(seed, masks))?;
+                    self.tell_memory(MemoryOrder::Verify(seed, masks))?;
                 }
-                Input::FromPeer(FromPeer::Message(Message::Verified { pages })) => {
+                SourceInput::FromPeer(FromPeer::Message(Message::Verified { pages })) => {
                     comparing.end()?;
                     // What is left of the freeze is short again.
                     self.inputs.until(FREEZE_LIMIT);

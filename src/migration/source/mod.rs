@@ -28,8 +28,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow};
 
 use self::committed::Committed;
-use self::negotiate::{Accepted, Input, Inputs, Options, negotiate};
-use super::checkpoint::dump::{DumpEvent, DumpJob, Go, LiftedPlace};
+use self::negotiate::{Accepted, SourceInput, SourceInputs, SourceOptions, negotiate};
+use super::checkpoint::dump::{DumpEvent, DumpJob, DumpOrder, LiftedPlace};
 use super::journal::workdir::WorkDir;
 use super::journal::{self, Journal, Lock, Record, Role, State};
 use super::network::held_packets::PacketBuffer;
@@ -43,13 +43,13 @@ use super::recovery::{verdicts, word};
 use super::transfer::channels::Channel;
 use super::transfer::early_images::EarlyImages;
 use super::transfer::file_sender::{self, FileEvent, FileTransfer};
-use super::transfer::memory_sender::{self, MemoryEvent, MemoryTransfer, Order};
+use super::transfer::memory_sender::{self, MemoryEvent, MemoryOrder, MemoryTransfer};
 use crate::connections::{self, Lifted, Lifting, Vault};
 use crate::engine::papers::Made;
 use crate::files::logs::Logs;
 use crate::files::place::Placing;
 use crate::files::sockets::Renamed;
-use crate::memory::shared::Shared;
+use crate::memory::shared::SharedMemory;
 use crate::network::host_side::ProxyArpBlock;
 use crate::network::sockets::SockDiag;
 use crate::oci::runtime::Runtime;
@@ -59,11 +59,11 @@ use crate::report::progress::Reporter;
 use crate::sys::perf::DummyEvent;
 use crate::sys::process::ProcessId;
 use crate::tasks::criu_rescue::TracerWatch;
-use crate::tasks::locks::Held;
+use crate::tasks::locks::HeldLock;
 use crate::tasks::settings::Setting;
 use crate::tasks::sockets::SocketSettings;
 use crate::transport::connect::Closer;
-use crate::transport::frame::{Frame, Run};
+use crate::transport::frame::{Frame, RunKind};
 
 /// From the freeze to the commit: a hand-over that takes longer is given up.
 const FREEZE_LIMIT: Duration = Duration::from_secs(30);
@@ -95,7 +95,7 @@ const EMPTY_IMAGE: u64 = 8;
 /// Everything that stands in the way.
 pub fn check(
     runtime: &Runtime,
-    options: &Options,
+    options: &SourceOptions,
     forecast: bool,
     reporter: &mut Reporter,
 ) -> Result<(), Failed> {
@@ -121,7 +121,7 @@ pub fn check(
 pub fn migrate(
     runtime: &Runtime,
     state_dir: &std::path::Path,
-    options: &Options,
+    options: &SourceOptions,
     reporter: &mut Reporter,
 ) -> Result<(), Failed> {
     reporter.report.container.clone_from(&options.wishes.container);
@@ -145,7 +145,7 @@ pub fn migrate(
 fn settle_earlier(
     runtime: &Runtime,
     state_dir: &std::path::Path,
-    options: &Options,
+    options: &SourceOptions,
 ) -> Result<Lock> {
     // Without it there is nothing that could be locked.
     if let Some(problem) = host::not_root() {
@@ -178,7 +178,7 @@ struct SourceMigration {
     subject: SourceContainer,
     peer: PeerWriter,
     closer: Closer,
-    inputs: Inputs,
+    inputs: SourceInputs,
     runtime: Runtime,
     journal: Journal,
     work: WorkDir,
@@ -186,7 +186,7 @@ struct SourceMigration {
     /// Watches over whoever works in the tasks.
     watch: TracerWatch,
     /// Shared memory that goes before the freeze, where CRIU need not see it.
-    shared: Option<Shared>,
+    shared: Option<SharedMemory>,
     dump: Option<DumpJob>,
     /// Where connections are between being taken out of the tasks and the end, whatever that is.
     vault: Arc<Vault>,
@@ -202,7 +202,7 @@ struct SourceMigration {
     haul: Option<FileTransfer>,
     early: Option<EarlyImages>,
     /// The file locks that the frozen tasks hold.
-    locks: Vec<Held>,
+    locks: Vec<HeldLock>,
     /// What sockets have that CRIU does not carry.
     sockets: Vec<SocketSettings>,
     /// Sockets whose files were renamed.
@@ -236,7 +236,7 @@ impl SourceMigration {
         lock: Lock,
         runtime: &Runtime,
         state_dir: &std::path::Path,
-        options: &Options,
+        options: &SourceOptions,
     ) -> Result<SourceMigration, Failed> {
         let Accepted { subject, peer, closer, inputs } = accepted;
         let plan = &subject.plan;
@@ -334,13 +334,13 @@ impl SourceMigration {
         self.lifted.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    fn go(&self, go: Go) -> Result<()> {
+    fn go(&self, go: DumpOrder) -> Result<()> {
         let job = self.dump.as_ref().ok_or_else(|| anyhow!("no dump under way"))?;
         job.go.send(go).map_err(|_| anyhow!("the dump has ended"))
     }
 
     /// The next thing that the hand-over itself must do something about.
-    fn next(&mut self, reporter: &mut Reporter) -> Result<Input> {
+    fn next(&mut self, reporter: &mut Reporter) -> Result<SourceInput> {
         loop {
             let input = self.inputs.next()?;
             if let Some(input) = self.take_note(input, reporter) {
@@ -350,9 +350,9 @@ impl SourceMigration {
     }
 
     /// What goes on with memory is noted, and passed on to whoever carries it.
-    fn take_note(&mut self, input: Input, reporter: &mut Reporter) -> Option<Input> {
+    fn take_note(&mut self, input: SourceInput, reporter: &mut Reporter) -> Option<SourceInput> {
         let order = match input {
-            Input::Memory(MemoryEvent::Round(round)) => {
+            SourceInput::Memory(MemoryEvent::Round(round)) => {
                 reporter.round(round);
                 if let Err(e) = self.engage() {
                     // The link says so itself.
@@ -360,46 +360,46 @@ impl SourceMigration {
                 }
                 return None;
             }
-            Input::Memory(MemoryEvent::Progress(raw, wire)) => {
+            SourceInput::Memory(MemoryEvent::Progress(raw, wire)) => {
                 // As long as it goes on it may take its time; `--timeout` is the user's limit.
                 self.inputs.again();
                 reporter.progress(raw, wire, self.subject.plan.resident_bytes);
                 return None;
             }
-            Input::Dump(DumpEvent::Checked(_)) => {
+            SourceInput::Dump(DumpEvent::Checked(_)) => {
                 self.unchecked = false;
                 return Some(input);
             }
-            Input::Files(FileEvent::Round(round)) => {
+            SourceInput::Files(FileEvent::Round(round)) => {
                 reporter.files_round(round);
                 return None;
             }
-            Input::Files(FileEvent::Progress(bytes)) => {
+            SourceInput::Files(FileEvent::Progress(bytes)) => {
                 self.inputs.again();
                 reporter.files_progress(bytes);
                 return None;
             }
-            Input::FromPeer(FromPeer::Message(Message::Applied { round })) => {
-                self.tell_haul(file_sender::Order::Applied(round));
+            SourceInput::FromPeer(FromPeer::Message(Message::Applied { round })) => {
+                self.tell_haul(file_sender::FileOrder::Applied(round));
                 return None;
             }
-            Input::Memory(MemoryEvent::Done(left)) => {
+            SourceInput::Memory(MemoryEvent::Done(left)) => {
                 self.left = left;
                 reporter.report.postcopy_pages = left;
                 reporter.mark("last page before the commit is sent");
                 return None;
             }
-            Input::Memory(MemoryEvent::AllSent) => {
+            SourceInput::Memory(MemoryEvent::AllSent) => {
                 reporter.mark("last page is sent");
                 return None;
             }
-            Input::FromPeer(FromPeer::Message(Message::Echo { number })) => {
-                Order::Echoed(0, number)
+            SourceInput::FromPeer(FromPeer::Message(Message::Echo { number })) => {
+                MemoryOrder::Echoed(0, number)
             }
-            Input::Channel(channel, Some(number)) => Order::Echoed(channel, number),
-            Input::Channel(_, None) => return None,
-            Input::FromPeer(FromPeer::Frame(Frame::Run(Run::Want, vpid, at, pages))) => {
-                Order::Want(vpid, at, pages)
+            SourceInput::Channel(channel, Some(number)) => MemoryOrder::Echoed(channel, number),
+            SourceInput::Channel(_, None) => return None,
+            SourceInput::FromPeer(FromPeer::Frame(Frame::Run(RunKind::Want, vpid, at, pages))) => {
+                MemoryOrder::Want(vpid, at, pages)
             }
             other => return Some(other),
         };

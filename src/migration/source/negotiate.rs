@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::watchdog::Watchdog;
-use crate::files::layers::Store;
+use crate::files::layers::LayerStore;
 use crate::files::overlay::Overlay;
 use crate::files::root::Root;
 use crate::files::walk;
@@ -27,7 +27,7 @@ use crate::problem::{Advice, Problem, Problems, advice};
 use crate::report::exit::Failed;
 use crate::report::progress::{Layers, Reporter};
 use crate::sys::fault;
-use crate::tasks::locks::{self, Found};
+use crate::tasks::locks::{self, FoundLock};
 use crate::transport::connect::{Closer, Cutter, Destination};
 
 /// Until the other Ferry has answered at all; ssh may ask for a key's passphrase.
@@ -45,7 +45,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 
 /// What the user wants.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct SourceOptions {
     /// What of it the plan needs.
     pub wishes: MigrateOptions,
     /// Where to.
@@ -62,7 +62,7 @@ pub struct Options {
 
 /// Something that happened.
 #[derive(Debug)]
-pub(super) enum Input {
+pub(super) enum SourceInput {
     FromPeer(FromPeer),
     Dump(DumpEvent),
     Memory(MemoryEvent),
@@ -101,9 +101,9 @@ impl Awaited {
 }
 
 /// The link, and everything that happens, in one queue.
-pub(super) struct Inputs {
-    pub(super) queue: Receiver<Input>,
-    pub(super) tell: Sender<Input>,
+pub(super) struct SourceInputs {
+    pub(super) queue: Receiver<SourceInput>,
+    pub(super) tell: Sender<SourceInput>,
     /// The user's own limit, which no other outlasts.
     pub(super) user: Option<Instant>,
     /// The deadline is the user's.
@@ -131,9 +131,9 @@ pub(super) struct Inputs {
     pub(super) watch: Watchdog,
 }
 
-impl Inputs {
+impl SourceInputs {
     /// The next thing that happens and that is no reason to give up.
-    pub(super) fn next(&mut self) -> Result<Input> {
+    pub(super) fn next(&mut self) -> Result<SourceInput> {
         let left = self.deadline.saturating_duration_since(Instant::now());
         let input = match &self.pulse {
             None => self.queue.recv_timeout(left),
@@ -166,41 +166,43 @@ impl Inputs {
     }
 
     /// What has happened already, without waiting.
-    pub(super) fn pending(&mut self) -> Result<Option<Input>> {
+    pub(super) fn pending(&mut self) -> Result<Option<SourceInput>> {
         self.queue.try_recv().ok().map(|input| self.judge(input)).transpose()
     }
 
-    fn judge(&mut self, input: Input) -> Result<Input> {
+    fn judge(&mut self, input: SourceInput) -> Result<SourceInput> {
         // What the link still takes is a sign, too: on a slow one an echo stands behind it.
-        if matches!(&input, Input::FromPeer(_) | Input::Memory(MemoryEvent::Progress(..))) {
+        if matches!(
+            &input,
+            SourceInput::FromPeer(_) | SourceInput::Memory(MemoryEvent::Progress(..))
+        ) {
             self.asked = None;
         }
-        self.heard |=
-            matches!(&input, Input::FromPeer(heard) if !matches!(heard, FromPeer::Gone(None)));
+        self.heard |= matches!(&input, SourceInput::FromPeer(heard) if !matches!(heard, FromPeer::Gone(None)));
         match input {
-            Input::Signal(signal) => {
+            SourceInput::Signal(signal) => {
                 self.interrupted = true;
                 bail!("interrupted by {}", session::signal_name(signal))
             }
-            Input::FromPeer(FromPeer::Gone(why)) => {
+            SourceInput::FromPeer(FromPeer::Gone(why)) => {
                 self.gone = true;
                 bail!(
                     "the link to the destination broke: {}",
                     why.unwrap_or("it was closed".into())
                 )
             }
-            Input::FromPeer(FromPeer::Message(Message::Resolved { standing })) => {
+            SourceInput::FromPeer(FromPeer::Message(Message::Resolved { standing })) => {
                 self.undone_there |= has_heard(standing);
                 Ok(input)
             }
-            Input::FromPeer(FromPeer::Message(Message::Failed { phase, why, hints })) => {
+            SourceInput::FromPeer(FromPeer::Message(Message::Failed { phase, why, hints })) => {
                 Err(Advice::with(format!("the destination failed while {phase}: {why}"), hints))
             }
-            Input::Channel(_, None) if !self.committed => bail!("a further link broke"),
-            Input::Dump(DumpEvent::Ended(Err(e)) | DumpEvent::Checked(Err(e))) => Err(e),
-            Input::Memory(MemoryEvent::Failed(e)) => bail!("sending memory: {e}"),
-            Input::Files(FileEvent::Failed(e)) => bail!("sending files: {e}"),
-            Input::Joined(Err(e)) => Err(e),
+            SourceInput::Channel(_, None) if !self.committed => bail!("a further link broke"),
+            SourceInput::Dump(DumpEvent::Ended(Err(e)) | DumpEvent::Checked(Err(e))) => Err(e),
+            SourceInput::Memory(MemoryEvent::Failed(e)) => bail!("sending memory: {e}"),
+            SourceInput::Files(FileEvent::Failed(e)) => bail!("sending files: {e}"),
+            SourceInput::Joined(Err(e)) => Err(e),
             input => Ok(input),
         }
     }
@@ -257,13 +259,13 @@ pub(super) struct Accepted {
     pub(super) subject: SourceContainer,
     pub(super) peer: PeerWriter,
     pub(super) closer: Closer,
-    pub(super) inputs: Inputs,
+    pub(super) inputs: SourceInputs,
 }
 
 /// Looks at the container and asks the destination; nothing is touched.
 pub(super) fn negotiate(
     runtime: &Runtime,
-    options: &Options,
+    options: &SourceOptions,
     reporter: &mut Reporter,
 ) -> Result<Accepted, Failed> {
     reporter.phase("inspect", "looking at the container");
@@ -280,13 +282,13 @@ pub(super) fn negotiate(
     reporter.phase("connect", &format!("asking {}", options.destination));
     let (tell, queue) = channel();
     let heard = tell.clone();
-    let hear = move |h| heard.send(Input::FromPeer(h)).is_ok();
+    let hear = move |h| heard.send(SourceInput::FromPeer(h)).is_ok();
     let session = Session::begin(&options.destination, hear).map_err(Failed::refused)?;
     let Session { peer, mut closer } = session;
     // A shell that has ended already needs no cutting.
     let watch =
         Watchdog::start(closer.cutter().unwrap_or(Cutter::Nothing)).map_err(Failed::refused)?;
-    let mut inputs = Inputs {
+    let mut inputs = SourceInputs {
         queue,
         tell,
         user: options.timeout.map(|timeout| Instant::now() + timeout),
@@ -309,7 +311,7 @@ pub(super) fn negotiate(
     let hurried = watch.clone();
     session::catch_signals(move |signal| {
         hurried.hurry(PATIENCE);
-        caught.send(Input::Signal(signal)).is_ok()
+        caught.send(SourceInput::Signal(signal)).is_ok()
     })
     .map_err(Failed::refused)?;
     let greeted = await_greeting(&mut inputs);
@@ -329,7 +331,7 @@ pub(super) fn negotiate(
         peer.send(&Message::Plan(Box::new(subject.plan.clone())))?;
         loop {
             match inputs.next()? {
-                Input::FromPeer(FromPeer::Message(Message::Accept {
+                SourceInput::FromPeer(FromPeer::Message(Message::Accept {
                     warnings,
                     shared,
                     copies,
@@ -342,7 +344,7 @@ pub(super) fn negotiate(
                         );
                     return Ok(Ok((warnings, shared, copies)));
                 }
-                Input::FromPeer(FromPeer::Message(Message::Refuse { problems })) => {
+                SourceInput::FromPeer(FromPeer::Message(Message::Refuse { problems })) => {
                     return Ok(Err(problems));
                 }
                 _ => {}
@@ -404,7 +406,7 @@ pub(super) fn negotiate(
 }
 
 /// Locks that were seen before, are held still, and cannot be taken over there as long as they are.
-fn contested(subject: &SourceContainer, before: &[Found]) -> Option<Problem> {
+fn contested(subject: &SourceContainer, before: &[FoundLock]) -> Option<Problem> {
     let mut locks = locks::look(&subject.cgroup.processes().ok()?).ok()?;
     locks.retain(|found| before.contains(found));
     contested::problem(subject, &locks)
@@ -414,9 +416,9 @@ fn contested(subject: &SourceContainer, before: &[Found]) -> Option<Problem> {
 fn announce(
     subject: &mut SourceContainer,
     found: &Roots,
-    options: &Options,
+    options: &SourceOptions,
     peer: &PeerWriter,
-    inputs: &mut Inputs,
+    inputs: &mut SourceInputs,
     copies: &[usize],
     reporter: &mut Reporter,
 ) -> Result<Option<Vec<Problem>>> {
@@ -495,8 +497,8 @@ fn announce(
     peer.send(&Message::Trees { sizes })?;
     loop {
         match inputs.next()? {
-            Input::FromPeer(FromPeer::Message(Message::SpaceOk)) => return Ok(None),
-            Input::FromPeer(FromPeer::Message(Message::Refuse { problems })) => {
+            SourceInput::FromPeer(FromPeer::Message(Message::SpaceOk)) => return Ok(None),
+            SourceInput::FromPeer(FromPeer::Message(Message::Refuse { problems })) => {
                 return Ok(Some(problems));
             }
             _ => {}
@@ -510,11 +512,11 @@ fn announce_layers(
     overlay: &Overlay,
     state_dir: &Path,
     peer: &PeerWriter,
-    inputs: &mut Inputs,
+    inputs: &mut SourceInputs,
     reporter: &mut Reporter,
     roots: &mut Vec<Root>,
 ) -> Result<Result<usize, Vec<Problem>>> {
-    let mut store = Store::open(state_dir);
+    let mut store = LayerStore::open(state_dir);
     let mut layers = Vec::new();
     for lower in &overlay.lower {
         layers.push(store.look(&lower.path)?);
@@ -524,8 +526,8 @@ fn announce_layers(
     inputs.until(LAYERS_LIMIT);
     let lacking = loop {
         match inputs.next()? {
-            Input::FromPeer(FromPeer::Message(Message::Lacking { layers })) => break layers,
-            Input::FromPeer(FromPeer::Message(Message::Refuse { problems })) => {
+            SourceInput::FromPeer(FromPeer::Message(Message::Lacking { layers })) => break layers,
+            SourceInput::FromPeer(FromPeer::Message(Message::Refuse { problems })) => {
                 return Ok(Err(problems));
             }
             _ => {}
@@ -544,9 +546,9 @@ fn announce_layers(
     Ok(Ok(lacking.len()))
 }
 
-fn await_greeting(inputs: &mut Inputs) -> Result<()> {
+fn await_greeting(inputs: &mut SourceInputs) -> Result<()> {
     loop {
-        if let Input::FromPeer(first) = inputs.next()? {
+        if let SourceInput::FromPeer(first) = inputs.next()? {
             let theirs = session::greeting(first)?;
             if theirs.host == crate::sys::host::identity() {
                 bail!("source and destination are the same host");

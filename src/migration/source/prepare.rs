@@ -2,15 +2,15 @@
 
 use anyhow::{Result, anyhow};
 
-use super::negotiate::Input;
+use super::negotiate::SourceInput;
 use super::{FILES_LIMIT, PREPARE_LIMIT, SourceMigration};
-use crate::connections::{self, Coming, Lifting};
+use crate::connections::{self, ComingConnection, Lifting};
 use crate::criu::hidden;
 use crate::criu::interposer::Interposer;
 use crate::engine::handover;
 use crate::files::tmpfs::Tmpfs;
 use crate::memory::rounds::Tracking;
-use crate::memory::shared::Shared;
+use crate::memory::shared::SharedMemory;
 use crate::migration::checkpoint::dump::{DumpEvent, DumpJob, DumpPlan};
 use crate::migration::forwarding as forward;
 use crate::migration::journal;
@@ -20,7 +20,7 @@ use crate::migration::protocol::Message;
 use crate::migration::protocol::session::FromPeer;
 use crate::migration::transfer::channels::Channel;
 use crate::migration::transfer::file_sender::{self, FileEvent, FileTransfer};
-use crate::migration::transfer::memory_sender::{MemoryEvent, MemoryTransfer, Order};
+use crate::migration::transfer::memory_sender::{MemoryEvent, MemoryOrder, MemoryTransfer};
 use crate::network::hook::About;
 use crate::network::sockets::SockDiag;
 use crate::network::{Hook, HostSide, Placement};
@@ -46,7 +46,7 @@ impl SourceMigration {
         let tell = self.inputs.tell.clone();
         let told = move |event| {
             // The hand-over may have ended already.
-            let _ = tell.send(Input::Memory(event));
+            let _ = tell.send(SourceInput::Memory(event));
         };
         let (wishes, cgroup) = (self.memory_options.clone(), &self.subject.cgroup);
         let shared = self.shared.clone();
@@ -56,21 +56,21 @@ impl SourceMigration {
         let (mut prepared, mut at_freeze, mut settled, mut early) = (false, false, false, false);
         while !(prepared && at_freeze && settled && joined && self.unanswered == 0) {
             match self.next(reporter)? {
-                Input::Joined(_) => {
+                SourceInput::Joined(_) => {
                     reporter.mark("the way to forward stands");
                     joined = true;
                 }
-                Input::FromPeer(FromPeer::Message(Message::Prepared)) => {
+                SourceInput::FromPeer(FromPeer::Message(Message::Prepared)) => {
                     reporter.mark("destination is ready");
                     prepared = true;
                     self.announce_connections()?;
                 }
-                Input::FromPeer(FromPeer::Message(Message::Awaited { lacking })) => {
+                SourceInput::FromPeer(FromPeer::Message(Message::Awaited { lacking })) => {
                     self.await_answer(&lacking)?;
                 }
-                Input::Dump(DumpEvent::AtFreeze) => at_freeze = true,
-                Input::Files(FileEvent::Converged) => {}
-                Input::Memory(MemoryEvent::Converged(next)) => {
+                SourceInput::Dump(DumpEvent::AtFreeze) => at_freeze = true,
+                SourceInput::Files(FileEvent::Converged) => {}
+                SourceInput::Memory(MemoryEvent::Converged(next)) => {
                     reporter.settled(next);
                     // An engine takes its time to make a container: memory has changed meanwhile.
                     settled = self.subject.plan.engine.is_none() || prepared;
@@ -80,13 +80,13 @@ impl SourceMigration {
                 _ => {}
             }
             if prepared && std::mem::take(&mut early) {
-                self.tell_memory(Order::Again)?;
+                self.tell_memory(MemoryOrder::Again)?;
             }
         }
-        if self.tell_haul(file_sender::Order::Again) {
+        if self.tell_haul(file_sender::FileOrder::Again) {
             // What has changed while memory went.
             self.inputs.until(FILES_LIMIT);
-            while !matches!(self.next(reporter)?, Input::Files(FileEvent::Converged)) {}
+            while !matches!(self.next(reporter)?, SourceInput::Files(FileEvent::Converged)) {}
         }
         Ok(())
     }
@@ -97,7 +97,7 @@ impl SourceMigration {
         let tell = self.inputs.tell.clone();
         let told = move |event| {
             // The hand-over may have ended already.
-            let _ = tell.send(Input::Files(event));
+            let _ = tell.send(SourceInput::Files(event));
         };
         self.inputs.until(FILES_LIMIT);
         // What is written through an overlay, the kernel does not tell of the file system below.
@@ -105,7 +105,7 @@ impl SourceMigration {
         let cgroup = &self.subject.cgroup;
         let pace = &self.memory_options.pace;
         self.haul = Some(FileTransfer::start(&load, listen, cgroup, (&self.peer, pace), told)?);
-        while !matches!(self.next(reporter)?, Input::Files(FileEvent::Converged)) {}
+        while !matches!(self.next(reporter)?, SourceInput::Files(FileEvent::Converged)) {}
         reporter.files_settled();
         fault::point("source.copied")?;
         self.inputs.until(PREPARE_LIMIT);
@@ -138,14 +138,14 @@ impl SourceMigration {
         if wanted {
             let (record, tell) = (self.journal.record.clone(), self.inputs.tell.clone());
             // The hand-over may have ended already.
-            let join = move || drop(tell.send(Input::Joined(forward::steps::join(&record))));
+            let join = move || drop(tell.send(SourceInput::Joined(forward::steps::join(&record))));
             std::thread::Builder::new().name("join".into()).spawn(join)?;
         }
         Ok(wanted)
     }
 
     /// Whether there is somebody to tell.
-    pub(super) fn tell_haul(&self, order: file_sender::Order) -> bool {
+    pub(super) fn tell_haul(&self, order: file_sender::FileOrder) -> bool {
         self.haul.as_ref().is_some_and(|haul| haul.orders.send(order).is_ok())
     }
 
@@ -156,14 +156,14 @@ impl SourceMigration {
         }
         while !matches!(
             self.inputs.next()?,
-            Input::FromPeer(FromPeer::Message(Message::AcceptChannels))
+            SourceInput::FromPeer(FromPeer::Message(Message::AcceptChannels))
         ) {}
         let destination = self.journal.record.destination.clone();
         let destination = destination.ok_or_else(|| anyhow!("no destination is known"))?;
         let migration = &self.subject.plan.migration;
         for number in 1..self.memory_options.streams {
             let tell = self.inputs.tell.clone();
-            let told = move |echo| tell.send(Input::Channel(number, echo)).is_ok();
+            let told = move |echo| tell.send(SourceInput::Channel(number, echo)).is_ok();
             self.channels.push(Channel::open(&destination, migration, told)?);
         }
         Ok(())
@@ -198,7 +198,7 @@ impl SourceMigration {
             self.silence = Some(side.arm(&NetNs::current()?)?);
         }
         let hide = hidden::was_tried(version) && mntns::has_own(self.subject.state.pid);
-        let shared = Shared::default();
+        let shared = SharedMemory::default();
         self.shared = hide.then(|| shared.clone());
         let plan = DumpPlan {
             runtime: self.runtime.clone(),
@@ -225,7 +225,7 @@ impl SourceMigration {
         let tell = self.inputs.tell.clone();
         self.dump = Some(DumpJob::start(plan, move |event| {
             // The hand-over may have ended already.
-            let _ = tell.send(Input::Dump(event));
+            let _ = tell.send(SourceInput::Dump(event));
         })?);
         Ok(())
     }
@@ -263,7 +263,7 @@ impl SourceMigration {
         let mut sock_diag = sock_diag.ok_or_else(|| anyhow!("there is no network"))?;
         let mut lifting = Lifting::new(network.namespace(), self.vault.clone(), self.work.path())?;
         let coming = lifting.look(&mut sock_diag, &subject.cgroup.processes()?)?;
-        if coming.len() < connections::MANY && !coming.iter().any(Coming::listens) {
+        if coming.len() < connections::MANY && !coming.iter().any(ComingConnection::listens) {
             return Ok(());
         }
         self.lifting = Some((Box::new(lifting), sock_diag));
@@ -277,7 +277,7 @@ impl SourceMigration {
         self.announce(&coming)
     }
 
-    pub(super) fn announce(&mut self, coming: &[Coming]) -> Result<()> {
+    pub(super) fn announce(&mut self, coming: &[ComingConnection]) -> Result<()> {
         for some in coming.chunks(connections::BATCH) {
             self.peer.send(&Message::Connections { list: some.to_vec() })?;
             self.unanswered += 1;

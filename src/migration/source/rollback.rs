@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use super::negotiate::Inputs;
+use super::negotiate::SourceInputs;
 use super::{SourceMigration, UNDONE_LIMIT};
 use crate::migration::protocol::Message;
 use crate::migration::recovery::undo;
@@ -32,7 +32,7 @@ impl SourceMigration {
             undo::Hands::Own { orders: &self.guard.orders, watch: &self.watch, vault: &self.vault };
         // A commit that the disk did not take for certain is taken back before anything else: the
         // last line counts.
-        let known = |inputs: &Inputs| {
+        let known = |inputs: &SourceInputs| {
             if inputs.undone_there { Rival::Excluded } else { Rival::Possible }
         };
         let mut undone = undo::roll_back_source(&mut self.journal, &hands, known(&self.inputs));

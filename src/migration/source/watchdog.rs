@@ -16,13 +16,13 @@ use crate::transport::connect::Cutter;
 const GRACE: Duration = Duration::from_millis(500);
 
 #[derive(Debug, Default)]
-struct State {
+struct WatchdogState {
     deadline: Option<Instant>,
 }
 
 /// The deadline of a link, and the thread that cuts it then.
 #[derive(Clone, Debug)]
-pub struct Watchdog(Arc<(Mutex<State>, Condvar)>);
+pub struct Watchdog(Arc<(Mutex<WatchdogState>, Condvar)>);
 
 impl Watchdog {
     /// Starts to watch, without a deadline.
@@ -49,7 +49,7 @@ impl Watchdog {
         Ok(watch)
     }
 
-    fn change(&self, f: impl FnOnce(&mut State)) {
+    fn change(&self, f: impl FnOnce(&mut WatchdogState)) {
         let (state, changed) = &*self.0;
         f(&mut state.lock().unwrap_or_else(PoisonError::into_inner));
         changed.notify_one();

@@ -22,7 +22,7 @@ use crate::transport::pace::Pace;
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// Packs pages and puts them on one link, no faster than is wanted.
-pub struct Packer {
+pub struct PagePacker {
     /// The link.
     pub peer: PeerWriter,
     chooser: Chooser,
@@ -32,10 +32,10 @@ pub struct Packer {
     pub latest: Codec,
 }
 
-impl Packer {
+impl PagePacker {
     /// For a link.
-    pub fn new(peer: PeerWriter, compress: CompressOption, pace: Pace) -> Packer {
-        Packer {
+    pub fn new(peer: PeerWriter, compress: CompressOption, pace: Pace) -> PagePacker {
+        PagePacker {
             peer,
             chooser: Chooser::new(compress),
             pace,
@@ -129,16 +129,18 @@ impl Channel {
         pace: Pace,
         failed: impl Fn(anyhow::Error) + Send + 'static,
     ) -> Result<ChannelSender> {
-        let (queue, pieces) = sync_channel::<Piece>(2);
+        let (queue, pieces) = sync_channel::<ChannelPiece>(2);
         let wire = Arc::new(AtomicU64::new(0));
         let sum = wire.clone();
-        let mut packer = Packer::new(self.peer.clone(), compress, pace);
+        let mut packer = PagePacker::new(self.peer.clone(), compress, pace);
         std::thread::Builder::new().name("channel".into()).spawn(move || {
             let work = || {
                 for piece in pieces {
                     let bytes = match piece {
-                        Piece::Pages(vpid, vaddr, bytes) => packer.pages(vpid, vaddr, &bytes)?,
-                        Piece::Echo(number) => {
+                        ChannelPiece::Pages(vpid, vaddr, bytes) => {
+                            packer.pages(vpid, vaddr, &bytes)?
+                        }
+                        ChannelPiece::Echo(number) => {
                             packer.peer.send(&Message::Echo { number })?;
                             0
                         }
@@ -161,14 +163,14 @@ impl Drop for Channel {
     }
 }
 
-enum Piece {
+enum ChannelPiece {
     Pages(i32, u64, Vec<u8>),
     Echo(u64),
 }
 
 /// The way to a channel's thread.
 pub struct ChannelSender {
-    queue: SyncSender<Piece>,
+    queue: SyncSender<ChannelPiece>,
     wire: Arc<AtomicU64>,
     /// Something went that way since the last echo.
     pub used: bool,
@@ -181,7 +183,7 @@ impl ChannelSender {
     /// When it has failed.
     pub fn pages(&mut self, vpid: i32, vaddr: u64, bytes: &[u8]) -> Result<()> {
         self.used = true;
-        let piece = Piece::Pages(vpid, vaddr, bytes.to_vec());
+        let piece = ChannelPiece::Pages(vpid, vaddr, bytes.to_vec());
         self.queue.send(piece).map_err(|_| anyhow!("a further link broke"))
     }
 
@@ -191,7 +193,7 @@ impl ChannelSender {
     /// When it has failed.
     pub fn echo(&mut self, number: u64) -> Result<()> {
         self.used = false;
-        self.queue.send(Piece::Echo(number)).map_err(|_| anyhow!("a further link broke"))
+        self.queue.send(ChannelPiece::Echo(number)).map_err(|_| anyhow!("a further link broke"))
     }
 
     /// Bytes of memory that went on this link.

@@ -25,12 +25,12 @@ const CONNECTION: &str = "tcp-stream-";
 const PAUSE: Duration = Duration::from_millis(3);
 
 /// Files that were sent.
-type Names = HashSet<OsString>;
+type SentFiles = HashSet<OsString>;
 
 /// Whoever sends them.
 #[derive(Debug)]
 pub struct EarlyImages {
-    work: Option<(Sender<()>, JoinHandle<Result<Names>>)>,
+    work: Option<(Sender<()>, JoinHandle<Result<SentFiles>>)>,
     /// Closing it takes the kernel 10 ms and more: not in the freeze.
     _watch: Arc<Inotify>,
 }
@@ -46,7 +46,7 @@ impl EarlyImages {
         watch.add_watch(&images, AddWatchFlags::IN_CLOSE_WRITE)?;
         let (stop, stopped) = channel();
         let thread = std::thread::Builder::new().name("early".into()).spawn(move || {
-            let mut sent = Names::new();
+            let mut sent = SentFiles::new();
             let mut buffer = vec![0; frame::MAX_FILE_PIECE];
             loop {
                 // What was closed before that is among the events.
@@ -72,8 +72,8 @@ impl EarlyImages {
     ///
     /// # Errors
     /// When a file could not be read, or the link is gone.
-    pub fn end(&mut self) -> Result<Names> {
-        let Some((stop, thread)) = self.work.take() else { return Ok(Names::new()) };
+    pub fn end(&mut self) -> Result<SentFiles> {
+        let Some((stop, thread)) = self.work.take() else { return Ok(SentFiles::new()) };
         drop(stop);
         thread.join().unwrap_or_else(|_| Err(anyhow!("the thread has died")))
     }

@@ -37,7 +37,7 @@ const TELL_AFTER: Duration = Duration::from_secs(5);
 
 /// What the hand-over tells the thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Order {
+pub enum FileOrder {
     /// The destination has put a round in place.
     Applied(u32),
     /// One more round, while memory is still.
@@ -76,8 +76,8 @@ pub struct FilesToCopy {
 
 /// The thread.
 pub struct FileTransfer {
-    /// To say [`Order`]s.
-    pub orders: Sender<Order>,
+    /// To say [`FileOrder`]s.
+    pub orders: Sender<FileOrder>,
 }
 
 impl FileTransfer {
@@ -123,7 +123,7 @@ struct FileSender {
     mapped: Inodes,
     peer: PeerWriter,
     pace: Pace,
-    orders: Receiver<Order>,
+    orders: Receiver<FileOrder>,
     rounds: u32,
     /// Bytes of contents, and of the stream, that have gone.
     sent: u64,
@@ -135,9 +135,9 @@ fn run(mut carrier: FileSender, tell: &dyn Fn(FileEvent)) -> Result<()> {
     loop {
         tell(FileEvent::Converged);
         match carrier.orders.recv() {
-            Ok(Order::Again) => carrier.settle(tell)?,
-            Ok(Order::Frozen) => break,
-            Ok(Order::Applied(_) | Order::Named) => {}
+            Ok(FileOrder::Again) => carrier.settle(tell)?,
+            Ok(FileOrder::Frozen) => break,
+            Ok(FileOrder::Applied(_) | FileOrder::Named) => {}
             // The hand-over has ended.
             Err(_) => return Ok(()),
         }
@@ -145,7 +145,7 @@ fn run(mut carrier: FileSender, tell: &dyn Fn(FileEvent)) -> Result<()> {
     carrier.round(true, tell)?;
     tell(FileEvent::Done);
     while let Ok(order) = carrier.orders.recv() {
-        if order == Order::Named {
+        if order == FileOrder::Named {
             carrier.round(true, tell)?;
             tell(FileEvent::Done);
         }
@@ -199,7 +199,7 @@ impl FileSender {
             // What was mapped meanwhile, too.
             self.mapped.extend(inodes::mapped(&self.cgroup.processes()?, &mut self.merged)?);
             while self.orders.recv().map_err(|_| anyhow!("the hand-over has ended"))?
-                != Order::Applied(self.rounds)
+                != FileOrder::Applied(self.rounds)
             {}
         }
         let ms = began.elapsed().as_secs_f64() * 1000.0;

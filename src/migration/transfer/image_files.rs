@@ -82,17 +82,17 @@ const MAX_OPEN: usize = 128;
 
 /// Image files on the destination, as they come.
 #[derive(Debug)]
-pub struct Images {
+pub struct ImageFiles {
     directory: PathBuf,
     open: HashMap<String, File>,
     names: HashSet<String>,
     bytes: u64,
 }
 
-impl Images {
+impl ImageFiles {
     /// None yet; they go into this directory.
-    pub fn new(directory: PathBuf) -> Images {
-        Images { directory, open: HashMap::new(), names: HashSet::new(), bytes: 0 }
+    pub fn new(directory: PathBuf) -> ImageFiles {
+        ImageFiles { directory, open: HashMap::new(), names: HashSet::new(), bytes: 0 }
     }
 
     /// Takes a piece in.

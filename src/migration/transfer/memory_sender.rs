@@ -19,14 +19,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::channels::{Channel, ChannelSender, Packer};
-use crate::memory::converge::{self, Goal, Next, Seen};
+use super::channels::{Channel, ChannelSender, PagePacker};
+use crate::memory::converge::{self, Goal, NextRound, SeenRound};
 use crate::memory::digest::{self, Digester, Mask, random_seed};
 use crate::memory::direct;
 use crate::memory::pages::{self, Task};
 use crate::memory::remainder::{ECHO_EVERY, Rest, Window};
-use crate::memory::rounds::{self, Found, RoundStats, Rounds, Sink, Tracking};
-use crate::memory::shared::{Segments, Shared};
+use crate::memory::rounds::{self, FoundPages, MemoryRoundStats, Rounds, Sink, Tracking};
+use crate::memory::shared::{Segments, SharedMemory};
 use crate::migration::protocol::Message;
 use crate::migration::protocol::session::PeerWriter;
 use crate::oci::cgroup::Cgroup;
@@ -37,7 +37,7 @@ use crate::sys::panics::caught;
 use crate::sys::stopped::await_outside;
 use crate::tasks::sleepers;
 use crate::transport::codec::CompressOption;
-use crate::transport::frame::{Run, Same};
+use crate::transport::frame::{RunKind, Same};
 use crate::transport::pace::Pace;
 
 /// How memory is to go.
@@ -69,7 +69,7 @@ impl Default for MemoryOptions {
 
 /// What the hand-over tells the memory thread.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Order {
+pub enum MemoryOrder {
     /// The destination has read everything up to the echo of that number on that link; 0 is the
     /// first.
     Echoed(usize, u64),
@@ -95,7 +95,7 @@ pub enum MemoryEvent {
     /// A round is over.
     Round(Round),
     /// Freeze now; why.
-    Converged(Next),
+    Converged(NextRound),
     /// Everything is over there but so many pages.
     Done(u64),
     /// Those have followed.
@@ -106,8 +106,8 @@ pub enum MemoryEvent {
 
 /// The thread.
 pub struct MemoryTransfer {
-    /// To say [`Order`]s.
-    pub orders: Sender<Order>,
+    /// To say [`MemoryOrder`]s.
+    pub orders: Sender<MemoryOrder>,
     _thread: JoinHandle<()>,
 }
 
@@ -121,7 +121,7 @@ impl MemoryTransfer {
         peer: &PeerWriter,
         channels: &[Channel],
         wishes: MemoryOptions,
-        shared: Option<Shared>,
+        shared: Option<SharedMemory>,
         tell: impl Fn(MemoryEvent) + Send + Sync + 'static,
     ) -> Result<MemoryTransfer> {
         let cgroup = cgroup.clone();
@@ -166,21 +166,21 @@ impl MemoryTransfer {
     }
 }
 
-type Tell = Arc<dyn Fn(MemoryEvent) + Send + Sync>;
+type TellMemory = Arc<dyn Fn(MemoryEvent) + Send + Sync>;
 
 struct MemorySender {
     wishes: MemoryOptions,
     sender: PageSender,
-    orders: Receiver<Order>,
+    orders: Receiver<MemoryOrder>,
     /// GuardCommands that came while an echo was waited for.
-    early: VecDeque<Order>,
+    early: VecDeque<MemoryOrder>,
     /// Echoes asked for, and come back, link by link.
     echoes: u64,
     echoed: Vec<u64>,
 }
 
 /// Which pages of the running container must be looked at.
-fn find(rounds: &mut Rounds, cgroup: &Cgroup) -> Result<Vec<(Task, Found)>> {
+fn find(rounds: &mut Rounds, cgroup: &Cgroup) -> Result<Vec<(Task, FoundPages)>> {
     struct Still<'a>(&'a Cgroup);
     impl Drop for Still<'_> {
         fn drop(&mut self) {
@@ -234,22 +234,22 @@ impl MemorySender {
         let mut seen = Vec::new();
         let decided = loop {
             match converge::next(&self.wishes.goal, &seen) {
-                Next::Round => seen.push(self.round(&mut rounds, &mut segments, cgroup)?),
+                NextRound::Round => seen.push(self.round(&mut rounds, &mut segments, cgroup)?),
                 decided => break decided,
             }
         };
         loop {
             (self.sender.tell)(MemoryEvent::Converged(decided));
             match self.next_order() {
-                Some(Order::Again) => drop(self.round(&mut rounds, &mut segments, cgroup)?),
-                Some(Order::Frozen) => break,
+                Some(MemoryOrder::Again) => drop(self.round(&mut rounds, &mut segments, cgroup)?),
+                Some(MemoryOrder::Frozen) => break,
                 _ => return Ok(()),
             }
         }
         let tasks = pages::tasks(&cgroup.processes()?)?;
         let mut rest = Vec::new();
         self.last_round(&mut rounds, segments.as_mut(), &tasks, decided, &mut rest)?;
-        if self.next_order() != Some(Order::Dumped) {
+        if self.next_order() != Some(MemoryOrder::Dumped) {
             return Ok(());
         }
         // CRIU itself writes to a few pages, of which none is shared.
@@ -265,12 +265,12 @@ impl MemorySender {
         // To stop watching takes 24 ms a GiB: when the hand-over is over, not in it.
         while let Some(order) = self.next_order() {
             match order {
-                Order::Serve if left > 0 => return self.serve(rest),
+                MemoryOrder::Serve if left > 0 => return self.serve(rest),
                 // The restore itself looks at some.
-                Order::Want(vpid, at, pages) => {
+                MemoryOrder::Want(vpid, at, pages) => {
                     self.send_wanted(&mut rest, vpid, at, pages)?;
                 }
-                Order::Verify(seed, masks) => self.tell_digests(&tasks, seed, &masks)?,
+                MemoryOrder::Verify(seed, masks) => self.tell_digests(&tasks, seed, &masks)?,
                 _ => {}
             }
         }
@@ -294,13 +294,13 @@ impl MemorySender {
     }
 
     /// The next order but echoes; none when the hand-over has ended.
-    fn next_order(&mut self) -> Option<Order> {
+    fn next_order(&mut self) -> Option<MemoryOrder> {
         if let Some(order) = self.early.pop_front() {
             return Some(order);
         }
         loop {
             match self.orders.recv().ok()? {
-                Order::Echoed(link, n) => self.note_echo(link, n),
+                MemoryOrder::Echoed(link, n) => self.note_echo(link, n),
                 order => return Some(order),
             }
         }
@@ -327,7 +327,7 @@ impl MemorySender {
         }
         while asked.iter().any(|link| self.echoed[*link] < self.echoes) {
             match self.orders.recv() {
-                Ok(Order::Echoed(link, n)) => self.note_echo(link, n),
+                Ok(MemoryOrder::Echoed(link, n)) => self.note_echo(link, n),
                 Ok(order) => self.early.push_back(order),
                 Err(_) => return Err(over()),
             }
@@ -341,10 +341,10 @@ impl MemorySender {
         rounds: &mut Rounds,
         segments: &mut Option<Segments>,
         cgroup: &Cgroup,
-    ) -> Result<Seen> {
+    ) -> Result<SeenRound> {
         let began = Instant::now();
         let before = self.sender.wire();
-        let mut sum = RoundStats::default();
+        let mut sum = MemoryRoundStats::default();
         rounds.arrived(self.sender.channels.is_empty());
         for (task, found) in find(rounds, cgroup)? {
             sum.add(rounds.hand_on(task, found, false, &mut self.sender)?);
@@ -352,7 +352,7 @@ impl MemorySender {
         // Of shared memory the kernel cannot tell: what was left will be left again.
         let shared = match segments {
             Some(segments) => segments.round(&cgroup.processes()?, &mut self.sender)?,
-            None => RoundStats::default(),
+            None => MemoryRoundStats::default(),
         };
         sum.add(shared);
         self.arrive(true)?;
@@ -365,7 +365,7 @@ impl MemorySender {
         // Where the kernel cannot tell, what was left will be left again.
         let left = left.unwrap_or(handed);
         self.report(rounds, false, sum, (began, wire), Some(left));
-        Ok(Seen { wire, seconds, pages: handed, left })
+        Ok(SeenRound { wire, seconds, pages: handed, left })
     }
 
     /// In the freeze: sends what is left, or notes that it will follow.
@@ -374,19 +374,19 @@ impl MemorySender {
         rounds: &mut Rounds,
         segments: Option<&mut Segments>,
         tasks: &[Task],
-        decided: Next,
+        decided: NextRound,
         rest: &mut Vec<(i32, u64, usize)>,
     ) -> Result<()> {
         let began = Instant::now();
         let before = self.sender.wire();
-        let mut sum = RoundStats::default();
+        let mut sum = MemoryRoundStats::default();
         rounds.arrived(self.sender.channels.is_empty());
         if let Some(segments) = segments {
             let pids: Vec<i32> = tasks.iter().map(|task| task.pid).collect();
             sum.add(segments.last_round(&pids, &mut self.sender)?);
         }
         for &task in tasks {
-            if decided == Next::PostCopy {
+            if decided == NextRound::PostCopy {
                 for (start, end) in rounds.leave(task, &mut self.sender)? {
                     rest.push((task.vpid, start, ((end - start) / PAGE as u64) as usize));
                 }
@@ -405,7 +405,7 @@ impl MemorySender {
         &self,
         rounds: &Rounds,
         frozen: bool,
-        pages: RoundStats,
+        pages: MemoryRoundStats,
         (began, wire): (Instant, u64),
         left: Option<u64>,
     ) {
@@ -442,8 +442,8 @@ impl MemorySender {
             };
             match order {
                 // Number 0 is a sign of life that somebody else asked for.
-                Some(Order::Echoed(_, number)) if number > 0 => window.echoed(Instant::now()),
-                Some(Order::Want(vpid, at, pages)) => {
+                Some(MemoryOrder::Echoed(_, number)) if number > 0 => window.echoed(Instant::now()),
+                Some(MemoryOrder::Want(vpid, at, pages)) => {
                     window.wanted(Instant::now());
                     since_echo += self.send_wanted(&mut rest, vpid, at, pages)?;
                 }
@@ -509,7 +509,7 @@ impl MemorySender {
 const STILL: Duration = Duration::from_secs(2);
 /// Puts pages on the links.
 struct PageSender {
-    main: Packer,
+    main: PagePacker,
     channels: Vec<ChannelSender>,
     /// Whose turn it is; 0 is the first link.
     turn: usize,
@@ -517,7 +517,7 @@ struct PageSender {
     raw: u64,
     main_wire: u64,
     told: Instant,
-    tell: Tell,
+    tell: TellMemory,
 }
 
 /// How often progress is told.
@@ -530,7 +530,7 @@ impl PageSender {
         peer: PeerWriter,
         wishes: &MemoryOptions,
         channels: &[Channel],
-        tell: Tell,
+        tell: TellMemory,
     ) -> Result<PageSender> {
         let senders = channels.iter().map(|channel| {
             let tell = tell.clone();
@@ -539,7 +539,7 @@ impl PageSender {
         });
         Ok(PageSender {
             channels: senders.collect::<Result<_>>()?,
-            main: Packer::new(peer, wishes.compress, wishes.pace.clone()),
+            main: PagePacker::new(peer, wishes.compress, wishes.pace.clone()),
             turn: 0,
             raw: 0,
             main_wire: 0,
@@ -579,7 +579,7 @@ impl Sink for PageSender {
     }
 
     fn zeros(&mut self, vpid: i32, vaddr: u64, pages: usize) -> Result<()> {
-        self.main.peer.run(Run::Zero, vpid, vaddr, pages)?;
+        self.main.peer.run(RunKind::Zero, vpid, vaddr, pages)?;
         self.sent(pages * PAGE, RUN_BYTES);
         Ok(())
     }
@@ -591,7 +591,7 @@ impl Sink for PageSender {
     }
 
     fn remote(&mut self, vpid: i32, vaddr: u64, pages: usize) -> Result<()> {
-        self.main.peer.run(Run::Remote, vpid, vaddr, pages)?;
+        self.main.peer.run(RunKind::Remote, vpid, vaddr, pages)?;
         self.sent(0, RUN_BYTES);
         Ok(())
     }

@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 
-use crate::memory::serve::{Arrived, Intake};
+use crate::memory::serve::{Intake, PageArrival};
 use crate::memory::shared::{SharedImages, is_segment};
 use crate::memory::staging::Staging;
 use crate::migration::protocol::Message;
 use crate::migration::protocol::session::{self, FromPeer, PeerWriter};
-use crate::transport::frame::{Frame, Run};
+use crate::transport::frame::{Frame, RunKind};
 
 /// How long the page daemon may take to say what it lacks.
 const ANSWER: Duration = Duration::from_secs(20);
@@ -21,14 +21,14 @@ const ANSWER: Duration = Duration::from_secs(20);
 /// Where memory goes: the hand-over's queue must not hold it.
 #[derive(Clone, Debug, Default)]
 pub struct Stage {
-    place: Arc<Mutex<Place>>,
-    images: Arc<(Mutex<Images>, Condvar)>,
+    place: Arc<Mutex<MemoryPlace>>,
+    images: Arc<(Mutex<SharedMemoryImages>, Condvar)>,
     /// See [`Stage::heard`].
     heard: Arc<Mutex<Option<Instant>>>,
 }
 
 #[derive(Debug, Default)]
-enum Place {
+enum MemoryPlace {
     /// Nobody has asked for any yet.
     #[default]
     Nowhere,
@@ -40,7 +40,7 @@ enum Place {
 
 /// The images of shared memory.
 #[derive(Debug, Default)]
-enum Images {
+enum SharedMemoryImages {
     /// There is no place for them yet.
     #[default]
     Awaited,
@@ -50,7 +50,7 @@ enum Images {
 }
 
 impl Stage {
-    fn with<T>(&self, f: impl FnOnce(&mut Place) -> T) -> T {
+    fn with<T>(&self, f: impl FnOnce(&mut MemoryPlace) -> T) -> T {
         f(&mut self.place.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -66,15 +66,15 @@ impl Stage {
 
     /// From here on pages are kept.
     pub fn keep(&self, staging: Staging) {
-        self.with(|place| *place = Place::Staging(staging));
+        self.with(|place| *place = MemoryPlace::Staging(staging));
     }
 
     /// From here on there is a place for shared memory; whoever brought some before has waited.
     pub fn keep_shared(&self, images: SharedImages) {
-        self.tell_images(Images::Open(images));
+        self.tell_images(SharedMemoryImages::Open(images));
     }
 
-    fn tell_images(&self, images: Images) {
+    fn tell_images(&self, images: SharedMemoryImages) {
         *self.images.0.lock().unwrap_or_else(PoisonError::into_inner) = images;
         self.images.1.notify_all();
     }
@@ -82,17 +82,18 @@ impl Stage {
     /// Does something with the images of shared memory.
     fn with_images(&self, f: impl FnOnce(&mut SharedImages) -> Result<()>) -> Result<()> {
         let images = self.images.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let awaited = |images: &mut Images| matches!(images, Images::Awaited);
+        let awaited =
+            |images: &mut SharedMemoryImages| matches!(images, SharedMemoryImages::Awaited);
         let images = self.images.1.wait_timeout_while(images, ANSWER, awaited);
         match &mut *images.unwrap_or_else(PoisonError::into_inner).0 {
-            Images::Open(images) => f(images),
+            SharedMemoryImages::Open(images) => f(images),
             _ => Err(anyhow!("shared memory comes when there is no place for it")),
         }
     }
 
     /// From here on pages go to a daemon.
     pub fn serve_by(&self, intake: Intake) {
-        self.with(|place| *place = Place::Serving(Arc::new(intake)));
+        self.with(|place| *place = MemoryPlace::Serving(Arc::new(intake)));
     }
 
     /// Hands what has been kept to whoever makes a page daemon of it.
@@ -100,10 +101,10 @@ impl Stage {
     /// # Errors
     /// When there is none (any more), or that fails.
     pub fn serve(&self, start: impl FnOnce(Staging) -> Result<Intake>) -> Result<()> {
-        self.tell_images(Images::Closed);
+        self.tell_images(SharedMemoryImages::Closed);
         self.with(|place| match std::mem::take(place) {
-            Place::Staging(staging) => {
-                *place = Place::Serving(Arc::new(start(staging)?));
+            MemoryPlace::Staging(staging) => {
+                *place = MemoryPlace::Serving(Arc::new(start(staging)?));
                 Ok(())
             }
             _ => Err(anyhow!("memory has been taken already")),
@@ -117,7 +118,7 @@ impl Stage {
     pub fn missing(&self) -> Result<Vec<(i32, u64, usize)>> {
         let Some(intake) = self.daemon() else { return Ok(Vec::new()) };
         let (reply, answer) = channel();
-        intake.hand_in(Arrived::Missing(reply))?;
+        intake.hand_in(PageArrival::Missing(reply))?;
         match answer.recv_timeout(ANSWER) {
             Ok(list) => Ok(list),
             // It has ended: it lacks nothing.
@@ -128,7 +129,7 @@ impl Stage {
 
     fn daemon(&self) -> Option<Arc<Intake>> {
         self.with(|place| match place {
-            Place::Serving(intake) => Some(intake.clone()),
+            MemoryPlace::Serving(intake) => Some(intake.clone()),
             _ => None,
         })
     }
@@ -137,7 +138,7 @@ impl Stage {
     fn take(&self, frame: Frame) -> Result<Option<Frame>> {
         let is_memory = matches!(
             frame,
-            Frame::Pages(..) | Frame::Run(Run::Zero | Run::Remote, ..) | Frame::Same(_)
+            Frame::Pages(..) | Frame::Run(RunKind::Zero | RunKind::Remote, ..) | Frame::Same(_)
         );
         if !is_memory {
             return Ok(Some(frame));
@@ -148,7 +149,7 @@ impl Stage {
                 self.with_images(|images| images.put(*number, *at, bytes))?;
                 return Ok(None);
             }
-            Frame::Run(Run::Zero, number, at, pages) if is_segment(*number) => {
+            Frame::Run(RunKind::Zero, number, at, pages) if is_segment(*number) => {
                 self.with_images(|images| images.put_zeros(*number, *at, *pages))?;
                 return Ok(None);
             }
@@ -157,21 +158,23 @@ impl Stage {
         // Not with the lock held: the daemon may have enough to do.
         if let Some(intake) = self.daemon() {
             match frame {
-                Frame::Pages(vpid, at, bytes) => intake.hand_in(Arrived::Pages(vpid, at, bytes))?,
-                Frame::Run(Run::Zero, vpid, at, pages) => {
-                    intake.hand_in(Arrived::Zeros(vpid, at, pages))?;
+                Frame::Pages(vpid, at, bytes) => {
+                    intake.hand_in(PageArrival::Pages(vpid, at, bytes))?
+                }
+                Frame::Run(RunKind::Zero, vpid, at, pages) => {
+                    intake.hand_in(PageArrival::Zeros(vpid, at, pages))?;
                 }
                 _ => return Err(anyhow!("memory that comes too late for that")),
             }
             return Ok(None);
         }
         self.with(|place| {
-            let Place::Staging(staging) = place else {
+            let MemoryPlace::Staging(staging) = place else {
                 return Err(anyhow!("memory comes before it was asked for"));
             };
             match frame {
                 Frame::Pages(vpid, at, bytes) => staging.put(vpid, at, &bytes),
-                Frame::Run(Run::Zero, vpid, at, pages) => staging.put_zeros(vpid, at, pages),
+                Frame::Run(RunKind::Zero, vpid, at, pages) => staging.put_zeros(vpid, at, pages),
                 Frame::Run(_, vpid, at, pages) => staging.put_remote(vpid, at, pages),
                 Frame::Same(same) => staging.put_same(same.to, same.from, same.pages),
                 _ => Ok(()),
@@ -186,7 +189,7 @@ impl Stage {
 /// # Errors
 /// When the link is gone.
 pub fn want(peer: &PeerWriter, vpid: i32, at: u64, pages: usize) -> Result<()> {
-    peer.run(Run::Want, vpid, at, pages)?;
+    peer.run(RunKind::Want, vpid, at, pages)?;
     peer.flush()
 }
 
@@ -198,7 +201,7 @@ pub fn send_missing(peer: &PeerWriter, stage: &Stage) -> Result<()> {
     let missing = stage.missing()?;
     let mut pages = 0;
     for (vpid, at, n) in missing {
-        peer.run(Run::Want, vpid, at, n)?;
+        peer.run(RunKind::Want, vpid, at, n)?;
         pages += n as u64;
     }
     peer.send(&Message::Missing { pages })

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 
 use super::{Claim, MAX_CLAIMS};
-use crate::network::sockets::{Flow, Known};
+use crate::network::sockets::{Flow, SocketInfo};
 use crate::problem::Problem;
 
 /// What the container's sockets are bound to, `own` being their numbers and `moved` the addresses
@@ -14,7 +14,7 @@ use crate::problem::Problem;
 /// When one of them is bound to another address of the host, or to somebody outside by loopback; or
 /// when others have connections on one of these.
 pub(super) fn of(
-    known: &[Known],
+    known: &[SocketInfo],
     own: &HashSet<u32>,
     moved: &[IpAddr],
 ) -> Result<Vec<Claim>, Problem> {
@@ -83,7 +83,7 @@ pub(super) fn of(
 }
 
 /// The first, and how many more there are.
-fn first<'a>(list: &[&'a Known]) -> Option<(&'a Known, String)> {
+fn first<'a>(list: &[&'a SocketInfo]) -> Option<(&'a SocketInfo, String)> {
     let more = match list.len() {
         0 | 1 => String::new(),
         n => format!(" (and {} more)", n - 1),
@@ -91,7 +91,7 @@ fn first<'a>(list: &[&'a Known]) -> Option<(&'a Known, String)> {
     list.first().map(|one| (*one, more))
 }
 
-fn describe(one: &Known) -> String {
+fn describe(one: &SocketInfo) -> String {
     let Flow { local, remote } = one.flow;
     match (one.udp, one.listens) {
         (true, _) => format!("the UDP socket at {local}"),
@@ -104,9 +104,9 @@ fn describe(one: &Known) -> String {
 mod tests {
     use super::*;
 
-    fn known(inode: u32, listens: bool, local: &str, remote: &str) -> Known {
+    fn known(inode: u32, listens: bool, local: &str, remote: &str) -> SocketInfo {
         let flow = Flow { local: local.parse().unwrap(), remote: remote.parse().unwrap() };
-        Known { udp: false, listens, flow, inode }
+        SocketInfo { udp: false, listens, flow, inode }
     }
 
     #[test]
@@ -127,7 +127,7 @@ mod tests {
         assert_eq!(claim(&fine[0]), (true, "0.0.0.0:7000".into()));
         assert_eq!(fine.len(), 4);
 
-        let mut refused = |bad: Known, word: &str| {
+        let mut refused = |bad: SocketInfo, word: &str| {
             all.push(bad);
             let problem = of(&all, &own, &moved).unwrap_err().to_string();
             all.pop();
@@ -139,7 +139,7 @@ mod tests {
         );
         refused(known(1, true, "10.0.0.1:7001", nobody), "listens at 10.0.0.1:7001");
         refused(known(9, false, "10.0.0.5:22", "10.0.0.9:1"), "is not the container's");
-        let udp = Known { udp: true, ..known(1, false, "10.0.0.1:53", nobody) };
+        let udp = SocketInfo { udp: true, ..known(1, false, "10.0.0.1:53", nobody) };
         refused(udp, "UDP socket at 10.0.0.1:53");
         all[3].inode = 9;
         let problem = of(&all, &own, &moved).unwrap_err().to_string();

@@ -15,9 +15,9 @@ use std::net::IpAddr;
 
 use super::Floating;
 use crate::network::fence::ArmedFence;
-use crate::network::nft::{self, Batch, Expression, NewChain, Policy};
+use crate::network::nft::{self, Expression, NewChain, NftBatch, Policy};
 use crate::problem::{Problem, Trying};
-use crate::sys::netlink::{Protocol, Socket};
+use crate::sys::netlink::{NetlinkSocket, Protocol};
 use crate::sys::netns::NetNs;
 
 const IN: &str = "in";
@@ -44,12 +44,12 @@ const CHAINS: [(u8, &str, u32); 8] = {
 /// What of [`IN`] stops new connections only.
 const NEW: &str = "new";
 
-type Rule = Vec<Expression>;
+type FenceRule = Vec<Expression>;
 
 /// What is in the chains of a closed fence: chain, family, rule.
-struct Rules(Vec<(&'static str, u8, Rule)>);
+struct FenceRules(Vec<(&'static str, u8, FenceRule)>);
 
-impl Rules {
+impl FenceRules {
     fn new(addresses: &[IpAddr], doors: &[u16]) -> Self {
         let mut all = Vec::new();
         for ip in addresses {
@@ -64,7 +64,7 @@ impl Rules {
         Self(all)
     }
 
-    fn add(&self, batch: &mut Batch, table: &str, which: &[&str]) {
+    fn add(&self, batch: &mut NftBatch, table: &str, which: &[&str]) {
         for (of, family, rule) in self.0.iter().filter(|r| which.contains(&r.0)) {
             let chain = if *of == NEW { IN } else { of };
             batch.add_rule(*family, table, chain, rule);
@@ -91,8 +91,8 @@ fn install(
     closed: bool,
 ) -> Result<ArmedFence, Problem> {
     let trying = || "cannot put up the fence round the address".to_owned();
-    let mut socket = Socket::open_in(host, Protocol::Netfilter).trying(trying)?;
-    let mut tables = Batch::new();
+    let mut socket = NetlinkSocket::open_in(host, Protocol::Netfilter).trying(trying)?;
+    let mut tables = NftBatch::new();
     for family in FAMILIES {
         // Adding before deleting makes the deletion right whether or not it was there.
         tables.add_table(family, table);
@@ -103,10 +103,10 @@ fn install(
         let policy = Policy::Accept;
         tables.add_chain(&NewChain { family, table, name, hook, devices: &[], policy });
     }
-    let rules = Rules::new(addresses, doors);
-    let mut close_new = Batch::new();
+    let rules = FenceRules::new(addresses, doors);
+    let mut close_new = NftBatch::new();
     rules.add(&mut close_new, table, &[NEW, DOORS]);
-    let mut close = Batch::new();
+    let mut close = NftBatch::new();
     rules.add(&mut close, table, &[IN, DOORS, OUT]);
     if closed {
         rules.add(&mut tables, table, &[IN, DOORS, OUT]);
@@ -115,13 +115,13 @@ fn install(
         p.hint("the kernel needs nf_tables with CONFIG_NF_TABLES_ARP, _IPV4, _IPV6")
     })?;
     let flush = |chains: &[&str]| {
-        let mut batch = Batch::new();
+        let mut batch = NftBatch::new();
         for (family, name, _) in CHAINS.iter().filter(|c| chains.contains(&c.1)) {
             batch.flush_chain(*family, table, name);
         }
         batch.prepare()
     };
-    let mut remove = Batch::new();
+    let mut remove = NftBatch::new();
     FAMILIES.iter().for_each(|family| remove.delete_table(*family, table));
     Ok(ArmedFence {
         socket,
@@ -137,9 +137,9 @@ fn install(
 /// Closes one that is there, and open.
 pub(super) fn close(floating: &Floating, table: &str, host: &NetNs) -> Result<(), Problem> {
     let trying = || "cannot close the fence round the address".to_owned();
-    let mut socket = Socket::open_in(host, Protocol::Netfilter).trying(trying)?;
-    let mut batch = Batch::new();
-    let rules = Rules::new(&floating.addresses(), &floating.doors());
+    let mut socket = NetlinkSocket::open_in(host, Protocol::Netfilter).trying(trying)?;
+    let mut batch = NftBatch::new();
+    let rules = FenceRules::new(&floating.addresses(), &floating.doors());
     rules.add(&mut batch, table, &[IN, DOORS, OUT]);
     socket.transact(&batch.prepare()).map(drop).trying(trying)
 }
@@ -147,7 +147,7 @@ pub(super) fn close(floating: &Floating, table: &str, host: &NetNs) -> Result<()
 /// Takes it away by its name; it is no error if there is none.
 pub(super) fn remove(table: &str, host: &NetNs) -> Result<(), Problem> {
     let trying = || "cannot remove the fence round the address".to_owned();
-    let mut socket = Socket::open_in(host, Protocol::Netfilter).trying(trying)?;
+    let mut socket = NetlinkSocket::open_in(host, Protocol::Netfilter).trying(trying)?;
     nft::delete_tables(&mut socket, |_, name| name == table).trying(trying)
 }
 
@@ -162,18 +162,18 @@ const ICMPV6: u8 = 58;
 const SOLICITATION: u8 = 135;
 const ADVERTISEMENT: u8 = 136;
 
-fn equal(mut rule: Rule, value: &[u8]) -> Rule {
+fn equal(mut rule: FenceRule, value: &[u8]) -> FenceRule {
     rule.push(Expression::Equal(value.into()));
     rule
 }
 
-fn drops(mut rule: Rule) -> Rule {
+fn drops(mut rule: FenceRule) -> FenceRule {
     rule.push(Expression::DROP);
     rule
 }
 
 /// The target of a message of neighbour discovery, RFC 4861 4.3 and 4.4.
-fn discovery(kind: u8, target: &[u8]) -> Rule {
+fn discovery(kind: u8, target: &[u8]) -> FenceRule {
     let mut rule = equal(vec![Expression::L4_PROTOCOL], &[ICMPV6]);
     rule.push(Expression::transport(0, 1));
     rule = equal(rule, &[kind]);
@@ -182,7 +182,7 @@ fn discovery(kind: u8, target: &[u8]) -> Rule {
 }
 
 /// `ip daddr …`
-fn is_for(ip: IpAddr) -> (u8, Rule) {
+fn is_for(ip: IpAddr) -> (u8, FenceRule) {
     match ip {
         IpAddr::V4(ip) => (nft::IPV4, equal(vec![Expression::network(16, 4)], &ip.octets())),
         IpAddr::V6(ip) => (nft::IPV6, equal(vec![Expression::network(24, 16)], &ip.octets())),
@@ -190,7 +190,7 @@ fn is_for(ip: IpAddr) -> (u8, Rule) {
 }
 
 /// What asks for an address, or is for it.
-fn inward(ip: IpAddr) -> [(u8, Rule); 2] {
+fn inward(ip: IpAddr) -> [(u8, FenceRule); 2] {
     let (family, packets) = is_for(ip);
     let questions = match ip {
         // The target of an ARP packet, arp_hdr(3).
@@ -201,7 +201,7 @@ fn inward(ip: IpAddr) -> [(u8, Rule); 2] {
 }
 
 /// What is said in the name of an address.
-fn outward(ip: IpAddr) -> [(u8, Rule); 2] {
+fn outward(ip: IpAddr) -> [(u8, FenceRule); 2] {
     let (packets, answers) = match ip {
         IpAddr::V4(ip) => (
             (nft::IPV4, equal(vec![Expression::network(12, 4)], &ip.octets())),
@@ -217,14 +217,14 @@ fn outward(ip: IpAddr) -> [(u8, Rule); 2] {
 }
 
 /// The first segment of a connection to an address.
-fn beginning(ip: IpAddr) -> (u8, Rule) {
+fn beginning(ip: IpAddr) -> (u8, FenceRule) {
     let (family, mut rule) = is_for(ip);
     rule.extend(Expression::new_connection());
     (family, drops(rule))
 }
 
 /// The first segment of a connection to a port of any address.
-fn door(port: u16) -> [(u8, Rule); 2] {
+fn door(port: u16) -> [(u8, FenceRule); 2] {
     [nft::IPV4, nft::IPV6].map(|family| {
         let mut rule = Expression::new_connection();
         rule.push(Expression::transport(2, 2));

@@ -44,7 +44,7 @@ use crate::sys::netlink::Mac;
 use crate::sys::netns::NetNs;
 
 pub use preflight::preflight;
-pub use stay::{Side, Stay};
+pub use stay::{Stay, StaySide};
 
 /// Most addresses of one container.
 pub const MAX_MOVED: usize = 16;
@@ -130,7 +130,7 @@ impl Floating {
 
     /// What brings datagrams to them that wait unread on the source.
     pub fn homes(&self) -> UdpEndpoints {
-        let interfaces = self.interfaces(Side::Source);
+        let interfaces = self.interfaces(StaySide::Source);
         UdpEndpoints::lent(self.moved.iter().filter_map(|moved| {
             let at = interfaces.iter().position(|name| *name == moved.from)?;
             Some((moved.address.local, u16::try_from(at).ok()?, moved.mac?))
@@ -139,14 +139,17 @@ impl Floating {
 
     /// Names of the interfaces on one side, each once; frames are for a place in this list, which has
     /// the same order on both sides.
-    pub fn interfaces(&self, side: Side) -> Vec<&str> {
+    pub fn interfaces(&self, side: StaySide) -> Vec<&str> {
         let mut pairs: Vec<(&str, &str)> = Vec::new();
         for pair in self.moved.iter().map(|m| (m.from.as_str(), m.to.as_str())) {
             if !pairs.iter().any(|p| p.0 == pair.0) {
                 pairs.push(pair);
             }
         }
-        pairs.into_iter().map(|(from, to)| if side == Side::Source { from } else { to }).collect()
+        pairs
+            .into_iter()
+            .map(|(from, to)| if side == StaySide::Source { from } else { to })
+            .collect()
     }
 
     /// Ports on which the container takes connections to any address of its host.

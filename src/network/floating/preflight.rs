@@ -7,9 +7,9 @@ use crate::network::image::Address;
 use crate::network::placement::asked_for;
 use crate::network::routed::same_network;
 use crate::network::rtnl::{AF_INET, AF_INET6, LinkInfo, Rtnl};
-use crate::network::sockets::{Known, SockDiag};
+use crate::network::sockets::{SockDiag, SocketInfo};
 use crate::problem::{Problem, Trying};
-use crate::sys::netlink::Message;
+use crate::sys::netlink::NetlinkMessage;
 use crate::sys::netns::NetNs;
 
 /// Everything that would keep the addresses from coming to this host, or sockets from being bound
@@ -95,7 +95,7 @@ fn unreachable(
     });
     let family = if ip.is_ipv6() { AF_INET6 } else { AF_INET };
     let routes = socket.routes(family).trying(|| "cannot read this host's routes".into())?;
-    let leads = |m: &Message| m.payload.get(1) == Some(&0);
+    let leads = |m: &NetlinkMessage| m.payload.get(1) == Some(&0);
     Ok((!inside && !routes.iter().any(leads)).then(|| {
         Problem::new(
             format!("{ip} cannot move here"),
@@ -109,7 +109,7 @@ fn unreachable(
 }
 
 /// Who has a port of the container's here.
-fn taken(claim: &Claim, known: &[Known]) -> Option<Problem> {
+fn taken(claim: &Claim, known: &[SocketInfo]) -> Option<Problem> {
     let (ip, port) = (claim.local.ip(), claim.local.port());
     let in_the_way = known.iter().find(|k| {
         let other = k.flow.local;
@@ -138,7 +138,7 @@ mod tests {
     fn ports_are_taken_by_whoever_overlaps() {
         let known = |udp, listens, local: &str| {
             let (local, remote) = (local.parse().unwrap(), "0.0.0.0:0".parse().unwrap());
-            Known { udp, listens, flow: Flow { local, remote }, inode: 1 }
+            SocketInfo { udp, listens, flow: Flow { local, remote }, inode: 1 }
         };
         let claim = |udp, local: &str| Claim { udp, listens: !udp, local: local.parse().unwrap() };
         let meets = |claim, other| taken(&claim, &[other]).is_some();

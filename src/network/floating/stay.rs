@@ -15,7 +15,7 @@ use crate::network::rtnl::{self, LinkInfo, Rtnl, index_at};
 use crate::network::sockets::SockDiag;
 use crate::network::sysctl;
 use crate::problem::{Problem, Trying};
-use crate::sys::netlink::{CREATE, EXCL, Message, REPLACE, Request};
+use crate::sys::netlink::{CREATE, EXCL, NetlinkMessage, REPLACE, Request};
 use crate::sys::netns::NetNs;
 
 /// `IFA_F_SECONDARY` of IPv4.
@@ -28,7 +28,7 @@ const FOREVER: u32 = u32::MAX;
 /// Whose side it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Side {
+pub enum StaySide {
     /// Where the addresses are.
     Source,
     /// Where they go.
@@ -40,7 +40,7 @@ pub enum Side {
 pub struct Stay {
     /// Name of the fence's tables.
     table: String,
-    side: Side,
+    side: StaySide,
     floating: Floating,
     /// On the destination: the addresses may be here, by us.
     pub taken: bool,
@@ -48,7 +48,7 @@ pub struct Stay {
 
 impl Stay {
     /// Of one migration, on one side.
-    pub fn new(floating: &Floating, side: Side, migration: &str) -> Self {
+    pub fn new(floating: &Floating, side: StaySide, migration: &str) -> Self {
         let table = format!("ferry-{migration}");
         Self { table, side, floating: floating.clone(), taken: false }
     }
@@ -122,7 +122,7 @@ impl Stay {
             let what = format!("{}/{} as it was", address.local, address.prefix);
             let request = |kind, flags, a| address_request(kind, flags, on.index, a);
             requests.push((request(rtnl::NEWADDR, CREATE | REPLACE, &address), what.clone()));
-            let narrow = |m: &Message| {
+            let narrow = |m: &NetlinkMessage| {
                 index_at(m, 4) == Some(on.index)
                     && crate::network::read::address(m)
                         .is_some_and(|a| (a.local, a.prefix) == (now.local, now.prefix))
@@ -163,8 +163,8 @@ impl Stay {
 
     fn interface<'a>(&self, moved: &'a Moved) -> &'a str {
         match self.side {
-            Side::Source => &moved.from,
-            Side::Destination => &moved.to,
+            StaySide::Source => &moved.from,
+            StaySide::Destination => &moved.to,
         }
     }
 
@@ -191,7 +191,7 @@ fn full(moved: &Moved) -> Address {
 }
 
 /// As it is before the commit: see [`Stay::take`].
-fn quiet(moved: &Moved, index: i32, present: &[Message]) -> Address {
+fn quiet(moved: &Moved, index: i32, present: &[NetlinkMessage]) -> Address {
     let mut address = full(moved);
     match address.local {
         IpAddr::V4(_) => {

@@ -11,12 +11,12 @@ use super::home::flow;
 use super::near::{self, Stays};
 use super::packet::{TCP, UDP};
 use super::{ADDRESS_CELLS, Ends, FLOW_CELLS, device, quiet_device, table};
-use crate::network::image::{Kind, Link, MAX_LINKS, NetworkImage};
-use crate::network::nft::{self, Batch, Expression, NewChain, NewSet, Policy};
+use crate::network::image::{LinkImage, LinkKind, MAX_LINKS, NetworkImage};
+use crate::network::nft::{self, Expression, NewChain, NewSet, NftBatch, Policy};
 use crate::network::rtnl::{self, IFF_UP, Rtnl, ifinfo};
-use crate::network::sockets::{Known, SockDiag};
+use crate::network::sockets::{SockDiag, SocketInfo};
 use crate::problem::{Problem, Trying};
-use crate::sys::netlink::{Protocol, Request, Socket};
+use crate::sys::netlink::{NetlinkSocket, Protocol, Request};
 use crate::sys::netns::NetNs;
 use crate::sys::tun::Tap;
 
@@ -29,9 +29,10 @@ const RENEWED: Duration = Duration::from_secs(300);
 const INGRESS: u32 = 0;
 
 /// The links that connections of home's may go through: an engine's, on a bridge.
-pub fn links(image: &NetworkImage) -> impl Iterator<Item = &Link> {
-    let behind = |link: &&Link| {
-        matches!(link.kind, Kind::Veth { .. }) && link.addresses.iter().any(|a| a.local.is_ipv4())
+pub fn links(image: &NetworkImage) -> impl Iterator<Item = &LinkImage> {
+    let behind = |link: &&LinkImage| {
+        matches!(link.kind, LinkKind::Veth { .. })
+            && link.addresses.iter().any(|a| a.local.is_ipv4())
     };
     image.links.iter().filter(behind)
 }
@@ -96,7 +97,7 @@ pub fn steer(id: &str, container: &NetNs, names: &[String], stay: &[Stays]) -> R
     let outside = Rtnl::open(&host).and_then(|mut s| s.links()).trying(trying)?;
     let inside = Rtnl::open(container).and_then(|mut s| s.links()).trying(trying)?;
     let table = table(id);
-    let mut batch = Batch::new();
+    let mut batch = NftBatch::new();
     // Adding before deleting makes the deletion right whether or not it was there.
     batch.add_table(nft::NETDEV, &table);
     batch.delete_table(nft::NETDEV, &table);
@@ -148,7 +149,7 @@ pub fn steer(id: &str, container: &NetNs, names: &[String], stay: &[Stays]) -> R
     }
     let ips: Vec<[u8; 4]> = stay.iter().map(|one| one.address.octets()).collect();
     batch.add_keys(nft::NETDEV, &table, NEAR, &ips);
-    let mut socket = Socket::open_in(&host, Protocol::Netfilter).trying(trying)?;
+    let mut socket = NetlinkSocket::open_in(&host, Protocol::Netfilter).trying(trying)?;
     socket.transact(&batch.prepare()).map(drop).trying(trying)?;
     near::tell(container, stay, true)
 }
@@ -162,7 +163,7 @@ fn open(container: &NetNs) -> Result<Vec<Ends>, Problem> {
     Ok(ends)
 }
 
-fn ends(one: &Known) -> Option<Ends> {
+fn ends(one: &SocketInfo) -> Option<Ends> {
     let (SocketAddr::V4(to), SocketAddr::V4(from)) = (one.flow.local, one.flow.remote) else {
         return None;
     };
@@ -180,7 +181,7 @@ pub fn cut(id: &str, container: &NetNs, old: &[IpAddr]) -> Result<(), Problem> {
     let trying = || "cannot end what was forwarded".to_owned();
     let host = NetNs::current().trying(trying)?;
     let (mut socket, table) =
-        (Socket::open_in(&host, Protocol::Netfilter).trying(trying)?, table(id));
+        (NetlinkSocket::open_in(&host, Protocol::Netfilter).trying(trying)?, table(id));
     let mut from_home = HashSet::new();
     for set in [OPEN, RECENT] {
         // Where it never came so far there are none.
@@ -196,7 +197,7 @@ pub fn cut(id: &str, container: &NetNs, old: &[IpAddr]) -> Result<(), Problem> {
 #[derive(Debug)]
 pub struct Keeper {
     table: String,
-    socket: Socket,
+    socket: NetlinkSocket,
     sock_diag: SockDiag,
 }
 
@@ -210,7 +211,7 @@ impl Keeper {
         let host = NetNs::current().trying(trying)?;
         Ok(Keeper {
             table: table(id),
-            socket: Socket::open_in(&host, Protocol::Netfilter).trying(trying)?,
+            socket: NetlinkSocket::open_in(&host, Protocol::Netfilter).trying(trying)?,
             sock_diag: SockDiag::new(container)?,
         })
     }
@@ -231,7 +232,7 @@ impl Keeper {
         let (come, gone) = difference(&noted, &recent, &all);
 
         let keys = |list: &[Ends]| list.iter().map(|e| e.key()).collect::<Vec<_>>();
-        let mut batch = Batch::new();
+        let mut batch = NftBatch::new();
         batch.add_keys(nft::NETDEV, &self.table, OPEN, &keys(&come));
         batch.delete_keys(nft::NETDEV, &self.table, OPEN, &keys(&gone));
         if !(come.is_empty() && gone.is_empty()) {

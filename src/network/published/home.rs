@@ -14,17 +14,17 @@ use serde::{Deserialize, Serialize};
 
 use super::packet::{self, Packet, TCP};
 use super::{
-    ADDRESS_CELLS, Ends, FLOW, FLOW_CELLS, Near, PORT, PORT_CELLS, Port, Translation, Translations,
-    device, near, table,
+    ADDRESS_CELLS, Ends, FLOW, FLOW_CELLS, HomePort, Near, PORT, PORT_CELLS, Translation,
+    Translations, device, near, table,
 };
 use crate::network::fence;
-use crate::network::frames::Frame;
-use crate::network::nft::{self, Batch, Expression, NewChain, NewSet, Policy};
+use crate::network::frames::EthernetFrame;
+use crate::network::nft::{self, Expression, NewChain, NewSet, NftBatch, Policy};
 use crate::network::read::address;
 use crate::network::rtnl::{self, IFF_UP, Rtnl, ifinfo};
 use crate::network::translated;
 use crate::problem::{Problem, Trying};
-use crate::sys::netlink::{Mac, Protocol, Request, Socket};
+use crate::sys::netlink::{Mac, NetlinkSocket, Protocol, Request};
 use crate::sys::netns::NetNs;
 use crate::sys::packet::VNET_HDR;
 use crate::sys::tun::Tap;
@@ -44,9 +44,9 @@ const MOST_DEVICES: usize = 256;
 
 /// What home knows of the container.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Known {
+pub struct HomeFacts {
     /// Ports that lead to it.
-    pub ports: Vec<Port>,
+    pub ports: Vec<HomePort>,
     /// Its links that connections of home's go through, by their place in the list of links: hardware
     /// address, and the addresses there.
     pub links: Vec<(Mac, Vec<Ipv4Addr>)>,
@@ -58,7 +58,7 @@ pub struct Known {
     pub neighbours: Vec<Ipv4Addr>,
 }
 
-impl Known {
+impl HomeFacts {
     fn near(&self) -> Near {
         let own = self.links.iter().flat_map(|(_, ips)| ips).copied().collect();
         Near { own, others: self.neighbours.iter().copied().collect() }
@@ -67,21 +67,21 @@ impl Known {
 
 /// See the module.
 #[derive(Debug)]
-pub struct Home {
+pub struct PublishedHome {
     id: String,
-    known: Known,
+    known: HomeFacts,
     tap: Tap,
     out: OwnedFd,
-    state: Mutex<State>,
+    state: Mutex<HomeState>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct HomeState {
     translations: Translations,
     /// Devices that are listened to, and, of these, those of neighbours, when that was set up.
     devices: Option<[Vec<String>; 2]>,
     /// Ports of this host that nobody else may have meanwhile.
-    held: Vec<(Port, Holding)>,
+    held: Vec<(HomePort, Holding)>,
 }
 
 /// A socket that is bound, and does nothing.
@@ -92,12 +92,12 @@ enum Holding {
     Udp(UdpSocket),
 }
 
-impl Home {
+impl PublishedHome {
     /// Makes what it works with; nothing is led here yet.
     ///
     /// # Errors
     /// When the kernel does not have it.
-    pub fn open(id: &str, known: Known) -> Result<Home, Problem> {
+    pub fn open(id: &str, known: HomeFacts) -> Result<PublishedHome, Problem> {
         let trying = || "cannot make ready to forward connections".to_owned();
         let name = device(id, None);
         let tap = super::quiet_device(&name).trying(trying)?;
@@ -117,10 +117,10 @@ impl Home {
         );
         let out = out.trying(trying)?;
         setsockopt(&out, sockopt::Mark, &fence::PASS).trying(trying)?;
-        Ok(Home { id: id.to_owned(), known, tap, out, state: Mutex::default() })
+        Ok(PublishedHome { id: id.to_owned(), known, tap, out, state: Mutex::default() })
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, HomeState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -148,7 +148,7 @@ impl Home {
         self.steer(&mut state, open)
     }
 
-    fn steer(&self, state: &mut State, open: &[Translation]) -> Result<(), Problem> {
+    fn steer(&self, state: &mut HomeState, open: &[Translation]) -> Result<(), Problem> {
         let trying = || "cannot lead connections to where the container is".to_owned();
         let (host, name, table) =
             (NetNs::current().trying(trying)?, device(&self.id, None), table(&self.id));
@@ -173,7 +173,7 @@ impl Home {
         ports.dedup();
         let flows: Vec<[u8; FLOW]> = open.iter().map(|one| one.wire.key()).collect();
 
-        let mut batch = Batch::new();
+        let mut batch = NftBatch::new();
         for family in [nft::NETDEV, nft::IPV4] {
             // Adding before deleting makes the deletion right whether or not it was there.
             batch.add_table(family, &table);
@@ -225,7 +225,7 @@ impl Home {
         });
         // Else it would find that the connection is known, the other way round, and give it another port.
         batch.untrack_mark(nft::IPV4, &table, "out", fence::PASS);
-        let mut socket = Socket::open_in(&host, Protocol::Netfilter).trying(trying)?;
+        let mut socket = NetlinkSocket::open_in(&host, Protocol::Netfilter).trying(trying)?;
         socket.transact(&batch.prepare()).trying(trying)?;
         state.devices = Some(devices);
         Ok(())
@@ -251,7 +251,7 @@ impl Home {
     }
 
     /// An engine here would give it to another container.
-    fn hold_ports(&self, state: &mut State) {
+    fn hold_ports(&self, state: &mut HomeState) {
         for port in &self.known.ports {
             if state.held.iter().any(|(held, _)| held == port) {
                 continue;
@@ -270,11 +270,11 @@ impl Home {
     ///
     /// # Errors
     /// When the device is gone.
-    pub fn read(&self, buffer: &mut [u8], frames: &mut Vec<Frame>) -> io::Result<()> {
+    pub fn read(&self, buffer: &mut [u8], frames: &mut Vec<EthernetFrame>) -> io::Result<()> {
         while frames.len() < 256 {
             let Some(length) = self.tap.read(buffer)? else { break };
             let Some(frame) = buffer.get_mut(VNET_HDR..length) else { continue };
-            match near::Asked::parse(frame) {
+            match near::ArpRequest::parse(frame) {
                 Some(asked) => self.answer(&asked),
                 None => frames.extend(self.inward(frame)),
             }
@@ -283,7 +283,7 @@ impl Home {
     }
 
     /// A neighbour hears where the container's address is: where it was, as far as that is to know.
-    fn answer(&self, asked: &near::Asked) {
+    fn answer(&self, asked: &near::ArpRequest) {
         let place = self.known.links.iter().position(|(_, ips)| ips.contains(&asked.address));
         let there = place.and_then(|n| Some((&self.known.links[n].0, self.known.bridges.get(n)?)));
         let Some((mac, bridge)) = there else { return };
@@ -292,7 +292,7 @@ impl Home {
         }
     }
 
-    fn inward(&self, frame: &mut [u8]) -> Option<Frame> {
+    fn inward(&self, frame: &mut [u8]) -> Option<EthernetFrame> {
         let at = packet::network(frame)?;
         let mut packet = Packet::parse(frame.get_mut(at..)?)?;
         let (ends, closes) = (packet.ends(), packet.closes());
@@ -305,11 +305,11 @@ impl Home {
         bytes.extend(SENDER);
         bytes.extend([0x08, 0x00]);
         bytes.extend(packet.bytes());
-        Some(Frame { link: place as u16, vnet_hdr: [0; VNET_HDR], bytes })
+        Some(EthernetFrame { link: place as u16, vnet_hdr: [0; VNET_HDR], bytes })
     }
 
     /// Whether it comes from an address of the container's: what is on the other host may have sent others.
-    pub fn is_containers(&self, frame: &Frame) -> bool {
+    pub fn is_containers(&self, frame: &EthernetFrame) -> bool {
         let mut bytes = frame.bytes.clone();
         let packet = packet::network(&bytes).and_then(|at| Packet::parse(bytes.get_mut(at..)?));
         let from = packet.map(|packet| packet.ends().from);
@@ -320,7 +320,7 @@ impl Home {
     ///
     /// # Errors
     /// When the kernel does not take it.
-    pub fn send(&self, frame: &Frame) -> io::Result<()> {
+    pub fn send(&self, frame: &EthernetFrame) -> io::Result<()> {
         let mut bytes = frame.bytes.clone();
         let packet = packet::network(&bytes).and_then(|at| Packet::parse(bytes.get_mut(at..)?));
         let Some(mut packet) = packet.filter(|_| frame.vnet_hdr[..2] == [0, 0]) else {
@@ -347,14 +347,14 @@ impl Home {
     }
 }
 
-impl AsFd for Home {
+impl AsFd for PublishedHome {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.tap.as_fd()
     }
 }
 
 /// What packets from outside may come in by; and those of neighbours.
-fn devices(links: &[rtnl::LinkInfo], own: &str, known: &Known) -> [Vec<String>; 2] {
+fn devices(links: &[rtnl::LinkInfo], own: &str, known: &HomeFacts) -> [Vec<String>; 2] {
     let foreign = |link: &&rtnl::LinkInfo| !link.is_loopback() && link.name != own;
     let bridge = |link: &&rtnl::LinkInfo| known.bridges.contains(&link.name);
     let bridges: Vec<i32> = links.iter().filter(bridge).map(|link| link.index).collect();

@@ -33,14 +33,14 @@ use std::net::{IpAddr, SocketAddrV4};
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) use translations::{Near, Port, Translation, Translations};
+pub(crate) use translations::{HomePort, Near, Translation, Translations};
 
 use super::nft::Cell;
 use super::read::address;
 use super::rtnl::Rtnl;
 use super::{nft, rtnl, sysctl};
 use crate::problem::{Problem, Trying};
-use crate::sys::netlink::{Protocol, Socket};
+use crate::sys::netlink::{NetlinkSocket, Protocol};
 use crate::sys::netns::NetNs;
 use crate::sys::tun::Tap;
 
@@ -145,7 +145,7 @@ pub fn clear(id: &str) -> Result<(), Problem> {
     let trying = || "cannot take away what forwards connections".to_owned();
     let host = NetNs::current().trying(trying)?;
     let (mut socket, table) =
-        (Socket::open_in(&host, Protocol::Netfilter).trying(trying)?, table(id));
+        (NetlinkSocket::open_in(&host, Protocol::Netfilter).trying(trying)?, table(id));
     nft::delete_tables(&mut socket, |_, name| name == table).trying(trying)?;
     away::delete_devices(id, &host).trying(trying)
 }

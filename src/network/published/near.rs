@@ -108,17 +108,17 @@ pub(super) fn asks_for() -> Vec<Expression> {
 
 /// Somebody asks where an address is.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Asked {
+pub(super) struct ArpRequest {
     pub address: Ipv4Addr,
     by: (Mac, Ipv4Addr),
 }
 
-impl Asked {
-    pub fn parse(frame: &[u8]) -> Option<Asked> {
+impl ArpRequest {
+    pub fn parse(frame: &[u8]) -> Option<ArpRequest> {
         let arp = frame.get(12..)?.strip_prefix(&ARP)?.strip_prefix(&FORM)?;
         let arp = arp.strip_prefix(&[0, REQUEST])?;
         let ip = |at: usize| Some(Ipv4Addr::from(*arp.get(at..)?.first_chunk::<4>()?));
-        Some(Asked { by: (*arp.first_chunk()?, ip(6)?), address: ip(16)? })
+        Some(ArpRequest { by: (*arp.first_chunk()?, ip(6)?), address: ip(16)? })
     }
 
     /// What whoever has this hardware address says.
@@ -152,13 +152,13 @@ mod tests {
 
     #[test]
     fn a_question_is_answered() {
-        let asked = Asked::parse(&question()).unwrap();
+        let asked = ArpRequest::parse(&question()).unwrap();
         assert_eq!(asked.address, Ipv4Addr::new(10, 89, 7, 20));
         let mac = [2, 0, 0, 0, 0, 1];
         let said = asked.answer(mac);
         assert_eq!((said.len(), &said[..6], &said[6..12]), (42, &[2, 0, 0, 0, 0, 9][..], &mac[..]));
         assert_eq!(&said[22..32], [&mac[..], &[10, 89, 7, 20]].concat());
-        assert_eq!(Asked::parse(&said), None, "that is none");
+        assert_eq!(ArpRequest::parse(&said), None, "that is none");
     }
 
     #[test]
@@ -179,7 +179,7 @@ mod tests {
     #[test]
     fn fuzz_questions() {
         Target::new("questions").sample(question()).run(|bytes| {
-            let asked = Asked::parse(bytes).context("no question")?;
+            let asked = ArpRequest::parse(bytes).context("no question")?;
             assert_eq!(asked.answer([0; 6]).len(), 42);
             Ok(())
         });

@@ -19,7 +19,7 @@ const OTHER: Duration = Duration::from_secs(180);
 
 /// A port of home's that leads to the container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Port {
+pub struct HomePort {
     /// `IPPROTO_TCP` or `IPPROTO_UDP`.
     pub protocol: u8,
     /// On which of the host's addresses; `None` for all.
@@ -75,7 +75,7 @@ impl Way {
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Translations {
-    ports: Vec<Port>,
+    ports: Vec<HomePort>,
     near: Near,
     ways: HashMap<Ends, Way>,
     /// From the face inside to that on the wire.
@@ -85,7 +85,12 @@ pub struct Translations {
 
 impl Translations {
     /// Begins with what is open.
-    pub fn new(ports: Vec<Port>, near: Near, open: &[Translation], now: Instant) -> Translations {
+    pub fn new(
+        ports: Vec<HomePort>,
+        near: Near,
+        open: &[Translation],
+        now: Instant,
+    ) -> Translations {
         let mut all = Translations { ports, near, ..Translations::default() };
         for one in open {
             let way = Way { inside: one.inside, used: now, answered: true, ended: (false, false) };
@@ -109,7 +114,7 @@ impl Translations {
     /// [`Packet`](super::packet::Packet::closes).
     pub fn inward(&mut self, wire: Ends, closes: (bool, bool), now: Instant) -> Option<Ends> {
         if !self.ways.contains_key(&wire) {
-            let leads = |p: &&Port| {
+            let leads = |p: &&HomePort| {
                 p.protocol == wire.protocol
                     && p.port == wire.to.port()
                     && p.address.is_none_or(|ip| ip == *wire.to.ip())
@@ -186,9 +191,9 @@ mod tests {
         Ends { protocol: TCP, from: from.parse().unwrap(), to: to.parse().unwrap() }
     }
 
-    fn published() -> Vec<Port> {
+    fn published() -> Vec<HomePort> {
         let to = "10.89.7.20:7000".parse().unwrap();
-        vec![Port { protocol: TCP, address: None, port: 8080, to }]
+        vec![HomePort { protocol: TCP, address: None, port: 8080, to }]
     }
 
     #[test]

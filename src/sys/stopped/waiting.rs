@@ -13,7 +13,9 @@ use nix::unistd::Pid;
 
 use super::{PATIENCE, Stopped, general, set_general, set_signal_mask, signal_mask, wait_stop};
 use crate::sys::arch;
-use crate::sys::waits::{Call, Clock, INTERRUPTED, Limit, Processors, RESTART_BLOCK, Seen, time};
+use crate::sys::waits::{
+    Clock, INTERRUPTED, Processors, RESTART_BLOCK, SeenWait, SystemCall, TimeLimit, time,
+};
 
 /// Results that the kernel replaces before a program sees them: linux/errno.h.
 const RESTARTS: std::ops::RangeInclusive<i64> = RESTART_BLOCK..=-512;
@@ -37,19 +39,19 @@ pub enum Wait {
 
 impl Stopped {
     /// The call in which it was, and what that would have returned.
-    fn interrupted(&self) -> Option<(Call, i64)> {
+    fn interrupted(&self) -> Option<(SystemCall, i64)> {
         if !arch::native(&self.general) {
             return None;
         }
         let (number, arguments) = arch::in_call(&self.general)?;
-        Some((Call { number, arguments }, arch::result(&self.general)))
+        Some((SystemCall { number, arguments }, arch::result(&self.general)))
     }
 
     /// The call that it is about to continue: let go after a stop it had not come to that when it was
     /// stopped again. restart_syscall(2)
-    fn about_to_continue(&self, clock: &Clock, before: Option<(&Seen, u64)>) -> Option<u64> {
+    fn about_to_continue(&self, clock: &Clock, before: Option<(&SeenWait, u64)>) -> Option<u64> {
         let (number, arguments) = arch::upcoming(&self.general);
-        let next = Call { number, arguments };
+        let next = SystemCall { number, arguments };
         if !arch::native(&self.general) || next.plain() != libc::SYS_restart_syscall {
             return None;
         }
@@ -64,7 +66,7 @@ impl Stopped {
         }
         // By the kernel's own doing, which leaves there what the call was.
         let (number, _) = arch::in_call(&self.general)?;
-        let call = Call { number, arguments };
+        let call = SystemCall { number, arguments };
         let limit = call.continued()?;
         Some(call.bearing(call.deadline(self.tid.as_raw(), limit, clock, before), clock.now()))
     }
@@ -82,7 +84,7 @@ impl Stopped {
 
     /// Has it wait on here, where it was stopped and goes on in the same moment. The kernel knows for how
     /// long; that is noted where it would otherwise be forgotten of what call.
-    pub(super) fn wait_on(&mut self, clock: &Clock, before: Option<&Seen>) -> Wait {
+    pub(super) fn wait_on(&mut self, clock: &Clock, before: Option<&SeenWait>) -> Wait {
         let Some((call, result)) = self.interrupted() else { return Wait::Unchanged };
         let (tid, now) = (self.tid.as_raw(), clock.now());
         let before = before.map(|seen| (seen, STOP));
@@ -91,7 +93,7 @@ impl Stopped {
         }
         let number = match (call.continued_by(), call.continued()) {
             (Some(_), _) => call.number,
-            (None, Some(Limit::Nowhere)) => return self.set(|r| arch::again(r, call.number)),
+            (None, Some(TimeLimit::Nowhere)) => return self.set(|r| arch::again(r, call.number)),
             (None, Some(limit)) => {
                 let deadline = call.deadline(tid, limit, clock, before);
                 let Some(number) = call.continuing(deadline, now) else { return Wait::Unchanged };
@@ -104,7 +106,7 @@ impl Stopped {
 
     /// Has it wait on wherever it goes on, here or elsewhere, whenever that is: the call begins anew, and
     /// bears for how long. It was frozen in this moment, and `before` was seen just before.
-    pub fn wait_elsewhere(&mut self, clock: &Clock, before: Option<&Seen>) -> Wait {
+    pub fn wait_elsewhere(&mut self, clock: &Clock, before: Option<&SeenWait>) -> Wait {
         let before = before.map(|seen| (seen, FREEZE + STOP));
         if let Some(number) = self.about_to_continue(clock, before) {
             return self.set(|r| arch::enter_here(r, number));
@@ -116,7 +118,7 @@ impl Stopped {
         }
         let call = call.continued_by().unwrap_or(call);
         let number = match call.continued() {
-            Some(Limit::Nowhere) => call.number,
+            Some(TimeLimit::Nowhere) => call.number,
             Some(limit) => call.bearing(call.deadline(tid, limit, clock, before), now),
             None => return Wait::Ends,
         };
@@ -126,14 +128,14 @@ impl Stopped {
     /// What ends with `EINTR` after any stop.
     fn wait_anew(
         &mut self,
-        call: Call,
+        call: SystemCall,
         result: i64,
         clock: &Clock,
-        before: Option<(&Seen, u64)>,
+        before: Option<(&SeenWait, u64)>,
     ) -> Wait {
         let limit = (result == INTERRUPTED).then(|| call.ended(|number| self.is_socket(number)));
         let Some(limit) = limit.flatten() else { return Wait::Unchanged };
-        if let Limit::Milliseconds(at) = limit
+        if let TimeLimit::Milliseconds(at) = limit
             && let Some(deadline) = call.deadline(self.tid.as_raw(), limit, clock, before)
         {
             let left = milliseconds(deadline.saturating_sub(clock.now()));
@@ -157,17 +159,19 @@ impl Stopped {
         let place = arch::stack(&self.general).wrapping_sub(RED_ZONE + 16) & !15;
         let mut borrowed = [0; 16];
         match limit {
-            Limit::Milliseconds(at) => arch::set_argument(&mut registers, at, milliseconds(left)),
-            Limit::Time(at, _) => {
+            TimeLimit::Milliseconds(at) => {
+                arch::set_argument(&mut registers, at, milliseconds(left))
+            }
+            TimeLimit::Time(at, _) => {
                 memory.read_exact_at(&mut borrowed, place)?;
                 memory.write_all_at(&time(left.max(1)), place)?;
                 arch::set_argument(&mut registers, at, place);
             }
-            Limit::Nowhere | Limit::Anew => return Ok(Wait::Unchanged),
+            TimeLimit::Nowhere | TimeLimit::Anew => return Ok(Wait::Unchanged),
         }
         arch::enter(&mut registers, call.plain() as u64);
         let result = self.begin(&mut registers);
-        if let Limit::Time(..) = limit {
+        if let TimeLimit::Time(..) = limit {
             memory.write_all_at(&borrowed, place)?;
         }
         let result = result?;
@@ -215,7 +219,7 @@ impl Stopped {
 }
 
 /// Lets a thread go that has stopped in this moment; a call in which it waits goes on.
-pub(super) fn let_go(tid: Pid, seen: &HashMap<i32, (Clock, Option<Seen>)>) -> io::Result<()> {
+pub(super) fn let_go(tid: Pid, seen: &HashMap<i32, (Clock, Option<SeenWait>)>) -> io::Result<()> {
     if let Some((clock, before)) = seen.get(&tid.as_raw())
         && let (Ok(general), Ok(mask)) = (general(tid), signal_mask(tid))
     {
@@ -236,7 +240,7 @@ fn milliseconds(nanoseconds: u64) -> u64 {
 /// # Errors
 /// As [`Stopped::within`].
 pub fn wait_no_longer(tid: i32, clock: &Clock, until: Instant) -> io::Result<Wait> {
-    let before = Seen::of(tid, clock, &mut Processors::default());
+    let before = SeenWait::of(tid, clock, &mut Processors::default());
     let mut thread = Stopped::standing(tid, until)?;
     let done = thread.wait_until(clock);
     if !matches!(done, Ok(Wait::GoesOn)) {
@@ -357,11 +361,11 @@ mod tests {
     #[test]
     fn what_has_not_been_continued_yet_begins_anew() {
         let clock = Clock::of(std::process::id() as i32);
-        let wanted = |call: Call| {
-            let deadline = call.deadline(0, Limit::Milliseconds(2), &clock, None);
+        let wanted = |call: SystemCall| {
+            let deadline = call.deadline(0, TimeLimit::Milliseconds(2), &clock, None);
             call.bearing(deadline, clock.now())
         };
-        let poll = Call { number: libc::SYS_poll as u64, arguments: [0, 0, 3000, 0, 0, 0] };
+        let poll = SystemCall { number: libc::SYS_poll as u64, arguments: [0, 0, 3000, 0, 0, 0] };
         let by_us = poll.continuing(Some(clock.now() + 3_000_000_000), clock.now()).unwrap();
         let by_the_kernel = libc::SYS_restart_syscall as u64;
         let mut child =
@@ -379,10 +383,10 @@ mod tests {
             thread.general.orig_rax = before;
             assert_eq!(thread.wait_elsewhere(&clock, None), Wait::GoesOn, "{next:#x}");
             let (number, arguments) = arch::upcoming(&thread.general);
-            let anew = Call { number, arguments };
+            let anew = SystemCall { number, arguments };
             assert_eq!((anew.plain(), anew.marked(0).is_some()), (libc::SYS_poll, true));
             let (bound, now) = (wanted(poll), clock.now());
-            let bound = Call { number: bound, ..poll }.marked(now);
+            let bound = SystemCall { number: bound, ..poll }.marked(now);
             assert!(anew.marked(now) <= bound, "{number:#x}");
             assert_eq!(arch::position(&thread.general), arch::position(&stood) - 2);
         }
@@ -404,7 +408,7 @@ mod tests {
         let stop = |one: Waiting| {
             let clock = Clock::of(one.pid());
             for _ in 0..2 {
-                let seen = Seen::of(one.pid(), &clock, &mut Processors::default());
+                let seen = SeenWait::of(one.pid(), &clock, &mut Processors::default());
                 let until = Instant::now() + PATIENCE;
                 let mut thread = Stopped::standing(one.pid(), until).unwrap();
                 thread.wait_elsewhere(&clock, seen.as_ref());

@@ -15,7 +15,7 @@ const SUPERVISOR: &str = "anon_inode:seccomp notify";
 
 /// An open file of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Open {
+pub struct OpenFile {
     /// Whose.
     pub pid: i32,
     /// Its number there.
@@ -24,7 +24,7 @@ pub struct Open {
     pub target: PathBuf,
 }
 
-impl Open {
+impl OpenFile {
     /// Its inode, where it is a socket.
     pub fn socket(&self) -> Option<u64> {
         self.inode("socket:[")
@@ -56,20 +56,20 @@ impl Open {
 }
 
 /// All open files of these processes. Whoever has ended meanwhile has none.
-pub fn all(pids: &[i32]) -> Vec<Open> {
+pub fn all(pids: &[i32]) -> Vec<OpenFile> {
     let mut found = Vec::new();
     for &pid in pids {
         let Ok(list) = fs::read_dir(format!("/proc/{pid}/fd")) else { continue };
         found.extend(list.flatten().filter_map(|entry| {
             let number = entry.file_name().to_str()?.parse().ok()?;
-            Some(Open { pid, number, target: fs::read_link(entry.path()).ok()? })
+            Some(OpenFile { pid, number, target: fs::read_link(entry.path()).ok()? })
         }));
     }
     found
 }
 
 /// Everything about open files.
-pub fn problems(scene: Scene<'_>, open: &[Open]) -> Vec<Problem> {
+pub fn problems(scene: Scene<'_>, open: &[OpenFile]) -> Vec<Problem> {
     let mut found = Vec::new();
     found.extend(supervisor(open));
     found.extend(of_a_thread(open));
@@ -81,7 +81,7 @@ pub fn problems(scene: Scene<'_>, open: &[Open]) -> Vec<Problem> {
 }
 
 /// A sandbox whose questions somebody in the container answers.
-fn supervisor(open: &[Open]) -> Option<Problem> {
+fn supervisor(open: &[OpenFile]) -> Option<Problem> {
     let one = open.iter().find(|open| open.target == Path::new(SUPERVISOR))?;
     Some(
         Problem::new(
@@ -96,7 +96,7 @@ fn supervisor(open: &[Open]) -> Option<Problem> {
 }
 
 /// Files of a thread below `/proc`: CRIU opens them before it has made the thread.
-fn of_a_thread(open: &[Open]) -> Option<Problem> {
+fn of_a_thread(open: &[OpenFile]) -> Option<Problem> {
     let one = open.iter().find(|open| is_of_a_thread(&open.target))?;
     Some(
         Problem::new(
@@ -120,10 +120,10 @@ fn is_of_a_thread(target: &Path) -> bool {
 }
 
 /// Message queues, open or left. mq_overview(7)
-fn queue(scene: Scene<'_>, open: &[Open]) -> Option<Problem> {
+fn queue(scene: Scene<'_>, open: &[OpenFile]) -> Option<Problem> {
     let info = process::proc_text(scene.init, "mountinfo").unwrap_or_default();
     let numbers: HashSet<&str> = info.lines().filter_map(|line| line.split(' ').next()).collect();
-    let outside = |open: &&Open| open.info("mnt_id").is_some_and(|id| !numbers.contains(&*id));
+    let outside = |open: &&OpenFile| open.info("mnt_id").is_some_and(|id| !numbers.contains(&*id));
     let named = open.iter().filter(|open| open.target.is_absolute()).filter(outside);
     let mut queues = named.filter(|open| tmpfs::is_message_queue(&open.path()).unwrap_or(false));
     let hint =
@@ -154,7 +154,7 @@ fn queue(scene: Scene<'_>, open: &[Open]) -> Option<Problem> {
 
 /// FIFOs with a name that somebody reads and nobody writes to just now: they would be at their end at
 /// once and for ever. fifo(7)
-fn fifos_without_writer(open: &[Open]) -> Vec<Problem> {
+fn fifos_without_writer(open: &[OpenFile]) -> Vec<Problem> {
     let mut read = BTreeMap::new();
     let mut written = HashSet::new();
     for one in open.iter().filter(|open| open.target.is_absolute()) {
@@ -172,7 +172,7 @@ fn fifos_without_writer(open: &[Open]) -> Vec<Problem> {
         }
     }
     let alone = read.into_iter().filter(|(fifo, _)| !written.contains(fifo));
-    let problem = |(_, one): (_, &Open)| {
+    let problem = |(_, one): (_, &OpenFile)| {
         Problem::new(
             format!("nobody writes to the FIFO {} that the container reads", one.target.display()),
             format!(
@@ -187,7 +187,7 @@ fn fifos_without_writer(open: &[Open]) -> Vec<Problem> {
 }
 
 /// Pipes that keep packets apart: CRIU knows of none, with or without anything in them. pipe(2), O_DIRECT
-fn packets(open: &[Open]) -> Option<Problem> {
+fn packets(open: &[OpenFile]) -> Option<Problem> {
     let one = open.iter().find(|open| {
         let flags = open.inode("pipe:[").and_then(|_| open.info("flags"));
         let flags = flags.and_then(|flags| i32::from_str_radix(&flags, 8).ok());
@@ -203,8 +203,8 @@ fn packets(open: &[Open]) -> Option<Problem> {
 }
 
 /// Epolls that watch what the first process that has them has no descriptor of: shared over a fork.
-fn escaped_targets(open: &[Open]) -> Option<Problem> {
-    let find = |open: &[Open]| -> HashMap<(i32, i32), u64> {
+fn escaped_targets(open: &[OpenFile]) -> Option<Problem> {
+    let find = |open: &[OpenFile]| -> HashMap<(i32, i32), u64> {
         let mut has: HashMap<i32, HashSet<u64>> = HashMap::new();
         for one in open {
             has.entry(one.pid).or_default().extend(one.socket().or(one.inode("pipe:[")));
@@ -215,7 +215,7 @@ fn escaped_targets(open: &[Open]) -> Option<Problem> {
         let escaped = epolls.filter_map(|one| {
             let targets = epoll::targets(one.pid, one.number).ok()?;
             let own = has.get(&one.pid)?;
-            let gone = |t: &&epoll::Target| all.contains(&t.inode) && !own.contains(&t.inode);
+            let gone = |t: &&epoll::EpollTarget| all.contains(&t.inode) && !own.contains(&t.inode);
             let gone = targets.iter().find(gone)?;
             // CRIU takes it where it meets it first, with the parent: after a fork for a copy of
             // memory (redis) the child is none that matters.
@@ -271,7 +271,7 @@ mod tests {
         let keeper = open(true);
         let reader = open(false);
         let about = || {
-            let mine: Vec<Open> = all(&[std::process::id() as i32]);
+            let mine: Vec<OpenFile> = all(&[std::process::id() as i32]);
             fifos_without_writer(&mine)
                 .into_iter()
                 .find(|p| p.what.contains(path.to_str().unwrap()))
@@ -285,7 +285,7 @@ mod tests {
 
     #[test]
     fn a_supervisor_is_found_by_its_descriptor() {
-        let open = |target: &str| Open { pid: 1, number: 3, target: target.into() };
+        let open = |target: &str| OpenFile { pid: 1, number: 3, target: target.into() };
         assert!(supervisor(&[open("socket:[7]"), open(SUPERVISOR)]).is_some());
         assert_eq!(supervisor(&[open("anon_inode:[eventpoll]")]), None);
         assert_eq!((open("socket:[7]").socket(), open("socket:[x]").socket()), (Some(7), None));

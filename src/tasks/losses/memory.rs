@@ -23,7 +23,7 @@ const NO_FILES: [&str; 5] = ["/dev/zero", "/memfd:", "/SYSV", "/[aio]", "/anon_h
 
 /// A line of proc_pid_maps(5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Mapping<'a> {
+struct MappedLine<'a> {
     start: u64,
     end: u64,
     /// `rwxp`
@@ -86,13 +86,13 @@ fn shared_by_fork(all: u64, own: u64) -> Option<Problem> {
     })
 }
 
-fn parse(line: &str) -> Option<Mapping<'_>> {
+fn parse(line: &str) -> Option<MappedLine<'_>> {
     let mut fields = line.splitn(6, ' ');
     let (start, end) = fields.next()?.split_once('-')?;
     let number = |text| u64::from_str_radix(text, 16).ok();
     let may = fields.next().filter(|may| may.len() == 4)?;
     let name = fields.nth(3).unwrap_or_default().trim_start();
-    Some(Mapping { start: number(start)?, end: number(end)?, may, name })
+    Some(MappedLine { start: number(start)?, end: number(end)?, may, name })
 }
 
 /// Bytes of address space in private mappings.

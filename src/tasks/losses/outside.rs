@@ -5,17 +5,18 @@ use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::files::Open;
+use super::files::OpenFile;
 use super::{Scene, who};
 use crate::network::unix;
 use crate::problem::Problem;
 use crate::sys::{process, tmpfs};
 
 /// Everything of that kind. The first process's standard streams are looked at elsewhere.
-pub fn problems(scene: Scene<'_>, open: &[Open]) -> Vec<Problem> {
+pub fn problems(scene: Scene<'_>, open: &[OpenFile]) -> Vec<Problem> {
     let standard = open.iter().filter(|one| one.pid == scene.init && one.number <= 2);
     let standard: HashSet<&Path> = standard.map(|one| one.target.as_path()).collect();
-    let others: Vec<&Open> = open.iter().filter(|one| !standard.contains(&*one.target)).collect();
+    let others: Vec<&OpenFile> =
+        open.iter().filter(|one| !standard.contains(&*one.target)).collect();
     let mut found = Vec::new();
     found.extend(file(scene, &others));
 
@@ -26,7 +27,7 @@ pub fn problems(scene: Scene<'_>, open: &[Open]) -> Vec<Problem> {
 }
 
 /// A file in none of the container's mounts, which it was given from outside.
-fn file(scene: Scene<'_>, open: &[&Open]) -> Option<Problem> {
+fn file(scene: Scene<'_>, open: &[&OpenFile]) -> Option<Problem> {
     let numbers = |pid: i32| -> HashSet<String> {
         let info = process::proc_text(pid, "mountinfo").unwrap_or_default();
         info.lines().filter_map(|line| line.split(' ').next().map(str::to_owned)).collect()
@@ -66,11 +67,11 @@ fn file(scene: Scene<'_>, open: &[&Open]) -> Option<Problem> {
 }
 
 /// What is open of something that has two ends, and the name of the other one's descriptor.
-type End<'a> = (&'a Open, PathBuf);
+type OpenEnd<'a> = (&'a OpenFile, PathBuf);
 
 /// Pipes of which the container has one end only.
-fn half_pipes<'a>(open: &[&'a Open]) -> Vec<End<'a>> {
-    let mut pipes: HashMap<&Path, (bool, bool, &Open)> = HashMap::new();
+fn half_pipes<'a>(open: &[&'a OpenFile]) -> Vec<OpenEnd<'a>> {
+    let mut pipes: HashMap<&Path, (bool, bool, &OpenFile)> = HashMap::new();
     for one in open.iter().filter(|one| one.is_pipe()) {
         let flags = one.info("flags").and_then(|flags| i32::from_str_radix(&flags, 8).ok());
         let Some(flags) = flags else { continue };
@@ -83,8 +84,12 @@ fn half_pipes<'a>(open: &[&'a Open]) -> Vec<End<'a>> {
 }
 
 /// Unix connections whose other end none of the tasks has.
-fn foreign_peers<'a>(scene: Scene<'_>, all: &[Open], open: &[&'a Open]) -> Vec<End<'a>> {
-    let own: HashSet<u64> = all.iter().filter_map(Open::socket).collect();
+fn foreign_peers<'a>(
+    scene: Scene<'_>,
+    all: &[OpenFile],
+    open: &[&'a OpenFile],
+) -> Vec<OpenEnd<'a>> {
+    let own: HashSet<u64> = all.iter().filter_map(OpenFile::socket).collect();
     if own.is_empty() {
         return Vec::new();
     }
@@ -101,11 +106,11 @@ fn foreign_peers<'a>(scene: Scene<'_>, all: &[Open], open: &[&'a Open]) -> Vec<E
 
 /// The first of these whose other end somebody outside of the container has. What was opened or closed while
 /// we looked, nobody has.
-fn other_end(scene: Scene<'_>, ends: &[End<'_>]) -> Option<Problem> {
+fn other_end(scene: Scene<'_>, ends: &[OpenEnd<'_>]) -> Option<Problem> {
     if ends.is_empty() {
         return None;
     }
-    let names: HashMap<&Path, &Open> = ends.iter().map(|(one, name)| (&**name, *one)).collect();
+    let names: HashMap<&Path, &OpenFile> = ends.iter().map(|(one, name)| (&**name, *one)).collect();
     let group = |pid: i32| process::proc_text(pid, "cgroup").ok();
     let own = group(scene.init);
     let number = |entry: fs::DirEntry| entry.file_name().to_str()?.parse::<i32>().ok();

@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 
-use super::files::Open;
+use super::files::OpenFile;
 use super::{Scene, named, who};
 use crate::oci::migratable::CURE;
 use crate::problem::Problem;
@@ -15,8 +15,8 @@ use crate::tasks::{mptcp, sockets};
 const LOOPBACK: u32 = 1;
 
 /// Everything about sockets.
-pub fn problems(scene: Scene<'_>, open: &[Open]) -> Vec<Problem> {
-    let own: HashSet<u64> = open.iter().filter_map(Open::socket).collect();
+pub fn problems(scene: Scene<'_>, open: &[OpenFile]) -> Vec<Problem> {
+    let own: HashSet<u64> = open.iter().filter_map(OpenFile::socket).collect();
     let table = |name: &str| process::proc_text(scene.init, &format!("net/{name}"));
     let table = |name: &str| table(name).unwrap_or_default();
     let mut found = Vec::new();

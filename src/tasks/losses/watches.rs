@@ -12,7 +12,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::files::Open;
+use super::files::OpenFile;
 use super::{Scene, directory_in, who};
 use crate::files::walk;
 use crate::problem::Problem;
@@ -32,7 +32,7 @@ struct Watch {
 
 /// A mount of the container's.
 #[derive(Debug, PartialEq, Eq)]
-struct Mount {
+struct WatchedMount {
     device: (u32, u32),
     place: PathBuf,
     kind: String,
@@ -42,7 +42,7 @@ struct Mount {
 
 /// What was found out about all watches.
 #[derive(Debug, Default)]
-struct Found {
+struct FoundWatches {
     /// Paths in the container that CRIU is to be given.
     paths: Vec<String>,
     /// Whose watches lead to nothing that has a name.
@@ -52,12 +52,12 @@ struct Found {
 }
 
 /// Paths in the container below which CRIU is to look for what is watched.
-pub fn paths(scene: Scene<'_>, open: &[Open]) -> Vec<String> {
+pub fn paths(scene: Scene<'_>, open: &[OpenFile]) -> Vec<String> {
     look(scene, open).paths
 }
 
 /// What stands in the way.
-pub fn problem(scene: Scene<'_>, open: &[Open]) -> Option<Problem> {
+pub fn problem(scene: Scene<'_>, open: &[OpenFile]) -> Option<Problem> {
     let found = look(scene, open);
     if let Some(wide) = found.wide {
         let why =
@@ -83,7 +83,7 @@ pub fn problem(scene: Scene<'_>, open: &[Open]) -> Option<Problem> {
     )
 }
 
-fn look(scene: Scene<'_>, open: &[Open]) -> Found {
+fn look(scene: Scene<'_>, open: &[OpenFile]) -> FoundWatches {
     let watches: Vec<(i32, Watch)> = open
         .iter()
         .filter(|open| is_watcher(&open.target))
@@ -98,7 +98,7 @@ fn look(scene: Scene<'_>, open: &[Open]) -> Found {
         })
         .flatten()
         .collect();
-    let mut found = Found::default();
+    let mut found = FoundWatches::default();
     if watches.is_empty() {
         return found;
     }
@@ -144,7 +144,11 @@ fn look(scene: Scene<'_>, open: &[Open]) -> Found {
 }
 
 /// The names in the container that lead to these inodes of a mount.
-fn names(init: i32, mount: &Mount, wanted: &HashSet<u64>) -> anyhow::Result<HashMap<u64, String>> {
+fn names(
+    init: i32,
+    mount: &WatchedMount,
+    wanted: &HashSet<u64>,
+) -> anyhow::Result<HashMap<u64, String>> {
     let root = process::root_of(init);
     let Some(directory) = directory_in(&root, &mount.place) else { return Ok(HashMap::new()) };
     let top = process::path_of(&directory);
@@ -183,7 +187,7 @@ fn watch_in(line: &str) -> Option<Watch> {
 }
 
 /// A line of proc_pid_mountinfo(5).
-fn mount_in(line: &str) -> Option<Mount> {
+fn mount_in(line: &str) -> Option<WatchedMount> {
     let (left, right) = line.split_once(" - ")?;
     let mut fields = left.split(' ');
     let (major, minor) = fields.nth(2)?.split_once(':')?;
@@ -193,7 +197,7 @@ fn mount_in(line: &str) -> Option<Mount> {
     let options = fields.nth(1).unwrap_or_default();
     let exported = options.split(',').any(|option| option == "nfs_export=on");
     let handles = !(kind == "proc" || kind == "overlay" && !exported);
-    Some(Mount { device: (major.parse().ok()?, minor.parse().ok()?), place, kind, handles })
+    Some(WatchedMount { device: (major.parse().ok()?, minor.parse().ok()?), place, kind, handles })
 }
 
 #[cfg(test)]

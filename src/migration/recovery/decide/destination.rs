@@ -5,7 +5,7 @@ use crate::migration::protocol::{Standing, Verdict};
 
 /// How far the destination is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Phase {
+pub enum CopyPhase {
     /// It takes the container in: there is no copy yet.
     Arriving,
     /// Restored, and held before its first instruction.
@@ -19,14 +19,14 @@ pub enum Phase {
         running: bool,
         /// All of its memory is in, and its files are on the disk.
         whole: bool,
-        /// See [`Phase::Held`].
+        /// See [`CopyPhase::Held`].
         lacking: bool,
     },
 }
 
 /// What it hears.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event {
+pub enum CopyEvent {
     /// A verdict, over whichever link, or an operator's.
     Verdict(Verdict),
     /// A question.
@@ -54,36 +54,38 @@ pub enum Act {
 /// An answer may come before it is true where it can only come true or, with whoever gives it, be
 /// undone: the source lets go of nothing before it has heard that it runs, and takes nothing back
 /// before it has heard that it never will.
-pub fn hear(phase: Phase, event: Event) -> (Act, Option<Standing>) {
+pub fn hear(phase: CopyPhase, event: CopyEvent) -> (Act, Option<Standing>) {
     let now = phase.standing();
     match (phase, event) {
-        (_, Event::Asked) => (Act::Wait, Some(now)),
-        (Phase::Arriving, Event::Verdict(Verdict::Commit)) => (Act::Wait, Some(now)),
-        (Phase::Arriving, _) => (Act::Undo, None),
-        (Phase::Held { .. }, Event::Verdict(Verdict::Commit)) => {
+        (_, CopyEvent::Asked) => (Act::Wait, Some(now)),
+        (CopyPhase::Arriving, CopyEvent::Verdict(Verdict::Commit)) => (Act::Wait, Some(now)),
+        (CopyPhase::Arriving, _) => (Act::Undo, None),
+        (CopyPhase::Held { .. }, CopyEvent::Verdict(Verdict::Commit)) => {
             (Act::Run, Some(Standing::Waiting))
         }
-        (Phase::Held { .. }, Event::Verdict(Verdict::Abort)) => {
+        (CopyPhase::Held { .. }, CopyEvent::Verdict(Verdict::Abort)) => {
             (Act::Undo, Some(Standing::NeverRan))
         }
         // A later link, or an operator, brings the verdict.
-        (Phase::Held { .. }, Event::Unlinked) => (Act::Wait, Some(now)),
-        (Phase::Held { .. }, Event::Broken) => (Act::Undo, None),
-        (Phase::Started { .. }, Event::Broken) => (Act::Undo, None),
-        (Phase::Started { .. }, Event::Verdict(_) | Event::Unlinked) => (Act::Wait, Some(now)),
+        (CopyPhase::Held { .. }, CopyEvent::Unlinked) => (Act::Wait, Some(now)),
+        (CopyPhase::Held { .. }, CopyEvent::Broken) => (Act::Undo, None),
+        (CopyPhase::Started { .. }, CopyEvent::Broken) => (Act::Undo, None),
+        (CopyPhase::Started { .. }, CopyEvent::Verdict(_) | CopyEvent::Unlinked) => {
+            (Act::Wait, Some(now))
+        }
     }
 }
 
-impl Phase {
+impl CopyPhase {
     /// What is said of it.
     pub fn standing(self) -> Standing {
         match self {
-            Phase::Arriving => Standing::Arriving,
-            Phase::Held { lacking: false } => Standing::Ready,
-            Phase::Held { lacking: true } => Standing::Lacking,
-            Phase::Started { running: true, whole: true, .. } => Standing::Running,
-            Phase::Started { running: true, whole: false, lacking: true } => Standing::Partial,
-            Phase::Started { .. } => Standing::Waiting,
+            CopyPhase::Arriving => Standing::Arriving,
+            CopyPhase::Held { lacking: false } => Standing::Ready,
+            CopyPhase::Held { lacking: true } => Standing::Lacking,
+            CopyPhase::Started { running: true, whole: true, .. } => Standing::Running,
+            CopyPhase::Started { running: true, whole: false, lacking: true } => Standing::Partial,
+            CopyPhase::Started { .. } => Standing::Waiting,
         }
     }
 }
@@ -124,7 +126,7 @@ pub fn released(alive: bool) -> Released {
 
 /// What is left on a destination whose processes have ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Left {
+pub struct LeftCopy {
     /// The last in its journal.
     pub state: State,
     /// The copy may have run: [`State::Committed`] is in it, and no [`State::Unstarted`] after that.
@@ -151,7 +153,7 @@ pub enum Answer {
 }
 
 /// See the module. After each but [`Answer::Is`] it is asked anew.
-pub fn answer(left: Left) -> Answer {
+pub fn answer(left: LeftCopy) -> Answer {
     match left.state {
         State::Finished => Answer::Is(Standing::Running),
         State::Aborted if left.started => Answer::Is(Standing::Gone),

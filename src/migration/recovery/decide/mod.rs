@@ -30,7 +30,8 @@ mod resolve;
 mod source;
 
 pub use destination::{
-    Act, Answer, Event, Left, Pages, Phase, Released, answer, hear, is_swept, pages, released,
+    Act, Answer, CopyEvent, CopyPhase, LeftCopy, Pages, Released, answer, hear, is_swept, pages,
+    released,
 };
-pub use resolve::{Doubt, Next, Tasks, There, Word, resolve};
+pub use resolve::{Doubt, NextDeed, OperatorWord, Tasks, There, resolve};
 pub use source::{Guarding, guard, has_heard};

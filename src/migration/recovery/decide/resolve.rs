@@ -37,7 +37,7 @@ pub enum There {
 
 /// The operator's word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Word {
+pub enum OperatorWord {
     /// This host owns the container.
     Keep,
     /// The other one does.
@@ -46,7 +46,7 @@ pub enum Word {
 
 /// What follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Next {
+pub enum NextDeed {
     /// The destination is asked, or told this.
     Ask(Option<Verdict>),
     /// It runs on here; the destination is told so afterwards.
@@ -103,63 +103,70 @@ impl Doubt {
 }
 
 /// See the module. `state` is none that is over.
-pub fn resolve(state: State, tasks: Tasks, there: There, word: Option<Word>) -> Next {
+pub fn resolve(state: State, tasks: Tasks, there: There, word: Option<OperatorWord>) -> NextDeed {
     match state {
         State::Committed | State::Whole => handed_over(tasks, there, word),
         _ => not_handed_over(state, tasks, there, word),
     }
 }
 
-fn handed_over(tasks: Tasks, there: There, word: Option<Word>) -> Next {
+fn handed_over(tasks: Tasks, there: There, word: Option<OperatorWord>) -> NextDeed {
     let here = tasks == Tasks::Here;
     match (word, there) {
-        (Some(Word::Keep), _) if here => Next::RunsOn,
-        (Some(Word::Keep), _) => Next::Abandon,
-        (Some(Word::Discard), _) => Next::LetGo,
+        (Some(OperatorWord::Keep), _) if here => NextDeed::RunsOn,
+        (Some(OperatorWord::Keep), _) => NextDeed::Abandon,
+        (Some(OperatorWord::Discard), _) => NextDeed::LetGo,
         // What lacks pages that were here with the tasks is not let run without them.
-        (None, There::Unasked) => Next::Ask(here.then_some(Verdict::Commit)),
-        (None, There::Silent) => Next::Doubt(Doubt::Silent),
+        (None, There::Unasked) => NextDeed::Ask(here.then_some(Verdict::Commit)),
+        (None, There::Silent) => NextDeed::Doubt(Doubt::Silent),
         (None, There::Is(standing)) => match standing {
-            Standing::Ready if !here => Next::Ask(Some(Verdict::Commit)),
-            Standing::Lacking if !here => Next::Ask(Some(Verdict::Abort)),
-            Standing::Running => Next::LetGo,
-            Standing::Partial if here => Next::BringRest,
-            Standing::Partial => Next::Doubt(Doubt::PagesLost),
+            Standing::Ready if !here => NextDeed::Ask(Some(Verdict::Commit)),
+            Standing::Lacking if !here => NextDeed::Ask(Some(Verdict::Abort)),
+            Standing::Running => NextDeed::LetGo,
+            Standing::Partial if here => NextDeed::BringRest,
+            Standing::Partial => NextDeed::Doubt(Doubt::PagesLost),
             // It has run nowhere since it was frozen.
-            Standing::NeverRan if here => Next::RunsOn,
-            Standing::NeverRan => Next::Abandon,
+            Standing::NeverRan if here => NextDeed::RunsOn,
+            Standing::NeverRan => NextDeed::Abandon,
             // It may have run there: what is here is older then.
-            Standing::Gone if here => Next::Doubt(Doubt::LostThere),
-            Standing::Gone => Next::Doubt(Doubt::LostBoth),
-            _ => Next::Doubt(Doubt::Starting),
+            Standing::Gone if here => NextDeed::Doubt(Doubt::LostThere),
+            Standing::Gone => NextDeed::Doubt(Doubt::LostBoth),
+            _ => NextDeed::Doubt(Doubt::Starting),
         },
     }
 }
 
-fn not_handed_over(state: State, tasks: Tasks, there: There, word: Option<Word>) -> Next {
+fn not_handed_over(
+    state: State,
+    tasks: Tasks,
+    there: There,
+    word: Option<OperatorWord>,
+) -> NextDeed {
     if tasks == Tasks::Here {
         return match word {
-            Some(Word::Discard) => Next::Doubt(Doubt::OnlyHere),
-            _ => Next::RunsOn,
+            Some(OperatorWord::Discard) => NextDeed::Doubt(Doubt::OnlyHere),
+            _ => NextDeed::RunsOn,
         };
     }
     match (word, there) {
-        (Some(Word::Keep), _) => Next::Abandon,
-        (_, There::Unasked) => Next::Ask(None),
-        (_, There::Silent) => Next::Doubt(Doubt::Silent),
-        (_, There::Is(Standing::Gone | Standing::NeverRan)) => Next::Abandon,
-        (_, There::Is(_)) if tasks == Tasks::Anew => Next::Doubt(Doubt::Anew),
+        (Some(OperatorWord::Keep), _) => NextDeed::Abandon,
+        (_, There::Unasked) => NextDeed::Ask(None),
+        (_, There::Silent) => NextDeed::Doubt(Doubt::Silent),
+        (_, There::Is(Standing::Gone | Standing::NeverRan)) => NextDeed::Abandon,
+        (_, There::Is(_)) if tasks == Tasks::Anew => NextDeed::Doubt(Doubt::Anew),
         (_, There::Is(standing)) => match standing {
             // By the word of an operator there.
-            Standing::Running => Next::HandOver,
-            Standing::Partial => Next::Doubt(Doubt::PagesLost),
-            Standing::Waiting => Next::Doubt(Doubt::Starting),
-            Standing::Arriving => Next::Doubt(Doubt::Arriving),
+            Standing::Running => NextDeed::HandOver,
+            Standing::Partial => NextDeed::Doubt(Doubt::PagesLost),
+            Standing::Waiting => NextDeed::Doubt(Doubt::Starting),
+            Standing::Arriving => NextDeed::Doubt(Doubt::Arriving),
             // The rest of it has ended with the tasks here; or it has run on here since.
-            Standing::Lacking => Next::Abandon,
-            _ if state == State::Returning => Next::Abandon,
-            _ if tasks == Tasks::Rebooted || word == Some(Word::Discard) => Next::HandOver,
-            _ => Next::Doubt(Doubt::Ended),
+            Standing::Lacking => NextDeed::Abandon,
+            _ if state == State::Returning => NextDeed::Abandon,
+            _ if tasks == Tasks::Rebooted || word == Some(OperatorWord::Discard) => {
+                NextDeed::HandOver
+            }
+            _ => NextDeed::Doubt(Doubt::Ended),
         },
     }
 }
@@ -179,13 +186,13 @@ mod tests {
         Standing::NeverRan,
     ];
 
-    fn everywhere(check: impl Fn(State, Tasks, There, Option<Word>, Next)) {
+    fn everywhere(check: impl Fn(State, Tasks, There, Option<OperatorWord>, NextDeed)) {
         let there = STANDINGS.into_iter().map(There::Is);
         let there: Vec<_> = there.chain([There::Unasked, There::Silent]).collect();
         for state in [State::Begun, State::Returning, State::Committed] {
             for tasks in [Tasks::Here, Tasks::Ended, Tasks::Rebooted, Tasks::Anew] {
                 for there in &there {
-                    for word in [None, Some(Word::Keep), Some(Word::Discard)] {
+                    for word in [None, Some(OperatorWord::Keep), Some(OperatorWord::Discard)] {
                         let next = resolve(state, tasks, *there, word);
                         check(state, tasks, *there, word, next);
                     }
@@ -205,40 +212,43 @@ mod tests {
                 matches!(there, There::Is(Standing::Ready | Standing::Waiting | Standing::Running));
             match next {
                 // Says that it runs here: something must be here, and nobody else's.
-                Next::RunsOn => {
+                NextDeed::RunsOn => {
                     assert_eq!(tasks, Tasks::Here, "{case}");
-                    assert!(!committed || never_ran || word == Some(Word::Keep), "{case}");
+                    assert!(!committed || never_ran || word == Some(OperatorWord::Keep), "{case}");
                 }
                 // Ends what is there: only what may not run, or what the operator wants gone.
-                Next::Abandon => {
+                NextDeed::Abandon => {
                     assert_ne!(tasks, Tasks::Here, "{case}");
                     let stale = state == State::Returning && there == There::Is(Standing::Ready);
-                    assert!(word == Some(Word::Keep) || !whole_there || stale, "{case}");
-                    assert!(word == Some(Word::Keep) || matches!(there, There::Is(_)), "{case}");
-                    assert!(word == Some(Word::Keep) || never_ran || !committed, "{case}");
+                    assert!(word == Some(OperatorWord::Keep) || !whole_there || stale, "{case}");
+                    assert!(
+                        word == Some(OperatorWord::Keep) || matches!(there, There::Is(_)),
+                        "{case}"
+                    );
+                    assert!(word == Some(OperatorWord::Keep) || never_ran || !committed, "{case}");
                 }
                 // Lets it run there: nothing here may run, nor have run since.
-                Next::HandOver => {
+                NextDeed::HandOver => {
                     assert!(!committed && whole_there, "{case}");
                     assert!(matches!(tasks, Tasks::Ended | Tasks::Rebooted), "{case}");
                     let running = there == There::Is(Standing::Running);
                     let sure = tasks == Tasks::Rebooted && state == State::Begun;
-                    assert!(running || sure || word == Some(Word::Discard), "{case}");
+                    assert!(running || sure || word == Some(OperatorWord::Discard), "{case}");
                     assert!(running || state != State::Returning, "{case}");
                 }
                 // Ends what is here: it runs there.
-                Next::LetGo => {
+                NextDeed::LetGo => {
                     assert!(committed, "{case}");
                     let runs = there == There::Is(Standing::Running);
-                    assert!(runs || word == Some(Word::Discard), "{case}");
+                    assert!(runs || word == Some(OperatorWord::Discard), "{case}");
                 }
-                Next::BringRest => {
+                NextDeed::BringRest => {
                     assert!(committed && tasks == Tasks::Here, "{case}");
                     assert_eq!(there, There::Is(Standing::Partial), "{case}");
                 }
                 // One that has not committed only asks; nor does one tell that has nothing here, before it
                 // knows that there is a whole copy, or never will be one.
-                Next::Ask(verdict) => {
+                NextDeed::Ask(verdict) => {
                     let here = tasks == Tasks::Here;
                     match verdict {
                         None => assert!(there == There::Unasked && !(committed && here), "{case}"),
@@ -253,7 +263,7 @@ mod tests {
                         }
                     }
                 }
-                Next::Doubt(_) => {}
+                NextDeed::Doubt(_) => {}
             }
         });
     }
@@ -262,23 +272,23 @@ mod tests {
     #[test]
     fn a_reboot_of_the_source_does_not_end_the_copy() {
         let after = |there| resolve(State::Begun, Tasks::Rebooted, there, None);
-        assert_eq!(after(There::Unasked), Next::Ask(None));
-        assert_eq!(after(There::Is(Standing::Ready)), Next::HandOver);
-        assert_eq!(after(There::Is(Standing::Gone)), Next::Abandon);
-        assert_eq!(after(There::Silent), Next::Doubt(Doubt::Silent));
+        assert_eq!(after(There::Unasked), NextDeed::Ask(None));
+        assert_eq!(after(There::Is(Standing::Ready)), NextDeed::HandOver);
+        assert_eq!(after(There::Is(Standing::Gone)), NextDeed::Abandon);
+        assert_eq!(after(There::Silent), NextDeed::Doubt(Doubt::Silent));
         // It had been given up, and ran on until the host went down.
         let back = resolve(State::Returning, Tasks::Rebooted, There::Is(Standing::Ready), None);
-        assert_eq!(back, Next::Abandon);
+        assert_eq!(back, NextDeed::Abandon);
     }
 
     /// The operator can always get out of it.
     #[test]
     fn a_word_settles_it() {
         everywhere(|state, tasks, there, word, next| {
-            let asks = matches!(next, Next::Ask(_));
-            if word == Some(Word::Keep) {
+            let asks = matches!(next, NextDeed::Ask(_));
+            if word == Some(OperatorWord::Keep) {
                 assert!(
-                    matches!(next, Next::RunsOn | Next::Abandon),
+                    matches!(next, NextDeed::RunsOn | NextDeed::Abandon),
                     "{state:?} {tasks:?} {there:?}"
                 );
             }

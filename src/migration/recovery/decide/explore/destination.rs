@@ -57,15 +57,17 @@ impl Steps<'_> {
             _ => {}
         }
         if b.receive == Receive::Held && b.copy == Copy::None {
-            self.goes("b: sees that the copy has died", |w| w.hear(rules, phase, Event::Broken));
+            self.goes("b: sees that the copy has died", |w| {
+                w.hear(rules, phase, CopyEvent::Broken)
+            });
         }
         if b.receive == Receive::Gone || b.receive == Receive::Undoing {
             return;
         }
         if let Some(said) = now.to_b.next() {
             let (what, event) = match said {
-                Said::Commit => ("b: hears Commit", Some(Event::Verdict(Verdict::Commit))),
-                Said::Abort => ("b: hears Abort", Some(Event::Verdict(Verdict::Abort))),
+                Said::Commit => ("b: hears Commit", Some(CopyEvent::Verdict(Verdict::Commit))),
+                Said::Abort => ("b: hears Abort", Some(CopyEvent::Verdict(Verdict::Abort))),
                 _ => ("b: hears Finished", None),
             };
             self.goes(what, |w| {
@@ -81,7 +83,7 @@ impl Steps<'_> {
             let kind = if now.to_b.next().is_some() { Kind::May } else { Kind::Goes };
             self.add(kind, "b: hears the link's end", |w| {
                 w.to_b.end();
-                w.hear(rules, phase, Event::Unlinked);
+                w.hear(rules, phase, CopyEvent::Unlinked);
             });
         }
     }
@@ -159,15 +161,17 @@ impl Steps<'_> {
 }
 
 /// How far the destination says that it is.
-fn phase(b: &Destination) -> Phase {
+fn phase(b: &Destination) -> CopyPhase {
     let (running, whole) = (true, b.receive == Receive::Whole);
     match b.receive {
-        Receive::Arriving | Receive::Undoing | Receive::Gone => Phase::Arriving,
-        Receive::Held => Phase::Held { lacking: b.lacking },
+        Receive::Arriving | Receive::Undoing | Receive::Gone => CopyPhase::Arriving,
+        Receive::Held => CopyPhase::Held { lacking: b.lacking },
         Receive::Starting | Receive::Released => {
-            Phase::Started { running: false, whole, lacking: b.lacking }
+            CopyPhase::Started { running: false, whole, lacking: b.lacking }
         }
-        Receive::Running | Receive::Whole => Phase::Started { running, whole, lacking: b.lacking },
+        Receive::Running | Receive::Whole => {
+            CopyPhase::Started { running, whole, lacking: b.lacking }
+        }
     }
 }
 
@@ -189,7 +193,7 @@ impl World {
     }
 
     /// `ferry receive` hears something.
-    pub(super) fn hear(&mut self, rules: &Rules, phase: Phase, event: Event) {
+    pub(super) fn hear(&mut self, rules: &Rules, phase: CopyPhase, event: CopyEvent) {
         match (rules.hear)(phase, event).0 {
             Act::Wait => {}
             Act::Undo => {
@@ -203,8 +207,8 @@ impl World {
         }
     }
 
-    pub(super) fn left(&self) -> Left {
-        Left {
+    pub(super) fn left(&self) -> LeftCopy {
+        LeftCopy {
             state: self.b.lines.last(),
             started: self.b.lines.may_have_run(),
             same_boot: !self.b.rebooted,
@@ -218,7 +222,8 @@ impl World {
             if self.b.receive == Receive::Undoing {
                 return None;
             }
-            let (phase, event) = (phase(&self.b), verdict.map_or(Event::Asked, Event::Verdict));
+            let (phase, event) =
+                (phase(&self.b), verdict.map_or(CopyEvent::Asked, CopyEvent::Verdict));
             self.hear(rules, phase, event);
             return (rules.hear)(phase, event).1;
         }
@@ -229,8 +234,8 @@ impl World {
                 // Nobody listens yet, or any more.
                 _ => return None,
             };
-            let phase = Phase::Started { running, whole: false, lacking: self.b.lacking };
-            return (rules.hear)(phase, verdict.map_or(Event::Asked, Event::Verdict)).1;
+            let phase = CopyPhase::Started { running, whole: false, lacking: self.b.lacking };
+            return (rules.hear)(phase, verdict.map_or(CopyEvent::Asked, CopyEvent::Verdict)).1;
         }
         loop {
             match (rules.answer)(self.left()) {

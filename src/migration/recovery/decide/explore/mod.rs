@@ -226,7 +226,7 @@ fn other_rules_do_not_hold() {
             "what was not handed over runs on here, after a reboot too",
             Rules {
                 resolve: |state, tasks, there, word| match state {
-                    State::Begun => Next::RunsOn,
+                    State::Begun => NextDeed::RunsOn,
                     _ => resolve(state, tasks, there, word),
                 },
                 ..right
@@ -238,7 +238,7 @@ fn other_rules_do_not_hold() {
             "after a reboot nothing of it is left that matters",
             Rules {
                 resolve: |state, tasks, there, word| match (state, tasks) {
-                    (State::Begun, Tasks::Rebooted) => Next::Abandon,
+                    (State::Begun, Tasks::Rebooted) => NextDeed::Abandon,
                     _ => resolve(state, tasks, there, word),
                 },
                 ..right
@@ -248,7 +248,7 @@ fn other_rules_do_not_hold() {
         ),
         (
             "a copy without a Ferry is none",
-            Rules { answer: |left| answer(Left { whole: false, ..left }), ..right },
+            Rules { answer: |left| answer(LeftCopy { whole: false, ..left }), ..right },
             2,
             "a copy is discarded that runs with all of its memory",
         ),
@@ -298,7 +298,7 @@ fn other_rules_do_not_hold() {
             "a held copy goes when the link does",
             Rules {
                 hear: |phase, event| match (phase, event) {
-                    (Phase::Held { .. }, Event::Unlinked) => (Act::Run, None),
+                    (CopyPhase::Held { .. }, CopyEvent::Unlinked) => (Act::Run, None),
                     _ => hear(phase, event),
                 },
                 ..right

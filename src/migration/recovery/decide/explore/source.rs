@@ -141,15 +141,15 @@ impl Steps<'_> {
                 let word = now.a.resolve.filter(|_| who == Who::Resolve).and_then(|r| r.word);
                 let round = |there, ask| Doing::Round(Round { there, ask });
                 match (rules.resolve)(state, now.tasks(), there, word) {
-                    Next::Ask(_) if !now.reach => self.goes("a: cannot ask", |w| {
+                    NextDeed::Ask(_) if !now.reach => self.goes("a: cannot ask", |w| {
                         w.set(who, round(There::Silent, Ask::Not));
                     }),
-                    Next::Ask(verdict) => self.goes("a: asks", |w| {
+                    NextDeed::Ask(verdict) => self.goes("a: asks", |w| {
                         w.set(who, round(there, Ask::Sent(verdict)));
                     }),
-                    next @ (Next::RunsOn | Next::Abandon) => {
+                    next @ (NextDeed::RunsOn | NextDeed::Abandon) => {
                         self.goes("a: decides that it is a's", |w| {
-                            if next == Next::RunsOn && w.a.container == Container::None {
+                            if next == NextDeed::RunsOn && w.a.container == Container::None {
                                 w.wrong = Some("said to run where nothing does");
                             }
                             match who {
@@ -158,22 +158,22 @@ impl Steps<'_> {
                             }
                         });
                     }
-                    Next::HandOver => self.goes("a: hands it over after all", |w| {
+                    NextDeed::HandOver => self.goes("a: hands it over after all", |w| {
                         w.a.lines.write(State::Committed);
                         w.set(who, Doing::Round(NEW));
                     }),
-                    Next::LetGo => self.goes("a: ends what is frozen", |w| {
+                    NextDeed::LetGo => self.goes("a: ends what is frozen", |w| {
                         w.end_frozen();
                         w.set(who, Doing::Ended);
                     }),
-                    Next::BringRest => self.goes("a: brings the rest", |w| {
+                    NextDeed::BringRest => self.goes("a: brings the rest", |w| {
                         let alive = w.b.receive != Receive::Gone || w.b.pager == Pager::Fills;
                         if w.reach && alive && w.b.lacking && w.b.copy == Copy::Running {
                             w.pages_in();
                         }
                         w.set(who, Doing::Round(NEW));
                     }),
-                    Next::Doubt(doubt) if doubt.passes() => {
+                    NextDeed::Doubt(doubt) if doubt.passes() => {
                         let by_hand = who == Who::Resolve && !now.a.resolve.is_some_and(|r| r.unit);
                         if by_hand || who == Who::Migrate {
                             let kind = if by_hand { Kind::Goes } else { Kind::May };
@@ -183,7 +183,7 @@ impl Steps<'_> {
                             self.goes("a: will ask again", |w| w.set(who, Doing::Round(NEW)));
                         }
                     }
-                    Next::Doubt(_) => self.goes("a: is in doubt", |w| w.ends(who)),
+                    NextDeed::Doubt(_) => self.goes("a: is in doubt", |w| w.ends(who)),
                 }
             }
             Doing::Round(Round { there, ask }) => {

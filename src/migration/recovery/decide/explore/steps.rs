@@ -11,11 +11,11 @@ use crate::migration::protocol::{Standing, Verdict};
 pub struct Rules {
     pub guard: fn(State, bool) -> Guarding,
     pub has_heard: fn(Standing) -> bool,
-    pub resolve: fn(State, Tasks, There, Option<Word>) -> Next,
-    pub hear: fn(Phase, Event) -> (Act, Option<Standing>),
+    pub resolve: fn(State, Tasks, There, Option<OperatorWord>) -> NextDeed,
+    pub hear: fn(CopyPhase, CopyEvent) -> (Act, Option<Standing>),
     pub pages: fn(State) -> Pages,
     pub released: fn(bool) -> Released,
-    pub answer: fn(Left) -> Answer,
+    pub answer: fn(LeftCopy) -> Answer,
     /// A link that ends after `Abort` has brought it.
     pub end_tells: bool,
     /// Whoever asks at a destination whose Ferry was killed asks its guard.
@@ -199,8 +199,8 @@ impl<'a> Steps<'a> {
         if idle && !now.a.lines.last().is_over() {
             let words = [
                 (None, "WORD: resolve at a"),
-                (Some(Word::Keep), "WORD: resolve --keep at a"),
-                (Some(Word::Discard), "WORD: resolve --discard at a"),
+                (Some(OperatorWord::Keep), "WORD: resolve --keep at a"),
+                (Some(OperatorWord::Discard), "WORD: resolve --discard at a"),
             ];
             for (word, what) in words {
                 self.may(what, |w| {
@@ -208,8 +208,8 @@ impl<'a> Steps<'a> {
                     w.past.given_up |= word.is_some();
                     let committed = w.a.lines.have(State::Committed);
                     w.past.unsafe_word |= match word {
-                        Some(Word::Keep) => committed,
-                        Some(Word::Discard) => true,
+                        Some(OperatorWord::Keep) => committed,
+                        Some(OperatorWord::Discard) => true,
                         None => false,
                     };
                     w.a.resolve = Some(Resolve { word, unit: false, doing: Doing::Round(NEW) });

@@ -127,7 +127,7 @@ pub enum Guard {
 /// `ferry resolve`, by hand or by the unit that asks again and again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Resolve {
-    pub word: Option<Word>,
+    pub word: Option<OperatorWord>,
     pub unit: bool,
     pub doing: Doing,
 }
