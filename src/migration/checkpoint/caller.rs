@@ -5,7 +5,6 @@
 //! both take their time in the freeze.
 
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -13,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow, bail};
 
 use crate::engine::calls::EngineCall;
-use crate::migration::journal::workdir::NETWORK;
+use crate::migration::journal::workdir::WorkPath;
 use crate::sys::netns::NetNs;
 use crate::sys::process;
 
@@ -48,8 +47,8 @@ impl Caller {
     ///
     /// # Errors
     /// When that cannot be read.
-    pub fn begin(&mut self, work: &Path, init: i32, criu: i32) -> Result<()> {
-        let Ok(noted) = fs::read_to_string(work.with_file_name(NETWORK)) else { return Ok(()) };
+    pub fn begin(&mut self, work: &WorkPath, init: i32, criu: i32) -> Result<()> {
+        let Ok(noted) = fs::read_to_string(work.network()) else { return Ok(()) };
         let wanted = namespace(&noted)?;
         let Some(mut call) = self.call.take_if(|call| call.starts_apart()) else { return Ok(()) };
         let is_there = move || {

@@ -34,7 +34,7 @@ use crate::criu::failure;
 use crate::criu::interposer::{CriuEvent, CriuSession, Interposer};
 use crate::files::sockets::{self, Renamed};
 use crate::memory::shared::SharedMemory;
-use crate::migration::journal::workdir::CRIU_PID;
+use crate::migration::journal::workdir::CriuPath;
 use crate::migration::network::quiesce::{await_last, await_quiet};
 use crate::migration::network::udp_queues::Came;
 use crate::migration::protocol::session::PeerWriter;
@@ -122,7 +122,7 @@ pub struct DumpPlan {
     /// Where the images go.
     pub images: PathBuf,
     /// Where CRIU's log goes.
-    pub work: PathBuf,
+    pub work: CriuPath,
     /// The tmpfs mounts that CRIU is to leave to us: their places.
     pub tmpfs: Vec<String>,
     /// Paths in the container below which CRIU is to look for what is watched there.
@@ -238,14 +238,14 @@ fn run(
     tell: &TellDump,
     orders: &Receiver<DumpOrder>,
 ) -> Result<()> {
-    let log = plan.work.join("runc.log");
+    let log = plan.work.runtime_log();
     let mut command = plan.runtime.command();
     command.arg("--log").arg(&log).arg("checkpoint");
-    command.arg("--image-path").arg(&plan.images).arg("--work-path").arg(&plan.work);
+    command.arg("--image-path").arg(&plan.images).arg("--work-path").arg(&*plan.work);
     command.args(["--leave-running", "--tcp-established", "--file-locks", "--ext-unix-sk"]);
     command.arg(&plan.container);
     command.stdin(Stdio::null()).stdout(Stdio::null());
-    command.stderr(File::create(plan.work.join("runc.stderr"))?);
+    command.stderr(File::create(plan.work.runtime_stderr())?);
     plan.interposer.configure(&mut command);
     process::in_new_session(&mut command);
     if plan.vouched {
@@ -299,9 +299,9 @@ fn job(
 ) -> Result<()> {
     // Open as long as CRIU may look them up in our descriptor table.
     let images = File::open(&plan.images)?;
-    let work = File::open(&plan.work)?;
+    let work = File::open(&*plan.work)?;
     let port = edit(&mut request, plan, images.as_raw_fd(), work.as_raw_fd())?;
-    fs::write(plan.work.join(CRIU_PID), session.criu_pid.to_string())?;
+    fs::write(plan.work.pid(), session.criu_pid.to_string())?;
     // A task in which CRIU works when it is killed is in danger: let the kernel find another victim
     // when memory runs out. Needs CAP_SYS_RESOURCE; proc_pid_oom_score_adj(5).
     let _ = fs::write(format!("/proc/{}/oom_score_adj", session.criu_pid), "-1000");
@@ -399,7 +399,7 @@ fn job(
         return Err(e);
     }
     result.map_err(|e| {
-        let log = plan.work.join("dump.log");
+        let log = plan.work.log("dump");
         failure::explained("CRIU cannot dump the container", &log, e, name)
     })
 }
@@ -487,7 +487,7 @@ fn edit(request: &mut Criu_req, plan: &DumpPlan, images: i32, work: i32) -> Resu
     opts.set_work_dir_fd(work);
     // A configuration file overrides what is set here: ours instead of any that the host has. It
     // keeps the page server, which no option of the request binds to an address, off the network.
-    let configuration = plan.work.join("criu.conf");
+    let configuration = plan.work.configuration();
     fs::write(&configuration, "address 127.0.0.1\n")?;
     let path = configuration.to_str().ok_or_else(|| anyhow!("a path that is not UTF-8"))?;
     opts.set_config_file(path.to_owned());

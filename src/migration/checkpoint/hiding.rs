@@ -25,6 +25,7 @@ use crate::criu::hidden::{AdviceChange, Drawn, KnownMappings};
 use crate::criu::{images, mm};
 use crate::memory::pages::{self, Task};
 use crate::memory::shared::SharedMemory;
+use crate::migration::journal::workdir::CriuPath;
 use crate::oci::cgroup::Cgroup;
 use crate::problem::advice;
 use crate::sys::maps;
@@ -88,8 +89,8 @@ impl Hiding {
     ///
     /// # Errors
     /// When there is no room for files.
-    pub fn prepare(work: &Path, cgroup: &Cgroup, shared: SharedMemory) -> Result<Hiding> {
-        let directory = work.join("mappings");
+    pub fn prepare(work: &CriuPath, cgroup: &Cgroup, shared: SharedMemory) -> Result<Hiding> {
+        let directory = work.mappings();
         fs::create_dir(&directory)?;
         let mut looked = HashMap::new();
         for pid in cgroup.processes()? {

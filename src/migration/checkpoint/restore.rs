@@ -38,7 +38,7 @@ use crate::criu::interposer::{CriuEvent, CriuSession, Interposer};
 use crate::criu::{failure, images};
 use crate::engine::calls::EngineCall;
 use crate::migration::journal::criu;
-use crate::migration::journal::workdir::{CRIU_PID, INIT};
+use crate::migration::journal::workdir::{CriuPath, WorkPath};
 use crate::network::{self, NetworkImage, ReleaseSet};
 use crate::oci::runtime::Runtime;
 use crate::problem::Advise;
@@ -105,7 +105,7 @@ pub struct RestorePlan {
     /// Where the images are.
     pub images: PathBuf,
     /// Where CRIU's log and sockets are.
-    pub work: PathBuf,
+    pub work: CriuPath,
     /// Standard input, output, error.
     pub streams: Vec<StreamPlan>,
     /// What the loopback device of a namespace made by CRIU must be like.
@@ -154,7 +154,7 @@ impl RestoreJob {
     }
 
     /// Gives up, and does not wait for what does not come.
-    pub fn abandon(self, work: &Path) {
+    pub fn abandon(self, work: &WorkPath) {
         drop(self.go);
         criu::end_restore(work);
         let _ = self.thread.join();
@@ -166,12 +166,12 @@ fn run(
     tell: &(dyn Fn(RestoreEvent) + Sync),
     orders: &Receiver<RestoreOrder>,
 ) -> Result<()> {
-    let log = plan.work.join("runc.log");
+    let log = plan.work.runtime_log();
     let mut command = plan.runtime.command();
     command.arg("--log").arg(&log).arg("restore").arg("--detach");
     command.arg("--bundle").arg(&plan.bundle);
-    command.arg("--image-path").arg(&plan.images).arg("--work-path").arg(&plan.work);
-    command.arg("--pid-file").arg(plan.work.join("init.pid"));
+    command.arg("--image-path").arg(&plan.images).arg("--work-path").arg(&*plan.work);
+    command.arg("--pid-file").arg(plan.work.runtime_pid_file());
     command.args(["--tcp-established", "--file-locks", "--ext-unix-sk"]);
     if let Some(socket) = &plan.console_socket {
         command.arg("--console-socket").arg(socket);
@@ -225,7 +225,7 @@ fn run(
 
 /// Adds what the runtime says, where that is more than that CRIU has failed.
 fn blame(plan: &RestorePlan, error: Error) -> Error {
-    let text = fs::read_to_string(plan.work.join("runc.log")).unwrap_or_default();
+    let text = fs::read_to_string(plan.work.runtime_log()).unwrap_or_default();
     let Some(said) = own_words(&text) else { return error };
     let told = format!("the runtime's restore: {said}");
     if said.contains("hook") {
@@ -253,7 +253,7 @@ fn job(
     (tell, orders): (&(dyn Fn(RestoreEvent) + Sync), &Receiver<RestoreOrder>),
 ) -> Result<()> {
     let images = File::open(&plan.images)?;
-    let work = File::open(&plan.work)?;
+    let work = File::open(&*plan.work)?;
     let opts = request.opts.as_mut().ok_or_else(|| anyhow!("a restore without options"))?;
     opts.set_images_dir_fd(images.as_raw_fd());
     opts.set_work_dir_fd(work.as_raw_fd());
@@ -296,7 +296,7 @@ fn job(
         bail!("given up before the images came");
     }
     fault::point("restore.request")?;
-    fs::write(plan.work.join(CRIU_PID), session.criu_pid.to_string())?;
+    fs::write(plan.work.pid(), session.criu_pid.to_string())?;
     session.send_request(&request)?;
     let mut init = 0;
     // All tasks have left CRIU's code, each stopped at the end of the system call that does it: they run
@@ -311,7 +311,7 @@ fn job(
                     init = notify.pid.unwrap_or(init);
                     // Before the runtime knows of a container: who discards it must know it as ours.
                     if let Some(it) = ProcessId::of(init) {
-                        let place = plan.work.with_file_name(INIT);
+                        let place = plan.work.work().restored_init();
                         fs::write(place, it.to_string())?;
                     }
                     // runc's own part costs 1-3 ms: before the commit, not after it.
@@ -370,7 +370,7 @@ fn job(
                 }
                 "post-setup-namespaces" => {
                     session.forward(&notify, Some(Instant::now() + STEP_TIMEOUT))?;
-                    caller.begin(&plan.work, init, session.criu_pid)?;
+                    caller.begin(&plan.work.work(), init, session.criu_pid)?;
                 }
                 "network-unlock" | "network-lock" => session.answer(true)?,
                 _ => session.forward(&notify, Some(Instant::now() + STEP_TIMEOUT))?,
@@ -392,7 +392,7 @@ fn job(
         }
     };
     result.map_err(|e| {
-        let log = plan.work.join("restore.log");
+        let log = plan.work.log("restore");
         failure::explained("CRIU cannot restore", &log, e, |pid| Some(name(&plan.images, pid)))
     })
 }

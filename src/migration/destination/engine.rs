@@ -31,7 +31,7 @@ use crate::engine::handover::{self, Handover};
 use crate::engine::json_log;
 use crate::engine::papers::{EngineWants, Made, Papers};
 use crate::files::{mounting, tree};
-use crate::migration::journal::{Record, workdir};
+use crate::migration::journal::Record;
 use crate::migration::protocol::Plan;
 use crate::migration::recovery::engines;
 use crate::migration::transfer::image_files::{SHM, SHM_PLACE};
@@ -190,7 +190,7 @@ impl IncomingMigration {
             let softly = verb == EngineVerb::Create;
             curtain::draw(image, &self.plan.migration, &NetNs::current()?, softly)?;
         }
-        let (root, work) = (self.runtime.root(), self.work.path());
+        let (root, work) = (self.runtime.root(), &self.work);
         let id = engine.handover.create(wanted, made, &papers, work)?;
         if let Some(place) = engine.handover.log(wanted, &id)
             && let Some((_, staged)) = &engine.log
@@ -245,16 +245,16 @@ impl IncomingMigration {
         engine.call = Some(call);
         if self.plan.network.is_some() && engine.handover.verb() == EngineVerb::Create {
             self.doing = "making the network";
-            self.network.stand_in(&self.plan, self.work.path())?;
+            self.network.stand_in(&self.plan, &self.work)?;
         } else if self.plan.network.is_some() {
             self.doing = "looking at the network that the engine has made";
             let Some(Some(place)) = bundle.namespace("network") else {
                 bail!("the engine has made no network namespace");
             };
             let text = place.to_str().ok_or_else(|| anyhow!("a namespace that is not UTF-8"))?;
-            fs::write(self.work.path().join(workdir::NETWORK_PLACE), text)?;
+            fs::write(self.work.network_place(), text)?;
             let note = self.journal.record.forward.as_ref();
-            self.network.make(&self.plan, self.work.path(), Some(place), note)?;
+            self.network.make(&self.plan, &self.work, Some(place), note)?;
             // Its own fence is closed from now on.
             curtain::lift(&self.plan.migration, &NetNs::current()?)?;
         }
@@ -275,7 +275,7 @@ impl IncomingMigration {
         if self.plan.network.is_some() {
             self.doing = "looking at the network that the engine has made";
             let note = self.journal.record.forward.as_ref();
-            self.network.enter(&self.plan, self.work.path(), note)?;
+            self.network.enter(&self.plan, &self.work, note)?;
             self.have_released();
             // Its own fence is closed from now on.
             curtain::lift(&self.plan.migration, &NetNs::current()?)?;

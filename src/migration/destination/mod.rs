@@ -448,7 +448,7 @@ impl IncomingMigration {
             forward: journal::forward_role::ForwardRecord::of_destination(&plan, course),
             remove: Vec::new(),
             unmount: None,
-            work: work.path().to_owned(),
+            work: work.clone(),
             worker: ProcessId::this(),
             begun: journal::unix_time(),
         };
@@ -569,7 +569,7 @@ impl IncomingMigration {
         // Whatever ends now, ends without a word.
         drop((self.landing.take(), self.landed.take()));
         if let Some(job) = self.restore.take() {
-            job.abandon(self.work.path());
+            job.abandon(&self.work);
         }
         match self.engine {
             None => drop(std::mem::take(&mut self.network)),

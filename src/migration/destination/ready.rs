@@ -59,18 +59,16 @@ impl IncomingMigration {
         }
         // From the beginning: a source that lost this link, and gave up, says so over another.
         let call = tell.clone();
-        verdicts::take_calls(self.work.path(), move |c| {
-            call.send(DestinationInput::Call(c)).is_ok()
-        })?;
+        verdicts::take_calls(&self.work, move |c| call.send(DestinationInput::Call(c)).is_ok())?;
         peer.send(&Message::AcceptChannels)?;
         self.doing = "making the network";
         let note = self.journal.record.forward.as_ref();
         if self.engine.is_none() || self.plan.network.is_none() {
             let place = workdir::network_place(&self.plan);
-            self.network.make(&self.plan, self.work.path(), place, note)?;
+            self.network.make(&self.plan, &self.work, place, note)?;
         }
         if !self.plan.tmpfs.is_empty() {
-            let base = workdir::tmpfs_base(self.work.path());
+            let base = self.work.tmpfs();
             self.tmpfs = Some(MountedTmpfs::new(&base, &self.plan.tmpfs)?);
         }
         if let Some(note) = note.filter(|n| n.part == ForwardRole::ArrivesWithoutConnections) {
@@ -172,7 +170,7 @@ impl IncomingMigration {
                 DestinationInput::FromPeer(FromPeer::Message(Message::Freezing)) => {
                     phase = phase.step(Event::Freezing)?;
                     warm = Some(CgroupWarmer::start()?);
-                    self.network.take(self.work.path())?;
+                    self.network.take(&self.work)?;
                 }
                 DestinationInput::FromPeer(FromPeer::Message(Message::Connections { list })) => {
                     phase = phase.step(Event::Connections)?;
@@ -271,7 +269,7 @@ impl IncomingMigration {
 
     /// The CRIU that restores.
     fn criu(&self) -> Option<i32> {
-        let text = fs::read_to_string(self.work.work().join(workdir::CRIU_PID)).ok()?;
+        let text = fs::read_to_string(self.work.criu().pid()).ok()?;
         text.trim().parse().ok()
     }
 
@@ -284,7 +282,7 @@ impl IncomingMigration {
         self.have_released();
         let call = self.engine.as_mut().and_then(EnginePart::take_call);
         let made = self.engine.as_ref().and_then(EnginePart::bundle);
-        self.server = Some(Server::listen(&self.work.work())?);
+        self.server = Some(Server::listen(&self.work.criu())?);
         let namespace = match self.network.namespace() {
             Some(namespace) if self.plan.criu_inside() => Some(namespace.try_clone()?),
             _ => None,
@@ -299,7 +297,7 @@ impl IncomingMigration {
             },
             call,
             images: self.work.images(),
-            work: self.work.work(),
+            work: self.work.criu(),
             streams,
             tmpfs: self
                 .tmpfs_places()
@@ -308,7 +306,7 @@ impl IncomingMigration {
             console_socket: self.plan.console_socket.clone(),
             loopback: self.plan.loopback.clone(),
             release: self.release_set.clone(),
-            interposer: Interposer::new(self.work.path(), &criu, namespace)?,
+            interposer: Interposer::new(&self.work, &criu, namespace)?,
         };
         let tell = tell.clone();
         self.restore = Some(RestoreJob::start(plan, move |event| {

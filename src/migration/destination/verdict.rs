@@ -184,7 +184,7 @@ impl IncomingMigration {
                     waits = self.have_them_wait();
                     self.watch_tasks(tell);
                     if todo.served.is_some() {
-                        undo::note_all_in(self.work.path());
+                        undo::note_all_in(&self.work);
                     }
                     // What the container closes is to be closed, from now on.
                     self.landed.take().into_iter().for_each(Landed::settle);
@@ -200,7 +200,7 @@ impl IncomingMigration {
                 Ok(DestinationInput::Pages(Ended { result: Ok(all), .. })) => {
                     todo.served = Some(all);
                     if todo.running {
-                        undo::note_all_in(self.work.path());
+                        undo::note_all_in(&self.work);
                     }
                 }
                 Ok(DestinationInput::Want(vpid, at, pages)) => {

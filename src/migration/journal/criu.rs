@@ -2,10 +2,9 @@
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::workdir::CRIU_PID;
+use super::workdir::WorkPath;
 use crate::sys::process;
 
 /// CRIU's rollback ends with the control group frozen again, so nobody may thaw it before; only
@@ -17,7 +16,7 @@ const ROLLBACK_GRACE: Duration = Duration::from_secs(5);
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Waits until a CRIU that lost its Ferry has finished: it rolls back by itself.
-pub(in crate::migration) fn wait_for(work: &Path) {
+pub(in crate::migration) fn wait_for(work: &WorkPath) {
     if let Some((_, pidfd)) = criu_of(work) {
         ends(&pidfd, CRIU_TIMEOUT);
     }
@@ -25,7 +24,7 @@ pub(in crate::migration) fn wait_for(work: &Path) {
 
 /// Ends a CRIU that restores what nobody wants any more. Given a moment it rolls back by itself, unless
 /// it waits for what does not come: a lock that somebody has, a server that does not answer.
-pub(in crate::migration) fn end_restore(work: &Path) {
+pub(in crate::migration) fn end_restore(work: &WorkPath) {
     let Some((pid, criu)) = criu_of(work) else { return };
     if ends(&criu, ROLLBACK_GRACE) {
         return;
@@ -46,8 +45,8 @@ pub(in crate::migration) fn end_restore(work: &Path) {
 }
 
 /// The CRIU of a migration, if it is still there.
-fn criu_of(work: &Path) -> Option<(i32, OwnedFd)> {
-    let text = fs::read_to_string(work.join("work").join(CRIU_PID)).ok()?;
+fn criu_of(work: &WorkPath) -> Option<(i32, OwnedFd)> {
+    let text = fs::read_to_string(work.criu().pid()).ok()?;
     let pid = text.trim().parse().ok()?;
     let pidfd = process::pidfd_open(pid).ok()?;
     // The number may belong to somebody else by now.

@@ -30,6 +30,7 @@ use serde::{Deserialize, Serialize};
 use self::away::canonical;
 use self::forward_role::ForwardRecord;
 pub use self::lock::{HeldJournal, Lock};
+use self::workdir::WorkPath;
 use crate::engine::papers::Made;
 use crate::files::logs::Logs;
 use crate::files::place::Placing;
@@ -159,7 +160,7 @@ pub struct Record {
     #[serde(default)]
     pub unmount: Option<PathBuf>,
     /// The private directory with sockets and images.
-    pub work: PathBuf,
+    pub work: WorkPath,
     /// Process that works on it.
     pub worker: ProcessId,
     /// Unix time.
@@ -190,7 +191,7 @@ impl Record {
 
     /// Who goes on if that is killed, in that order.
     pub fn guards(&self) -> Vec<ProcessId> {
-        let text = fs::read_to_string(self.work.join(workdir::GUARD)).unwrap_or_default();
+        let text = fs::read_to_string(self.work.guards()).unwrap_or_default();
         text.lines().filter_map(ProcessId::read).collect()
     }
 

@@ -27,7 +27,7 @@ pub(crate) fn record(migration: &str) -> Record {
         engine: None,
         network_ours: false,
         leave_mark: true,
-        work: "/run/ferry/x".into(),
+        work: WorkPath::of("x"),
         worker: ProcessId::this(),
         begun: 1,
     }

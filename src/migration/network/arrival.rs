@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Result;
 
@@ -12,7 +12,7 @@ use super::hooks::Hooks;
 use super::udp_buffers::Room;
 use crate::migration::forwarding::steps;
 use crate::migration::journal::forward_role::{ForwardRecord, ForwardRole};
-use crate::migration::journal::workdir;
+use crate::migration::journal::workdir::WorkPath;
 use crate::migration::protocol::Plan;
 use crate::network::hook::{About, Hook};
 use crate::network::image::LinkImage;
@@ -69,7 +69,7 @@ impl NetworkArrival {
     pub fn make(
         &mut self,
         plan: &Plan,
-        work: &Path,
+        work: &WorkPath,
         place: Option<PathBuf>,
         note: Option<&ForwardRecord>,
     ) -> Result<()> {
@@ -87,7 +87,7 @@ impl NetworkArrival {
         &mut self,
         plan: &Plan,
         image: &NetworkImage,
-        work: &Path,
+        work: &WorkPath,
         path: PathBuf,
         note: Option<&ForwardRecord>,
     ) -> Result<()> {
@@ -113,7 +113,7 @@ impl NetworkArrival {
             Some(_) => network::recreate(image, &Placement::Forward, &path, &host)?,
         };
         let (device, inode) = made.namespace().identity()?;
-        fs::write(work.join(workdir::NETWORK), format!("{device} {inode}"))?;
+        fs::write(work.network(), format!("{device} {inode}"))?;
         if let Some(note) = note.filter(|n| n.part == ForwardRole::Arrives) {
             steps::arrive(note, plan, &mut made, image)?;
         }
@@ -121,7 +121,7 @@ impl NetworkArrival {
         let replay = Replay::prepare(made.namespace(), image)?;
         let announcer = Announcer::prepare(made.namespace(), image)?;
         if let Some(side) = HostSide::new(image, &plan.migration) {
-            workdir::note_host_side(work, &side)?;
+            work.note_host_side(&side)?;
         }
         let lead = HostRoutes::prepare(made.namespace(), image, &host)?;
         // Its bridges are the engine's business, and may have other names here.
@@ -146,13 +146,13 @@ impl NetworkArrival {
     ///
     /// # Errors
     /// When it cannot be made.
-    pub fn stand_in(&mut self, plan: &Plan, work: &Path) -> Result<()> {
+    pub fn stand_in(&mut self, plan: &Plan, work: &WorkPath) -> Result<()> {
         let Some(image) = &plan.network else { return Ok(()) };
-        let place = workdir::unnamed_network(work);
+        let place = work.unnamed_network();
         let understudy = Understudy::make(image, &place, &NetNs::current()?)?;
         let (device, inode) = understudy.namespace().identity()?;
-        fs::write(work.join(workdir::NETWORK), format!("{device} {inode}"))?;
-        fs::write(work.join(workdir::NETWORK_PLACE), place.as_os_str().as_encoded_bytes())?;
+        fs::write(work.network(), format!("{device} {inode}"))?;
+        fs::write(work.network_place(), place.as_os_str().as_encoded_bytes())?;
         self.understudy = Some(understudy);
         Ok(())
     }
@@ -161,13 +161,18 @@ impl NetworkArrival {
     ///
     /// # Errors
     /// When it is not as it was.
-    pub fn enter(&mut self, plan: &Plan, work: &Path, note: Option<&ForwardRecord>) -> Result<()> {
+    pub fn enter(
+        &mut self,
+        plan: &Plan,
+        work: &WorkPath,
+        note: Option<&ForwardRecord>,
+    ) -> Result<()> {
         let (Some(image), Some(understudy)) = (&plan.network, self.understudy.take()) else {
             return Ok(());
         };
         let given = plan.engine.as_ref().map(|wanted| wanted.given.as_slice()).unwrap_or_default();
         let there = given::as_made(image, given, understudy.namespace())?;
-        let made = self.make_as(plan, &there, work, workdir::unnamed_network(work), note);
+        let made = self.make_as(plan, &there, work, work.unnamed_network(), note);
         let understudy = self.understudy.insert(understudy);
         made?;
         let mut kept = given::lost(image, &there);
@@ -184,7 +189,7 @@ impl NetworkArrival {
     ///
     /// # Errors
     /// When they cannot be had.
-    pub fn take(&mut self, work: &Path) -> Result<()> {
+    pub fn take(&mut self, work: &WorkPath) -> Result<()> {
         self.floating.as_mut().map_or(Ok(()), |floating| floating.take(work))
     }
 

@@ -1,10 +1,9 @@
 //! The network that a container has on the source, whichever kind it is of: what a migration does with it.
 
-use std::path::Path;
-
 use anyhow::{Result, bail};
 
 use super::floating_address;
+use crate::migration::journal::workdir::WorkPath;
 use crate::network::fence::{self, ArmedFence};
 use crate::network::sockets::SockDiag;
 use crate::network::udp_queues::UdpEndpoints;
@@ -47,7 +46,7 @@ impl ContainerNetwork<'_> {
     ///
     /// # Errors
     /// When the kernel does not take it.
-    pub fn arm(self, migration: &str, work: &Path) -> Result<Option<(ArmedFence, Capture)>> {
+    pub fn arm(self, migration: &str, work: &WorkPath) -> Result<Option<(ArmedFence, Capture)>> {
         Ok(match self {
             ContainerNetwork::Own { namespace, image } => {
                 Some((fence::arm(namespace)?, Capture::prepare(namespace, image)?))

@@ -8,6 +8,7 @@ use std::path::Path;
 use anyhow::Result;
 
 use crate::migration::journal::Record;
+use crate::migration::journal::workdir::WorkPath;
 use crate::migration::options::MigrateOptions;
 use crate::migration::protocol::Plan;
 use crate::migration::protocol::forwarding::ForwardOption as Forward;
@@ -20,9 +21,6 @@ use crate::oci::cgroup::Cgroup;
 use crate::problem::Problem;
 use crate::report::failures::Failures;
 use crate::sys::netns::NetNs;
-
-/// In the work directory, on both sides: see [`Stay`].
-const NOTE: &str = "floating";
 
 /// Whether the configuration gives the container the network namespace `host`.
 fn uses_host(bundle: &Bundle, host: &NetNs) -> Result<bool> {
@@ -141,7 +139,7 @@ pub fn problems(plan: &Plan, bundle: &Bundle) -> Vec<Problem> {
 ///
 /// # Errors
 /// When it cannot be made ready.
-pub fn arm(floating: &Floating, migration: &str, work: &Path) -> Result<(ArmedFence, Capture)> {
+pub fn arm(floating: &Floating, migration: &str, work: &WorkPath) -> Result<(ArmedFence, Capture)> {
     let host = NetNs::current()?;
     let stay = Stay::new(floating, StaySide::Source, migration);
     note(work, &stay)?;
@@ -185,7 +183,11 @@ impl ArrivedAddresses {
     ///
     /// # Errors
     /// When it cannot be made.
-    pub fn prepare(floating: &Floating, migration: &str, work: &Path) -> Result<ArrivedAddresses> {
+    pub fn prepare(
+        floating: &Floating,
+        migration: &str,
+        work: &WorkPath,
+    ) -> Result<ArrivedAddresses> {
         let host = NetNs::current()?;
         let stay = Stay::new(floating, StaySide::Destination, migration);
         note(work, &stay)?;
@@ -202,7 +204,7 @@ impl ArrivedAddresses {
     ///
     /// # Errors
     /// When they cannot be had.
-    pub fn take(&mut self, work: &Path) -> Result<()> {
+    pub fn take(&mut self, work: &WorkPath) -> Result<()> {
         self.stay.close(&self.host)?;
         // What is left of a copy that died here would be in the way of the same connections.
         self.stay.cut(&self.host)?;
@@ -240,8 +242,8 @@ impl ArrivedAddresses {
     }
 }
 
-fn note(work: &Path, stay: &Stay) -> Result<()> {
-    Ok(fs::write(work.join(NOTE), serde_json::to_vec(stay)?)?)
+fn note(work: &WorkPath, stay: &Stay) -> Result<()> {
+    Ok(fs::write(work.floating(), serde_json::to_vec(stay)?)?)
 }
 
 /// What was noted for a migration, and the host: for whoever undoes or finishes it.
@@ -250,7 +252,7 @@ pub struct Noted(Stay, NetNs);
 impl Noted {
     /// Where there is something.
     pub fn of(record: &Record) -> Option<Noted> {
-        let text = fs::read(record.work.join(NOTE)).ok()?;
+        let text = fs::read(record.work.floating()).ok()?;
         Some(Noted(serde_json::from_slice(&text).ok()?, NetNs::current().ok()?))
     }
 

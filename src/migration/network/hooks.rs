@@ -2,23 +2,20 @@
 //! [`crate::network::hook`].
 
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
 use anyhow::Result;
 
 use crate::migration::journal::Record;
+use crate::migration::journal::workdir::WorkPath;
 use crate::network::hook::{Hook, HookPhase};
 use crate::problem::Problem;
-
-/// In the work directory: the hook and what it is told. From then on it may have been called.
-const FILE: &str = "hook";
 
 /// A hook that is prepared.
 #[derive(Debug)]
 pub struct Hooks {
     hook: Hook,
-    work: PathBuf,
+    work: WorkPath,
     switching: Option<JoinHandle<Result<(), Problem>>>,
 }
 
@@ -27,10 +24,10 @@ impl Hooks {
     ///
     /// # Errors
     /// When it refuses.
-    pub fn prepare(hook: Hook, work: &Path) -> Result<Hooks> {
-        fs::write(work.join(FILE), serde_json::to_vec(&hook)?)?;
+    pub fn prepare(hook: Hook, work: &WorkPath) -> Result<Hooks> {
+        fs::write(work.hook(), serde_json::to_vec(&hook)?)?;
         hook.call(HookPhase::Prepare, work)?;
-        Ok(Hooks { hook, work: work.to_owned(), switching: None })
+        Ok(Hooks { hook, work: work.clone(), switching: None })
     }
 
     /// The container has a new host: the hook is told beside everything else.
@@ -51,7 +48,7 @@ impl Hooks {
 
 /// Calls the hook of a migration that ends, where one was noted.
 pub(in crate::migration) fn end(record: &Record, phase: HookPhase) {
-    let hook = fs::read(record.work.join(FILE)).ok();
+    let hook = fs::read(record.work.hook()).ok();
     let hook: Option<Hook> = hook.and_then(|text| serde_json::from_slice(&text).ok());
     if let Some(hook) = hook
         && let Err(e) = hook.call(phase, &record.work)

@@ -30,7 +30,7 @@ pub(super) fn leave(record: &Record, runtime: &Runtime) -> Option<Leaving> {
     let made = record.engine.as_ref().filter(|_| record.init_lives())?;
     let engine = handover::of(made.engine)?;
     let begun = (|| {
-        let (root, work) = (runtime.root(), record.work.as_path());
+        let (root, work) = (runtime.root(), &*record.work);
         if !engine.is_told() {
             let running = engine.let_go(&made.container, work)?;
             return anyhow::Ok(Leaving { call: None, running });

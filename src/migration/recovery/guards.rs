@@ -14,7 +14,6 @@ use super::undo::Rival;
 use super::{postcopy_recover, undo, verdicts, word};
 use crate::connections::{self, GuardCommand, GuardCommands, GuardSocket, Vault};
 use crate::migration::journal::criu;
-use crate::migration::journal::workdir::GUARD;
 use crate::migration::journal::{Journal, Record, State};
 use crate::migration::protocol::Standing;
 use crate::migration::transfer::memory_sender::MemoryOptions;
@@ -26,8 +25,6 @@ const ANSWER: Duration = Duration::from_secs(15);
 /// Between two tries to reach the other host, at most.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
-/// In the migration's directory: what the guard has to say.
-const LOG: &str = "guard.log";
 /// Where the vault's contents come out of it.
 const STDOUT: i32 = 1;
 
@@ -48,7 +45,7 @@ impl SourceGuard {
         let work = &journal.record.work;
         let mut command = Command::new("/proc/self/exe");
         command.arg("__guard").arg(journal.path());
-        command.stdin(theirs).stderr(File::create(work.join(LOG))?);
+        command.stdin(theirs).stderr(File::create(work.guard_log())?);
         command.stdout(vault.exit().try_clone_to_owned()?);
         process::in_new_session(&mut command);
         let child = command.spawn().context("cannot start the guard process")?;
@@ -58,7 +55,7 @@ impl SourceGuard {
         // proc_pid_oom_score_adj(5).
         let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), "-1000");
         let it = ProcessId::of(pid).unwrap_or(ProcessId { pid, started: 0 });
-        let noted = fs::write(work.join(GUARD), it.to_string());
+        let noted = fs::write(work.guards(), it.to_string());
         if let Err(e) = noted.map_err(Into::into).and_then(|()| guard.orders.are_for(pid)) {
             guard.dismiss();
             return Err(e);
@@ -88,7 +85,7 @@ pub struct LeftGuard {
 impl LeftGuard {
     /// That of a migration, if it is still there.
     pub fn find(record: &Record) -> Option<LeftGuard> {
-        let text = fs::read_to_string(record.work.join(GUARD)).ok()?;
+        let text = fs::read_to_string(record.work.guards()).ok()?;
         let it = ProcessId::read(&text)?;
         let pidfd = process::pidfd_open(it.pid).ok()?;
         // Whoever the descriptor stands for: it was he after it had been opened.

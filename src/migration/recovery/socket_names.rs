@@ -3,13 +3,12 @@
 
 use std::fs;
 use std::os::unix::ffi::OsStringExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
 use crate::files::sockets::{self, Renamed, Spares};
 use crate::migration::journal::Record;
-use crate::migration::journal::workdir::{RENAMED, SOCKETS};
 use crate::sys::process;
 use crate::tasks::losses::files::{self, OpenFile};
 use crate::tasks::unix_names;
@@ -24,7 +23,7 @@ pub fn note(record: &Record, pids: &[i32]) -> Result<()> {
     if spares.is_empty() {
         return Ok(());
     }
-    Ok(fs::write(record.work.join(SOCKETS), serde_json::to_vec(&spares)?)?)
+    Ok(fs::write(record.work.spare_sockets(), serde_json::to_vec(&spares)?)?)
 }
 
 /// Notes those whose files are not where they were bound to: before they get their first names back,
@@ -41,7 +40,7 @@ pub fn note_renamed(record: &Record, pids: &[i32]) -> Result<Vec<Renamed>> {
     let found: Vec<Renamed> = found.collect();
     if !found.is_empty() {
         sockets::validate(&found)?;
-        fs::write(record.work.join(RENAMED), serde_json::to_vec(&found)?)?;
+        fs::write(record.work.renamed_sockets(), serde_json::to_vec(&found)?)?;
     }
     Ok(found)
 }
@@ -51,7 +50,8 @@ pub fn note_renamed(record: &Record, pids: &[i32]) -> Result<Vec<Renamed>> {
 /// # Errors
 /// When one of them cannot be kept.
 pub fn keep(record: &Record) -> Result<()> {
-    noted::<Spares>(record, SOCKETS).map_or(Ok(()), |(spares, root)| spares.make(&root))
+    noted::<Spares>(record, &record.work.spare_sockets())
+        .map_or(Ok(()), |(spares, root)| spares.make(&root))
 }
 
 /// The container stays: all names lead to its sockets again.
@@ -59,9 +59,9 @@ pub fn keep(record: &Record) -> Result<()> {
 /// # Errors
 /// Says which does not; the others do.
 pub(super) fn give_back(record: &Record) -> Result<()> {
-    let spares = noted::<Spares>(record, SOCKETS);
+    let spares = noted::<Spares>(record, &record.work.spare_sockets());
     let done = spares.map_or(Ok(()), |(spares, root)| spares.give_back(&root));
-    let renamed = noted::<Vec<Renamed>>(record, RENAMED);
+    let renamed = noted::<Vec<Renamed>>(record, &record.work.renamed_sockets());
     let renamed = renamed.map_or(Ok(()), |(all, root)| sockets::back_to_current_names(&root, &all));
     done.and(renamed)
 }
@@ -71,12 +71,13 @@ pub(super) fn give_back(record: &Record) -> Result<()> {
 /// # Errors
 /// Says which spare name stays.
 pub(super) fn remove(record: &Record) -> Result<()> {
-    noted::<Spares>(record, SOCKETS).map_or(Ok(()), |(spares, root)| spares.remove(&root))
+    noted::<Spares>(record, &record.work.spare_sockets())
+        .map_or(Ok(()), |(spares, root)| spares.remove(&root))
 }
 
 /// What was noted, and the root of the container that it is about.
-fn noted<T: serde::de::DeserializeOwned>(record: &Record, file: &str) -> Option<(T, PathBuf)> {
+fn noted<T: serde::de::DeserializeOwned>(record: &Record, file: &Path) -> Option<(T, PathBuf)> {
     let init = record.init.filter(|_| record.init_lives())?;
-    let text = fs::read(record.work.join(file)).ok()?;
+    let text = fs::read(file).ok()?;
     Some((serde_json::from_slice(&text).ok()?, process::root_of(init.pid)))
 }

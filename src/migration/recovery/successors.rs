@@ -32,7 +32,6 @@ use crate::criu::interposer::carry_on;
 use crate::memory::serve::{self, Ended, LeftServer, Served, Stranded};
 use crate::memory::will::{Will, WillWord};
 use crate::migration::journal::criu;
-use crate::migration::journal::workdir::GUARD;
 use crate::migration::journal::{Journal, Record};
 use crate::migration::protocol::session::{self, FromPeer, PeerWriter};
 use crate::migration::protocol::{Message, Standing};
@@ -76,7 +75,7 @@ impl PageGuards {
             successor: Successor::new(c"/proc/self/exe", arguments.collect())?,
             own: ProcessId::this(),
             pidfd: process::pidfd_open(ProcessId::this().pid)?,
-            place: journal.record.work.join(GUARD),
+            place: journal.record.work.guards(),
             waiting: Vec::new(),
             ended: Vec::new(),
         };

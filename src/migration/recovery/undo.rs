@@ -16,7 +16,7 @@ use crate::engine::property;
 use crate::migration::forwarding::steps as forward;
 use crate::migration::journal::away::AwayMark;
 use crate::migration::journal::criu;
-use crate::migration::journal::workdir::{self, CRIU_PID, HOST_SIDE, INIT, NETWORK, NETWORK_PLACE};
+use crate::migration::journal::workdir::{self, WorkPath};
 use crate::migration::journal::{Journal, Record, State};
 use crate::migration::network::floating_address::Noted as Addresses;
 use crate::migration::network::hooks;
@@ -85,7 +85,7 @@ pub fn roll_back_source(journal: &mut Journal, hands: &Hands, rival: Rival) -> R
     // After a reboot somebody else may be in a group of that name.
     let cgroup = record.cgroup.as_ref().filter(|_| record.init_lives());
     if let Some(cgroup) = cgroup
-        && record.work.join("work").join(CRIU_PID).exists()
+        && record.work.criu().pid().exists()
     {
         // A CRIU that was killed leaves the tasks running, with their sockets in repair mode. Mending
         // wants them to stand still; if they cannot, they run on as they are.
@@ -115,7 +115,7 @@ pub fn roll_back_source(journal: &mut Journal, hands: &Hands, rival: Rival) -> R
     }
     if let Some(cgroup) = cgroup {
         failures.note("thawing the container", cgroup.thaw());
-        if record.work.join("work").join(CRIU_PID).exists() {
+        if record.work.criu().pid().exists() {
             criu_rescue::mappings(cgroup);
             wait_on(cgroup);
         }
@@ -180,7 +180,7 @@ fn put_back(record: &Record, cgroup: &Cgroup, hands: &Hands, failures: &mut Fail
 }
 
 fn mend_tasks(record: &Record, cgroup: &Cgroup, failures: &mut Failures) {
-    let work = record.work.join("work");
+    let work = record.work.criu();
     if let Some(noted) = TaskSnapshot::read(&work) {
         failures.note("mending what was worked in", noted.put_back(cgroup, &work));
     }
@@ -247,10 +247,10 @@ fn own_network(record: &Record) -> Option<(NetNs, PathBuf)> {
     if !record.same_boot() {
         return None;
     }
-    let noted = || fs::read_to_string(record.work.join(NETWORK_PLACE)).ok().map(PathBuf::from);
+    let noted = || fs::read_to_string(record.work.network_place()).ok().map(PathBuf::from);
     let path = record.network_path.clone().or_else(noted)?;
     let namespace = NetNs::open(&path).ok()?;
-    let noted = fs::read_to_string(record.work.join(NETWORK)).ok();
+    let noted = fs::read_to_string(record.work.network()).ok();
     let wanted = record.network_identity.or_else(|| {
         let (device, inode) = noted.as_deref()?.trim().split_once(' ')?;
         Some((device.parse().ok()?, inode.parse().ok()?))
@@ -275,7 +275,7 @@ fn take_address_back(record: &Record) {
 
 /// What [`note_host_side`] has noted, and this host.
 fn host_side(record: &Record) -> Option<(HostSide, NetNs)> {
-    let text = fs::read(record.work.join(HOST_SIDE)).ok()?;
+    let text = fs::read(record.work.host_side()).ok()?;
     Some((serde_json::from_slice(&text).ok()?, NetNs::current().ok()?))
 }
 
@@ -428,7 +428,7 @@ pub fn discard_destination(journal: &mut Journal) -> Result<()> {
 
 /// The init that was restored here.
 pub(in crate::migration) fn restored_init(record: &Record) -> Option<ProcessId> {
-    let text = fs::read_to_string(record.work.join(INIT)).ok()?;
+    let text = fs::read_to_string(record.work.restored_init()).ok()?;
     ProcessId::read(&text)
 }
 
@@ -450,9 +450,9 @@ fn end_init(record: &Record) {
 
 /// Notes on a destination that the container runs with all of its memory: from here on it needs nobody
 /// to go on, whatever else there is to do.
-pub fn note_all_in(work: &Path) {
+pub fn note_all_in(work: &WorkPath) {
     // Without it, it is only asked for longer.
-    let _ = fs::write(work.join(ALL_IN), "").inspect_err(|e| tracing::error!("{e}"));
+    let _ = fs::write(work.all_in(), "").inspect_err(|e| tracing::error!("{e}"));
 }
 
 /// What there is of the container on its source.
@@ -474,11 +474,8 @@ pub fn tasks(record: &Record) -> Result<Tasks> {
 /// Whether whoever took a container in has died when it ran, with all of its memory; so far as that is
 /// noted, and it has not ended since.
 pub fn runs_whole(record: &Record) -> bool {
-    record.work.join(ALL_IN).exists() && restored_init(record).is_some_and(ProcessId::is_alive)
+    record.work.all_in().exists() && restored_init(record).is_some_and(ProcessId::is_alive)
 }
-
-/// In the work directory of a destination: see [`note_all_in`].
-const ALL_IN: &str = "all-in";
 /// Deletes the container of that ID if it is ours: has stopped, or is the one whose init we know.
 fn delete(runtime: &Runtime, record: &Record, init: Option<ProcessId>) -> Result<()> {
     let id = record.id_here();
@@ -575,12 +572,12 @@ mod tests {
     fn a_copy_that_has_all_of_its_memory_is_known() {
         let dir = tempfile::tempdir().unwrap();
         let mut record = record("00112233aabbccdd");
-        record.work = dir.path().to_owned();
+        record.work = dir.path().to_owned().into();
         let me = ProcessId::this();
-        let init = |it: ProcessId| fs::write(dir.path().join(INIT), it.to_string());
+        let init = |it: ProcessId| fs::write(record.work.restored_init(), it.to_string());
         init(me).unwrap();
         assert!(!runs_whole(&record));
-        note_all_in(dir.path());
+        note_all_in(&record.work);
         assert!(runs_whole(&record));
         // It has ended since.
         init(ProcessId { started: me.started + 1, ..me }).unwrap();

@@ -12,14 +12,13 @@ use serde::{Deserialize, Serialize};
 
 use super::decide::{Answer, LeftCopy, answer as decide, has_heard, is_swept};
 use super::undo;
+use crate::migration::journal::workdir::WorkPath;
 use crate::migration::journal::{Journal, Record, Role, State};
 use crate::migration::protocol::session::{FromPeer, Session};
 use crate::migration::protocol::{Message, Standing, Verdict};
 use crate::problem::Advice;
 use crate::sys::scm;
 
-/// Name of the socket on which a waiting destination takes the verdict.
-const SOCKET: &str = "control.sock";
 /// How long the other host may take to answer.
 pub const LIMIT: Duration = Duration::from_secs(60);
 /// How long whoever holds a container may take to end when it does not answer any more.
@@ -212,12 +211,12 @@ pub enum ControlRequest {
 /// More than any of it is long, in JSON.
 const ASKED: usize = 256;
 
-fn connect(work: &Path) -> Result<UnixStream> {
-    UnixStream::connect(work.join(SOCKET))
+fn connect(work: &WorkPath) -> Result<UnixStream> {
+    UnixStream::connect(work.control_socket())
         .context("the process that holds the container here does not answer")
 }
 
-fn pass_on(work: &Path, asked: &ControlRequest, limit: Duration) -> Result<Standing> {
+fn pass_on(work: &WorkPath, asked: &ControlRequest, limit: Duration) -> Result<Standing> {
     let socket = connect(work)?;
     // Zero would be no limit.
     socket.set_read_timeout(Some(limit.max(Duration::from_millis(1))))?;
@@ -272,8 +271,11 @@ pub enum ControlCall {
 ///
 /// # Errors
 /// When the socket cannot be made.
-pub fn take_calls(work: &Path, tell: impl Fn(ControlCall) -> bool + Send + 'static) -> Result<()> {
-    let place = work.join(SOCKET);
+pub fn take_calls(
+    work: &WorkPath,
+    tell: impl Fn(ControlCall) -> bool + Send + 'static,
+) -> Result<()> {
+    let place = work.control_socket();
     // That of a process that has been killed.
     let _ = std::fs::remove_file(&place);
     let listener = UnixListener::bind(place)?;

@@ -265,7 +265,7 @@ impl SourceMigration {
             forward: subject.forward.clone(),
             remove: if options.remove_files { removable(&subject) } else { Vec::new() },
             unmount: subject.load.as_ref().and_then(|l| Some(l.merged.as_ref()?.0.clone())),
-            work: work.path().to_owned(),
+            work: work.clone(),
             worker: ProcessId::this(),
             begun: journal::unix_time(),
         };
@@ -279,7 +279,7 @@ impl SourceMigration {
                 return Err(Failed::from(e));
             }
         };
-        let watch = TracerWatch::new(&subject.cgroup, &work.work());
+        let watch = TracerWatch::new(&subject.cgroup, &work.criu());
         Ok(SourceMigration {
             subject,
             peer,

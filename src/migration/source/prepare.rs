@@ -13,7 +13,6 @@ use crate::memory::rounds::Tracking;
 use crate::memory::shared::SharedMemory;
 use crate::migration::checkpoint::dump::{DumpEvent, DumpJob, DumpPlan};
 use crate::migration::forwarding as forward;
-use crate::migration::journal;
 use crate::migration::network::hooks::Hooks;
 use crate::migration::preflight::host;
 use crate::migration::protocol::Message;
@@ -117,7 +116,7 @@ impl SourceMigration {
         let plan = &self.subject.plan;
         let Some(wanted) = &plan.engine else { return Ok(()) };
         let engine = handover::of(wanted.engine).ok_or_else(|| anyhow!("an unknown engine"))?;
-        let papers = engine.papers(&plan.container, self.runtime.root(), self.work.path())?;
+        let papers = engine.papers(&plan.container, self.runtime.root(), &self.work)?;
         fault::point("source.papers")?;
         self.peer.send(&Message::Papers(Box::new(papers)))
     }
@@ -182,7 +181,7 @@ impl SourceMigration {
                 peer: &record.peer,
                 netns,
             };
-            self.hooks = Some(Hooks::prepare(Hook::new(program, about, image), self.work.path())?);
+            self.hooks = Some(Hooks::prepare(Hook::new(program, about, image), &self.work)?);
         }
         Ok(())
     }
@@ -191,10 +190,10 @@ impl SourceMigration {
         let (criu, version) = host::criu()?;
         let plan = &self.subject.plan;
         let network = self.subject.container_network();
-        let armed = network.arm(&plan.migration, self.work.path())?.map(Box::new);
+        let armed = network.arm(&plan.migration, &self.work)?.map(Box::new);
         let side = self.subject.plan.network.as_ref();
         if let Some(side) = side.and_then(|i| HostSide::new(i, &self.subject.plan.migration)) {
-            journal::workdir::note_host_side(self.work.path(), &side)?;
+            self.work.note_host_side(&side)?;
             self.silence = Some(side.arm(&NetNs::current()?)?);
         }
         let hide = hidden::was_tried(version) && mntns::has_own(self.subject.state.pid);
@@ -205,14 +204,14 @@ impl SourceMigration {
             container: self.subject.plan.container.clone(),
             cgroup: self.subject.cgroup.clone(),
             images: self.work.images(),
-            work: self.work.work(),
+            work: self.work.criu(),
             tmpfs: self.subject.plan.tmpfs.iter().flat_map(Tmpfs::places).cloned().collect(),
             watched: self.watched()?,
             external: self.subject.plan.streams.iter().filter_map(|s| s.external.clone()).collect(),
             network: armed,
             sock_diag: network.sock_diag(&self.subject.cgroup)?,
             homes: network.homes(),
-            interposer: Interposer::new(self.work.path(), &criu, self.criu_namespace()?)?,
+            interposer: Interposer::new(&self.work, &criu, self.criu_namespace()?)?,
             namespace: self.criu_namespace()?,
             peer: self.peer.clone(),
             orders: self.guard.orders.clone(),
@@ -261,7 +260,7 @@ impl SourceMigration {
         }
         let sock_diag = self.sock_diag()?;
         let mut sock_diag = sock_diag.ok_or_else(|| anyhow!("there is no network"))?;
-        let mut lifting = Lifting::new(network.namespace(), self.vault.clone(), self.work.path())?;
+        let mut lifting = Lifting::new(network.namespace(), self.vault.clone(), &self.work)?;
         let coming = lifting.look(&mut sock_diag, &subject.cgroup.processes()?)?;
         if coming.len() < connections::MANY && !coming.iter().any(ComingConnection::listens) {
             return Ok(());
