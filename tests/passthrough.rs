@@ -77,7 +77,7 @@ impl Stage {
 
     fn mark(&self, root: &str) {
         let mark = AwayMark {
-            id: "web".into(),
+            id: "web".parse().expect("an ID"),
             runtime_root: root.into(),
             destination: "host2".into(),
             migrated_at: "2026-03-01T12:00:00Z".into(),

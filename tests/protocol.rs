@@ -27,7 +27,7 @@ use ferry::tasks::settings::{Setting, SettingValue};
 use ferry::tasks::sockets::{Group, SocketSettings};
 use ferry::transport::connect::{Closer, Link};
 use ferry::transport::frame;
-use ferry::transport::frame::{Frame, RunKind};
+use ferry::transport::frame::{Frame, PageRun, RunKind};
 use serde_json::json;
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -265,20 +265,26 @@ fn a_plan_for_what_is_not_here_is_refused() {
 
 #[test]
 fn what_no_honest_source_sends_is_refused() {
-    type Change = fn(&mut Plan);
-    let changes: &[(&str, Change)] = &[
-        ("a migration's ID", |p| p.migration = "../../etc".into()),
-        ("a container's ID", |p| p.container = "../box".into()),
-        ("a relative bundle", |p| p.bundle = "etc".into()),
-        ("a path upwards", |p| p.network_path = Some("/run/netns/../../etc".into())),
-        ("a relative root", |p| p.root = Some("run".into())),
-        ("too many streams", |p| p.streams = vec![p.streams[0].clone(); 4]),
+    // As text: not all of it can be made of Ferry's own types.
+    let stream = serde_json::to_value(&plan().streams[0]).expect("JSON");
+    let changes = [
+        ("a migration's ID", "migration", json!("../../etc")),
+        ("a container's ID", "container", json!("../box")),
+        ("a relative bundle", "bundle", json!("etc")),
+        ("a path upwards", "network_path", json!("/run/netns/../../etc")),
+        ("a relative root", "root", json!("run")),
+        ("too many streams", "streams", json!([stream, stream, stream, stream])),
     ];
     let dir = tempfile::tempdir().expect("a directory");
-    for (what, change) in changes {
-        let mut plan = plan();
-        change(&mut plan);
-        let (said, result) = receive(bytes(&[hello(), Message::Plan(Box::new(plan))]), dir.path());
+
+    for (what, field, value) in changes {
+        let mut message =
+            serde_json::to_value(Message::Plan(Box::new(plan()))).expect("a message is JSON");
+        *message.get_mut(field).expect("a field of the plan") = value;
+        let mut sent = bytes(&[hello()]);
+        frame::write_control(&mut sent, message.to_string().as_bytes()).expect("in memory");
+
+        let (said, result) = receive(sent, dir.path());
         assert!(result.is_err(), "{what} was taken");
         let accepted = said.iter().any(|m| matches!(m, Message::Accept { .. }));
         assert!(!accepted, "{what}: {said:?}");
@@ -350,7 +356,8 @@ fn what_is_no_protocol_ends_the_conversation() {
     let mut unknown = Vec::new();
     frame::write_control(&mut unknown, br#"{"type":"teleport"}"#).expect("in memory");
     let mut pages = bytes(&[hello()]);
-    frame::write_run(&mut pages, RunKind::Zero, 1, 0x1000, 1).expect("in memory");
+    frame::write_run(&mut pages, RunKind::Zero, PageRun { vpid: 1, start: 0x1000, pages: 1 })
+        .expect("in memory");
     for (what, said) in [
         ("a greeting of a shell", b"Welcome to the machine!\n".to_vec()),
         ("a damaged frame", damaged),

@@ -558,7 +558,7 @@ fn container_id(text: &str) -> Result<String, String> {
         Some((engine, name)) if crate::engine::Engine::of_word(engine).is_some() => name,
         _ => text,
     };
-    if crate::oci::runtime::valid_id(OsStr::new(name)) {
+    if crate::oci::container_id::valid_id(OsStr::new(name)) {
         Ok(text.to_owned())
     } else {
         Err("an ID is made of letters, digits, and _ + . -".into())

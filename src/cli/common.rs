@@ -10,7 +10,8 @@ use super::destination::DestinationArg;
 use super::runtime::{Config, FoundRuntime as Found};
 use crate::engine::Engine;
 use crate::engine::lookup::FoundName as InEngines;
-use crate::oci::runtime::{Runtime, valid_id};
+use crate::oci::container_id::{ContainerId, valid_id};
+use crate::oci::runtime::Runtime;
 use crate::report::exit::Failed;
 use crate::report::shown::{self, shown};
 use crate::transport::connect::{Destination as Reach, split_command};
@@ -55,25 +56,29 @@ pub(super) fn absolute(path: Option<&Path>) -> Result<Option<PathBuf>, Failed> {
 /// The runtime's ID of a container that is called as its engine calls it: `podman:web`, or `web` where
 /// only one engine knows that; and the runtime, to which that engine may give another `--root`. What is not
 /// found is looked for later, and told then.
-pub(super) fn resolved(globals: &mut Globals, asked: &str) -> Result<(String, Runtime), Failed> {
+pub(super) fn resolved(
+    globals: &mut Globals,
+    asked: &str,
+) -> Result<(ContainerId, Runtime), Failed> {
     let own = runtime(globals)?;
+    let id = |text: &str| text.parse::<ContainerId>().map_err(Failed::usage);
     let (engine, name) = match asked.split_once(':') {
         Some((engine, name)) => (Engine::of_word(engine), name),
         None => (None, asked),
     };
     if engine.is_none() && own.state(asked).is_ok_and(|state| state.is_some()) {
-        return Ok((asked.to_owned(), own));
+        return Ok((id(asked)?, own));
     }
     let found = match engine {
         Some(engine) => InEngines::of(name).only(engine),
         None if valid_id(name.as_ref()) => InEngines::of(name),
-        None => return Ok((asked.to_owned(), own)),
+        None => return Ok((id(asked)?, own)),
     };
-    let Some((id, root)) = found.one() else { return Ok((name.to_owned(), own)) };
+    let Some((found, root)) = found.one() else { return Ok((id(name)?, own)) };
     if globals.root.is_none() {
         globals.root = root;
     }
-    Ok((id.to_owned(), runtime(globals)?))
+    Ok((id(found)?, runtime(globals)?))
 }
 
 /// A line on standard output; a reader that went away is no error.

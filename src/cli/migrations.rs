@@ -16,7 +16,7 @@ use crate::report::log::rfc3339;
 fn shown_name(record: &Record) -> String {
     let made = record.engine.as_ref().filter(|made| !made.name.is_empty());
     made.map_or_else(
-        || record.container.clone(),
+        || record.container.to_string(),
         |made| format!("{}:{} ({:.12})", made.engine, made.name, record.container),
     )
 }

@@ -137,7 +137,7 @@ pub fn resolve_all(args: &ResolveArgs, bounds: &Bounds) -> Result<(), Failed> {
                 journal: journal.path().to_owned(),
                 deed,
                 migration: record.migration.clone(),
-                container: record.container.clone(),
+                container: record.container.to_string(),
                 peer: record.peer.clone(),
                 tries: 0,
                 due: Instant::now(),

@@ -354,7 +354,7 @@ pub fn taken(verb: &str, ids: &[OsString], root: &Path) -> Option<Expectation> {
 
 fn taken_in(place: &Path, verb: &str, ids: &[OsString], root: &Path) -> Option<Expectation> {
     let of = |id: &OsString| {
-        if !crate::oci::runtime::valid_id(id) {
+        if !crate::oci::container_id::valid_id(id) {
             return None;
         }
         let file = place.join(id);

@@ -184,7 +184,7 @@ impl Handover for Docker {
 
     fn discard(&self, made: &Made) -> Result<()> {
         let mut stays = Vec::new();
-        let id = made.id_here();
+        let id = made.id_here().map(String::from);
         id.iter().for_each(|id| end_monitor(id));
         let names = id.into_iter().chain([passing_name(made)?]);
         for name in names {

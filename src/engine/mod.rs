@@ -34,7 +34,7 @@ mod socket;
 
 use std::fmt;
 
-use crate::oci::runtime::valid_id;
+use crate::oci::container_id::valid_id;
 use crate::problem::Problem;
 
 /// An engine.

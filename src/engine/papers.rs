@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Engine;
-use crate::oci::runtime::valid_id;
+use crate::oci::container_id::{ContainerId, valid_id};
 
 /// Most volumes, networks and ports of one container.
 const MOST: usize = 256;
@@ -201,10 +201,10 @@ impl Made {
     }
 
     /// The container's ID at the runtime here, where it is not the one by which the migration goes.
-    pub fn id_here(&self) -> Option<String> {
+    pub fn id_here(&self) -> Option<ContainerId> {
         let noted = fs::read_to_string(&self.noted).ok()?;
         let id = noted.lines().find_map(|line| line.strip_prefix(CONTAINER))?;
-        valid_id(id.as_ref()).then(|| id.to_owned())
+        id.parse().ok()
     }
 
     /// Whether an operator means this one: by its name, with or without its engine's (`docker:web`), or by an ID

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 
 use super::pages::{Reader, Task};
 use crate::sys::memory::PAGE;
+use crate::transport::frame::PageRun;
 
 /// Bytes between two echoes.
 pub const ECHO_EVERY: u64 = 128 << 10;
@@ -99,10 +100,10 @@ impl Rest {
     ///
     /// # Errors
     /// When a task has ended.
-    pub fn new(tasks: &[Task], regions: impl Iterator<Item = (i32, u64, usize)>) -> Result<Rest> {
+    pub fn new(tasks: &[Task], regions: impl Iterator<Item = PageRun>) -> Result<Rest> {
         let mut rest = Rest::default();
-        for (vpid, at, pages) in regions {
-            let (first, pages) = (at / PAGE as u64, pages as u64);
+        for PageRun { vpid, start, pages } in regions {
+            let (first, pages) = (start / PAGE as u64, pages as u64);
             // What is in there already is taken out: no page counts twice.
             rest.take(vpid, first, pages);
             rest.runs.insert((vpid, first), pages);
@@ -156,7 +157,11 @@ mod tests {
     #[test]
     fn no_page_of_the_rest_goes_twice() {
         let regions = [(1, 0x1000, 10), (1, 0x3000, 10), (2, 0x1000, 4)];
-        let mut rest = Rest::new(&[], regions.into_iter()).unwrap();
+        let mut rest = Rest::new(
+            &[],
+            regions.into_iter().map(|(vpid, start, pages)| PageRun { vpid, start, pages }),
+        )
+        .unwrap();
         assert_eq!(rest.pages, 12 + 4);
         assert_eq!(rest.take(1, 4, 2), [(4, 2)]);
         assert_eq!(rest.take(1, 3, 4), [(3, 1), (6, 1)]);

@@ -42,6 +42,7 @@ use crate::criu::images::PagemapEntry;
 use crate::sys::memory::{PAGE, UffdEvent, uffd_read, uffd_wake, uffd_zero};
 use crate::sys::panics::{Panicked, caught};
 use crate::sys::{fault, process, scm};
+use crate::transport::frame::PageRun;
 
 pub use succession::{LeftServer, Stranded, succeed};
 
@@ -70,10 +71,10 @@ pub enum PageArrival {
     /// Pages of a task, by the address that they had on the source.
     Pages(i32, u64, Vec<u8>),
     /// Pages that are zero.
-    Zeros(i32, u64, usize),
+    Zeros(PageRun),
     /// Somebody wants to know what is still on the source (task, address, pages); and those that a
     /// task waits for are asked for once more. A new link is there.
-    Missing(Sender<Vec<(i32, u64, usize)>>),
+    Missing(Sender<Vec<PageRun>>),
 }
 
 /// The way to a serving daemon.
@@ -123,6 +124,11 @@ impl Served {
         self.worst_fault_us = self.worst_fault_us.max(took);
         self.faults_us += took;
     }
+}
+
+/// A run of pages that the source still has: a page's number there, and how many follow each other.
+fn remote_run(vpid: i32, page: u64, pages: u32) -> PageRun {
+    PageRun { vpid, start: page * PAGE as u64, pages: pages as usize }
 }
 
 #[derive(Debug)]
@@ -185,7 +191,7 @@ impl Server {
         staging: Staging,
         pagemaps: &HashMap<i32, Vec<PagemapEntry>>,
         will: Arc<Will>,
-        want: impl Fn(i32, u64, usize) + Send + 'static,
+        want: impl Fn(PageRun) + Send + 'static,
         ready: impl Fn() + Send + 'static,
         tell: impl FnOnce(Ended) + Send + 'static,
     ) -> Result<Intake> {
@@ -251,7 +257,7 @@ struct Daemon {
     arrivals: Receiver<PageArrival>,
     intake: Option<Intake>,
     wake: Arc<EventFd>,
-    want: Box<dyn Fn(i32, u64, usize) + Send>,
+    want: Box<dyn Fn(PageRun) + Send>,
     ready: Box<dyn Fn() + Send>,
 }
 
@@ -259,7 +265,7 @@ impl Daemon {
     fn new(
         staging: Staging,
         will: Arc<Will>,
-        want: impl Fn(i32, u64, usize) + Send + 'static,
+        want: impl Fn(PageRun) + Send + 'static,
     ) -> Result<Daemon> {
         let (queue, arrivals) = sync_channel(WAITING);
         let wake = Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?);
@@ -474,8 +480,7 @@ impl Daemon {
                         (wanted.is_empty(), remote)
                     {
                         target.waiting.entry(page).or_insert(began);
-                        let vpid = target.vpid;
-                        (self.want)(vpid, origin * PAGE as u64, pages as usize);
+                        (self.want)(remote_run(target.vpid, origin, pages));
                         continue;
                     }
                     if wanted.is_empty() {
@@ -519,8 +524,8 @@ impl Daemon {
                     let first = at / PAGE as u64;
                     self.arrive(vpid, first, (bytes.len() / PAGE) as u64, Some(&bytes))?;
                 }
-                PageArrival::Zeros(vpid, at, pages) => {
-                    self.arrive(vpid, at / PAGE as u64, pages as u64, None)?;
+                PageArrival::Zeros(run) => {
+                    self.arrive(run.vpid, run.start / PAGE as u64, run.pages as u64, None)?;
                 }
                 PageArrival::Missing(reply) => {
                     let _ = reply.send(self.missing());
@@ -529,7 +534,7 @@ impl Daemon {
                             if let Some((PageSlot::Remote(origin), pages)) =
                                 target.remote.range(page, AROUND)
                             {
-                                (self.want)(target.vpid, origin * PAGE as u64, pages as usize);
+                                (self.want)(remote_run(target.vpid, origin, pages));
                             }
                         }
                     }
@@ -540,10 +545,10 @@ impl Daemon {
     }
 
     /// What is still on the source.
-    fn missing(&self) -> Vec<(i32, u64, usize)> {
-        let of = |vpid: i32, list: &Pending| -> Vec<(i32, u64, usize)> {
+    fn missing(&self) -> Vec<PageRun> {
+        let of = |vpid: i32, list: &Pending| -> Vec<PageRun> {
             let remote = list.0.values().filter_map(|run| match run.slot {
-                PageSlot::Remote(page) => Some((vpid, page * PAGE as u64, run.pages as usize)),
+                PageSlot::Remote(page) => Some(remote_run(vpid, page, run.pages)),
                 _ => None,
             });
             remote.collect()

@@ -6,12 +6,13 @@ use crate::migration::protocol::How;
 use crate::migration::protocol::forwarding::ForwardOption;
 use crate::network::Placement;
 use crate::network::floating::MoveAddress;
+use crate::oci::container_id::ContainerId;
 
 /// What the user asked for, as far as the plan depends on it.
 #[derive(Clone, Debug)]
 pub struct MigrateOptions {
     /// Container ID.
-    pub container: String,
+    pub container: ContainerId,
     /// The bundle's place on the destination.
     pub bundle: Option<PathBuf>,
     /// `--network`.

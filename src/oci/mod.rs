@@ -3,6 +3,7 @@
 pub(crate) mod bundle;
 pub(crate) mod cgroup;
 pub(crate) mod cgroup_warmer;
+pub(crate) mod container_id;
 pub(crate) mod migratable;
 pub mod runtime;
 

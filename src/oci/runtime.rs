@@ -1,8 +1,7 @@
 //! The underlying runtime (runc): asking it for a container's state, having it checkpoint, restore
 //! and delete.
 
-use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::OsStrExt;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -149,13 +148,6 @@ pub fn last_error(log: &str) -> Option<String> {
     let (_, message) = line.split_once(" msg=")?;
     let bare = message.strip_prefix('"').and_then(|message| message.strip_suffix('"'));
     Some(bare.unwrap_or(message).replace("\\\"", "\""))
-}
-
-/// Whether this can be a container's ID: runc's rule, which leaves no room for paths.
-pub fn valid_id(id: &OsStr) -> bool {
-    let bytes = id.as_bytes();
-    !matches!(bytes, b"" | b"." | b"..")
-        && bytes.iter().all(|b| b.is_ascii_alphanumeric() || b"_+.-".contains(b))
 }
 
 #[cfg(test)]

@@ -37,14 +37,25 @@ pub enum Frame {
     Control(Vec<u8>),
     /// Pages of a task's memory: number in the container, address, contents.
     Pages(i32, u64, Vec<u8>),
-    /// Pages without contents: what about them, number in the container, address, how many.
-    Run(RunKind, i32, u64, usize),
+    /// Pages without contents, and what about them.
+    Run(RunKind, PageRun),
     /// Pages whose contents are those of others that came before.
     Same(Same),
     /// A piece of an image file: name, offset, contents.
     File(String, u64, Vec<u8>),
     /// A network frame that the fence held back.
     Packet(Vec<u8>),
+}
+
+/// Neighbouring pages of a task's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PageRun {
+    /// The task's number in the container.
+    pub vpid: i32,
+    /// Address of the first page.
+    pub start: u64,
+    /// How many they are.
+    pub pages: usize,
 }
 
 /// What about a run of pages.
@@ -128,13 +139,8 @@ pub fn write_pages(
 }
 
 /// Writes a run of pages without contents.
-pub fn write_run(
-    out: &mut impl Write,
-    what: RunKind,
-    vpid: i32,
-    mut vaddr: u64,
-    mut pages: usize,
-) -> io::Result<()> {
+pub fn write_run(out: &mut impl Write, what: RunKind, run: PageRun) -> io::Result<()> {
+    let PageRun { vpid, start: mut vaddr, mut pages } = run;
     while pages > 0 {
         let some = pages.min(MAX_RUN);
         let mut head = [0u8; 24];
@@ -270,7 +276,8 @@ fn decode(kind: u8, mut payload: Vec<u8>) -> Result<Frame> {
                 REMOTE => RunKind::Remote,
                 _ => RunKind::Want,
             };
-            Frame::Run(what, word(0)? as i32, word(8)?, run_length(word(16)?)?)
+            let pages = run_length(word(16)?)?;
+            Frame::Run(what, PageRun { vpid: word(0)? as i32, start: word(8)?, pages })
         }
         SAME => {
             let tasks = word(0)?;
@@ -314,8 +321,8 @@ mod tests {
         let mut out = Vec::new();
         write_control(&mut out, b"{\"a\":1}").unwrap();
         write_pages(&mut out, 7, 0x1000, &vec![9; 200 * PAGE], None).unwrap();
-        write_run(&mut out, RunKind::Zero, 7, 0x9000, 5).unwrap();
-        write_run(&mut out, RunKind::Want, -7, 0x9000, MAX_RUN + 1).unwrap();
+        write_run(&mut out, RunKind::Zero, run(7, 0x9000, 5)).unwrap();
+        write_run(&mut out, RunKind::Want, run(-7, 0x9000, MAX_RUN + 1)).unwrap();
         write_same(&mut out, SAME_RUN).unwrap();
         let (bytes, mut packed) = (vec![3; 16 * PAGE], Vec::new());
         Codec::Lz4.pack(&bytes, &mut packed).unwrap();
@@ -335,15 +342,19 @@ mod tests {
         Ok(all)
     }
 
+    fn run(vpid: i32, start: u64, pages: usize) -> PageRun {
+        PageRun { vpid, start, pages }
+    }
+
     #[test]
     fn what_is_written_is_read() {
         let all = read_all(&sample()).unwrap();
         assert_eq!(all.len(), 9);
         assert_eq!(all[0], Frame::Control(b"{\"a\":1}".to_vec()));
         assert_eq!(all[1], Frame::Pages(7, 0x1000, vec![9; 200 * PAGE]));
-        assert_eq!(all[2], Frame::Run(RunKind::Zero, 7, 0x9000, 5));
-        assert_eq!(all[3], Frame::Run(RunKind::Want, -7, 0x9000, MAX_RUN));
-        assert_eq!(all[4], Frame::Run(RunKind::Want, -7, 0x9000 + (MAX_RUN * PAGE) as u64, 1));
+        assert_eq!(all[2], Frame::Run(RunKind::Zero, run(7, 0x9000, 5)));
+        assert_eq!(all[3], Frame::Run(RunKind::Want, run(-7, 0x9000, MAX_RUN)));
+        assert_eq!(all[4], Frame::Run(RunKind::Want, run(-7, 0x9000 + (MAX_RUN * PAGE) as u64, 1)));
         assert_eq!(all[5], Frame::Same(SAME_RUN));
         assert_eq!(all[6], Frame::Pages(7, 0x5000, vec![3; 16 * PAGE]));
         assert_eq!(all[7], Frame::File("core-1.img".into(), 12, b"xyz".to_vec()));
@@ -364,7 +375,7 @@ mod tests {
     #[test]
     fn every_flipped_bit_is_found() {
         let mut whole = Vec::new();
-        write_run(&mut whole, RunKind::Zero, 7, 0x9000, 5).unwrap();
+        write_run(&mut whole, RunKind::Zero, run(7, 0x9000, 5)).unwrap();
         for bit in 0..whole.len() * 8 {
             let mut bad = whole.clone();
             bad[bit / 8] ^= 1 << (bit % 8);
@@ -406,7 +417,7 @@ mod tests {
         write_pages(&mut small, 1, 0x1000, &zeros, Some((Codec::Lz4, &lz4))).unwrap();
         write_pages(&mut small, 1, 0x1000, &zeros[..PAGE], None).unwrap();
         write_control(&mut small, b"{}").unwrap();
-        write_run(&mut small, RunKind::Remote, 7, 0x9000, 5).unwrap();
+        write_run(&mut small, RunKind::Remote, run(7, 0x9000, 5)).unwrap();
         write_same(&mut small, SAME_RUN).unwrap();
         write_file(&mut small, "core-1.img", 12, b"xyz").unwrap();
         write_packet(&mut small, b"frame").unwrap();

@@ -13,6 +13,7 @@ use crate::memory::pending::Pending;
 use crate::memory::staging::{PageSlot, Staging};
 use crate::memory::will::{self, Missing, Will, WillWord};
 use crate::sys::memory::uffd_wake_all;
+use crate::transport::frame::PageRun;
 
 /// What somebody who was killed while he served had open.
 #[derive(Debug)]
@@ -44,7 +45,7 @@ pub struct Stranded {
 pub fn succeed(
     will: Arc<Will>,
     left: LeftServer,
-    want: impl Fn(i32, u64, usize) + Send + 'static,
+    want: impl Fn(PageRun) + Send + 'static,
     tell: impl FnOnce(Ended) + Send + 'static,
 ) -> Result<(Intake, bool), Stranded> {
     let LeftServer { mut snapshot, staging, lazy, uffds } = left;

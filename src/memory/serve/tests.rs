@@ -29,7 +29,7 @@ fn the_will_is_made_once() {
     let (ready, tell) = (move || made.send(()).unwrap(), move |e| tell.send(e).unwrap());
     let staging = Staging::new(1).unwrap();
     let pages = HashMap::new();
-    let intake = server.start(staging, &pages, will.clone(), |_, _, _| (), ready, tell).unwrap();
+    let intake = server.start(staging, &pages, will.clone(), |_| (), ready, tell).unwrap();
     let criu = UnixStream::connect(dir.path().join(SOCKET)).unwrap();
     (1..=3).for_each(|vpid| introduce(&criu, vpid));
     (&criu).write_all(&FINISHED.to_le_bytes()).unwrap();
@@ -45,7 +45,7 @@ fn the_will_is_made_once() {
 fn a_daemon_that_panics_closes_nothing() {
     let (tell, ended) = channel();
     let will = Arc::new(Will::new().unwrap());
-    let mut daemon = Daemon::new(Staging::new(1).unwrap(), will, |_, _, _| ()).unwrap();
+    let mut daemon = Daemon::new(Staging::new(1).unwrap(), will, |_| ()).unwrap();
     let uffd = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC).unwrap();
     daemon.targets.push(ServedTask::new(uffd.into(), 1, Pending::default()));
     let tell = move |e| tell.send(e).unwrap();
@@ -82,13 +82,13 @@ fn who_cannot_go_on_closes_nothing() {
     // A will that cannot be read; then one that can, of tasks that cannot be woken.
     let spoilt = File::create_new(dir.path().join("spoilt")).unwrap();
     let (waited_on, one, kept) = left(spoilt);
-    let stranded = succeed(will.clone(), one, |_, _, _| (), |_| ()).unwrap_err();
+    let stranded = succeed(will.clone(), one, |_| (), |_| ()).unwrap_err();
     assert!(is_open(waited_on), "{stranded:?}");
     let all = Snapshot { staging: kept, tasks: Vec::new() };
     let path = dir.path().join("whole");
     std::fs::write(&path, postcard::to_stdvec(&all).unwrap()).unwrap();
     let (waited_on, one, _) = left(File::open(path).unwrap());
-    let stranded = succeed(will, one, |_, _, _| (), |_| ()).unwrap_err();
+    let stranded = succeed(will, one, |_| (), |_| ()).unwrap_err();
     assert!(is_open(waited_on), "{stranded:?}");
 }
 

@@ -43,6 +43,7 @@ use crate::network::frames::Capture;
 use crate::network::sockets::SockDiag;
 use crate::network::udp_queues::UdpEndpoints;
 use crate::oci::cgroup::Cgroup;
+use crate::oci::container_id::ContainerId;
 use crate::oci::runtime::Runtime;
 use crate::problem::Advise;
 use crate::sys::netns::NetNs;
@@ -116,7 +117,7 @@ pub struct DumpPlan {
     /// The runtime.
     pub runtime: Runtime,
     /// Container ID.
-    pub container: String,
+    pub container: ContainerId,
     /// Its control group.
     pub cgroup: Cgroup,
     /// Where the images go.
@@ -243,7 +244,7 @@ fn run(
     command.arg("--log").arg(&log).arg("checkpoint");
     command.arg("--image-path").arg(&plan.images).arg("--work-path").arg(&*plan.work);
     command.args(["--leave-running", "--tcp-established", "--file-locks", "--ext-unix-sk"]);
-    command.arg(&plan.container);
+    command.arg(&*plan.container);
     command.stdin(Stdio::null()).stdout(Stdio::null());
     command.stderr(File::create(plan.work.runtime_stderr())?);
     plan.interposer.configure(&mut command);

@@ -40,6 +40,7 @@ use crate::engine::calls::EngineCall;
 use crate::migration::journal::criu;
 use crate::migration::journal::workdir::{CriuPath, WorkPath};
 use crate::network::{self, NetworkImage, ReleaseSet};
+use crate::oci::container_id::ContainerId;
 use crate::oci::runtime::Runtime;
 use crate::problem::Advise;
 use crate::sys::fault;
@@ -97,7 +98,7 @@ pub struct RestorePlan {
     /// The runtime.
     pub runtime: Runtime,
     /// Container ID.
-    pub container: String,
+    pub container: ContainerId,
     /// The bundle's directory.
     pub bundle: PathBuf,
     /// Where the root file system is mounted by the time of the restore, if not before.
@@ -176,7 +177,7 @@ fn run(
     if let Some(socket) = &plan.console_socket {
         command.arg("--console-socket").arg(socket);
     }
-    command.arg(&plan.container);
+    command.arg(&*plan.container);
     let mut external: Vec<(String, i32)> = Vec::new();
     for (i, stream) in std::mem::take(&mut plan.streams).into_iter().enumerate() {
         // Two streams of one file have one key.

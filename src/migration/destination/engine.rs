@@ -58,7 +58,7 @@ pub(super) fn made(plan: &Plan, wanted: &EngineWants) -> Made {
     let upper = upper(plan, wanted);
     Made {
         engine: wanted.engine,
-        container: plan.container.clone(),
+        container: plan.container.to_string(),
         name: wanted.name.clone(),
         volumes: wanted.volumes.iter().map(|volume| volume.name.clone()).collect(),
         log: upper.with_extension("log"),

@@ -73,6 +73,7 @@ use crate::sys::memory::PAGE;
 use crate::sys::perf::DummyEvent;
 use crate::sys::process::ProcessId;
 use crate::transport::connect::{Closer, Link};
+use crate::transport::frame::PageRun;
 
 /// How long a source may be silent before it is given up, while it still owns the container.
 const SILENCE: Duration = Duration::from_secs(300);
@@ -106,7 +107,7 @@ enum DestinationInput {
     /// Whoever guards the pages can go on by himself.
     Guarded,
     /// A task waits for pages that are on the source.
-    Want(i32, u64, usize),
+    Want(PageRun),
     /// A further link has ended.
     ChannelEnded(String),
     Signal(i32),

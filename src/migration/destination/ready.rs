@@ -227,7 +227,7 @@ impl IncomingMigration {
             {
                 self.network.keep(&bytes)
             }
-            DestinationInput::Want(vpid, at, pages) => want(peer, vpid, at, pages),
+            DestinationInput::Want(run) => want(peer, run),
             DestinationInput::FromPeer(FromPeer::Message(message)) => {
                 Err(phase.refuse_message(&message))
             }
@@ -501,8 +501,7 @@ impl IncomingMigration {
         let will = self.will.clone().ok_or_else(|| anyhow!("nobody would go on"))?;
         // The hand-over may have ended already.
         let (wanted, made, ended) = (tell.clone(), tell.clone(), tell.clone());
-        let want =
-            move |vpid, at, pages| drop(wanted.send(DestinationInput::Want(vpid, at, pages)));
+        let want = move |run| drop(wanted.send(DestinationInput::Want(run)));
         let ready = move || drop(made.send(DestinationInput::Guarded));
         let end = move |e| drop(ended.send(DestinationInput::Pages(e)));
         stage.serve(|staging| server.start(staging, &pagemaps, will, want, ready, end))?;

@@ -89,8 +89,8 @@ impl IncomingMigration {
                     failed = Some("the restored copy was killed while it waited".to_owned());
                     CopyEvent::Broken
                 }
-                DestinationInput::Want(vpid, at, pages) => {
-                    drop(want(peer, vpid, at, pages));
+                DestinationInput::Want(run) => {
+                    drop(want(peer, run));
                     continue;
                 }
                 DestinationInput::FromPeer(FromPeer::Gone(_)) => {
@@ -203,8 +203,8 @@ impl IncomingMigration {
                         undo::note_all_in(&self.work);
                     }
                 }
-                Ok(DestinationInput::Want(vpid, at, pages)) => {
-                    todo.link &= want(&peer, vpid, at, pages).is_ok();
+                Ok(DestinationInput::Want(run)) => {
+                    todo.link &= want(&peer, run).is_ok();
                 }
                 Ok(DestinationInput::Call(ControlCall::Link(input, output, held))) => {
                     tracing::info!("the source is back over a new link");

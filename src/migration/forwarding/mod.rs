@@ -47,6 +47,7 @@ use crate::network::published::near::{self, Stays};
 use crate::network::sockets::SockDiag;
 use crate::network::translated::{self, Translated};
 use crate::network::{self, NetworkImage, Placement, Problem, forward};
+use crate::oci::container_id::ContainerId;
 use crate::problem::Advise;
 use crate::sys::netns::NetNs;
 use crate::transport::connect::Destination;
@@ -62,7 +63,7 @@ pub struct Home {
     /// The forwarding's ID.
     pub id: String,
     /// The container's.
-    pub container: String,
+    pub container: ContainerId,
     /// The container's addresses, for people.
     pub addresses: Vec<String>,
     /// Names of the links, in the order by which frames tell them.
@@ -93,7 +94,7 @@ pub struct Away {
     /// The forwarding's ID.
     pub id: String,
     /// The container's.
-    pub container: String,
+    pub container: ContainerId,
     /// What its home calls itself.
     pub home: String,
     /// The container's namespace.
@@ -368,7 +369,7 @@ fn of_container(id: &str) -> Vec<PathBuf> {
         let names = home_at(d)
             .map(|h| (h.container, h.name))
             .or_else(|_| away_at(d).map(|a| (a.container, a.name)));
-        names.is_ok_and(|(c, name)| c == id || name.is_some_and(|name| name == called))
+        names.is_ok_and(|(c, name)| c == *id || name.is_some_and(|name| name == called))
             || d.ends_with(id)
     };
     directories().into_iter().filter(is).collect()

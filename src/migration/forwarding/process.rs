@@ -14,6 +14,7 @@ use crate::network::published::HomePort;
 use crate::network::published::away;
 use crate::network::published::packet::UDP;
 use crate::network::{self, NetworkImage, forward};
+use crate::oci::container_id::ContainerId;
 use crate::sys::netns::{self, NetNs};
 use crate::sys::process;
 
@@ -28,7 +29,7 @@ const HASTE: Duration = Duration::from_secs(1);
 /// When it cannot be made; nothing is left then.
 pub fn establish(
     id: &str,
-    container: &str,
+    container: &ContainerId,
     namespace: &NetNs,
     image: &NetworkImage,
 ) -> Result<PathBuf> {
@@ -42,7 +43,7 @@ pub fn establish(
         let addresses = addresses.filter(told).map(|a| a.local.to_string()).collect();
         let home = Home {
             id: id.to_owned(),
-            container: container.to_owned(),
+            container: container.clone(),
             addresses,
             links,
             active: None,
@@ -68,7 +69,7 @@ pub fn establish(
 /// When it cannot be made; nothing is left then.
 pub fn establish_published(
     id: &str,
-    container: &str,
+    container: &ContainerId,
     wanted: &EngineWants,
     image: &NetworkImage,
 ) -> Result<()> {
@@ -81,7 +82,7 @@ pub fn establish_published(
     };
     let home = Home {
         id: id.to_owned(),
-        container: container.to_owned(),
+        container: container.clone(),
         addresses: known.ports.iter().map(shown).collect(),
         links: away::links(image).map(|link| link.name.clone()).collect(),
         active: None,

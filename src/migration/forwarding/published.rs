@@ -222,7 +222,7 @@ pub fn left_behind(wanted: &EngineWants, forwards: bool) -> Option<Problem> {
 
 /// It is forwarded so already, from elsewhere.
 pub fn twice(away: &Away) -> Problem {
-    let (home, id) = (&away.home, away.name.as_ref().unwrap_or(&away.container));
+    let (home, id) = (&away.home, away.name.as_deref().unwrap_or(&away.container));
     Problem::new(
         format!("its connections are forwarded from {home}"),
         "an engine's container goes on from here, or back, when they have ended",

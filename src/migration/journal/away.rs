@@ -19,11 +19,11 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Component, Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::engine::Engine;
-use crate::oci::runtime::valid_id;
+use crate::oci::container_id::{ContainerId, valid_id};
 use crate::problem::Advise;
 
 /// The longest file name that every file system of interest takes.
@@ -33,7 +33,7 @@ const NAME_MAX: usize = 255;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AwayMark {
     /// The container's ID.
-    pub id: String,
+    pub id: ContainerId,
     /// The runtime's `--root` that the ID belongs to.
     pub runtime_root: PathBuf,
     /// Where it went, as the user wrote it.
@@ -51,9 +51,6 @@ impl AwayMark {
     /// Writes the mark; when this returns it is on disk. An older mark of the same
     /// container is replaced.
     pub fn write(&self, state_dir: &Path) -> Result<()> {
-        if !valid_id(OsStr::new(&self.id)) {
-            bail!("cannot mark {:?} as migrated away: it is not a container ID", self.id);
-        }
         self.write_in(&root_dir(state_dir, &self.runtime_root), &self.id)?;
         match &self.named {
             Some((engine, name)) if valid_id(OsStr::new(name)) => {
@@ -271,7 +268,7 @@ mod tests {
 
     fn mark(root: &Path) -> AwayMark {
         AwayMark {
-            id: "web".into(),
+            id: "web".parse().unwrap(),
             runtime_root: root.into(),
             destination: "host2".into(),
             migrated_at: "2026-03-01T12:00:00Z".into(),
@@ -286,14 +283,15 @@ mod tests {
         let (state, root) = (dir.path(), Path::new("/run/runc"));
         assert!(!AwayMark::any_named(state));
         let named = Some((Engine::Podman, "web".to_owned()));
-        let first = AwayMark { id: "id1".into(), named: named.clone(), ..mark(root) };
+        let first = AwayMark { id: "id1".parse().unwrap(), named: named.clone(), ..mark(root) };
         first.write(state).unwrap();
         assert!(AwayMark::any_named(state));
         let by_name = |engine| AwayMark::find_named(state, engine, "web").unwrap();
         assert_eq!(by_name(Engine::Podman), Some(first.clone()));
         assert_eq!(by_name(Engine::Docker), None);
         // It came back under another ID, as docker's do, and left again: that mark is the name's.
-        let again = AwayMark { id: "id2".into(), migration_id: "m2".into(), ..first.clone() };
+        let again =
+            AwayMark { id: "id2".parse().unwrap(), migration_id: "m2".into(), ..first.clone() };
         again.write(state).unwrap();
         assert!(AwayMark::remove(state, root, OsStr::new("id1")).unwrap());
         assert_eq!(by_name(Engine::Podman), Some(again));
@@ -344,11 +342,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for id in ["", ".", "..", "../x", "a/b", "~x", "a b", "é"] {
             assert!(AwayMark::find(dir.path(), Path::new("/r"), OsStr::new(id)).unwrap().is_none());
-            let mark = AwayMark { id: id.into(), ..mark(Path::new("/r")) };
-            assert!(mark.write(dir.path()).is_err(), "{id:?}");
         }
-        assert!(!valid_id(OsStr::from_bytes(b"\xff")));
-        assert!(valid_id(OsStr::new("a_B+c.9-")));
     }
 
     #[test]

@@ -139,7 +139,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut journal = Journal::create(dir.path(), record("00112233aabbccdd")).unwrap();
         let mark = AwayMark {
-            id: "web".into(),
+            id: "web".parse().unwrap(),
             runtime_root: "/run/runc".into(),
             destination: "host2".into(),
             migrated_at: "2026-03-01T12:00:00Z".into(),

@@ -35,6 +35,7 @@ use crate::engine::papers::Made;
 use crate::files::logs::Logs;
 use crate::files::place::Placing;
 use crate::oci::cgroup::Cgroup;
+use crate::oci::container_id::ContainerId;
 use crate::oci::runtime::DEFAULT_ROOT;
 use crate::problem::advice;
 use crate::sys::fault;
@@ -116,7 +117,7 @@ pub struct Record {
     /// The migration's ID.
     pub migration: String,
     /// The container's.
-    pub container: String,
+    pub container: ContainerId,
     /// This host's end.
     pub role: Role,
     /// The other host, as the user wrote it; on the destination: what is known of it.
@@ -177,7 +178,7 @@ impl Record {
 
     /// Whether an operator means it: by an ID, or as the container's engine calls that.
     pub fn is_meant_by(&self, word: &str) -> bool {
-        self.container == word
+        self.container == *word
             || self.migration == word
             || self.engine.as_ref().is_some_and(|engine| engine.is_meant_by(word))
     }
@@ -202,7 +203,7 @@ impl Record {
 
     /// By which ID the runtime here knows the container: the destination's engine may have given it
     /// another one than that by which the migration goes.
-    pub fn id_here(&self) -> String {
+    pub fn id_here(&self) -> ContainerId {
         let other = self.engine.as_ref().filter(|_| self.role == Role::Destination);
         other.and_then(Made::id_here).unwrap_or_else(|| self.container.clone())
     }
@@ -210,7 +211,7 @@ impl Record {
     /// Whether it is about this container.
     pub fn concerns(&self, root: &Path, container: &str) -> bool {
         let its_root = self.root.as_deref().unwrap_or(Path::new(DEFAULT_ROOT));
-        self.container == container && canonical(its_root) == canonical(root)
+        self.container == *container && canonical(its_root) == canonical(root)
     }
 }
 

@@ -107,7 +107,7 @@ pub fn about(state_dir: &Path, id: &str) -> Result<Vec<Journal>> {
     let (all, unreadable) = Journal::all(state_dir)?;
     let in_the_way = unreadable.iter().find(|journal| journal.may_be_about(id));
     in_the_way.map_or(Ok(()), |journal| Err(Unreadable::error(journal)))?;
-    let of_it = |j: &Journal| j.record.container == id || j.record.migration == id;
+    let of_it = |j: &Journal| j.record.container == *id || j.record.migration == id;
     Ok(all.into_iter().filter(of_it).collect())
 }
 
@@ -119,14 +119,14 @@ pub fn about(state_dir: &Path, id: &str) -> Result<Vec<Journal>> {
 /// When the journals cannot be listed, or several containers that are called so are open.
 pub fn id_of(state_dir: &Path, word: &str) -> Result<String> {
     let (all, _) = Journal::all(state_dir)?;
-    let is_it = |j: &&Journal| j.record.container == word || j.record.migration == word;
+    let is_it = |j: &&Journal| j.record.container == *word || j.record.migration == word;
     if all.iter().any(|journal| is_it(&journal)) {
         return Ok(word.to_owned());
     }
     let mut meant: Vec<&Journal> = all.iter().filter(|j| j.record.is_meant_by(word)).collect();
     if meant.iter().any(|journal| !journal.state().is_over()) {
         meant.retain(|journal| !journal.state().is_over());
-        let mut ids: Vec<&str> = meant.iter().map(|j| j.record.container.as_str()).collect();
+        let mut ids: Vec<&str> = meant.iter().map(|j| &*j.record.container).collect();
         ids.sort_unstable();
         ids.dedup();
         if ids.len() > 1 {
@@ -137,7 +137,7 @@ pub fn id_of(state_dir: &Path, word: &str) -> Result<String> {
         }
     }
     let last = meant.into_iter().max_by_key(|journal| journal.record.begun);
-    Ok(last.map_or_else(|| word.to_owned(), |journal| journal.record.container.clone()))
+    Ok(last.map_or_else(|| word.to_owned(), |journal| journal.record.container.to_string()))
 }
 
 #[cfg(test)]
@@ -161,7 +161,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let add = |number: u64, container: &str, state: Option<State>| {
             let mut record = record(&format!("{number:016x}"));
-            record.container = container.into();
+            record.container = container.parse().unwrap();
             record.begun = number;
             record.engine = Some(
                 serde_json::from_value(serde_json::json!({

@@ -13,7 +13,7 @@ pub(crate) fn record(migration: &str) -> Record {
         remove: Vec::new(),
         unmount: None,
         migration: migration.into(),
-        container: "web".into(),
+        container: "web".parse().unwrap(),
         role: Role::Source,
         peer: "host2".into(),
         destination: Some(Destination::Unix("/run/x".into())),
@@ -41,7 +41,7 @@ fn states_are_found_again() {
     journal.write(State::Committed).unwrap();
     let again = Journal::find(dir.path(), "00112233aabbccdd").unwrap().unwrap();
     assert_eq!(again.state(), State::Committed);
-    assert_eq!(again.record.container, "web");
+    assert_eq!(&*again.record.container, "web");
     assert_eq!(fs::metadata(again.path()).unwrap().len(), SIZE as u64);
     assert!(Journal::find(dir.path(), "ffffffffffffffff").unwrap().is_none());
     let (all, unreadable) = Journal::all(dir.path()).unwrap();

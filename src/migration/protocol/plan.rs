@@ -15,6 +15,7 @@ use crate::files::tmpfs::{self, Tmpfs};
 use crate::network::image::{LinkKind, NetworkImage};
 use crate::network::{Floating, Placement};
 use crate::oci::bundle::Bundle;
+use crate::oci::container_id::ContainerId;
 use crate::tasks::settings;
 
 /// Most probes and bind mounts of one plan.
@@ -30,7 +31,7 @@ pub struct Plan {
     /// Only the checks are wanted.
     pub check_only: bool,
     /// The container's ID.
-    pub container: String,
+    pub container: ContainerId,
     /// What the source calls itself.
     #[serde(default)]
     pub source: String,
@@ -185,9 +186,6 @@ impl Plan {
         let hex = |s: &str| s.len() == 16 && s.bytes().all(|b| b.is_ascii_hexdigit());
         if !hex(&self.migration) {
             bail!("{:?} is no migration's ID", self.migration);
-        }
-        if !crate::oci::runtime::valid_id(self.container.as_ref()) {
-            bail!("{:?} is no container's ID", self.container);
         }
         // HOST_NAME_MAX; it is shown to people.
         if self.source.len() > 64 || self.source.contains(|c: char| c.is_control()) {

@@ -15,6 +15,7 @@ use crate::migration::protocol;
 use crate::problem::{Advice, advice};
 use crate::transport::codec::Codec;
 use crate::transport::connect::{Closer, Destination, Link};
+use crate::transport::frame::PageRun;
 use crate::transport::frame::{self, Frame, RunKind, Same};
 
 /// Bytes gathered before they are written.
@@ -92,8 +93,8 @@ impl PeerWriter {
     ///
     /// # Errors
     /// When the link is gone.
-    pub fn run(&self, what: RunKind, vpid: i32, vaddr: u64, pages: usize) -> Result<()> {
-        Ok(frame::write_run(&mut *self.lock(), what, vpid, vaddr, pages)?)
+    pub fn run(&self, what: RunKind, run: PageRun) -> Result<()> {
+        Ok(frame::write_run(&mut *self.lock(), what, run)?)
     }
 
     /// Pages that are like others.

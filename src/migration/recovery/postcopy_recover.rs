@@ -139,15 +139,12 @@ fn attempt(
                 }
             };
             match event {
-                ResumeEvent::FromPeer(FromPeer::Frame(Frame::Run(
-                    RunKind::Want,
-                    vpid,
-                    at,
-                    pages,
-                ))) => match memory {
-                    None => missing.push((vpid, at, pages)),
-                    Some(_) => order(&memory, MemoryOrder::Want(vpid, at, pages)),
-                },
+                ResumeEvent::FromPeer(FromPeer::Frame(Frame::Run(RunKind::Want, run))) => {
+                    match memory {
+                        None => missing.push(run),
+                        Some(_) => order(&memory, MemoryOrder::Want(run)),
+                    }
+                }
                 ResumeEvent::FromPeer(FromPeer::Message(Message::Missing { .. })) => {
                     let tell = tell.clone();
                     let list = std::mem::take(&mut missing);

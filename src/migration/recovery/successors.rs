@@ -42,6 +42,7 @@ use crate::sys::process::{self, ProcessId};
 use crate::sys::successor::{Successor, inherited};
 use crate::tasks::criu_rescue;
 use crate::transport::connect;
+use crate::transport::frame::PageRun;
 
 /// How many wait.
 const WAITING: usize = 2;
@@ -302,7 +303,7 @@ fn discard(journal: &mut Journal, held: Vec<OwnedFd>) -> Result<()> {
 enum SuccessorEvent {
     Call(ControlCall),
     FromPeer(FromPeer),
-    Want(i32, u64, usize),
+    Want(PageRun),
     Pages(Ended),
     /// CRIU has come to its end.
     Released,
@@ -342,8 +343,7 @@ impl Filling {
             let (snapshot, staging, lazy) = (snapshot.into(), staging.into(), lazy.into());
             let left = LeftServer { snapshot, staging, lazy, uffds };
             let (wanted, ended) = (tell.clone(), tell.clone());
-            let want =
-                move |vpid, at, pages| drop(wanted.send(SuccessorEvent::Want(vpid, at, pages)));
+            let want = move |run| drop(wanted.send(SuccessorEvent::Want(run)));
             let end = move |e| drop(ended.send(SuccessorEvent::Pages(e)));
             let (intake, lacks) = serve::succeed(will, left, want, end)?;
             stage.serve_by(intake);
@@ -402,9 +402,9 @@ impl Filling {
                     tracing::error!("not all of its memory can be put into the container: {e:#}");
                     return ServingEnd::Lost(held);
                 }
-                SuccessorEvent::Want(vpid, at, pages) => {
+                SuccessorEvent::Want(run) => {
                     // The next link is told of it anew.
-                    let told = |peer: &mut PeerWriter| want(peer, vpid, at, pages).is_ok();
+                    let told = |peer: &mut PeerWriter| want(peer, run).is_ok();
                     self.link = self.link.take_if(told);
                 }
                 SuccessorEvent::FromPeer(FromPeer::Gone(_)) => self.link = None,

@@ -481,7 +481,7 @@ fn delete(runtime: &Runtime, record: &Record, init: Option<ProcessId>) -> Result
     let id = record.id_here();
     match runtime.state(&id)? {
         // A runtime that was killed early leaves a directory without a state: it takes that, too.
-        None if runtime.root().join(&id).exists() => runtime.delete_force(&id),
+        None if runtime.root().join(&*id).exists() => runtime.delete_force(&id),
         None => Ok(()),
         Some(state) if state.pid == 0 || state.status == "stopped" => runtime.delete_force(&id),
         Some(state)

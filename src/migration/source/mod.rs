@@ -124,7 +124,7 @@ pub fn migrate(
     options: &SourceOptions,
     reporter: &mut Reporter,
 ) -> Result<(), Failed> {
-    reporter.report.container.clone_from(&options.wishes.container);
+    reporter.report.container = options.wishes.container.to_string();
     reporter.report.destination = options.destination.to_string();
     // Each task takes some.
     connections::raise_limit().map_err(Failed::refused)?;
@@ -398,8 +398,8 @@ impl SourceMigration {
             }
             SourceInput::Channel(channel, Some(number)) => MemoryOrder::Echoed(channel, number),
             SourceInput::Channel(_, None) => return None,
-            SourceInput::FromPeer(FromPeer::Frame(Frame::Run(RunKind::Want, vpid, at, pages))) => {
-                MemoryOrder::Want(vpid, at, pages)
+            SourceInput::FromPeer(FromPeer::Frame(Frame::Run(RunKind::Want, run))) => {
+                MemoryOrder::Want(run)
             }
             other => return Some(other),
         };

@@ -37,6 +37,7 @@ use crate::sys::panics::caught;
 use crate::sys::stopped::await_outside;
 use crate::tasks::sleepers;
 use crate::transport::codec::CompressOption;
+use crate::transport::frame::PageRun;
 use crate::transport::frame::{RunKind, Same};
 use crate::transport::pace::Pace;
 
@@ -84,7 +85,7 @@ pub enum MemoryOrder {
     /// The destination owns the container: what stayed here may follow.
     Serve,
     /// A task over there waits for these pages: task, address, how many.
-    Want(i32, u64, usize),
+    Want(PageRun),
 }
 
 /// What it tells the hand-over.
@@ -139,7 +140,7 @@ impl MemoryTransfer {
         cgroup: &Cgroup,
         peer: &PeerWriter,
         wishes: MemoryOptions,
-        missing: Vec<(i32, u64, usize)>,
+        missing: Vec<PageRun>,
         tell: impl Fn(MemoryEvent) + Send + Sync + 'static,
     ) -> Result<MemoryTransfer> {
         let tasks = pages::tasks(&cgroup.processes()?)?;
@@ -267,8 +268,8 @@ impl MemorySender {
             match order {
                 MemoryOrder::Serve if left > 0 => return self.serve(rest),
                 // The restore itself looks at some.
-                MemoryOrder::Want(vpid, at, pages) => {
-                    self.send_wanted(&mut rest, vpid, at, pages)?;
+                MemoryOrder::Want(run) => {
+                    self.send_wanted(&mut rest, run)?;
                 }
                 MemoryOrder::Verify(seed, masks) => self.tell_digests(&tasks, seed, &masks)?,
                 _ => {}
@@ -375,7 +376,7 @@ impl MemorySender {
         segments: Option<&mut Segments>,
         tasks: &[Task],
         decided: NextRound,
-        rest: &mut Vec<(i32, u64, usize)>,
+        rest: &mut Vec<PageRun>,
     ) -> Result<()> {
         let began = Instant::now();
         let before = self.sender.wire();
@@ -388,7 +389,8 @@ impl MemorySender {
         for &task in tasks {
             if decided == NextRound::PostCopy {
                 for (start, end) in rounds.leave(task, &mut self.sender)? {
-                    rest.push((task.vpid, start, ((end - start) / PAGE as u64) as usize));
+                    let pages = ((end - start) / PAGE as u64) as usize;
+                    rest.push(PageRun { vpid: task.vpid, start, pages });
                 }
             } else {
                 sum.add(rounds.round(task, true, &mut self.sender)?);
@@ -443,9 +445,9 @@ impl MemorySender {
             match order {
                 // Number 0 is a sign of life that somebody else asked for.
                 Some(MemoryOrder::Echoed(_, number)) if number > 0 => window.echoed(Instant::now()),
-                Some(MemoryOrder::Want(vpid, at, pages)) => {
+                Some(MemoryOrder::Want(run)) => {
                     window.wanted(Instant::now());
-                    since_echo += self.send_wanted(&mut rest, vpid, at, pages)?;
+                    since_echo += self.send_wanted(&mut rest, run)?;
                 }
                 Some(_) => {}
                 None => {
@@ -467,10 +469,10 @@ impl MemorySender {
     }
 
     /// Sends pages that somebody waits for, at once; bytes on the link.
-    fn send_wanted(&mut self, rest: &mut Rest, vpid: i32, at: u64, pages: usize) -> Result<u64> {
+    fn send_wanted(&mut self, rest: &mut Rest, run: PageRun) -> Result<u64> {
         let mut bytes = 0;
-        for (page, pages) in rest.take(vpid, at / PAGE as u64, pages as u64) {
-            bytes += self.send(rest, vpid, page, pages)?;
+        for (page, pages) in rest.take(run.vpid, run.start / PAGE as u64, run.pages as u64) {
+            bytes += self.send(rest, run.vpid, page, pages)?;
         }
         self.sender.main.peer.flush()?;
         Ok(bytes)
@@ -579,7 +581,7 @@ impl Sink for PageSender {
     }
 
     fn zeros(&mut self, vpid: i32, vaddr: u64, pages: usize) -> Result<()> {
-        self.main.peer.run(RunKind::Zero, vpid, vaddr, pages)?;
+        self.main.peer.run(RunKind::Zero, PageRun { vpid, start: vaddr, pages })?;
         self.sent(pages * PAGE, RUN_BYTES);
         Ok(())
     }
@@ -591,7 +593,7 @@ impl Sink for PageSender {
     }
 
     fn remote(&mut self, vpid: i32, vaddr: u64, pages: usize) -> Result<()> {
-        self.main.peer.run(RunKind::Remote, vpid, vaddr, pages)?;
+        self.main.peer.run(RunKind::Remote, PageRun { vpid, start: vaddr, pages })?;
         self.sent(0, RUN_BYTES);
         Ok(())
     }

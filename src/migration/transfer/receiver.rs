@@ -13,6 +13,7 @@ use crate::memory::shared::{SharedImages, is_segment};
 use crate::memory::staging::Staging;
 use crate::migration::protocol::Message;
 use crate::migration::protocol::session::{self, FromPeer, PeerWriter};
+use crate::transport::frame::PageRun;
 use crate::transport::frame::{Frame, RunKind};
 
 /// How long the page daemon may take to say what it lacks.
@@ -115,7 +116,7 @@ impl Stage {
     ///
     /// # Errors
     /// When it does not answer.
-    pub fn missing(&self) -> Result<Vec<(i32, u64, usize)>> {
+    pub fn missing(&self) -> Result<Vec<PageRun>> {
         let Some(intake) = self.daemon() else { return Ok(Vec::new()) };
         let (reply, answer) = channel();
         intake.hand_in(PageArrival::Missing(reply))?;
@@ -149,8 +150,8 @@ impl Stage {
                 self.with_images(|images| images.put(*number, *at, bytes))?;
                 return Ok(None);
             }
-            Frame::Run(RunKind::Zero, number, at, pages) if is_segment(*number) => {
-                self.with_images(|images| images.put_zeros(*number, *at, *pages))?;
+            Frame::Run(RunKind::Zero, run) if is_segment(run.vpid) => {
+                self.with_images(|images| images.put_zeros(run.vpid, run.start, run.pages))?;
                 return Ok(None);
             }
             _ => {}
@@ -161,8 +162,8 @@ impl Stage {
                 Frame::Pages(vpid, at, bytes) => {
                     intake.hand_in(PageArrival::Pages(vpid, at, bytes))?
                 }
-                Frame::Run(RunKind::Zero, vpid, at, pages) => {
-                    intake.hand_in(PageArrival::Zeros(vpid, at, pages))?;
+                Frame::Run(RunKind::Zero, run) => {
+                    intake.hand_in(PageArrival::Zeros(run))?;
                 }
                 _ => return Err(anyhow!("memory that comes too late for that")),
             }
@@ -174,8 +175,8 @@ impl Stage {
             };
             match frame {
                 Frame::Pages(vpid, at, bytes) => staging.put(vpid, at, &bytes),
-                Frame::Run(RunKind::Zero, vpid, at, pages) => staging.put_zeros(vpid, at, pages),
-                Frame::Run(_, vpid, at, pages) => staging.put_remote(vpid, at, pages),
+                Frame::Run(RunKind::Zero, run) => staging.put_zeros(run.vpid, run.start, run.pages),
+                Frame::Run(_, run) => staging.put_remote(run.vpid, run.start, run.pages),
                 Frame::Same(same) => staging.put_same(same.to, same.from, same.pages),
                 _ => Ok(()),
             }
@@ -188,8 +189,8 @@ impl Stage {
 ///
 /// # Errors
 /// When the link is gone.
-pub fn want(peer: &PeerWriter, vpid: i32, at: u64, pages: usize) -> Result<()> {
-    peer.run(RunKind::Want, vpid, at, pages)?;
+pub fn want(peer: &PeerWriter, run: PageRun) -> Result<()> {
+    peer.run(RunKind::Want, run)?;
     peer.flush()
 }
 
@@ -200,9 +201,9 @@ pub fn want(peer: &PeerWriter, vpid: i32, at: u64, pages: usize) -> Result<()> {
 pub fn send_missing(peer: &PeerWriter, stage: &Stage) -> Result<()> {
     let missing = stage.missing()?;
     let mut pages = 0;
-    for (vpid, at, n) in missing {
-        peer.run(RunKind::Want, vpid, at, n)?;
-        pages += n as u64;
+    for run in missing {
+        peer.run(RunKind::Want, run)?;
+        pages += run.pages as u64;
     }
     peer.send(&Message::Missing { pages })
 }
