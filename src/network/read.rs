@@ -1,7 +1,7 @@
 //! Addresses, routes and rules, as the kernel tells them.
 
 use super::image::{Address, RULE_ATTRIBUTES, Route, Rule};
-use super::rtnl::{self, AF_INET, AF_INET6, Rtnl, ip_of};
+use super::rtnl::{self, AF_INET, AF_INET6, RTAX_CC_ALGO, RTNH_F_ONLINK, Rtnl, ifa, ip_of, rta};
 use crate::problem::{Problem, Trying};
 use crate::sys::netlink::NetlinkMessage;
 
@@ -19,10 +19,6 @@ const RTN_LOCAL: u8 = 2;
 
 const RTN_UNREACHABLE: u8 = 7;
 
-const RTNH_F_ONLINK: u32 = 4;
-
-const RTAX_CC_ALGO: u16 = 16;
-
 /// `FIB_RULE_INVERT`, `FIB_RULE_FIND_SADDR`
 const RULE_FLAGS: u32 = 0x2 | 0x1_0000;
 
@@ -33,14 +29,14 @@ const CLOCK: i32 = 100;
 pub(super) fn address(m: &NetlinkMessage) -> Option<Address> {
     let &[family, prefix, flags, scope, ..] = m.payload.as_slice() else { return None };
     let a = m.attributes(8);
-    let address = ip_of(&a, 1)?;
-    let local = ip_of(&a, 2).unwrap_or(address);
-    let flags = a.u32(8).unwrap_or(u32::from(flags));
+    let address = ip_of(&a, ifa::ADDRESS)?;
+    let local = ip_of(&a, ifa::LOCAL).unwrap_or(address);
+    let flags = a.u32(ifa::FLAGS).unwrap_or(u32::from(flags));
     // Made anew, in their own time, by the kernel from the stable one.
     if family == AF_INET6 && flags & IFA_TEMPORARY != 0 {
         return None;
     }
-    let times = a.get(6).filter(|v| v.len() >= 8);
+    let times = a.get(ifa::CACHEINFO).filter(|v| v.len() >= 8);
     let lifetime = times.map(|v| {
         let at = |i: usize| u32::from_ne_bytes([v[i], v[i + 1], v[i + 2], v[i + 3]]);
         (at(0), at(4))
@@ -49,11 +45,11 @@ pub(super) fn address(m: &NetlinkMessage) -> Option<Address> {
         local,
         peer: Some(address).filter(|p| *p != local),
         prefix,
-        broadcast: a.get(4).and_then(|v| <[u8; 4]>::try_from(v).ok()).map(Into::into),
-        label: a.string(3),
+        broadcast: a.get(ifa::BROADCAST).and_then(|v| <[u8; 4]>::try_from(v).ok()).map(Into::into),
+        label: a.string(ifa::LABEL),
         scope,
         flags: flags & IFA_CARRIED,
-        protocol: a.get(11).and_then(|v| v.first().copied()).unwrap_or_default(),
+        protocol: a.get(ifa::PROTO).and_then(|v| v.first().copied()).unwrap_or_default(),
         lifetime: lifetime.filter(|l| *l != (FOREVER, FOREVER)),
     })
 }
@@ -82,13 +78,13 @@ pub(super) fn route(
         return Ok(None);
     };
     let a = m.attributes(12);
-    let table = a.u32(15).unwrap_or(u32::from(table));
+    let table = a.u32(rta::TABLE).unwrap_or(u32::from(table));
     let v6 = match family {
         AF_INET => false,
         AF_INET6 => true,
         _ => return Ok(None),
     };
-    let index = a.u32(4).map(|i| i as i32);
+    let index = a.u32(rta::OIF).map(|i| i as i32);
     let link = index.and_then(name_of);
     // `local` is the kernel's; so are the hidden unreachable routes of IPv6, which have no table
     // or hang on loopback; devices that are left out take their routes along.
@@ -99,12 +95,12 @@ pub(super) fn route(
     if index.is_some() && link.is_none() {
         return Ok(None);
     }
-    let destination = ip_of(&a, 1);
+    let destination = ip_of(&a, rta::DST);
     for (attribute, what) in [
-        (9, "several next hops"),
-        (22, "an encapsulation"),
-        (30, "a next-hop object"),
-        (19, "a new destination"),
+        (rta::MULTIPATH, "several next hops"),
+        (rta::ENCAP, "an encapsulation"),
+        (rta::NH_ID, "a next-hop object"),
+        (rta::NEWDST, "a new destination"),
     ] {
         if a.get(attribute).is_some() {
             let to = destination.map_or("default".into(), |d| format!("{d}/{prefix}"));
@@ -116,22 +112,24 @@ pub(super) fn route(
         }
     }
     // RTA_VIA: a family, then the address.
-    let via = a.get(18).and_then(|v| v.get(2..)).and_then(rtnl::ip);
-    let metrics = a.nest(8);
+    let via = a.get(rta::VIA).and_then(|v| v.get(2..)).and_then(rtnl::ip);
+    let metrics = a.nest(rta::METRICS);
     let flags = m.payload.get(8..12).map_or(0, |f| u32::from_ne_bytes([f[0], f[1], f[2], f[3]]));
-    let expires =
-        a.get(12).and_then(|v| v.get(8..12)).map(|v| i32::from_ne_bytes([v[0], v[1], v[2], v[3]]));
+    let expires = a
+        .get(rta::CACHEINFO)
+        .and_then(|v| v.get(8..12))
+        .map(|v| i32::from_ne_bytes([v[0], v[1], v[2], v[3]]));
     Ok(Some(Route {
         v6,
         destination,
         prefix,
-        source: ip_of(&a, 2).filter(|_| src_len > 0).map(|s| (s, src_len)),
+        source: ip_of(&a, rta::SRC).filter(|_| src_len > 0).map(|s| (s, src_len)),
         // IPv6 tells `lo` for routes that lead nowhere, and takes them back without it.
         link: link.filter(|l| !(v6 && l == "lo" && kind >= 6)),
-        gateway: ip_of(&a, 5).or(via),
-        prefsrc: ip_of(&a, 7),
+        gateway: ip_of(&a, rta::GATEWAY).or(via),
+        prefsrc: ip_of(&a, rta::PREFSRC),
         table,
-        priority: a.u32(6).unwrap_or_default(),
+        priority: a.u32(rta::PRIORITY).unwrap_or_default(),
         protocol,
         scope,
         kind,
@@ -143,7 +141,7 @@ pub(super) fn route(
             .filter_map(|(k, v)| Some((k, u32::from_ne_bytes(v.try_into().ok()?))))
             .collect(),
         congestion: metrics.string(RTAX_CC_ALGO),
-        preference: a.get(20).and_then(|v| v.first().copied()),
+        preference: a.get(rta::PREF).and_then(|v| v.first().copied()),
         expires: expires.filter(|t| v6 && *t > 0).map(|t| (t / CLOCK).max(1).unsigned_abs()),
     }))
 }

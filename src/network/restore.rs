@@ -11,7 +11,10 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use super::image::{Address, LinkImage, LinkSysctl, Neighbour, NetworkImage, Route, Rule};
-use super::rtnl::{self, AF_INET, AF_INET6, IFF_CARRIED, IFF_UP, LinkInfo, Rtnl, ifinfo, octets};
+use super::rtnl::{
+    self, AF_INET, AF_INET6, IFF_CARRIED, IFF_UP, LinkInfo, RTAX_CC_ALGO, RTNH_F_ONLINK, Rtnl, ifa,
+    ifinfo, octets, rta,
+};
 use super::{qdisc, sysctl};
 use crate::problem::{Problem, Trying};
 use crate::sys::netlink::{CREATE, EXCL, REPLACE, Request};
@@ -330,22 +333,24 @@ pub(super) fn address_request(kind: u16, flags: u16, index: i32, a: &Address) ->
     let mut fixed = [family(a.local.is_ipv6()), a.prefix, 0, a.scope, 0, 0, 0, 0];
     fixed[4..8].copy_from_slice(&index.to_ne_bytes());
     let mut request = Request::new(kind, flags, &fixed);
-    request.attr(2, &octets(a.local)).attr(1, &octets(a.peer.unwrap_or(a.local)));
-    request.u32(8, a.flags);
+    request
+        .attr(ifa::LOCAL, &octets(a.local))
+        .attr(ifa::ADDRESS, &octets(a.peer.unwrap_or(a.local)));
+    request.u32(ifa::FLAGS, a.flags);
     if let Some(broadcast) = a.broadcast {
-        request.attr(4, &broadcast.octets());
+        request.attr(ifa::BROADCAST, &broadcast.octets());
     }
     if let Some(label) = &a.label {
-        request.string(3, label);
+        request.string(ifa::LABEL, label);
     }
     if a.protocol != 0 {
-        request.attr(11, &[a.protocol]);
+        request.attr(ifa::PROTO, &[a.protocol]);
     }
     if let Some((preferred, valid)) = a.lifetime {
         let mut info = [0; 16];
         info[..4].copy_from_slice(&preferred.to_ne_bytes());
         info[4..8].copy_from_slice(&valid.to_ne_bytes());
-        request.attr(6, &info);
+        request.attr(ifa::CACHEINFO, &info);
     }
     request
 }
@@ -355,50 +360,50 @@ pub(super) fn route_request(kind: u16, flags: u16, index: Option<i32>, r: &Route
     let table = u8::try_from(r.table).unwrap_or_default();
     let mut fixed =
         [family(r.v6), r.prefix, src_len, r.tos, table, r.protocol, r.scope, r.kind, 0, 0, 0, 0];
-    fixed[8..12].copy_from_slice(&if r.onlink { 4_u32 } else { 0 }.to_ne_bytes());
+    fixed[8..12].copy_from_slice(&if r.onlink { RTNH_F_ONLINK } else { 0 }.to_ne_bytes());
     let mut request = Request::new(kind, flags, &fixed);
-    request.u32(15, r.table);
+    request.u32(rta::TABLE, r.table);
     if let Some(destination) = r.destination {
-        request.attr(1, &octets(destination));
+        request.attr(rta::DST, &octets(destination));
     }
     if let Some((source, _)) = r.source {
-        request.attr(2, &octets(source));
+        request.attr(rta::SRC, &octets(source));
     }
     if let Some(index) = index {
-        request.u32(4, index as u32);
+        request.u32(rta::OIF, index as u32);
     }
     match r.gateway {
         Some(IpAddr::V6(gateway)) if !r.v6 => {
             let mut via = (libc::AF_INET6 as u16).to_ne_bytes().to_vec();
             via.extend_from_slice(&gateway.octets());
-            request.attr(18, &via);
+            request.attr(rta::VIA, &via);
         }
         Some(gateway) => {
-            request.attr(5, &octets(gateway));
+            request.attr(rta::GATEWAY, &octets(gateway));
         }
         None => {}
     }
     if let Some(prefsrc) = r.prefsrc {
-        request.attr(7, &octets(prefsrc));
+        request.attr(rta::PREFSRC, &octets(prefsrc));
     }
     if r.priority != 0 {
-        request.u32(6, r.priority);
+        request.u32(rta::PRIORITY, r.priority);
     }
     if !r.metrics.is_empty() || r.congestion.is_some() {
-        request.nest(8, |metrics| {
+        request.nest(rta::METRICS, |metrics| {
             for (kind, value) in &r.metrics {
                 metrics.u32(*kind, *value);
             }
             if let Some(congestion) = &r.congestion {
-                metrics.string(16, congestion);
+                metrics.string(RTAX_CC_ALGO, congestion);
             }
         });
     }
     if let Some(preference) = r.preference {
-        request.attr(20, &[preference]);
+        request.attr(rta::PREF, &[preference]);
     }
     if let Some(expires) = r.expires {
-        request.u32(23, expires);
+        request.u32(rta::EXPIRES, expires);
     }
     request
 }

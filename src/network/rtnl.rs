@@ -215,6 +215,43 @@ pub(super) fn ip(bytes: &[u8]) -> Option<IpAddr> {
     }
 }
 
+/// Attributes of an address: `IFA_*` of linux/if_addr.h.
+pub(super) mod ifa {
+    pub const ADDRESS: u16 = 1;
+    pub const LOCAL: u16 = 2;
+    pub const LABEL: u16 = 3;
+    pub const BROADCAST: u16 = 4;
+    pub const CACHEINFO: u16 = 6;
+    pub const FLAGS: u16 = 8;
+    pub const PROTO: u16 = 11;
+}
+
+/// Attributes of a route: `RTA_*` of linux/rtnetlink.h.
+pub(super) mod rta {
+    pub const DST: u16 = 1;
+    pub const SRC: u16 = 2;
+    pub const OIF: u16 = 4;
+    pub const GATEWAY: u16 = 5;
+    pub const PRIORITY: u16 = 6;
+    pub const PREFSRC: u16 = 7;
+    pub const METRICS: u16 = 8;
+    pub const MULTIPATH: u16 = 9;
+    pub const CACHEINFO: u16 = 12;
+    pub const TABLE: u16 = 15;
+    pub const VIA: u16 = 18;
+    pub const NEWDST: u16 = 19;
+    pub const PREF: u16 = 20;
+    pub const ENCAP: u16 = 22;
+    pub const EXPIRES: u16 = 23;
+    pub const NH_ID: u16 = 30;
+}
+
+/// A route's congestion control among its metrics: the others are numbers.
+pub(super) const RTAX_CC_ALGO: u16 = 16;
+
+/// The gateway is on the link, whatever the routes say.
+pub(super) const RTNH_F_ONLINK: u32 = 4;
+
 /// An address attribute.
 pub(super) fn ip_of(attributes: &Attributes<'_>, kind: u16) -> Option<IpAddr> {
     attributes.get(kind).and_then(ip)
