@@ -272,12 +272,16 @@ impl CriuSession {
         self.answer(agreed)
     }
 
-    /// Hands the job's result to the runtime.
+    /// Hands the job's result to the runtime; it may be gone, and what it thinks of it is of no use.
     ///
     /// # Errors
-    /// When the runtime is gone.
+    /// Says why the job has failed, in CRIU's words.
     pub fn relay_reply(&self, response: &Criu_resp) -> Result<()> {
-        Ok(scm::send(&self.runtime, &response.write_to_bytes()?, &[])?)
+        let _ = response.write_to_bytes().map(|bytes| scm::send(&self.runtime, &bytes, &[]));
+        if !response.success() {
+            bail!("{}", response.cr_errmsg());
+        }
+        Ok(())
     }
 
     fn receive_from_runtime(

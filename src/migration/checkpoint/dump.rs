@@ -387,11 +387,8 @@ fn job(
                 _ => session.answer(true)?,
             },
             CriuEvent::Reply(response) => {
-                let success = response.success();
-                let why = response.cr_errmsg().to_owned();
                 // The runtime may be gone already; its opinion is of no use.
-                let _ = session.relay_reply(&response);
-                break if success { Ok(()) } else { Err(anyhow!("{why}")) };
+                break session.relay_reply(&response);
             }
             CriuEvent::Hangup => break Err(anyhow!("CRIU ended in the middle of the dump")),
         }

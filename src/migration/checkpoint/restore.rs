@@ -244,20 +244,17 @@ fn own_words(log: &str) -> Option<String> {
     (!said.contains("criu failed")).then_some(said)
 }
 
-fn job(
-    plan: &mut RestorePlan,
-    runtime: BorrowedFd,
-    session: &CriuSession,
-    mut request: Criu_req,
+/// Asks CRIU for what we want of it, beyond what the runtime wants.
+fn edit(
+    request: &mut Criu_req,
+    plan: &RestorePlan,
     external: &[(String, i32)],
-    caller: &mut Caller,
-    (tell, orders): (&(dyn Fn(RestoreEvent) + Sync), &Receiver<RestoreOrder>),
+    images: i32,
+    work: i32,
 ) -> Result<()> {
-    let images = File::open(&plan.images)?;
-    let work = File::open(&*plan.work)?;
     let opts = request.opts.as_mut().ok_or_else(|| anyhow!("a restore without options"))?;
-    opts.set_images_dir_fd(images.as_raw_fd());
-    opts.set_work_dir_fd(work.as_raw_fd());
+    opts.set_images_dir_fd(images);
+    opts.set_work_dir_fd(work);
     opts.clear_config_file();
     opts.set_notify_scripts(true);
     opts.set_lazy_pages(true);
@@ -292,6 +289,23 @@ fn job(
         inherit.set_fd(*fd);
         opts.inherit_fd.push(inherit);
     }
+    Ok(())
+}
+
+fn job(
+    plan: &mut RestorePlan,
+    runtime: BorrowedFd,
+    session: &CriuSession,
+    mut request: Criu_req,
+    external: &[(String, i32)],
+    caller: &mut Caller,
+    (tell, orders): (&(dyn Fn(RestoreEvent) + Sync), &Receiver<RestoreOrder>),
+) -> Result<()> {
+    // Open as long as CRIU may look them up in our descriptor table.
+    let images = File::open(&plan.images)?;
+    let work = File::open(&*plan.work)?;
+    edit(&mut request, plan, external, images.as_raw_fd(), work.as_raw_fd())?;
+
     tell(RestoreEvent::AtRequest);
     if !matches!(orders.recv(), Ok(RestoreOrder::Restore)) {
         bail!("given up before the images came");
@@ -377,11 +391,8 @@ fn job(
                 _ => session.forward(&notify, Some(Instant::now() + STEP_TIMEOUT))?,
             },
             CriuEvent::Reply(response) => {
-                let success = response.success();
-                let why = response.cr_errmsg().to_owned();
                 // The runtime has ended, unless it was CRIU that failed.
-                let _ = session.relay_reply(&response);
-                break if success { Ok(()) } else { Err(anyhow!("{why}")) };
+                break session.relay_reply(&response);
             }
             CriuEvent::Hangup if left => {
                 if !running {
