@@ -104,6 +104,7 @@ fn adjust(config: &mut Value, options: &Options) -> io::Result<()> {
     if !options.host_network {
         array(config, "/linux/namespaces")?.push(network);
     }
+
     array(config, "/process/args")?.extend(options.arg.iter().map(|arg| json!(arg)));
     array(config, "/process/env")?.extend(options.env.iter().map(|env| json!(env)));
     for bind in &options.bind {
@@ -117,15 +118,18 @@ fn adjust(config: &mut Value, options: &Options) -> io::Result<()> {
             "destination": destination, "type": "bind", "source": source, "options": options,
         }));
     }
+
     if options.readonly {
         config["root"]["readonly"] = json!(true);
     }
     if options.terminal {
         config["process"]["terminal"] = json!(true);
     }
+
     if let Some(path) = &options.rootfs {
         config["root"]["path"] = json!(path);
     }
+
     Ok(())
 }
 

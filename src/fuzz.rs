@@ -109,6 +109,7 @@ impl Target {
             said.insert(trial.one(&input, &mut decode));
             pool.push(input);
         }
+
         assert!(!pool.is_empty(), "{} has no sample", self.name);
 
         let mut random = Random(seed ^ xxh3_64(self.name.as_bytes()));
@@ -118,6 +119,7 @@ impl Target {
                 mutate(&mut input, &pool, &self.words, &mut random);
             }
             input.truncate(LONGEST);
+
             // Now and then it is as the mutation has left it.
             if random.below(8) > 0 {
                 (self.repair)(&mut input, &mut random);
@@ -129,9 +131,11 @@ impl Target {
                 pool.push(input);
             }
         }
+
         drop(trial);
         let kinds = said.len();
         println!("fuzz {}: {executions} executions, seed {seed}, {kinds} outcomes", self.name);
+
         if let Some(out) = out {
             let text = format!("{executions} {kinds}\n");
             fs::write(out.join(format!("{}.done", self.name)), text).expect("FERRY_FUZZ_OUT");
@@ -356,9 +360,11 @@ const TEXTS: &[&str] = &[
 fn mutate(bytes: &mut Vec<u8>, pool: &[Vec<u8>], words: &[&[u8]], random: &mut Random) {
     let length = bytes.len();
     let place = random.below(length + 1);
+
     // A stretch of it, rather short.
     let most = if random.below(4) == 0 { length + 1 } else { 16 };
     let end = (place + random.below(most)).min(length);
+
     match random.below(13) {
         0 if length > 0 => bytes[place % length] ^= 1 << random.below(8),
         1 if length > 0 => bytes[place % length] = random.next() as u8,

@@ -92,6 +92,7 @@ impl Page {
                 }
             }
         }
+
         assert!(!open, "{}: a block is not closed", path.display());
         let anchors = anchors(&headings);
         Page { path, prose, blocks, anchors }
@@ -146,6 +147,7 @@ fn links_lead_somewhere() {
         .map(|page| (fs::canonicalize(top().join(&page.path)).unwrap(), page))
         .collect();
     let mut found = Vec::new();
+
     for page in &pages {
         for link in links(&page.prose).into_iter().filter(|link| !link.contains("://")) {
             let (path, anchor) = link.split_once('#').unwrap_or((link, ""));
@@ -202,8 +204,10 @@ fn words(line: &str) -> Vec<Vec<String>> {
             (None, c) => word.get_or_insert_default().push(c),
         }
     }
+
     command.extend(word);
     all.push(command);
+
     // What a redirection names is no argument.
     for command in &mut all {
         if let Some(at) =
@@ -212,6 +216,7 @@ fn words(line: &str) -> Vec<Vec<String>> {
             command.truncate(at);
         }
     }
+
     all
 }
 
@@ -411,6 +416,7 @@ fn what_stands_in_two_places_is_the_same() {
             if heads.contains(&block.text) {
                 continue;
             }
+
             if let (Some(head), Some(_)) = (heads.first(), std::env::var_os("FERRY_BLESS")) {
                 let text = read(&page.path).replace(&block.text, head);
                 fs::write(top().join(&page.path), text).expect("a page");
@@ -423,6 +429,7 @@ fn what_stands_in_two_places_is_the_same() {
             }
         }
     }
+
     none(found);
     for source in ["src/lib.rs", "src/migration/mod.rs"] {
         assert!(marked.contains(source), "no page has the floor plan of {source}");

@@ -95,12 +95,14 @@ fn follow<'a>(base: &[String], text: &'a str, found: &mut BTreeSet<Vec<String>>)
             }
         }
     }
+
     let length = text.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(text.len());
     let (word, rest) = text.split_at(length);
     let mut path = base.to_vec();
     if !word.is_empty() && word != "self" {
         path.push(word.to_owned());
     }
+
     match rest.strip_prefix("::") {
         Some(rest) if !word.is_empty() => follow(&path, rest, found),
         _ => {
@@ -133,6 +135,7 @@ fn wrong_arrows(plan: &Plan, above: &[String]) -> Vec<String> {
             wrong.push(format!("{own} has no floor"));
             continue;
         };
+
         for import in imports(module, &code(path)) {
             if let Some((other, below)) = room(&import)
                 && other != *own
@@ -143,6 +146,7 @@ fn wrong_arrows(plan: &Plan, above: &[String]) -> Vec<String> {
             }
         }
     }
+
     wrong
 }
 

@@ -70,6 +70,7 @@ fn main() -> ExitCode {
     trials.extend(failures::trials());
     trials.extend(limits::trials());
     trials.extend(mappings::trials());
+
     trials.extend(files::trials());
     trials.extend(names::trials());
     trials.extend(overlay::trials());
@@ -79,11 +80,13 @@ fn main() -> ExitCode {
     trials.extend(floating::trials());
     trials.extend(streams::trials());
     trials.extend(forward::trials());
+
     trials.extend(published::trials());
     trials.extend(refusals::trials());
     trials.extend(faults::trials());
     trials.extend(crashes::trials());
     trials.extend(matrix::trials());
     trials.extend(resolve::trials());
+
     common::suite::run(trials)
 }

@@ -26,6 +26,7 @@ fn main() {
             Ok(())
         })
     };
+
     let trials = vec![
         trial("round_trip_macvlan", || carry::round_trip("rtm", Macvlan)),
         trial("round_trip_bridge", || carry::round_trip("rtb", Bridge)),

@@ -100,6 +100,7 @@ fn seen(output: &Output) -> (Option<i32>, String, String) {
 fn the_runtime_sees_the_same_world() {
     let stage = Stage::new();
     let not_text = OsString::from_vec(b"\xff\xfe \n".to_vec());
+
     // Each line of shell sets up something that a caller may have set up.
     for setting in [
         "",

@@ -127,6 +127,7 @@ fn all_messages() -> Vec<Message> {
         Message::Abort { why: "it is \"broken\"\n".into() },
         Message::Failed { phase: "restoring".into(), why: "ä".into(), hints: vec!["ö".into()] },
     ];
+
     for verdict in [None, Some(Verdict::Commit), Some(Verdict::Abort)] {
         list.push(Message::Resolve { migration: ID.into(), verdict });
     }
@@ -134,6 +135,7 @@ fn all_messages() -> Vec<Message> {
     for standing in [Running, Waiting, Partial, Gone, NeverRan] {
         list.push(Message::Resolved { standing });
     }
+
     list
 }
 
@@ -161,6 +163,7 @@ fn receive(said: Vec<u8>, state_dir: &Path) -> (Vec<Message>, Result<(), String>
             Ok(())
         }
     }
+
     let answer = Kept::default();
     let (writer, state) = (answer.clone(), state_dir.to_owned());
     let (tell, ended) = channel();
@@ -174,6 +177,7 @@ fn receive(said: Vec<u8>, state_dir: &Path) -> (Vec<Message>, Result<(), String>
         let result = destination::receive(link, &runtime, &state);
         let _ = tell.send(result.map_err(|e| in_words(&e)));
     });
+
     let result = ended.recv_timeout(LIMIT).expect("a receiver ends when its link has ended");
     let bytes = answer.0.lock().expect("no panic in a write").clone();
     let mut rest = bytes.as_slice();
@@ -181,6 +185,7 @@ fn receive(said: Vec<u8>, state_dir: &Path) -> (Vec<Message>, Result<(), String>
     while let Some(Frame::Control(json)) = frame::read(&mut rest).expect("whole frames") {
         messages.push(protocol::parse(&json).expect("messages of this version"));
     }
+
     (messages, result)
 }
 
@@ -216,6 +221,7 @@ fn a_listener_tells_of_every_cut() {
     for i in 1..=messages.len() {
         ends.push(bytes(&messages[..i]).len());
     }
+
     // Around every end of a message, and inside each.
     let cuts = ends.iter().flat_map(|e| [e.saturating_sub(1), *e, e + 1, e + frame::HEADER]);
     for cut in cuts.filter(|c| *c <= whole.len()) {
@@ -230,6 +236,7 @@ fn a_listener_tells_of_every_cut() {
                 session::FromPeer::Gone(why) => break why,
             }
         };
+
         let before = ends.iter().filter(|e| **e != 0 && **e <= cut).count();
         assert_eq!(count, before, "cut at {cut}");
         assert_eq!(why.is_none(), ends.contains(&cut), "cut at {cut}: {why:?}");
@@ -275,6 +282,7 @@ fn what_no_honest_source_sends_is_refused() {
         ("a relative root", "root", json!("run")),
         ("too many streams", "streams", json!([stream, stream, stream, stream])),
     ];
+
     let dir = tempfile::tempdir().expect("a directory");
 
     for (what, field, value) in changes {

@@ -121,6 +121,7 @@ pub fn ring(how: Aio) -> io::Result<()> {
     if how == Aio::Idle {
         return Ok(());
     }
+
     let file = File::open("/proc/self/exe")?;
     let mut byte = 0u8;
     let mut request = Request {
@@ -130,14 +131,17 @@ pub fn ring(how: Aio) -> io::Result<()> {
         length: 1,
         ..Request::default()
     };
+
     let mut list = [&raw mut request];
     let mut event = [0u64; 4];
     let none = std::ptr::null_mut::<libc::timespec>();
+
     // SAFETY: request, list and event outlive the request, whose end is waited for.
     unsafe {
         check(libc::syscall(libc::SYS_io_submit, context, 1, list.as_mut_ptr()))?;
         check(libc::syscall(libc::SYS_io_getevents, context, 1, 1, event.as_mut_ptr(), none))?;
     }
+
     Ok(())
 }
 

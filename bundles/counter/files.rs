@@ -131,15 +131,18 @@ impl Work {
         for i in 0..blocks {
             data_file.write_all_at(&block(seed, i, 0), (i * BLOCK) as u64)?;
         }
+
         let mapped_file = create(OsStr::from_bytes(b"mapp\xe9d"))?;
         mapped_file.set_len((MAPPED * BLOCK) as u64)?;
         let length = NonZeroUsize::new(MAPPED * BLOCK).expect("some");
         let may = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+
         // SAFETY: a new mapping of a file that nobody else changes, for as long as the process runs.
         let map = unsafe {
             let at = mmap(None, length, may, MapFlags::MAP_SHARED, &mapped_file, 0)?;
             std::slice::from_raw_parts_mut(at.as_ptr().cast::<u8>(), MAPPED * BLOCK)
         };
+
         for (i, piece) in map.chunks_exact_mut(BLOCK).enumerate() {
             piece.copy_from_slice(&block(!seed, i, 0));
         }
@@ -148,12 +151,14 @@ impl Work {
             .write(true)
             .open(directory.join(OsStr::from_bytes(b"mapp\xe9d")))?;
         fcntl(&mapped_file, FcntlArg::F_SETLK(&part(libc::F_WRLCK, WRITE_LOCKED)))?;
+
         fcntl(&mapped_file, FcntlArg::F_SETLK(&part(libc::F_RDLCK, READ_LOCKED)))?;
         let log = OpenOptions::new().append(true).create(true).open(directory.join("log"))?;
         log.set_len(0)?;
         let nameless = create("nameless".as_ref())?;
         nameless.write_all_at(&block(seed, 0, 0), NAMELESS)?;
         fs::remove_file(directory.join("nameless"))?;
+
         let renamed = create("before".as_ref())?;
         let _ = fs::remove_file(directory.join("after"));
         fs::hard_link(directory.join("before"), directory.join("after"))?;
@@ -163,6 +168,7 @@ impl Work {
         let fifo = directory.join("fifo");
         let _ = fs::remove_file(&fifo);
         mkfifo(&fifo, Mode::S_IRUSR | Mode::S_IWUSR)?;
+
         let mut fifo = File::options().read(true).write(true).open(fifo)?;
         fifo.write_all(line(0).as_bytes())?;
         Ok(Work {
@@ -203,6 +209,7 @@ impl Work {
             let fresh = block(self.seed, index, self.data[index]);
             self.data_file.write_all_at(&fresh, (index * BLOCK) as u64)?;
         }
+
         if due > 0 {
             self.written = Instant::now();
         }
@@ -236,6 +243,7 @@ impl Work {
             // Only the last one out can.
             let _ = fs::remove_dir(old.parent().expect("a directory"));
         }
+
         self.small += 1;
         self.check()
     }
@@ -249,15 +257,18 @@ impl Work {
             self.data_file.read_exact_at(&mut found, (i * BLOCK) as u64)?;
             bad += u64::from(found != block(self.seed, i, self.data[i]));
         }
+
         for (i, piece) in self.map.chunks_exact(BLOCK).enumerate() {
             bad += u64::from(piece != block(!self.seed, i, self.mapped[i]));
         }
+
         // An open file is in the way of its own process's locks.
         for (kind, at) in [(libc::F_WRLCK, WRITE_LOCKED), (libc::F_RDLCK, READ_LOCKED)] {
             let mut found = part(libc::F_WRLCK, at);
             fcntl(&self.asking, FcntlArg::F_OFD_GETLK(&mut found))?;
             bad += u64::from(i32::from(found.l_type) != kind);
         }
+
         bad += u64::from(self.mapped_file.metadata()?.len() != (MAPPED * BLOCK) as u64);
         let log = fs::read(self.directory.join("log"))?;
         let last = line(self.lines - 1);
@@ -267,12 +278,14 @@ impl Work {
         bad += u64::from(found != block(self.seed, usize::MAX, self.lines));
         self.nameless.read_exact_at(&mut found, NAMELESS)?;
         bad += u64::from(found != block(self.seed, 0, 0));
+
         // Under its other name it is the same file.
         bad += u64::from(fs::read(self.directory.join("after"))? != line(self.lines).as_bytes());
         let named = |name: &str| fs::metadata(self.directory.join(name)).map(|m| m.ino());
         bad += u64::from(self.renamed.metadata()?.ino() != named("after")?);
         bad += u64::from(self.open.metadata()?.ino() != named("")?);
         bad += u64::from(self.locked.metadata()?.ino() != named("locked")?);
+
         // Whoever else wants the lock does not get it.
         let other = File::options().write(true).open(self.directory.join("locked"))?;
         bad += u64::from(Flock::lock(other, FlockArg::LockExclusiveNonblock).is_ok());
@@ -286,6 +299,7 @@ impl Work {
                 names.push(number);
             }
         }
+
         names.sort_unstable();
         bad += u64::from(!names.into_iter().eq(self.small.saturating_sub(SMALL)..self.small));
         Ok(bad)

@@ -154,9 +154,11 @@ impl Server {
         } else {
             Memory::new(options.content, options.seed, count)
         };
+
         let hot = options.hot.map_or(count, |bytes| (bytes as usize / PAGE).clamp(1, count));
         let listener = TcpListener::bind(options.listen)?;
         listener.set_nonblocking(true)?;
+
         // A thousand clients that come at once must not be turned away to retransmit.
         listen(&listener, Backlog::MAXCONN)?;
         let server = Self {
@@ -184,6 +186,7 @@ impl Server {
             },
             log: options.log_to_stdout.then(Log::new),
         };
+
         options.aio.map_or(Ok(()), direct::ring)?;
         server.watch(&server.listener, LISTENER)?;
         Ok(server)
@@ -281,6 +284,7 @@ impl Server {
                 Op::Verify => self.verifying.push(Verifying::new(slot, request)),
             }
         }
+
         self.put_back(slot, connection, alive)
     }
 

@@ -61,10 +61,12 @@ fn serve() -> io::Result<()> {
     let (crowd, control, door) = (bind(PORT)?, bind(CONTROL)?, bind(DOOR)?);
     let mut guests: Vec<Guest> = Vec::new();
     let mut visits: Vec<TcpStream> = Vec::new();
+
     let mut callers: Vec<TcpStream> = Vec::new();
     let mut released = false;
     println!("ready");
     let mut tick = Instant::now();
+
     loop {
         await_any(&[signals.as_fd(), control.as_fd()], &guests, &callers, tick)?;
         if signals.read_signal()?.is_some() {
@@ -75,10 +77,12 @@ fn serve() -> io::Result<()> {
         if Instant::now() < tick {
             continue;
         }
+
         tick = Instant::now() + TICK;
         accept_into(&crowd, |s| guests.push(Guest::new(s)))?;
         accept_into(&door, |s| visits.push(s))?;
         guests.iter_mut().for_each(|guest| guest.turn(released));
+
         // One whose request has not come yet is looked at again.
         visits.retain_mut(|visit| !answer(visit));
     }
@@ -141,6 +145,7 @@ fn heed(caller: &mut TcpStream, released: &mut bool, guests: &[Guest]) -> io::Re
         Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
         Err(e) => return Err(e),
     };
+
     caller.set_nonblocking(false)?;
     match &bytes[..length] {
         b"release\n" => {
@@ -160,6 +165,7 @@ fn heed(caller: &mut TcpStream, released: &mut bool, guests: &[Guest]) -> io::Re
         }
         _ => return Err(io::ErrorKind::InvalidData.into()),
     }
+
     caller.set_nonblocking(true)
 }
 
@@ -216,6 +222,7 @@ impl Guest {
         if part.read || released {
             self.read()?;
         }
+
         let full = match (part.echo, part.send) {
             (true, _) => {
                 self.send_to(self.input.at)?;
@@ -228,6 +235,7 @@ impl Guest {
                 false
             }
         };
+
         // What did not fit any more is where a stream that is shut ends.
         if part.shut && self.end.is_none() && (full || self.output.at == u64::from(part.send)) {
             self.end = Some(self.output.at);
@@ -235,6 +243,7 @@ impl Guest {
         if released && !part.echo && self.end.is_none() {
             self.end = Some(self.output.at + REST);
         }
+
         if let (true, Some(end)) = (released, self.end) {
             self.send_to(end)?;
         }
@@ -244,6 +253,7 @@ impl Guest {
             self.shut = true;
         }
         self.over = self.shut && self.eof;
+
         Ok(())
     }
 

@@ -55,6 +55,7 @@ fn serve(options: &Options) -> io::Result<()> {
         // That it can be reached is all that is asked of it.
         std::thread::spawn(move || listener.incoming().for_each(drop));
     }
+
     tcp.set_nonblocking(true)?;
     udp.set_nonblocking(true)?;
     println!("ready");
@@ -66,11 +67,13 @@ fn serve(options: &Options) -> io::Result<()> {
             PollFd::new(tcp.as_fd(), PollFlags::POLLIN),
             PollFd::new(udp.as_fd(), PollFlags::POLLIN),
         ];
+
         fds.extend(clients.iter().map(|client| {
             let wants =
                 if client.pending.is_empty() { PollFlags::POLLIN } else { PollFlags::POLLOUT };
             PollFd::new(client.stream.as_fd(), wants)
         }));
+
         match poll(&mut fds, PollTimeout::NONE) {
             Err(nix::errno::Errno::EINTR) => continue,
             other => other?,
@@ -79,6 +82,7 @@ fn serve(options: &Options) -> io::Result<()> {
         if ready[0] {
             return Ok(());
         }
+
         let mut each = ready[3..].iter();
         clients.retain_mut(|client| !*each.next().unwrap_or(&false) || echo(client).is_ok());
         if ready[1] {
@@ -88,6 +92,7 @@ fn serve(options: &Options) -> io::Result<()> {
                 clients.push(Client { stream, pending: Vec::new() });
             }
         }
+
         if ready[2] {
             let mut datagram = [0; 65536];
             while let Ok((length, from)) = udp.recv_from(&mut datagram) {

@@ -224,9 +224,11 @@ fn maps() -> io::Result<()> {
             OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path)?;
         file.set_len(1 << 30)?;
         file.write_all_at(b"mapped", 0)?;
+
         // Below all others, so that it comes first.
         let at = (0x1000_0000 + i * (1 << 30)) as *mut libc::c_void;
         let flags = libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE;
+
         // SAFETY: where nothing is mapped yet.
         let mapped = unsafe {
             libc::mmap(at, 1 << 30, libc::PROT_READ | libc::PROT_WRITE, flags, file.as_raw_fd(), 0)
@@ -235,9 +237,11 @@ fn maps() -> io::Result<()> {
             return Err(io::Error::last_os_error());
         }
     }
+
     let mut name = OsString::from("/maps/socket\n");
     name.push("0000000000000000: 00000002 00000000 00010000 0001 01 1 name");
     let _ = UnixListener::bind(name)?.into_raw_fd();
+
     Ok(())
 }
 

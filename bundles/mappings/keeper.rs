@@ -64,6 +64,7 @@ fn run() -> io::Result<()> {
         let mut command = Command::new("/proc/self/exe");
         return Err(command.arg0("/odd-mappings").args(std::env::args().skip(1)).exec());
     }
+
     let flips = std::env::args().any(|argument| argument == "--flip");
     let wanted = block_signals();
     let shares = std::env::args().any(|argument| argument == "--share");
@@ -77,6 +78,7 @@ fn run() -> io::Result<()> {
 
     let (hear, mut tell) = io::pipe()?;
     let mut hear = BufReader::new(hear);
+
     // SAFETY: there is one thread.
     let forked = unsafe { libc::fork() };
     done(forked)?;
@@ -88,23 +90,27 @@ fn run() -> io::Result<()> {
                 shared.write(page, 77);
             }
         }
+
         loop {
             wait(&wanted)?;
             let found = look(&areas, |area, page| area.name == "forked" && page % 10 == 0);
             writeln!(tell, "{}", found.unwrap_or_else(|e| e))?;
         }
     }
+
     for number in 0..3 {
         // One after the other, so that each finds its place where it was the last time.
         let (begun, began) = std::sync::mpsc::channel();
         std::thread::spawn(move || stay(number, begun));
         let _ = began.recv();
     }
+
     if flips {
         let at = map(1024 * PAGE, BOTH, ANONYMOUS)?;
         std::thread::spawn(move || flip(at, 1024 * PAGE));
     }
     fs::write("/ready", "")?;
+
     loop {
         wait(&wanted)?;
         let own = look(&areas, |_, _| false).unwrap_or_else(|e| e);
@@ -188,6 +194,7 @@ fn all() -> io::Result<Vec<Area>> {
         area("shared", 64, BOTH, libc::MAP_SHARED | libc::MAP_ANONYMOUS, 5, 7)?,
         area("grows-down", 16, BOTH, ANONYMOUS | libc::MAP_GROWSDOWN, 5, 8)?,
     ];
+
     for (name, advice) in [
         ("huge", libc::MADV_HUGEPAGE),
         ("never-huge", libc::MADV_NOHUGEPAGE),
@@ -215,6 +222,7 @@ fn all() -> io::Result<Vec<Area>> {
 
     let named = area("named", 64, BOTH, ANONYMOUS, 5, 42)?;
     let length = named.pages * PAGE;
+
     // SAFETY: this mapping, and a string that ends. Not every kernel has names.
     let _ = unsafe { libc::prctl(SET_VMA, 0, named.at, length, c"of our own".as_ptr()) };
     areas.push(named);
@@ -229,6 +237,7 @@ fn all() -> io::Result<Vec<Area>> {
     // A file's, half of it this program's own.
     let file = fs::File::open("/proc/self/exe")?;
     let fd = std::os::fd::AsRawFd::as_raw_fd(&file);
+
     // SAFETY: a new mapping.
     let at = unsafe { libc::mmap(null_mut(), 32 * PAGE, BOTH, libc::MAP_PRIVATE, fd, 0) } as usize;
     areas.push(Area { name: "of a file", at, pages: 32, gap: 2, seed: 44, guarded: 0..0 });
@@ -241,6 +250,7 @@ fn all() -> io::Result<Vec<Area>> {
         done(unsafe { libc::mprotect((many.at + page * PAGE) as *mut _, PAGE, READ) })?;
     }
     areas.push(many);
+
     Ok(areas)
 }
 
@@ -296,6 +306,7 @@ fn look(areas: &[Area], own: impl Fn(&Area, usize) -> bool) -> Result<String, St
                     // SAFETY: within the mapping, which can be read.
                     _ => unsafe { (at as *const u64).read_volatile() },
                 };
+
                 if found != expected {
                     return Err(format!("page {page} of {} is {found:#x}", area.name));
                 }
@@ -303,6 +314,7 @@ fn look(areas: &[Area], own: impl Fn(&Area, usize) -> bool) -> Result<String, St
             seen += 1;
         }
     }
+
     Ok(format!("{seen} pages are right"))
 }
 

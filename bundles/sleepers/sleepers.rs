@@ -83,6 +83,7 @@ fn run(limit: libc::timespec) -> io::Result<()> {
             return Err(io::Error::last_os_error());
         }
     }
+
     let said = Mutex::new(File::create("/said")?);
     std::thread::scope(|scope| {
         for &(name, call) in CALLS {
@@ -96,9 +97,11 @@ fn run(limit: libc::timespec) -> io::Result<()> {
                 let _ = writeln!(said, "{name} {result} {took} {own}");
             });
         }
+
         await_all_asleep();
         let _ = fs::write("/ready", "");
     });
+
     // Until somebody ends us: there is something to look at.
     loop {
         std::thread::park();

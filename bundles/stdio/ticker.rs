@@ -87,6 +87,7 @@ fn run(options: &Options) -> io::Result<()> {
     let stdin = io::stdin();
     let mut stdin_open = true;
     let mut unfinished = Vec::new();
+
     let mut number = 0;
     let mut due = Instant::now();
     loop {
@@ -95,6 +96,7 @@ fn run(options: &Options) -> io::Result<()> {
         if due > now + options.every || due + Duration::from_secs(1) < now {
             due = now;
         }
+
         if due <= now {
             number += 1;
             let line = format!("tick {number}\n");
@@ -102,18 +104,21 @@ fn run(options: &Options) -> io::Result<()> {
             if let Some(file) = &mut file {
                 file.write_all(line.as_bytes())?;
             }
+
             if options.lines == Some(number) {
                 return Ok(());
             }
             due += options.every;
             continue;
         }
+
         let wait = PollTimeout::try_from((due - now).as_millis().min(1000) as i32 + 1)
             .unwrap_or(PollTimeout::ZERO);
         let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
         if stdin_open {
             fds.push(PollFd::new(stdin.as_fd(), PollFlags::POLLIN));
         }
+
         match poll(&mut fds, wait) {
             Err(nix::errno::Errno::EINTR) => continue,
             other => other?,
@@ -122,6 +127,7 @@ fn run(options: &Options) -> io::Result<()> {
         if ready[0] {
             return Ok(());
         }
+
         if ready.get(1) == Some(&true) {
             stdin_open = echo(&stdin, &mut unfinished)?;
         }

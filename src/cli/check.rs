@@ -39,6 +39,7 @@ fn check_host(globals: &Globals, problems: &mut Vec<Problem>) -> String {
         );
         Problem { what, ..problem }.warning()
     }));
+
     let name = runtime(globals).map_err(|f| f.error).and_then(|r| r.version());
     let name = name.unwrap_or_else(|e| {
         let what = format!("{}: the runtime does not work", crate::sys::host::name());
@@ -46,6 +47,7 @@ fn check_host(globals: &Globals, problems: &mut Vec<Problem>) -> String {
         problems.push(Problem::new(what, format!("{e:#}")).hint(hint));
         String::new()
     });
+
     let criu = host::criu().map_or(0, |c| c.1);
     problems.extend(host::slow_criu(criu));
     format!(
@@ -81,6 +83,7 @@ fn check_container(
         volumes: args.files.volumes(),
         state_dir: Some(state_dir()?),
     };
+
     let Some(destination) = &args.destination else {
         let looked = source_checks::inspect(&runtime, &wishes);
         problems.extend(looked.map_or_else(|problems| problems, |subject| subject.warnings));
@@ -88,6 +91,7 @@ fn check_container(
             format!("{container} can go, to a host that is fit for it: name one to check it");
         return Ok((Ok(()), said));
     };
+
     let options = SourceOptions {
         wishes,
         destination: reach(destination, &args.remote)?,
@@ -96,9 +100,11 @@ fn check_container(
         leave_mark: false,
         remove_files: false,
     };
+
     let mut reporter = Reporter::quiet();
     let result = source::check(&runtime, &options, false, &mut reporter);
     problems.append(&mut reporter.warnings);
+
     Ok((result, format!("{container} can go to {}", options.destination)))
 }
 
@@ -127,5 +133,6 @@ fn tell_check(
             say(conclusion);
         }
     }
+
     result
 }

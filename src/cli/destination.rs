@@ -32,6 +32,7 @@ impl FromStr for DestinationArg {
         if let Some(path) = text.strip_prefix("unix:") {
             return socket_path(path).map(DestinationArg::Unix);
         }
+
         let (login, as_url) = match text.strip_prefix("ssh://") {
             Some(rest) => (rest.strip_suffix('/').unwrap_or(rest), true),
             None if text.contains("://") => {
@@ -39,6 +40,7 @@ impl FromStr for DestinationArg {
             }
             None => (text, false),
         };
+
         let (user, place) = match login.rsplit_once('@') {
             Some((user, place)) => (Some(user), place),
             None => (None, login),
@@ -49,6 +51,7 @@ impl FromStr for DestinationArg {
             if word.is_empty() {
                 return Err(format!("the {what} is missing"));
             }
+
             // ssh would take it for an option.
             if word.starts_with('-') {
                 return Err(format!("a {what} cannot begin with a dash"));
@@ -57,6 +60,7 @@ impl FromStr for DestinationArg {
                 return Err(format!("{word:?} is no {what}"));
             }
         }
+
         Ok(DestinationArg::Ssh { user: user.map(Into::into), host: host.into(), port })
     }
 }

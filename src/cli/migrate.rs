@@ -39,17 +39,20 @@ pub fn migrate(globals: &Globals, args: &MigrateArgs) -> Result<(), Failed> {
         leave_mark: args.mark(),
         remove_files: args.source_files == SourceFiles::Remove,
     };
+
     let mut reporter = Reporter::new(args.json);
     let result = if args.dry_run {
         source::check(&runtime, &options, true, &mut reporter)
     } else {
         source::migrate(&runtime, &state_dir()?, &options, &mut reporter)
     };
+
     let word = match &result {
         Ok(()) if args.dry_run => "checked",
         Ok(()) => "migrated",
         Err(failed) => failed.exit.word(),
     };
+
     reporter.report.error = result.as_ref().err().map(|f| format!("{:#}", f.error));
     let written = reporter.finish(word, args.report.as_deref());
     result?;
@@ -59,9 +62,11 @@ pub fn migrate(globals: &Globals, args: &MigrateArgs) -> Result<(), Failed> {
         }
         say(&format!("{} can go to {}", args.container, options.destination));
     }
+
     // It runs there: a report that cannot be written does not change that, but must be known.
     if let Err(e) = written {
         reporter.warning(&format!("{e:#}"));
     }
+
     Ok(())
 }

@@ -66,16 +66,19 @@ pub fn migrations(args: &MigrationsArgs) -> Result<(), Failed> {
                 shown_name(record),
                 record.peer
             ));
+
             if let Some((words, _)) = forward::describe(record) {
                 say(&format!("    {words}"));
             }
         }
     }
+
     let mut unreadable = unreadable.into_iter();
     if let Some(journal) = unreadable.find(|j| args.id.as_ref().is_none_or(|id| j.may_be_about(id)))
     {
         return Err(Failed::from(journal.error()));
     }
+
     match &args.id {
         Some(id) if !any => Err(Failed::from(advice(
             format!(

@@ -42,6 +42,7 @@ pub fn run(line: Vec<OsString>, ferry_runtime: Option<OsString>, log: &ErrorLog)
         Verb::Receive(_) => format!("ferry on {}", crate::sys::host::name()),
         _ => "ferry".into(),
     };
+
     trace::start(globals.debug, globals.error_log(), who);
     match dispatch(&globals, verb) {
         Ok(()) => Exit::Done.into(),

@@ -46,6 +46,7 @@ pub fn run(scan: Scan) -> u8 {
         },
         Err(Unusable { exit, error }) => return fail(&scan, exit, &error),
     };
+
     let done = match &scan.command {
         Command::Guarded(ids) | Command::Checkpoint(ids)
             if let Some(expected) = expected(&scan, &runtime, ids) =>
@@ -67,6 +68,7 @@ pub fn run(scan: Scan) -> u8 {
         Command::Help => spawn_and_add(&runtime, &scan.argv, &help()),
         _ => exec(&runtime, &scan.argv).map(|never| match never {}),
     };
+
     done.unwrap_or_else(|error| fail(&scan, 126, &error))
 }
 
@@ -163,6 +165,7 @@ fn refuse_if_away(scan: &Scan, runtime: &FoundRuntime, ids: &[OsString]) -> Resu
                 format!("container {} {why}; starting it here would make a second copy", mark.id);
             return Err(advice(what, hint));
         }
+
         let file = scan.creates.as_ref().filter(|_| AwayMark::any_named(&state));
         if let (Some(file), Some(id)) = (file, id.to_str())
             && let Some((engine, name)) = owner::of_call(id, &root, file)
@@ -174,5 +177,6 @@ fn refuse_if_away(scan: &Scan, runtime: &FoundRuntime, ids: &[OsString]) -> Resu
             return Err(advice(what, hint));
         }
     }
+
     Ok(())
 }

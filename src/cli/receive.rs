@@ -45,6 +45,7 @@ fn listen(globals: &Globals, path: &Path) -> Result<()> {
             _ => {}
         }
     }
+
     let listener = UnixListener::bind(path).with_context(what)?;
     std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
     tracing::info!("listening on unix:{}", path.display());
@@ -55,16 +56,19 @@ fn listen(globals: &Globals, path: &Path) -> Result<()> {
         if let Some(runtime) = &globals.ferry_runtime {
             command.arg("--ferry-runtime").arg(runtime);
         }
+
         if let Some(log) = &globals.log {
             command.arg("--log").arg(log).args(["--log-format", globals.log_format.name()]);
         }
         if globals.debug {
             command.arg("--debug");
         }
+
         command.args(["receive", "--stdio", "--own-stderr"]).stdin(input).stdout(output);
         let mut child = command.spawn().context("cannot start a receiver")?;
         tracing::info!("process {} takes a connection", child.id());
         std::thread::spawn(move || child.wait());
     }
+
     Ok(())
 }

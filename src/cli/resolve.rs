@@ -77,11 +77,13 @@ pub fn resolve(globals: &Globals, args: &ResolveArgs) -> Result<(), Failed> {
         say(forward::end(word, args.when_idle).map_err(Failed::refused)?);
         return Ok(());
     }
+
     let id = &shelf::id_of(&state_dir, word).map_err(Failed::refused)?;
     if args.no_forward {
         say(forward::end(id, args.when_idle).map_err(Failed::refused)?);
         return Ok(());
     }
+
     if let Some(said) = forward::revive(id)? {
         say(said);
         return Ok(());
@@ -96,6 +98,7 @@ pub fn resolve(globals: &Globals, args: &ResolveArgs) -> Result<(), Failed> {
             format!("name one of them: {}", list.join(", ")),
         )));
     }
+
     let Some(mut journal) = open.pop() else {
         return resolve_mark(globals, id, args.keep, &state_dir, over.pop(), &bounds);
     };
@@ -104,6 +107,7 @@ pub fn resolve(globals: &Globals, args: &ResolveArgs) -> Result<(), Failed> {
         (_, true) => Some(OperatorWord::Discard),
         _ => None,
     };
+
     let said = settle_one(&mut journal, word, &args.remote, &bounds).map_err(|s| s.failed)?;
     if journal.record.role == Role::Source
         && journal.is_untold()
@@ -111,12 +115,14 @@ pub fn resolve(globals: &Globals, args: &ResolveArgs) -> Result<(), Failed> {
     {
         log::warn(&format!("nobody goes on trying: {e:#}"), []);
     }
+
     if args.json {
         let said = json!({"migration": journal.record.migration, "outcome": said});
         say_json(&said);
     } else {
         say(&said);
     }
+
     Ok(())
 }
 
@@ -177,12 +183,14 @@ fn resolve_source(
             format!("wait for it, or end process {}", journal.record.worker.pid),
         ))));
     }
+
     let Some(_held) = journal.hold_within(bounds.left())? else {
         return Err(Failed::in_doubt(is_busy(journal)).into());
     };
     reach_by(journal, remote)?;
     let mut there = There::Unasked;
     let mut silent = None;
+
     loop {
         match journal.state() {
             // Somebody else has been quicker.
@@ -190,6 +198,7 @@ fn resolve_source(
             State::Finished => return Ok(Settled::new("it runs on the other host")),
             _ => {}
         }
+
         match decide::resolve(journal.state(), undo::tasks(&journal.record)?, there, word) {
             NextDeed::Ask(verdict) => {
                 let answer = match verdict {
@@ -213,6 +222,7 @@ fn resolve_source(
                 } else {
                     Rival::Possible
                 };
+
                 let done = bounds.during(|| guards::roll_back_source_later(journal, rival));
                 done.map_err(|e| left_frozen(journal, e))?;
                 return Ok(if never_ran {
@@ -358,6 +368,7 @@ fn in_doubt(journal: &Journal, doubt: Doubt, silent: Option<anyhow::Error>) -> F
                     ),
                 )
             };
+
             let e = silent.unwrap_or_else(|| anyhow!("no answer"));
             return Failed::in_doubt(Advice::over(advice(what, hint), e));
         }
@@ -404,6 +415,7 @@ fn in_doubt(journal: &Journal, doubt: Doubt, silent: Option<anyhow::Error>) -> F
             format!("`ferry resolve {id} --keep` lets it be started anew here"),
         ),
     };
+
     Failed::in_doubt(advice(what, hint))
 }
 
@@ -415,9 +427,11 @@ fn bring_rest(journal: &Journal, bounds: &Bounds) -> Result<There, Stuck> {
         }
         true
     };
+
     let wishes = memory_sender::MemoryOptions::default();
     let patience = bounds.left();
     let (peer, id) = (&journal.record.peer, &journal.record.container);
+
     match postcopy_recover::resume(&journal.record, wishes, Some(patience), complain) {
         postcopy_recover::Brought::Stopped => Err(Failed::in_doubt(advice(
             format!(
@@ -445,8 +459,10 @@ fn resolve_destination(
         Some(OperatorWord::Discard) => ControlRequest::Discard,
         None => ControlRequest::Verdict(None),
     };
+
     let migration = &journal.record.migration;
     let answer = || verdicts::answer_here(state_dir(journal), migration, &asked, bounds.answer());
+
     // Whoever lives does it himself.
     let standing = if journal.record.worker_lives() { answer()? } else { bounds.during(answer)? };
     let failed = match standing {
@@ -484,6 +500,7 @@ fn resolve_destination(
             ),
         )),
     };
+
     Err(failed.into())
 }
 
@@ -553,6 +570,7 @@ pub(super) fn tell_stayed(journal: &mut Journal, bounds: &Bounds) -> Result<Stri
     let told = verdicts::tell_stayed(journal, bounds.answer());
     let (id, peer) = (&journal.record.container, &journal.record.peer);
     let stayed = format!("migration {} of {id} was given up", journal.record.migration);
+
     match told {
         Ok(Standing::Gone | Standing::NeverRan) => {
             Ok(format!("{stayed}, and {peer} holds nothing of it"))

@@ -120,6 +120,7 @@ pub fn resolve_all(args: &ResolveArgs, bounds: &Bounds) -> Result<(), Failed> {
         sums.stuck += 1;
         event(args, "stuck", &[("why", &format!("{:#}", journal.error()))]);
     }
+
     let mut list = Vec::new();
     for journal in &current {
         let record = &journal.record;
@@ -145,6 +146,7 @@ pub fn resolve_all(args: &ResolveArgs, bounds: &Bounds) -> Result<(), Failed> {
             }),
         }
     }
+
     drop(current);
     while !list.is_empty() && bounds.left() > Duration::ZERO {
         round(args, bounds, &mut list, &mut sums)?;
@@ -155,12 +157,14 @@ pub fn resolve_all(args: &ResolveArgs, bounds: &Bounds) -> Result<(), Failed> {
         // For a host that did not answer there is nothing to wait on but time.
         std::thread::sleep(until.min(bounds.left()));
     }
+
     ready.now();
     for open in list.iter().filter(|open| open.deed == Deed::Tell) {
         // Nobody waits for that here.
         let later = Journal::open(&open.journal).and_then(|journal| word::send_later(&journal));
         let _ = later.inspect_err(|e| tracing::error!("{e:#}"));
     }
+
     sums.waiting = list.len();
     let pruned = shelf::tidy(&state_dir).map_err(Failed::refused)?;
     conclude(args, &sums, pruned)
@@ -184,11 +188,13 @@ fn round(
             left.push(open);
             continue;
         }
+
         let fields = [("migration", &*open.migration), ("container", &*open.container)];
         match attempt(&open, args, &bounds.for_one(ANSWER)) {
             Ok(outcome) => {
                 sums.settled += 1;
                 event(args, "settled", &[&fields[..], &[("outcome", &outcome)]].concat());
+
                 // It is settled here; the other host may hold a copy until it has heard.
                 if is_untold(&open.journal) {
                     open.deed = Deed::Tell;
@@ -206,6 +212,7 @@ fn round(
                 if open.said != why || args.json {
                     event(args, name, &[&fields[..], &[("why", &why)]].concat());
                 }
+
                 if again {
                     open.tries += 1;
                     open.due = Instant::now() + pause(open.tries);
@@ -218,6 +225,7 @@ fn round(
             }
         }
     }
+
     *list = left;
     Ok(())
 }

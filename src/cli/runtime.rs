@@ -100,11 +100,13 @@ impl FoundRuntime {
                 config.runtime.map(PathBuf::into_os_string)
             }
         };
+
         let name = chosen.clone().unwrap_or_else(|| DEFAULT_RUNTIME.into());
         if name.as_encoded_bytes().contains(&b'/') {
             return FoundRuntime::at(name);
         }
         let path = set("PATH").unwrap_or_else(|| DEFAULT_PATH.into());
+
         match look_up(&name, &path) {
             Some(path) => Ok(FoundRuntime { path, name }),
             None => Err(Unusable {
@@ -141,6 +143,7 @@ impl FoundRuntime {
                 ),
             })
         };
+
         match fs::metadata(&path) {
             Err(why) => refuse(127, &why.to_string()),
             Ok(file) if is_ourselves(&path, &file) => {

@@ -130,6 +130,7 @@ impl Scan {
             creates: None,
             log: ErrorLog::default(),
         };
+
         // The globals that our own verbs share with runc, in the one form that clap takes.
         let mut shared: Vec<OsString> = vec!["ferry".into()];
         let (mut help, mut version, mut unknown) = (false, false, false);
@@ -142,6 +143,7 @@ impl Scan {
                 }
                 break;
             };
+
             if flag.name == FERRY_RUNTIME {
                 let given = flag.value.map(OsStr::to_owned);
                 rest.next();
@@ -157,6 +159,7 @@ impl Scan {
                     value = rest.next();
                     scan.argv.extend(value.clone());
                 }
+
                 if let Some(value) = value {
                     scan.keep(&name, value, &mut shared);
                 }
@@ -184,11 +187,13 @@ impl Scan {
                 _ => command(&words, help, shared),
             };
         }
+
         if matches!(scan.command, Command::Guarded(_)) {
             scan.creates = creates(&words);
         }
         scan.verb = words.first().cloned();
         scan.argv.extend(words);
+
         scan
     }
 

@@ -124,6 +124,7 @@ fn every_order_and_spelling_of_the_globals() {
         &[&["--systemd-cgroup"], &["--systemd-cgroup=1"]],
         &[&["--ferry-runtime", "crun"], &["-ferry-runtime=crun"]],
     ];
+
     let mut seen = 0;
     let mut order: Vec<usize> = (0..spellings.len()).collect();
     permutations(&mut order, 0, &mut |order| {
@@ -147,6 +148,7 @@ fn every_order_and_spelling_of_the_globals() {
         };
         let (head, verb) = line.split_at(line.len() - 3);
         assert_eq!(verb, os(&["migrate", "web", "h"]));
+
         let mut head = head.to_vec();
         head.sort();
         let expected = [

@@ -47,6 +47,7 @@ impl Lifting {
             // Whoever has ended has no connections.
             tasks.extend(ConnectedTask::start(pid, known, &self, give.clone())?);
         }
+
         drop(give);
         // Beside the mirrors' work.
         let mut others = Others::default();
@@ -58,6 +59,7 @@ impl Lifting {
                 others.look(pid, number)?;
             }
         }
+
         for task in &mut tasks {
             task.cloexec = closed_by_exec(task.pid, &task.known);
         }
@@ -68,6 +70,7 @@ impl Lifting {
                 others.look(task.pid, known.number)?;
             }
         }
+
         let looked = began.elapsed();
         choose(&mut tasks, others);
         listeners_are_chosen(&tasks)?;
@@ -77,6 +80,7 @@ impl Lifting {
         fs::write(&fresh, postcard::to_stdvec(&taken)?)?;
         fs::rename(fresh, self.work.join(FILE))?;
         fault::point("lift.noted")?;
+
         for task in &tasks {
             task.order(RepairStep::Take(task.chosen.clone(), task.epolls.clone()));
         }
@@ -84,6 +88,7 @@ impl Lifting {
             let done = task.done.recv().map_err(|_| anyhow!("the thread has died"))?;
             done.with_context(|| format!("taking connections out of process {}", task.pid))?;
         }
+
         fault::point("lift.kept")?;
         let chosen = began.elapsed();
         let done = orders.ask(GuardCommand::TakeOut, Some(watch));
@@ -96,18 +101,21 @@ impl Lifting {
             self.announced,
             began.elapsed(),
         );
+
         let reserved = tasks.iter().filter_map(|task| {
             let numbers = task.chosen.iter().map(|at| task.known[*at].number);
             Some((task.vpid, task.like?, numbers.collect()))
         });
         let reserved = reserved.collect();
         tasks.iter().for_each(|task| task.order(RepairStep::Go));
+
         let mirrors = tasks.iter_mut().filter_map(|task| Some((task.pid, task.mirror.take()?)));
         let mirrors = mirrors.collect();
         let (stop, _vault) = (self.stop, self.vault);
         let mut lifted = Lifted { mirrors, sender: None, listeners, reserved, stop, _vault };
         let send = move || send(&write, &tasks, &batches, count);
         lifted.sender = Some(thread::Builder::new().name("connections".into()).spawn(send)?);
+
         Ok(lifted)
     }
 }
@@ -203,6 +211,7 @@ fn send(
         at += bytes.len() as u64;
         Ok(())
     };
+
     for task in tasks {
         for (epoll, list) in &task.epolls {
             for some in list.chunks(SOME_WATCHED) {
@@ -214,6 +223,7 @@ fn send(
             }
         }
     }
+
     let mut sent = 0;
     for task in tasks {
         let list =
@@ -224,6 +234,7 @@ fn send(
             say(&ConnectionPiece::Listeners(list))?;
         }
     }
+
     let of: HashMap<i32, &ConnectedTask> = tasks.iter().map(|task| (task.pid, task)).collect();
     for (pid, batch) in batches {
         let task = of[&pid];
@@ -232,8 +243,10 @@ fn send(
         let list = batch.into_iter().map(|(at, was)| (index(at).0, index(at).1, was));
         say(&ConnectionPiece::Connections(list.collect()))?;
     }
+
     if sent != count {
         bail!("{sent} of {count} were taken down");
     }
+
     Ok(sent)
 }

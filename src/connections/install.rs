@@ -121,12 +121,14 @@ fn take_in(
                     if let Some(e) = failed {
                         tracing::debug!("no socket for {coming:?}: {e}");
                     }
+
                     let socket = socket.and_then(Result::ok);
                     if socket.is_none() {
                         lacking.push(slots.len() as u32);
                     }
                     slots.push(ConnectionSlot { coming, socket });
                 }
+
                 prepared(lacking);
                 continue;
             }
@@ -156,6 +158,7 @@ fn take_in(
         }
         spent += began.elapsed();
     }
+
     tracing::debug!("{} connections were built up in {spent:?}", landed.list.len());
     // What did not come along is closed here: CRIU makes it.
     Ok(landed)
@@ -257,8 +260,10 @@ impl Landed {
             let pid = *tasks.get(&vpid).ok_or_else(|| anyhow!("{} is not there", what()))?;
             list.sort_unstable_by_key(|built| built.number);
             let places: Vec<FdPlace> = list.iter().map(|built| built.place()).collect();
+
             // Its other threads wait for CRIU.
             let mut thread = fd_inject::first_thread(pid).with_context(what)?;
+
             // What the source has put into their places.
             let numbers: Vec<RawFd> = list.iter().map(|built| built.number).collect();
             fd_inject::close(&mut thread, pid, &numbers).with_context(what)?;
@@ -269,11 +274,13 @@ impl Landed {
             if epolls.is_empty() {
                 continue;
             }
+
             let above = list.last().map_or(FIRST, |built| built.number + 1);
             let watch = move |mirror: &Mirror| watch_all(mirror, above, &epolls);
             let mirror = Mirror::spawn(pid, above, any.socket.as_fd(), watch).with_context(what)?;
             mirror.join().with_context(what)?;
         }
+
         Ok(())
     }
 

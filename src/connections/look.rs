@@ -122,6 +122,7 @@ impl Lifting {
             // The search for their descriptors takes longer than CRIU for so many.
             return Ok(coming);
         }
+
         let all: HashMap<u32, &Established> = established.iter().map(|e| (e.inode, e)).collect();
         let mut places: HashMap<u32, Option<(i32, RawFd)>> = HashMap::new();
         let mut open = BTreeMap::new();
@@ -136,12 +137,14 @@ impl Lifting {
             }
             open.insert(pid, numbers);
         }
+
         let mut own: BTreeMap<i32, Vec<(RawFd, u32)>> = BTreeMap::new();
         for (inode, place) in &places {
             if let Some((pid, number)) = place {
                 own.entry(*pid).or_default().push((*number, *inode));
             }
         }
+
         let most = room(self.limit);
         let before = coming.len();
         for task in of_first_space(pids)? {
@@ -149,10 +152,12 @@ impl Lifting {
                 continue;
             };
             list.sort_unstable();
+
             // A mirror must have its numbers, too.
             let limit = process::file_limit(task.pid)?.min(self.limit as u64);
             let numbers = open.get(&task.pid).map_or(&[][..], Vec::as_slice);
             let until = reach(numbers, &list, limit);
+
             // What had one of these numbers has been closed.
             let fresh: HashSet<RawFd> = list.iter().map(|(number, _)| *number).collect();
             let earlier = self.known.entry(task.pid).or_default();
@@ -164,6 +169,7 @@ impl Lifting {
                 if full || number < FIRST || !self.cookies.insert(cookie) {
                     continue;
                 }
+
                 let index = index as u32;
                 let v6 = ends.local.is_ipv6();
                 self.known.entry(task.pid).or_default().push(SeenConnection {
@@ -174,10 +180,12 @@ impl Lifting {
                     index,
                     listens: false,
                 });
+
                 let (local, kind) = (ends.local, SocketKind::Connection(ends.remote));
                 coming.push(ComingConnection { vpid: task.vpid, number, owner, local, kind });
             }
         }
+
         self.announced += coming.len() - before;
         Ok(coming)
     }
@@ -186,6 +194,7 @@ impl Lifting {
     fn listeners(&mut self, pids: &[i32]) -> Result<Vec<ComingConnection>> {
         let found = mptcp::sockets(pids);
         let Some(init) = pids.first().filter(|_| !found.is_empty()) else { return Ok(Vec::new()) };
+
         // It has been looked for before: this one has come since.
         if let Some((pid, why)) = mptcp::obstacle(*init, &found) {
             bail!("process {pid} has a socket of Multipath TCP: {why}");
@@ -193,6 +202,7 @@ impl Lifting {
         let numbers: HashMap<i32, i32> =
             of_first_space(pids)?.into_iter().map(|task| (task.pid, task.vpid)).collect();
         let mut coming = Vec::new();
+
         for one in found {
             let cookie = connection::cookie(&one.file)?;
             let Some(&vpid) = numbers.get(&one.pid).filter(|_| !self.cookies.contains(&cookie))
@@ -202,12 +212,14 @@ impl Lifting {
             let v6 = socket::is_v6(&one.file)?;
             let fresh = self.listeners.fresh[usize::from(v6)].as_ref();
             let fresh = fresh.context("there is no Multipath TCP any more")?;
+
             // Closed since.
             let Some((local, listener)) = listener::look(&one.file, fresh)? else { continue };
             let limit = process::file_limit(one.pid)?.min(self.limit as u64);
             if one.number as u64 + SPARE as u64 > limit {
                 bail!("process {} has no room for another descriptor", one.pid);
             }
+
             self.cookies.insert(cookie);
             let index = (self.announced + coming.len()) as u32;
             let inode = u32::try_from(one.inode)?;
@@ -216,6 +228,7 @@ impl Lifting {
             let MptcpSocket { number, .. } = one;
             known.push(SeenConnection { number, cookie, inode, v6, index, listens: true });
             self.listeners.known.insert(index, listener.clone());
+
             let owner = nix::sys::stat::fstat(&one.file)?.st_uid;
             coming.push(ComingConnection {
                 vpid,
@@ -225,6 +238,7 @@ impl Lifting {
                 kind: SocketKind::Listener(listener),
             });
         }
+
         Ok(coming)
     }
 

@@ -280,10 +280,12 @@ mod tests {
             places: vec![PlaceTaken { number: 5, cloexec: true, wake: Some(false) }],
             epolls: vec![(3, vec![watched])],
         }]);
+
         let listeners = ConnectionPiece::Listeners(vec![(0, true), (1, false)]);
         let target = Target::new("connections").sample(postcard::to_stdvec(&epoll).unwrap());
         let target = target.sample(postcard::to_stdvec(&listeners).unwrap());
         let target = target.sample(postcard::to_stdvec(&pieces).unwrap());
+
         // A list takes room for a MiB at most before there is anything in it: serde's.
         target.sample(postcard::to_stdvec(&taken).unwrap()).room(3 << 20).run(|bytes| {
             let piece = postcard::from_bytes::<ConnectionPiece>(bytes).map(drop);

@@ -67,6 +67,7 @@ pub fn put_back(
     let taken = taken(work)?;
     look::raise_limit()?;
     let files = vault.contents()?;
+
     // Where some are missing, none had been taken out yet.
     let all: usize = taken.0.iter().map(|one| one.places.len()).sum();
     let mut files = if files.len() == all { files } else { Vec::new() }.into_iter();
@@ -80,6 +81,7 @@ pub fn put_back(
             lots.push((one, own));
         }
     }
+
     let mut failures = Failures::default();
     if lots.iter().any(|(_, files)| !files.is_empty()) {
         let done = with_tasks_stopped(cgroup, begin, |held| {
@@ -93,14 +95,17 @@ pub fn put_back(
         });
         failures.note("descriptors", done);
     }
+
     let alive: HashSet<i32> = lots.iter().map(|(one, _)| one.pid).collect();
     drop(lots);
     for one in taken.0.into_iter().filter(|one| alive.contains(&one.pid)) {
         let step = format!("process {}", one.pid);
         failures.note(&step, watch_again(one, vault));
     }
+
     failures.into_result()?;
     fs::remove_file(work.join(extract::FILE))?;
+
     // What a task closes is to be closed.
     vault.empty()
 }

@@ -86,6 +86,7 @@ impl ConnectedTask {
         let (tell_done, done) = channel();
         let (list, fresh, stop) = (known.clone(), lifting.fresh.clone(), lifting.stop.clone());
         let listeners = lifting.listeners.clone();
+
         // Nothing in here may have to do with a descriptor of ours: see there.
         let work = move |mirror: &Mirror| {
             let seen: Vec<_> = list.iter().map(|known| grab(mirror, *known, &listeners)).collect();
@@ -99,12 +100,14 @@ impl ConnectedTask {
                 SeenSocket::Connection(plain) => Some((*at, list[*at], plain)),
                 SeenSocket::Listener => None,
             };
+
             let chosen: Vec<(usize, SeenConnection, Plain)> =
                 chosen.iter().filter_map(connection).collect();
             repair_dump_all(mirror, &chosen, &fresh, |some| {
                 give.send((pid, some)).is_ok() && !stop.load(Ordering::SeqCst)
             })
         };
+
         let mirror = Mirror::spawn(pid, last.number + 1, entrance.as_fd(), work)?;
         let (cloexec, seen, chosen, epolls) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let (pid, vpid) = (task.pid, task.vpid);
@@ -123,6 +126,7 @@ impl ConnectedTask {
             done,
             mirror,
         };
+
         Ok(Some(all))
     }
 
@@ -201,6 +205,7 @@ fn repair_dump_all(
     };
     let sockets: Vec<_> = chosen.iter().map(one).collect();
     let each = share(sockets.len());
+
     thread::scope(|scope| {
         let mut all = Vec::new();
         for part in sockets.chunks(each) {
@@ -274,6 +279,7 @@ pub(super) fn choose(tasks: &mut [ConnectedTask], others: Others) {
             }
         }
     }
+
     for (pid, _, list) in &others.epolls {
         for target in list {
             if let Some(&(at, n)) = by_inode.get(&target.inode)
@@ -283,6 +289,7 @@ pub(super) fn choose(tasks: &mut [ConnectedTask], others: Others) {
             }
         }
     }
+
     for (pid, epoll, list) in others.epolls {
         let list: Vec<Watched> = list
             .into_iter()
@@ -293,6 +300,7 @@ pub(super) fn choose(tasks: &mut [ConnectedTask], others: Others) {
             task.epolls.push((epoll, list));
         }
     }
+
     for (at, n) in by_inode.into_values() {
         tasks[at].chosen.push(n);
     }

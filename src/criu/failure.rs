@@ -53,6 +53,7 @@ pub fn explained(
     let lines = errors(&text);
     let process = process(&lines).and_then(name).map(|name| format!(" ({name})"));
     let what = format!("{what}{}", process.unwrap_or_default());
+
     // CRIU may have been killed before its log was written.
     let hint = causes::hint(lines.iter().copied().chain([&*said]));
 
@@ -65,6 +66,7 @@ pub fn explained(
         (true, false) => what,
         (false, _) => format!("{what}: {quoted}"),
     };
+
     match (known, hint) {
         (true, None) => anyhow!(whole),
         (true, Some(hint)) => advice(whole, hint),
@@ -193,6 +195,7 @@ mod tests {
         ] {
             assert_eq!(process(&[line]), pid, "{line}");
         }
+
         let two = "(00.020000) Error (criu/fsnotify.c:284): fsnotify: \tCan't dump that handle\n\
                    (00.020100) Error (criu/cr-dump.c:1698): Dump files (pid: 31) failed with -1\n";
         assert!(told(two, "").starts_with("CRIU cannot dump (process 31 (x)): (00.020000) Error"));

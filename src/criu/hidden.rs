@@ -196,6 +196,7 @@ impl KnownMappings {
             }
             drawn.all.push(ExpectedMapping { line: line.to_owned(), range, flags, key, hidden });
         }
+
         Some(drawn)
     }
 }
@@ -338,6 +339,7 @@ mod tests {
             assert!(hides(perms, rest, flags, 0), "{perms} {rest} {flags}");
             assert!(!hides(perms, rest, flags, 1), "{perms} {rest} {flags} with a key");
         }
+
         for (perms, rest, flags) in [
             ("rw-s", "00:00 0 ", "rd wr sh mr mw me ms sd"),
             ("rw-p", "00:00 77 ", PLAIN),
@@ -351,6 +353,7 @@ mod tests {
         ] {
             assert!(!hides(perms, rest, flags, 0), "{perms} {rest} {flags}");
         }
+
         // Locked, grows down, huge, droppable, a shadow stack, a device's, sealed, watched, or not known.
         for flag in ["lo", "gd", "ht", "dp", "ss", "io", "pf", "sl", "um", "ui", "mt", "xx"] {
             assert!(!hides("rw-p", "00:00 0 ", &format!("{PLAIN} {flag}"), 0), "{flag}");
@@ -448,16 +451,19 @@ mod tests {
             line("b000-c000", "rw-s 00000000 ff:77 78 /memfd: (deleted)"),
             line("c000-d000", "rw-s 00000000 DEV 81 /dev/zero (deleted)"),
         ];
+
         let all: Vec<_> = text[..5].iter().map(|line| (&line[..], flags)).collect();
         let known = KnownMappings::parse(&smaps(&all)).unwrap();
         let draw = |stacks: &[u64], shared: &[u64]| {
             known.draw(&maps(&all), stacks, &shared.iter().copied().collect()).unwrap()
         };
+
         assert_eq!(draw(&[], &[]).hidden.len(), 0);
         let both = draw(&[], &[77, 78, 79, 80]);
         assert_eq!(ranges(&both), [0x1000..0x5000, 0x6000..0x7000]);
         assert_eq!((both.hidden[1].shared, both.hidden[1].offset), (Some(78), 0x2000));
         assert_eq!((both.unseen, both.seen), ([77, 78].into(), [].into()));
+
         // A thread's stack is in one of them.
         let one = draw(&[0x1234], &[77, 78]);
         assert_eq!((ranges(&one).len(), one.unseen, one.seen), (1, [78].into(), [77].into()));
@@ -470,6 +476,7 @@ mod tests {
         let free =
             KnownMappings::parse(&smaps(&all)).unwrap().draw(&maps(&all[..1]), &[], &[77].into());
         assert!(free.unwrap().check(&smaps::parse(&smaps(&locked)).unwrap()).is_err());
+
         // Of one that has come since nobody knows the flags.
         let new = (&text[5][..], flags);
         assert!(known.draw(&maps(&[new]), &[], &[81].into()).is_none());

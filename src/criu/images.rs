@@ -63,6 +63,7 @@ pub fn parse_pagemap(bytes: &[u8]) -> Result<(u32, Vec<PagemapEntry>)> {
             bail!("not a pagemap image");
         }
     }
+
     let head = take_record(&mut rest)?;
     let pages_id = fields(head)?
         .iter()
@@ -70,6 +71,7 @@ pub fn parse_pagemap(bytes: &[u8]) -> Result<(u32, Vec<PagemapEntry>)> {
         .map(|f| f.1 as u32)
         .ok_or_else(|| anyhow!("a pagemap without a pages id"))?;
     let mut entries: Vec<PagemapEntry> = Vec::new();
+
     while !rest.is_empty() {
         let (mut vaddr, mut compat, mut pages, mut flags) = (None, 0, 0, None);
         let mut in_parent = false;
@@ -83,6 +85,7 @@ pub fn parse_pagemap(bytes: &[u8]) -> Result<(u32, Vec<PagemapEntry>)> {
                 _ => {}
             }
         }
+
         if in_parent {
             bail!("a pagemap that leans on a parent image, which Ferry never asks for");
         }
@@ -91,6 +94,7 @@ pub fn parse_pagemap(bytes: &[u8]) -> Result<(u32, Vec<PagemapEntry>)> {
             pages: if pages > 0 { pages } else { compat },
             flags: flags.unwrap_or(PE_PRESENT),
         };
+
         // CRIU writes them so. Otherwise a page could come twice, and a small image name very many.
         if entry.end() > MAX_ADDRESS || entries.last().is_some_and(|e| e.end() > entry.vaddr) {
             bail!("a pagemap whose entries overlap, or that no task can have");
@@ -100,6 +104,7 @@ pub fn parse_pagemap(bytes: &[u8]) -> Result<(u32, Vec<PagemapEntry>)> {
             bail!("a pagemap with too many entries");
         }
     }
+
     Ok((pages_id, entries))
 }
 
@@ -119,6 +124,7 @@ pub fn with_lazy(bytes: &[u8], more: &[PageRegion]) -> Result<Vec<u8>> {
             record.to_vec(),
         ));
     }
+
     for region in more {
         let pages = (region.end - region.start) / PAGE as u64;
         let mut record = Vec::new();
@@ -130,12 +136,14 @@ pub fn with_lazy(bytes: &[u8], more: &[PageRegion]) -> Result<Vec<u8>> {
         drop(out);
         all.push((region.start, record));
     }
+
     all.sort_by_key(|(vaddr, _)| *vaddr);
     let mut whole = MAGIC.map(u32::to_le_bytes).concat();
     for record in std::iter::once(head).chain(all.iter().map(|(_, record)| &record[..])) {
         whole.extend((record.len() as u32).to_le_bytes());
         whole.extend(record);
     }
+
     // Each page once, or the destination would refuse it.
     parse_pagemap(&whole)?;
     Ok(whole)
@@ -223,6 +231,7 @@ pub fn with_descriptors(bytes: &[u8], like: i32, numbers: &[i32]) -> Result<Vec<
         }
         all.push((number, record.to_vec()));
     }
+
     let (file, kind) = pattern.ok_or_else(|| anyhow!("there is no descriptor {like}"))?;
     for &number in numbers {
         let mut record = Vec::new();
@@ -234,16 +243,19 @@ pub fn with_descriptors(bytes: &[u8], like: i32, numbers: &[i32]) -> Result<Vec<
         drop(out);
         all.push((number, record));
     }
+
     // CRIU puts them in order; it is quick where they are.
     all.sort_by_key(|(number, _)| *number);
     if all.windows(2).any(|two| two[0].0 == two[1].0) {
         bail!("two descriptors of one number");
     }
+
     let mut whole = [COMMON, FDINFO].map(u32::to_le_bytes).concat();
     for (_, record) in all {
         whole.extend((record.len() as u32).to_le_bytes());
         whole.extend(record);
     }
+
     Ok(whole)
 }
 
@@ -333,6 +345,7 @@ mod tests {
             out.extend((body.len() as u32).to_le_bytes());
             out.extend(body);
         }
+
         let mut out = Vec::new();
         out.extend(MAGIC[0].to_le_bytes());
         out.extend(MAGIC[1].to_le_bytes());
@@ -347,6 +360,7 @@ mod tests {
                 }
             });
         }
+
         out
     }
 
@@ -426,12 +440,14 @@ mod tests {
             entry(3, 1, 7, 9),
             entry(3, 0, 7, 12),
         ];
+
         assert_eq!(new, [vec![head], wanted.to_vec()].concat().concat());
         assert!(with_descriptors(&old, 9, &[5]).is_err());
         assert!(with_descriptors(&old, 8, &[4]).is_err());
         for cut in 0..old.len() {
             let _ = with_descriptors(&old[..cut], 0, &[4]);
         }
+
         let ids = [COMMON, IDS].map(u32::to_le_bytes).concat();
         let ids = [ids, vec![4, 0, 0, 0, 0x08, 1, 0x10, 77]].concat();
         assert_eq!(parse_table(&ids).unwrap(), 77);
@@ -482,6 +498,7 @@ mod tests {
                     before = entry.end();
                 }
             });
+
             let descriptors = with_descriptors(bytes, 9, &[4, 7, 12]).map(drop);
             let command = parse_command(bytes).map(|name| assert!(name.len() <= 48));
             let memfds = parse_memfds(bytes).map(drop);

@@ -116,6 +116,7 @@ impl Interposer {
             // The shim becomes criu: exec(2) keeps the number. unix(7), SO_PEERCRED.
             let criu_pid = getsockopt(&hub, PeerCredentials)?.pid();
             let theirs = fds.pop().ok_or_else(|| anyhow!("the criu shim sent no socket"))?;
+
             let (ours, for_criu) = scm::seqpacket_pair()?;
             let mut fds = vec![for_criu.as_raw_fd()];
             fds.extend(self.namespace.as_ref().map(|n| n.as_fd().as_raw_fd()));
@@ -123,6 +124,7 @@ impl Interposer {
             word.extend(self.cover.iter().flat_map(|path| path.as_os_str().as_bytes()));
             scm::send(&hub, &word, &fds)?;
             drop(for_criu);
+
             let covered = self.cover.is_some() && covered(&hub, deadline)?;
             let session = CriuSession { runtime: theirs, criu: ours, criu_pid, covered };
             let Some((bytes, _)) = session.receive_from_runtime(Some(deadline))? else { continue };

@@ -54,6 +54,7 @@ impl MappingRecord {
         if self.unreserved {
             flags |= libc::MAP_NORESERVE as u64;
         }
+
         let status = REGULAR | status | if self.heap { HEAP } else { 0 };
 
         let mut body = Vec::new();
@@ -64,12 +65,14 @@ impl MappingRecord {
         for (number, value) in (1..).zip(values) {
             out.write_uint64(number, value)?;
         }
+
         out.write_sint64(8, -1)?;
         if self.advice != 0 {
             out.write_uint64(9, self.advice)?;
         }
         out.flush()?;
         drop(out);
+
         Ok(body)
     }
 }
@@ -234,15 +237,18 @@ mod tests {
             {
                 inner.write_uint64(number, value).unwrap();
             }
+
             inner.write_sint64(8, -1).unwrap();
             inner.flush().unwrap();
             drop(inner);
             out.write_bytes(MAPPING, &area).unwrap();
         }
+
         out.write_int32(15, 1).unwrap();
         out.flush().unwrap();
         drop(out);
         let head = [COMMON, MM, body.len() as u32].map(u32::to_le_bytes).concat();
+
         [head, body].concat()
     }
 

@@ -78,6 +78,7 @@ fn run() -> Result<std::convert::Infallible> {
         let hub = UnixStream::connect(&path)
             .with_context(|| format!("cannot reach ferry at {}", path.to_string_lossy()))?;
         let theirs = process::adopt_fd(fd).context("the descriptor named by the runtime")?;
+
         scm::send(&hub, b"s", &[theirs.as_raw_fd()])?;
         let (word, fds) = scm::receive_stream(&hub, LONGEST)?
             .ok_or_else(|| anyhow!("ferry closed the connection"))?;
@@ -88,6 +89,7 @@ fn run() -> Result<std::convert::Infallible> {
             nix::sched::setns(&namespace, CloneFlags::CLONE_NEWNET)
                 .context("cannot enter the container's network namespace")?;
         }
+
         let (word, directory) = word.split_at_checked(1).unwrap_or_default();
         if !directory.is_empty() {
             // Ferry knows what to do without.
@@ -97,14 +99,17 @@ fn run() -> Result<std::convert::Infallible> {
             };
             scm::send(&hub, &answer[..answer.len().min(LONGEST)], &[])?;
         }
+
         if word == VOUCHED {
             // Only ever a help.
             let _ = seccomp::epoll_targets_are_right();
         }
         process::dup_onto(&ours, fd)?;
+
         // The number now belongs to criu, over exec.
         std::mem::forget(theirs);
     }
+
     let error =
         Command::new(&real).args(arguments).env_remove(ENV_SOCKET).env_remove(ENV_REAL).exec();
     Err(anyhow!(error).context(format!("cannot run {}", real.to_string_lossy())))

@@ -468,11 +468,13 @@ fn restore(expectation: &Expectation, arguments: &[OsString]) -> Result<()> {
             None => break alone(held.take()),
         }
     };
+
     if let Some(mut runtime) = runtime {
         // It has ended; or there is nobody for whom it could go on.
         let _ = runtime.kill();
         let _ = runtime.wait();
     }
+
     ended.map_or(Ok(()), |why| Err(refused(why)))
 }
 

@@ -82,6 +82,7 @@ pub(super) fn volumes(
             "volume" if text(&mount["SubPath"]).is_empty() => labels(name),
             _ => Err(anyhow!("it is of the kind {}", kind.escape_debug())),
         };
+
         match labels {
             Ok(labels) => {
                 volumes.push(Volume { name: name.to_owned(), place: place.into(), labels });
@@ -95,6 +96,7 @@ pub(super) fn volumes(
             ),
         }
     }
+
     volumes
 }
 
@@ -130,6 +132,7 @@ pub(super) fn doubles(
             "give one of them another address; or --forward never, and {stays} reaches it no more"
         ))
     };
+
     pairs.map(problem).collect()
 }
 

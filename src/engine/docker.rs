@@ -73,11 +73,13 @@ impl Handover for Docker {
             let found = found.ok_or_else(|| anyhow!("docker does not know it"))?;
             anyhow::Ok((found, info()?))
         })();
+
         let (found, info) = looked.map_err(|e| {
             let what =
                 format!("{} is docker's container, and docker does not tell of it", short(id));
             vec![Problem::new(what, format!("{e:#}")).hint("see `docker inspect`")]
         })?;
+
         let mut problems = found::refusals(&found);
         let runtime = text(&found["HostConfig"]["Runtime"]);
         if !is_ferry(&info, runtime) {
@@ -89,6 +91,7 @@ impl Handover for Docker {
                 .hint(format!("{SET_UP}, and make the container anew")),
             );
         }
+
         let store = store(&info);
         problems.extend(store_problem(&store));
         let own = found::own(id, &store, config, &mut problems);
@@ -98,12 +101,14 @@ impl Handover for Docker {
             problems.push(Problem::new("docker does not tell of a network", format!("{e:#}")));
             Vec::new()
         });
+
         if !problems.is_empty() {
             return Err(problems);
         }
         let log_path = PathBuf::from(text(&found["LogPath"]));
         let log_path = Some(log_path).filter(|path| path.is_absolute());
         let log = log_path.as_ref().map(|path| fs::metadata(path).map_or(0, |meta| meta.len()));
+
         Ok(EngineWants {
             engine: Engine::Docker,
             version: text(&info["ServerVersion"]).to_owned(),

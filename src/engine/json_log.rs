@@ -127,6 +127,7 @@ mod tests {
             [line("stdout", "line 2\n"), line("stderr", "half "), line("stderr", "a line\n")];
         // A piece ends where it ends.
         let (half, rest) = late[0].split_at(10);
+
         std::fs::write(&staged, format!("{early}{half}")).unwrap();
         let file = File::options().read(true).write(true).open(&staged).unwrap();
         let log = top.path().join("x-json.log");
@@ -144,6 +145,7 @@ mod tests {
             pipe.read_to_string(&mut text).unwrap();
             text
         };
+
         assert_eq!(read(out.0), "line 2\n");
         assert_eq!(read(err.0), "half a line\n");
         assert!(say(&file, from, [None, None]).is_err());

@@ -271,6 +271,7 @@ mod tests {
                 format!("465b65 is {engine}'s container web (465b65bd374b)"),
             ]
         };
+
         let names = &["web", "465b65", "465", "other", "we"];
 
         // As podman 5.8 leaves it.

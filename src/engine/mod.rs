@@ -134,6 +134,7 @@ impl Owned {
             EngineRole::Member => "container, one of a pod,",
             EngineRole::Sandbox => "pod sandbox",
         };
+
         let short = self.id.get(..SHORT).unwrap_or(&self.id);
         let called = match &self.name {
             _ if !self.id.starts_with(asked) => format!(" {short}"),
@@ -141,6 +142,7 @@ impl Owned {
             None if short.len() > asked.len() => format!(" {short}"),
             None => String::new(),
         };
+
         let who = if asked == self.id { short } else { asked };
         let pod = match self.role {
             EngineRole::Alone => "",
@@ -151,6 +153,7 @@ impl Owned {
                 "; and the pod's containers would be left without their namespaces"
             }
         };
+
         let there = match engine {
             Engine::Cri | Engine::CriO => "let Kubernetes start the pod there",
             _ => "stop it, and start it with the engine there",
@@ -168,6 +171,7 @@ impl Owned {
             );
             return Problem::new(what, why).hint(hint);
         }
+
         Problem::new(
             what,
             format!(

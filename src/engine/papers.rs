@@ -257,6 +257,7 @@ impl EngineWants {
         {
             bail!("an engine's container with too many parts");
         }
+
         let names = [&self.name, &self.runtime, &self.store.driver]
             .into_iter()
             .chain(self.volumes.iter().map(|v| &v.name))
@@ -268,11 +269,13 @@ impl EngineWants {
                 bail!("{name:?} is no name");
             }
         }
+
         let store = [&self.store.root, &self.store.run, &self.store.volumes];
         let places = self.volumes.iter().map(|v| &v.place).chain(&self.own);
         if let Some(odd) = store.into_iter().chain(places).find(|path| !plain(path)) {
             bail!("{} is no absolute path without ..", odd.display());
         }
+
         let id = self.image.id.strip_prefix("sha256:").unwrap_or(&self.image.id);
         if id.len() != 64 || !id.bytes().all(|b| b.is_ascii_hexdigit()) {
             bail!("{:?} is no image's ID", self.image.id);
@@ -280,12 +283,14 @@ impl EngineWants {
         let odd = |port: &&PublishedPort| {
             !port.address.is_empty() && port.address.parse::<IpAddr>().is_err()
         };
+
         if let Some(port) = self.ports.iter().find(odd) {
             bail!("{:?} is no address", port.address);
         }
         if self.image.name.starts_with('-') || self.image.name.len() > 4096 {
             bail!("{:?} is no image's name", self.image.name);
         }
+
         Ok(())
     }
 }

@@ -54,11 +54,13 @@ impl Handover for Podman {
             let found = found.ok_or_else(|| anyhow!("podman does not know it"))?;
             anyhow::Ok((found, info()?))
         })();
+
         let (found, info) = looked.map_err(|e| {
             let what =
                 format!("{} is podman's container, and podman does not tell of it", short(id));
             vec![Problem::new(what, format!("{e:#}")).hint("see `podman container inspect`")]
         })?;
+
         let mut problems = found::refusals(&found);
         if !is_ferry(&info, text(&found["OCIRuntime"])) {
             problems.push(
@@ -69,6 +71,7 @@ impl Handover for Podman {
                 .hint(format!("{SET_UP}, and make the container anew")),
             );
         }
+
         let store = store(&info);
         let own = found::own(id, &store, config, &mut problems);
         let (networks, neighbours) = found::networks(id, &found, &mut problems);
@@ -76,10 +79,12 @@ impl Handover for Podman {
         if !problems.is_empty() {
             return Err(problems);
         }
+
         let log = &found["HostConfig"]["LogConfig"];
         let file = matches!(text(&log["Type"]), "k8s-file" | "json-file");
         let log_path = file.then(|| PathBuf::from(text(&log["Path"])));
         let log = log_path.as_ref().map(|path| fs::metadata(path).map_or(0, |meta| meta.len()));
+
         Ok(EngineWants {
             engine: Engine::Podman,
             version: text(&info["version"]["Version"]).to_owned(),
@@ -104,6 +109,7 @@ impl Handover for Podman {
     fn papers(&self, id: &str, root: &Path, work: &Path) -> Result<Papers> {
         let file = work.join(ARCHIVE);
         let place = work.join("engine");
+
         // Its runtime is asked for a checkpoint, which nobody needs.
         let _expected = calls::expect(EngineVerb::Describe, id, root, work, LIMIT)?;
         let to = file.to_str().ok_or_else(|| anyhow!("a directory that is not UTF-8"))?;
@@ -124,6 +130,7 @@ impl Handover for Podman {
             ],
             LIMIT,
         )?;
+
         if !said.success {
             bail!("podman does not describe the container: {}", said.why());
         }
@@ -135,6 +142,7 @@ impl Handover for Podman {
         if !run("tar", &arguments, LIMIT)?.success {
             bail!("podman does not describe the container");
         }
+
         let read = |name: &str| -> Result<Value> {
             let bytes = fs::read(place.join(name))?;
             serde_json::from_slice(&bytes).with_context(|| format!("podman's {name}"))
@@ -142,6 +150,7 @@ impl Handover for Podman {
         let papers =
             Papers { config: read(names[0])?, spec: read(names[1])?, network: read(names[2])? };
         let _ = (fs::remove_file(&file), fs::remove_dir_all(&place));
+
         Ok(papers)
     }
 

@@ -57,6 +57,7 @@ pub(super) fn request(
 ) -> io::Result<DaemonAnswer> {
     let until = Instant::now() + limit;
     let mut stream = connect_within(at, limit)?;
+
     // HTTP/1.0: an answer in one piece, which ends with the connection.
     let mut text = format!("{method} {path} HTTP/1.0\r\nHost: ferry\r\n");
     let body = body.map(serde_json::to_vec).transpose()?;
@@ -64,6 +65,7 @@ pub(super) fn request(
         let length = body.len();
         text.push_str(&format!("Content-Type: application/json\r\nContent-Length: {length}\r\n"));
     }
+
     text.push_str("\r\n");
     stream.write_all(text.as_bytes())?;
     stream.write_all(&body.unwrap_or_default())?;
@@ -88,6 +90,7 @@ pub(super) fn request(
             Err(e) => return Err(e),
         }
     }
+
     parse(&answer)
 }
 

@@ -67,6 +67,7 @@ impl Applying {
             };
             trees.push(AppliedTree { root: open, left, budget: left });
         }
+
         let (stream, pieces) = sync_channel(QUEUE);
         let thread = std::thread::Builder::new().name("files".into()).spawn(move || {
             let mut input = Pieces { pieces, now: Vec::new(), at: 0 };
@@ -79,6 +80,7 @@ impl Applying {
             }
             result
         })?;
+
         Ok(Applying { stream: Some(stream), thread: Some(thread) })
     }
 
@@ -184,6 +186,7 @@ impl ApplyWork {
                 }
                 _ => self.close()?,
             }
+
             match step {
                 FileStep::Tree(number) => {
                     self.current = number as usize;
@@ -212,6 +215,7 @@ impl ApplyWork {
                     for tree in &mut self.trees {
                         tree.left = tree.budget;
                     }
+
                     self.finish_directories()?;
                     if !last {
                         // While the container runs: what is not on the disk yet when it runs here
@@ -225,6 +229,7 @@ impl ApplyWork {
                 FileStep::Data(..) | FileStep::Hole(..) => {}
             }
         }
+
         Ok(())
     }
 
@@ -307,6 +312,7 @@ impl ApplyWork {
         tree.take(entry.said(), 1)?;
         let (parent, name) = super::walk::place(&tree.root, &entry.path)?;
         clear(&parent, &name)?;
+
         match &entry.kind {
             FileKind::File(size) => {
                 let size = *size;
@@ -336,6 +342,7 @@ impl ApplyWork {
         } else {
             super::walk::place(&tree.root, &entry.path)?
         };
+
         match &entry.kind {
             FileKind::File(size) => {
                 let size = *size;
@@ -345,6 +352,7 @@ impl ApplyWork {
                 if !file.metadata()?.is_file() {
                     bail!("it is no file here");
                 }
+
                 if empty {
                     file.set_len(0)?;
                 }

@@ -159,6 +159,7 @@ impl SharedChanges {
                     *names = ChangedNames::default();
                 }
             });
+
             match more {
                 Ok(true) => {}
                 Ok(false) => break,
@@ -168,6 +169,7 @@ impl SharedChanges {
                 }
             }
         }
+
         heard.lost = lost;
         heard
     }

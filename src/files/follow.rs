@@ -231,6 +231,7 @@ impl Follower {
                 summed: HashSet::new(),
                 moves: Moves::default(),
             };
+
             if let Some(name) = tree.root.name().map(OsStr::to_owned) {
                 look.single(tree, &name)?;
                 continue;
@@ -243,6 +244,7 @@ impl Follower {
                 }
             }
         }
+
         ops::write(out, &FileStep::Round(self.rounds, last))?;
         out.flush()?;
         Ok(stats)
@@ -328,6 +330,7 @@ impl<W: Write> Look<'_, W> {
             (self.partial, self.stats.told) = (false, false);
             return self.all(tree);
         };
+
         for (directory, name) in told.iter().filter(|(_, name)| !name.is_empty()) {
             let Some(at) = tree.directories.get(directory) else { continue };
             if name != b"." {
@@ -336,6 +339,7 @@ impl<W: Write> Look<'_, W> {
             }
             paths.insert(at.clone());
         }
+
         let device = self.top.metadata()?.dev();
         let mut mapped: Vec<u64> =
             self.mapped.iter().filter(|(d, _)| *d == device).map(|(_, ino)| *ino).collect();
@@ -345,6 +349,7 @@ impl<W: Write> Look<'_, W> {
             let known = tree.known.iter().filter(|(_, k)| mapped.binary_search(&k.ino).is_ok());
             paths.extend(known.map(|(path, _)| path.clone()));
         }
+
         for path in &paths {
             self.again(tree, path)?;
         }
@@ -357,6 +362,7 @@ impl<W: Write> Look<'_, W> {
             let gone = tree.known.iter().filter(|(path, k)| k.round != round && below(path));
             self.gone.extend(gone.map(|(path, _)| path.clone()));
         }
+
         self.end(tree)
     }
 
@@ -369,6 +375,7 @@ impl<W: Write> Look<'_, W> {
         if seen || !tree.has_directory(parent(path)) || !self.asked.insert(path.to_vec()) {
             return Ok(());
         }
+
         let before = tree.known.get(path).map(|known| known.kind);
         let top = self.top.clone();
         let mut found = FoundFile::Gone;
@@ -380,14 +387,17 @@ impl<W: Write> Look<'_, W> {
             }
             Ok(what != FoundFile::Gone)
         })?;
+
         let directory = before == Some(libc::S_IFDIR);
         let still = tree.known.get(path).is_some_and(|known| known.kind == libc::S_IFDIR);
         if directory && (found != FoundFile::There || !still) {
             self.emptied.insert(path.to_vec());
         }
+
         if before.is_some() && found == FoundFile::Gone {
             self.gone.push(path.to_vec());
         }
+
         Ok(())
     }
 
@@ -411,6 +421,7 @@ impl<W: Write> Look<'_, W> {
                     tree.sums.remove(&known.ino);
                 }
             }
+
             self.stats.removed += 1;
             // With its directory.
             let inside =
@@ -421,10 +432,12 @@ impl<W: Write> Look<'_, W> {
                 last = Some(path);
             }
         }
+
         if directories {
             let known = &tree.known;
             tree.directories.retain(|_, path| known.contains_key(path));
         }
+
         // A step in a directory changes its time over there, whether or not it has changed here.
         for path in std::mem::take(&mut self.touched) {
             // It may have become one since it was looked at.
@@ -438,6 +451,7 @@ impl<W: Write> Look<'_, W> {
                 Err(e) => return Err(e),
             }
         }
+
         Ok(())
     }
 
@@ -461,12 +475,14 @@ impl<W: Write> Look<'_, W> {
         if another {
             self.meet(tree, path, seen)?;
         }
+
         let heard = self.listener.is_some() && seen.is_dir();
         let found = if heard && (tree.is_new_directory(path, full) || another) {
             FoundFile::NewDirectory
         } else {
             FoundFile::There
         };
+
         // Most of all files, most of the time.
         if let Some(known) = tree.known.get_mut(path)
             && known.is(seen)
@@ -477,6 +493,7 @@ impl<W: Write> Look<'_, W> {
             known.round = self.round;
             return Ok(found);
         }
+
         match self.one_that_may_have_changed(tree, path, full, seen, (several, compared)) {
             // Gone, or something else, since it was looked at: the next round will see.
             Err(e) if vanished(&e) => Ok(FoundFile::Gone),
@@ -495,6 +512,7 @@ impl<W: Write> Look<'_, W> {
     ) -> Result<()> {
         let stamp = stamp(seen, self.window);
         let known = tree.known.get(path).copied().filter(|k| k.is(seen));
+
         // What cannot be changed but only made anew may have the number of the one before.
         let changeable = matches!(seen.kind(), libc::S_IFREG | libc::S_IFDIR);
         let mut known = known.filter(|k| changeable || k.stamp.is_some() && k.stamp == stamp);
@@ -504,6 +522,7 @@ impl<W: Write> Look<'_, W> {
                 self.again(tree, &other)?;
             }
         }
+
         if known.is_none() && !several && seen.kind() == libc::S_IFREG {
             known = self.moved(tree, path, full, seen)?;
         }
@@ -514,6 +533,7 @@ impl<W: Write> Look<'_, W> {
             },
             |k| k.group,
         );
+
         let mut now =
             KnownFile { kind: seen.kind(), ino: seen.ino, stamp, group, round: self.round };
         if several {
@@ -521,6 +541,7 @@ impl<W: Write> Look<'_, W> {
         } else {
             tree.several.remove(path);
         }
+
         let first = self.names.get(&seen.ino).filter(|_| several).cloned();
         if let Some((name, group)) = first {
             // Another name of what has been looked at: nothing to say if it is one over there, too.
@@ -531,6 +552,7 @@ impl<W: Write> Look<'_, W> {
             tree.known.insert(path.to_vec(), now);
             return Ok(());
         }
+
         let same = known.is_some_and(|k| k.stamp.is_some() && k.stamp == stamp);
         if !same || compared {
             let meta = look(full, seen)?;
@@ -539,10 +561,12 @@ impl<W: Write> Look<'_, W> {
             }
             self.stats.changed += 1;
         }
+
         if several {
             self.names.insert(seen.ino, (path.to_vec(), group));
         }
         tree.known.insert(path.to_vec(), now);
+
         Ok(())
     }
 
@@ -606,6 +630,7 @@ impl<W: Write> Look<'_, W> {
         } else {
             FileKind::Socket
         };
+
         let entry = FileEntry::of(path.to_vec(), described, meta, full, false)?;
         // The root is there from the beginning.
         if there || path.is_empty() {
@@ -613,6 +638,7 @@ impl<W: Write> Look<'_, W> {
         } else {
             self.make(entry)?;
         }
+
         Ok(true)
     }
 
@@ -630,8 +656,10 @@ impl<W: Write> Look<'_, W> {
         if now.ino() != meta.ino() {
             return Err(io::Error::from(io::ErrorKind::NotFound).into());
         }
+
         let size = now.size();
         let entry = FileEntry::of(path.to_vec(), FileKind::File(size), &now, full, false)?;
+
         // Those of another inode of the copy say nothing of this one.
         let sums = tree.sums.remove(&meta.ino()).filter(|(of, _)| there && *of == group);
         let sums = sums.map(|(_, sums)| sums);
@@ -640,6 +668,7 @@ impl<W: Write> Look<'_, W> {
         } else {
             self.make(entry)?;
         }
+
         let (bytes, went) = (&mut self.stats.bytes, &mut *self.went);
         let mut went = |sent| {
             *bytes += sent;
@@ -649,6 +678,7 @@ impl<W: Write> Look<'_, W> {
             Some(listener) => listener.written(&file, self.last)?,
             None => None,
         };
+
         let written = written.as_ref().map(|w| w as &dyn Touched);
         let sent = contents::send(&file, size, sums, written, self.out, &mut went)?;
         self.stats.read += sent.read;
@@ -656,6 +686,7 @@ impl<W: Write> Look<'_, W> {
             tree.sums.insert(meta.ino(), (group, sums));
             self.summed.insert(meta.ino());
         }
+
         Ok(sent.certain)
     }
 }

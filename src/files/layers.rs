@@ -112,6 +112,7 @@ fn digest(path: &Path) -> Result<String> {
         } else {
             FileKind::Socket
         };
+
         if meta.nlink() > 1 && !kind.is_dir() {
             links.entry(meta.ino()).or_insert_with(|| name.to_vec());
         }
@@ -122,6 +123,7 @@ fn digest(path: &Path) -> Result<String> {
             // The root's own is the upper layer's, and that of whoever unpacked it here.
             entry.mtime = (0, 0);
         }
+
         let said = postcard::to_stdvec(&entry)?;
         hash.update(&(said.len() as u64).to_le_bytes()).update(&said);
         if contents {
@@ -138,6 +140,7 @@ fn digest(path: &Path) -> Result<String> {
         }
         Ok(true)
     })?;
+
     Ok(hash.finalize().to_hex().to_string())
 }
 
@@ -368,6 +371,7 @@ mod tests {
             |p| fs::write(p.join("empty"), b"").unwrap(),
             |p| fs::remove_file(p.join("d/plain")).unwrap(),
         ];
+
         for (i, change) in changes.into_iter().enumerate() {
             layer(&b);
             assert_eq!(digest(&b).unwrap(), digest_of_a);

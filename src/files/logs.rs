@@ -214,6 +214,7 @@ mod tests {
                 if older {
                     fs::write(at("log"), "older").unwrap();
                 }
+
                 let (logs, directory) = logs(dir.path());
                 // As another process reads it from a journal.
                 let text = serde_json::to_vec(&logs).unwrap();
@@ -221,6 +222,7 @@ mod tests {
                 if steps > 0 {
                     logs.stage(1, &directory).unwrap().write_all(b"new").unwrap();
                 }
+
                 match steps {
                     2 => fs::write(at(".ferry-0123-log-1-mark"), "").unwrap(),
                     3 if older => {
@@ -233,6 +235,7 @@ mod tests {
                     }
                     _ => {}
                 }
+
                 for _ in 0..2 {
                     other.undo().unwrap();
                     assert_eq!(names(dir.path()), ["log"][..usize::from(older)], "{steps} steps");

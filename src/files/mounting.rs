@@ -147,8 +147,10 @@ pub fn refill(place: &Path, from: &Path) -> Result<()> {
     };
     let upper = overlay.upper.as_ref().map(|upper| upper.path.clone());
     let upper = upper.with_context(|| format!("nobody can write to {}", real.display()))?;
+
     // It has one.
     overlay.options.retain(|option| !option.starts_with("uuid="));
+
     // The runtime holds on to it elsewhere.
     umount2(&real, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
         .with_context(|| format!("cannot unmount {}", real.display()))?;
@@ -156,6 +158,7 @@ pub fn refill(place: &Path, from: &Path) -> Result<()> {
     for entry in fs::read_dir(&upper).with_context(what)? {
         super::walk::remove(&entry?.path())?;
     }
+
     for entry in fs::read_dir(from).with_context(what)? {
         let entry = entry?;
         fs::rename(entry.path(), upper.join(entry.file_name())).with_context(what)?;
@@ -163,5 +166,6 @@ pub fn refill(place: &Path, from: &Path) -> Result<()> {
     let meta = fs::metadata(from).with_context(what)?;
     std::os::unix::fs::chown(&upper, Some(meta.uid()), Some(meta.gid())).with_context(what)?;
     fs::set_permissions(&upper, meta.permissions()).with_context(what)?;
+
     overlay.mount(&real)
 }

@@ -130,11 +130,13 @@ impl MountInfo {
                 }
             }
         }
+
         overlay.upper = match (upper, work) {
             (Some(path), Some(work)) => Some(Upper { path, work }),
             (None, _) => None,
             _ => return Err("it has no work directory".into()),
         };
+
         // Some are shown only where they differ from what the module was loaded with.
         let set = |name: &str| shown.get(name).cloned().unwrap_or_else(|| default_of(name));
         for name in ["index", "nfs_export"] {
@@ -143,6 +145,7 @@ impl MountInfo {
                 return Err(format!("its option {name}=on ties it to this host's disks"));
             }
         }
+
         for name in ["redirect_dir", "metacopy"] {
             overlay.options.push(format!("{name}={}", set(name)));
         }
@@ -155,6 +158,7 @@ impl MountInfo {
                 _ => return Err(format!("nothing is known of its option {option}")),
             }
         }
+
         overlay.options.sort();
         let flags = self.flags.split(',').filter(|f| flag(f).is_some());
         overlay.flags.extend(flags.map(str::to_owned));
@@ -163,6 +167,7 @@ impl MountInfo {
         if overlay.paths().any(|p| !p.is_absolute()) {
             return Err("its layers are named by relative paths".into());
         }
+
         Ok(overlay)
     }
 }
@@ -346,6 +351,7 @@ impl Overlay {
             }
             escape(&lower.path, &mut data);
         }
+
         if let Some(upper) = &self.upper {
             data.extend(b",upperdir=");
             escape(&upper.path, &mut data);
@@ -353,6 +359,7 @@ impl Overlay {
             escape(&upper.work, &mut data);
             data.extend(b",index=off,nfs_export=off");
         }
+
         for option in &self.options {
             data.push(b',');
             data.extend(option.bytes());
@@ -364,6 +371,7 @@ impl Overlay {
                 data.len()
             );
         }
+
         Ok(OsString::from_vec(data))
     }
 
@@ -429,12 +437,14 @@ impl Merged {
         if let Some(known) = self.known.get(&seen) {
             return *known;
         }
+
         // Without a name it is in no layer.
         if meta.nlink() == 0
             || statfs(link).is_ok_and(|s| s.filesystem_type() != OVERLAYFS_SUPER_MAGIC)
         {
             return seen;
         }
+
         // By its name in the container, where that is one of the root file system's.
         let name = fs::read_link(link).unwrap_or_default();
         let name = name.strip_prefix("/").unwrap_or(&name);
@@ -442,6 +452,7 @@ impl Merged {
             self.known.insert(seen, real.1);
             return real.1;
         }
+
         // By whatever name: it has another one, or is reached over another mount.
         let (merged, upper) = (merged.clone(), upper.clone());
         let _ = walk(&upper, &mut |path, _, found| {
@@ -452,6 +463,7 @@ impl Merged {
             }
             Ok(true)
         });
+
         *self.known.entry(seen).or_insert(seen)
     }
 }

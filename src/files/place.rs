@@ -102,6 +102,7 @@ impl Placing {
             let beside = file.with_file_name(format!(".ferry-{migration}-file-{i}"));
             placing.files.push((file.clone(), beside));
         }
+
         for (i, CopyTarget { path: target, own, single }) in targets.iter().enumerate() {
             let name = target.file_name().and_then(|n| n.to_str());
             let (Some(parent), Some(_)) = (target.parent(), name) else {
@@ -120,6 +121,7 @@ impl Placing {
                 own: *own,
             });
         }
+
         for path in targets.iter().map(|t| &t.path).chain(files) {
             let missing = path.ancestors().skip(1).take_while(|p| !p.exists());
             let mut missing: Vec<PathBuf> = missing.map(Path::to_owned).collect();
@@ -130,6 +132,7 @@ impl Placing {
                 }
             }
         }
+
         Ok(placing)
     }
 
@@ -237,18 +240,21 @@ impl Placing {
                 first.get_or_insert(e);
             }
         };
+
         for tree in &self.trees {
             note(tree.undo());
         }
         for staged in &self.layers {
             note(remove(staged));
         }
+
         for (file, beside) in &self.files {
             if are_one(beside, file) {
                 note(remove(file));
             }
             note(remove(beside));
         }
+
         if let (Some(mounting), None) = (&self.mounting, &first) {
             first = mounting.put_back().err();
         }
@@ -256,6 +262,7 @@ impl Placing {
             // Somebody may have put something there meanwhile, and keeps it.
             let _ = fs::remove_dir(dir);
         }
+
         first.map_or(Ok(()), Err)
     }
 
@@ -313,6 +320,7 @@ impl PlacedTree {
     fn undo(&self) -> Result<()> {
         let what = || format!("cannot undo the copy at {}", self.target.display());
         let there = |path: &Path| fs::symlink_metadata(path).is_ok();
+
         // Renaming goes: what was there, then what is staged. So what is at the place is ours if
         // nothing is staged any more.
         let ours = there(&self.mark)
@@ -328,9 +336,11 @@ impl PlacedTree {
         } else if ours {
             ignore_missing(fs::rename(&self.target, &self.staged)).with_context(what)?;
         }
+
         if let Some(before) = self.before.as_ref().filter(|b| there(b)) {
             fs::rename(before, &self.target).with_context(what)?;
         }
+
         // Without it nothing counts as ours any more.
         remove(&self.mark)?;
         remove(self.nest.as_ref().unwrap_or(&self.staged))
@@ -376,6 +386,7 @@ mod tests {
                 target(&at("hosts"), false, true),
                 target(&at("deep/resolv"), false, true),
             ];
+
             let placing = Placing::plan("0123", &targets, std::slice::from_ref(&config)).unwrap();
             // As another process reads it from a journal.
             let text = serde_json::to_vec(&placing).unwrap();
@@ -386,6 +397,7 @@ mod tests {
                     fs::write(staged.join("file"), b"theirs").unwrap();
                 }
             }
+
             if steps > 1 {
                 placing.write(&config, b"{}").unwrap();
             }
@@ -419,6 +431,7 @@ mod tests {
                 }
                 _ => {}
             }
+
             for _ in 0..2 {
                 other.undo().unwrap();
                 assert_eq!(names(dir.path()), ["hosts", "old"], "after {steps} steps");

@@ -96,12 +96,14 @@ pub fn make(path: &Path, read_only: bool) -> Result<ProbeFile> {
             Err(e) => return Err(e).with_context(what),
         }
     }
+
     let contents = (read_only && meta.is_file() && meta.len() <= MAX_CONTENTS)
         .then(|| fs::read(path).map(|b| format!("{:032x}", xxh3_128(&b))))
         .transpose()
         .with_context(what)?;
     // After the probe file was made: it has changed the directory.
     let meta = fs::metadata(path).with_context(what)?;
+
     let inode = (meta.ino(), meta.size(), meta.ctime(), meta.ctime_nsec());
     Ok(ProbeFile { proof: Proof { file, inode, contents }, made, kept: None })
 }
@@ -148,6 +150,7 @@ pub fn verify(path: &Path, proof: &Proof) -> Result<()> {
         Err(e) if e.kind() == ErrorKind::NotFound => bail!("there is no {} here", path.display()),
         Err(e) => return Err(e).with_context(|| format!("cannot look at {}", path.display())),
     };
+
     if let Some((name, contents)) = &proof.file {
         if name.contains('/') || !name.starts_with(PREFIX) {
             bail!("{name:?} is no probe's name");
@@ -160,11 +163,13 @@ pub fn verify(path: &Path, proof: &Proof) -> Result<()> {
         if let Ok(file) = open {
             file.take(64).read_to_string(&mut found)?;
         }
+
         if &found == contents {
             return Ok(());
         }
         bail!("{} here is not the directory that the source has there", path.display());
     }
+
     if (meta.ino(), meta.size(), meta.ctime(), meta.ctime_nsec()) == proof.inode {
         return Ok(());
     }
@@ -175,6 +180,7 @@ pub fn verify(path: &Path, proof: &Proof) -> Result<()> {
     {
         return Ok(());
     }
+
     bail!("{} here is not what the source has there", path.display())
 }
 

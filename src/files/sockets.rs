@@ -337,9 +337,11 @@ mod tests {
         validate(&all).unwrap();
         to_bound_names(root.path(), &all).unwrap();
         UnixStream::connect(&first).unwrap();
+
         to_current_names(root.path(), &all).unwrap();
         UnixStream::connect(&second).unwrap();
         to_current_names(root.path(), &all).unwrap_err();
+
         // As long as nothing was done there is nothing to undo.
         back_to_current_names(root.path(), &all).unwrap();
         to_bound_names(root.path(), &all).unwrap();

@@ -61,6 +61,7 @@ pub fn find(mountinfo: &str, bound: &[PathBuf], masked: &[String]) -> Vec<Tmpfs>
         kind: &'a str,
         options: &'a str,
     }
+
     let lines: Vec<TmpfsLine> = mountinfo
         .lines()
         .filter_map(|line| {
@@ -74,6 +75,7 @@ pub fn find(mountinfo: &str, bound: &[PathBuf], masked: &[String]) -> Vec<Tmpfs>
         })
         .collect();
     let (mut devices, mut places) = (HashMap::<&str, Vec<&TmpfsLine>>::new(), HashMap::new());
+
     for line in &lines {
         devices.entry(line.device).or_default().push(line);
         *places.entry(line.place).or_insert(0) += 1;
@@ -81,12 +83,14 @@ pub fn find(mountinfo: &str, bound: &[PathBuf], masked: &[String]) -> Vec<Tmpfs>
     let bound: HashSet<&Path> = bound.iter().map(PathBuf::as_path).collect();
     let masked: HashSet<&str> = masked.iter().map(String::as_str).collect();
     let is_bound = |place: &str| bound.contains(Path::new(place));
+
     // A second mount over the first hides it; CRIU knows how to tell them apart. Blanks and the like are
     // escaped: rare enough for CRIU's way.
     let is_plain = |l: &TmpfsLine| {
         let alone = places[l.place] == 1;
         l.place != "/" && !l.tied && alone && !is_bound(l.place) && !l.place.contains('\\')
     };
+
     let mut found = Vec::new();
     for line in lines.iter().filter(|l| l.kind == "tmpfs" && l.root == "/") {
         // All of it is told at its first place.
@@ -101,6 +105,7 @@ pub fn find(mountinfo: &str, bound: &[PathBuf], masked: &[String]) -> Vec<Tmpfs>
             found.push(Tmpfs { place, also: whole.collect(), options, used: 0 });
         }
     }
+
     found.into_iter().filter(|one| one.also.len() < MAX).take(MAX).collect()
 }
 

@@ -183,6 +183,7 @@ impl<W: Write> TreePacker<'_, W> {
     fn entry(&mut self, path: &[u8], full: &Path, seen: &SeenFile) -> Result<()> {
         let meta = fs::symlink_metadata(full)?;
         let kind = meta.file_type();
+
         // Something else is mounted there; what lies beneath cannot be seen by anybody.
         let mounted = *self.device.get_or_insert(seen.device) != seen.device;
         let mut file = None;
@@ -208,6 +209,7 @@ impl<W: Write> TreePacker<'_, W> {
         } else {
             return Ok(());
         };
+
         if meta.nlink() > 1 && !kind.is_dir() {
             self.links.entry(meta.ino()).or_insert_with(|| path.to_vec());
         }
@@ -217,6 +219,7 @@ impl<W: Write> TreePacker<'_, W> {
         if json.len() > MAX_ENTRY {
             bail!("too much to say about it");
         }
+
         self.out.write_all(&(json.len() as u32).to_le_bytes())?;
         self.out.write_all(&json)?;
         if let FileKind::File(size) = entry.kind {
@@ -225,6 +228,7 @@ impl<W: Write> TreePacker<'_, W> {
             }
             self.extent(0, 0)?;
         }
+
         Ok(())
     }
 
@@ -334,6 +338,7 @@ pub fn unpack(root: &Path, input: &mut impl Read) -> Result<()> {
     let root = File::open(root).with_context(|| root.display().to_string())?;
     let mut directories: Vec<(Vec<u8>, (i64, i64))> = Vec::new();
     let mut names = NameCount::default();
+
     loop {
         let mut length = [0; 4];
         match input.read_exact(&mut length) {
@@ -347,12 +352,14 @@ pub fn unpack(root: &Path, input: &mut impl Read) -> Result<()> {
             }
             Err(e) => return Err(e.into()),
         }
+
         let length = u32::from_le_bytes(length) as usize;
         if length > MAX_ENTRY {
             bail!("an entry of {length} bytes");
         }
         let mut json = vec![0; length];
         input.read_exact(&mut json).context("the stream was cut")?;
+
         let entry: FileEntry = serde_json::from_slice(&json)?;
         names.add(&entry.path)?;
         let shown = String::from_utf8_lossy(&entry.path).into_owned();
@@ -450,11 +457,13 @@ pub(super) fn describe(parent: BorrowedFd, name: &Path, entry: &FileEntry) -> Re
     let thing = openat(parent, name, flags, Mode::empty())?;
     let meta = fs::metadata(process::path_of(&thing));
     let is_link = matches!(entry.kind, FileKind::Symlink(_));
+
     // Of a symbolic link the path of the descriptor leads on, perhaps to nowhere.
     let found = if is_link { File::from(thing.try_clone()?).metadata()? } else { meta? };
     if found.mode() & libc::S_IFMT != entry.kind.format() {
         bail!("somebody has put something else in its place");
     }
+
     let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
     fchownat(&thing, "", Some(uid), Some(gid), AtFlags::AT_EMPTY_PATH)?;
     if is_link {
@@ -464,6 +473,7 @@ pub(super) fn describe(parent: BorrowedFd, name: &Path, entry: &FileEntry) -> Re
         }
         return set_time(parent, name, entry.mtime);
     }
+
     let path = process::path_of(&thing);
     // From before, or inherited from a directory with a default ACL: acl(5).
     for there in xattr::list_deref(&path).map(Iterator::collect::<Vec<_>>).unwrap_or_default() {
@@ -471,11 +481,13 @@ pub(super) fn describe(parent: BorrowedFd, name: &Path, entry: &FileEntry) -> Re
             xattr::remove_deref(&path, &there)?;
         }
     }
+
     for (attribute, value) in &entry.attributes {
         xattr::set_deref(&path, OsStr::from_bytes(attribute), value)?;
     }
     fs::set_permissions(&path, fs::Permissions::from_mode(entry.mode & 0o7777))?;
     let time = TimeSpec::new(entry.mtime.0, entry.mtime.1);
+
     Ok(utimensat(AT_FDCWD, &path, &time, &time, UtimensatFlags::FollowSymlink)?)
 }
 

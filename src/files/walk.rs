@@ -78,6 +78,7 @@ pub fn measure(root: &Path) -> Result<Size> {
 pub fn names_of(root: &Path, inodes: &HashSet<u64>, most: u64) -> Result<HashMap<u64, PathBuf>> {
     let device = fs::metadata(root).with_context(|| root.display().to_string())?.dev();
     let mut found = HashMap::new();
+
     // The directory of them that is being looked through, and how many files were in such.
     let (mut within, mut count) = (None::<Vec<u8>>, 0);
     walk_one_mount(root, &mut |path, _, seen| {
@@ -93,6 +94,7 @@ pub fn names_of(root: &Path, inodes: &HashSet<u64>, most: u64) -> Result<HashMap
                 bail!("something is mounted in it, at {}", shown(path));
             }
         }
+
         if seen.device == device && inodes.contains(&seen.ino) {
             let path = || PathBuf::from(OsStr::from_bytes(path));
             found.entry(seen.ino).or_insert_with(path);
@@ -100,9 +102,11 @@ pub fn names_of(root: &Path, inodes: &HashSet<u64>, most: u64) -> Result<HashMap
                 within = Some(path().into_os_string().into_encoded_bytes());
             }
         }
+
         // The rest is of no interest.
         Ok(found.len() < inodes.len() || within.is_some())
     })?;
+
     Ok(found)
 }
 
@@ -458,6 +462,7 @@ mod tests {
             Ok(true)
         })
         .unwrap();
+
         assert_eq!(longest.len(), 25 * 201 + 4);
         let root = File::open(dir.path()).unwrap();
         let (parent, name) = place(&root, &longest).unwrap();

@@ -144,6 +144,7 @@ impl Comparison {
                 }
             }
         }
+
         Ok(matches!(self.open, OpenRecord::Done))
     }
 
@@ -173,6 +174,7 @@ impl Comparison {
         let mapped = within(&own.mapped, (start, end));
         let here = pages::populated_in(own.pid, &mapped)?;
         let is_mapped = |at: u64| mapped.iter().any(|(from, to)| (*from..*to).contains(&at));
+
         // Where nothing is populated there are zeros; reading would have a task wait for them.
         let mut bytes = vec![0; count * PAGE];
         let mut missing = Vec::new();
@@ -183,6 +185,7 @@ impl Comparison {
                 own.reader.read(&[(at, pages)], into, |i| missing.push(at + (i * PAGE) as u64))?;
             }
         }
+
         let list = (start..).step_by(PAGE).zip(bytes.chunks_exact_mut(PAGE)).zip(digests);
         let differ: Vec<u64> = list
             .filter_map(|((at, page), told)| {
@@ -192,6 +195,7 @@ impl Comparison {
             })
             .collect();
         differ.into_iter().for_each(|at| self.differs(vpid, at));
+
         Ok(())
     }
 
@@ -265,6 +269,7 @@ impl Comparison {
                 }
             }
         }
+
         Ok(())
     }
 

@@ -176,9 +176,11 @@ pub fn tell(
             }
         }
     }
+
     let pages = teller.pages;
     teller.add(DigestRecord::End { pages }, 0)?;
     teller.flush()?;
+
     Ok(pages)
 }
 

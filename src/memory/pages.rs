@@ -267,21 +267,25 @@ mod tests {
         while !asleep() {
             std::thread::yield_now();
         }
+
         let text = proc_text(pid, "maps").unwrap();
         let files: Vec<_> = crate::sys::maps::parse(&text)
             .filter(|m| !m.is_anonymous() && !m.is_shared())
             .map(|m| (m.start, m.end))
             .collect();
         let anonymous = anonymous_mappings(pid).unwrap();
+
         let asked = populated_in(pid, &anonymous).unwrap();
         let unasked = populated_anonymous(pid, &anonymous).unwrap();
         let (own, all) =
             (populated_in(pid, &files).unwrap(), populated_anonymous(pid, &files).unwrap());
         let count = |list: &[PageRegion]| list.iter().map(|r| r.end - r.start).sum::<u64>();
+
         child.kill().unwrap();
         child.wait().unwrap();
         assert_eq!(asked, unasked);
         assert!(count(&asked) > 0);
+
         // Its code is the files' own, its data is not.
         assert!(count(&own) > 0 && count(&own) < count(&all));
     }

@@ -60,6 +60,7 @@ impl Pending {
                         (PageSlot::Remote(a), PageSlot::Remote(b)) => b == a + u64::from(run.pages),
                         _ => false,
                     };
+
                     if follows && run.end(*first) == start && run.pages < u32::MAX - pages {
                         run.pages += pages;
                         continue;
@@ -69,9 +70,11 @@ impl Pending {
                 last = Some((start, PendingRun { pages, slot }));
             }
         }
+
         if let Some((start, run)) = last {
             all.0.insert(start, run);
         }
+
         Ok(all)
     }
 
@@ -93,6 +96,7 @@ impl Pending {
                 }
                 run.from(before)
             });
+
             if run.end(from) > end {
                 let keep = ((end - from) / PAGE as u64) as u32;
                 self.0.insert(end, run.from(keep));
@@ -100,6 +104,7 @@ impl Pending {
             }
             taken.push((from, run));
         }
+
         taken
     }
 

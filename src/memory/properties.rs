@@ -77,6 +77,7 @@ impl Puppet {
             .spawn()
             .unwrap();
         let (input, output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+
         let mut puppet = Puppet {
             pid: child.id() as i32,
             child: Some(child),
@@ -86,6 +87,7 @@ impl Puppet {
             files: [None; 4],
             waits: false,
         };
+
         assert_eq!(puppet.line(), "ready");
         let bytes = dir.join("bytes");
         for (i, (path, flags)) in [
@@ -100,10 +102,12 @@ impl Puppet {
             // Not every file system reads past the page cache.
             puppet.files[i] = puppet.tell(&format!("open {} {flags}", path.display()));
         }
+
         let length = ARENA * PAGE;
         let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         let made = puppet.call(libc::SYS_mmap, &[0, length as i64, 0, kind.into(), -1, 0]);
         puppet.arena = made.unwrap() as u64;
+
         puppet
     }
 
@@ -167,6 +171,7 @@ impl Puppet {
             libc::PROT_READ,
             libc::PROT_NONE,
         ]));
+
         let private = i64::from(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED);
         let read_write = i64::from(libc::PROT_READ | libc::PROT_WRITE);
         let what = random.below(22);
@@ -213,6 +218,7 @@ impl Puppet {
             }
             _ => (libc::SYS_pread64, vec![self.files[0].unwrap_or(-1), at, length, offset]),
         };
+
         let words = words_of(number, &arguments);
         // Reads may be under way while a round is made.
         if what >= 12 && random.below(2) == 0 {
@@ -220,6 +226,7 @@ impl Puppet {
         } else {
             self.tell(&words);
         }
+
         format!("{}: {words}\n", self.pid)
     }
 
@@ -291,6 +298,7 @@ fn round(rounds: &mut Rounds, puppets: &mut [Puppet], over: &mut Over) {
     for task in pages::tasks(&pids).unwrap() {
         found.push((task, rounds.find(task, false).unwrap()));
     }
+
     if still {
         puppets.iter().for_each(Puppet::go_on);
     } else if rounds.is_watching() {
@@ -301,6 +309,7 @@ fn round(rounds: &mut Rounds, puppets: &mut [Puppet], over: &mut Over) {
             scope.spawn(|| stopped::await_outside(&threads, until).unwrap()).join().unwrap();
         });
     }
+
     for (task, found) in found {
         rounds.hand_on(task, found, false, over).unwrap();
     }
@@ -310,6 +319,7 @@ fn round(rounds: &mut Rounds, puppets: &mut [Puppet], over: &mut Over) {
 fn differences(task: Task, over: &Over) -> Vec<String> {
     let regions = pages::populated(task.pid).unwrap();
     let anonymous = pages::anonymous_mappings(task.pid).unwrap();
+
     // Huge pages, zero pages, guards, merged and swapped ones: no file's are among them.
     assert_eq!(regions, pages::populated_in(task.pid, &anonymous).unwrap());
     let entry = |from: u64, to: u64| PagemapEntry {
@@ -317,6 +327,7 @@ fn differences(task: Task, over: &Over) -> Vec<String> {
         pages: (to - from) / PAGE as u64,
         flags: PE_LAZY,
     };
+
     let entries: Vec<_> = regions.iter().map(|region| entry(region.start, region.end)).collect();
     let pending = match Pending::new(task.vpid, &entries, &over.0) {
         Ok(pending) => pending,
@@ -334,12 +345,14 @@ fn differences(task: Task, over: &Over) -> Vec<String> {
                 PageSlot::At(slot) => page == over.0.bytes(slot, 1),
                 PageSlot::Remote(_) => false,
             };
+
             seen += 1;
             if !same {
                 wrong.push(format!("page {at:#x} of {task:?} is another one"));
             }
         }
     }
+
     assert_eq!(seen, entries.iter().map(|entry| entry.pages).sum::<u64>());
     wrong
 }
@@ -362,9 +375,11 @@ fn sequence(seed: u64, way: Tracking, dir: &Path) {
             done += &format!("{} forks {}\n", puppets[which].pid, child.pid);
             puppets.push(child);
         }
+
         round(&mut rounds, &mut puppets, &mut over);
         done += "round\n";
     }
+
     for _ in 0..random.below(30) {
         let which = random.below(puppets.len());
         done += &puppets[which].step(&mut random);
@@ -381,6 +396,7 @@ fn sequence(seed: u64, way: Tracking, dir: &Path) {
             rounds.round(*task, true, &mut over).unwrap();
         }
     }
+
     let wrong: Vec<String> = tasks.iter().flat_map(|task| differences(*task, &over)).collect();
     let some = &wrong[..wrong.len().min(5)];
     assert!(wrong.is_empty(), "seed {seed}, {way:?}: {} pages: {some:#?}\n{done}", wrong.len());
@@ -391,6 +407,7 @@ fn any_sequence_of_changes_of_memory_arrives() {
     let most = if std::env::var_os("FERRY_FULL").is_some() { 400 } else { 8 };
     let mut ways = vec![Tracking::Hash, best(Tracking::WriteProtect), best(Tracking::SoftDirty)];
     ways.dedup();
+
     // On a disk, where direct reads take their time.
     let program = std::env::current_exe().unwrap();
     let dir = tempfile::tempdir_in(program.parent().unwrap()).unwrap();
@@ -399,10 +416,12 @@ fn any_sequence_of_changes_of_memory_arrives() {
     for word in bytes.chunks_exact_mut(8) {
         word.copy_from_slice(&random.next().to_ne_bytes());
     }
+
     // Equal pages and empty ones are among them.
     bytes[..20 * PAGE].fill(0);
     bytes.copy_within(300 * PAGE..400 * PAGE, 100 * PAGE);
     fs::write(dir.path().join("bytes"), &bytes).unwrap();
+
     for seed in 0..most {
         for &way in &ways {
             let fifos: PathBuf = dir.path().join(format!("{way:?}-{seed}"));

@@ -273,6 +273,7 @@ impl Rounds {
                 known.tracker = Tracker::attach(task).ok();
             }
         }
+
         let mappings = pages::anonymous_mappings(task.pid)?;
         if self.tracking == Tracking::SoftDirty {
             let mut regions = if new {
@@ -280,6 +281,7 @@ impl Rounds {
             } else {
                 soft_dirty::written(task, &mappings)?
             };
+
             for page in std::mem::take(&mut known.again) {
                 let at = page * PAGE as u64;
                 regions.extend(pages::populated_in(task.pid, &[(at, at + PAGE as u64)])?);
@@ -288,6 +290,7 @@ impl Rounds {
             let told = regions.len();
             return Ok(FoundPages { regions, told });
         }
+
         let looked = known.tracker.as_mut().map(|t| t.look(task, &mappings));
         match looked {
             None => Ok(FoundPages {
@@ -367,11 +370,13 @@ impl SentPages {
             return if before == ZERO_PAGE { PageAction::Skip } else { PageAction::Zero };
         }
         let hash = xxh3_128_with_seed(bytes, self.seed);
+
         // Neither "nothing" nor "zero".
         let half = |hash: u128| (hash as u64) | 2;
         if std::mem::replace(self.table.at(vpid, page), half(hash)) == half(hash) {
             return PageAction::Skip;
         }
+
         if self.places.is_empty() {
             self.places.resize(PLACES, PagePlace::default());
         }
@@ -383,6 +388,7 @@ impl SentPages {
         if is_there && self.table.get(place.task, place.page) == half(hash) {
             return PageAction::Same(place.task, place.page);
         }
+
         *place = PagePlace { hash, task: vpid, page, round: self.round };
         PageAction::Data
     }
@@ -411,10 +417,12 @@ fn send(
         let numbers =
             runs.iter().flat_map(|&(at, n)| (0..n as u64).map(move |i| at / PAGE as u64 + i));
         unread.extend(numbers.enumerate().filter(|(i, _)| missing.contains(i)).map(|(_, n)| n));
+
         judge_and_send(task.vpid, runs, &buffer, &missing, sent, sink, &mut stats)?;
         runs.clear();
         Ok(())
     };
+
     for region in regions {
         let mut at = region.start;
         while at < region.end {
@@ -428,6 +436,7 @@ fn send(
             }
         }
     }
+
     flush(&mut runs)?;
     Ok(stats)
 }
@@ -466,6 +475,7 @@ fn judge_and_send(
                 }
             }
         };
+
         for i in 0..pages {
             let bytes = &buffer[index * PAGE..][..PAGE];
             let kind = if missing.contains(&index) {
@@ -481,12 +491,14 @@ fn judge_and_send(
                 }
                 kind
             };
+
             let goes_on = match (open.0, kind) {
                 (PageAction::Same(of, page), PageAction::Same(of2, page2)) => {
                     of == of2 && page2 == page + (i - open.1) as u64
                 }
                 (a, b) => a == b,
             };
+
             if !goes_on {
                 close(open.0, open.1, i)?;
                 open = (kind, i);
@@ -495,6 +507,7 @@ fn judge_and_send(
         }
         close(open.0, open.1, pages)?;
     }
+
     Ok(())
 }
 

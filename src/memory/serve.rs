@@ -202,6 +202,7 @@ impl Server {
         let mut daemon = Daemon::new(staging, will, want)?;
         daemon.pending = pending;
         daemon.ready = Box::new(ready);
+
         let started = daemon.spawn(tell, move |daemon| {
             let served = caught(|| {
                 daemon.make_will()?;
@@ -209,6 +210,7 @@ impl Server {
                 daemon.run(criu)?;
                 fault::point("memory.served")
             });
+
             if served.as_ref().is_err_and(|e| e.is::<Panicked>()) && daemon.will.is_made() {
                 // The container may run already, and an error would end it. Whoever has this process's
                 // descriptors goes on as if it had been killed; once, for he says when it happens to him.
@@ -216,6 +218,7 @@ impl Server {
             }
             served
         });
+
         // No task is there that could miss anything.
         started.map_err(|stranded| stranded.why)
     }
@@ -270,6 +273,7 @@ impl Daemon {
         let (queue, arrivals) = sync_channel(WAITING);
         let wake = Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?);
         will.note_descriptor(WillWord::Staging, Some(staging.number()));
+
         Ok(Daemon {
             staging,
             pending: HashMap::new(),
@@ -299,6 +303,7 @@ impl Daemon {
         let Some(intake) = self.intake.take() else {
             return Err(Stranded { why: anyhow!("it serves already"), held: self.give_up() });
         };
+
         // Where there can be no thread, what it was to have is not lost with it.
         let place = Arc::new(Mutex::new(Some(self)));
         let own = place.clone();
@@ -317,6 +322,7 @@ impl Daemon {
             }
             tell(Ended { result, held: daemon.give_up() });
         };
+
         match std::thread::Builder::new().name("pages".into()).spawn(serve) {
             Ok(_) => Ok(intake),
             Err(e) => {
@@ -365,12 +371,14 @@ impl Daemon {
                     self.will.note(WillWord::Done, 1);
                     return Ok(());
                 }
+
                 if !self.all_in && self.all_here() {
                     // What comes yet is CRIU's last word.
                     self.all_in = true;
                     fault::point("memory.all-in")?;
                 }
             }
+
             let timeout = if idle {
                 PollTimeout::NONE
             } else if self.stalled {
@@ -378,6 +386,7 @@ impl Daemon {
             } else {
                 PollTimeout::ZERO
             };
+
             let targets = self.targets.len();
             let ready = {
                 let mut set: Vec<PollFd> = self
@@ -386,6 +395,7 @@ impl Daemon {
                     .map(|t| PollFd::new(t.uffd.as_fd(), PollFlags::POLLIN))
                     .collect();
                 set.push(PollFd::new(self.wake.as_fd(), PollFlags::POLLIN));
+
                 if !self.finished {
                     set.push(PollFd::new(criu.as_fd(), PollFlags::POLLIN));
                 }
@@ -394,10 +404,12 @@ impl Daemon {
                     Err(Errno::EINTR) => continue,
                     Err(e) => return Err(e.into()),
                 }
+
                 set.iter()
                     .map(|p| p.revents().is_some_and(|r| !r.is_empty()))
                     .collect::<Vec<bool>>()
             };
+
             for (index, _) in ready.iter().enumerate().filter(|(_, r)| **r) {
                 // Behind the targets that were there when we polled.
                 match index.checked_sub(targets) {
@@ -406,6 +418,7 @@ impl Daemon {
                     Some(_) => self.hello(&mut criu)?,
                 }
             }
+
             self.stalled = false;
             self.background()?;
             let before = self.targets.len();
@@ -423,6 +436,7 @@ impl Daemon {
             Err(_) if self.will.is_made() => FINISHED,
             Err(e) => return Err(e).context(CriuClosed),
         };
+
         if vpid == FINISHED {
             self.finished = true;
             self.will.note(WillWord::Finished, 1);
@@ -434,6 +448,7 @@ impl Daemon {
             }
             return Ok(());
         }
+
         if vpid < 0 {
             return Ok(());
         }
@@ -441,11 +456,13 @@ impl Daemon {
         let uffd = fds.pop().ok_or_else(|| anyhow!("CRIU sent no userfaultfd"))?;
         let pending = self.pending.remove(&vpid).unwrap_or_default();
         self.targets.push(ServedTask::new(uffd, vpid, pending));
+
         // Whoever comes later with nothing missing need not stand in it; but the number of one that has
         // gone, and does, may be his.
         if self.all_here() && (self.outdated || !self.will.is_made()) {
             self.make_will()?;
         }
+
         Ok(())
     }
 
@@ -465,6 +482,7 @@ impl Daemon {
                 }
                 Err(e) => return Err(e).context("reading a userfaultfd"),
             };
+
             if !matches!(event, UffdEvent::Fault(_)) {
                 self.author.keep();
             }
@@ -483,6 +501,7 @@ impl Daemon {
                         (self.want)(remote_run(target.vpid, origin, pages));
                         continue;
                     }
+
                     if wanted.is_empty() {
                         // Never had contents, or came in since the task stumbled.
                         match uffd_zero(&target.uffd, page, PAGE).1 {
@@ -495,6 +514,7 @@ impl Daemon {
                             _ => {}
                         }
                     }
+
                     for (start, run) in wanted {
                         self.install(index, start, run)?;
                     }
@@ -541,6 +561,7 @@ impl Daemon {
                 }
             }
         }
+
         Ok(())
     }
 

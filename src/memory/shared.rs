@@ -202,6 +202,7 @@ impl Segments {
         }
         let known = self.all.keys().copied().collect();
         self.shared.tell(|state| state.known = known);
+
         Ok(sum)
     }
 
@@ -272,6 +273,7 @@ impl Segment {
             }
             None => Ok(()),
         };
+
         for (i, bytes) in buffer.chunks_exact(PAGE).enumerate() {
             let slot = self.slot(first + i as u64)?;
             let hash = hash(bytes, seed);
@@ -284,6 +286,7 @@ impl Segment {
                 close(open.take())?;
                 continue;
             }
+
             if zero {
                 stats.zero += 1;
             } else {
@@ -300,6 +303,7 @@ impl Segment {
                 }
             }
         }
+
         close(open)
     }
 
@@ -329,6 +333,7 @@ impl Segment {
             }
             let gone = self.slots.swap_remove(at);
             *self.slot_of.at(0, gone.page) = NO_SLOT;
+
             let Some(moved) = self.slots.get_mut(at) else { break };
             if moved.round == self.round {
                 *self.slot_of.at(0, moved.page) = at as u32;
@@ -338,6 +343,7 @@ impl Segment {
                 stats.sent += 1;
             }
         }
+
         Ok(())
     }
 
@@ -552,6 +558,7 @@ mod tests {
         for page in (0..300).chain(400..410) {
             write(&segment, page, (page as u8).wrapping_add(1));
         }
+
         let first = segment.hand_on(7, &mut over).unwrap();
         // One of them is all zero: 255 + 1.
         assert_eq!((first.scanned, first.sent, first.zero, over.1), (310, 309, 1, 309));
@@ -564,6 +571,7 @@ mod tests {
         write(&segment, 350, 9);
         punch(&segment, 10, 20);
         let third = segment.hand_on(7, &mut over).unwrap();
+
         // The last twenty have moved into the gap, too.
         assert_eq!((third.sent, third.zero), (22, 1));
         is_there(&segment, &directory);

@@ -79,6 +79,7 @@ pub fn written(task: Task, mappings: &[(u64, u64)]) -> Result<Vec<PageRegion>> {
             at += (pages * PAGE) as u64;
         }
     }
+
     Ok(found)
 }
 

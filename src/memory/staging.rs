@@ -225,11 +225,14 @@ fn runs(
             at += 1;
             return all;
         };
+
         let rest = entries.get(at..).filter(|rest| !rest.is_empty())?;
         let entry = rest[0];
         let step = u32::from(entry >= FIRST);
+
         // Of contents each is behind the one before; the others are all alike.
         let next = rest.windows(2).position(|two| two[0].wrapping_add(step) != two[1]);
+
         // No entry is the largest number, behind which would come what is none: there is no room for it.
         let length = next.map_or(rest.len(), |n| n + 1);
         let slot = match entry {
@@ -238,6 +241,7 @@ fn runs(
             REMOTE => Some(PageSlot::Remote(first + at as u64)),
             slot => Some(PageSlot::At(slot - FIRST)),
         };
+
         at += length;
         Some((length as u32, slot))
     })
@@ -377,9 +381,11 @@ mod tests {
                         });
                     }
                 }
+
                 let full = model.values().filter(|slot| matches!(slot, PageSlot::At(_))).count();
                 assert!(full <= ROOM && model.len() - full <= ROOM);
             }
+
             for (&(task, page), slot) in &model {
                 match (find(&staging, task, page << 12), slot) {
                     (Some(PageSlot::At(found)), PageSlot::At(_)) => {
@@ -389,6 +395,7 @@ mod tests {
                     (there, wanted) => assert_eq!(there, Some(*wanted), "page {page} of {task}"),
                 }
             }
+
             let full = model.values().filter(|slot| matches!(slot, PageSlot::At(_))).count();
             found(&[full, model.len() - full])
         });

@@ -252,15 +252,18 @@ mod tests {
             .spawn()
             .unwrap();
         let mut output = BufReader::new(child.stdout.take().unwrap());
+
         output.read_line(&mut String::new()).unwrap();
         let pid = child.id() as i32;
         while !process::proc_text(pid, "status").unwrap().contains("State:\tD") {
             std::thread::yield_now();
         }
+
         let began = Instant::now();
         let failed = Tracker::attach(Task { pid, vpid: 1 }).unwrap_err();
         assert!(began.elapsed() < 10 * PATIENCE, "{:?}", began.elapsed());
         drop(child.stdin.take());
+
         // It is not stopped by us any more either.
         assert!(child.wait().unwrap().success());
         let can = [io::ErrorKind::TimedOut, io::ErrorKind::Unsupported].contains(&failed.kind());
@@ -286,6 +289,7 @@ mod tests {
             }
         "#;
         let numbers = [libc::SYS_mmap, libc::SYS_mremap, libc::SYS_read, libc::SYS_mprotect];
+
         let numbers = numbers.map(|n| n.to_string());
         let mut child = Command::new("perl")
             .args(["-e", program])
@@ -295,20 +299,24 @@ mod tests {
             .spawn()
             .unwrap();
         let mut input = child.stdin.take().unwrap();
+
         let mut output = BufReader::new(child.stdout.take().unwrap());
         let mut line = || {
             let mut line = String::new();
             output.read_line(&mut line).unwrap();
             line.trim().parse::<u64>().unwrap()
         };
+
         let at = line();
         let task = Task { pid: child.id() as i32, vpid: 1 };
+
         // A kernel without it: the hashes take over, and have their own test.
         let Ok(mut tracker) = Tracker::attach(task) else {
             drop(input);
             let _ = child.wait();
             return;
         };
+
         let mut look = || {
             let found = tracker.look(task, &pages::anonymous_mappings(task.pid).unwrap()).unwrap();
             found.regions.iter().any(|r| (r.start..r.end).contains(&at))
@@ -317,12 +325,14 @@ mod tests {
         assert!(!look());
         writeln!(input, "move").unwrap();
         assert_eq!(line(), at + 16 * PAGE as u64);
+
         // The first time as nobody watches it.
         for round in 0..3 {
             writeln!(input, "write").unwrap();
             assert_eq!(line(), 1);
             assert!(look(), "in round {round}");
         }
+
         assert!(!look());
         drop(input);
         let _ = child.wait();
@@ -340,6 +350,7 @@ mod tests {
                 return;
             }
         };
+
         let look = |tracker: &mut Tracker| {
             tracker.look(task, &pages::anonymous_mappings(task.pid).unwrap()).unwrap()
         };
@@ -347,6 +358,7 @@ mod tests {
         assert!(bytes(&first) >= 4 << 20, "at first all of it: {}", bytes(&first));
         writer.write_at(0);
         look(&mut tracker);
+
         let still = look(&mut tracker);
         assert_eq!(bytes(&still), 0, "{still:?}");
         writer.write_at(1 << 20);
@@ -354,6 +366,7 @@ mod tests {
         let some = look(&mut tracker);
         assert!((8192..512 << 10).contains(&bytes(&some)), "{some:?}");
         drop(tracker);
+
         // It is as it was: no descriptor left behind, and it goes on.
         writer.write_at(2 << 20);
         let left = fs::read_dir(format!("/proc/{}/fd", task.pid)).unwrap().flatten().any(|e| {

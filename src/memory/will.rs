@@ -224,6 +224,7 @@ fn replay(
         let runs = Pending(task.runs.into_iter().collect());
         by_number.insert(task.uffd, (task.vpid, task.moved, runs));
     }
+
     for (uffd, message) in log {
         let event = UffdEvent::parse(&message)?;
         let Some((vpid, moved, pending)) = by_number.get_mut(&uffd) else { continue };
@@ -236,12 +237,14 @@ fn replay(
             None => {}
         }
     }
+
     let missing = |(uffd, (vpid, moved, runs)): (RawFd, (i32, bool, Pending))| Missing {
         uffd,
         vpid,
         moved,
         runs: runs.0.into_iter().collect(),
     };
+
     all.tasks = by_number.into_iter().map(missing).collect();
     all.tasks.sort_by_key(|task| task.uffd);
     Ok(())
@@ -287,12 +290,14 @@ mod tests {
             (0x10000, run(4, PageSlot::At(3))),
             (0x20000, run(2, PageSlot::Remote(5))),
         ]);
+
         author.snapshot(&will, &all).unwrap();
         assert!(will.is_made());
         log(&mut author, 7, 0x15, [0x11000, 0x12000, 0]);
         log(&mut author, 7, 0x13, [9, 0, 0]);
         log(&mut author, 7, 0x16, [0x12000, 0x14000, 0]);
         log(&mut author, 9, 0x14, [0x20000, 0x50000, 0x2000]);
+
         // A fault is not kept; the last one has been read, and nothing come of it yet.
         *author.place(7) = message(0x12, [0, 0x10000, 0]);
         *author.place(9) = message(0x15, [0x10000, 0x11000, 0]);
@@ -302,6 +307,7 @@ mod tests {
         let far = run(2, PageSlot::Remote(5));
         let child = [(0x12000, run(2, PageSlot::At(5))), (0x50000, far)];
         assert_eq!(shape, [(7, 1, false, &[here, (0x20000, far)][..]), (9, 1, true, &child[..])]);
+
         // A new one begins a log of its own.
         author.snapshot(&will, &snapshot(vec![here])).unwrap();
         assert_eq!(read_back(&will, &author)[0].runs, [here]);

@@ -79,6 +79,7 @@ impl Announcer {
             }
             senders.push(sender);
         }
+
         Ok(Self { socket, frames, senders })
     }
 
@@ -102,6 +103,7 @@ impl Announcer {
                     IpAddr::V4(_) | IpAddr::V6(_) => {}
                 }
             }
+
             let reports = of_v4.chunks(MOST_RECORDS).map(|some| igmp_report(*mac, *v4, some));
             self.frames.extend(reports.map(|frame| (*link, frame)));
             let reports = of_v6.chunks(MOST_RECORDS).map(|some| mld_report(*mac, *v6, some));

@@ -76,11 +76,13 @@ fn capture_with(
         )
         .hint("give the container a network namespace of its own"));
     }
+
     refuse_filters(container, path, engines)?;
 
     let mut inside = Rtnl::open(container).trying(trying)?;
     let mut infos = inside.links().trying(trying)?;
     infos.retain(|l| l.is_up() || !UNASKED.contains(&l.kind.as_str()));
+
     // The kernel gives loopback the first index; the image says so too.
     infos.sort_by_key(|l| (!l.is_loopback(), l.index));
     let names: Vec<String> = infos.iter().map(|l| l.name.clone()).collect();
@@ -122,6 +124,7 @@ fn capture_with(
         neighbours: neighbours(&mut inside, &name_of)?,
         sysctls,
     };
+
     image
         .validate()
         .map_err(|p| Problem::new("the container's network cannot be carried", p.why))?;
@@ -140,6 +143,7 @@ fn refuse_filters(container: &NetNs, path: Option<&Path>, engines: bool) -> Resu
             .map(|f| fs::read_to_string(f).unwrap_or_default())
             .concat()
     });
+
     found.extend(legacy.unwrap_or_default().lines().map(str::to_owned));
     found.dedup();
     if found.is_empty() {
@@ -216,16 +220,19 @@ impl<'a> LinkSurroundings<'a> {
         if link.is_loopback() {
             return Ok(LinkKind::Loopback);
         }
+
         if link.master.is_some() {
             return refuse(
                 "it is a port of a bridge, bond or VRF inside the container".into(),
                 "only plain macvlan and veth interfaces are carried",
             );
         }
+
         let outside = match (link.lower, link.lower_nsid) {
             (Some(index), Some(id)) if Some(id) == self.id => self.by_index(index),
             _ => None,
         };
+
         match (link.kind.as_str(), outside) {
             ("macvlan", Some(parent)) => Ok(LinkKind::Macvlan {
                 mode: link.macvlan_mode.unwrap_or_default(),

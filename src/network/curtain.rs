@@ -47,6 +47,7 @@ pub fn draw(
     if hidden.is_empty() {
         return Ok(());
     }
+
     let links = Rtnl::open(host).and_then(|mut s| s.links()).trying(trying)?;
     let devices: Vec<String> =
         links.into_iter().map(|link| link.name).filter(|name| name != "lo").collect();
@@ -61,6 +62,7 @@ pub fn draw(
             devices: &devices,
             policy: Policy::Accept,
         });
+
         for mac in &hidden {
             let mut rule =
                 vec![Expression::link(at, mac.len() as u32), Expression::Equal(mac.to_vec())];
@@ -72,6 +74,7 @@ pub fn draw(
             batch.add_rule(nft::NETDEV, &table, name, &rule);
         }
     }
+
     let mut socket = NetlinkSocket::open_in(host, Protocol::Netfilter).trying(trying)?;
     let drawn = socket.transact(&batch.prepare()).map(drop).trying(trying);
     drawn

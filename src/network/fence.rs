@@ -190,6 +190,7 @@ fn install_with(
             }
         }
     }
+
     let mut families = vec![nft::NETDEV];
     families.extend(chains.iter().map(|c| c.0));
     families.dedup();
@@ -201,6 +202,7 @@ fn install_with(
         batch.delete_table(family, TABLE);
         batch.add_table(family, TABLE);
     }
+
     for &(family, name, hook) in &chains {
         let devices = devices.as_slice();
         batch.add_chain(&NewChain { family, table: TABLE, name, hook, devices, policy });
@@ -211,6 +213,7 @@ fn install_with(
             batch.accept_loopback(family, TABLE, name);
         }
     }
+
     socket.transact(&batch.prepare())?;
 
     let names: Vec<_> = chains.iter().map(|&(family, name, _)| (family, name)).collect();
@@ -220,6 +223,7 @@ fn install_with(
         close_new.drop_new_connections(family, TABLE, name);
         open_new.flush_chain(family, TABLE, name);
     }
+
     let mut removal = NftBatch::new();
     families.iter().for_each(|&family| removal.delete_table(family, TABLE));
     Ok(ArmedFence {

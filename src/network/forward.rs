@@ -201,12 +201,14 @@ pub fn is_elsewhere(image: &NetworkImage, placement: &Placement, host: &NetNs) -
     let (links, addresses) =
         Rtnl::open(host).and_then(|mut s| Ok((s.links()?, s.addresses()?))).ok()?;
     let mut elsewhere = None;
+
     for (_, link) in image.outward() {
         let theirs: Vec<IpAddr> =
             link.addresses.iter().map(|a| a.local).filter(|ip| !is_link_local(*ip)).collect();
         if theirs.is_empty() {
             continue;
         }
+
         let hook = placement.hook(link).filter(|h| *h != Attachment::Tap)?;
         let on = links.iter().find(|l| l.name == hook.name())?;
         let networks: Vec<(IpAddr, u8)> = addresses
@@ -219,6 +221,7 @@ pub fn is_elsewhere(image: &NetworkImage, placement: &Placement, host: &NetNs) -
         if networks.is_empty() {
             return None;
         }
+
         if theirs.iter().any(|ip| networks.iter().any(|n| contains(*n, *ip))) {
             return Some(false);
         }

@@ -217,6 +217,7 @@ fn filter_of(addresses: &[IpAddr]) -> Vec<Instruction> {
             }
         }
     }
+
     v4.push(NO);
     v6.push(NO);
     let mut all = vec![
@@ -232,9 +233,11 @@ fn filter_of(addresses: &[IpAddr]) -> Vec<Instruction> {
         Instruction(LOAD, 0, 0, AD), // protocol
         Instruction(EQUAL, 0, v4.len() as u8, 0x0800),
     ];
+
     all.append(&mut v4);
     all.extend([Instruction(EQUAL, 1, 0, 0x86dd), NO]);
     all.append(&mut v6);
+
     all
 }
 
@@ -364,6 +367,7 @@ mod tests {
             frame[offset..offset + to.len()].copy_from_slice(&to);
             frame
         };
+
         let v4 = |to| packet([0x08, 0], 30, to);
         let v6 = |to| packet([0x86, 0xdd], 38, to);
         let moved = ["10.0.0.5", "fd00::5", "10.0.0.6", "fd00::1:5"];
@@ -374,6 +378,7 @@ mod tests {
             let frame = EthernetFrame { link: 0, vnet_hdr: [0; VNET_HDR], bytes: frame };
             assert!(frame.destination().is_some_and(|to| moved.contains(&to)));
         }
+
         for frame in [v4("10.0.0.1"), v4("5.0.0.10"), v6("fd00::6"), v6("fd00::1:6")] {
             assert!(!passes(&program, &frame), "{frame:?}");
             assert!(passes(&FILTER, &frame), "{frame:?}");

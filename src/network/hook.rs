@@ -141,6 +141,7 @@ impl Hook {
         command.stdin(Stdio::piped()).stdout(Stdio::null());
         command.stderr(File::create(&said).trying(what)?);
         process::in_new_session(&mut command);
+
         let began = Instant::now();
         let mut child = command.spawn().trying(what)?;
         let pid = child.id().cast_signed();
@@ -148,17 +149,20 @@ impl Hook {
             // Less than a pipe holds; who does not read it may not care for it.
             let _ = stdin.write_all(format!("{input}\n").as_bytes());
         }
+
         let ended = process::pidfd_open(pid)
             .and_then(|pidfd| process::wait_readable(&[pidfd.as_fd()], Some(began + LIMIT)));
         if ended.is_err() {
             // It is its session's first, and not waited for: the number is its own.
             let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
         }
+
         let status = child.wait().trying(what)?;
         tracing::debug!("{} took {:.1?}", what(), began.elapsed());
         let words = fs::read(&said).unwrap_or_default();
         let _ = fs::remove_file(&said);
         let words = String::from_utf8_lossy(&words[..words.len().min(TOLD)]).trim().to_owned();
+
         match (ended, status.success()) {
             (Err(_), _) => Err(Problem::new(what(), format!("not over after {LIMIT:?}; {words}"))),
             (Ok(_), true) => Ok(()),

@@ -76,6 +76,7 @@ impl HostSide {
                 policy: Policy::Accept,
             });
         }
+
         for address in self.addresses() {
             match address {
                 IpAddr::V4(ip) => {
@@ -101,6 +102,7 @@ impl HostSide {
                 }
             }
         }
+
         socket.transact(&chains.prepare()).trying(trying)?;
         Ok(ProxyArpBlock { socket, rules: rules.prepare() })
     }

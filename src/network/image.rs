@@ -312,6 +312,7 @@ impl NetworkImage {
                 return Err(format!("two links are called {}", link.name));
             }
         }
+
         let known = |name: &str| {
             if self.links.iter().any(|l| l.name == name) {
                 Ok(())
@@ -319,6 +320,7 @@ impl NetworkImage {
                 Err(format!("no link is called {name:?}"))
             }
         };
+
         for route in &self.routes {
             route.link.as_deref().map_or(Ok(()), known)?;
             route.check()?;
@@ -332,6 +334,7 @@ impl NetworkImage {
                 }
             }
         }
+
         self.neighbours.iter().try_for_each(|n| known(&n.link))?;
         for sysctl in &self.sysctls {
             let mut parts = sysctl.path.split('/');
@@ -341,6 +344,7 @@ impl NetworkImage {
             parts.try_for_each(sysctl_name)?;
             sysctl_value(&sysctl.value)?;
         }
+
         Ok(())
     }
 }
@@ -417,12 +421,14 @@ impl Route {
                 Err(format!("{a} in a route of the other family"))
             }
         };
+
         if let Some(destination) = self.destination {
             family(destination)?;
             prefix(destination, self.prefix)?;
         } else if self.prefix != 0 {
             return Err("a route without destination has a prefix".into());
         }
+
         if let Some((source, bits)) = self.source {
             family(source)?;
             prefix(source, bits)?;
@@ -431,10 +437,12 @@ impl Route {
         if self.v6 {
             self.gateway.map_or(Ok(()), family)?;
         }
+
         if self.table == 0 || self.table == crate::network::rtnl::TABLE_LOCAL {
             return Err(format!("a route in table {}", self.table));
         }
         bounded("metrics of a route", self.metrics.len(), MAX_ATTRIBUTES)?;
+
         self.congestion.as_deref().map_or(Ok(()), sysctl_name)
     }
 }

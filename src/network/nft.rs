@@ -312,6 +312,7 @@ impl Expression {
     fn fill(&self, e: &mut Request) {
         const REGISTER: u32 = 1;
         const VERDICT: u32 = 0;
+
         /// `NFT_REG32_00`, which is where the first register is, too.
         const CELLS: u32 = 8;
         const UPDATE: u32 = 1;

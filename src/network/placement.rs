@@ -158,6 +158,7 @@ pub fn preflight(
         Placement::Keep => problems.extend(kept(image, netns_path).err()),
         _ => problems.extend(path_is_free(netns_path).err()),
     }
+
     if let Placement::Hook(program) = placement {
         problems.extend(hook::usable(program).err());
     }
@@ -171,6 +172,7 @@ pub fn preflight(
             return problems;
         }
     };
+
     let here: Vec<IpAddr> = addresses.iter().filter_map(address).map(|a| a.local).collect();
     for (_, link) in image.outward() {
         for ip in link.addresses.iter().map(|a| a.local).filter(|ip| here.contains(ip)) {
@@ -182,16 +184,19 @@ pub fn preflight(
                     .hint("remove it from the host"),
             );
         }
+
         let Some(hook) = placement.hook(link).filter(|h| *h != Attachment::Tap) else { continue };
         if let (Attachment::Routed, LinkKind::Routed { end }) = (&hook, &link.kind) {
             problems.extend(routed::problems(link, end, host));
             continue;
         }
+
         match fits(link, &hook, &links) {
             Ok(on) => problems.extend(asked(link, on, host)),
             Err(problem) => problems.push(problem),
         }
     }
+
     problems
 }
 
@@ -249,6 +254,7 @@ pub(super) fn fits<'a>(
         return Err(Problem::new(what, format!("this host has no {kind} {}", hook.name()))
             .hint(format!("say where to attach the container with --network {option}")));
     };
+
     if !on.is_up() {
         return Err(Problem::new(what, format!("{} is down", on.name))
             .hint(format!("ip link set {} up", on.name)));
@@ -272,6 +278,7 @@ pub(super) fn fits<'a>(
         }
         Attachment::Macvlan { .. } | Attachment::Tap => {}
     }
+
     if let Some(other) = host.iter().find(|l| l.mac.is_some() && l.mac == link.mac) {
         return Err(Problem::new(
             what,
@@ -279,6 +286,7 @@ pub(super) fn fits<'a>(
         )
         .hint("hardware addresses must be unique in a network"));
     }
+
     Ok(on)
 }
 
@@ -304,6 +312,7 @@ pub(super) fn asked_for(
         })
         .collect();
     let (Some(own), Some(mac)) = (on.mac, mac) else { return Vec::new() };
+
     if addresses.is_empty() {
         return Vec::new();
     }
@@ -314,6 +323,7 @@ pub(super) fn asked_for(
             return vec![Problem::new(what, e).warning()];
         }
     };
+
     let mut problems = Vec::new();
     for ip in addresses {
         let mut who = answers.iter().filter(|(a, _)| *a == ip).map(|(_, mac)| *mac).peekable();
@@ -327,6 +337,7 @@ pub(super) fn asked_for(
                 .warning(),
             );
         }
+
         if let Some(other) = who.find(|m| *m != mac) {
             let other = other.map(|b| format!("{b:02x}")).join(":");
             problems.push(
@@ -338,6 +349,7 @@ pub(super) fn asked_for(
             );
         }
     }
+
     problems
 }
 
@@ -349,6 +361,7 @@ fn ask(ifindex: i32, own: Mac, addresses: &[Ipv4Addr]) -> std::io::Result<Vec<(I
         let probe = arp_frame(own, ArpForm::Request, Ipv4Addr::UNSPECIFIED, [0; 6], *ip);
         socket.send(ifindex, &probe)?;
     }
+
     let end = Instant::now() + ARP_WAIT;
     let (mut answers, mut buffer) = (Vec::new(), [0; 64]);
     loop {
@@ -361,6 +374,7 @@ fn ask(ifindex: i32, own: Mac, addresses: &[Ipv4Addr]) -> std::io::Result<Vec<(I
         if left.is_zero() || poll(&mut fds, timeout)? == 0 {
             return Ok(answers);
         }
+
         while let Some((length, _)) = socket.receive(&mut buffer)? {
             if length < 42 || buffer[20..22] != [0, 2] {
                 continue;

@@ -123,6 +123,7 @@ pub(super) fn capture(
                 CARRIED.join(", ")
             )))
     };
+
     let trying = || format!("cannot read the traffic control of {}", link.name);
     let mut waiting = Vec::new();
     for (one, message) in on_link(all, link.index) {
@@ -134,6 +135,7 @@ pub(super) fn capture(
                 return refuse(&one.kind, "it has filters", place);
             }
         }
+
         if hook {
             // Without filters it does nothing.
             continue;
@@ -141,17 +143,20 @@ pub(super) fn capture(
         if !one.is_carried() {
             return refuse(&one.kind, "it has classes, or what it knows cannot be read", place);
         }
+
         if message.attributes(FIXED).get(TCA_STAB).is_some() {
             return refuse(&one.kind, "it has a size table, which cannot be read", place);
         }
         waiting.push(one);
     }
+
     let mut list: Vec<Qdisc> = Vec::new();
     while let Some(at) =
         waiting.iter().position(|w| is_root(w) || list.iter().any(|p| p.handle == w.parent & MAJOR))
     {
         list.push(waiting.swap_remove(at));
     }
+
     match waiting.first() {
         Some(lost) => refuse(&lost.kind, "it is in a class of one that is not carried", "root"),
         None => Ok(list),
@@ -170,6 +175,7 @@ pub(super) fn restore(
             .change(&Request::new(DELQDISC, 0, &tcmsg(link.index, old.handle, old.parent, 0)))
             .trying(|| format!("cannot take the queueing discipline of {} away", link.name))?;
     }
+
     for one in wanted {
         socket.change(&one.request(NEWQDISC, CREATE | EXCL, link.index)).map_err(|e| {
             let missing = e.errno == Errno::ENOENT;
@@ -182,6 +188,7 @@ pub(super) fn restore(
             }
         })?;
     }
+
     Ok(())
 }
 

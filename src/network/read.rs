@@ -32,6 +32,7 @@ pub(super) fn address(m: &NetlinkMessage) -> Option<Address> {
     let address = ip_of(&a, ifa::ADDRESS)?;
     let local = ip_of(&a, ifa::LOCAL).unwrap_or(address);
     let flags = a.u32(ifa::FLAGS).unwrap_or(u32::from(flags));
+
     // Made anew, in their own time, by the kernel from the stable one.
     if family == AF_INET6 && flags & IFA_TEMPORARY != 0 {
         return None;
@@ -41,6 +42,7 @@ pub(super) fn address(m: &NetlinkMessage) -> Option<Address> {
         let at = |i: usize| u32::from_ne_bytes([v[i], v[i + 1], v[i + 2], v[i + 3]]);
         (at(0), at(4))
     });
+
     Some(Address {
         local,
         peer: Some(address).filter(|p| *p != local),
@@ -84,14 +86,17 @@ pub(super) fn route(
         AF_INET6 => true,
         _ => return Ok(None),
     };
+
     let index = a.u32(rta::OIF).map(|i| i as i32);
     let link = index.and_then(name_of);
+
     // `local` is the kernel's; so are the hidden unreachable routes of IPv6, which have no table
     // or hang on loopback; devices that are left out take their routes along.
     let automatic = kind == RTN_UNREACHABLE && protocol == 2;
     if table == rtnl::TABLE_LOCAL || kind == RTN_LOCAL || table == 0 || automatic {
         return Ok(None);
     }
+
     if index.is_some() && link.is_none() {
         return Ok(None);
     }
@@ -111,10 +116,12 @@ pub(super) fn route(
             .hint("give the container plain routes, or remove this one before migrating"));
         }
     }
+
     // RTA_VIA: a family, then the address.
     let via = a.get(rta::VIA).and_then(|v| v.get(2..)).and_then(rtnl::ip);
     let metrics = a.nest(rta::METRICS);
     let flags = m.payload.get(8..12).map_or(0, |f| u32::from_ne_bytes([f[0], f[1], f[2], f[3]]));
+
     let expires = a
         .get(rta::CACHEINFO)
         .and_then(|v| v.get(8..12))
@@ -191,6 +198,7 @@ mod tests {
                 data.u32(1, 4);
             });
         });
+
         let mut target = Target::new("kernel-answers");
         let samples = [
             link,
@@ -200,6 +208,7 @@ mod tests {
             crate::network::nft::tests::published(),
             crate::network::translated::tests::entry(),
         ];
+
         for sample in samples {
             target = target.sample(sample.payload());
         }
@@ -220,6 +229,7 @@ mod tests {
                 crate::network::legacy::names(bytes, false, &[10, 88, 0, 5]),
                 crate::network::legacy::names(bytes, true, &[0xfd; 16]),
             ];
+
             route(&message, &name)?;
             let read: usize = read.iter().rev().fold(0, |all, one| all << 1 | usize::from(*one));
             found(&[Attributes::parse(bytes).iter().count(), read & 15, read >> 4 & 15, read >> 8])

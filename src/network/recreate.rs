@@ -119,9 +119,11 @@ pub fn recreate(
         made.fence = Some(fence::raise(&made.namespace)?);
         return Ok(made);
     }
+
     let namespace = netns::create_named(netns_path)
         .trying(|| format!("cannot make the network namespace {}", netns_path.display()))?;
     let mut made = Recreated::new(namespace, netns_path, true);
+
     match furnish(&mut made, image, placement, host) {
         Ok(()) => Ok(made),
         Err(problem) => {
@@ -242,6 +244,7 @@ fn furnish(
             links.push(link);
             continue;
         }
+
         let host_links = outside.links().trying(|| "cannot read this host's links".into())?;
         if let (Attachment::Routed, LinkKind::Routed { end }) = (&hook, &link.kind) {
             let request = veth(link, &host_links, &made.namespace);
@@ -251,6 +254,7 @@ fn furnish(
             routed.push((link, end));
             continue;
         }
+
         let on = fits(link, &hook, &host_links)?;
         let request = match &hook {
             Attachment::Macvlan { mode, .. } => macvlan(link, on, *mode, &made.namespace),
@@ -258,6 +262,7 @@ fn furnish(
                 veth(link, &host_links, &made.namespace)
             }
         };
+
         made.add(link, &request, &mut outside, &mut inside)
             .trying(|| format!("cannot make {} on {}", link.name, on.name))?;
         links.push(link);
@@ -265,6 +270,7 @@ fn furnish(
             ports.push((link.name.clone(), on.index));
         }
     }
+
     made.fence = Some(fence::raise(&made.namespace)?);
 
     let mut indices = Vec::new();
@@ -295,9 +301,11 @@ fn furnish(
     for (end, name, mtu) in ends {
         routed::furnish(end, &name, mtu, &mut outside, host, image)?;
     }
+
     wait_for_carriers(restoring.socket, &made.links)?;
     wait_for_ports(&mut outside, &indices)?;
     restoring.fill(image)?;
+
     restoring.settle(image)
 }
 
@@ -333,12 +341,14 @@ fn veth(link: &LinkImage, host: &[LinkInfo], namespace: &NetNs) -> Request {
         LinkKind::Routed { end } => Some(end.name.as_str()),
         _ => None,
     };
+
     let name = wished.filter(free).unwrap_or("veth%d");
     let mac = match &link.kind {
         // On no bridge; and the container knows its gateway by it.
         LinkKind::Routed { end } => Some(end.mac),
         _ => link.mac.map(|m| [0xfe, m[1], m[2], m[3], m[4], m[5]]),
     };
+
     let mut request = Request::new(rtnl::NEWLINK, CREATE | EXCL, &ifinfo(0, 0, 0));
     describe(&mut request, link, namespace);
     request.nest(rtnl::IFLA_LINKINFO, |info| {
@@ -353,6 +363,7 @@ fn veth(link: &LinkImage, host: &[LinkInfo], namespace: &NetNs) -> Request {
             });
         });
     });
+
     request
 }
 
@@ -410,6 +421,7 @@ fn delete_links(namespace: &NetNs, names: &[String]) -> Vec<Problem> {
         Ok(found) => found,
         Err(problem) => return vec![problem],
     };
+
     let mut problems = Vec::new();
     for link in links.iter().filter(|l| names.contains(&l.name)) {
         let request = Request::new(rtnl::DELLINK, 0, &ifinfo(link.index, 0, 0));
@@ -423,6 +435,7 @@ fn delete_links(namespace: &NetNs, names: &[String]) -> Vec<Problem> {
             _ => {}
         }
     }
+
     problems
 }
 
@@ -445,6 +458,7 @@ pub fn dismantle(
             .map(|list| list.into_iter().filter(|l| !l.is_loopback()).map(|l| l.name).collect())
             .unwrap_or_default(),
     };
+
     problems.extend(delete_links(container, &names));
     if let Some(path) = netns_path {
         // The name may belong to another namespace by now.
@@ -454,6 +468,7 @@ pub fn dismantle(
             problems.extend(removed.trying(|| format!("cannot remove {}", path.display())).err());
         }
     }
+
     if problems.is_empty() { Ok(()) } else { Err(problems) }
 }
 
@@ -483,6 +498,7 @@ mod tests {
             addr_gen_mode: None,
             port_state: None,
         };
+
         let mut looked_at = 0;
         for (_, link) in image.outward() {
             for request in [

@@ -117,10 +117,12 @@ fn device(
         .trying(trying)
         .map_err(|p| p.hint("the kernel needs CONFIG_TUN, and /dev/net/tun must be there"))?;
     let links = socket.links().trying(trying)?;
+
     let find = |name: &str| links.iter().find(|l| l.name == name);
     let (Some(device), Some(target)) = (find(name), find(target)) else {
         return Err(Problem::new(trying(), "the link is not in the namespace"));
     };
+
     // With the same address the kernel finds that the frames are for this host.
     let mut up = Request::new(rtnl::NEWLINK, 0, &ifinfo(device.index, 0, 0));
     up.attr(rtnl::IFLA_ADDRESS, &mac);
@@ -130,6 +132,7 @@ fn device(
         .map_err(|p| p.hint("the kernel needs the modules sch_ingress, cls_bpf and act_mirred"))?;
     let up = Request::new(rtnl::NEWLINK, 0, &ifinfo(device.index, IFF_UP, IFF_UP));
     socket.change(&up).trying(trying)?;
+
     Ok(tap)
 }
 

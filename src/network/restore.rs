@@ -57,6 +57,7 @@ impl Restoring<'_> {
             }
             Ok::<_, std::io::Error>(())
         };
+
         self.namespace.run(set).and_then(|r| r).trying(trying).map_err(|p| {
             p.hint("this host's kernel may lack what the source's has: compare `sysctl -a`")
         })?;
@@ -65,6 +66,7 @@ impl Restoring<'_> {
                 self.generate_addresses(link, NO_ADDRESSES)?;
             }
         }
+
         Ok(())
     }
 
@@ -147,6 +149,7 @@ impl Restoring<'_> {
         let end = Instant::now() + ADDRESS_WAIT;
         let names: Vec<String> = self.links.iter().map(|l| l.name.clone()).collect();
         let ours = |link: &LinkInfo| names.contains(&link.name);
+
         loop {
             let up: Vec<i32> =
                 self.infos()?.iter().filter(|l| l.is_up() && ours(l)).map(|l| l.index).collect();
@@ -155,6 +158,7 @@ impl Restoring<'_> {
                 rtnl::index_at(m, 4).is_some_and(|i| up.contains(&i))
                     && m.attributes(8).u32(8).is_some_and(|flags| flags & IFA_TENTATIVE != 0)
             });
+
             if !waiting {
                 return Ok(());
             }
@@ -199,6 +203,7 @@ impl Restoring<'_> {
         let index_of = |name: &str| infos.iter().find(|l| l.name == name).map(|l| l.index);
         let present = crate::network::read::routes(self.socket, &name_of)?;
         let mut wanted: Vec<&Route> = image.routes.iter().filter(|r| self.is_made(r)).collect();
+
         // A next hop must be reachable before it can be told.
         wanted.sort_by_key(|r| r.gateway.is_some());
         for route in present.iter().filter(|p| !wanted.iter().any(|w| same_route(w, p))) {
@@ -207,6 +212,7 @@ impl Restoring<'_> {
             self.try_change(&request, Errno::ESRCH)
                 .trying(|| format!("cannot delete {route:?}"))?;
         }
+
         for route in wanted.iter().filter(|w| !present.iter().any(|p| same_route(w, p))) {
             let index = route.link.as_deref().and_then(index_of);
             let flags = CREATE | if route.v6 { EXCL } else { APPEND };
@@ -216,6 +222,7 @@ impl Restoring<'_> {
                 format!("cannot add the route {to}/{} in table {}", route.prefix, route.table)
             })?;
         }
+
         Ok(())
     }
 
@@ -337,12 +344,14 @@ pub(super) fn address_request(kind: u16, flags: u16, index: i32, a: &Address) ->
         .attr(ifa::LOCAL, &octets(a.local))
         .attr(ifa::ADDRESS, &octets(a.peer.unwrap_or(a.local)));
     request.u32(ifa::FLAGS, a.flags);
+
     if let Some(broadcast) = a.broadcast {
         request.attr(ifa::BROADCAST, &broadcast.octets());
     }
     if let Some(label) = &a.label {
         request.string(ifa::LABEL, label);
     }
+
     if a.protocol != 0 {
         request.attr(ifa::PROTO, &[a.protocol]);
     }
@@ -352,6 +361,7 @@ pub(super) fn address_request(kind: u16, flags: u16, index: i32, a: &Address) ->
         info[4..8].copy_from_slice(&valid.to_ne_bytes());
         request.attr(ifa::CACHEINFO, &info);
     }
+
     request
 }
 
@@ -366,12 +376,14 @@ pub(super) fn route_request(kind: u16, flags: u16, index: Option<i32>, r: &Route
     if let Some(destination) = r.destination {
         request.attr(rta::DST, &octets(destination));
     }
+
     if let Some((source, _)) = r.source {
         request.attr(rta::SRC, &octets(source));
     }
     if let Some(index) = index {
         request.u32(rta::OIF, index as u32);
     }
+
     match r.gateway {
         Some(IpAddr::V6(gateway)) if !r.v6 => {
             let mut via = (libc::AF_INET6 as u16).to_ne_bytes().to_vec();
@@ -383,12 +395,14 @@ pub(super) fn route_request(kind: u16, flags: u16, index: Option<i32>, r: &Route
         }
         None => {}
     }
+
     if let Some(prefsrc) = r.prefsrc {
         request.attr(rta::PREFSRC, &octets(prefsrc));
     }
     if r.priority != 0 {
         request.u32(rta::PRIORITY, r.priority);
     }
+
     if !r.metrics.is_empty() || r.congestion.is_some() {
         request.nest(rta::METRICS, |metrics| {
             for (kind, value) in &r.metrics {
@@ -399,11 +413,13 @@ pub(super) fn route_request(kind: u16, flags: u16, index: Option<i32>, r: &Route
             }
         });
     }
+
     if let Some(preference) = r.preference {
         request.attr(rta::PREF, &[preference]);
     }
     if let Some(expires) = r.expires {
         request.u32(rta::EXPIRES, expires);
     }
+
     request
 }

@@ -40,6 +40,7 @@ pub(super) fn capture_end(host: &NetNs, end: &LinkInfo) -> Result<Option<HostEnd
             }
         }
     }
+
     routes.retain(|r| r.protocol != RTPROT_KERNEL);
     if routes.is_empty() {
         return Ok(None);
@@ -57,6 +58,7 @@ pub(super) fn capture_end(host: &NetNs, end: &LinkInfo) -> Result<Option<HostEnd
             }
         }
     }
+
     let addresses = socket.addresses().trying(trying)?;
     let addresses = addresses.iter().filter(|m| index_at(m, 4) == Some(end.index));
     Ok(Some(HostEnd {
@@ -94,11 +96,13 @@ pub(super) fn problems(link: &LinkImage, end: &HostEnd, host: &NetNs) -> Vec<Pro
             );
         }
     }
+
     let looked = Rtnl::open(host).and_then(|mut s| {
         let mut routes = s.routes(AF_INET)?;
         routes.extend(s.routes(AF_INET6)?);
         Ok((s.links()?, routes))
     });
+
     let (links, present) = match looked.trying(|| "cannot read this host's routes".into()) {
         Ok(looked) => looked,
         Err(problem) => return vec![problem],
@@ -112,6 +116,7 @@ pub(super) fn problems(link: &LinkImage, end: &HostEnd, host: &NetNs) -> Vec<Pro
                 && a.u32(15) == Some(route.table)
                 && a.u32(6).unwrap_or_default() == route.priority
         });
+
         if taken {
             let to = route.destination.map_or("default".into(), |d| d.to_string());
             found.push(
@@ -123,6 +128,7 @@ pub(super) fn problems(link: &LinkImage, end: &HostEnd, host: &NetNs) -> Vec<Pro
             );
         }
     }
+
     for proxy in &end.proxies {
         if !links.iter().any(|l| l.name == proxy.link) {
             found.push(
@@ -137,6 +143,7 @@ pub(super) fn problems(link: &LinkImage, end: &HostEnd, host: &NetNs) -> Vec<Pro
             );
         }
     }
+
     found
 }
 
@@ -203,6 +210,7 @@ impl HostRoutes {
                 let to = route.destination.map_or("default".into(), |d| d.to_string());
                 requests.push((request, format!("the route to {to}/{}", route.prefix)));
             }
+
             for proxy in &end.proxies {
                 let on = outside.iter().find(|l| l.name == proxy.link).map(|l| l.index);
                 let on = on.ok_or_else(|| {
@@ -214,6 +222,7 @@ impl HostRoutes {
                 ));
             }
         }
+
         Ok((!requests.is_empty()).then_some(Self { socket, requests }))
     }
 
@@ -276,6 +285,7 @@ impl Uplinks {
         if routes.is_empty() {
             return Ok(None);
         }
+
         let (links, addresses) =
             Rtnl::open(host).and_then(|mut s| Ok((s.links()?, s.addresses()?))).trying(trying)?;
         let proxying = host.run(|| {
@@ -286,6 +296,7 @@ impl Uplinks {
             let all = on("all");
             links.iter().filter(|l| all || on(&l.name)).map(|l| l.index).collect::<Vec<_>>()
         });
+
         let proxying = proxying.trying(trying)?;
         let mut frames = Vec::new();
         for link in links.iter().filter(|l| l.is_up() && !l.is_loopback()) {
@@ -306,6 +317,7 @@ impl Uplinks {
                 }
             }
         }
+
         let socket = host.run(PacketSocket::open).and_then(|s| s).trying(trying)?;
         Ok(Some(Self { socket, frames }))
     }

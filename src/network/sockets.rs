@@ -337,11 +337,13 @@ pub(super) fn one(message: &NetlinkMessage) -> Option<DiagMessage> {
             Ipv6Addr::from(std::array::from_fn::<u8, 16, _>(|i| bytes[at + i])).into()
         }
     };
+
     let ends = Flow {
         local: SocketAddr::new(address(8), port(4)),
         remote: SocketAddr::new(address(24), port(6)),
     };
     let plainly = |end: SocketAddr| SocketAddr::new(end.ip().to_canonical(), end.port());
+
     Some(DiagMessage {
         state: bytes[1],
         flow: Flow { local: plainly(ends.local), remote: plainly(ends.remote) },

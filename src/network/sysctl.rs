@@ -63,6 +63,7 @@ pub(super) fn sort_out(
                 path.strip_prefix(tree.path())?.strip_prefix('/')?.split_once('/')?;
             Some((tree, link, name))
         });
+
         match in_tree {
             Some((tree, link, name)) if link != "all" && link != "default" => {
                 let Some(i) = links.iter().position(|l| l == link) else { continue };
@@ -81,6 +82,7 @@ pub(super) fn sort_out(
             }
         }
     }
+
     // Setting `all` reaches into `default` and the links, so it must come first.
     rest.sort_by_key(|s| !s.path.contains("/all/"));
     (rest, of_links)

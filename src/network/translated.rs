@@ -173,6 +173,7 @@ pub(super) mod tests {
             [9, ..] => [0xea, 0x60],
             _ => [0xc3, 0x50],
         };
+
         for (tuple, from, to) in [
             (CTA_TUPLE_ORIG, [10, 88, 0, 5], [1, 2, 3, 4]),
             (CTA_TUPLE_REPLY, [1, 2, 3, 4], [9; 4]),
@@ -186,11 +187,13 @@ pub(super) mod tests {
                 });
             });
         }
+
         entry.be32(CTA_STATUS, TRANSLATED).nest(CTA_PROTOINFO, |info| {
             info.nest(1, |tcp| {
                 tcp.attr(1, &[3]);
             });
         });
+
         entry
     }
 

@@ -62,11 +62,13 @@ impl UdpEndpoints {
         if from.ip().is_loopback() || self.links.iter().any(|(own, ..)| *own == from.ip()) {
             return None;
         }
+
         let length = u16::try_from(HEAD_UDP + payload.len()).ok()?;
         let mut udp = Vec::with_capacity(HEAD_UDP + payload.len());
         for half in [from.port(), port, length, 0] {
             udp.extend(half.to_be_bytes());
         }
+
         udp.extend(payload);
         let mut bytes;
         let pseudo = match (from.ip(), to) {
@@ -92,14 +94,17 @@ impl UdpEndpoints {
             }
             _ => return None,
         };
+
         // 0 says that there is none.
         let sum = match checksum(&[&pseudo[..], &udp].concat()) {
             0 => 0xffff,
             sum => sum,
         };
+
         udp[6..8].copy_from_slice(&u16::to_be_bytes(sum));
         bytes.extend(udp);
         let frame = EthernetFrame { link: *link, vnet_hdr: [0; VNET_HDR], bytes };
+
         frame.validate().is_ok().then_some(frame)
     }
 }
@@ -114,6 +119,7 @@ fn datagram(frame: &EthernetFrame) -> Option<(SocketAddr, SocketAddr, &[u8])> {
             IpAddr::from(*packet.get(at..)?.first_chunk::<16>()?)
         })
     };
+
     let (from, to, udp) = match head[12..14] {
         [0x08, 0x00] => {
             let head = packet.first_chunk::<HEAD4>()?;
@@ -129,6 +135,7 @@ fn datagram(frame: &EthernetFrame) -> Option<(SocketAddr, SocketAddr, &[u8])> {
         }
         _ => return None,
     };
+
     let half = |at: usize| Some(u16::from_be_bytes(*udp.get(at..)?.first_chunk()?));
     let payload = udp.get(HEAD_UDP..usize::from(half(4)?))?;
     Some((SocketAddr::new(from, half(0)?), SocketAddr::new(to, half(2)?), payload))
@@ -175,6 +182,7 @@ mod tests {
                 let brings = datagram(&frame).unwrap();
                 assert_eq!(brings, (from.parse().unwrap(), wanted, payload));
                 assert_eq!((frame.link, &frame.bytes[..6]), (1, &MAC[..]));
+
                 // A sum over all with the sum in it is none.
                 let (addresses, length) =
                     (if head == 34 { 26..34 } else { 22..54 }, payload.len() + 8);
@@ -186,6 +194,7 @@ mod tests {
                 if head == 34 {
                     assert_eq!(checksum(&frame.bytes[14..34]), 0);
                 }
+
                 for cut in 0..frame.bytes.len().min(60) {
                     let bytes = frame.bytes[..cut].to_vec();
                     let short = EthernetFrame { bytes, ..frame.clone() };

@@ -132,6 +132,7 @@ mod tests {
             let text = target.to_str().unwrap().trim_start_matches("socket:[").to_owned();
             text.trim_end_matches(']').parse::<u32>().unwrap()
         };
+
         let (me, door_inode) = (std::process::id() as i32, inode(door.as_raw_fd()));
         let all = |of: u32| queues(me).unwrap().into_iter().find(|one| one.inode == of).unwrap();
         assert_eq!(all(door_inode).received, 0);
@@ -140,6 +141,7 @@ mod tests {
         assert_eq!(all(inode(guest.as_raw_fd())).sent, 0);
         std::io::Write::write_all(&mut guest, b"x").unwrap();
         assert!(all(inode(guest.as_raw_fd())).sent > 0);
+
         let (host, _) = door.accept().unwrap();
         assert_eq!(all(door_inode).received, 0);
         assert_eq!(all(inode(host.as_raw_fd())).received, 1);

@@ -22,6 +22,7 @@ pub fn missing() -> Vec<Problem> {
         Err(problem) => return vec![problem.hint("the kernel needs CONFIG_NET_NS")],
     };
     let mut found = Vec::new();
+
     // The fence is put on the device, so it comes after it.
     let tap = match namespace.run(|| Tap::create(DEVICE)).and_then(|tap| tap) {
         Ok(tap) => Some(tap),
@@ -33,6 +34,7 @@ pub fn missing() -> Vec<Problem> {
             None
         }
     };
+
     if tap.is_some()
         && let Err(e) = redirect(&namespace)
     {
@@ -41,11 +43,13 @@ pub fn missing() -> Vec<Problem> {
                 .hint("load the modules sch_ingress, cls_bpf and act_mirred"),
         );
     }
+
     match fence::raise(&namespace) {
         // It goes with the namespace.
         Ok(_) => {}
         Err(problem) => found.push(problem),
     }
+
     // Taking the device away takes longer than all of it, and nobody needs to wait for it.
     let _ = thread::Builder::new().spawn(move || drop((tap, namespace)));
     found

@@ -127,6 +127,7 @@ mod tests {
                 ]}
             }),
         };
+
         assert_eq!(bundle.rootfs().unwrap(), Path::new("/b/rootfs"));
         assert!(bundle.rootfs_read_only() && !bundle.terminal());
         let mounts = bundle.bind_mounts();

@@ -185,6 +185,7 @@ impl Cgroup {
                     if text.lines().any(|l| l == "frozen 1") {
                         return Ok(());
                     }
+
                     let left = deadline.saturating_duration_since(Instant::now());
                     if left.is_zero() {
                         bail!("{} does not freeze: a task cannot be stopped", p.display());

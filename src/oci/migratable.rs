@@ -42,6 +42,7 @@ pub fn make(file: &Path, by_default: bool) -> Result<()> {
     if !by_default && !annotated {
         return Ok(());
     }
+
     let Ok(mut config) = serde_json::from_slice::<Value>(&bytes) else { return Ok(()) };
     if !is_wanted(&config, by_default)? {
         return Ok(());
@@ -52,6 +53,7 @@ pub fn make(file: &Path, by_default: bool) -> Result<()> {
         return Ok(());
     }
     let many_lines = bytes.contains(&b'\n');
+
     let text =
         if many_lines { serde_json::to_vec_pretty(&config)? } else { serde_json::to_vec(&config)? };
     replace(file, &text).advise(
@@ -142,6 +144,7 @@ fn deny_calls(filter: &mut Map<String, Value>) {
         // Death, a signal or a tracer: the filter is stricter than ours.
         _ => false,
     };
+
     let rules = filter.entry("syscalls").or_insert_with(|| json!([]));
     if rules.is_null() {
         *rules = json!([]);
@@ -153,18 +156,21 @@ fn deny_calls(filter: &mut Map<String, Value>) {
     rules.retain_mut(|rule| {
         let action = rule["action"].as_str().unwrap_or_default();
         let allows = matches!(action, "SCMP_ACT_ALLOW" | "SCMP_ACT_LOG");
+
         // One that is about some of their arguments only leaves the others open.
         let some = rule["args"].as_array().is_some_and(|args| !args.is_empty());
         let Some(names) = rule.get_mut("names").and_then(Value::as_array_mut) else { return true };
         if !names.iter().any(is_ours) {
             return true;
         }
+
         let (ours, others) = names.iter().cloned().partition(is_ours);
         if allows || some {
             allowed.extend::<Vec<Value>>(ours);
             *names = others;
             return !names.is_empty();
         }
+
         denied.extend::<Vec<Value>>(ours);
         true
     });
@@ -174,6 +180,7 @@ fn deny_calls(filter: &mut Map<String, Value>) {
         !denied.contains(&call) && (answers || allowed.contains(&call))
     };
     let open: Vec<&str> = CALLS.into_iter().filter(is_open).collect();
+
     if !open.is_empty() {
         rules.push(denial(&open));
     }
@@ -297,6 +304,7 @@ mod tests {
             fs::set_permissions(&file, fs::Permissions::from_mode(0o640)).unwrap();
             make(&file, by_default).map(|()| fs::read_to_string(&file).unwrap() != text)
         };
+
         let annotated = |word: &str| format!("{{\"annotations\":{{\"{ANNOTATION}\":{word}}}}}");
         assert!(!changed("{}", false).unwrap() && changed("{}", true).unwrap());
         assert!(changed(&annotated("\"true\""), false).unwrap());

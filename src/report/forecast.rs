@@ -41,6 +41,7 @@ impl Forecast {
             s if s < 120.0 => format!("about {s:.0} s"),
             s => format!("about {:.0} min", s / 60.0),
         };
+
         let mut lines = self.addresses.clone();
         for tree in &self.files {
             lines.push(match &tree.copied {
@@ -54,11 +55,13 @@ impl Forecast {
                 ),
             });
         }
+
         lines.push(format!("memory: {} MiB, {}", mib(self.memory_bytes), about(self.memory_s)));
         lines.push(format!(
             "the link carries {:.0} MB/s now; the container runs on meanwhile, all but a moment",
             self.link_bytes_per_s / 1e6
         ));
+
         lines
     }
 }

@@ -154,12 +154,14 @@ impl From<&anyhow::Error> for ErrorParts {
             } else if let Some(advice) = cause.downcast_ref::<Advice>() {
                 hints.extend(advice.hints().iter().cloned());
             }
+
             let message = message.trim_end();
             // Some libraries repeat their cause in their own message.
             if !message.is_empty() && !said.last().is_some_and(|last| last.ends_with(message)) {
                 said.push(message.to_owned());
             }
         }
+
         let first = Remark { message: said.join(": "), hints };
         ErrorParts(std::iter::once(first).chain(more).collect())
     }

@@ -301,10 +301,12 @@ impl Reporter {
         if let Some(bar) = self.bar.take() {
             bar.finish_and_clear();
         }
+
         if self.quiet || self.json {
             return;
         }
         let rest = |report: &Report| report.rounds.last().and_then(|r| r.left).unwrap_or(0) * 4;
+
         match next {
             NextRound::FreezeAnyway => {
                 let rest = rest(&self.report);
@@ -338,6 +340,7 @@ impl Reporter {
             }
             return;
         }
+
         let bar = self.bar.get_or_insert_with(|| {
             // Hidden where standard error is no terminal.
             let bar = ProgressBar::new(total);
@@ -347,6 +350,7 @@ impl Reporter {
             );
             bar
         });
+
         bar.set_length(total.max(raw));
         bar.set_position(raw);
         bar.set_message(format!("({:.1} MiB on the link)", wire as f64 / f64::from(1 << 20)));
@@ -415,6 +419,7 @@ impl Reporter {
         let criu = report.criu_ms.map_or(String::new(), |c| {
             format!(" (CRIU: dump {:.1}, restore {:.1})", c.dump, c.restore)
         });
+
         tell!(
             "{} runs on {}: frozen for {:.1} ms{criu}, {:.1} ms in all, {:.1} MiB on the link \
              ({sent} pages in {} rounds, {} packets kept)",
@@ -426,6 +431,7 @@ impl Reporter {
             report.rounds.len(),
             report.packets,
         );
+
         for (i, round) in report.rounds.iter().enumerate() {
             let left = round.left.map_or(String::new(), |n| format!(", {n} written to meanwhile"));
             tell!(
@@ -442,6 +448,7 @@ impl Reporter {
                 round.rate(),
             );
         }
+
         if let Some(pages) = report.verified_pages {
             tell!("  {pages} pages of memory compared: the same on both hosts");
         }
@@ -455,11 +462,13 @@ impl Reporter {
                 served.fetched,
             );
         }
+
         let Some(freeze) = report.source.iter().find(|m| m.name == "freeze") else { return };
         tell!("  source, ms since the freeze:");
         for mark in report.source.iter().filter(|m| m.at_ms >= freeze.at_ms) {
             tell!("    {:>8.1}  {}", mark.at_ms - freeze.at_ms, mark.name);
         }
+
         tell!("  destination, ms since it had the images:");
         for (name, ms) in &report.arrival {
             tell!("    {ms:>8.1}  {name}");

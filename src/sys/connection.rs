@@ -142,19 +142,23 @@ pub fn plain(socket: impl AsFd) -> io::Result<Option<Plain>> {
     if info[0] != ESTABLISHED || waiting(fd, libc::FIONREAD)? != 0 || waiting(fd, OUTQ)? != 0 {
         return Ok(None);
     }
+
     let Some(flags) = is_ordinary(fd) else { return Ok(None) };
     let upon = value(fd, (libc::IPPROTO_TCP, TCP_ULP)).0 != 0;
+
     // It counts what it has sent for its program.
     let zerocopy = get::<libc::c_int>(fd, libc::SOL_SOCKET, libc::SO_ZEROCOPY)? != 0;
     if upon || zerocopy {
         return Ok(None);
     }
+
     // Half shut, with an urgent byte, with an error that nobody has been told.
     let said = PollFlags::POLLPRI | PollFlags::from_bits_retain(libc::POLLRDHUP);
     let mut poll_for = [PollFd::new(fd, said)];
     if poll(&mut poll_for, PollTimeout::ZERO)? != 0 {
         return Ok(None);
     }
+
     Ok(Some(Plain {
         reuse: get::<libc::c_int>(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR)? != 0,
         options: info[5],
@@ -272,6 +276,7 @@ pub fn repair_dump(
         set(fd, libc::IPPROTO_TCP, TCP_REPAIR_QUEUE, &queue)?;
         tcp(TCP_QUEUE_SEQ)
     };
+
     Ok(Connection {
         sequence: (next(SENT)?, next(RECEIVED)?),
         agreed: (seen.options, seen.scales, tcp(libc::TCP_MAXSEG)?),
@@ -316,10 +321,13 @@ pub fn repair_restore(socket: impl AsFd, remote: SocketAddr, was: &Connection) -
         tcp(TCP_REPAIR_QUEUE, queue as u32)?;
         tcp(TCP_QUEUE_SEQ, next)?;
     }
+
     connect(fd.as_raw_fd(), &SockaddrStorage::from(remote))?;
     let (agreed, scales, mss) = was.agreed;
+
     // How they stand in `tcpi_snd_wscale` and `tcpi_rcv_wscale`.
     let scales = u32::from(scales & 15) | u32::from(scales >> 4) << 16;
+
     // `struct tcp_repair_opt`
     let mut options = vec![[OPTION_MSS, mss]];
     options.extend((agreed & WITH_SACK != 0).then_some([OPTION_SACK, 0]));
@@ -329,9 +337,11 @@ pub fn repair_restore(socket: impl AsFd, remote: SocketAddr, was: &Connection) -
     if agreed & WITH_TIMESTAMPS != 0 {
         tcp(TCP_TIMESTAMP, was.timestamp)?;
     }
+
     set(fd, libc::IPPROTO_TCP, TCP_REPAIR_WINDOW, &was.window)?;
     set_options(fd, &was.options)?;
     set_buffers(fd, was.buffers)?;
+
     // Connecting has set it to what the buffers were then.
     tcp(libc::TCP_WINDOW_CLAMP, was.clamp)?;
     if was.nonblocking { set_nonblocking(fd) } else { Ok(()) }
@@ -478,6 +488,7 @@ pub(crate) mod tests {
         server.set_nodelay(true).unwrap();
         set(server.as_fd(), libc::SOL_SOCKET, libc::SO_KEEPALIVE, &1).unwrap();
         set(server.as_fd(), libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, &77).unwrap();
+
         set(server.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUF, &50_000).unwrap();
         set(server.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, &1).unwrap();
         client.write_all(b"early").unwrap();
@@ -486,15 +497,18 @@ pub(crate) mod tests {
         server.write_all(b"soon").unwrap();
         client.read_exact(&mut [0; 4]).unwrap();
         server.set_nonblocking(true).unwrap();
+
         let all = |socket: &TcpStream| -> Vec<DefaultValue> {
             OPTIONS.iter().map(|option| value(socket.as_fd(), *option)).collect()
         };
+
         // An urgent byte in the place of none.
         nix::sys::socket::send(client.as_raw_fd(), b"!", MsgFlags::MSG_OOB).unwrap();
         let mut urgent = [PollFd::new(server.as_fd(), PollFlags::POLLPRI)];
         poll(&mut urgent, PollTimeout::NONE).unwrap();
         assert!(plain(&server).unwrap().is_none(), "an urgent byte waits");
         nix::sys::socket::recv(server.as_raw_fd(), &mut [0], MsgFlags::MSG_OOB).unwrap();
+
         let clamp = |socket: &TcpStream| -> u32 {
             get(socket.as_fd(), libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP).unwrap()
         };
@@ -502,6 +516,7 @@ pub(crate) mod tests {
         let seen = plain(&server).unwrap().expect("it is plain");
         let (was, before) = (repair_dump(&server, seen, &fresh).unwrap(), all(&server));
         assert!(cookie(&server).unwrap() != cookie(&client).unwrap());
+
         // Silent, as it is in repair mode.
         drop(server);
         let again = prepare(local, 77, false).unwrap();
@@ -511,22 +526,26 @@ pub(crate) mod tests {
         assert_eq!(all(&server), before);
         assert_eq!(nix::sys::stat::fstat(&server).unwrap().st_uid, 77);
         assert_eq!(clamp(&server), had);
+
         let flag = |name| get::<u32>(server.as_fd(), libc::SOL_SOCKET, name).unwrap();
         assert_eq!((flag(libc::SO_RCVBUF), flag(libc::SO_REUSEADDR)), (100_000, 1));
         let would = server.read(&mut [0]).unwrap_err();
         assert_eq!(would.kind(), io::ErrorKind::WouldBlock);
         server.set_nonblocking(false).unwrap();
         server.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+
         let mut big = vec![7; 300_000];
         std::thread::scope(|scope| {
             scope.spawn(|| client.write_all(&[7; 300_000]).unwrap());
             server.read_exact(&mut big).unwrap();
         });
+
         server.write_all(b"late").unwrap();
         client.read_exact(&mut [0; 4]).unwrap();
         assert!(big.iter().all(|b| *b == 7));
         drop(server);
         assert_eq!(client.read(&mut [0]).unwrap(), 0);
+
         // Half of one.
         let half = TcpStream::connect(by).unwrap();
         half.shutdown(std::net::Shutdown::Read).unwrap();

@@ -41,6 +41,7 @@ pub fn waiting(socket: impl AsFd, most: usize, many: usize) -> io::Result<Vec<Da
         libc::AF_INET6 => (libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO),
         _ => return Err(Errno::EAFNOSUPPORT.into()),
     };
+
     let _destination = ChangedOption::to(socket, level, name, 1)?;
     let _offset = ChangedOption::to(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 0)?;
     let (mut found, mut bytes) = (Vec::new(), 0);
@@ -58,11 +59,13 @@ pub fn waiting(socket: impl AsFd, most: usize, many: usize) -> io::Result<Vec<Da
                 Some(&mut control),
                 flags,
             );
+
             let got = match got {
                 Ok(got) => got,
                 Err(Errno::EAGAIN) => break,
                 Err(e) => return Err(e.into()),
             };
+
             let (mut to, mut piece) = (None, usize::MAX);
             for message in got.cmsgs()? {
                 match message {
@@ -80,16 +83,19 @@ pub fn waiting(socket: impl AsFd, most: usize, many: usize) -> io::Result<Vec<Da
             }
             (got.address.as_ref().and_then(address), to, piece, got.bytes)
         };
+
         bytes += length.max(1);
         let (Some(from), Some(to)) = (from, to) else { continue };
         let mut add = |payload: &[u8]| {
             found.push(Datagram { from, to, payload: payload.to_vec() });
         };
+
         match length {
             0 => add(&[]),
             _ => buffer[..length].chunks(piece).for_each(add),
         }
     }
+
     Ok(found)
 }
 
@@ -226,11 +232,13 @@ mod tests {
         for payload in said {
             client.send_to(payload, to).unwrap();
         }
+
         // Twice, as nothing is taken; and it waits for its owner as if nobody had looked.
         let said_by = |p: &[u8]| Datagram { from, to: to.ip(), payload: p.to_vec() };
         assert_eq!(all(server), said.map(said_by));
         let full = said.into_iter().filter(|p| !p.is_empty());
         assert_eq!(all(server), full.map(said_by).collect::<Vec<_>>());
+
         // The one that goes beyond is the last.
         assert_eq!(waiting(server, 5, usize::MAX).unwrap().len(), 2);
         assert_eq!(waiting(server, usize::MAX, 2).unwrap().len(), 2);
@@ -262,11 +270,13 @@ mod tests {
         client.connect(server.local_addr().unwrap()).unwrap();
         let send = || (0..COUNT).for_each(|_| assert!(client.send(b"small").is_ok()));
         let was = BufferLimit::of(&server).unwrap();
+
         // What this needs is asked for before: without it there is nothing to be seen.
         if let Err(e) = was.raise(&server, 0) {
             assert_eq!(e.raw_os_error(), Some(libc::EPERM));
             return;
         }
+
         was.put_back(&server).unwrap();
         assert_eq!(BufferLimit::of(&server).unwrap(), was);
         send();
@@ -279,6 +289,7 @@ mod tests {
         was.put_back(&server).unwrap();
         assert_eq!(BufferLimit::of(&server).unwrap(), was);
         assert_eq!(all(&server).len(), few + COUNT);
+
         // No more comes in than before.
         send();
         assert_eq!(all(&server).len(), few + COUNT);

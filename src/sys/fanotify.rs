@@ -166,6 +166,7 @@ fn parse(mut bytes: &[u8], hear: &mut dyn FnMut(FileChange)) {
         if length == 0 {
             break;
         }
+
         bytes = rest;
         let header = event.get(6..8).map_or(0, |l| u16::from_ne_bytes([l[0], l[1]])) as usize;
         let mask =

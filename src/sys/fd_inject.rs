@@ -133,19 +133,23 @@ impl<'a> Door<'a> {
                 let words = format!("descriptor {} is {} already", place.number, what.display());
                 return Err(io::Error::new(io::ErrorKind::AlreadyExists, words));
             }
+
             for number in (next..place.number).filter(|number| !taken.contains(number)) {
                 // As what comes after it, so that both fit into one message.
                 all.push(FdPlace { number, file: filler.as_fd(), ..*place });
                 fillers.push(number);
             }
+
             all.push(*place);
             next = place.number + 1;
         }
+
         for same in all.chunk_by(|a, b| a.cloexec == b.cloexec) {
             for some in same.chunks(MOST_FDS) {
                 self.pass(some)?;
             }
         }
+
         close_runs(self.thread, self.at, &fillers)
     }
 
@@ -158,6 +162,7 @@ impl<'a> Door<'a> {
         let mut word = |at: u64, value: u64| {
             bytes[at as usize..at as usize + 8].copy_from_slice(&value.to_ne_bytes());
         };
+
         word(MESSAGE + 16, self.page + PIECE);
         word(MESSAGE + 24, 1);
         word(MESSAGE + 32, self.page + CONTROL);
@@ -165,6 +170,7 @@ impl<'a> Door<'a> {
         word(PIECE, self.page + BYTE);
         word(PIECE + 8, 1);
         self.memory.write_all_at(&bytes, self.page)?;
+
         let cloexec = if places[0].cloexec { libc::MSG_CMSG_CLOEXEC } else { 0 };
         let arguments = [self.inside as u64, self.page, (libc::MSG_DONTWAIT | cloexec) as u64];
         self.thread.call(self.at, libc::SYS_recvmsg, arguments)?;
@@ -173,11 +179,13 @@ impl<'a> Door<'a> {
         let got = usize::from_ne_bytes(std::array::from_fn(|i| control[i]));
         let came = control[CONTROL_HEAD..].chunks_exact(4);
         let came = came.map(|bytes| RawFd::from_ne_bytes(std::array::from_fn(|i| bytes[i])));
+
         // With too little room in its table, the kernel gives it some of them.
         let whole = got == CONTROL_HEAD + size_of_val(&files[..]);
         if !whole || !came.zip(places).all(|(number, place)| number == place.number) {
             return Err(io::Error::other("descriptors did not get the numbers that they should"));
         }
+
         Ok(())
     }
 
@@ -220,6 +228,7 @@ mod tests {
             .spawn()
             .unwrap();
         let mut out = BufReader::new(child.stdout.take().unwrap());
+
         out.read_line(&mut String::new()).unwrap();
         let pid = child.id() as i32;
         let before = numbers(pid).unwrap();
@@ -227,23 +236,27 @@ mod tests {
             (File::open("/dev/urandom").unwrap(), File::open("/dev/full").unwrap());
         let place = |number, cloexec, file| FdPlace { number, cloexec, file };
         let mut places = vec![place(44, false, urandom.as_fd()), place(47, true, urandom.as_fd())];
+
         // More than one message.
         let free = (100..600).filter(|number| !before.contains(number));
         let cloexec = |number| number % 200 < 150 && number < 590;
         places.extend(free.map(|number| place(number, cloexec(number), full.as_fd())));
         let mut thread = first_thread(pid).unwrap();
         put(&mut thread, pid, &places).unwrap();
+
         let mut wanted = before.clone();
         wanted.extend(places.iter().map(|place| place.number));
         wanted.sort_unstable();
         assert_eq!(numbers(pid).unwrap(), wanted);
         let link = |n: i32| fs::read_link(format!("/proc/{pid}/fd/{n}")).unwrap();
         assert_eq!((link(44), link(47)), ("/dev/urandom".into(), "/dev/urandom".into()));
+
         let again = put(&mut thread, pid, &places[..1]).unwrap_err();
         assert_eq!(again.kind(), io::ErrorKind::AlreadyExists);
         let some: Vec<_> =
             places.iter().map(|p| p.number).filter(|n| (100..590).contains(n)).collect();
         close(&mut thread, pid, &some).unwrap();
+
         drop(thread);
         // It goes on, and what execve(2) is to close is closed.
         child.stdin.take().unwrap().write_all(b"x\n").unwrap();
@@ -251,6 +264,7 @@ mod tests {
         assert!(child.wait().unwrap().success());
         let has = |n: i32| list.iter().any(|line| line.contains(&format!(" {n} -> ")));
         assert!(has(9) && has(44) && !has(47) && !has(130), "{list:?}");
+
         // Neither closed by us nor by the other program.
         assert!(!places.last().unwrap().cloexec && has(599), "{list:?}");
     }

@@ -202,11 +202,13 @@ mod tests {
         let one = OwnedFd::from(one);
         epoll.add(&one, EpollEvent::new(EpollFlags::EPOLLIN, 5)).unwrap();
         other.write_all(b"x").unwrap();
+
         let ready = || {
             let mut events = [EpollEvent::empty(); 2];
             let n = epoll.wait(&mut events, EpollTimeout::ZERO).unwrap();
             events[..n].iter().map(|event| event.data()).collect::<Vec<u64>>()
         };
+
         assert_eq!(ready(), [5]);
         let (number, watcher) = (one.as_raw_fd(), epoll.0.as_raw_fd());
         let with = |f: fn(&Mirror, Epoll, RawFd)| {
@@ -218,6 +220,7 @@ mod tests {
             });
             thread.unwrap().join();
         };
+
         with(|mirror, epoll, number| {
             mirror.unwatch(epoll, number).unwrap();
             mirror.unwatch(epoll, number).unwrap();
@@ -228,6 +231,7 @@ mod tests {
             mirror.watch(epoll, number, events, 6).unwrap();
             mirror.watch(epoll, number, events, 7).unwrap();
         });
+
         assert_eq!(ready(), [6]);
         // By its own number, as if it had never been another's.
         epoll.delete(&one).unwrap();

@@ -117,6 +117,7 @@ pub fn make(
         Err(e) if lacks(&e) => fresh(v6, libc::IPPROTO_TCP)?,
         socket => socket?,
     };
+
     let fd = socket.as_fd();
     // Packet filters see it, too, and whoever shares its port.
     fchown(&socket, Some(Uid::from_raw(owner)), None)?;
@@ -134,11 +135,13 @@ pub fn make(
     if early {
         set(fd, libc::IPPROTO_IP, libc::IP_FREEBIND, &0)?;
     }
+
     let most = i32::try_from(was.backlog).unwrap_or(i32::MAX);
     listen(&socket, Backlog::new(most).unwrap_or(Backlog::MAXCONN))?;
     if was.nonblocking {
         set_nonblocking(fd)?;
     }
+
     Ok(socket)
 }
 
@@ -183,6 +186,7 @@ pub(crate) mod tests {
             buffers: buffers(first.as_fd()).unwrap(),
             options: vec![(0, vec![1, 0, 0, 0])],
         };
+
         assert!(!is_plain(&first).unwrap(), "it does not listen yet");
         drop(first);
         let made = make(at, 7, &was, false).unwrap();

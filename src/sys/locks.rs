@@ -218,6 +218,7 @@ mod tests {
             .spawn()
             .unwrap();
         let mut out = BufReader::new(child.stdout.take().unwrap());
+
         out.read_line(&mut String::new()).unwrap();
         let pid = child.id() as i32;
         let lock = |kind, write, start, end| FileLock { kind, write, start, end };
@@ -227,11 +228,13 @@ mod tests {
             lock(LockKind::Ofd, true, 5, Some(6)),
             lock(LockKind::Flock, true, 0, None),
         ];
+
         let mut thread = fd_inject::first_thread(pid).unwrap();
         let mut setter = Setter::open(&mut thread, pid).unwrap();
         for lock in wanted.iter().chain(&wanted[..1]) {
             setter.set(9, lock).unwrap();
         }
+
         let taken = lock(LockKind::Posix, true, 20, Some(20));
         let ours = libc::flock {
             l_type: libc::F_RDLCK as i16,
@@ -240,21 +243,25 @@ mod tests {
             l_len: 1,
             l_pid: 0,
         };
+
         fcntl(&own, FcntlArg::F_SETLK(&ours)).unwrap();
         let refused = setter.set(9, &lock(LockKind::Posix, true, 30, Some(30))).unwrap_err();
         assert_eq!(refused.raw_os_error(), Some(libc::EAGAIN));
         assert_eq!(setter.set(99, &taken).unwrap_err().raw_os_error(), Some(libc::EBADF));
         setter.close().unwrap();
         drop(thread);
+
         let mut found = Vec::new();
         held(pid, 9, |lock| {
             found.push(lock);
             Ok(())
         })
         .unwrap();
+
         let key = |lock: &FileLock| lock.start;
         found.sort_by_key(key);
         wanted.sort_by_key(key);
+
         // Nobody is in the way of a lock of its own.
         assert_eq!(found, wanted);
         drop(child.stdin.take());

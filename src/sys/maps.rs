@@ -98,6 +98,7 @@ mod tests {
             nonsense\n\
             20-10 r--p 0 0:0 0\n";
         let list: Vec<_> = parse(text).collect();
+
         let names: Vec<_> = list.iter().map(|m| (m.inode, m.name)).collect();
         let wanted = [
             (77, "/z[vdso]"),
@@ -106,6 +107,7 @@ mod tests {
             (0, "[anon:x [vdso]]"),
             (0, "[vdso]"),
         ];
+
         assert_eq!(names, wanted);
         let special: Vec<_> = list.iter().filter(|m| m.is_special("[vdso]")).collect();
         assert_eq!(special.len(), 1);

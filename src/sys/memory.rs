@@ -105,6 +105,7 @@ pub fn pagemap_scan(
             // Nothing that differs between neighbours is asked for, so that they come as one.
             return_mask: category::PRESENT & wanted.any_of,
         };
+
         // SAFETY: `arg` has the size that it states and `vec` room for `vec_len` regions; both
         // outlive the call.
         let n = unsafe { ioctl::pagemap_scan(pagemap.as_raw_fd(), &mut arg) }?;
@@ -114,11 +115,13 @@ pub fn pagemap_scan(
                 _ => found.push(*region),
             }
         }
+
         if arg.walk_end <= at {
             return Err(io::Error::other("PAGEMAP_SCAN made no progress"));
         }
         at = arg.walk_end;
     }
+
     Ok(())
 }
 

@@ -473,6 +473,7 @@ mod tests {
                 n.u32(1, 7).attr(4, &[5]);
             });
         });
+
         let mut sample = Prepared::new(&[request.clone(), request]).bytes;
         let mut error = vec![0; 52];
         error[..8].copy_from_slice(&[52, 0, 0, 0, 2, 0, 0, 3]);
@@ -492,6 +493,7 @@ mod tests {
                 }
                 Ok(())
             })?;
+
             result?;
             found(&[seen])
         });

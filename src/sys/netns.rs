@@ -107,6 +107,7 @@ pub fn create_named(path: &Path) -> io::Result<NetNs> {
             share_mount(dir)?;
         }
     }
+
     OpenOptions::new().read(true).write(true).create_new(true).mode(0o444).open(path)?;
     let made = on_new_thread(|| {
         unshare(CloneFlags::CLONE_NEWNET)?;
@@ -119,10 +120,12 @@ pub fn create_named(path: &Path) -> io::Result<NetNs> {
         )?;
         NetNs::current()
     });
+
     if made.is_err() {
         // The file is ours (create_new) and nothing is mounted on it.
         let _ = fs::remove_file(path);
     }
+
     made
 }
 

@@ -138,6 +138,7 @@ pub fn wait_readable(fds: &[BorrowedFd], deadline: Option<Instant>) -> io::Resul
                     .unwrap_or(PollTimeout::MAX)
             }
         };
+
         match poll(&mut set, timeout) {
             Ok(0) | Err(nix::errno::Errno::EINTR) => continue,
             Ok(_) => {

@@ -154,6 +154,7 @@ fn receive_into(
             Err(e) => return Err(e.into()),
         }
     };
+
     let cut = message.flags.contains(MsgFlags::MSG_CTRUNC);
     let mut fds = Vec::new();
     for item in message.cmsgs()? {
@@ -163,10 +164,12 @@ fn receive_into(
             fds.extend(list.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
         }
     }
+
     if cut {
         // What did not fit, or has no place in our table, has been closed.
         return Err(io::Error::other("there is no room for all descriptors that have come"));
     }
+
     Ok((message.bytes, fds))
 }
 

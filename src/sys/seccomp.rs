@@ -30,6 +30,7 @@ pub fn epoll_targets_are_right() -> io::Result<()> {
     const EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
     const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
     let step = |code, k| libc::sock_filter { code, jt: 0, jf: 0, k };
+
     // Goes on with the next step, or that many further on.
     let unless = |k, further| libc::sock_filter { code: EQUAL, jt: 0, jf: further, k };
     let mut program = [
@@ -43,11 +44,13 @@ pub fn epoll_targets_are_right() -> io::Result<()> {
         step(RETURN, libc::SECCOMP_RET_ERRNO),
         step(RETURN, libc::SECCOMP_RET_ALLOW),
     ];
+
     let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
     // SAFETY: the program is alive as long as the call takes, and as long as it says.
     let r = unsafe {
         libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const filter)
     };
+
     if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
@@ -74,6 +77,7 @@ mod tests {
             if epoll_targets_are_right().is_err() {
                 return false;
             }
+
             assert!(watches(me, number, write.as_raw_fd()).unwrap());
             // SAFETY: kcmp takes numbers only, for KCMP_FILE.
             let same = unsafe {
@@ -82,6 +86,7 @@ mod tests {
             assert_ne!(same, 0);
             true
         });
+
         if !checked.join().unwrap() {
             eprintln!("skipped: this needs CAP_SYS_ADMIN and seccomp filters");
         }

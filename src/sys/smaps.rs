@@ -45,6 +45,7 @@ pub fn parse(text: &str) -> Option<Vec<SmapsEntry<'_>>> {
             _ => return None,
         }
     }
+
     has_flags.then_some(all)
 }
 

@@ -50,6 +50,7 @@ pub fn leave_repair(socket: impl AsFd) -> io::Result<bool> {
     let fd = socket.as_fd().as_raw_fd();
     let mut value: libc::c_int = 0;
     let mut length = size_of::<libc::c_int>() as libc::socklen_t;
+
     // SAFETY: both pointers are to live variables of the stated size.
     let r = unsafe {
         libc::getsockopt(
@@ -60,12 +61,14 @@ pub fn leave_repair(socket: impl AsFd) -> io::Result<bool> {
             &raw mut length,
         )
     };
+
     if r < 0 {
         return Err(io::Error::last_os_error());
     }
     if value == 0 {
         return Ok(false);
     }
+
     let off = TCP_REPAIR_OFF_NO_WP;
     // SAFETY: the pointer is to a live variable of the stated size.
     let r = unsafe {
@@ -77,6 +80,7 @@ pub fn leave_repair(socket: impl AsFd) -> io::Result<bool> {
             size_of::<libc::c_int>() as libc::socklen_t,
         )
     };
+
     if r < 0 { Err(io::Error::last_os_error()) } else { Ok(true) }
 }
 

@@ -304,12 +304,14 @@ pub fn membership(
         count: MOST_SOURCES as u32,
         sources: [storage(group); MOST_SOURCES],
     };
+
     let mut length = size_of::<Filter>() as libc::socklen_t;
     // SAFETY: the kernel writes at most as many bytes as the length says, which the structure has.
     let r = unsafe {
         let place = (&raw mut filter).cast();
         libc::getsockopt(fd.as_raw_fd(), level(group), MCAST_MSFILTER, place, &raw mut length)
     };
+
     if r < 0 {
         let e = io::Error::last_os_error();
         // Of the other family, or of a kind that has none.
@@ -318,11 +320,13 @@ pub fn membership(
         let none = none.iter().any(|errno| e.raw_os_error() == Some(*errno as i32));
         return if none { Ok(None) } else { Err(e) };
     }
+
     let count = filter.count as usize;
     if count > MOST_SOURCES {
         return Err(io::Error::other(format!("{count} sources of {group}")));
     }
     let sources = filter.sources[..count].iter().filter_map(address).collect();
+
     Ok(Some(Membership { interface, group, exclude: filter.mode == EXCLUDE, sources }))
 }
 
@@ -336,12 +340,14 @@ pub fn join(socket: impl AsFd, wanted: &Membership) -> io::Result<()> {
     if sources.len() > MOST_SOURCES {
         return Err(io::ErrorKind::InvalidInput.into());
     }
+
     let request = Join { interface, group: storage(group) };
     let joined = set_bytes(fd, level(group), MCAST_JOIN_GROUP, &request, size_of::<Join>());
     match joined {
         Err(e) if e.raw_os_error() == Some(Errno::EADDRINUSE as i32) => {}
         done => done?,
     }
+
     if exclude && sources.is_empty() {
         return Ok(());
     }
@@ -352,10 +358,12 @@ pub fn join(socket: impl AsFd, wanted: &Membership) -> io::Result<()> {
         count: sources.len() as u32,
         sources: [storage(group); MOST_SOURCES],
     };
+
     for (place, source) in filter.sources.iter_mut().zip(sources) {
         *place = storage(*source);
     }
     let unused = (MOST_SOURCES - sources.len()) * size_of::<libc::sockaddr_storage>();
+
     set_bytes(fd, level(group), MCAST_MSFILTER, &filter, size_of::<Filter>() - unused)
 }
 

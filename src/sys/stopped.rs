@@ -120,6 +120,7 @@ impl Stopped {
             }
             ptrace::seize(tid, ptrace::Options::empty())?;
         }
+
         let prepared = ptrace::interrupt(tid)
             .map_err(io::Error::from)
             .and_then(|()| wait_stop(tid, until))
@@ -270,6 +271,7 @@ pub fn await_outside(tids: &[i32], until: Instant) -> io::Result<()> {
             Err(_) => {}
         }
     }
+
     let flags = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD | WaitPidFlag::WNOHANG;
     while inside > 0 {
         match waitpid(None, Some(flags)) {
@@ -290,6 +292,7 @@ pub fn await_outside(tids: &[i32], until: Instant) -> io::Result<()> {
         }
         inside -= 1;
     }
+
     Ok(())
 }
 
@@ -339,6 +342,7 @@ fn is_unfiltered(status: &str) -> bool {
 pub fn before_death(pid: i32, killed: impl FnOnce() + Send + 'static) -> io::Result<()> {
     let pid = Pid::from_raw(pid);
     let (seized, wait) = std::sync::mpsc::channel();
+
     // Only the thread that has seized a process hears of it.
     std::thread::Builder::new().name("deathbed".into()).spawn(move || {
         let result = ptrace::seize(pid, ptrace::Options::PTRACE_O_TRACEEXIT);
@@ -347,6 +351,7 @@ pub fn before_death(pid: i32, killed: impl FnOnce() + Send + 'static) -> io::Res
         if failed {
             return;
         }
+
         loop {
             let passed_on = match waitpid(pid, Some(WaitPidFlag::__WALL)) {
                 Ok(WaitStatus::PtraceEvent(_, _, libc::PTRACE_EVENT_EXIT)) => {
@@ -366,10 +371,12 @@ pub fn before_death(pid: i32, killed: impl FnOnce() + Send + 'static) -> io::Res
                 Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) | Err(_) => return,
                 Ok(_) => Ok(()),
             };
+
             // Killed in between: the next wait tells.
             let _ = passed_on;
         }
     })?;
+
     Ok(wait.recv().map_err(io::Error::other)??)
 }
 
@@ -482,12 +489,14 @@ mod tests {
         while runs(pids[2]) {
             std::thread::yield_now();
         }
+
         for _ in 0..3 {
             let until = Instant::now() + PATIENCE;
             std::thread::scope(|scope| scope.spawn(|| await_outside(&pids, until)).join())
                 .unwrap()
                 .unwrap();
         }
+
         for pid in &pids[..2] {
             let status = proc_text(*pid, "status").unwrap();
             assert!(
@@ -495,6 +504,7 @@ mod tests {
                 "{status}"
             );
         }
+
         for child in &mut children {
             let _ = child.kill();
             child.wait().unwrap();

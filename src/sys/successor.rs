@@ -56,18 +56,21 @@ impl Successor {
         let place = own_arguments();
         let flags = (libc::CLONE_FILES | libc::CLONE_PIDFD | libc::SIGCHLD) as libc::c_ulong;
         let mut pidfd: RawFd = -1;
+
         // SAFETY: as fork(2), which differs in what is shared of the descriptors. The copy has only
         // this thread, makes nothing but system calls, and never returns. The kernel writes one
         // descriptor, to a live variable.
         let pid = unsafe {
             libc::syscall(libc::SYS_clone, flags, 0usize, &raw mut pidfd, 0usize, 0usize)
         };
+
         if pid < 0 {
             return Err(io::Error::last_os_error());
         }
         if pid > 0 {
             return Ok((pid as i32, process::adopt_fd(pidfd)?));
         }
+
         // SAFETY: this is that copy; the vectors are its own, and end with a null.
         unsafe {
             rename(place, &self.title);
@@ -139,10 +142,12 @@ unsafe fn wait(before: &[RawFd]) {
 unsafe fn keep_all() {
     #[repr(C, align(8))]
     struct Entries([u8; 4096]);
+
     /// Of `struct linux_dirent64`: where the record's length is, and the name.
     const LENGTH: usize = 16;
     const NAME: usize = 19;
     let mut buffer = Entries([0; 4096]);
+
     // SAFETY: the kernel writes no more into the buffer than it is told that there is room.
     unsafe {
         let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC;
@@ -222,10 +227,12 @@ mod tests {
         let arguments = ["sh", "-c", script, "instead"].map(|a| a.as_bytes().to_vec());
         let successor = Successor::new(c"/bin/sh", arguments.to_vec()).unwrap();
         let (pid, child) = successor.start(&[pidfd.as_fd()]).unwrap();
+
         // Opened after it has begun.
         let (told, tell) = io::pipe().unwrap();
         process::dup_onto(&tell, NUMBER).unwrap();
         let opened = process::adopt_fd(NUMBER).unwrap();
+
         // It may not have had the processor yet: until then it is called as this program is.
         let called = || fs::read(format!("/proc/{pid}/cmdline")).unwrap();
         let begun = Instant::now();
@@ -233,6 +240,7 @@ mod tests {
             assert!(begun.elapsed() < LIMIT, "{}", String::from_utf8_lossy(&called()));
             std::thread::yield_now();
         }
+
         before.kill().unwrap();
         before.wait().unwrap();
         let said: Vec<_> = BufReader::new(told).lines().take(2).map(Result::unwrap).collect();

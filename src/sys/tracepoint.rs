@@ -151,17 +151,20 @@ impl Tracing {
             hear(Traced::Lost);
         }
         let mut values = Vec::new();
+
         for ring in &mut self.rings {
             ring.read(&mut |kind, record| {
                 if kind != RECORD_SAMPLE {
                     return hear(Traced::Lost);
                 }
+
                 // The raw data have their length before them, and begin with the point's number.
                 let raw = record.get(4..).unwrap_or_default();
                 let id = number(raw, 0, 2);
                 let Some(which) = self.points.iter().position(|p| Some(p.id) == id) else {
                     return hear(Traced::Lost);
                 };
+
                 values.clear();
                 let fields = self.points[which].fields.iter();
                 values.extend(fields.map_while(|(at, length)| number(raw, *at, *length)));

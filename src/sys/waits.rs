@@ -136,6 +136,7 @@ impl SystemCall {
             0 => TimeLimit::Nowhere,
             _ => has,
         };
+
         match self.plain() {
             #[cfg(target_arch = "x86_64")]
             libc::SYS_epoll_wait => Some(self.epoll()),
@@ -438,6 +439,7 @@ mod tests {
         assert_eq!(of(libc::SYS_clock_nanosleep, moment), None);
         assert_eq!(of(libc::SYS_clock_nanosleep, own_time), None);
         assert_eq!(of(libc::SYS_futex, [8, 128, 7, 9, 0, 0]), Some(TimeLimit::Time(3, None)));
+
         assert_eq!(of(libc::SYS_futex, [8, 128, 7, 0, 0, 0]), Some(TimeLimit::Nowhere));
         assert_eq!(of(libc::SYS_futex, [8, 0x189, 7, 9, 0, 0]), Some(TimeLimit::Nowhere));
         assert_eq!(of(libc::SYS_read, [8, 0, 7, 9, 0, 0]), None);
@@ -446,6 +448,7 @@ mod tests {
             ended(libc::SYS_epoll_pwait, [3, 8, 1, 7, 0, 8]),
             Some(TimeLimit::Milliseconds(3))
         );
+
         let forever = [3, 8, 1, u64::from(u32::MAX), 0, 8];
         assert_eq!(ended(libc::SYS_epoll_pwait, forever), Some(TimeLimit::Nowhere));
         assert_eq!(ended(libc::SYS_rt_sigtimedwait, [8, 0, 0, 8, 0, 0]), Some(TimeLimit::Nowhere));
@@ -467,6 +470,7 @@ mod tests {
                 let borne = SystemCall { number, ..poll };
                 assert_eq!(borne.plain(), libc::SYS_poll);
                 assert!(number as i64 > 0);
+
                 // Asked a little earlier or later, also by a clock that has stood still meanwhile.
                 for asked in [now, now + DAY, now.saturating_sub(DAY)] {
                     let at = borne.marked(asked).unwrap();
@@ -475,18 +479,22 @@ mod tests {
                         "{now} {left}: {at}"
                     );
                 }
+
                 let at = borne.marked(now).unwrap();
                 assert_eq!(
                     SystemCall { number: borne.bearing(Some(at), now), ..poll }.marked(now),
                     Some(at)
                 );
+
                 let number = borne.continuing(Some(deadline), now).unwrap();
                 let continued = SystemCall { number, ..poll }.continued_by().unwrap();
                 assert_eq!((continued.plain(), continued.marked(now)), (libc::SYS_poll, Some(at)));
             }
+
             assert_eq!(poll.bearing(Some(now + 90 * DAY), now), libc::SYS_poll as u64);
             assert_eq!(poll.bearing(None, now), libc::SYS_poll as u64);
         }
+
         assert_eq!(call(libc::SYS_restart_syscall, [0; 6]).continued_by(), None);
         assert_eq!(poll.continuing(None, 7), None);
     }

@@ -34,6 +34,7 @@ pub fn entries(v6: bool, table: &str) -> io::Result<Vec<u8>> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
+
     // SAFETY: see above.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
     let too_long = || io::Error::from(io::ErrorKind::InvalidInput);
@@ -44,6 +45,7 @@ pub fn entries(v6: bool, table: &str) -> io::Result<Vec<u8>> {
         if size > MOST {
             return Err(io::Error::from(io::ErrorKind::OutOfMemory));
         }
+
         let mut all = named(table, ENTRIES + size).ok_or_else(too_long)?;
         all[NAME..NAME + 4].copy_from_slice(&(size as u32).to_ne_bytes());
         match get(&socket, level, GET_ENTRIES, &mut all) {
@@ -53,6 +55,7 @@ pub fn entries(v6: bool, table: &str) -> io::Result<Vec<u8>> {
             Err(e) => return Err(e),
         }
     }
+
     Err(io::Error::from(io::ErrorKind::WouldBlock))
 }
 

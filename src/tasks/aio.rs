@@ -160,12 +160,14 @@ mod tests {
             .spawn()
             .unwrap();
         let mut input = child.stdin.take().unwrap();
+
         let mut output = BufReader::new(child.stdout.take().unwrap()).lines();
         let Some(Ok(_)) = output.next() else {
             // A kernel without it.
             assert_eq!(child.wait().unwrap().code(), Some(1));
             return;
         };
+
         let found = rings(&[child.id() as i32]);
         assert_eq!(found.len(), 1);
         assert_eq!(problem(&found), None, "nothing was asked for");

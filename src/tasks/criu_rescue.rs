@@ -239,19 +239,23 @@ impl ProcessSnapshot {
                 if from < low {
                     thread.call(at, libc::SYS_munmap, [from, low - from])?;
                 }
+
                 if could != may {
                     let arguments = [low, high - low, protection(could)];
                     thread.call(at, libc::SYS_mprotect, arguments)?;
                 }
                 from = high;
             }
+
             if from < end {
                 thread.call(at, libc::SYS_munmap, [from, end - from])?;
             }
         }
+
         for number in descriptors_of_criu(self.pid, work)? {
             thread.call(at, libc::SYS_close, [number as u64])?;
         }
+
         Ok(())
     }
 }

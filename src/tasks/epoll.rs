@@ -176,17 +176,20 @@ mod tests {
         let watch = |fd: &dyn std::os::fd::AsFd| {
             epoll.add(fd.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, 7)).unwrap();
         };
+
         watch(&socket);
         watch(&pipe);
         let (mut task, watched) = found(&epoll);
         assert_eq!(watched.len(), 2);
         check(me, number, &watched, &task.open).unwrap();
+
         // A socket in another's place.
         let place = socket.as_raw_fd();
         task.open.insert(place, "socket:[1]".into());
         assert!(check(me, number, &watched, &task.open).is_err());
         task.open.remove(&place);
         assert!(check(me, number, &watched, &task.open).is_err());
+
         // The pipe's other end, of the same inode, under the number of the one that is watched.
         let kept: OwnedFd = pipe.try_clone().unwrap();
         let mut place = pipe;

@@ -218,6 +218,7 @@ mod tests {
             <STDIN>;
         "#;
         let file = tempfile::NamedTempFile::new().unwrap();
+
         let mut child = Command::new("perl")
             .args(["-e", program])
             .arg(file.path())
@@ -226,20 +227,24 @@ mod tests {
             .spawn()
             .unwrap();
         let mut out = BufReader::new(child.stdout.take().unwrap());
+
         assert_eq!(out.read_line(&mut String::new()).unwrap(), 1);
         let pid = child.id() as i32;
+
         // Whoever runs the tests may have left it a descriptor with one more.
         let all = look(&[pid]).unwrap().len();
         assert!(all >= 100);
         assert_eq!(up_to(&[pid], all).unwrap().len(), all);
         let problem = up_to(&[pid], all - 1).unwrap_err().downcast::<Problem>().unwrap();
         assert!(problem.what.starts_with("the container holds more than "), "{problem}");
+
         // Nobody collects what lies beyond that.
         let mut told = 0;
         each(pid, |_, _| {
             told += 1;
             told <= 7
         });
+
         assert_eq!(told, 8);
         drop(child.stdin.take());
         child.wait().unwrap();
@@ -254,6 +259,7 @@ mod tests {
             .spawn()
             .unwrap();
         let mut out = BufReader::new(child.stdout.take().unwrap());
+
         out.read_line(&mut String::new()).unwrap();
         let pid = child.id() as i32;
         let lock = |kind| FileLock { kind, write: false, start: 0, end: None };
@@ -263,12 +269,14 @@ mod tests {
             setter.set(number, &lock).unwrap();
             setter.close().unwrap();
         };
+
         set(8, lock(LockKind::Posix));
         set(9, lock(LockKind::Flock));
         assert_eq!(locked_and_mapped(pid), None);
         set(9, lock(LockKind::Posix));
         let program = fs::read_link(format!("/proc/{pid}/exe")).unwrap();
         assert_eq!(locked_and_mapped(pid), Some(program));
+
         // We can set it again.
         assert_eq!(problems(&[pid]), []);
         let held = look(&[pid]).unwrap().into_iter().map(|found| found.held).collect::<Vec<_>>();

@@ -40,6 +40,7 @@ fn waits(init: i32, pids: &[i32]) -> Option<Problem> {
     if queues.iter().all(|queue| queue.received == 0) {
         return None;
     }
+
     let open = files::all(pids);
     let own: HashMap<u64, &OpenFile> =
         open.iter().filter_map(|one| Some((one.socket()?, one))).collect();
@@ -49,6 +50,7 @@ fn waits(init: i32, pids: &[i32]) -> Option<Problem> {
         let own = own.contains_key(&u64::from(queue.inode));
         own && queue.sent > 0 && peers.get(&queue.inode) == Some(&0)
     });
+
     queues.iter().filter(|queue| queue.received > 0).find_map(|queue| {
         let one = own.get(&u64::from(queue.inode))?;
         let pidfd = process::pidfd_open(one.pid).ok()?;
@@ -61,6 +63,7 @@ fn waits(init: i32, pids: &[i32]) -> Option<Problem> {
         } else {
             return None;
         };
+
         let why = format!("descriptor {} of {}: CRIU cannot carry it", one.number, who(one.pid));
         Some(Problem::new(what, why).hint("try again when the program has read it"))
     })

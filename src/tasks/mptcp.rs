@@ -58,6 +58,7 @@ pub fn obstacle(init: i32, all: &[MptcpSocket]) -> Option<(i32, &'static str)> {
     let able = arch::SUPPORTED && matches!(Cgroup::of_process(init), Ok(Cgroup::V2(_)));
     let mut holders: HashMap<u64, usize> = HashMap::new();
     all.iter().for_each(|one| *holders.entry(one.inode).or_default() += 1);
+
     let pids: Vec<i32> = all.iter().map(|one| one.pid).collect();
     let own = of_first_space(&pids).unwrap_or_default();
 

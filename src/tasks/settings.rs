@@ -107,6 +107,7 @@ impl Count {
                     self.lists.insert(list.clone());
                 }
             }
+
             if self.lists.len() > MOST_LISTS || self.bytes > MOST_OF_LISTS {
                 let what = "the container's threads are bound to too many different CPUs";
                 let why = format!(
@@ -115,6 +116,7 @@ impl Count {
                 );
                 return Err(Problem::new(what, why).hint(CPUS_HINT));
             }
+
             if to.len() >= most {
                 let what = format!("the container's threads have set more than {most} things");
                 let why = "CPUs, I/O priorities, timer slacks, memory: each is set in the freeze";
@@ -122,6 +124,7 @@ impl Count {
             }
             to.push(setting);
         }
+
         Ok(())
     }
 }
@@ -184,6 +187,7 @@ pub fn ask(pids: &[i32]) -> Result<Vec<Setting>> {
                     format!("process {} cannot be asked what memory it denies itself", task.vpid)
                 })?,
             };
+
             let (vpid, vtid) = (task.vpid, task.vpid);
             let values = values.into_iter().map(|value| Setting { vpid, vtid, value });
             count.add(values, &mut found, MOST - MOST_SEEN)?;
@@ -251,6 +255,7 @@ pub fn set(pids: &[i32], settings: &[Setting]) -> Result<Vec<Problem>> {
             threads.insert((task.vpid, vtid), (task, tid));
         }
     }
+
     let mut changed = Vec::new();
     for Setting { vpid, vtid, value } in settings {
         // Whoever has ended, or was put into the container from outside, did not come along.
@@ -278,6 +283,7 @@ pub fn set(pids: &[i32], settings: &[Setting]) -> Result<Vec<Problem>> {
             }
         }
     }
+
     Ok(changed)
 }
 
@@ -389,18 +395,21 @@ mod tests {
         sched::set_cpus(first, &cpus).unwrap();
         sched::set_io_priority(first, 3 << 13).unwrap();
         sched::set_timer_slack(first, 77_000).unwrap();
+
         let list = sched::cpu_list(&cpus);
         let wanted = [
             SettingValue::Cpus(list.clone()),
             SettingValue::Io(3 << 13),
             SettingValue::Slack(77_000),
         ];
+
         let other_than_all = if cpus == all { &wanted[1..] } else { &wanted };
         assert_eq!(of_thread(first, Some(&all)), other_than_all);
         let vpid = inside(second, second).unwrap();
         let setting = |value: &SettingValue| Setting { vpid, vtid: vpid, value: value.clone() };
         assert_eq!(set(&[second], &wanted.each_ref().map(setting)).unwrap(), []);
         assert_eq!(of_thread(second, Some(&[])), wanted);
+
         // No machine has that many.
         let told = set(&[second], &[setting(&SettingValue::Cpus("8000".into()))]).unwrap();
         assert!(told.len() == 1 && !told[0].fatal, "{told:?}");
@@ -408,6 +417,7 @@ mod tests {
         assert!(told.len() == 1 && !told[0].fatal, "{told:?}");
         let settings = wanted.each_ref().map(setting);
         assert_eq!(bound_cpus(&settings), std::slice::from_ref(&list));
+
         let online = sched::cpu_list(&all);
         assert_eq!(lacking(std::slice::from_ref(&list), &online), None);
         let lacks = lacking(&[list, "8000".into()], &online).unwrap();
@@ -427,16 +437,19 @@ mod tests {
         let (one, first) = idle();
         let own = Task { pid: first, vpid: first };
         call(own, protection::deny(1), libc::SYS_prctl).unwrap();
+
         let (other, second) = idle();
         let vpid = inside(second, second).unwrap();
         let values = |pid| -> Vec<SettingValue> {
             ask(&[pid]).unwrap().into_iter().map(|setting| setting.value).collect()
         };
+
         assert_eq!(values(first), [SettingValue::Mdwe(1)]);
         assert_eq!(values(second), []);
         let settings = [SettingValue::Mdwe(1), SettingValue::Lock(libc::MCL_FUTURE as u64)];
         let settings = settings.map(|value| Setting { vpid, vtid: vpid, value });
         assert_eq!(set(&[second], &settings).unwrap(), []);
+
         // What it has is not locked, so that nobody looks.
         assert_eq!(values(second), [SettingValue::Mdwe(1)]);
         let task = Task { pid: second, vpid };

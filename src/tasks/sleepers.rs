@@ -102,11 +102,13 @@ mod tests {
             .spawn()
             .unwrap();
         let mut output = BufReader::new(child.stdout.take().unwrap());
+
         output.read_line(&mut String::new()).unwrap();
         let pid = child.id() as i32;
         while naps(pid, pid).is_none() {
             std::thread::yield_now();
         }
+
         let found = problem(&[pid]);
         drop(child.stdin.take());
         child.wait().unwrap();

@@ -107,6 +107,7 @@ pub fn groups(igmp: &str, igmp6: &str) -> Vec<Joined> {
             interface = fields.next().and_then(|number| number.parse().ok());
             continue;
         }
+
         let group = fields.next().and_then(|hex| u32::from_str_radix(hex, 16).ok());
         let users = fields.next().and_then(|users| users.parse().ok());
         if let (Some(interface), Some(group), Some(users)) = (interface, group, users) {
@@ -114,6 +115,7 @@ pub fn groups(igmp: &str, igmp6: &str) -> Vec<Joined> {
             found.push(Joined { interface, group, users });
         }
     }
+
     found.extend(igmp6.lines().filter_map(|line| {
         let mut fields = line.split_ascii_whitespace();
         let interface = fields.next()?.parse().ok()?;
@@ -121,6 +123,7 @@ pub fn groups(igmp: &str, igmp6: &str) -> Vec<Joined> {
         let users = fields.next()?.parse().ok()?;
         Some(Joined { interface, group: Ipv6Addr::from(group).into(), users })
     }));
+
     found
 }
 
@@ -175,6 +178,7 @@ pub fn look(
     let mut joined = joined(init);
     joined.retain(|one| !one.by_itself());
     within_reason(&sockets, &joined)?;
+
     // Whatever a fresh socket has is the namespace's, and goes along with it.
     let (fresh, names) = namespace.run(|| {
         let mut fresh: HashMap<SocketType, Vec<OptionValue>> = HashMap::new();
@@ -184,6 +188,7 @@ pub fn look(
         }
         (fresh, interface_names())
     })?;
+
     let names = names?;
 
     let (mut found, mut count, mut left) = (Vec::new(), 0, 0);
@@ -196,6 +201,7 @@ pub fn look(
             interfaces: Vec::new(),
             groups: Vec::new(),
         };
+
         for (option, value) in changed(&file, values) {
             match KNOWN.get(usize::from(option)).map(|known| known.meaning) {
                 Some(Meaning::Interface { network_order }) => {
@@ -205,6 +211,7 @@ pub fn look(
                 _ => settings.options.push((option, value)),
             }
         }
+
         for one in &joined {
             if !kind.joins() || one.group.is_ipv6() && !kind.is_v6() {
                 continue;
@@ -215,6 +222,7 @@ pub fn look(
             let interface = interface.clone();
             settings.groups.push(Group { interface, group, exclude, sources });
         }
+
         let own = settings.options.len() + settings.interfaces.len() + settings.groups.len();
         if own > 0 && (count + own > MOST || own > MOST_OF_ONE) {
             left += 1;
@@ -223,10 +231,12 @@ pub fn look(
             found.push(settings);
         }
     }
+
     let told = (left > 0).then(|| {
         let why = format!("{left} sockets have more than {MOST} of them in all");
         Problem::new("options of sockets are defaults again", why).warning()
     });
+
     Ok((found, told))
 }
 
@@ -273,6 +283,7 @@ pub fn validate(list: &[SocketSettings]) -> Result<()> {
             let known = KNOWN.get(usize::from(*option));
             known.is_some_and(|known| known.meaning != Meaning::Plain) && name.len() <= LONGEST_NAME
         });
+
         let joined = one.groups.iter().all(|group| {
             let same = |source: &IpAddr| source.is_ipv4() == group.group.is_ipv4();
             group.group.is_multicast()
@@ -280,13 +291,16 @@ pub fn validate(list: &[SocketSettings]) -> Result<()> {
                 && group.sources.len() <= MOST_SOURCES
                 && group.sources.iter().all(same)
         });
+
         if !(plain && named && joined) || one.number < 0 {
             bail!("no socket has such options: {one:?}");
         }
     }
+
     if count > MOST {
         bail!("{count} options of sockets, more than {MOST}");
     }
+
     Ok(())
 }
 
@@ -303,6 +317,7 @@ pub fn set(namespace: &NetNs, pids: &[i32], list: &[SocketSettings]) -> Result<V
     let numbers: HashMap<&str, u32> =
         names.iter().map(|(number, name)| (name.as_str(), *number)).collect();
     let mut pidfds = HashMap::new();
+
     for task in of_first_space(pids)? {
         pidfds.insert(task.vpid, process::pidfd_open(task.pid)?);
     }
@@ -318,6 +333,7 @@ pub fn set(namespace: &NetNs, pids: &[i32], list: &[SocketSettings]) -> Result<V
             Problem::new("an option of a socket is not what it was", why).warning()
         }));
     }
+
     Ok(told)
 }
 
@@ -334,6 +350,7 @@ fn give_all(
             failed.push((known.called.to_owned(), e));
         }
     }
+
     for (option, name) in &one.interfaces {
         let Some(known) = KNOWN.get(usize::from(*option)) else { continue };
         let Meaning::Interface { network_order } = known.meaning else { continue };
@@ -342,10 +359,12 @@ fn give_all(
             let bytes = if network_order { number.to_be_bytes() } else { number.to_ne_bytes() };
             give(file.as_fd(), known, &bytes)
         });
+
         if let Err(e) = done {
             failed.push((format!("{} ({})", known.called, name.escape_debug()), e));
         }
     }
+
     for Group { interface, group, exclude, sources } in &one.groups {
         let number = numbers.get(interface.as_str()).copied().ok_or_else(absent);
         let done = number.and_then(|number| {
@@ -356,6 +375,7 @@ fn give_all(
             failed.push((format!("the multicast group {group}"), e));
         }
     }
+
     failed
 }
 
@@ -424,12 +444,14 @@ mod tests {
                 sources: vec!["10.0.0.1".parse().unwrap()],
             }],
         };
+
         validate(std::slice::from_ref(&good)).unwrap();
         let bad = |change: fn(&mut SocketSettings)| {
             let mut one = good.clone();
             change(&mut one);
             validate(&[one]).unwrap_err();
         };
+
         bad(|one| one.options[0].0 = 255);
         bad(|one| one.options[0].1 = vec![0; LONGEST + 1]);
         bad(|one| one.interfaces.push((0, "eth0".into())));

@@ -62,6 +62,7 @@ fn other_names(
         let Some(last) = bound.file_name().filter(|last| *last != entry.file_name()) else {
             continue;
         };
+
         if !entry.file_type().is_ok_and(|kind| kind.is_socket()) {
             continue;
         }
@@ -69,6 +70,7 @@ fn other_names(
         let current = above.join(entry.file_name());
         found.push(OtherName { bound: (*bound).clone(), current, taken });
     }
+
     found
 }
 

@@ -70,6 +70,7 @@ fn shared_fifos(fifos: &HashMap<(u64, u64), PathBuf>, pids: &[i32]) -> Vec<Probl
             }
         }
     }
+
     let problem = |(path, pid): (&PathBuf, i32)| {
         Problem::new(
             format!("the FIFO {} has another end outside of the container", path.display()),
@@ -77,6 +78,7 @@ fn shared_fifos(fifos: &HashMap<(u64, u64), PathBuf>, pids: &[i32]) -> Vec<Probl
         )
         .hint("end that process first, or have both in the container; a socket can be reached over there")
     };
+
     found.into_iter().map(problem).collect()
 }
 
@@ -112,6 +114,7 @@ fn problem(
             )),
         );
     }
+
     // Sockets, pipes and the like have no path.
     if !target.is_absolute() {
         return None;
@@ -131,6 +134,7 @@ fn problem(
             .hint("have the program close it, or delete it later"),
         );
     }
+
     let kind = metadata.file_type();
     let (major, minor) = (major(metadata.rdev()), minor(metadata.rdev()));
     let kind = match (kind.is_char_device(), kind.is_block_device()) {
@@ -139,6 +143,7 @@ fn problem(
         (_, true) => "block",
         _ => return None,
     };
+
     Some(
         Problem::new(
             format!("the container has the device {} open", target.display()),

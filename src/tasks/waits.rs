@@ -55,6 +55,7 @@ pub fn go_on(pids: &[i32], patience: Duration) -> Option<Problem> {
                 }
                 false
             });
+
             if Instant::now() > until {
                 break;
             }
@@ -62,6 +63,7 @@ pub fn go_on(pids: &[i32], patience: Duration) -> Option<Problem> {
         }
         failed
     };
+
     let (tid, e) = std::thread::spawn(work).join().ok()??;
     let why = format!("thread {tid}: {e}");
     Some(Problem::new("a call that waits may take longer than it should", why).warning())

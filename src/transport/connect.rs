@@ -170,11 +170,13 @@ impl Destination {
                 if let Some(port) = port {
                     command.arg("-p").arg(port.to_string());
                 }
+
                 command.arg(host).arg(remote_ferry).arg("receive").arg("--stdio");
                 if tracing::enabled!(tracing::Level::DEBUG) {
                     command.arg("--debug");
                 }
                 command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
+
                 // Ctrl-C on our terminal must not cut the link under the hand-over.
                 process::in_new_session(&mut command);
                 let mut child = command
@@ -184,11 +186,13 @@ impl Destination {
                 let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
                     bail!("the remote shell has no standard streams");
                 };
+
                 // 1 MiB instead of 64 KiB: fewer changes between us and ssh. Where the system's
                 // limit forbids it, the default does.
                 for pipe in [stdin.as_fd(), stdout.as_fd()] {
                     let _ = fcntl(pipe, FcntlArg::F_SETPIPE_SZ(1 << 20));
                 }
+
                 Ok(Link {
                     reader: Box::new(stdout),
                     writer: Box::new(stdin),
@@ -283,12 +287,14 @@ pub fn split_command(text: &str) -> Result<Vec<String>> {
             (None, c) => word.push(c),
         }
     }
+
     if any || !word.is_empty() {
         words.push(word);
     }
     if quote.is_some() || words.is_empty() {
         bail!("cannot understand the command {text:?}");
     }
+
     Ok(words)
 }
 

@@ -195,6 +195,7 @@ pub fn read(input: &mut impl Read) -> Result<Option<Frame>> {
             Err(e) => return Err(e).context("reading from the link"),
         }
     }
+
     let kind = header[0];
     let length = u32::from_le_bytes(header[4..8].try_into().expect("four bytes")) as usize;
     let sum = u64::from_le_bytes(header[8..].try_into().expect("eight bytes"));
@@ -207,22 +208,27 @@ pub fn read(input: &mut impl Read) -> Result<Option<Frame>> {
         PACKET => MAX_PACKET,
         _ => bail!("what came is not Ferry's protocol (frame kind {kind})"),
     };
+
     if header[1..4] != [0; 3] || length > most {
         bail!("a frame of kind {kind} with {length} bytes, more than the {most} allowed");
     }
+
     // Pages come by themselves: nothing is to be moved behind what stands before them.
     let mut head = [0; PAGES_HEAD];
     let head = match kind {
         PAGES if length >= PAGES_HEAD => &mut head[..],
         _ => &mut [],
     };
+
     input.read_exact(head).context(CUT)?;
     let mut payload = Vec::with_capacity(length - head.len());
+
     // Bytes are not set to zero only to be written over.
     input.by_ref().take((length - head.len()) as u64).read_to_end(&mut payload).context(CUT)?;
     if head.len() + payload.len() < length {
         bail!(CUT);
     }
+
     let found = if head.is_empty() {
         xxh3_64_with_seed(&payload, u64::from(kind))
     } else {
@@ -231,9 +237,11 @@ pub fn read(input: &mut impl Read) -> Result<Option<Frame>> {
         hasher.update(&payload);
         hasher.digest()
     };
+
     if found != sum {
         bail!("a frame of kind {kind} arrived damaged");
     }
+
     if kind == PAGES { decode_pages(head, payload) } else { decode(kind, payload) }.map(Some)
 }
 
@@ -268,6 +276,7 @@ fn decode(kind: u8, mut payload: Vec<u8>) -> Result<Frame> {
         let bytes = payload.get(at..at + 8).ok_or_else(short)?;
         Ok(u64::from_le_bytes(bytes.try_into().expect("eight bytes")))
     };
+
     Ok(match kind {
         CONTROL => Frame::Control(payload),
         ZEROS | REMOTE | WANT => {
@@ -294,6 +303,7 @@ fn decode(kind: u8, mut payload: Vec<u8>) -> Result<Frame> {
             if name_length > MAX_NAME {
                 bail!("a file name of {name_length} bytes");
             }
+
             let name = payload.get(12..12 + name_length).ok_or_else(short)?;
             let name = String::from_utf8(name.to_vec()).context("a file name")?;
             payload.drain(..12 + name_length);
@@ -408,6 +418,7 @@ mod tests {
                 at = end;
             }
         };
+
         let (zeros, mut zstd) = (vec![0; 2 * PAGE], Vec::new());
         let mut packed = Vec::new();
         Codec::Zstd.pack(&zeros, &mut zstd).unwrap();
@@ -417,10 +428,12 @@ mod tests {
         write_pages(&mut small, 1, 0x1000, &zeros, Some((Codec::Lz4, &lz4))).unwrap();
         write_pages(&mut small, 1, 0x1000, &zeros[..PAGE], None).unwrap();
         write_control(&mut small, b"{}").unwrap();
+
         write_run(&mut small, RunKind::Remote, run(7, 0x9000, 5)).unwrap();
         write_same(&mut small, SAME_RUN).unwrap();
         write_file(&mut small, "core-1.img", 12, b"xyz").unwrap();
         write_packet(&mut small, b"frame").unwrap();
+
         // The longest message, or the longest run of pages packed and unpacked.
         let target = Target::new("frames").room(MAX_CONTROL + (1 << 20));
         target.sample(small).sample(packed).repair(seal).run(|bytes| read_all(bytes).map(drop));

@@ -90,12 +90,14 @@ impl Facts {
             .map(|p| if p.line.is_empty() { p.name.as_str() } else { p.line.as_str() })
             .collect();
         let open = self.open();
+
         let mut found = Vec::new();
         let mut note = |what: &str, empty: bool, list: &dyn std::fmt::Debug| {
             if !empty {
                 found.push(format!("{what}: {list:?}"));
             }
         };
+
         note("processes", working.is_empty(), &working);
         note("/run/ferry", self.work.is_empty(), &self.work);
         note("mounts", self.mounts.is_empty(), &self.mounts);
@@ -103,6 +105,7 @@ impl Facts {
         note("frozen groups", self.groups.is_empty(), &self.groups);
         note("open migrations", open.is_empty(), &open);
         note("probe files", self.probes.is_empty(), &self.probes);
+
         (!found.is_empty()).then(|| found.join("; "))
     }
 
@@ -173,18 +176,21 @@ fn complaint(
         }
         other => found.push(format!("on {} it should run, and is {other:?}", here.name)),
     }
+
     if !with.process_of(container) {
         found.push(format!("on {} it has no process", here.name));
     }
     if let Some(status) = without.containers.get(container.id) {
         found.push(format!("on {} there is still a container {status:?}", there.name));
     }
+
     if without.process_of(container) {
         found.push(format!("on {} there is still a process", there.name));
     }
     if container.networked && !with.netns.iter().any(|n| n == "box") {
         found.push(format!("on {} its namespace is gone", here.name));
     }
+
     if without.netns.iter().any(|n| n == "box") {
         found.push(format!("on {} its namespace is still there", there.name));
     }
@@ -193,6 +199,7 @@ fn complaint(
             found.push(format!("left on {}: {text}", host.name));
         }
     }
+
     (!found.is_empty()).then(|| found.join("\n"))
 }
 

@@ -83,6 +83,7 @@ fn trial(
                 Err(format!("panicked: {}", text.unwrap_or_default()))
             }));
         });
+
         let limit = patience(limit);
         let left = limit.saturating_sub(began.elapsed());
         let result = match heard.recv_timeout(left) {
@@ -93,6 +94,7 @@ fn trial(
             )),
             Err(RecvTimeoutError::Disconnected) => Err("the trial's thread has died".to_owned()),
         };
+
         // Everything in the lab ends, and with it whatever the thread still waits for.
         keeper.down();
         if thread.is_finished() {

@@ -48,10 +48,12 @@ impl Wire {
             &file,
             &filter,
         ])?;
+
         let path = client.path(&file)?;
         until("the capture is on", SHORT, || {
             Ok(path.metadata().is_ok_and(|m| m.len() >= 24).then_some(()))
         })?;
+
         Ok(Wire { client, file, _capture: capture })
     }
 

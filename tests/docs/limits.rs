@@ -114,6 +114,7 @@ fn what_is_refused_is_shown() {
             _ => found.push(format!("docs/limits.md: nobody, or several, are to show {row:?}")),
         }
     }
+
     for (begin, shown) in ROWS {
         if met.get(begin) != Some(&1) {
             found.push(format!("docs/limits.md has no row, or several, {begin:?}"));

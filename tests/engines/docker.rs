@@ -74,12 +74,14 @@ cat >/etc/docker/daemon.json <<END
 END")?;
         start_daemon(host)?;
     }
+
     a.sh("mkdir -p /tmp/image/tmp /tmp/image/data
           cp /srv/shared/bin/counter-server /srv/shared/bin/ferry-probe /tmp/image
           echo old >/tmp/image/changed
           tar -C /tmp/image -c . | docker import - app:1
           docker save --output /srv/shared/app.tar app:1")?;
     b.sh("docker load --input /srv/shared/app.tar")?;
+
     let net = lab.address(0);
     let net = net.trim_end_matches(".0");
     for host in [&a, &b] {
@@ -88,6 +90,7 @@ END")?;
              docker network create --driver macvlan --opt parent=eth0 --subnet {net}.0/24 lan"
         ))?;
     }
+
     Ok(())
 }
 
@@ -136,23 +139,27 @@ fn owned_there(lab: &Lab, before: &Value, lines: &[String]) -> Outcome {
     for field in ["Name", "Image", "Path", "Args"] {
         same(field, &before[field], &after[field])?;
     }
+
     for field in ["Image", "Labels", "Hostname", "Cmd", "Env", "Entrypoint", "WorkingDir"] {
         same(field, &before["Config"][field], &after["Config"][field])?;
     }
     for field in ["RestartPolicy", "NetworkMode", "PortBindings", "LogConfig", "Runtime"] {
         same(field, &before["HostConfig"][field], &after["HostConfig"][field])?;
     }
+
     for (name, network) in before["NetworkSettings"]["Networks"].as_object().into_iter().flatten() {
         let there = &after["NetworkSettings"]["Networks"][name];
         for field in ["IPAddress", "MacAddress", "IPPrefixLen"] {
             same(field, &network[field], &there[field])?;
         }
     }
+
     ensure!(after["State"]["Status"] == "running", "{}", after["State"]);
     for host in [&a, &b] {
         let said = host.ferry(&["migrations", "docker:web"])?.exits(0)?.out;
         ensure!(said.contains("  docker:web ("), "on {}: {said}", host.name);
     }
+
     same("RestartCount", &after["RestartCount"], &Value::from(0))?;
 
     // The log: old lines, each once, and new ones.
@@ -173,6 +180,7 @@ fn owned_there(lab: &Lab, before: &Value, lines: &[String]) -> Outcome {
     let found =
         b.sh(&format!("cat {root}/changed {root}/dev/shm/note; ! ls {root}/ferry-probe 2>&1"))?;
     ensure!(found.starts_with("new\nkept\n"), "{found}");
+
     ended_here(&a)
 }
 
@@ -322,6 +330,7 @@ fn in_the_default_network(lab: &Lab) -> Outcome {
     };
     let before = own(&a, "web")?;
     same("the other's address", &before["IPAddress"], &own(&b, "other")?["IPAddress"])?;
+
     let mut clients = published::connect(lab)?;
     let said = a.ferry(&["check", "web", "b"])?.exits(0)?.to_string();
     ensure!(said.contains("may be another address there"), "{said}");
@@ -335,6 +344,7 @@ fn in_the_default_network(lab: &Lab) -> Outcome {
     let other =
         ["/srv/shared/bin/ferry-probe", "--to", &other, "--connections", "1", "--for", "1s"];
     b.exec(&other)?.ok()?;
+
     let inside = format!("nsenter --net=/proc/{}/ns/net ip address show dev lo", pid(&b)?.trim());
     let old = before["IPAddress"].as_str().unwrap_or_default();
     ensure!(b.sh(&inside)?.contains(old), "it has lost {old}");
@@ -342,9 +352,11 @@ fn in_the_default_network(lab: &Lab) -> Outcome {
     clients.end(lab, "a", &["web"], pid)?;
     ensure!(!b.sh(&inside)?.contains(old), "it keeps {old}");
     ended_here(&a)?;
+
     // From there it goes on as from anywhere.
     a.sh("docker rm web")?;
     b.ferry(&["migrate", "web", "a"])?.exits(0)?;
+
     Probe::to(lab, &format!("{}:8080", lab.address(11)), 1)?.is_content()
 }
 
@@ -378,6 +390,7 @@ fn refused(lab: &Lab) -> Outcome {
         ensure!(said.code == 3 && said.to_string().contains(words), "wanted {words:?}: {said}");
         Ok(())
     };
+
     a.sh("docker volume create parts; mkdir /var/lib/docker/volumes/parts/_data/one")?;
     let part = "--network none --mount type=volume,source=parts,target=/p,volume-subpath=one";
     a.sh("docker network create --ipv6 --subnet 10.89.8.0/24 --subnet fd89:8::/64 six")?;
@@ -393,6 +406,7 @@ fn refused(lab: &Lab) -> Outcome {
         refuse(words)?;
         a.sh("docker rm --force web")?;
     }
+
     a.sh("docker volume rm parts")?;
 
     start(lab, "--network appnet --ip 10.89.7.20 --publish 8080:7000 --volume data:/data")?;
@@ -416,12 +430,14 @@ fn refused(lab: &Lab) -> Outcome {
         refuse(words)?;
         b.sh(back)?;
     }
+
     let taken = b.start(&["/srv/shared/bin/counter-server", "--listen", "0.0.0.0:8080"])?;
     until("the port is taken", SHORT, || {
         Ok(b.sh("ss -Hltn sport = :8080")?.contains("8080").then_some(()))
     })?;
     refuse("the port 8080/tcp cannot be published")?;
     drop(taken);
+
     stayed(lab, &before)
 }
 
@@ -439,6 +455,7 @@ fn after_failures(lab: &Lab) -> Outcome {
         ("destination", "destination.started:error"),
         ("destination", "destination.ready:kill"),
     ];
+
     if suite::full() {
         deeds.extend([
             ("source", "source.freeze:error"),
@@ -451,6 +468,7 @@ fn after_failures(lab: &Lab) -> Outcome {
             ("destination", "destination.started:kill"),
         ]);
     }
+
     wrapper(lab)?;
     for (role, deed) in deeds {
         let step = |e: String| format!("{deed}: {e}");
@@ -462,6 +480,7 @@ fn after_failures(lab: &Lab) -> Outcome {
                 a.ferry(&["migrate", "--remote-ferry", "/srv/shared/bin/faulty", "web", "b"])?
             }
         };
+
         ensure!(said.code != 0, "{deed}: {said}");
         until("it runs on", SHORT, || {
             Ok(a.exec(&["ferry", "check", "web", "b"])?.code.eq(&0).then_some(()))
@@ -470,10 +489,12 @@ fn after_failures(lab: &Lab) -> Outcome {
         probe.is_content().map_err(step)?;
         stayed(lab, &before).map_err(step)?;
     }
+
     // And then it goes.
     let lines = logs(&a)?;
     a.ferry(&["migrate", "web", "b"])?.exits(0)?;
     probe.is_content()?;
+
     owned_there(lab, &before, &lines)
 }
 
@@ -522,6 +543,7 @@ fn without_a_mark(lab: &Lab) -> Outcome {
     let policy = |host: &Host| -> Outcome<Value> {
         Ok(inspect(host, "web")?["HostConfig"]["RestartPolicy"]["Name"].clone())
     };
+
     // A daemon that is started starts what is to run always.
     let stays_away = |host: &Host| -> Outcome {
         restart_daemon(host)?;
@@ -543,9 +565,11 @@ fn without_a_mark(lab: &Lab) -> Outcome {
     let fault = "FERRY_FAULT=docker.let-go:error";
     let said = b.exec(&["env", fault, "ferry", "migrate", "--no-mark", "web", "a"])?;
     probe.is_content()?;
+
     // By its ID, and by its name.
     ensure!(policy(&b)? == "always" && marks(&b)?.trim() == "2", "{said}");
     ensure!(said.err.contains("the away-mark stays"), "{said}");
     stays_away(&b)?;
+
     probe.is_content()
 }

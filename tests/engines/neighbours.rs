@@ -49,12 +49,14 @@ pub fn reach_each_other(lab: &Lab, engine: &str) -> Outcome {
     for probe in [&mut held, &mut fresh, &mut back] {
         probe.is_content()?;
     }
+
     drop((held, fresh, back));
 
     a.ferry(&["resolve", "--no-forward", "web"])?.exits(0)?;
     [&a, &b].into_iter().try_for_each(published::gone)?;
     let told = b.sh(&format!("{} ip neigh show nud permanent", inside(&web)))?;
     ensure!(!told.contains(APP), "it has still: {told}");
+
     Ok(())
 }
 
@@ -74,6 +76,7 @@ pub fn goes_on_asking(lab: &Lab, engine: &str) -> Outcome {
         peers.sort();
         Ok(peers)
     };
+
     let asked = || -> Outcome<u64> {
         let count = |word: &str| word.strip_prefix("bytes_received:")?.parse::<u64>().ok();
         Ok(list("i")?.split_whitespace().filter_map(count).sum())
@@ -81,13 +84,16 @@ pub fn goes_on_asking(lab: &Lab, engine: &str) -> Outcome {
     until("it has connected", SHORT, || Ok((open()?.len() == CONNECTIONS).then_some(())))?;
     let before = open()?;
     a.ferry(&["migrate", "asks", "b"])?.exits(0)?;
+
     let after = open()?;
     ensure!(before == after, "{before:?} have become {after:?}");
     let so_far = asked()?;
     until("it goes on asking", SHORT, || Ok((asked()? > so_far).then_some(())))?;
+
     // It ends well only if no connection was lost, and no answer wrong.
     b.sh(&format!("{engine} stop --time 10 asks"))?;
     let code = b.sh(&format!("{engine} inspect --format '{{{{.State.ExitCode}}}}' asks"))?;
     ensure!(code.trim() == "0", "{code}: {}", b.sh(&format!("{engine} logs asks 2>&1"))?);
+
     Ok(())
 }

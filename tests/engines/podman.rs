@@ -51,12 +51,14 @@ ferry = [\"/usr/local/bin/ferry\"]
 pids_limit = 0
 END")?;
     }
+
     a.sh("mkdir -p /tmp/image/tmp /tmp/image/data
           cp /srv/shared/bin/counter-server /srv/shared/bin/ferry-probe /tmp/image
           echo old >/tmp/image/changed
           tar -C /tmp/image -c . | podman import - app:1
           podman save --output /srv/shared/app.tar app:1")?;
     b.sh("podman load --input /srv/shared/app.tar")?;
+
     let net = lab.address(0);
     let net = net.trim_end_matches(".0");
     for host in [&a, &b] {
@@ -65,6 +67,7 @@ END")?;
              podman network create --driver macvlan --opt parent=eth0 --subnet {net}.0/24 lan"
         ))?;
     }
+
     Ok(())
 }
 
@@ -115,9 +118,11 @@ fn owned_there(lab: &Lab, before: &Value, lines: &[String]) -> Outcome {
     for field in ["Id", "Name", "Image", "ImageName", "Path", "Args", "OCIRuntime"] {
         same(field, &before[field], &after[field])?;
     }
+
     for field in ["Labels", "Hostname", "Cmd", "StopSignal", "CreateCommand"] {
         same(field, &before["Config"][field], &after["Config"][field])?;
     }
+
     // podman's import writes down what it had only told the runtime before, such as HOSTNAME.
     let environment = |of: &Value| of["Config"]["Env"].as_array().cloned().unwrap_or_default();
     let (had, has) = (environment(before), environment(&after));
@@ -125,12 +130,14 @@ fn owned_there(lab: &Lab, before: &Value, lines: &[String]) -> Outcome {
     for field in ["RestartPolicy", "NetworkMode", "PortBindings", "LogConfig"] {
         same(field, &before["HostConfig"][field], &after["HostConfig"][field])?;
     }
+
     for (name, network) in before["NetworkSettings"]["Networks"].as_object().into_iter().flatten() {
         let there = &after["NetworkSettings"]["Networks"][name];
         for field in ["IPAddress", "MacAddress", "IPPrefixLen"] {
             same(field, &network[field], &there[field])?;
         }
     }
+
     ensure!(after["State"]["Status"] == "running", "{}", after["State"]);
 
     // The log: old lines, each once, and new ones.
@@ -158,15 +165,18 @@ fn owned_there(lab: &Lab, before: &Value, lines: &[String]) -> Outcome {
     })?;
     let here = inspect(&a, "web")?;
     ensure!(here["RestartCount"] == 0, "it was started again here: {here}");
+
     let said = a.exec(&["podman", "start", "web"])?;
     ensure!(said.code != 0 && said.to_string().contains("was migrated to b"), "{said}");
     let left = a.sh(
         "nft list ruleset | grep -c 'dport 8080' || true; ip -br link show type veth | grep -vc '^eth0' || true",
     )?;
+
     ensure!(
         left.split_whitespace().all(|n| n == "0"),
         "podman's rules or cables stay here: {left}"
     );
+
     Ok(())
 }
 
@@ -305,6 +315,7 @@ fn refused(lab: &Lab) -> Outcome {
         ensure!(said.code == 3 && said.to_string().contains(words), "wanted {words:?}: {said}");
         Ok(())
     };
+
     for (options, words) in [
         ("--rm", "(--rm)"),
         ("--tty", "it has a terminal"),
@@ -314,6 +325,7 @@ fn refused(lab: &Lab) -> Outcome {
         refuse(words)?;
         a.sh("podman rm --force --time 0 web")?;
     }
+
     let pod = "podman pod create --name p >/dev/null; podman run --detach --pod p --name web";
     if a.exec(&["sh", "-c", &format!("{pod} {COMMAND}")])?.code == 0 {
         refuse("pod")?;
@@ -346,12 +358,14 @@ fn refused(lab: &Lab) -> Outcome {
         refuse(words)?;
         b.sh(back)?;
     }
+
     let taken = b.start(&["/srv/shared/bin/counter-server", "--listen", "0.0.0.0:8080"])?;
     until("the port is taken", SHORT, || {
         Ok(b.sh("ss -Hltn sport = :8080")?.contains("8080").then_some(()))
     })?;
     refuse("the port 8080/tcp cannot be published")?;
     drop(taken);
+
     stayed(lab, &before)
 }
 
@@ -369,6 +383,7 @@ fn after_failures(lab: &Lab) -> Outcome {
         ("destination", "destination.restored:error"),
         ("destination", "destination.ready:kill"),
     ];
+
     if suite::full() {
         deeds.extend([
             ("source", "source.freeze:error"),
@@ -379,6 +394,7 @@ fn after_failures(lab: &Lab) -> Outcome {
             ("destination", "destination.engaged:kill"),
         ]);
     }
+
     wrapper(lab)?;
     for (role, deed) in deeds {
         let step = |e: String| format!("{deed}: {e}");
@@ -390,6 +406,7 @@ fn after_failures(lab: &Lab) -> Outcome {
                 a.ferry(&["migrate", "--remote-ferry", "/srv/shared/bin/faulty", "web", "b"])?
             }
         };
+
         ensure!(said.code != 0, "{deed}: {said}");
         until("it runs on", SHORT, || {
             Ok(a.exec(&["ferry", "check", "web", "b"])?.code.eq(&0).then_some(()))
@@ -398,10 +415,12 @@ fn after_failures(lab: &Lab) -> Outcome {
         probe.is_content().map_err(step)?;
         stayed(lab, &before).map_err(step)?;
     }
+
     // And then it goes.
     let lines = logs(&a)?;
     a.ferry(&["migrate", "web", "b"])?.exits(0)?;
     probe.is_content()?;
+
     owned_there(lab, &before, &lines)
 }
 

@@ -63,6 +63,7 @@ impl Clients {
     pub fn go_on(&mut self, lab: &Lab, pid: impl Fn(&Host) -> Outcome<String>) -> Outcome {
         let (a, b) = (lab.host("a"), lab.host("b"));
         self.are_content()?;
+
         // What it begins itself goes by the other host's bridge, whatever comes and goes meanwhile.
         let client = lab.host("client").sh("getent hosts $(hostname) | cut -d ' ' -f 1")?;
         let inside = format!("nsenter --net=/proc/{}/ns/net", pid(&b)?.trim());
@@ -70,6 +71,7 @@ impl Clients {
         for host in [&a, &b] {
             self.probes.push(Probe::to(lab, &port_of(host)?, CONNECTIONS)?);
         }
+
         self.are_content()?;
         // Those of `b` are not forwarded.
         until("it is told how many there are", SHORT, || {
@@ -77,15 +79,18 @@ impl Clients {
             Ok(told(&a)?.iter().any(right).then_some(()))
         })
         .map_err(|e| format!("{e}: {:?}", told(&a)))?;
+
         refused(&b, &["web", "a"], "its connections are forwarded from a")?;
         // Whoever lists them must not stumble over what is Ferry's.
         for host in [&a, &b] {
             ensure!(host.sh("nft list ruleset")?.contains("ferry-published-"), "{}", host.name);
         }
+
         for (host, process) in [(&a, "work"), (&b, "away")] {
             host.sh(&format!("kill -9 $(pgrep -f '[_]_guard forward {process}')"))?;
             self.are_content().map_err(|e| format!("{process} was killed: {e}"))?;
         }
+
         Ok(())
     }
 

@@ -34,6 +34,7 @@ pub fn is_held_back(lab: &Lab, engine: &str, replaces: &[&str]) -> Outcome {
     for replace in replaces {
         refused(&a, &replace.replace("COMMAND", COMMAND))?;
     }
+
     // Another name is nobody's concern; and it runs there.
     a.sh(&format!("{engine} run --detach --name other {COMMAND}"))?;
     ensure!(status(&b, engine, "web")? == "running", "it does not run there");
@@ -55,5 +56,6 @@ pub fn is_held_back(lab: &Lab, engine: &str, replaces: &[&str]) -> Outcome {
     a.sh(&hint)?;
     a.sh(&format!("{engine} rm --force web >/dev/null 2>&1 || true; {again}"))?;
     ensure!(status(&a, engine, "web")? == "running", "it does not run");
+
     Ok(())
 }

@@ -54,6 +54,7 @@ fn of_several_processes(lab: &Lab) -> Outcome {
     std::fs::copy(in_tree("tests/migrate/visitors.py"), a.path("/srv/shared/visitors.py")?)
         .map_err(|e| e.to_string())?;
     let (address, count) = (lab.address(ADDRESS), VISITORS.to_string());
+
     let arguments = ["python3", "/srv/shared/visitors.py", &address, &count];
     let mut visitors = Talk::start(&lab.host("client"), &arguments)?;
     ensure!(visitors.expect("ready")?["ready"] == true, "not all are served");
@@ -63,12 +64,14 @@ fn of_several_processes(lab: &Lab) -> Outcome {
         ensure!(said["wrong"] == 0, "{said}");
         Ok(())
     };
+
     for at in ["lift.taken:error", "source.commit:error"] {
         let fault = format!("FERRY_FAULT={at}");
         a.start(&["env", &fault, "ferry", "migrate", "box", "b"])?.end(LONG)?.exits(1)?;
         exactly_one_copy(&container, &a, &b)?;
         are_served().map_err(|e| format!("after {at}: {e}"))?;
     }
+
     for (from, to) in [(&a, &b), (&b, &a)] {
         let said = from.ferry(&["migrate", "--json", "box", to.name])?.exits(0)?;
         let carried = carried(&said)?;
@@ -76,6 +79,7 @@ fn of_several_processes(lab: &Lab) -> Outcome {
         exactly_one_copy(&container, to, from)?;
         are_served()?;
     }
+
     wire.is_calm(VISITORS)
 }
 
@@ -96,6 +100,7 @@ ends = [s.recv(1) for s in all]
 print('{{\"ended\": %d}}' % ends.count(b''), flush=True)",
         lab.address(ADDRESS)
     );
+
     let here = [("lift.kept:error", 1, &a), ("source.commit:error", 1, &a), ("none:none", 0, &b)];
     for (fault, code, host) in here {
         let mut all = Talk::start(&client, &["python3", "-c", &script])?;
@@ -103,12 +108,14 @@ print('{{\"ended\": %d}}' % ends.count(b''), flush=True)",
         let fault = format!("FERRY_FAULT={fault}");
         a.start(&["env", &fault, "ferry", "migrate", "box", "b"])?.end(LONG)?.exits(code)?;
         ensure!(client.sh(established)?.trim() == VISITORS.to_string(), "some have ended before");
+
         // Its workers end, with all that they have; the master makes others.
         host.sh("pid=$(runc state box | grep -o '\"pid\": [0-9]*' | grep -o '[0-9]*')
                  kill -KILL $(cat /proc/$pid/task/$pid/children)")?;
         let said = all.expect("ended").map_err(|e| format!("after {fault}: {e}"))?;
         ensure!(said["ended"] == VISITORS, "after {fault}: {said}");
     }
+
     Ok(())
 }
 
@@ -124,6 +131,7 @@ fn many(lab: &Lab, all: usize) -> Outcome {
     let mut busy = Probe::every(lab, &container, BUSY, "20ms")?;
     let mut are_content = || idle.answers_again().and_then(|()| busy.is_content());
     let error = ["env", "FERRY_FAULT=source.commit:error", "ferry", "migrate", "box", "b"];
+
     a.start(&error)?.end(LONG)?.exits(1)?;
     exactly_one_copy(&container, &a, &b)?;
     are_content().map_err(|e| format!("after the rollback: {e}"))?;
@@ -135,10 +143,12 @@ fn many(lab: &Lab, all: usize) -> Outcome {
         let report = lines.next_back().ok_or("no report")?;
         let peak = report["peak_kib"].as_u64().unwrap_or(u64::MAX);
         ensure!(peak <= MOST_KIB, "Ferry had {peak} KiB on the source");
+
         let carried = carried(&said)? as usize;
         ensure!(carried >= (all - BUSY) * 9 / 10, "only {carried} were carried by Ferry itself");
         println!("    frozen {} ms, CRIU {}", report["frozen_ms"], report["criu_ms"]);
     }
+
     idle.is_content()?;
     wire.is_calm(all)
 }
@@ -168,11 +178,13 @@ fn every_kind(lab: &Lab, each: usize) -> Outcome {
     let arguments = ["/srv/shared/bin/ferry-crowd", "--to", &address, "--each", &count];
     let mut crowd = Talk::start(&lab.host("client"), &arguments)?;
     crowd.expect("ready")?;
+
     let before = states(&a)?;
     for state in ["ESTAB", "CLOSE-WAIT", "FIN-WAIT-1", "FIN-WAIT-2", "LAST-ACK", "CLOSING"] {
         let n = before.get(state).map_or(0, |counts| counts.0);
         ensure!(n >= each, "{n} connections in {state}: {before:?}");
     }
+
     ensure!(before["ESTAB"].1 >= 3 * each, "too few with full queues: {before:?}");
     for (from, to) in [(&a, &b), (&b, &a), (&a, &b)] {
         let visits = |crowd: &mut Talk| -> Outcome<u64> {
@@ -184,6 +196,7 @@ fn every_kind(lab: &Lab, each: usize) -> Outcome {
         exactly_one_copy(&container, to, from)?;
         ensure!(visits(&mut crowd)? > came, "nobody came meanwhile");
     }
+
     let after = states(&b)?;
     // A FIN that came while they were away counts as one in the queue.
     let same = before.iter().all(|(state, n)| after.get(state).is_some_and(|m| m.0 == n.0));
@@ -191,9 +204,11 @@ fn every_kind(lab: &Lab, each: usize) -> Outcome {
     crowd.say("finish")?;
     let report = crowd.expect("problems")?;
     ensure!(report["problems"] == Value::Array(Vec::new()), "{report:#}");
+
     let whole = report["whole"].as_object().ok_or("no kinds")?;
     ensure!(whole.len() == 11 && whole.values().all(|n| *n == each), "{report:#}");
     ensure!(report["echoes"].as_u64() > Some(0), "{report:#}");
     println!("    {report}");
+
     Ok(())
 }

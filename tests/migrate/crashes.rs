@@ -64,11 +64,13 @@ fn source(lab: &Lab) -> Outcome {
         let words = said.err.contains("broken off") && said.err.contains("ferry resolve box");
         ensure!(words && !said.err.contains("runc"), "{arguments:?}: {said}");
     }
+
     let said = b.ferry(&["resolve", "box"])?.exits(4)?;
     ensure!(said.err.contains("held here"), "{said}");
     let said = a.ferry(&["resolve", "box"])?.exits(0)?;
     ensure!(said.out.contains("it runs on here"), "{said}");
     exactly_one_copy(&container, &a, &b)?;
+
     // Who asks again tells the other host again.
     let said = a.ferry(&["resolve", "box"])?.exits(0)?;
     ensure!(said.out.contains("b holds nothing of it"), "{said}");
@@ -80,6 +82,7 @@ fn source(lab: &Lab) -> Outcome {
     ensure!(said.code != 0 && said.err.contains("ferry resolve box"), "{said}");
     ensure!(!said.err.contains("was migrated"), "it was not: {said}");
     ensure!(facts(&b)?.open().len() == 1, "it is not held any more");
+
     let said = a.ferry(&["resolve", "box"])?.exits(0)?;
     ensure!(said.out.contains("it runs on the other host"), "{said}");
     exactly_one_copy(&container, &b, &a)?;
@@ -94,6 +97,7 @@ fn source(lab: &Lab) -> Outcome {
     ensure!(!said.out.contains("runs"), "nothing does: {said}");
     container.make_network(lab, &a)?;
     container.run_on(&a)?;
+
     exactly_one_copy(&container, &a, &b)
 }
 
@@ -124,6 +128,7 @@ fn taken_back(lab: &Lab) -> Outcome {
             ensure!(!running.has_ended(), "it was over before it came by {point}");
             Ok(file.exists().then_some(()))
         })?;
+
         let guard = if guarded { "" } else { "$(pgrep -f '^/proc/self/exe __guard')" };
         b.sh("kill -KILL $(pgrep -f '^ferry receive')")?;
         a.sh(&format!("kill -KILL {guard} $(pgrep -f '^ferry migrate')"))?;
@@ -136,6 +141,7 @@ fn taken_back(lab: &Lab) -> Outcome {
         exactly_one_copy(&container, &a, &b)?;
         probe.is_content()?;
     }
+
     a.ferry(&["migrate", "box", "b"])?.exits(0)?;
     exactly_one_copy(&container, &b, &a)?;
     probe.is_content()
@@ -155,6 +161,7 @@ fn word_lost(lab: &Lab) -> Outcome {
         ensure!(!running.has_ended(), "it was over before it came by {point}");
         Ok(file.exists().then_some(()))
     })?;
+
     // What is written to it from now on is lost with it.
     a.sh("kill -STOP $(pgrep -f '^ssh ')")?;
     a.sh("kill -INT $(pgrep -f '^ferry migrate')")?;
@@ -162,9 +169,11 @@ fn word_lost(lab: &Lab) -> Outcome {
     until("it has given up", SHORT, || {
         Ok(facts(&a)?.migrations.iter().any(|m| m.state == "aborted").then_some(()))
     })?;
+
     a.sh("kill -KILL $(pgrep -f '^ssh ')")?;
     running.end(LONG)?.exits(1)?;
     exactly_one_copy(&container, &a, &b)?;
     a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+
     exactly_one_copy(&container, &b, &a)
 }

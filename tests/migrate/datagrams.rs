@@ -68,6 +68,7 @@ fn unread(lab: &Lab) -> Outcome {
         client.say(&format!("burst {BURST}"))?;
         client.expect("burst")?;
     }
+
     let before = waits(&a)?;
     ensure!(before > 0, "nothing waits");
 
@@ -86,6 +87,7 @@ fn unread(lab: &Lab) -> Outcome {
             ensure!(report["unanswered"] == BURST && report["refused"] == 0, "{report}");
         }
     }
+
     a.sh("runc kill box CONT")?;
     for client in &mut clients {
         client.say("finish")?;
@@ -97,6 +99,7 @@ fn unread(lab: &Lab) -> Outcome {
         );
         println!("    {report}");
     }
+
     Ok(())
 }
 
@@ -130,6 +133,7 @@ fn more_than_there_is_room_for(lab: &Lab) -> Outcome {
         client.expect("burst")?;
         sent += FLOOD;
         std::fs::remove_file(&held).map_err(|e| format!("{}: {e}", held.display()))?;
+
         let ended = migrating.end(LONG)?.exits(code)?;
         let (here, there) = if code == 0 { (to, from) } else { (from, to) };
         exactly_one_copy(&container, here, there)?;
@@ -137,18 +141,21 @@ fn more_than_there_is_room_for(lab: &Lab) -> Outcome {
         ensure!(after == before, "limit and drops: {before:?}, then {after:?}\n{ended}");
         Ok(())
     };
+
     a.sh("runc kill box STOP")?;
     go(&a, &b, ",source.commit:error", 1)?;
     go(&a, &b, "", 0)?;
     b.sh("runc kill box CONT")?;
     go(&b, &a, "", 0)?;
     client.say("finish")?;
+
     let report = client.expect("sent")?;
     ensure!(
         report["sent"].as_u64() >= Some(sent)
             && ["unanswered", "twice", "wrong", "refused"].iter().all(|key| report[*key] == 0),
         "{report}"
     );
+
     println!("    {report}");
     Ok(())
 }
@@ -247,6 +254,7 @@ fn multicast_and_options(lab: &Lab) -> Outcome {
     let container = Container::networked("script").with(&options);
     container.make(&a)?;
     container.make_network(lab, &a)?;
+
     let v6_address = v6(lab, ADDRESS);
     a.sh(&format!("ip -n box addr add {v6_address}/64 dev box0 nodad"))?;
     container.run_on(&a)?;
@@ -256,6 +264,7 @@ fn multicast_and_options(lab: &Lab) -> Outcome {
         let call = ["python3", "-c", CALL, &own, &v6_of_client];
         Ok(client.start(&call)?.end(LONG)?.exits(0)?.out)
     };
+
     let before = ask()?;
     ensure!(!before.contains("none"), "{before}");
 
@@ -272,5 +281,6 @@ fn multicast_and_options(lab: &Lab) -> Outcome {
         let after = ask()?;
         ensure!(after == before, "on {}: {after}, before: {before}", to.name);
     }
+
     Ok(())
 }

@@ -85,6 +85,7 @@ fn of_the_moment(lab: &Lab) -> Outcome {
         b.ferry(&["migrate", "box", "a"])?.exits(0)?;
         a.sh("ferry delete -f box; rm -r /srv/shared/box")?;
     }
+
     Ok(())
 }
 

@@ -171,6 +171,7 @@ pub fn trials() -> Vec<Trial> {
         for &(deed, name) in DEEDS {
             // After the commit no step returns an error that anybody could act upon.
             let nothing = deed == Deed::Error && matches!(at, SourceAfter | DestinationAfter);
+
             // All others lie on Ferry's first thread, with which it ends.
             let nothing = nothing || deed == Deed::Panic && !point.starts_with("dump.");
             let some = list.iter().any(|(p, list)| *p == point && list.contains(&name));
@@ -181,11 +182,13 @@ pub fn trials() -> Vec<Trial> {
             }
         }
     }
+
     trials.push(in_lab("faults::unix_socket", LIMIT, unix_socket));
     let times = if full { 60 } else { 10 };
     trials.push(in_lab("faults::criu_killed_in_the_tasks", LIMIT, move |lab| {
         criu_killed_in_the_tasks(lab, times)
     }));
+
     trials.push(in_lab("faults::criu_hangs_in_the_dump", LIMIT, criu_hangs_in_the_dump));
     trials.push(in_lab("faults::guard_in_the_tasks", LIMIT, guard_in_the_tasks));
     trials.push(in_lab("faults::guard_lets_it_run", LIMIT, guard_lets_it_run));
@@ -194,10 +197,12 @@ pub fn trials() -> Vec<Trial> {
         LIMIT,
         guards_wait_before_the_freeze,
     ));
+
     trials.push(in_lab("faults::guard_cannot_be_reached", LIMIT, guard_cannot_be_reached));
     trials.push(in_lab("faults::runtime_does_not_delete", LIMIT, runtime_does_not_delete));
     trials.push(in_lab("faults::disk_fails_at_the_commit", LIMIT, disk_fails_at_the_commit));
     trials.push(in_lab("faults::known_before_it_is_told", LIMIT, known_before_it_is_told));
+
     trials
 }
 
@@ -207,8 +212,10 @@ fn guard_in_the_tasks(lab: &Lab) -> Outcome {
     let (a, b) = pair(lab);
     let container = Container::networked("counter").with(&["--arg", "--threads", "--arg", "4"]);
     container.start(lab, &a)?;
+
     // Seldom, as a connection with something in its queue is not taken out.
     let mut probe = Probe::every(lab, &container, CARRIED, "500ms")?;
+
     // Who is killed when the guard comes by the point.
     for (fault, point, killed) in [
         ("guard.taken:error", None, ""),
@@ -229,11 +236,13 @@ fn guard_in_the_tasks(lab: &Lab) -> Outcome {
                 let ended = running.end(LONG)?;
                 return Err(format!("{fault}: it did not come by {point}\nmigrate: {ended}"));
             }
+
             let guard = std::fs::read_to_string(&file).map_err(|e| e.to_string())?;
             match killed {
                 "guard" => a.exec(&["kill", "-KILL", guard.trim()])?.exits(0)?,
                 _ => a.exec(&["pkill", "-KILL", "-f", "^ferry migrate"])?.exits(0)?,
             };
+
             // Whoever does its work then comes by, too.
             until("it is over", LONG, || {
                 let _ = std::fs::remove_file(&file);
@@ -252,6 +261,7 @@ fn guard_in_the_tasks(lab: &Lab) -> Outcome {
         })();
         all.map_err(|e| format!("{fault}, killed: {killed}: {e}\nmigrate: {ended}"))?;
     }
+
     a.ferry(&["migrate", "box", "b"])?.exits(0)?;
     exactly_one_copy(&container, &b, &a)?;
     probe.is_content()
@@ -265,6 +275,7 @@ fn guard_lets_it_run(lab: &Lab) -> Outcome {
     container.start(lab, &a)?;
     let mut probe = Probe::start(lab, &container, 5)?;
     let (mut here, mut there) = (&a, &b);
+
     // The last is between the last page, or CRIU's last word, and the end of whoever has put it in.
     for (point, deed) in [
         ("destination.committed", "kill"),
@@ -298,6 +309,7 @@ fn guard_lets_it_run(lab: &Lab) -> Outcome {
         all.map_err(|e| format!("{deed} at {point}: {e}\nmigrate: {ended}"))?;
         (here, there) = (there, here);
     }
+
     here.ferry(&["migrate", "box", there.name])?.exits(0)?;
     exactly_one_copy(&container, there, here)?;
     probe.is_content()
@@ -421,6 +433,7 @@ fn known_before_it_is_told(lab: &Lab) -> Outcome {
     let mut probe = Probe::start(lab, &container, 5)?;
     let script = "#!/bin/sh\nFERRY_FAULT=destination.noted:hold exec ferry \"$@\"\n";
     write_script(&a.path("/srv/shared/bin/faulty")?, script)?;
+
     let remote = ["--remote-ferry", "/srv/shared/bin/faulty"];
     let mut running = a.start(&[&["ferry", "migrate"][..], &remote, &["box", "b"]].concat())?;
     let file = b.path("/run/ferry-fault/destination.noted")?;
@@ -428,6 +441,7 @@ fn known_before_it_is_told(lab: &Lab) -> Outcome {
         ensure!(!running.has_ended(), "it was over before it came there");
         Ok(file.exists().then_some(()))
     })?;
+
     until("it runs there", SHORT, || {
         let status = facts(&b)?.containers.remove("box");
         Ok(status.is_some_and(|s| s.status == "running" && s.frozen == "0").then_some(()))
@@ -440,10 +454,12 @@ fn known_before_it_is_told(lab: &Lab) -> Outcome {
         "it has let go of its own: {:?}",
         state(&a)?
     );
+
     ensure!(!running.has_ended(), "it has heard that it runs there");
     std::fs::remove_file(&file).map_err(|e| format!("{}: {e}", file.display()))?;
     running.end(LONG)?.exits(0)?;
     exactly_one_copy(&container, &b, &a)?;
+
     probe.is_content()
 }
 
@@ -481,6 +497,7 @@ fn criu_killed_in_the_tasks(lab: &Lab, times: u32) -> Outcome {
         test -e /proc/$pid/fd/0 || exit 1
         { ls -l /proc/$pid/fd; cat /proc/$pid/maps; } | grep -iE 'criu|/run/ferry' || true";
     container.start(lab, &a)?;
+
     let mut probe = Probe::start(lab, &container, 5)?;
     let script = "
 import glob, os, signal, sys, time
@@ -507,6 +524,7 @@ os.unlink(point)
         })();
         all.map_err(|e| format!("killed after {after} ms: {e}\nmigrate: {ended}"))?;
     }
+
     a.ferry(&["migrate", "box", "b"])?.exits(0)?;
     exactly_one_copy(&container, &b, &a)?;
     probe.is_content()
@@ -519,6 +537,7 @@ fn criu_hangs_in_the_dump(lab: &Lab) -> Outcome {
     let container = Container::networked("counter").with(&["--arg", "--threads", "--arg", "4"]);
     container.start(lab, &a)?;
     let mut probe = Probe::start(lab, &container, 5)?;
+
     // Before it may begin: it is done in some milliseconds, and what it leaves in tasks has a trial of its
     // own.
     let script = "
@@ -539,6 +558,7 @@ for file in glob.glob('/run/ferry/*/work/criu.pid'):
 os.unlink('/run/ferry-fault/dump.fenced')
 ";
     let stopper = a.start(&["python3", "-c", script])?;
+
     let fault = "FERRY_FAULT=source.freeze:hold,dump.fenced:hold";
     let running = a.start(&["env", fault, "ferry", "migrate", "box", "b"])?;
     stopper.end(SHORT)?.exits(0)?;
@@ -551,9 +571,11 @@ os.unlink('/run/ferry-fault/dump.fenced')
         exactly_one_copy(&container, &a, &b)?;
         probe.is_content()
     })();
+
     all.map_err(|e| format!("{e}\nmigrate: {ended}"))?;
     a.ferry(&["migrate", "box", "b"])?.exits(0)?;
     exactly_one_copy(&container, &b, &a)?;
+
     probe.is_content()
 }
 
@@ -595,6 +617,7 @@ fn fault(lab: &Lab, point: &'static str, at: At, deed: Deed, connections: usize)
     let race =
         at_commit(point) && (matches!(ended.code, 0 | 4) || ended.code == 137 && committed());
     let after = race || matches!(at, SourceAfter | DestinationAfter);
+
     // CRIU and the runtime decide nothing: a migration may get by without them.
     let spared = matches!(deed, Deed::KillCriu | Deed::KillRunc) && ended.code == 0;
     let settled = settle(&a, &b, &ended, after || spared, may_have_run(point, at, deed));
@@ -604,15 +627,18 @@ fn fault(lab: &Lab, point: &'static str, at: At, deed: Deed, connections: usize)
         if at == DestinationAfter && deed == Deed::Kill {
             b.ferry(&["resolve", "box"])?;
         }
+
         // A host whose cable was pulled learns of it when the other one reaches it again.
         let limit = Duration::from_secs(if deed == Deed::Cut { 25 } else { 10 });
         exactly_one_copy_within(limit, &container, here, there)?;
         probe.is_content()?;
+
         // The second try, from where it is to where it is not.
         here.ferry(&["migrate", "box", there.name])?.exits(0)?;
         exactly_one_copy(&container, there, here)?;
         probe.is_content()
     })();
+
     all.map_err(|e| format!("{e}\nmigrate: {ended}"))
 }
 
@@ -625,10 +651,12 @@ fn migrate_with(lab: &Lab, point: &str, at: At, deed: Deed) -> Outcome<Output> {
         Deed::Panic => "panic",
         _ => "hold",
     };
+
     let fault = format!("FERRY_FAULT={point}:{action}");
     // What happens when the images are sent happens before the destination is ready: that is seen to, as
     // it may be quick.
     let later = (point == "source.sent" && action == "hold").then_some("destination.ready");
+
     // ssh carries no environment: over there a script stands before Ferry.
     let there = later.map_or(fault.clone(), |later| format!("FERRY_FAULT={later}:hold"));
     let script = format!("#!/bin/sh\n{there} exec ferry \"$@\"\n");
@@ -643,6 +671,7 @@ fn migrate_with(lab: &Lab, point: &str, at: At, deed: Deed) -> Outcome<Output> {
         "box",
         "b",
     ])?;
+
     if action == "hold" {
         let host = if matches!(at, Source | SourceAfter) { &a } else { &b };
         let file = host.path(&format!("/run/ferry-fault/{point}"))?;
@@ -650,12 +679,14 @@ fn migrate_with(lab: &Lab, point: &str, at: At, deed: Deed) -> Outcome<Output> {
             ensure!(!running.has_ended(), "it was over before it came by {point}");
             Ok(file.exists().then_some(()))
         })?;
+
         perform(lab, at, deed)?;
         if at == Destination && matches!(deed, Deed::Interrupt | Deed::Terminate) {
             await_given_up(&a, &mut running, point)?;
         }
         std::fs::remove_file(&file).map_err(|e| format!("{}: {e}", file.display()))?;
     }
+
     if let Some(later) = later {
         let file = b.path(&format!("/run/ferry-fault/{later}"))?;
         until("the destination is ready, or gone", SHORT, || {
@@ -663,6 +694,7 @@ fn migrate_with(lab: &Lab, point: &str, at: At, deed: Deed) -> Outcome<Output> {
             Ok((gone || std::fs::remove_file(&file).is_ok()).then_some(()))
         })?;
     }
+
     // Before the commit the source must come to its senses by itself. After it there is nobody whom
     // a client could reach while the cable is out: then it is out for some seconds only.
     if deed == Deed::Cut && (matches!(at, SourceAfter | DestinationAfter) || at_commit(point)) {
@@ -672,10 +704,12 @@ fn migrate_with(lab: &Lab, point: &str, at: At, deed: Deed) -> Outcome<Output> {
         })?;
         lab.link(&["b", "--mend"])?;
     }
+
     let ended = running.end(LONG);
     if deed == Deed::Cut {
         lab.link(&["b", "--mend"])?;
     }
+
     ended
 }
 
@@ -727,6 +761,7 @@ fn settle<'a>(
         (true, false) => &[0, 1, 4, 137],
         (false, _) => &[1, 3, 137],
     };
+
     ensure!(expected.contains(&ended.code), "an exit code that cannot be: {}", ended.code);
     if !after {
         return Ok((a, b));
@@ -741,6 +776,7 @@ fn settle<'a>(
         1 => return Ok((a, b)),
         _ => {}
     }
+
     let until = Instant::now() + SHORT;
     loop {
         // Nothing open here: it was over but for its last words.
@@ -749,6 +785,7 @@ fn settle<'a>(
             Some("aborted") if !may_have_run => return Ok((a, b)),
             _ => {}
         }
+
         let said = a.ferry(&["resolve", "box"])?;
         match said.code {
             0 if said.out.contains("it never ran on the other host") => {

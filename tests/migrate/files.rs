@@ -101,12 +101,14 @@ fn to_and_fro_while_they_change(lab: &Lab) -> Outcome {
         } else {
             from.ferry(&line)?.exits(0)?;
         }
+
         exactly_one_copy(&container, to, from)?;
         has_checked(&mut probe)?;
         for host in [from, to] {
             let left = leftovers(host)?;
             ensure!(left.is_empty(), "left on {}: {left}", host.name);
         }
+
         let kept = from.exec(&["test", "-e", "/srv/local/box/rootfs"])?.code == 0;
         ensure!(kept != last, "the source's files: kept {kept}");
         if kept {
@@ -115,6 +117,7 @@ fn to_and_fro_while_they_change(lab: &Lab) -> Outcome {
             ensure!(before == after, "it was\n{before}\nand is\n{after}");
         }
     }
+
     Ok(())
 }
 
@@ -143,6 +146,7 @@ os.setxattr('deep', 'system.posix_acl_default', bytes.fromhex('02000000 01000700
 END
          touch -d '2003-02-03 04:05:06.111111111' .",
     )?;
+
     container.make_network(lab, &a)?;
     container.run_on(&a)?;
     a.ferry(&["migrate", "box", "b"])?.exits(0)?;
@@ -151,6 +155,7 @@ END
     let (before, after) = (listing(&a, &root)?, listing(&b, &root)?);
     ensure!(before.lines().count() > 20, "little to compare:\n{before}");
     ensure!(before == after, "it was\n{before}\nand is\n{after}");
+
     Ok(())
 }
 
@@ -163,6 +168,7 @@ fn volumes(lab: &Lab) -> Outcome {
     let mut probe = Probe::start(lab, &container, 5)?;
     let said = a.ferry(&["migrate", "box", "b"])?.exits(3)?;
     ensure!(said.err.contains("--volume /vol=copy"), "no hint: {said}");
+
     let said = a.ferry(&["migrate", "--volume", "/nowhere=copy", "box", "b"])?.exits(3)?;
     ensure!(said.err.contains("its bind mounts are /vol"), "no hint: {said}");
     a.ferry(&["check", "--volume", "/vol=copy", "box", "b"])?.exits(0)?;
@@ -170,6 +176,7 @@ fn volumes(lab: &Lab) -> Outcome {
     let said = a.ferry(&["migrate", "--dry-run", "--volume", "/vol=copy", "box", "b"])?.exits(0)?;
     ensure!(said.out.contains("bind mount /vol: copied, 5 MiB"), "no forecast: {said}");
     ensure!(b.sh("ls -A /srv/local")?.is_empty(), "a dry run has made something");
+
     // No faster than is allowed, but for what may go at once and the last piece, 20 ms of it each.
     let line = ["migrate", "--json", "--bandwidth", "20M", "--volume", "/vol=copy", "box", "b"];
     let said = a.ferry(&line)?.exits(0)?;
@@ -179,6 +186,7 @@ fn volumes(lab: &Lab) -> Outcome {
     let ms = first["bytes"].as_f64().unwrap_or(0.0) / 20e6 * 1000.0;
     ensure!(ms > 200.0 && first["ms"].as_f64().unwrap_or(0.0) > ms - 40.0, "{report}");
     exactly_one_copy(&container, &b, &a)?;
+
     has_checked(&mut probe)
 }
 
@@ -197,6 +205,7 @@ fn single_files(lab: &Lab) -> Outcome {
         "--arg",
         "--file=/lines",
     ]);
+
     a.sh("mkdir -p /srv/local/etc && cd /srv/local/etc && echo first > hosts && chmod 4604 hosts
           touch lines && seq 200 > names && mkfifo null")?;
     container.start(lab, &a)?;
@@ -204,6 +213,7 @@ fn single_files(lab: &Lab) -> Outcome {
     for hint in ["--volume /etc/hosts=copy", "or put the same contents", "--volume /null=shared"] {
         ensure!(said.err.contains(hint), "no {hint:?}: {said}");
     }
+
     // One of them is there already, another stands in the way.
     b.sh("mkdir -p /srv/local/etc && cd /srv/local/etc && echo mine > hosts && seq 200 > names
           mkfifo null")?;
@@ -213,17 +223,20 @@ fn single_files(lab: &Lab) -> Outcome {
     };
     let said = a.ferry(&line(&["--dry-run"]))?.exits(0)?;
     ensure!(said.out.contains("bind mount /etc/hosts: copied, 1 MiB, 1 files"), "{said}");
+
     ensure!(said.out.contains("bind mount /etc/names: is there"), "{said}");
     let command = [&["env", "FERRY_FAULT=source.commit:error", "ferry"], &*line(&[])].concat();
     a.start(&command)?.end(LONG)?.exits(1)?;
     exactly_one_copy(&container, &a, &b)?;
     let there = b.sh("cd /srv/local/etc && ls -A && cat hosts")?;
     ensure!(there == "hosts\nnames\nnull\nmine\n", "it was not left as it was: {there}");
+
     // Changed while it goes, also by others than the container.
     let said = at(&a, "source.copied", &line(&["--source-files", "remove"]), || {
         a.sh("cd /srv/local/etc && echo second >> hosts && touch -d '2001-02-03 04:05:06.7' hosts")
             .map(drop)
     })?;
+
     ensure!(!said.exits(0)?.err.contains(NAMES_GIVEN), "a round for nothing");
     exactly_one_copy(&container, &b, &a)?;
     let inside = "/proc/$(pidof stdio-ticker)/root";
@@ -231,6 +244,7 @@ fn single_files(lab: &Lab) -> Outcome {
         let text = b.sh(&format!("cd {place} && cat hosts && stat -c '%a %h %.Y' hosts"))?;
         ensure!(text == "first\nsecond\n4604 1 981173106.700000000\n", "{place}: {text}");
     }
+
     let lines = b.sh(&format!("head -n -1 {inside}/lines"))?;
     let wrong = lines.lines().enumerate().find(|(i, l)| *l != format!("tick {}", i + 1));
     ensure!(wrong.is_none() && lines.lines().count() > 20, "{wrong:?} of {lines}");
@@ -238,11 +252,13 @@ fn single_files(lab: &Lab) -> Outcome {
     ensure!(there == "hosts\nhosts.before\nlines\nnames\nnull\nmine\n", "{there}");
     let here = a.sh("ls -A /srv/local/etc")?;
     ensure!(here == "names\nnull\n", "not removed: {here}");
+
     // What was replaced is not what the container has.
     b.sh("cd /srv/local/etc && cp hosts new && mv new hosts")?;
     let back = [&["migrate"], volumes.as_flattened(), &["box", "a"]].concat();
     let said = b.ferry(&back)?.exits(3)?;
     ensure!(said.err.contains("is not what is at /srv/local/etc/hosts"), "{said}");
+
     exactly_one_copy(&container, &b, &a)
 }
 
@@ -279,6 +295,7 @@ fn given_up(lab: &Lab) -> Outcome {
         })();
         all.map_err(|e| format!("{fault}: {e}\n{said}"))?;
     }
+
     a.ferry(&["migrate", "box", "b"])?.exits(0)?;
     exactly_one_copy(&container, &b, &a)?;
     has_checked(&mut probe)
@@ -337,6 +354,7 @@ fn locked_over_there(lab: &Lab) -> Outcome {
     let held = "/srv/shared/bin/held";
     let script = "#!/bin/sh\nexport FERRY_FAULT=destination.restore:hold; exec ferry \"$@\"\n";
     write_script(&a.path(held)?, script)?;
+
     let migrate = ["ferry", "migrate", "--remote-ferry", held, "box", "b"];
     let migrating = a.start(&migrate)?;
     let file = b.path("/run/ferry-fault/destination.restore")?;
@@ -346,6 +364,7 @@ fn locked_over_there(lab: &Lab) -> Outcome {
     let done = b.path("/tmp/locked")?;
     until("the file is locked", SHORT, || Ok(done.exists().then_some(())))?;
     std::fs::remove_file(&file).map_err(|e| e.to_string())?;
+
     until("the restore waits for the lock", SHORT, || {
         Ok(b.sh("ps -eo wchan:32")?.contains("locks_lock_inode_wait").then_some(()))
     })?;
@@ -356,8 +375,10 @@ fn locked_over_there(lab: &Lab) -> Outcome {
         let none = b.exec(&["pgrep", "-x", "criu|ferry|runc|counter-server"])?.code == 1;
         Ok(none.then_some(()))
     })?;
+
     exactly_one_copy(&container, &a, &b)?;
     drop(lock);
     a.ferry(&["migrate", "box", "b"])?.exits(0)?;
+
     exactly_one_copy(&container, &b, &a)
 }

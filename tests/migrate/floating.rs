@@ -209,6 +209,7 @@ fn to_and_fro(lab: &Lab) -> Outcome {
     let wire = Wire::watch(lab)?;
     let mut probe = Probe::to(lab, &format!("{}:7000", bare(&ip)), CONNECTIONS)?;
     let mut other = Probe::to(lab, &format!("[{}]:7000", bare(&ip6)), CONNECTIONS)?;
+
     // On the host that it goes to and comes from: a client like any other.
     let mut local = Probe::start_on(&b, lab, &container, 2, "2ms")?;
     let mut neighbours = [Neighbour::on(lab, &a)?, Neighbour::on(lab, &b)?];
@@ -217,6 +218,7 @@ fn to_and_fro(lab: &Lab) -> Outcome {
         let line = format!("address {address}: moves from eth0 here to eth0 there");
         ensure!(said.out.contains(&line), "no {line:?} in {said}");
     }
+
     for (from, to) in [(&a, &b), (&b, &a), (&a, &b)] {
         migrate_with(from, to, &floating(lab), &[])?.exits(0)?;
         exactly_one_copy(&container, to, from)?;
@@ -226,11 +228,13 @@ fn to_and_fro(lab: &Lab) -> Outcome {
         neighbours.iter_mut().try_for_each(Neighbour::is_untouched)?;
         moved(lab, to, from)?;
     }
+
     // The host that it has left reaches it like anybody else.
     let program = "/srv/shared/bin/ferry-probe";
     for to in [format!("{}:7000", bare(&ip)), format!("[{}]:7000", bare(&ip6))] {
         a.sh(&format!("{program} --to {to} --connections 1 --for 50ms"))?;
     }
+
     wire.is_calm(4 * CONNECTIONS)
 }
 
@@ -315,6 +319,7 @@ fn on_two_interfaces(lab: &Lab) -> Outcome {
             neighbours.push(Neighbour::at(lab, host, &format!("{at}:{PORT}"))?);
         }
     }
+
     let names: Vec<_> = two.moved.iter().map(|(address, _)| bare(address)).collect();
     let mut own = [two.all(0)?, two.all(1)?];
     own[0].retain(|a| !names.contains(&bare(a)));
@@ -328,6 +333,7 @@ fn on_two_interfaces(lab: &Lab) -> Outcome {
         ensure!(with == two.among(to, &own[to]), "there after a step to {to}: {with:?}");
         ensure!(without == own[from], "here after a step to {to}: {without:?}");
     }
+
     // Each client of a server has some.
     let [one, other] = wires;
     one.is_calm(3 * CONNECTIONS).and_then(|()| other.is_calm(6 * CONNECTIONS))
@@ -353,12 +359,14 @@ fn one_of_two_taken(lab: &Lab) -> Outcome {
         ensure!(said.err.contains("cannot add 10.98.0.50 to lan1"), "{said}");
         Ok(())
     })?;
+
     // Theirs is left to them.
     b.sh("ip address del 10.98.0.50/24 dev lan1")?;
     exactly_one_copy(&container, a, b)?;
     let after = [two.all(0)?, two.all(1)?];
     ensure!(before == after, "{before:?}\nhas become {after:?}");
     probes.iter_mut().try_for_each(Probe::is_content)?;
+
     // A Ferry that dies after the commit leaves them to whoever comes after it.
     let options =
         two.moved.iter().map(|(address, on)| format!("--move-address {address}@{}", on[1]));
@@ -368,11 +376,13 @@ fn one_of_two_taken(lab: &Lab) -> Outcome {
     a.ferry(&["resolve", "box"])?.exits(0)?;
     exactly_one_copy(&container, b, a)?;
     probes.iter_mut().try_for_each(Probe::is_content)?;
+
     let names: Vec<_> = two.moved.iter().map(|(address, _)| bare(address)).collect();
     let own: Vec<String> =
         before[0].iter().filter(|a| !names.contains(&bare(a))).cloned().collect();
     ensure!(two.all(0)? == own, "left on a: {:?}", two.all(0)?);
     ensure!(two.all(1)? == two.among(1, &before[1]), "on b: {:?}", two.all(1)?);
+
     Ok(())
 }
 
@@ -386,11 +396,13 @@ fn first_of_its_network(lab: &Lab) -> Outcome {
          ip address add {address} dev eth0
          ip address add {far}/24 dev eth0"
     ))?;
+
     lab.host("client").sh("ip address add 10.99.0.9/24 dev eth0")?;
     let container = container();
     container.start(lab, &a)?;
     let at = format!("{far}:{PORT}");
     let _server = serve(&a, &at)?;
+
     // Not even a way there.
     let said = migrate_with(&a, &b, std::slice::from_ref(&address), &[])?.exits(3)?;
     ensure!(said.err.contains("is not in the network of 10.99.0.5/24"), "{said}");
@@ -408,12 +420,14 @@ fn first_of_its_network(lab: &Lab) -> Outcome {
         let named =
             |list: &[(String, String)]| list.iter().filter(|a| bare(&a.0) == "10.99.0.5").count();
         ensure!((named(&with), named(&without)) == (1, 0), "{with:?}\n{without:?}");
+
         ensure!(with.iter().any(|a| a.0 == address), "{with:?}");
         let routes = to.sh("ip route show 10.99.0.0/24")?;
         ensure!(routes.contains("dev eth0"), "on {}: {routes}", to.name);
         let promote = a.sh("cat /proc/sys/net/ipv4/conf/eth0/promote_secondaries")?;
         ensure!(promote.trim() == "0", "promote_secondaries is {promote}");
     }
+
     let left = b.sh("ip route; ip address")?;
     ensure!(!left.contains("10.99.0"), "left on b: {left}");
     wire.is_calm(2 * CONNECTIONS)
@@ -433,6 +447,7 @@ fn silent_until_the_commit(lab: &Lab) -> Outcome {
     let heard =
         ["tcpdump", "-i", "eth0", "-U", "--immediate-mode", "-Z", "root", "-w", file, &filter];
     let _capture = client.start(&heard)?;
+
     let path = client.path(file)?;
     until("the capture is on", SHORT, || {
         Ok(path.metadata().is_ok_and(|m| m.len() >= 24).then_some(()))
@@ -453,6 +468,7 @@ fn silent_until_the_commit(lab: &Lab) -> Outcome {
         ensure!(!running.has_ended(), "it was over before");
         Ok(held.exists().then_some(()))
     })?;
+
     for host in [&a, &b] {
         let list = addresses(host)?;
         for address in &all {
@@ -460,17 +476,20 @@ fn silent_until_the_commit(lab: &Lab) -> Outcome {
             ensure!(list.iter().any(|a| bare(&a.0) == ip), "{ip} is not on {}", host.name);
         }
     }
+
     // To the one that they know.
     for address in &all {
         let said = client.exec(&["ping", "-c", "1", "-W", "0.3", bare(address)])?;
         ensure!(said.code != 0, "somebody is {address}: {said}");
     }
+
     // Asked by ARP and by neighbour discovery, of all.
     client.sh("ip neigh flush dev eth0")?;
     for address in &all {
         let said = client.exec(&["ping", "-c", "2", "-i", "0.2", "-W", "0.3", bare(address)])?;
         ensure!(said.code != 0, "somebody has {address}: {said}");
     }
+
     let said = said_by_b()?;
     ensure!(said.is_empty(), "b has said\n{}", said.join("\n"));
     std::fs::remove_file(&held).map_err(|e| e.to_string())?;
@@ -479,6 +498,7 @@ fn silent_until_the_commit(lab: &Lab) -> Outcome {
     probe.is_content()?;
     other.is_content()?;
     moved(lab, &b, &a)?;
+
     // What had come to the other host for it was kept, sent along, and is answered.
     let answers = ["is-at", "neighbor advertisement", "ICMP echo reply", "ICMP6, echo reply"];
     until("b has told all that it has them, and answered", SHORT, || {
@@ -486,6 +506,7 @@ fn silent_until_the_commit(lab: &Lab) -> Outcome {
         Ok(answers.iter().all(|a| said.iter().any(|l| l.contains(a))).then_some(()))
     })
     .map_err(|e| format!("{e}: {:?}", said_by_b()))?;
+
     wire.is_calm(2 * CONNECTIONS)
 }
 
@@ -500,6 +521,7 @@ fn after_failures(lab: &Lab) -> Outcome {
     let mut neighbours = [Neighbour::on(lab, &a)?, Neighbour::on(lab, &b)?];
     let faulty = "/srv/shared/bin/faulty";
     let before = addresses(&a)?;
+
     let always = [("destination.ready:kill", 1), ("source.committed:kill", 137)];
     let full =
         [("destination.network:error", 1), ("source.commit:error", 1), ("dump.dumped:kill", 137)];
@@ -520,22 +542,26 @@ fn after_failures(lab: &Lab) -> Outcome {
                 (&a, &b)
             }
         };
+
         let fine = exactly_one_copy(&container, here, there)
             .and_then(|()| moved(lab, here, there))
             .and_then(|()| probe.is_content())
             .and_then(|()| other.is_content())
             .and_then(|()| neighbours.iter_mut().try_for_each(Neighbour::is_untouched));
         fine.map_err(|e| format!("after {fault}: {e}"))?;
+
         if *here.name == *a.name {
             let now = addresses(&a)?;
             ensure!(now == before, "after {fault}: {before:?}\nhas become {now:?}");
         }
     }
+
     migrate_with(&b, &a, &floating(lab), &[])?.exits(0)?;
     exactly_one_copy(&container, &a, &b)?;
     probe.is_content()?;
     other.is_content()?;
     moved(lab, &a, &b)?;
+
     wire.is_calm(4 * CONNECTIONS)
 }
 
@@ -554,16 +580,19 @@ fn refused(lab: &Lab) -> Outcome {
         exactly_one_copy(&container, &a, &b)?;
         let (here, there) = (facts(&a)?, facts(&b)?);
         ensure!(here.containers["box"].pid == pid, "it is another process now");
+
         let begun: Vec<_> = here.migrations.iter().chain(&there.migrations).collect();
         ensure!(begun.is_empty(), "something had begun: {begun:?}");
         moved(lab, &a, &b)
     };
+
     // Somebody's network, but neither its own nor the host's. `ip netns exec` would hide the cgroups.
     a.sh("ip netns add lost
           nsenter --net=/run/netns/lost ferry run -d -b /srv/shared/box lost </dev/null >/dev/null 2>&1")?;
     let said =
         a.ferry(&["migrate", &format!("--move-address={ip}@eth0"), "lost", "b"])?.exits(3)?;
     ensure!(said.err.contains("neither its own nor this host's"), "{said}");
+
     a.sh("ferry delete --force lost && ip netns del lost")?;
     // The error teaches the option, of addresses that are in use.
     let mut probe = Probe::to(lab, &format!("{}:7000", bare(&ip)), CONNECTIONS)?;
@@ -579,6 +608,7 @@ fn refused(lab: &Lab) -> Outcome {
     let words = [&format!("the connection {}:7000 - ", bare(&own)), "stays on this host", "hint:"];
     untouched(&words.map(|w| w as &str), &all, &[])?;
     drop(connection);
+
     let nobody_there = |what: &str, host: &Host, filter: &str| {
         until(what, SHORT, || {
             let left =
@@ -586,6 +616,7 @@ fn refused(lab: &Lab) -> Outcome {
             Ok(left.out.trim().is_empty().then_some(()))
         })
     };
+
     nobody_there("it has hung up", &a, &format!("src {}", bare(&own)))?;
     let connection = Probe::to(lab, &format!("[{}]:7000", bare(&ip6)), 1)?;
     untouched(&[&format!("the connection [{}]:7000 - ", bare(&ip6))], &all[..1], &[])?;
@@ -606,6 +637,7 @@ fn refused(lab: &Lab) -> Outcome {
     let elsewhere = ["--move-address", &format!("{ip}@eth7"), "box", "b"];
     let said = a.ferry(&[&["migrate"], &elsewhere[..]].concat())?.exits(3)?;
     ensure!(said.err.contains("this host has no interface eth7"), "{said}");
+
     // Taken by the other host under everybody's eyes: only there, so nobody on the wire notices.
     b.sh(&format!("ip address add {}/32 dev lo", bare(&ip)))?;
     let said = migrate_with(&a, &b, &all, &[])?.exits(3)?;

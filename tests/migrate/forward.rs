@@ -124,6 +124,7 @@ fn complaint(
         let is = |line_of: &str| line_of.contains(line) && !line_of.starts_with("ssh ");
         Ok(all.iter().filter(|p| p.state != "Z" && is(&p.line)).count())
     };
+
     for host in [home, place, other] {
         let facts = facts(host)?;
         let here = host.name == place.name;
@@ -131,6 +132,7 @@ fn complaint(
         if running != here.then_some("running") {
             return Ok(Some(format!("on {} the container is {running:?}", host.name)));
         }
+
         if facts.netns.iter().any(|n| n == "box") != here {
             return Ok(Some(format!("namespaces on {}: {:?}", host.name, facts.netns)));
         }
@@ -138,6 +140,7 @@ fn complaint(
         if !(left.0.is_empty() && left.1.is_empty() && left.2.is_empty() && left.3.is_empty()) {
             return Ok(Some(format!("left on {}: {left:?}", host.name)));
         }
+
         let kept = host.sh("ls /run/ferry-forward 2>/dev/null || true")?.lines().count();
         if kept != usize::from(host.name != other.name) {
             return Ok(Some(format!("{kept} forwardings on {}", host.name)));
@@ -154,11 +157,13 @@ fn complaint(
             }
         }
     }
+
     let said = told(home)?;
     let to = said.first().map(|s| (s["to"].clone(), s["connected"].clone()));
     if said.len() != 1 || to != Some((place.name.into(), true.into())) {
         return Ok(Some(format!("ferry migrations on {} says {said:?}", home.name)));
     }
+
     Ok(None)
 }
 
@@ -198,6 +203,7 @@ fn round_the_world(lab: &Lab) -> Outcome {
     let mut probes = probes(lab, &container)?;
     let wires = [Wire::tap(lab, &client)?, Wire::tap(lab, &far)?];
     let address = lab.address(ADDRESS);
+
     // Whole frames get through, and out of the container, too.
     let whole = |host: &Host| -> Outcome {
         for from in [&client, &far] {
@@ -208,6 +214,7 @@ fn round_the_world(lab: &Lab) -> Outcome {
         host.sh(&format!("{out} $(getent hosts client | cut -d ' ' -f 1)")).map(drop)?;
         host.sh(&format!("{out} $(getent hosts far | cut -d ' ' -f 1)")).map(drop)
     };
+
     for round in 1..=2 {
         let step = |e: String| format!("round {round}: {e}");
         a.ferry(&["migrate", "box", "b"])?.exits(0)?;
@@ -223,11 +230,13 @@ fn round_the_world(lab: &Lab) -> Outcome {
         } else {
             b.ferry(&["migrate", "box", "a"])?.exits(0)?;
         }
+
         all_answered(&mut probes).map_err(step)?;
         exactly_one_copy(&container, &a, &b).map_err(step)?;
         exactly_one_copy(&container, &a, &c).map_err(step)?;
         whole(&a).map_err(step)?;
     }
+
     wires.into_iter().try_for_each(Wire::ends_clean)?;
     all_content(&mut probes)
 }
@@ -246,11 +255,13 @@ fn killed_and_back(lab: &Lab) -> Outcome {
         }
         Ok(())
     };
+
     for (host, what) in [(&a, "work"), (&b, "away")] {
         kill(host, &[what])?;
         all_content(&mut probes).map_err(|e| format!("{what} was killed: {e}"))?;
         abroad(&container, &a, &b, &c).map_err(|e| format!("{what} was killed: {e}"))?;
     }
+
     a.sh("kill -KILL $(pgrep -x ssh)")?;
     all_content(&mut probes).map_err(|e| format!("ssh was killed: {e}"))?;
     lab.link(&["b", "--cut"])?;
@@ -258,6 +269,7 @@ fn killed_and_back(lab: &Lab) -> Outcome {
         let broken = told(&a)?.iter().any(|f| f["connected"] == false);
         Ok(broken.then_some(()))
     })?;
+
     lab.link(&["b", "--mend"])?;
     all_content(&mut probes).map_err(|e| format!("a cable was pulled: {e}"))?;
     kill(&a, &["home", "work"])?;
@@ -269,6 +281,7 @@ fn killed_and_back(lab: &Lab) -> Outcome {
     abroad(&container, &a, &b, &c)?;
     b.ferry(&["migrate", "box", "a"])?.exits(0)?;
     all_content(&mut probes)?;
+
     exactly_one_copy(&container, &a, &b)
 }
 
@@ -302,11 +315,13 @@ fn narrow_path(lab: &Lab) -> Outcome {
     let (container, [a, b, c]) = start(lab)?;
     let mut probes = probes(lab, &container)?;
     let address = lab.address(ADDRESS);
+
     // Half way; the hosts have to find it out.
     lab.in_switch("ip link set br1 mtu 1400")?;
     let fits = |size: &str| -> Outcome<bool> {
         Ok(a.exec(&["ping", "-c", "1", "-W", "2", "-M", "do", "-s", size, "b"])?.code == 0)
     };
+
     ensure!(fits("1372")? && !fits("1373")?, "the path is not as narrow as it was to be");
     a.ferry(&["migrate", "box", "b"])?.exits(0)?;
     all_content(&mut probes)?;
@@ -316,6 +331,7 @@ fn narrow_path(lab: &Lab) -> Outcome {
         let step = |e: String| format!("from {}: {e}", from.name);
         let ping = ["ping", "-c", "1", "-W", "5", "-M", "do", "-s", "1472", &address];
         from.exec(&ping)?.ok().map_err(step)?;
+
         // In the container's network, as the container would.
         let enter = ["ip", "netns", "exec", "box", "python3", "-c", TRANSFER, "serve", &address];
         let server = b.start(&[&enter[..], &[port]].concat())?;
@@ -323,6 +339,7 @@ fn narrow_path(lab: &Lab) -> Outcome {
         until("the server listens", SHORT, || {
             Ok((b.exec(&["sh", "-c", &listens])?.code == 0).then_some(()))
         })?;
+
         let client = from.start(&["python3", "-c", TRANSFER, "fetch", &address, port])?;
         let (client, server) = (client.end(LONG)?.ok().map_err(step)?, server.end(LONG)?.ok()?);
         let words = |text: &str| -> Vec<String> {
@@ -333,9 +350,11 @@ fn narrow_path(lab: &Lab) -> Outcome {
         ensure!(ours.len() == 4 && theirs.len() == 4, "{client}{server}");
         ensure!(ours[0] == theirs[1] && ours[1] == theirs[0], "damaged: {client}{server}");
         ensure!(ours[2] == "True" && theirs[2] == "True", "not complete: {client}{server}");
+
         // Of 1500 bytes, without both headers and TCP's timestamps. Linux sets DF on all of them.
         ensure!(ours[3] == "1448" && theirs[3] == "1448", "segments: {client}{server}");
     }
+
     b.ferry(&["migrate", "box", "a"])?.exits(0)?;
     all_content(&mut probes)?;
     exactly_one_copy(&container, &a, &b)
@@ -361,6 +380,7 @@ fn home_dies(lab: &Lab, death: Death) -> Outcome {
     a.ferry(&["migrate", "box", "b"])?.exits(0)?;
     probe.is_content()?;
     abroad(&container, &a, &b, &c)?;
+
     let mut flood = None;
     match death {
         Death::Killed => {
@@ -383,12 +403,14 @@ while True: s.sendto(bytes(1400), (sys.argv[1], 9))";
                 program,
                 to.trim(),
             ])?);
+
             lab.link(&["a", "--cut"])?;
             // Nobody here knows it yet, and what is written is not taken any more.
             let said = b.start(&["ferry", "resolve", "--no-forward", "box"])?.end(SHORT)?;
             ensure!(said.exits(3)?.err.contains("a does not answer"), "not said so");
         }
     }
+
     until("b says that it is broken", Duration::from_secs(40), || {
         Ok(told(&b)?.iter().any(|f| f["connected"] == false).then_some(()))
     })?;
@@ -401,6 +423,7 @@ while True: s.sendto(bytes(1400), (sys.argv[1], 9))";
     for words in ["its home cannot be told", "a", "--forward never"] {
         ensure!(said.err.contains(words), "no {words:?} in {said}");
     }
+
     let said = b.start(&["ferry", "migrate", "box", "c"])?.end(SHORT)?.exits(3)?;
     for words in ["a keeps the container's address", "--forward never"] {
         ensure!(said.err.contains(words), "no {words:?} in {said}");
@@ -429,6 +452,7 @@ while True: s.sendto(bytes(1400), (sys.argv[1], 9))";
     a.ferry(&["resolve", "--no-forward", "box"])?.exits(0)?;
     over("home knows it", &[&a])?;
     probe.is_content()?;
+
     exactly_one_copy(&container, &d, &a)
 }
 
@@ -445,6 +469,7 @@ fn home_rebooted(lab: &Lab) -> Outcome {
         Probe::start(lab, &container, 1)?.is_content()?;
         let all = [forwarders(&a, "home")?, forwarders(&a, "work")?].concat();
         let list: Vec<String> = all.iter().map(i32::to_string).collect();
+
         // What is in memory goes, and with it the last name of the kept namespace.
         a.sh(&format!(
             "kill -KILL {0}; kill -KILL $(pgrep -x ssh)
@@ -452,12 +477,14 @@ fn home_rebooted(lab: &Lab) -> Outcome {
              umount -l /run/ferry-forward/*/network; rm -r /run/ferry-forward",
             list.join(" ")
         ))?;
+
         until("b says that it is broken", Duration::from_secs(40), || {
             Ok(told(&b)?.iter().any(|f| f["connected"] == false).then_some(()))
         })?;
         ensure!(told(&a)?.is_empty(), "a tells of what it cannot know: {:?}", told(&a)?);
         Ok(())
     };
+
     goes_and_home_forgets()?;
     let said = b.ferry(&["migrate", "box", "a"])?.exits(0)?;
     probe.is_content().map_err(|e| format!("{said}\n{e}"))?;
@@ -467,6 +494,7 @@ fn home_rebooted(lab: &Lab) -> Outcome {
     goes_and_home_forgets()?;
     drop(probe);
     b.sh("ferry kill box KILL")?;
+
     over("it has ended", &[&a, &b])
 }
 
@@ -499,6 +527,7 @@ fn broken_at_the_commit(lab: &Lab, cables: [Option<&str>; 2]) -> Outcome {
             let all = all.collect::<Outcome<Vec<_>>>()?;
             Ok(all.iter().flat_map(|o| o.out.lines()).map(str::to_owned).collect())
         };
+
         let before = links()?;
         ensure!(!before.is_empty(), "home has no link");
         match cable {
@@ -513,22 +542,26 @@ fn broken_at_the_commit(lab: &Lab, cables: [Option<&str>; 2]) -> Outcome {
                 })?;
             }
         }
+
         until("home has given its links up", Duration::from_secs(40), || {
             Ok(links()?.iter().all(|link| !before.contains(link)).then_some(()))
         })
         .map_err(step)?;
         std::fs::remove_file(&held).map_err(|e| e.to_string())?;
+
         // The two of the migration need each other; home may be late.
         let (early, late) = (cable.filter(|c| *c == to.name), cable.filter(|c| *c != to.name));
         early.map_or(Ok(()), |cable| lab.link(&[cable, "--mend"]))?;
         migration.end(LONG)?.exits(0).map_err(step)?;
         late.map_or(Ok(()), |cable| lab.link(&[cable, "--mend"]))?;
         abroad(&container, &a, to, if to.name == "b" { &c } else { &b }).map_err(step)?;
+
         // The senders' timers have doubled meanwhile.
         let again = || Ok(probes.iter_mut().all(|p| p.answers_again().is_ok()).then_some(()));
         until("all are answered", Duration::from_secs(60), again).map_err(step)?;
         all_content(&mut probes).map_err(step)?;
     }
+
     c.ferry(&["migrate", "box", "a"])?.exits(0)?;
     all_content(&mut probes)?;
     exactly_one_copy(&container, &a, &c)
@@ -544,6 +577,7 @@ fn given_up(lab: &Lab) -> Outcome {
         let wanted = if deed == "kill" { 137 } else { 1 };
         said.exits(wanted).map(drop).map_err(|e| format!("{point}:{deed}: {e}"))
     };
+
     for (point, deed) in [
         ("forward.established", "error"),
         ("forward.established", "kill"),
@@ -561,6 +595,7 @@ fn given_up(lab: &Lab) -> Outcome {
         exactly_one_copy(&container, &a, &b).map_err(|e| format!("{point}:{deed}: {e}"))?;
         all_content(&mut probes).map_err(|e| format!("{point}:{deed}: {e}"))?;
     }
+
     a.ferry(&["migrate", "box", "b"])?.exits(0)?;
     for (from, to, other) in [(&b, &c, &c), (&b, &a, &c)] {
         for (point, deed) in
@@ -572,11 +607,13 @@ fn given_up(lab: &Lab) -> Outcome {
             abroad(&container, &a, &b, other).map_err(step)?;
         }
     }
+
     b.ferry(&["migrate", "box", "c"])?.exits(0)?;
     all_content(&mut probes)?;
     abroad(&container, &a, &c, &b)?;
     c.ferry(&["migrate", "box", "a"])?.exits(0)?;
     all_content(&mut probes)?;
+
     exactly_one_copy(&container, &a, &c)
 }
 
@@ -646,6 +683,7 @@ fn until_idle(lab: &Lab) -> Outcome {
     b.ferry(&["resolve", "--no-forward", "--when-idle=2s", "box"])?.exits(0)?;
     b.ferry(&["migrate", "box", "c"])?.exits(0)?;
     abroad(&container, &a, &c, &b)?;
+
     let began = Instant::now();
     while began.elapsed() < Duration::from_secs(4) {
         all_answered(&mut probes)?;
@@ -653,15 +691,18 @@ fn until_idle(lab: &Lab) -> Outcome {
     let said = told(&a)?;
     ensure!(said.len() == 1 && said[0]["until_idle"] == 2, "{said:?}");
     ensure!(said[0]["connections"].as_u64() >= Some(10), "{said:?}");
+
     let text = a.ferry(&["migrations"])?.ok()?;
     ensure!(text.contains("ends when there was none for 2 s"), "{text}");
     drop(probes);
     over("it is idle", &[&a])?;
     let silent = a.exec(&["ping", "-c", "1", "-W", "1", &lab.address(ADDRESS)])?;
     ensure!(silent.code != 0, "somebody still answers for the address");
+
     // The container runs on, and goes where its address is.
     c.ferry(&["migrate", "box", "a"])?.exits(0)?;
     Probe::start(lab, &container, 2)?.is_content()?;
+
     exactly_one_copy(&container, &a, &c)
 }
 
@@ -677,6 +718,7 @@ fn as_wished(lab: &Lab) -> Outcome {
     let v6 = format!("fd77:{net}::{ADDRESS}");
     a.sh(&format!("ip -n box addr add {v6}/64 dev box0 nodad"))?;
     container.run_on(&a)?;
+
     let mut probes =
         [Probe::start(lab, &container, 5)?, Probe::to(lab, &format!("[{v6}]:7000"), 5)?];
     a.ferry(&["migrate", "--forward", "always", "box", "d"])?.exits(0)?;
@@ -693,5 +735,6 @@ fn as_wished(lab: &Lab) -> Outcome {
     all_content(&mut probes)?;
     exactly_one_copy(&container, &d, &b)?;
     over("it has moved", &[&a, &b, &d])?;
+
     exactly_one_copy(&container, &d, &a)
 }

@@ -113,6 +113,7 @@ fn files(lab: &Lab) -> Outcome {
              [ $(stat -c %b sparse) -lt 100 ]"
         ))
     };
+
     let (here, there) = (listing(&a)?, listing(&b)?);
     ensure!(here.contains("middle") && here.lines().count() > 30, "little to compare:\n{here}");
     ensure!(here == there, "it was\n{here}\nand is\n{there}");
@@ -120,6 +121,7 @@ fn files(lab: &Lab) -> Outcome {
     let memory = b.sh(&format!(
         "{inside} && find dev/shm -name file | wc -l && stat -c '%s %b' tmp/extents"
     ))?;
+
     ensure!(memory == "1\n24567816 24000\n", "{memory}");
 
     // No byte of a host, and no memory for holes.
@@ -129,6 +131,7 @@ fn files(lab: &Lab) -> Outcome {
     let report: serde_json::Value = serde_json::from_str(report).map_err(|e| e.to_string())?;
     let peak = report["peak_kib"].as_u64().unwrap_or(u64::MAX);
     ensure!(peak < 64 << 10, "Ferry took {peak} KiB");
+
     Ok(())
 }
 
@@ -142,6 +145,7 @@ fn volumes(lab: &Lab) -> Outcome {
         b.sh("mkdir -p /srv/local/v")?;
         let binds = ["--bind", "/srv/local/v:/v", "--bind", "/srv/local/v/sub:/sub"];
         let container = playing(&a, Container::plain("hostile").with(&binds), &[trick])?;
+
         // Whatever is there at the moment when it is looked at.
         for _ in 0..10 {
             let said = a.ferry(&line)?;
@@ -154,6 +158,7 @@ fn volumes(lab: &Lab) -> Outcome {
                 ensure!(has == "own\n", "it has {has:?}");
                 break;
             }
+
             ensure!(said.code != 3 || said.err.contains("is not what is at"), "{said}");
             if trick == "volume" {
                 ensure!(said.code == 3, "{said}");
@@ -162,6 +167,7 @@ fn volumes(lab: &Lab) -> Outcome {
         }
         clear(lab, &container)?;
     }
+
     unharmed(lab, &before)
 }
 
@@ -184,6 +190,7 @@ fn names(lab: &Lab) -> Outcome {
         };
         ensure!(!text.lines().any(forged), "it has a line of its own: {said}");
     }
+
     clear(lab, &container)?;
 
     let container = playing(&a, Container::plain("hostile"), &["bottomless"])?;
@@ -195,6 +202,7 @@ fn names(lab: &Lab) -> Outcome {
     let said = a.ferry(&["migrate", "box", "b"])?;
     went(lab, &container, &said)?;
     clear(lab, &container)?;
+
     unharmed(lab, &before)
 }
 

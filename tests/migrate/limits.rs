@@ -159,6 +159,7 @@ fn of_files(lab: &Lab) -> Outcome {
         });
         config["mounts"].as_array_mut().into_iter().for_each(|list| list.push(bind.clone()));
     })?;
+
     container.run_on(&a)?;
     refused(&a, &[], "the mount /mnt is shared with the host, both ways")?;
     a.sh("ferry delete -f box; umount /srv/shared/tied")?;
@@ -191,9 +192,11 @@ fn of_files(lab: &Lab) -> Outcome {
     deep.make(&a)?;
     a.sh("cd /srv/local/box/rootfs && mkdir -p $(seq -s / 300)")?;
     deep.run_on(&a)?;
+
     // There is nothing to advise.
     let said = a.ferry(&["migrate", "box", "b"])?.exits(3)?;
     ensure!(said.err.contains("more than 256 directories in each other"), "{said}");
+
     Ok(())
 }
 
@@ -240,6 +243,7 @@ os.rename('/srv/shared/doors/new', '/srv/shared/doors/door')
 guest, _ = door.accept()
 guest.recv(1)";
     let server = a.start(&["python3", "-c", serve])?;
+
     until("it listens", LIMIT, || {
         Ok((a.exec(&["test", "-e", "/srv/shared/doors/door"])?.code == 0).then_some(()))
     })?;
@@ -248,17 +252,20 @@ guest.recv(1)";
     let program = format!("{connect} {READY} sleep 1 while 1;");
     let client = Container::script(&program).with(&["--bind", "/srv/shared/doors:/doors"]);
     client.start(lab, &a)?;
+
     let volume = ["--volume", "/doors=shared"];
     // From when on somebody has accepted it.
     let told = until("it is seen", LIMIT, || {
         let said = a.ferry(&["check", "box"])?;
         Ok((said.code == 3).then_some(said))
     })?;
+
     ensure!(told.err.contains("(python3) of this host has the other end"), "{told}");
     refused(&a, &volume, "the container has a unix connection to somebody outside of it")?;
     drop(server);
     let (_, b) = pair(lab);
     a.ferry(&["migrate", "--volume", "/doors=shared", "box", "b"])?.exits(0)?;
+
     exactly_one_copy(&client, &b, &a)
 }
 

@@ -48,6 +48,7 @@ fn mappings(host: &Host) -> Outcome<BTreeSet<String>> {
              cat /proc/$pid/smaps
          done")?;
     let (mut found, mut process, mut line) = (BTreeSet::new(), "", String::new());
+
     for one in text.lines() {
         if one.starts_with("process ") {
             process = one;
@@ -71,6 +72,7 @@ fn mappings(host: &Host) -> Outcome<BTreeSet<String>> {
             line = format!("{} {name}", head.join(" "));
         }
     }
+
     ensure!(found.len() > 50, "{text}");
     Ok(found)
 }

@@ -195,20 +195,24 @@ fn a_killed_destination_is_followed(lab: &Lab) -> Outcome {
     let mut probe = Probe::start(lab, &container, 5)?;
     let running = following(lab, &container)?;
     b.sh("kill -KILL $(pgrep -f '^ferry receive') $(pgrep -o -f '^__guard pages')")?;
+
     let gone_on = "pgrep -f '^/proc/self/exe __guard pages' && pgrep -f '^__guard pages'";
     until("somebody has gone on, and others wait", SHORT, || {
         Ok((b.exec(&["sh", "-c", gone_on])?.code == 0).then_some(()))
     })?;
+
     // One of those who wait is replaced.
     b.sh("kill -KILL $(pgrep -o -f '^__guard pages')")?;
     until("two wait again", SHORT, || {
         let waiting = b.exec(&["pgrep", "-c", "-f", "^__guard pages"])?;
         Ok((waiting.out.trim() == "2").then_some(()))
     })?;
+
     b.sh("kill -KILL $(pgrep -f '^/proc/self/exe __guard pages')")?;
     let report = report(&running.end(LONG)?.exits(0)?)?;
     ensure!(number(&report, "/served/fetched") > 0, "{report}");
     probe.is_content()?;
+
     exactly_one_copy(&container, &b, &a)
 }
 

@@ -58,6 +58,7 @@ fn io_uring(lab: &Lab) -> Outcome {
     container.start(lab, &a)?;
     ensure!(found(&a, &container)? == "ring", "there is no io_uring on this machine");
     refused(&a, &["uses io_uring"])?;
+
     discard(&a)?;
 
     // Of everything on this host, by the settings.
@@ -73,6 +74,7 @@ fn io_uring(lab: &Lab) -> Outcome {
     a.sh("rm /srv/shared/box/rootfs/ready")?;
     container.run_on(&a)?;
     ensure!(a.sh(inode)? == before, "it was changed again");
+
     discard(&a)
 }
 
@@ -180,24 +182,28 @@ fn mptcp(lab: &Lab) -> Outcome {
     let client = lab.host("client");
     let guest = Guest::start(&a, &client, lab, 0)?;
     guest.is_served()?;
+
     let listens = |host: &Host| -> Outcome {
         let said = host.sh("ip netns exec box ss -HlnM")?;
         ensure!(said.contains(":7000"), "on {} nothing listens for MPTCP: {said}", host.name);
         guest.is_served()?;
         Guest::start(&a, &client, lab, 1)?.ends()
     };
+
     for at in ["lift.taken:error", "source.commit:error"] {
         let fault = format!("FERRY_FAULT={at}");
         a.start(&["env", &fault, "ferry", "migrate", "box", "b"])?.end(LONG)?.exits(1)?;
         exactly_one_copy(&container, &a, &b)?;
         listens(&a).map_err(|e| format!("after {at}: {e}"))?;
     }
+
     for (from, to) in [(&a, &b), (&b, &a)] {
         from.ferry(&["check", "box", to.name])?.exits(0)?;
         from.ferry(&["migrate", "box", to.name])?.exits(0)?;
         exactly_one_copy(&container, to, from)?;
         listens(to)?;
     }
+
     guest.ends()?;
 
     let other = "import socket, sys, time
@@ -208,6 +214,7 @@ peer.recv(1)
 open('/srv/shared/ready', 'w').close()
 time.sleep(1000)";
     let other = client.start(&["python3", "-c", other, &lab.address(ADDRESS)])?;
+
     until("it is connected", LIMIT, || {
         Ok(a.exec(&["test", "-e", "/srv/shared/ready"])?.exits(0).ok())
     })?;
@@ -223,6 +230,7 @@ time.sleep(1000)";
     std::fs::write(&config, json.to_string()).map_err(|e| e.to_string())?;
     a.sh(&format!("rm {}/rootfs/ready", container.bundle))?;
     container.run_on(&a)?;
+
     // ENOPROTOOPT
     ensure!(found(&a, &container)? == "92", "it is not switched off: {}", found(&a, &container)?);
     let guest = Guest::start(&a, &client, lab, 2)?;
@@ -234,5 +242,6 @@ time.sleep(1000)";
     // Nor may it begin to, wherever it is.
     let enabled = a.sh("ip netns exec box cat /proc/sys/net/mptcp/enabled")?;
     ensure!(enabled.trim() == "0", "it is {enabled} after two moves");
+
     Ok(())
 }

@@ -111,6 +111,7 @@ fn json_and_report(lab: &Lab) -> Outcome {
         "an event without a name:\n{}",
         said.out
     );
+
     let last = events.last().ok_or("no event")?;
     ensure!(last["event"] == "report" && last["result"] == "migrated", "the last is {last}");
     ensure!(last["frozen_ms"].as_f64().is_some_and(|ms| ms > 0.0), "no time frozen: {last}");
@@ -127,12 +128,14 @@ fn json_and_report(lab: &Lab) -> Outcome {
             last[key]
         );
     }
+
     exactly_one_copy(&container, &b, &a)?;
     // A refusal is reported in the same form.
     let said = a.ferry(&["migrate", "--json", "box", "b"])?.exits(3)?;
     let last: Value = serde_json::from_str(said.out.lines().last().unwrap_or_default())
         .map_err(|e| format!("{e}: {said}"))?;
     ensure!(last["result"] == "refused" && last["error"].is_string(), "{last}");
+
     Ok(())
 }
 
@@ -165,6 +168,7 @@ fn away_mark(lab: &Lab) -> Outcome {
             ensure!(said.err.contains(word), "{verb} does not say {word:?}: {said}");
         }
     }
+
     let said = a.ferry(&["start", "box"])?;
     ensure!(said.code != 0 && said.err.contains("migrated to b"), "start: {said}");
     exactly_one_copy(&container, &b, &a)?;
@@ -178,9 +182,11 @@ fn away_mark(lab: &Lab) -> Outcome {
             "on {}: {list:?}",
             host.name
         );
+
         let text = host.ferry(&["migrations"])?.ok()?;
         ensure!(text.contains(&list[0].migration) && text.contains("box"), "{text}");
     }
+
     // Coming back clears it.
     b.ferry(&["migrate", "box", "a"])?.exits(0)?;
     exactly_one_copy(&container, &a, &b)?;
@@ -188,11 +194,14 @@ fn away_mark(lab: &Lab) -> Outcome {
     container.run_on(&a)?;
     a.ferry(&["migrate", "--no-mark", "box", "b"])?.exits(0)?;
     b.sh("ferry delete -f box")?;
+
     // Without a mark the ID is free.
     container.run_on(&a)?;
+
     // And b's own, which the way there left: lifted by the operator's word.
     let said = b.ferry(&["run", "-d", "--bundle", &container.bundle, "box"])?;
     ensure!(said.code == 0 || said.err.contains("migrated"), "{said}");
+
     Ok(())
 }
 
@@ -291,22 +300,26 @@ fn settings_of_threads(lab: &Lab) -> Outcome {
              done"
         ))
     };
+
     // All but the first.
     let deed = "[ $thread = $pid ] || {
         taskset -pc 0 $thread; ionice -c 2 -n 7 -p $thread; echo 123456 >/proc/$thread/timerslack_ns
     } >/dev/null";
     let before = look(&a, deed)?;
+
     ensure!(before.matches("123456").count() == 2, "{before}");
     let said = a.ferry(&["migrate", "--json", "--verify", "box", "b"])?.exits(0)?;
     ensure!(!said.out.contains("bound to"), "{said}");
     exactly_one_copy(&container, &b, &a)?;
     let after = look(&b, ":")?;
+
     // Over there their numbers may be in another order.
     let sorted = |text: &str| {
         let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
         lines.sort();
         lines
     };
+
     ensure!(sorted(&after) == sorted(&before), "before:\n{before}\nafter:\n{after}");
     Ok(())
 }
@@ -352,5 +365,6 @@ fn files(lab: &Lab) -> Outcome {
         b.sh("ferry delete -f box")?;
         a.sh("ferry resolve --keep box")?;
     }
+
     Ok(())
 }

@@ -134,6 +134,7 @@ fn unnamed_bridge(lab: &Lab) -> Outcome {
             ip link set br0 up
             ip link set br1 up")?;
     }
+
     let container = unnamed(
         lab,
         &format!(
@@ -150,6 +151,7 @@ fn unnamed_bridge(lab: &Lab) -> Outcome {
                  ip route add 198.51.100.0/24 via 192.0.2.1'"
         ),
     )?;
+
     to_and_fro(lab, &container)?;
     let b = lab.host("b");
     let pid = facts(&b)?.containers["box"].pid;
@@ -157,6 +159,7 @@ fn unnamed_bridge(lab: &Lab) -> Outcome {
     for word in ["192.0.2.9/24", "198.51.100.0/24 via 192.0.2.1 dev eth1", "mtu 1400"] {
         ensure!(inside.contains(word), "no {word} in {inside}");
     }
+
     Ok(())
 }
 
@@ -222,15 +225,18 @@ fn survives_failures(lab: &Lab, container: &Container) -> Outcome {
             }
             _ => (&a, &b),
         };
+
         let fine = exactly_one_copy(container, here, there)
             .and_then(|()| probe.is_content())
             .and_then(|()| other.is_content());
         fine.map_err(|e| format!("after {fault}: {e}"))?;
     }
+
     b.ferry(&["migrate", "box", "a"])?.exits(0)?;
     probe.is_content()?;
     other.is_content()?;
     exactly_one_copy(container, &a, &b)?;
+
     wire.is_calm(2 * CONNECTIONS)
 }
 

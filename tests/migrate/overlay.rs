@@ -153,6 +153,7 @@ fn layers_are_copied_once(lab: &Lab) -> Outcome {
         touch(&b, &path)?;
         ensure!(listing(&a, &from)? == listing(&b, &path)?, "the layer {low} differs");
     }
+
     // And again, under another name, for a container that has never been here.
     a.sh(&format!("umount {ROOT}"))?;
     migrate(&b, &a, &[])?;
@@ -163,10 +164,12 @@ fn layers_are_copied_once(lab: &Lab) -> Outcome {
         "cd {BUNDLE} && umount {ROOT}; rm -rf upper work && mkdir upper work\n{}",
         mount(&upper())
     ))?;
+
     container.make_network(lab, &a)?;
     container.run_on(&a)?;
     let (there, copied, _) = migrate(&a, &b, &[])?;
     ensure!((there, copied) == (3, 0), "{there} there, {copied} copied");
+
     exactly_one_copy(&container, &b, &a)
 }
 
@@ -209,6 +212,7 @@ fn there_and_back(lab: &Lab) -> Outcome {
         } else {
             same_trees(from, to)?;
         }
+
         for host in [from, to] {
             let odd = host.sh("find /srv/local \\( -name '.ferry*' -o -name '*.before' \\)")?;
             ensure!(odd.is_empty(), "left on {}: {odd}", host.name);
@@ -216,6 +220,7 @@ fn there_and_back(lab: &Lab) -> Outcome {
             ensure!(mounted == usize::from(!(last && host.name == from.name)), "{mounted} mounts");
         }
     }
+
     Ok(())
 }
 
@@ -232,6 +237,7 @@ fn what_layers_mean(lab: &Lab) -> Outcome {
          chmod 600 odd/big; chown 3:4 three; rm odd/sparse; rm odd/link; mv odd/sym odd/sym2
          echo longer >> odd/kept/file; mkdir -p new/dir; mknod new/dev c 1 7; ln odd/kept/file new/hard"
     ))?;
+
     // In the upper layer that is a whiteout, a note in an attribute, a file without contents.
     a.sh(&format!(
         "cd {BUNDLE}/upper && test -c odd/sparse && python3 -c '
@@ -240,6 +246,7 @@ assert os.getxattr(\"odd/gone\", \"trusted.overlay.opaque\") == b\"y\"
 assert os.getxattr(\"odd/elsewhere\", \"trusted.overlay.redirect\")
 os.getxattr(\"odd/big\", \"trusted.overlay.metacopy\")'"
     ))?;
+
     migrate(&a, &b, &[])?;
     exactly_one_copy(&container, &b, &a)?;
     has_checked(&mut probe)?;
@@ -252,6 +259,7 @@ import os
 assert os.getxattr(\"odd/gone\", \"trusted.overlay.opaque\") == b\"y\"
 os.getxattr(\"odd/big\", \"trusted.overlay.metacopy\")'"
     ))?;
+
     Ok(())
 }
 
@@ -292,6 +300,7 @@ fn given_up(lab: &Lab) -> Outcome {
         })();
         all.map_err(|e| format!("{fault}: {e}\n{said}\n{}", files(&b).unwrap_or_default()))?;
     }
+
     migrate(&a, &b, &[])?;
     exactly_one_copy(&container, &b, &a)?;
     has_checked(&mut probe)
@@ -315,10 +324,12 @@ fn given_up_on_the_way_back(lab: &Lab) -> Outcome {
             Ok((now == (old.0.clone(), old.1.clone())).then_some(()))
         })
         .map_err(|e| format!("{fault}: {e}: {:?}, not {:?}", overlays(&a), old.1))?;
+
         let upper = listing(&a, &format!("{BUNDLE}/upper"))?;
         ensure!(upper == old.2, "{fault}: it was\n{}\nand is\n{upper}", old.2);
         has_checked(&mut probe)?;
     }
+
     migrate(&b, &a, &[])?;
     exactly_one_copy(&container, &a, &b)?;
     has_checked(&mut probe)
@@ -406,6 +417,7 @@ fn what_is_watched(lab: &Lab) -> Outcome {
              echo >data/small/from-{}",
             from.name
         ))?;
+
         until("all watches are heard", SHORT, || {
             let heard = to.exec(&["sh", "-c", &format!("sort -u {root}/heard")])?.out;
             Ok((heard == "1\n2\n3\n4\n").then_some(()))
@@ -413,11 +425,13 @@ fn what_is_watched(lab: &Lab) -> Outcome {
         to.sh(&format!("rm {root}/heard"))?;
         exactly_one_copy(&container, to, from)?;
     }
+
     a.sh(&format!("ferry delete -f box; rm {ROOT}/ready; touch {ROOT}/lose"))?;
     container.run_on(&a)?;
     for verb in [&["check", "box"][..], &["migrate", "box", "b"]] {
         let said = a.ferry(verb)?.exits(3)?;
         ensure!(said.err.contains("watches what CRIU cannot find by a name"), "{said}");
     }
+
     Ok(())
 }

@@ -82,6 +82,7 @@ fn from_home(lab: &Lab) -> Outcome {
           ip addr add fd88::1/64 dev br0 nodad
           ip link set br0 up")?;
     publish(&a, IP, "ip saddr 10.88.0.0/24 oifname != br0")?;
+
     let container = start(
         &a,
         &format!(
@@ -91,6 +92,7 @@ fn from_home(lab: &Lab) -> Outcome {
              ip -n box route add default via fd88::1"
         ),
     )?;
+
     a.sh("tc -n box qdisc add dev eth0 root handle 1: tbf rate 800mbit burst 100kb latency 70ms")?;
     client.sh("ip -6 route add fd88::/64 via $(getent hosts a6 | cut -d ' ' -f 1)")?;
     let (port, v6) = (format!("{}:8080", address_of(&a)?), format!("[{IP6}]:7000"));
@@ -106,18 +108,22 @@ fn from_home(lab: &Lab) -> Outcome {
         for to in [&port, &v6] {
             probes.push(Probe::to(lab, to, CONNECTIONS).map_err(step)?);
         }
+
         probes.iter_mut().try_for_each(Probe::is_content).map_err(step)?;
         if to.name == "a" {
             exactly_one_copy(&container, &a, from).map_err(step)?;
         } else {
             abroad(&container, &a, to, other).map_err(step)?;
         }
+
         let queue = to.sh("tc -n box qdisc show dev eth0")?;
         ensure!(queue.contains("tbf 1: root"), "on {}: {queue}", to.name);
+
         // Out of the container, under the home's name: there and back.
         let ping = format!("ip netns exec box ping -c 1 -W 5 {}", address_of(&client)?);
         to.sh(&ping).map_err(step)?;
     }
+
     Ok(())
 }
 
@@ -146,11 +152,13 @@ fn by_iptables_legacy(lab: &Lab) -> Outcome {
          ip -n box route add default via {}",
         bare(&a.sh("ip -o -4 addr show br0 | awk '{print $4}'")?)
     );
+
     let container = start(&a, &addresses)?;
     let stays = || -> Outcome<bool> {
         let said = a.ferry(&["migrate", "--dry-run", "box", "c"])?.exits(0)?.to_string();
         Ok(said.contains("as this host publishes a port of it"))
     };
+
     ensure!(!stays()?, "nothing is published");
     let tables = || a.sh("cat /proc/net/ip_tables_names /proc/net/ip6_tables_names");
     ensure!(tables()?.is_empty(), "a look has made tables: {}", tables()?);
@@ -161,6 +169,7 @@ fn by_iptables_legacy(lab: &Lab) -> Outcome {
          iptables-legacy -t nat -A PREROUTING -p tcp --dport 8081 -j DNAT --to-destination 10.88.0.6:7000
          iptables-legacy -t nat -A POSTROUTING -s 10.88.0.7 -j SNAT --to-source {ip}"
     ))?;
+
     ensure!(!stays()?, "what is published is another's");
     let rule = format!("PREROUTING -p tcp --dport 8080 -j DNAT --to-destination [{IP6}]:7000");
     a.sh(&format!("ip6tables-legacy -t nat -A {rule}"))?;
@@ -173,6 +182,7 @@ fn by_iptables_legacy(lab: &Lab) -> Outcome {
          iptables-legacy -t nat -A ENGINE -p tcp --dport 8080 -j DNAT --to-destination {ip}:7000
          iptables-legacy -t nat -A POSTROUTING -m conntrack --ctstate DNAT -d {ip} -j MASQUERADE"
     ))?;
+
     ensure!(stays()?, "the port that is published by IPv4 was not seen");
 
     a.ferry(&["migrate", "box", "c"])?.exits(0)?;
@@ -182,9 +192,11 @@ fn by_iptables_legacy(lab: &Lab) -> Outcome {
     let said = c.ferry(&["migrate", "box", "a"])?.exits(0)?;
     published.is_content().map_err(|e| format!("at home: {said}\n{e}"))?;
     exactly_one_copy(&container, &a, &c)?;
+
     let said = a.ferry(&["migrate", "--forward", "never", "box", "c"])?.exits(3)?;
     let count = format!("{CONNECTIONS} of the container's");
     ensure!(said.to_string().contains(&count), "{said}");
+
     published.is_content()
 }
 
@@ -201,6 +213,7 @@ fn on_a_segment(lab: &Lab) -> Outcome {
     let container = start(&a, &format!("ip -n box addr add {ip}/24 dev eth0"))?;
     let direct = format!("{ip}:7000");
     let mut straight = Probe::to(lab, &direct, CONNECTIONS)?;
+
     // Nothing is translated: it moves.
     for (from, to) in [(&a, &c), (&c, &a)] {
         from.ferry(&["migrate", "box", to.name])?.exits(0)?;
@@ -217,6 +230,7 @@ fn on_a_segment(lab: &Lab) -> Outcome {
     ensure!(said.to_string().contains(&count), "{said}");
     a.ferry(&["migrate", "box", "c"])?.exits(0)?;
     straight.is_content().map_err(|e| format!("straight, abroad: {e}"))?;
+
     published.is_content().map_err(|e| format!("published, abroad: {e}"))?;
     ensure!(told(&a)?.iter().any(|f| f["to"] == "c"), "it is not forwarded: {:?}", told(&a)?);
     let said = c.ferry(&["migrate", "--forward", "never", "box", "a"])?.exits(0)?;
@@ -230,6 +244,7 @@ fn on_a_segment(lab: &Lab) -> Outcome {
         let said = a.ferry(&["check", "--forward", "never", "box", "c"])?;
         Ok((said.code == 0).then_some(()))
     })?;
+
     let said = a.ferry(&["migrate", "--forward", "never", "box", "c"])?.exits(0)?;
     straight.is_content().map_err(|e| format!("{said}\n{e}"))?;
     exactly_one_copy(&container, &c, &a)

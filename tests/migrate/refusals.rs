@@ -417,6 +417,7 @@ fn answers_on_their_way(lab: &Lab) -> Outcome {
     let _server = a.start(&enter)?;
     let listens = "ip netns exec box grep -q ':1F3F 0*:0000 0A' /proc/net/tcp";
     until("it listens", LIMIT, || Ok((a.exec(&["sh", "-c", listens])?.code == 0).then_some(())))?;
+
     let _client = lab.host("client").start(&["python3", "-c", TAKE_SLOWLY, &address])?;
     // FIN_WAIT1, and nobody's.
     let closed = "ip netns exec box grep -q ':1F3F [0-9A-F:]* 04' /proc/net/tcp";
@@ -424,6 +425,7 @@ fn answers_on_their_way(lab: &Lab) -> Outcome {
     let said = a.ferry(&["migrate", "box", "b"])?.exits(1)?;
     says(&said, &["answers are still on their way, on 1 closed connections", "hint:"])?;
     exactly_one_copy(&container, &a, &b)?;
+
     let moving = a.start(&["ferry", "migrate", "box", "b"])?;
     a.sh("touch /srv/shared/take")?;
     let took = until("the client has all", LIMIT, || {
@@ -431,6 +433,7 @@ fn answers_on_their_way(lab: &Lab) -> Outcome {
         Ok((!took.is_empty()).then_some(took))
     })?;
     ensure!(took == (1 << 20).to_string(), "the client has {took} bytes");
+
     moving.end(LIMIT)?.exits(0).map(drop)
 }
 
@@ -489,6 +492,7 @@ fn conclusions(lab: &Lab) -> Outcome {
         ensure!(said.starts_with(line) && said.lines().count() == 1, "{arguments:?}: {said:?}");
         Ok(())
     };
+
     concludes(&["check"], "a can send and receive containers: Linux ")?;
     concludes(&["check", "box"], "box can go, ")?;
     concludes(&["check", "box", "b"], "box can go to b\n")?;
@@ -504,6 +508,7 @@ fn conclusions(lab: &Lab) -> Outcome {
         let event: serde_json::Value = serde_json::from_str(last).map_err(|e| e.to_string())?;
         ensure!(event["result"] == "checked", "{said}");
     }
+
     let said = a.ferry(&["--debug", "check", "box", "b"])?.exits(0)?;
     says(&said, &["ferry: debug: ", "CRIU 4.", "started \"ssh\"", "ferry on b: debug: "])?;
     let arguments = ["--debug", "--log", "/tmp/check.log", "--log-format", "json", "check", "box"];
@@ -511,6 +516,7 @@ fn conclusions(lab: &Lab) -> Outcome {
     ensure!(!said.err.contains("debug"), "{said}");
     let log = a.sh("cat /tmp/check.log")?;
     ensure!(log.contains("{\"level\":\"debug\",\"msg\":\"the runtime is"), "{log}");
+
     untouched(lab, &container, pid)
 }
 
@@ -550,6 +556,7 @@ fn engines(lab: &Lab) -> Outcome {
     json["annotations"] = serde_json::json!({"io.container.manager": "libpod"});
     std::fs::write(&config, json.to_string()).map_err(|e| e.to_string())?;
     container.run_on(&a)?;
+
     let pid = facts(&a)?.containers[container.id].pid;
     let words = &["box is podman's container, and podman does not tell of it", "hint:"];
     refused(&a, &["box", "b"], words)?;
@@ -557,6 +564,7 @@ fn engines(lab: &Lab) -> Outcome {
     for arguments in [&["check", "box"][..], &["check", "box", "b"]] {
         says(&a.ferry(arguments)?.exits(3)?, words)?;
     }
+
     untouched(lab, &container, pid)?;
 
     // Not by the runtime's ID.
@@ -566,10 +574,12 @@ fn engines(lab: &Lab) -> Outcome {
          echo '[{{\"id\":\"{id}\",\"names\":[\"web\"]}}]' \
             >/var/lib/containers/storage/overlay-containers/containers.json"
     ))?;
+
     let words = &["465b65bd374b is podman's container web", "does not run", "hint:"];
     refused(&a, &["web", "b"], words)?;
     a.sh("rm /var/lib/containers/storage/overlay-containers/containers.json")?;
     let words = &["465b65bd374b is docker's container", "does not run", "hint:"];
     refused(&a, &["465b65", "b"], words)?;
+
     refused(&b, &["web", "a"], &["there is no container web", "hint:", "runc list"])
 }

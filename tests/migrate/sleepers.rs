@@ -79,23 +79,27 @@ fn as_if_nothing_had_been(host: &Host, on_the_way: Duration) -> Outcome {
         let &[name, result, took, own] = &words[..] else { return Err(format!("said: {line}")) };
         found.insert(name, (number(result)?, number(took)?, number(own)?));
     }
+
     let wait = WAIT.as_millis() as i64;
     for (name, result) in CALLS {
         let Some((returned, took, own)) = found.get(name) else {
             return Err(format!("{name} is missing:\n{said}"));
         };
+
         // What the container's own clock shows: it stands still for a part of that time.
         let late = match name {
             name if ANEW.contains(name) => Duration::MAX,
             name if RELATIVE.contains(name) => LATE + on_the_way,
             _ => LATE,
         };
+
         let late = u128::from(own.unsigned_abs()) > (WAIT.saturating_add(late)).as_millis();
         ensure!(
             *returned == i64::from(*result) && *took >= wait && *own >= wait - 1 && !late,
             "{name}, which should return {result} after {wait} ms, is wrong:\n{said}"
         );
     }
+
     Ok(())
 }
 

@@ -146,12 +146,14 @@ fn no_log_of_the_host(lab: &Lab) -> Outcome {
     for (trick, code) in tricks {
         let container = ticker.clone().with(&["--arg", trick]);
         container.make(&a)?;
+
         // As engines give it.
         let able = r#"s/"CAP_KILL"/"CAP_KILL", "CAP_SYS_CHROOT"/g"#;
         a.exec(&["sed", "-i", able, "/srv/shared/box/config.json"])?.exits(0)?;
         container.run_on(&a)?;
         let wrote = "grep -qs tick /srv/shared/box/rootfs/usr/local/bin/owned*";
         until("it writes", SOON, || Ok((a.exec(&["sh", "-c", wrote])?.code == 0).then_some(())))?;
+
         let said = a.ferry(&["migrate", "box", "b"])?.exits(code)?;
         let here = if code == 0 { &b } else { &a };
         let refused = said.err.contains("neither in the container") && said.err.contains("hint: ");
@@ -162,6 +164,7 @@ fn no_log_of_the_host(lab: &Lab) -> Outcome {
         here.sh("runc delete -f box")?;
         a.sh("ferry resolve --keep box || true; rm -rf /srv/shared/box")?;
     }
+
     Ok(())
 }
 

@@ -97,12 +97,14 @@ fn furnish(lab: &Lab, ns: &NetNs) {
     ] {
         lab.at("web", command);
     }
+
     for (path, value) in SYSCTLS {
         set_sysctl(ns, path, value);
     }
     tc(lab, "web", "qdisc add dev eth0 root handle 1: tbf rate 800mbit burst 100kb latency 70ms");
     tc(lab, "web", "qdisc add dev eth0 parent 1:1 handle 20: pfifo limit 77");
     tc(lab, "web", "qdisc add dev lo root bfifo limit 5000");
+
     // Without filters it does nothing, and stays behind.
     tc(lab, "web", "qdisc add dev eth0 clsact");
 }
@@ -154,6 +156,7 @@ pub fn round_trip(name: &'static str, attachment: Attachment) {
     let lab = Lab::new(name, attachment);
     let source = lab.container("web");
     furnish(&lab, &source);
+
     // Only then are its routes all there.
     wait_until("the source's addresses to be settled", || {
         !lab.json("web", "address show").to_string().contains("tentative")
@@ -173,6 +176,7 @@ pub fn round_trip(name: &'static str, attachment: Attachment) {
         assert_eq!(lost, new, "ip {what}");
         assert_eq!(before, after, "the order of ip {what}");
     }
+
     let queued = queues(&lab, "web");
     assert!(queued.len() == 3 && queued.iter().any(|q| q.contains("rate 800Mbit")), "{queued:?}");
     assert_eq!(queues(&lab, "copy"), queued, "queueing disciplines");
@@ -181,6 +185,7 @@ pub fn round_trip(name: &'static str, attachment: Attachment) {
     for (path, _) in SYSCTLS {
         assert_eq!(sysctl(&copy, path), sysctl(&source, path), "{path}");
     }
+
     let again = capture(&copy, &lab.ns("b")).expect("the copy can be captured");
     // The other end of a cable has an address of its own on every host.
     let (again, image) = (anonymous(timeless(again)), anonymous(timeless(image)));
@@ -224,6 +229,7 @@ pub fn hand_over(name: &'static str, attachment: Attachment) {
     let mut kept = network::Capture::prepare(&source, &image).expect("a capture");
     let mut source_fence = fence::arm(&source).expect("a fence");
     kept.start().expect("started");
+
     source_fence.close(fence::FenceSide::Both).expect("a closed fence");
     assert_eq!(lab.learned_at(MAC), ["port-a"], "nothing has come out of the copy so far");
     let server = made.namespace().run(|| TcpListener::bind((IP4, 80))).expect("namespace");
@@ -232,6 +238,7 @@ pub fn hand_over(name: &'static str, attachment: Attachment) {
     let datagrams = datagrams.expect("a server on the copy");
     datagrams.set_read_timeout(Some(PATIENCE)).expect("timeout");
     lab.at("c", &format!("neigh replace {IP4} lladdr {MAC} dev eth0 nud stale"));
+
     let send = || UdpSocket::bind("0.0.0.0:0")?.send_to(b"to the source", (IP4, 81));
     client.run(send).expect("client").expect("send");
     let mut frames = Vec::new();
@@ -244,6 +251,7 @@ pub fn hand_over(name: &'static str, attachment: Attachment) {
     frames.iter().for_each(|f| replay.inject(f).expect("inject"));
     let mut got = [0; 64];
     assert_eq!(datagrams.recv(&mut got).expect("what the source kept"), 13);
+
     let known = |ip: &str| lab.json("c", &format!("neigh show {ip}"))[0]["lladdr"] == MAC;
     wait_until("the client to learn IPv4", || known(IP4));
     wait_until("the client to learn IPv6", || known(IP6));
@@ -257,6 +265,7 @@ pub fn hand_over(name: &'static str, attachment: Attachment) {
     let stream = client.run(|| TcpStream::connect_timeout(&to, PATIENCE)).expect("client");
     let mut stream = stream.expect("the copy answers");
     stream.write_all(b"hello").expect("write");
+
     let mut got = [0; 5];
     server.accept().expect("accept").0.read_exact(&mut got).expect("read");
     assert_eq!(&got, b"hello");
@@ -274,6 +283,7 @@ pub fn hold(name: &'static str, attachment: Attachment) {
         let mac = mac.as_str().expect("an address");
         lab.at("web", &format!("neigh replace {client} lladdr {mac} dev eth0 nud stale"));
     }
+
     let image = over_the_wire(&capture(&source, &lab.ns("a")).expect("a captured network"));
     let path = lab.path("copy");
     let mut made =
@@ -289,6 +299,7 @@ pub fn hold(name: &'static str, attachment: Attachment) {
         let send = || UdpSocket::bind(any)?.send_to(b"hello", (ip, 81));
         made.namespace().run(send).expect("namespace").expect("send");
     };
+
     for ip in clients.into_iter().chain([NOBODY]) {
         // As the kernel does it when the cable is pulled.
         lab.at("copy", &format!("neigh replace {ip} dev eth0 nud failed"));
@@ -296,6 +307,7 @@ pub fn hold(name: &'static str, attachment: Attachment) {
         say(ip);
         assert_eq!(state(ip), "INCOMPLETE", "{ip}");
     }
+
     let servers = clients.map(|ip| {
         let ip: IpAddr = ip.parse().expect("an address");
         let server = lab.ns("c").run(|| UdpSocket::bind((ip, 81))).expect("client");
@@ -357,6 +369,7 @@ pub fn rollback() {
             };
             assert_eq!(names(&lab.json("b", "link show")), names(&before), "{what}");
         };
+
         drop(recreate(&image, &Placement::Auto, &path, &host).expect("made"));
         clean("dropped");
 
@@ -376,6 +389,7 @@ pub fn rollback() {
         let problem = recreate(&image, &nowhere, &path, &host).expect_err("no such bridge");
         assert!(problem.hint.contains("--network bridge"), "{problem}");
         clean("no such bridge");
+
         // And the second try succeeds.
         drop(recreate(&image, &Placement::Auto, &path, &host).expect("made"));
     }
@@ -390,6 +404,7 @@ pub fn capture_refuses() {
         assert!(!problem.hint.is_empty(), "{problem}");
         assert!(problem.to_string().contains(what), "{what}: {problem}");
     };
+
     lab.at("a", "link set v-web nomaster");
     refused("is on no bridge");
     lab.at("a", "link set v-web master br0");
@@ -401,10 +416,12 @@ pub fn capture_refuses() {
     lab.at("web", "route add 192.0.2.0/24 nexthop via 10.77.0.1 nexthop via 10.77.0.2");
     refused("several next hops");
     lab.at("web", "route del 192.0.2.0/24");
+
     let web = lab.named("web");
     let nft = |rule: &str| {
         crate::lab::run(std::process::Command::new("ip").args(["netns", "exec", &web, "nft", rule]))
     };
+
     // What iptables leaves behind when its rules have gone filters nothing.
     nft("add table inet mine");
     nft("add chain inet mine in { type filter hook input priority 0; policy accept; }");
@@ -412,6 +429,7 @@ pub fn capture_refuses() {
     capture(&source, &host).expect("empty tables are no rules");
     nft("add rule inet mine user counter");
     refused("packet filter");
+
     let problem = capture_at(&source, &host, Some(&lab.path("web"))).expect_err("a rule");
     assert!(problem.hint.contains(&format!("ip netns exec {web} nft")), "{problem}");
     nft("flush chain inet mine user");
@@ -437,8 +455,10 @@ pub fn capture_refuses() {
         assert!(problem.hint.contains(&format!("ip netns exec {web} tc {delete}")), "{problem}");
         tc(&lab, "web", delete);
     }
+
     let problem = capture(&host, &host).expect_err("the host itself");
     assert!(problem.what.contains("host's network"));
+
     // A parent in a third place: seen from here the container hangs on nothing.
     let problem = capture(&source, &lab.ns("b")).expect_err("another host");
     assert!(problem.why.contains("not on this host"), "{problem}");
@@ -479,6 +499,7 @@ pub fn bad_peer() {
         recreate(&bad, &Placement::Auto, &path, &lab.ns("b")).expect_err("not valid");
         assert!(!Path::new(&path).exists());
     };
+
     let link = format!("/links/{eth0}");
     for name in ["", "a/b", "..", ".", "sixteen-bytes-xx", "a b", "eth%d", "eth0:1", "lo"] {
         refused(&format!("{link}/name"), json!(name));
@@ -489,6 +510,7 @@ pub fn bad_peer() {
     for mtu in [0, 67, 65_537, u32::MAX] {
         refused(&format!("{link}/mtu"), json!(mtu));
     }
+
     for mac in [json!([1, 0, 0, 0, 0, 1]), json!([0, 0, 0, 0, 0, 0]), json!(null), json!([2])] {
         refused(&format!("{link}/mac"), mac);
     }
@@ -498,17 +520,20 @@ pub fn bad_peer() {
     for name in ["../../../kernel/core_pattern", "", "a/b", "..", "x.y"] {
         refused(&format!("{link}/sysctls/0/name"), json!(name));
     }
+
     refused(&format!("{link}/sysctls/0/value"), json!("1\n2"));
     refused(&format!("{link}/sysctls/0/value"), json!("1".repeat(5000)));
     for path in ["ipv4/../../kernel/core_pattern", "kernel/core_pattern", "/ipv4/x", "ipv4//x"] {
         refused("/sysctls/0/path", json!(path));
     }
+
     refused("/routes/0/link", json!("eth7"));
     refused("/routes/0/table", json!(255));
     refused("/routes/0/destination", json!("not an address"));
     refused("/rules/0/attributes", json!([[5, [1, 2, 3, 4]]]));
     refused("/rules/0/attributes", json!([[15, vec![0; 100]]]));
     refused("/version", json!(99));
+
     let many = |value: &Value, n: usize| Value::Array(vec![value.clone(); n]);
     refused("/links", many(&good["links"][eth0], 65));
     refused("/links", many(&good["links"][eth0], 2));
@@ -538,6 +563,7 @@ pub fn preflight_finds(name: &'static str, attachment: Attachment) {
         assert!(look(&auto).iter().any(|p| p.fatal && p.why.contains("MTU")));
         lab.at("b", "link set eth0 mtu 1500");
     }
+
     lab.at("b", &format!("link set {device} down"));
     assert!(look(&auto).iter().any(|p| p.fatal && p.why.contains("is down")));
     lab.at("b", &format!("link set {device} up"));
@@ -551,6 +577,7 @@ pub fn preflight_finds(name: &'static str, attachment: Attachment) {
     });
     lab.at("c", &format!("address del {IP4}/24 dev eth0"));
     lab.at("web", &format!("address del {IP4}/24 dev eth0"));
+
     let found = look(&auto);
     assert!(found.iter().any(|p| !p.fatal && p.what.contains("may not be reachable")), "{found:?}");
     assert!(found.iter().all(|p| !p.fatal), "{found:?}");

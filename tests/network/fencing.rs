@@ -150,6 +150,7 @@ pub fn new_only() {
     let knock =
         |patience| client.run(|| TcpStream::connect_timeout(&to, patience)).expect("client");
     knock(PATIENCE).expect("nothing is in the way of a new one");
+
     let mut armed = fence::arm(&ns).expect("armed");
     armed.close(FenceSide::New).expect("closed for new ones");
     let kept_out = knock(SILENCE).expect_err("a new one gets no answer");
@@ -159,6 +160,7 @@ pub fn new_only() {
     near.read_exact(&mut got).expect("what leaves arrives");
     assert_eq!(&got, b"on its way");
     near.write_all(b"and back").expect("write");
+
     let mut got = [0; 8];
     server.read_exact(&mut got).expect("what is established goes on, both ways");
     assert_eq!(&got, b"and back");
@@ -182,10 +184,12 @@ pub fn replay(name: &'static str, attachment: Attachment) {
     let lab = Lab::new(name, attachment);
     let (ns, client) = (lab.container("web"), lab.ns("c"));
     let image = capture(&ns, &lab.ns("a")).expect("a captured network");
+
     // Strict reverse-path filtering, on which a frame from another device would founder.
     let strict = |f: &str| std::fs::write(format!("/proc/sys/net/ipv4/conf/{f}/rp_filter"), "1");
     ns.run(|| strict("all").and(strict("eth0"))).expect("namespace").expect("rp_filter");
     let links = lab.json("web", "link show");
+
     // Otherwise a slow machine could resend by itself.
     lab.at("c", &format!("route add {IP4}/32 dev eth0 rto_min 8s"));
     lab.at("c", &format!("-6 route add {IP6}/128 dev eth0 rto_min 8s"));
@@ -204,6 +208,7 @@ pub fn replay(name: &'static str, attachment: Attachment) {
         let any = if ip.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
         let sent = client.run(|| UdpSocket::bind(any)?.send_to(b"datagram", (ip, 7000)));
         sent.expect("client").expect("send");
+
         let frames = keep(&mut kept, |f| f.len() >= 2);
         server.set_nonblocking(true).expect("nonblocking");
         assert!(server.read(&mut [0; 64]).is_err(), "the fence holds");
@@ -214,18 +219,21 @@ pub fn replay(name: &'static str, attachment: Attachment) {
             let wire = serde_json::to_string(frame).expect("JSON");
             replay.inject(&serde_json::from_str(&wire).expect("a frame")).expect("inject");
         }
+
         let mut got = [0; 11];
         server.read_exact(&mut got).expect("read");
         assert_eq!(&got, b"in the dark");
         let mut got = [0; 64];
         assert_eq!(listener.recv(&mut got).expect("recv"), 8);
         server.write_all(b"answer").expect("write");
+
         let mut got = [0; 6];
         near.read_exact(&mut got).expect("the answer leaves by the real link");
         let after = lab.counter("c", "Tcp", "RetransSegs");
         assert_eq!(after, before, "nobody had to send anything twice");
         armed.disarm().expect("disarmed");
     }
+
     drop(replay);
     wait_until("the replay's device to be gone", || lab.json("web", "link show") == links);
 }
@@ -239,6 +247,7 @@ fn stretch(frames: &[EthernetFrame]) -> usize {
         let length = tcp.len() - usize::from(tcp[12] >> 4) * 4;
         (first, first.wrapping_add(length as u32))
     };
+
     let is_tcp = |f: &&EthernetFrame| match f.bytes[12..14] {
         [0x08, 0x00] => f.bytes[14 + 9] == libc::IPPROTO_TCP as u8,
         _ => f.bytes[14 + 6] == libc::IPPROTO_TCP as u8,
@@ -250,6 +259,7 @@ fn stretch(frames: &[EthernetFrame]) -> usize {
         let (first, last) = ends(f);
         (first.wrapping_sub(start), last.wrapping_sub(start))
     };
+
     let mut pieces: Vec<(u32, u32)> = frames.iter().filter(is_tcp).map(from_start).collect();
     pieces.sort_unstable();
 
@@ -276,6 +286,7 @@ pub fn large_segments(name: &'static str, attachment: Attachment) {
     const DARK: usize = 8;
     let lab = Lab::new(name, attachment);
     let (ns, client) = (lab.container("web"), lab.ns("c"));
+
     // Otherwise a client that a slow machine made wait would begin the dark with ten segments.
     let idle = "/proc/sys/net/ipv4/tcp_slow_start_after_idle";
     client
@@ -283,19 +294,23 @@ pub fn large_segments(name: &'static str, attachment: Attachment) {
         .expect("namespace")
         .expect("tcp_slow_start_after_idle");
     let image = capture(&ns, &lab.ns("a")).expect("a captured network");
+
     let replay = Replay::prepare(&ns, &image).expect("a replay");
     let mut armed = fence::arm(&ns).expect("armed");
     let mut dark_client = fence::arm(&client).expect("armed");
     let data: Vec<u8> = (0..CHUNK * (WARM + DARK)).map(|i| ((i / 7) ^ (i >> 11)) as u8).collect();
+
     for ip in [IP4, IP6].map(address) {
         let (mut server, mut near) = connect(&ns, &client, ip);
         let mut got = vec![0; data.len()];
         let (light, dark) = data.split_at(CHUNK * WARM);
+
         // Opens the congestion window, so that the client sends much at once in the dark.
         thread::scope(|scope| {
             scope.spawn(|| near.write_all(light).expect("write"));
             server.read_exact(&mut got[..light.len()]).expect("read");
         });
+
         // Its last bytes, sent again in the dark, would be counted for new ones.
         await_acknowledged(&near);
         let mut kept = Capture::prepare(&ns, &image).expect("a capture");
@@ -307,9 +322,11 @@ pub fn large_segments(name: &'static str, attachment: Attachment) {
             let sent = client.run(|| UdpSocket::bind(any)?.send_to(b"in between", (ip, 7000)));
             sent.expect("client").expect("send");
             scope.spawn(|| near.write_all(dark).expect("write"));
+
             // How much fits into the congestion window depends on what was lost before.
             let merged = |f: &EthernetFrame| f.bytes.len() > 4000;
             let mut frames = keep(&mut kept, |f| f.iter().any(merged));
+
             // From now on the client can neither send nor hear: what arrives has been replayed.
             dark_client.close(FenceSide::Both).expect("closed");
             kept.read(&mut frames).expect("read");
@@ -317,6 +334,7 @@ pub fn large_segments(name: &'static str, attachment: Attachment) {
             for frame in &frames {
                 replay.inject(frame).expect("inject");
             }
+
             let (_, rest) = got.split_at_mut(light.len());
             // On a busy machine some of them are there twice: sent again by the client's timer.
             let replayed = stretch(&frames).min(rest.len());

@@ -53,6 +53,7 @@ impl Lab {
             lab.ip(&format!("netns add {}", lab.named(who)));
             lab.ip(&format!("-n {} link set lo up", lab.named(who)));
         }
+
         lab.at("sw", "link add br0 type bridge mcast_snooping 0");
         lab.at("sw", "link set br0 up");
         for (number, who) in [(1, "a"), (2, "b"), (3, "c")] {
@@ -69,10 +70,12 @@ impl Lab {
                 lab.at(who, &format!("address add fd77::10{number}/64 dev eth0 nodad"));
             }
         }
+
         // Until the kernel has seen to a carrier, which a busy machine puts off, frames are dropped.
         wait_until("the lab's links to be up", || {
             ["sw", "a", "b", "c"].iter().all(|w| lab.is_up(w))
         });
+
         lab
     }
 
@@ -151,6 +154,7 @@ impl Lab {
                 self.at("a", &format!("link set v-{who} master br0 up"));
             }
         }
+
         self.at(who, "link set lo up");
         self.at(who, "link set eth0 up");
         self.at(who, &format!("address add {IP4}/24 dev eth0"));
@@ -158,6 +162,7 @@ impl Lab {
         wait_until("the container's link to be up", || {
             self.json(who, "link show dev eth0")[0]["operstate"] == "UP"
         });
+
         self.ns(who)
     }
 

@@ -37,16 +37,19 @@ pub fn measure(name: &'static str, attachment: Attachment) {
         drop(timed(&mut t[6], || fence::raise(&ns)).expect("raise"));
         timed(&mut t[7], || fence::remove(&ns)).expect("remove");
         timed(&mut t[8], || capture(&ns, &host)).expect("capture");
+
         let mut kept = timed(&mut t[9], || Capture::prepare(&ns, &image)).expect("prepare");
         timed(&mut t[10], || kept.start()).expect("start");
         timed(&mut t[11], || drop(kept));
     }
+
     let path = lab.path("copy");
     for _ in 0..5 {
         let make = || recreate(&image, &Placement::Auto, &path, &other);
         let made = timed(&mut t[12], make).expect("recreate");
         timed(&mut t[13], || made.undo()).expect("undo");
     }
+
     let announcer = Announcer::prepare(&ns, &image).expect("announcer");
     for _ in 0..TIMES {
         timed(&mut t[14], || announcer.announce()).expect("announce");
@@ -54,17 +57,20 @@ pub fn measure(name: &'static str, attachment: Attachment) {
     let replay = Replay::prepare(&ns, &image).expect("replay");
     let mut kept = Capture::prepare(&ns, &image).expect("capture");
     kept.start().expect("start");
+
     let client = lab.ns("c");
     let send = || {
         let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
         socket.send_to(&[7; 1000], (crate::lab::IP4, 7))
     };
+
     client.run(send).expect("client").expect("send");
     let mut frames = Vec::new();
     crate::lab::wait_until("a frame", || kept.read(&mut frames).expect("read") > 0);
     for _ in 0..TIMES * 5 {
         timed(&mut t[15], || replay.inject(&frames[0])).expect("inject");
     }
+
     println!("\n{attachment:?}");
     let names = [
         "arm",
@@ -84,6 +90,7 @@ pub fn measure(name: &'static str, attachment: Attachment) {
         "announce (4 addresses' frames)",
         "inject 1 kB UDP",
     ];
+
     for (name, times) in names.into_iter().zip(t) {
         told(name, times);
     }

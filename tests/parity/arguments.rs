@@ -114,6 +114,7 @@ fn missing_container(side: &mut Side) {
     side.call(["delete", "--force", &id]).any();
     side.call(["checkpoint", "--image-path", "images", &id]).fails();
     side.call(["update", "--resources=-", &id]).stdin("{}").fails();
+
     for verb in ["create", "run", "restore"] {
         side.call([verb, "--bundle", "/nonexistent", &id]).fails();
         side.call([verb, &id]).fails();
@@ -122,6 +123,7 @@ fn missing_container(side: &mut Side) {
         side.call(["state", bad]).fails();
         side.call(["start", bad]).fails();
     }
+
     // With no root there is nothing to list, and that is an error; with an empty one it is not.
     side.call(["list"]).fails();
     std::fs::create_dir(side.path("root")).unwrap();
@@ -150,8 +152,10 @@ fn spellings_of_globals(side: &mut Side) {
         side.raw(globals).arg("state").arg("web").fails();
         side.raw(globals).arg("start").arg("web").fails();
     }
+
     side.raw(["--root", "relative", "state", "web"]).fails();
     side.raw(["--debug", "--root", &root, "state", "web"]).fails();
+
     // What looks like a verb or a flag is a value.
     side.raw(["--root", &root, "--log", "migrate", "state", "web"]).fails();
     side.record_file("migrate");

@@ -260,6 +260,7 @@ fn checkpoint_and_restore(side: &mut Side) {
     let restore = ["restore", "-d", "-image-path", &images, "--work-path", &work, "-no-subreaper"];
     side.call(dump).arg("--parent-path").arg("/absolute").arg(&id).fails();
     side.call(dump).arg("--manage-cgroups-mode=nonsense").arg(&id).fails();
+
     side.call(dump).arg("--leave-running").arg(&id).ok();
     assert_eq!(side.status().as_deref(), Some("running"));
     std::fs::remove_dir_all(&images).unwrap();
@@ -269,10 +270,12 @@ fn checkpoint_and_restore(side: &mut Side) {
     assert_eq!(side.status().as_deref(), Some("running"));
     side.verb("ps").varies().ok();
     side.call(restore).arg("--bundle").arg(&bundle).arg(&id).fails();
+
     side.call(["kill", &id, "KILL"]).ok();
     side.await_status("stopped");
     side.call(dump).arg(&id).fails();
     side.verb("delete").ok();
+
     // Not one that is nowhere: runc would make it.
     let empty = side.text("empty");
     side.call(["restore", "-d", "--image-path", &empty, "-b"]).arg(&bundle).arg(&id).fails();

@@ -79,6 +79,7 @@ fn the_shim_of_containerd(side: &mut Side) {
     fn with<'a>(globals: &[&'a str], rest: &[&'a str]) -> Vec<&'a str> {
         [globals, rest].concat()
     }
+
     let create = ["create", "--bundle", &bundle, "--pid-file", &pid, "--no-new-keyring", &id];
     side.raw(with(&globals, &create)).ok();
     side.raw(with(&globals, &["start", &id])).ok();
@@ -88,12 +89,14 @@ fn the_shim_of_containerd(side: &mut Side) {
     side.raw(with(&globals, &["resume", &id])).ok();
     side.raw(with(&globals, &["update", "--resources=-", &id])).stdin("{}").any();
     side.raw(with(&globals, &["events", "--stats", &id])).varies().any();
+
     // What fails is told by the last error in the log.
     side.raw(with(&globals, &["start", &id])).fails();
     let restore = ["restore", "--image-path", &images, "--detach", "--pid-file", &pid];
     let more = ["-no-subreaper", "--bundle", &bundle, &id];
     side.raw(with(&with(&globals, &restore), &more)).fails();
     side.raw(with(&globals, &["kill", "--all", &id, "9"])).ok();
+
     let start = std::time::Instant::now();
     while fs::read_to_string(side.path("ns").join(&id).join("state.json")).is_ok() {
         assert!(start.elapsed().as_secs() < 20, "it cannot be deleted");
@@ -104,6 +107,7 @@ fn the_shim_of_containerd(side: &mut Side) {
             continue;
         }
     }
+
     side.raw(with(&globals, &["delete", "--force", &id])).ok();
     side.raw(with(&globals, &["state", &id])).fails();
     let log = fs::read_to_string(&log).unwrap();
@@ -126,6 +130,7 @@ fn conmon_and_podman(side: &mut Side) {
     side.verb("start").ok();
     side.call(globals.iter().map(String::as_str).chain(["start", &id])).fails();
     side.record_file("oci-log");
+
     // Without systemd this fails, in the same words.
     side.call(["--systemd-cgroup", "create", "--bundle", &bundle, "parity-other"]).any();
     side.call(["--systemd-cgroup", "delete", "--force", "parity-other"]).any();
@@ -134,6 +139,7 @@ fn conmon_and_podman(side: &mut Side) {
     side.call(["kill", "--all", &id, "9"]).empty_environment().ok();
     side.await_status("stopped");
     side.call(["delete", "--force", &id]).empty_environment().ok();
+
     let images = side.text("images");
     side.call(["checkpoint", "--image-path", &images, "--work-path", &images])
         .arg("--leave-running")

@@ -253,6 +253,7 @@ impl Call<'_> {
             done.stdout,
             done.stderr
         );
+
         let clean = |text: &str| {
             let text = side.clean(text);
             if varies { without_numbers(&text) } else { text }
@@ -264,6 +265,7 @@ impl Call<'_> {
             clean(&done.stdout),
             clean(&done.stderr)
         );
+
         side.record.push(entry);
         done
     }
@@ -336,6 +338,7 @@ fn without_times(text: &str) -> String {
             })
         })
     };
+
     let mut clean = String::new();
     let mut rest = 0;
     let mut at = 0;
@@ -352,6 +355,7 @@ fn without_times(text: &str) -> String {
         }
         rest = at;
     }
+
     clean.push_str(&text[rest..]);
     clean
 }

@@ -16,6 +16,7 @@ fn a_call_is_expected_once_and_for_a_while() {
     let taken = |verb, ids: &str, root: &str| {
         taken_in(&place, verb, &words(ids), Path::new(root)).is_some()
     };
+
     assert!(!taken("restore", "ab12", "/run/runc"));
     let expected = expect(LIMIT).unwrap();
     assert!(!taken("create", "ab12", "/run/runc"));
@@ -93,6 +94,7 @@ fn without_ferry_the_container_itself_is_the_answer() {
         let (thread, mut call) = called(top.path());
         let (mut init, mut criu) = (child(), child());
         call.restored(init.id() as i32, criu.id() as i32).unwrap();
+
         // It writes this down when it has heard of them.
         while !top.path().join("pid").exists() {
             std::thread::yield_now();
@@ -101,10 +103,12 @@ fn without_ferry_the_container_itself_is_the_answer() {
         if !lives {
             end(&mut init);
         }
+
         end(&mut criu);
         assert_eq!(thread.join().unwrap().is_ok(), lives);
         end(&mut init);
     }
+
     let top = tempfile::tempdir().unwrap();
     let (thread, call) = called(top.path());
     drop(call);
@@ -131,6 +135,7 @@ fn what_is_created_is_held_until_it_is_started() {
                 answer(&taken.unwrap(), &words("start ab12"))
             }
         });
+
         let own = std::process::id() as i32;
         let never = || process::pidfd_open(own).unwrap();
         let mut call = expected.call(never(), Instant::now() + LIMIT).unwrap();
@@ -155,12 +160,14 @@ fn who_is_to_start_it_decides_by_what_lives_when_nobody_waits() {
         socket: "/no/such/socket".into(),
         held: Some(held),
     };
+
     let both = [mark(&init), mark(&criu)];
     let end = |child: &mut Child| {
         let _ = (child.kill(), child.wait());
     };
     end(&mut criu);
     answer(&expectation(both), &words("start ab12")).unwrap();
+
     // Another one with its number is not it.
     let [init_id, criu_id] = both;
     let another = ProcessId { started: init_id.started + 1, ..init_id };

@@ -41,10 +41,12 @@ pub(super) fn ask_for(
     if !path.chars().all(plain) {
         bail!("{path:?} is nothing that docker is asked for");
     }
+
     let at = format!("{VERSION}{path}");
     let answer = socket::request(Path::new(SOCKET), method, &at, body, limit).with_context(what)?;
     tracing::debug!("docker: {method} {path}: {}", answer.status);
     let said: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
+
     match answer.status {
         200..=299 | 304 => Ok(Some(said)),
         // Of a request that names others the answer says which of them is missing.

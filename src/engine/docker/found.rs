@@ -24,6 +24,7 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
     let mut refuse = |what: &str, why: &str, hint: &str| {
         problems.push(Problem::new(what, why).hint(hint));
     };
+
     if is_set(&host["AutoRemove"]) {
         refuse(
             "docker removes it when it ends (--rm)",
@@ -31,6 +32,7 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
             "run it without --rm",
         );
     }
+
     if is_set(&config["Tty"]) {
         refuse(
             "it has a terminal",
@@ -38,6 +40,7 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
             "run it without --tty",
         );
     }
+
     if is_set(&config["Labels"]["com.docker.swarm.service.id"]) {
         refuse(
             "it is one of a swarm's service",
@@ -45,6 +48,7 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
             "let the swarm start it there",
         );
     }
+
     for (what, list) in [
         ("links to other containers", &host["Links"]),
         ("other containers' volumes", &host["VolumesFrom"]),
@@ -57,6 +61,7 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
             );
         }
     }
+
     let parts = host["Mounts"].as_array().into_iter().flatten();
     if parts.into_iter().any(|mount| is_set(&mount["VolumeOptions"]["Subpath"])) {
         refuse(
@@ -65,6 +70,7 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
             "mount the whole volume, or make one of what it needs",
         );
     }
+
     if is_set(&host["DeviceRequests"]) {
         refuse(
             "it has devices of a driver (--gpus)",
@@ -72,6 +78,7 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
             "run it without",
         );
     }
+
     for (what, mode) in [
         ("network", &host["NetworkMode"]),
         ("pid", &host["PidMode"]),
@@ -87,6 +94,7 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
             );
         }
     }
+
     if is_set(&host["UsernsMode"]) && text(&host["UsernsMode"]) != "host" {
         refuse(
             "it has a user namespace",
@@ -94,6 +102,7 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
             "run it with --userns host",
         );
     }
+
     match text(&host["LogConfig"]["Type"]) {
         "json-file" | "none" => {}
         other => refuse(
@@ -102,6 +111,7 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
             "run it with --log-driver json-file",
         ),
     }
+
     problems
 }
 
@@ -125,11 +135,13 @@ pub(super) fn own(
                 .hint("run it without that"),
             );
         }
+
         let init = place == "/sbin/docker-init" && text(&mount["type"]) == "bind";
         if source.starts_with(&below) || init {
             own.push(place.into());
         }
     }
+
     own
 }
 
@@ -149,6 +161,7 @@ pub(super) fn networks(found: &Value, problems: &mut Vec<Problem>) -> Vec<Engine
                 .hint("make the network without --ipv6"),
             );
         }
+
         match network(name) {
             Ok(Some(found)) if matches!(&*found.driver, "bridge" | "macvlan") => {
                 networks.push(found);
@@ -169,6 +182,7 @@ pub(super) fn networks(found: &Value, problems: &mut Vec<Problem>) -> Vec<Engine
             }
         }
     }
+
     networks
 }
 
@@ -217,12 +231,14 @@ pub(super) fn volumes(found: &Value, problems: &mut Vec<Problem>) -> Vec<Volume>
 pub(super) fn request(found: &Value) -> Result<Value> {
     let mut body = found["Config"].as_object().cloned();
     let body = body.as_mut().ok_or_else(|| anyhow!("docker does not say how it was made"))?;
+
     // Superseded by that of each network.
     body.remove("MacAddress");
     let mut host = found["HostConfig"].clone();
     host["ContainerIDFile"] = json!("");
     ports_as_they_are(found, &mut host);
     volumes_by_name(found, &mut host);
+
     let mut networks = Map::new();
     for (name, own) in found["NetworkSettings"]["Networks"].as_object().into_iter().flatten() {
         let mut own = endpoint(found, own);
@@ -232,11 +248,13 @@ pub(super) fn request(found: &Value) -> Result<Value> {
         }
         networks.insert(name.clone(), own);
     }
+
     if host["NetworkMode"] == "default" {
         host["NetworkMode"] = json!(DEFAULT);
     }
     body.insert("HostConfig".into(), host);
     body.insert("NetworkingConfig".into(), json!({ "EndpointsConfig": networks }));
+
     Ok(Value::Object(body.clone()))
 }
 

@@ -47,11 +47,13 @@ fn volumes(wanted: &EngineWants, config: &Value) -> Result<()> {
             bail!("the container has the volume {source:?}, which was not looked for");
         }
     }
+
     for mount in host["Mounts"].as_array().into_iter().flatten() {
         if !matches!(text(&mount["Type"]), "bind" | "tmpfs") {
             bail!("the container has a mount of the kind {:?}", text(&mount["Type"]));
         }
     }
+
     // docker makes one for each of these where there is nothing else.
     let places = config["Volumes"].as_object().into_iter().flat_map(|all| all.keys());
     let covered = |place: &str| {
@@ -60,9 +62,11 @@ fn volumes(wanted: &EngineWants, config: &Value) -> Result<()> {
         let target = |mount: &Value| text(&mount["Target"]) == place;
         bound || host["Mounts"].as_array().is_some_and(|all| all.iter().any(target))
     };
+
     if let Some(place) = places.into_iter().find(|place| !covered(place)) {
         bail!("the container has a volume at {place:?}, which was not looked for");
     }
+
     Ok(())
 }
 
@@ -114,6 +118,7 @@ mod tests {
         wanted().validate().unwrap();
         let papers = |config| Papers { config, spec: Value::Null, network: Value::Null };
         judge(&wanted(), &papers(request(&found()).unwrap())).unwrap();
+
         for (pointer, value) in [
             ("/Image", json!("evil:1")),
             ("/HostConfig/Runtime", json!("runc")),

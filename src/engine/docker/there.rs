@@ -22,6 +22,7 @@ pub(super) fn problems(_id: &str, wanted: &EngineWants) -> Vec<Problem> {
             ];
         }
     };
+
     let mut problems = Vec::new();
     let own = store(&info);
     problems.extend(store_problem(&own));
@@ -40,6 +41,7 @@ pub(super) fn problems(_id: &str, wanted: &EngineWants) -> Vec<Problem> {
             .hint("set data-root and storage-driver alike in /etc/docker/daemon.json"),
         );
     }
+
     if !is_ferry(&info, &wanted.runtime) {
         problems.push(
             Problem::new(
@@ -49,6 +51,7 @@ pub(super) fn problems(_id: &str, wanted: &EngineWants) -> Vec<Problem> {
             .hint(SET_UP),
         );
     }
+
     let mut answers = vec![taken("container", &wanted.name, &here), image(&wanted.image, &here)];
     answers.extend(wanted.volumes.iter().map(|volume| taken("volume", &volume.name, &here)));
     answers.extend(wanted.networks.iter().map(|wanted| {
@@ -59,17 +62,20 @@ pub(super) fn problems(_id: &str, wanted: &EngineWants) -> Vec<Problem> {
         }
         Ok(common::network(Engine::Docker, wanted, found, &here))
     }));
+
     for answer in answers {
         problems.extend(answer.unwrap_or_else(|e| {
             Some(Problem::new(format!("docker does not work on {here}"), format!("{e:#}")))
         }));
     }
+
     match neighbours("", &wanted.networks) {
         Ok(found) => problems.extend(common::doubles(wanted, &found, &here)),
         Err(e) => {
             problems.push(Problem::new(format!("docker does not work on {here}"), format!("{e:#}")))
         }
     }
+
     problems.extend(wanted.ports.iter().filter_map(|port| common::port_free(port, &here)));
     problems.dedup();
     problems

@@ -22,6 +22,7 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
     let mut refuse = |what: &str, why: &str, hint: &str| {
         problems.push(Problem::new(what, why).hint(hint));
     };
+
     if is_set(&found["Pod"]) || is_set(&found["IsInfra"]) {
         refuse(
             "it is one of a pod",
@@ -29,6 +30,7 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
             "stop the pod, and start it there",
         );
     }
+
     if is_set(&host["AutoRemove"]) {
         refuse(
             "podman removes it when it ends (--rm)",
@@ -36,6 +38,7 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
             "run it without --rm",
         );
     }
+
     if is_set(&found["Config"]["Tty"]) {
         refuse(
             "it has a terminal",
@@ -43,6 +46,7 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
             "run it without --tty",
         );
     }
+
     if is_set(&found["Rootfs"]) {
         refuse(
             "it has no image",
@@ -50,6 +54,7 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
             "make an image of it",
         );
     }
+
     if is_set(&found["Dependencies"]) {
         refuse(
             "it depends on other containers",
@@ -57,6 +62,7 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
             "start it without --requires and container: namespaces",
         );
     }
+
     for (what, mode) in [
         ("network", &host["NetworkMode"]),
         ("pid", &host["PidMode"]),
@@ -72,6 +78,7 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
             );
         }
     }
+
     if !matches!(text(&host["NetworkMode"]), "bridge" | "host" | "none") {
         refuse(
             &format!("its network is {}", text(&host["NetworkMode"])),
@@ -79,6 +86,7 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
             "use one of these",
         );
     }
+
     if is_set(&host["UsernsMode"]) || is_set(&host["IDMappings"]) {
         refuse(
             "it has a user namespace",
@@ -86,6 +94,7 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
             "run it without --userns",
         );
     }
+
     if let Some(unit) = unit(found) {
         refuse(
             &format!("the unit {} owns it", unit.escape_debug()),
@@ -94,6 +103,7 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
              out of /etc/containers/systemd, and `systemctl daemon-reload`), then `podman run` without it",
         );
     }
+
     match text(&host["LogConfig"]["Type"]) {
         "k8s-file" | "json-file" | "none" => {}
         other => refuse(
@@ -102,6 +112,7 @@ pub(super) fn refusals(found: &Value) -> Vec<Problem> {
             "run it with --log-driver k8s-file",
         ),
     }
+
     problems
 }
 
@@ -141,6 +152,7 @@ pub(super) fn own(
             own.push(place.into());
         }
     }
+
     own
 }
 
@@ -170,6 +182,7 @@ pub(super) fn networks(
             }
         }
     }
+
     (networks, neighbours)
 }
 
@@ -243,6 +256,7 @@ mod tests {
                 "LogConfig": { "Type": "k8s-file" },
             },
         });
+
         assert!(refusals(&plain).is_empty(), "{:?}", refusals(&plain));
         for (pointer, value) in [
             ("/HostConfig/AutoRemove", json!(true)),

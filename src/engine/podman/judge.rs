@@ -30,6 +30,7 @@ pub(super) fn judge(wanted: &EngineWants, id: &str, papers: &Papers) -> Result<(
             bail!("the container's {name} is {said:?}, and not {}", place.display());
         }
     }
+
     for (name, value) in [
         ("id", id),
         ("name", &wanted.name),
@@ -43,12 +44,14 @@ pub(super) fn judge(wanted: &EngineWants, id: &str, papers: &Papers) -> Result<(
             bail!("the container's {name} is {:?}, and not {value:?}", text(&config[name]));
         }
     }
+
     // Programs that the other host names, run on this one.
     for (whose, value) in [("config.dump", &config["spec"]), ("spec.dump", spec)] {
         if value["hooks"].as_object().is_some_and(|hooks| !hooks.is_empty()) {
             bail!("{whose} has hooks");
         }
     }
+
     // What this host has for others, under names that were not looked at.
     for name in FOREIGN {
         let nothing = match &config[name] {
@@ -58,10 +61,12 @@ pub(super) fn judge(wanted: &EngineWants, id: &str, papers: &Papers) -> Result<(
             Value::Object(map) => map.is_empty(),
             _ => false,
         };
+
         if !nothing {
             bail!("the container has {name}");
         }
     }
+
     let volumes = config["namedVolumes"].as_array().into_iter().flatten();
     let mut volumes: Vec<&str> = volumes.map(|volume| text(&volume["volumeName"])).collect();
     let mut known: Vec<&str> = wanted.volumes.iter().map(|volume| volume.name.as_str()).collect();
@@ -70,12 +75,14 @@ pub(super) fn judge(wanted: &EngineWants, id: &str, papers: &Papers) -> Result<(
     if volumes != known {
         bail!("the container's volumes are {volumes:?}, and not {known:?}");
     }
+
     let networks = config["newNetworks"].as_object().into_iter().flat_map(|all| all.keys());
     if let Some(other) =
         networks.into_iter().find(|n| wanted.networks.iter().all(|w| w.name != **n))
     {
         bail!("the container is in the network {other:?}, which was not looked for");
     }
+
     Ok(())
 }
 
@@ -155,6 +162,7 @@ mod tests {
             papers.config[name] = value;
             assert!(judge(&wanted(), ID, &papers).is_err(), "{name}");
         }
+
         let mut papers = papers();
         papers.spec["hooks"] = json!({ "poststop": [{ "path": "/tmp/evil" }] });
         assert!(judge(&wanted(), ID, &papers).is_err());

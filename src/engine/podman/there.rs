@@ -20,6 +20,7 @@ pub(super) fn problems(id: &str, wanted: &EngineWants) -> Vec<Problem> {
             return vec![Problem::new(what, format!("{e:#}")).hint("install podman there")];
         }
     };
+
     let mut problems = Vec::new();
     let version = text(&info["version"]["Version"]);
     if minor(version) != minor(&wanted.version) {
@@ -34,6 +35,7 @@ pub(super) fn problems(id: &str, wanted: &EngineWants) -> Vec<Problem> {
             .hint("install the same version on both"),
         );
     }
+
     if store(&info) != wanted.store {
         problems.push(
             Problem::new(
@@ -49,6 +51,7 @@ pub(super) fn problems(id: &str, wanted: &EngineWants) -> Vec<Problem> {
             .hint("set graphroot, runroot and driver alike in /etc/containers/storage.conf"),
         );
     }
+
     if !is_ferry(&info, &wanted.runtime) {
         let runtime = text(&info["host"]["ociRuntime"]["name"]);
         problems.push(
@@ -62,6 +65,7 @@ pub(super) fn problems(id: &str, wanted: &EngineWants) -> Vec<Problem> {
             .hint(SET_UP),
         );
     }
+
     // Each is a program that takes its tenth of a second.
     let answers: Vec<Result<Vec<Problem>>> = std::thread::scope(|scope| {
         let here = here.as_str();
@@ -70,17 +74,20 @@ pub(super) fn problems(id: &str, wanted: &EngineWants) -> Vec<Problem> {
             scope.spawn(|| taken("container", id, here)),
             scope.spawn(|| image(&wanted.image, here)),
         ];
+
         asked.extend(wanted.volumes.iter().map(|v| scope.spawn(|| taken("volume", &v.name, here))));
         asked
             .extend(wanted.networks.iter().map(|n| scope.spawn(|| network_there(wanted, n, here))));
         let died = |_| Err(anyhow!("a question to it died"));
         asked.into_iter().map(|one| one.join().unwrap_or_else(died)).collect()
     });
+
     for answer in answers {
         problems.extend(answer.unwrap_or_else(|e| {
             vec![Problem::new(format!("podman does not work on {here}"), format!("{e:#}"))]
         }));
     }
+
     problems.extend(wanted.ports.iter().filter_map(|port| common::port_free(port, &here)));
     problems.dedup();
     problems

@@ -19,11 +19,13 @@ fn sample() -> Vec<u8> {
         false,
         Duration::from_millis(1),
     );
+
     let mut stream = Vec::new();
     let mut round = |last| {
         std::thread::sleep(Duration::from_millis(5));
         follower.round(&Inodes::new(), last, &mut stream, &mut |_| {}).unwrap();
     };
+
     fs::create_dir(at("d")).unwrap();
     fs::write(at("d/f"), "some contents").unwrap();
     fs::hard_link(at("d/f"), at("g")).unwrap();
@@ -35,6 +37,7 @@ fn sample() -> Vec<u8> {
     fs::remove_file(at("l")).unwrap();
     fs::write(at("l"), "a file").unwrap();
     round(true);
+
     stream
 }
 
@@ -121,10 +124,12 @@ fn lie(bytes: &mut Vec<u8>, random: &mut Random) {
                 _ => {}
             },
         }
+
         if all.is_empty() {
             return;
         }
     }
+
     bytes.clear();
     for (step, data) in all {
         ops::write(bytes, &step).unwrap();
@@ -157,6 +162,7 @@ fn fuzz_steps() {
         let names = fs::read_dir(outer.path()).unwrap().count();
         (fs::read(&canary).unwrap(), meta.mode(), meta.uid(), meta.mtime(), meta.nlink(), names)
     };
+
     let root = outer.path().join("root");
     fs::create_dir(&root).unwrap();
     let before = look();

@@ -148,6 +148,7 @@ impl Container {
                 None => Err(io::ErrorKind::NotFound.into()),
             },
         })();
+
         // What fails may have been done in part.
         let (short, end) =
             (|path: &Path| format!("{:?}", path.strip_prefix(&self.root)), done.is_ok());
@@ -190,12 +191,14 @@ fn sequence(seed: u64, listen: bool) {
     } else {
         std::env::temp_dir()
     };
+
     let outer = tempfile::tempdir_in(&base).unwrap();
     let canary = outer.path().join("canary");
     fs::create_dir(&canary).unwrap();
     for name in ["a", "b"] {
         fs::write(canary.join(name), "alive").unwrap();
     }
+
     let from = tempfile::tempdir_in(&base).unwrap();
     let to = tempfile::tempdir_in(outer.path()).unwrap();
     let follower = Follower::with_window(vec![Root::open(from.path()).unwrap()], listen, WINDOW);
@@ -214,6 +217,7 @@ fn sequence(seed: u64, listen: bool) {
         for _ in 0..container.random.below(40) {
             container.step();
         }
+
         // Nothing happens any more while the last one is made.
         let last = round == rounds - 1;
         let mapped = container.mapped.clone();
@@ -223,10 +227,12 @@ fn sequence(seed: u64, listen: bool) {
                 container.step();
             }
         };
+
         pair.round_while(&mapped, &mut meanwhile);
         let now = outside(outer.path(), pair.to.path());
         assert_eq!(now, before, "seed {seed}, {listen}: {}", container.done);
     }
+
     let (was, is) = (all(pair.from.path()), all(pair.to.path()));
     let wrong: Vec<_> = was.iter().zip(&is).filter(|(a, b)| a != b).take(4).collect();
     let lengths = (was.len(), is.len());

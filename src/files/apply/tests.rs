@@ -30,6 +30,7 @@ pub(super) fn all(root: &Path) -> Vec<String> {
             } else {
                 String::new()
             };
+
             let attributes: Vec<_> = xattr::list(&path)
                 .unwrap()
                 .map(|n| (n.clone(), xattr::get(&path, n).unwrap()))
@@ -46,15 +47,18 @@ pub(super) fn all(root: &Path) -> Vec<String> {
                 m.rdev(),
                 if kind.is_dir() { 0 } else { m.nlink() },
             ));
+
             if kind.is_dir() {
                 level(root, &path, out, inodes);
             }
         }
     }
+
     let mut out = Vec::new();
     let m = fs::metadata(root).unwrap();
     out.push(format!("{:o} {}.{}", m.mode(), m.mtime(), m.mtime_nsec()));
     level(root, root, &mut out, &mut Vec::new());
+
     out
 }
 
@@ -136,6 +140,7 @@ fn all_kinds_of_changes_arrive() {
         symlink("../nowhere", a.join("d/sym")).unwrap();
         nix::unistd::mkfifo(&a.join("fifo"), Mode::from_bits_truncate(0o620)).unwrap();
         fs::set_permissions(a.join("d/plain"), fs::Permissions::from_mode(0o4755)).unwrap();
+
         drop(std::os::unix::net::UnixListener::bind(a.join("socket")).unwrap());
         let sparse = File::create(a.join("sparse")).unwrap();
         sparse.write_all_at(b"end", 10 << 20).unwrap();
@@ -143,6 +148,7 @@ fn all_kinds_of_changes_arrive() {
         later();
         pair.round();
         pair.same();
+
         let blocks = pair.to.path().join("sparse").metadata().unwrap().blocks();
         assert!(blocks * 512 < 1 << 20, "the hole is still one");
         assert!(pair.to.path().join("socket").metadata().unwrap().file_type().is_socket());
@@ -155,6 +161,7 @@ fn all_kinds_of_changes_arrive() {
         fs::write(a.join("d/plain"), b"hell").unwrap();
         xattr::remove(a.join("d"), "user.note").unwrap();
         later();
+
         let bytes = pair.round();
         assert!(bytes < 5 * 4096, "{bytes}");
         pair.same();
@@ -174,17 +181,20 @@ fn all_kinds_of_changes_arrive() {
         fs::write(a.join("fifo/in"), b"in").unwrap();
         fs::remove_file(a.join("d/sym")).unwrap();
         fs::write(a.join("d/sym"), b"a file now").unwrap();
+
         later();
         pair.round();
         pair.same();
         fs::remove_dir_all(a.join("fifo")).unwrap();
         fs::write(a.join("fifo"), b"a file again").unwrap();
+
         // Replaced as an editor does it, under two names.
         fs::write(a.join("new"), b"replaced").unwrap();
         fs::rename(a.join("new"), a.join("d/plain")).unwrap();
         later();
         pair.round();
         pair.same();
+
         // Links that lead elsewhere under the same inode number, or with a directory in their place.
         symlink("one", a.join("l")).unwrap();
         symlink("one", a.join("l2")).unwrap();
@@ -194,6 +204,7 @@ fn all_kinds_of_changes_arrive() {
             fs::remove_file(a.join(name)).unwrap();
             symlink("two", a.join(name)).unwrap();
         }
+
         later();
         pair.round();
         pair.same();
@@ -203,6 +214,7 @@ fn all_kinds_of_changes_arrive() {
         pair.round();
         pair.same();
         fs::remove_file(a.join("d")).unwrap();
+
         fs::create_dir(a.join("d")).unwrap();
         fs::write(a.join("d/plain"), b"another").unwrap();
         later();
@@ -223,17 +235,20 @@ fn only_what_the_kernel_tells_of_is_looked_at() {
     for i in 0..1000 {
         fs::write(a.join(format!("many/{i}")), b"x").unwrap();
     }
+
     pair.round();
     fs::write(a.join("many/7"), b"y").unwrap();
     let stats = pair.stats_of_round(&Inodes::new());
     assert!(stats.told && stats.entries < 5 && stats.changed == 2, "{stats:?}");
     pair.same();
+
     // A large file that has another name is not sent again.
     fs::write(a.join("log"), vec![3; 5 << 20]).unwrap();
     pair.round();
     fs::rename(a.join("log"), a.join("many/old")).unwrap();
     assert_eq!(pair.round(), 0);
     pair.same();
+
     // What happens below a directory that was moved is told under its new name.
     fs::rename(a.join("many"), a.join("all")).unwrap();
     pair.round();
@@ -263,6 +278,7 @@ fn a_link_in_the_place_of_a_directory_leads_nowhere() {
                 fs::rename(swapped.join("e"), swapped.join("d")).unwrap();
             }
         });
+
         for _ in 0..MAX_ROUNDS - 4 {
             pair.round();
             for name in ["d", "e"] {
@@ -274,6 +290,7 @@ fn a_link_in_the_place_of_a_directory_leads_nowhere() {
                 }
             }
         }
+
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
         swapping.join().unwrap();
         later();
@@ -352,6 +369,7 @@ fn a_stream_cannot_lead_outside_or_beyond_what_was_announced() {
         mtime: (0, 0),
         attributes: Vec::new(),
     };
+
     let apply = |steps: Vec<FileStep>| {
         let mut stream = Vec::new();
         for step in steps {
@@ -360,6 +378,7 @@ fn a_stream_cannot_lead_outside_or_beyond_what_was_announced() {
                 stream.extend(vec![1; n as usize]);
             }
         }
+
         let (tell, heard) = channel();
         let roots = [(root.clone(), Size::default())];
         let applying = Applying::start(&roots, move |a| drop(tell.send(a))).unwrap();
@@ -367,6 +386,7 @@ fn a_stream_cannot_lead_outside_or_beyond_what_was_announced() {
         drop(applying);
         heard.iter().any(|a| matches!(a, Applied::Failed(_)))
     };
+
     let file = |size| FileKind::File(size);
     for bad in ["../out", "/out", "a/../../out"] {
         assert!(apply(vec![FileStep::Make(entry(bad, file(0)))]), "{bad}");
@@ -377,6 +397,7 @@ fn a_stream_cannot_lead_outside_or_beyond_what_was_announced() {
         assert!(apply(vec![FileStep::Change(entry(bad, FileKind::Directory), false)]), "{bad}");
         assert!(apply(vec![FileStep::Make(entry("l", FileKind::Link(bad.into())))]), "{bad}");
     }
+
     assert!(apply(vec![
         FileStep::Make(entry("s", FileKind::Symlink(b"..".to_vec()))),
         FileStep::Make(entry("s/out", file(0))),
@@ -386,6 +407,7 @@ fn a_stream_cannot_lead_outside_or_beyond_what_was_announced() {
     assert!(apply(vec![FileStep::Make(entry("f", file(1))), FileStep::Data(1, 1)]));
     assert!(apply(vec![FileStep::Data(0, 1)]));
     assert!(apply(vec![FileStep::Tree(1)]));
+
     let mut much = vec![FileStep::Make(entry("big", file(2 << 30)))];
     much.extend((0..8193).map(|i| FileStep::Data(i * BLOCK as u64, BLOCK as u32)));
     assert!(apply(much));
@@ -433,6 +455,7 @@ fn what_is_in_a_renamed_directory_does_not_go_again() {
             let sub = a.join(dir).join("sub");
             fs::hard_link(sub.join("deep/f1"), sub.join("other")).unwrap();
         }
+
         later();
         pair.round();
         let mut free = |what: &str| {
@@ -440,6 +463,7 @@ fn what_is_in_a_renamed_directory_does_not_go_again() {
             assert_eq!(pair.round(), 0, "{what}");
             pair.same();
         };
+
         let mv = |from: &str, to: &str| fs::rename(a.join(from), a.join(to)).unwrap();
         mv("one", "uno");
         free("another name");
@@ -449,26 +473,31 @@ fn what_is_in_a_renamed_directory_does_not_go_again() {
         free("back, behind all");
         exchange(&a.join("zzz"), &a.join("two"));
         free("two that change places");
+
         exchange(&a.join("three"), &a.join("two/sub"));
         free("at different depths");
         mv("p/q/r", "r");
         mv("p", "r/p");
         free("inside out");
+
         // Rotated, as logs and backups are.
         mv("two", "three.old");
         mv("zzz", "two");
         fs::create_dir(a.join("zzz")).unwrap();
         free("one makes room for the next");
+
         // Out of a directory that goes.
         mv("r/sub", "saved");
         fs::remove_dir_all(a.join("r")).unwrap();
         free("what is left of one that is gone");
+
         // A file where it was, and a directory where a file was.
         mv("saved", "kept");
         fs::write(a.join("saved"), b"").unwrap();
         fs::remove_file(a.join("two/f3")).unwrap();
         mv("kept/deep", "two/f3");
         free("kinds that change");
+
         // And with all that, changes in them.
         mv("two", "new");
         fs::write(a.join("new/f4"), b"changed").unwrap();
@@ -477,9 +506,11 @@ fn what_is_in_a_renamed_directory_does_not_go_again() {
         fs::remove_file(a.join("new/f3/f2")).unwrap();
         xattr::set(a.join("new"), "user.note", b"x").unwrap();
         later();
+
         let bytes = pair.round();
         assert!(bytes <= 100, "{bytes}");
         pair.same();
+
         // In the place of what is known under its name, which is gone for good.
         fs::remove_dir_all(a.join("three.old")).unwrap();
         fs::rename(a.join("new"), a.join("three.old")).unwrap();
@@ -500,6 +531,7 @@ fn a_single_file_is_a_tree_too() {
         fs::write(here.path().join("other"), b"is not asked for").unwrap();
         let size = measure(&hosts).unwrap();
         assert_eq!(size.entries, 1);
+
         let mut follower = Follower::with_window(vec![Root::open(&hosts).unwrap()], listen, WINDOW);
         let (tell, heard) = channel();
         let roots = [(there.path().to_owned(), size)];
@@ -513,11 +545,13 @@ fn a_single_file_is_a_tree_too() {
             }
             result.map(|stats| stats.bytes)
         };
+
         let copy = there.path().join("file");
         let mode = there.path().metadata().unwrap().mode();
         later();
         assert_eq!(round(false).unwrap(), 19);
         assert_eq!(round(false).unwrap(), 0);
+
         // The copy has another name by now.
         let place = here.path().join("place");
         fs::hard_link(&copy, &place).unwrap();
@@ -526,11 +560,13 @@ fn a_single_file_is_a_tree_too() {
         later();
         assert_eq!(round(true).unwrap(), 13);
         assert_eq!(fs::read(&place).unwrap(), b"::1 localhost");
+
         let (one, two) = (hosts.metadata().unwrap(), place.metadata().unwrap());
         assert_eq!((one.mode(), one.mtime_nsec()), (two.mode(), two.mtime_nsec()));
         assert_eq!(xattr::get(&place, "user.note").unwrap().unwrap(), b"x");
         assert_eq!(fs::read_dir(there.path()).unwrap().count(), 1);
         assert_eq!(there.path().metadata().unwrap().mode(), mode, "its directory is not copied");
+
         // As an editor does it: the container does not have what is at the path now.
         fs::write(here.path().join("new"), b"another").unwrap();
         fs::rename(here.path().join("new"), &hosts).unwrap();
@@ -552,12 +588,14 @@ fn a_hole_of_many_terabytes_is_nothing() {
         later();
         let first = pair.stats_of_round(&Inodes::new());
         assert!(first.bytes <= 12_288 && first.read <= 12_288, "{first:?}");
+
         let there = File::open(pair.to.path().join("huge")).unwrap();
         let look = |at, expected: u8| {
             let mut byte = [7];
             there.read_exact_at(&mut byte, at).unwrap();
             assert_eq!(byte, [expected], "at {at}");
         };
+
         look((3 << 40) + 9_999, 1);
         // Data in other places, and a hole where there was some.
         file.write_all_at(b"x", 1 << 40).unwrap();
@@ -565,6 +603,7 @@ fn a_hole_of_many_terabytes_is_nothing() {
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         fallocate(&file, flags, (3 << 40) + 4096, 4096).unwrap();
         later();
+
         let second = pair.stats_of_round(&Inodes::new());
         assert!(second.bytes <= 2 * 4096, "{second:?}");
         for (at, byte) in
@@ -572,6 +611,7 @@ fn a_hole_of_many_terabytes_is_nothing() {
         {
             look(at, byte);
         }
+
         assert!(there.metadata().unwrap().blocks() < 100);
         later();
         pair.round();

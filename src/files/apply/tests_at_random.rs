@@ -44,6 +44,7 @@ fn a_very_large_file_is_the_same_in_the_end() {
         for i in 0..70 {
             file.write_all_at(&piece, i << 20).unwrap();
         }
+
         let meta = file.metadata().unwrap();
         let mapped = Inodes::from([(meta.dev(), meta.ino())]);
         let mut random = Random(7);
@@ -58,6 +59,7 @@ fn a_very_large_file_is_the_same_in_the_end() {
             pair.round_with(&mapped);
             changing.join().unwrap();
         }
+
         pair.round_with(&mapped);
         pair.same();
     }
@@ -73,6 +75,7 @@ fn directories_may_change_places_at_any_time() {
             for i in 0..60 {
                 random.change_place(&a, i);
             }
+
             for round in 0..10 {
                 let (there, mut other) = (a.clone(), Random(random.next() | 1));
                 let changing = std::thread::spawn(move || {
@@ -80,6 +83,7 @@ fn directories_may_change_places_at_any_time() {
                         other.change_place(&there, 100 + round * 20 + i);
                     }
                 });
+
                 if round % 2 == 0 {
                     changing.join().unwrap();
                     later();
@@ -90,6 +94,7 @@ fn directories_may_change_places_at_any_time() {
                     changing.join().unwrap();
                 }
             }
+
             pair.round();
             pair.same();
         }
@@ -101,6 +106,7 @@ fn change_in(path: &Path, random: &mut Random, size: u64, layout: bool) {
     let at = random.next() % (size - 8192);
     let page = at & !4095;
     let fill = random.next() as u8;
+
     match random.next() % if layout { 8 } else { 4 } {
         0 => file.write_all_at(&[fill; 10], at).unwrap(),
         1 => {

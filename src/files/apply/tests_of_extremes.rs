@@ -84,6 +84,7 @@ fn nothing_and_a_tebibyte_of_it_arrive() {
                 file.set_len(2 * SIZE).unwrap();
                 file.write_all_at(b"more", SIZE / 4).unwrap();
             }
+
             pair.round();
             assert_eq!(fs::read(pair.to.path().join("empty")).unwrap(), b"");
             let copy = File::open(&to).unwrap();
@@ -120,6 +121,7 @@ fn the_ends_of_time_arrive() {
         }
         set(root, times[shift]);
     };
+
     let make = |root: &Path| {
         for number in 0..times.len() {
             let at = |kind| root.join(format!("{kind}{number}"));
@@ -139,6 +141,7 @@ fn every_mode_and_odd_owners_arrive() {
     let mode = |path: &Path, mode: u32| {
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     };
+
     // The owner first: to give a file away takes set-user-ID from it.
     let all = |root: &Path, shift: u32| {
         for bits in 0..0o10_000 {
@@ -154,6 +157,7 @@ fn every_mode_and_odd_owners_arrive() {
             }
         }
     };
+
     let make = |root: &Path| {
         for bits in 0..0o10_000 {
             fs::write(root.join(format!("file{bits:o}")), b"").unwrap();
@@ -200,6 +204,7 @@ fn many_attributes_and_names_arrive() {
             fs::hard_link(&file, root.join(format!("name{number}"))).unwrap();
         }
     };
+
     let change = |root: &Path| {
         let file = root.join("name500");
         (0..30).for_each(|number| set(&file, number, b""));

@@ -114,16 +114,19 @@ impl<W: Write> Look<'_, W> {
             {
                 directories.insert(known.ino, moved(&path));
             }
+
             if tree.several.remove(&path) {
                 tree.several.insert(moved(&path));
             }
             tree.known.insert(moved(&path), known);
         }
+
         for (name, _) in self.names.values_mut().filter(|(name, _)| moves(name)) {
             *name = moved(name);
         }
         let emptied: Vec<_> = self.emptied.extract_if(|path| moves(path)).collect();
         self.emptied.extend(emptied.iter().map(|path| moved(path)));
+
         // Times were to be set under the old names.
         let touched: Vec<_> = self.touched.iter().filter(|path| moves(path)).cloned().collect();
         let described: Vec<_> = self.described.extract_if(|path| moves(path)).collect();
@@ -131,10 +134,12 @@ impl<W: Write> Look<'_, W> {
             self.touched.remove(path);
             self.touched.insert(moved(path));
         }
+
         // They were not where they were looked for, and are looked at again.
         self.gone.retain(|path| !moves(path) && path != to);
         self.touch(from);
         self.touch(to);
+
         Ok(())
     }
 

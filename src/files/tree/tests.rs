@@ -19,18 +19,21 @@ fn everything_comes_back() {
     fs::write(a.join("d/plain"), b"hello").unwrap();
     fs::hard_link(a.join("d/plain"), a.join("z-link")).unwrap();
     symlink("../nowhere", a.join("d/sym")).unwrap();
+
     let odd = OsStr::from_bytes(b"n\xff\n");
     fs::write(a.join(odd), vec![7; 600_000]).unwrap();
     let sparse = File::create(a.join("sparse")).unwrap();
     sparse.write_all_at(b"end", 10 << 20).unwrap();
     nix::unistd::mkfifo(&a.join("fifo"), Mode::from_bits_truncate(0o620)).unwrap();
     fs::set_permissions(a.join("d/plain"), fs::Permissions::from_mode(0o4755)).unwrap();
+
     let old = TimeSpec::new(1_000_000_000, 123_456_789);
     utimensat(AT_FDCWD, &a.join("d"), &old, &old, UtimensatFlags::NoFollowSymlink).unwrap();
     copy(a, b).unwrap();
     assert_eq!(fs::read(b.join("d/plain")).unwrap(), b"hello");
     assert_eq!(fs::read(b.join(odd)).unwrap(), vec![7; 600_000]);
     assert_eq!(fs::read_link(b.join("d/sym")).unwrap(), Path::new("../nowhere"));
+
     let (x, y) = (b.join("d/plain").metadata().unwrap(), b.join("z-link").metadata().unwrap());
     assert_eq!((x.ino(), x.nlink(), x.mode() & 0o7777), (y.ino(), 2, 0o4755));
     let s = b.join("sparse").metadata().unwrap();
@@ -51,6 +54,7 @@ fn nothing_is_too_sparse_or_too_deep() {
     for i in 0..60_000 {
         holes.write_all_at(b"x", i * 8192).unwrap();
     }
+
     let huge = File::create(a.join("huge")).unwrap();
     huge.set_len(8 << 40).unwrap();
     huge.write_all_at(b"middle", 4 << 40).unwrap();
@@ -58,12 +62,14 @@ fn nothing_is_too_sparse_or_too_deep() {
     fs::write(reach(&last, OsStr::new("file")), b"deep").unwrap();
     copy(a, b).unwrap();
     assert_eq!(fs::read(b.join("holes")).unwrap(), fs::read(a.join("holes")).unwrap());
+
     let there = File::open(b.join("huge")).unwrap();
     let mut middle = [0; 6];
     there.read_exact_at(&mut middle, 4 << 40).unwrap();
     let there = there.metadata().unwrap();
     assert_eq!((&middle, there.size()), (b"middle", 8 << 40));
     assert!(there.blocks() < 100);
+
     let path = [format!("{}/", "d".repeat(200)).repeat(25), "file".into()].concat();
     let root = File::open(b).unwrap();
     let (parent, name) = place(&root, path.as_bytes()).unwrap();
@@ -84,6 +90,7 @@ fn a_stream_cannot_lead_outside() {
         mtime: (0, 0),
         attributes: Vec::new(),
     };
+
     let stream = |list: Vec<FileEntry>| {
         let mut out = Vec::new();
         for e in list {
@@ -93,6 +100,7 @@ fn a_stream_cannot_lead_outside() {
         }
         out
     };
+
     let file = || FileKind::File(0);
     for bad in ["../out", "/out", "a/../../out", "a/./../../out"] {
         let s = stream(vec![entry("a", FileKind::Directory), entry(bad, file())]);
@@ -100,6 +108,7 @@ fn a_stream_cannot_lead_outside() {
         fs::remove_dir_all(&root).unwrap();
         fs::create_dir(&root).unwrap();
     }
+
     let through =
         stream(vec![entry("s", FileKind::Symlink(b"..".to_vec())), entry("s/out", file())]);
     assert!(unpack(&root, &mut through.as_slice()).is_err());
@@ -138,18 +147,21 @@ fn fuzz_trees() {
             names.len(),
         )
     };
+
     let from = outer.path().join("from");
     fs::create_dir(&from).unwrap();
     fs::create_dir(from.join("d")).unwrap();
     fs::write(from.join("d/f"), "some contents").unwrap();
     fs::hard_link(from.join("d/f"), from.join("g")).unwrap();
     symlink("../canary", from.join("l")).unwrap();
+
     let mut packed = Vec::new();
     pack(&from, &mut packed).unwrap();
     fs::remove_dir_all(&from).unwrap();
     let root = outer.path().join("root");
     fs::create_dir(&root).unwrap();
     let before = look();
+
     // Lengths of entries are right where there is something that may be one.
     let frame = |bytes: &mut Vec<u8>, _: &mut Random| {
         let starts: Vec<usize> = bytes
@@ -169,6 +181,7 @@ fn fuzz_trees() {
             }
         }
     };
+
     let words = [
         // `..`, `../canary`, `l/x`
         &b"[46,46]"[..],
@@ -185,6 +198,7 @@ fn fuzz_trees() {
         b"{\"file\":5}",
         b"{\"symlink\":[46,46]}",
     ];
+
     let target = Target::new("trees").sample(packed).words(&words).repair(frame);
     target.cost(40).room((1 << 20) + 2 * PIECE).run(|bytes| {
         let done = unpack(&root, &mut &bytes[..]);

@@ -92,13 +92,16 @@ fn equal_pages_go_once_and_never_as_what_is_not_there_any_more() {
         }
         stats
     };
+
     assert_eq!(hand(0x1000, &[1, 2, 3]).sent, 3);
     assert_eq!(hand(0x9000, &[1, 2, 3]).same, 3);
     assert_eq!(hand(0x9000, &[1, 2, 3]).unchanged, 3);
+
     // What 0x1000 had is there no more, but 0x9000 still has it.
     assert_eq!(hand(0x1000, &[4]).sent, 1);
     let again = hand(0x20000, &[1, 4]);
     assert_eq!((again.sent, again.same), (1, 1));
+
     // From then on under its new place.
     assert_eq!(hand(0x30000, &[1]).same, 1);
     assert_eq!(hand(0x30000, &[0]).zero, 1);
@@ -113,6 +116,7 @@ fn every_way_of_looking_finds_what_was_written() {
     use std::io::{BufRead, BufReader, Write};
     let mut ways = vec![Tracking::Hash];
     ways.extend([best(Tracking::WriteProtect), best(Tracking::SoftDirty)]);
+
     for way in ways {
         println!("by {way:?}");
         let program = "$| = 1; my $m = 'x' x (4 << 20); print \"ready\\n\";
@@ -124,6 +128,7 @@ fn every_way_of_looking_finds_what_was_written() {
             .spawn()
             .unwrap();
         let mut said = BufReader::new(child.stdout.take().unwrap()).lines();
+
         said.next().unwrap().unwrap();
         let pid = Pid::from_raw(child.id() as i32);
         let task = Task { pid: child.id() as i32, vpid: 1 };
@@ -137,12 +142,14 @@ fn every_way_of_looking_finds_what_was_written() {
                     std::thread::yield_now();
                 }
             }
+
             let found = rounds.find(task, false).unwrap();
             if still {
                 kill(pid, Signal::SIGCONT).unwrap();
             }
             rounds.hand_on(task, found, false, copy).unwrap()
         };
+
         let first = round(&mut copy);
         assert!(first.sent + first.same >= 1024, "{way:?}: {first:?}");
         writeln!(child.stdin.as_mut().unwrap(), "{}", 1 << 20).unwrap();

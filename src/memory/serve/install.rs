@@ -35,6 +35,7 @@ impl Daemon {
                 }
             }
         }
+
         for index in 0..self.targets.len() {
             let target = &mut self.targets[index];
             if target.vpid != vpid {
@@ -58,6 +59,7 @@ impl Daemon {
                 }
             }
         }
+
         Ok(())
     }
 
@@ -101,11 +103,13 @@ impl Daemon {
                 // Only what is here is ever pending.
                 PageSlot::Remote(_) => bail!("a page that has not come is to be installed"),
             };
+
             let mut pages = (done / PAGE) as u32;
             if pages > 0 {
                 self.served.pages += u64::from(pages);
                 give_back(&mut self.staging, self.shared, run.slot, pages);
             }
+
             if let Err(e) = result {
                 match e.raw_os_error() {
                     // The first page not installed is there already: go on behind it.
@@ -167,6 +171,7 @@ impl Daemon {
             }
             continue_after(&mut start, &mut run, pages);
         }
+
         Ok(())
     }
 }

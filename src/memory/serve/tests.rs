@@ -73,12 +73,14 @@ fn who_cannot_go_on_closes_nothing() {
         };
         (waited_on, left, staging.kept())
     };
+
     let is_open = |waited_on: std::io::PipeReader| {
         let mut set = [PollFd::new(waited_on.as_fd(), PollFlags::POLLIN)];
         poll(&mut set, PollTimeout::ZERO) == Ok(0)
     };
     let dir = tempfile::tempdir().unwrap();
     let will = Arc::new(Will::new().unwrap());
+
     // A will that cannot be read; then one that can, of tasks that cannot be woken.
     let spoilt = File::create_new(dir.path().join("spoilt")).unwrap();
     let (waited_on, one, kept) = left(spoilt);
@@ -87,6 +89,7 @@ fn who_cannot_go_on_closes_nothing() {
     let all = Snapshot { staging: kept, tasks: Vec::new() };
     let path = dir.path().join("whole");
     std::fs::write(&path, postcard::to_stdvec(&all).unwrap()).unwrap();
+
     let (waited_on, one, _) = left(File::open(path).unwrap());
     let stranded = succeed(will, one, |_| (), |_| ()).unwrap_err();
     assert!(is_open(waited_on), "{stranded:?}");

@@ -248,11 +248,13 @@ fn run(
     command.stdin(Stdio::null()).stdout(Stdio::null());
     command.stderr(File::create(plan.work.runtime_stderr())?);
     plan.interposer.configure(&mut command);
+
     process::in_new_session(&mut command);
     if plan.vouched {
         plan.interposer.vouch_for_epolls();
     }
     let hide = plan.hide && fault::point("dump.hide").is_ok();
+
     // CRIU is shown everything where there is no room for less.
     let hiding =
         hide.then(|| Hiding::prepare(&plan.work, &plan.cgroup, plan.shared.clone())).transpose();
@@ -262,6 +264,7 @@ fn run(
     if let Some(hiding) = &hiding {
         plan.interposer.cover(hiding.directory());
     }
+
     let mut child = command
         .spawn()
         .with_context(|| format!("cannot run {}", plan.runtime.program().display()))?;
@@ -280,6 +283,7 @@ fn run(
     if process::wait_readable(&[pidfd.as_fd()], Some(Instant::now() + STEP_TIMEOUT)).is_ok() {
         let _ = child.wait();
     }
+
     outcome
 }
 
@@ -303,6 +307,7 @@ fn job(
     let work = File::open(&*plan.work)?;
     let port = edit(&mut request, plan, images.as_raw_fd(), work.as_raw_fd())?;
     fs::write(plan.work.pid(), session.criu_pid.to_string())?;
+
     // A task in which CRIU works when it is killed is in danger: let the kernel find another victim
     // when memory runs out. Needs CAP_SYS_RESOURCE; proc_pid_oom_score_adj(5).
     let _ = fs::write(format!("/proc/{}/oom_score_adj", session.criu_pid), "-1000");
@@ -320,6 +325,7 @@ fn job(
                         session.answer(false)?;
                         continue;
                     };
+
                     if let Some(hiding) = hiding.as_deref_mut() {
                         hiding.look_again();
                     }
@@ -331,6 +337,7 @@ fn job(
                         }
                         Ok(stopped)
                     });
+
                     if lifting.is_none() || done.is_err() {
                         session.answer(done.is_ok())?;
                     }
@@ -348,11 +355,13 @@ fn job(
                             Ok(_) => hide(plan, session, hiding.as_deref_mut()),
                             Err(_) => Ok(()),
                         };
+
                         let answered = session.answer(lifted.is_ok() && hidden.is_ok());
                         *plan.lifted.lock().unwrap_or_else(PoisonError::into_inner) = Some(lifted?);
                         hidden.and(answered)?;
                         tell(DumpEvent::Lifted);
                     }
+
                     vouching = plan.vouched.then(|| vouch(&plan.cgroup)).transpose()?;
                     fault::point("dump.fenced")?;
                 }
@@ -373,6 +382,7 @@ fn job(
                             continue;
                         }
                     };
+
                     fault::point("dump.dumped")?;
                     tell_dumped(added, tell);
                     let agreed = matches!(orders.recv(), Ok(DumpOrder::Verdict(true)));
@@ -393,9 +403,11 @@ fn job(
             CriuEvent::Hangup => break Err(anyhow!("CRIU ended in the middle of the dump")),
         }
     };
+
     if let Some(e) = wrong {
         return Err(e);
     }
+
     result.map_err(|e| {
         let log = plan.work.log("dump");
         failure::explained("CRIU cannot dump the container", &log, e, name)
@@ -483,6 +495,7 @@ fn edit(request: &mut Criu_req, plan: &DumpPlan, images: i32, work: i32) -> Resu
     let opts = request.opts.as_mut().ok_or_else(|| anyhow!("a dump without options"))?;
     opts.set_images_dir_fd(images);
     opts.set_work_dir_fd(work);
+
     // A configuration file overrides what is set here: ours instead of any that the host has. It
     // keeps the page server, which no option of the request binds to an address, off the network.
     let configuration = plan.work.configuration();
@@ -492,6 +505,7 @@ fn edit(request: &mut Criu_req, plan: &DumpPlan, images: i32, work: i32) -> Resu
     opts.set_notify_scripts(true);
     opts.set_leave_running(true);
     opts.set_lazy_pages(true);
+
     opts.set_tcp_established(true);
     opts.set_file_locks(true);
     opts.set_ghost_limit(MAX_NAMELESS);
@@ -499,6 +513,7 @@ fn edit(request: &mut Criu_req, plan: &DumpPlan, images: i32, work: i32) -> Resu
     opts.set_ext_unix_sk(true);
     opts.set_log_level(failure::log_level());
     opts.network_lock = Some(Criu_network_lock_method::SKIP.into());
+
     let (Cgroup::V2(path) | Cgroup::V1(path)) = &plan.cgroup;
     let path = path.to_str().ok_or_else(|| anyhow!("a control group that is not UTF-8"))?;
     opts.set_freeze_cgroup(path.to_owned());
@@ -508,6 +523,7 @@ fn edit(request: &mut Criu_req, plan: &DumpPlan, images: i32, work: i32) -> Resu
     opts.external.extend(plan.external.iter().cloned());
     opts.irmap_scan_paths.extend(plan.watched.iter().cloned());
     opts.ext_mnt.extend(plan.tmpfs.iter().map(|place| external_mount(place, place)));
+
     Ok(port)
 }
 

@@ -153,6 +153,7 @@ impl Hiding {
                 }
                 drawn.push(one);
             }
+
             let before = shared.len();
             shared.retain(|inode| !seen.contains(inode));
             if shared.len() == before {
@@ -160,6 +161,7 @@ impl Hiding {
             }
             tracing::debug!(?seen, "CRIU has to see shared memory");
         };
+
         for ((task, drawn), known) in tasks.into_iter().zip(drawn).zip(standing) {
             let file = self.directory.join(task.pid.to_string());
             match (known, drawn) {
@@ -187,6 +189,7 @@ impl Hiding {
             }
             Ok(hidden)
         };
+
         self.work = Some(std::thread::Builder::new().name("hidden".into()).spawn(work)?);
         Ok(())
     }
@@ -240,6 +243,7 @@ impl Hiding {
                 *end = (*end).max(bytes / PAGE as u64);
             }
         }
+
         if ends.is_empty() {
             return Ok(0);
         }
@@ -249,6 +253,7 @@ impl Hiding {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
             Err(e) => return Err(e.into()),
         };
+
         let (placed, mut pages) = (self.shared.placed()?, 0);
         for (inode, end) in ends {
             let path = images.join(format!("pagemap-shmem-{inode}.img"));
@@ -261,12 +266,14 @@ impl Hiding {
                     "try again",
                 ));
             }
+
             let there = placed.get(&inode).filter(|placed| placed.end() <= end);
             let there =
                 there.ok_or_else(|| anyhow!("shared memory {inode} has changed its size"))?;
             fs::write(&path, images::of_shared(there.image, &there.runs)?)?;
             pages += there.runs.iter().map(|run| run.1).sum::<u64>();
         }
+
         Ok(pages)
     }
 }
@@ -356,6 +363,7 @@ impl Hidden {
         for page in &self.drawn.shown {
             image.remove(page)?;
         }
+
         image.add(&records)?;
         for (start, advice) in seen {
             image.advise(start, advice)?;
@@ -364,6 +372,7 @@ impl Hidden {
         if let Some(range) = self.drawn.ranges().find(lacks) {
             bail!("the mapping at {:#x} is not in CRIU's image", range.start);
         }
+
         fs::write(&path, image.bytes()?)?;
 
         let path = images.join(format!("pagemap-{vpid}.img"));

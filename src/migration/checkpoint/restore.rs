@@ -177,6 +177,7 @@ fn run(
     if let Some(socket) = &plan.console_socket {
         command.arg("--console-socket").arg(socket);
     }
+
     command.arg(&*plan.container);
     let mut external: Vec<(String, i32)> = Vec::new();
     for (i, stream) in std::mem::take(&mut plan.streams).into_iter().enumerate() {
@@ -189,6 +190,7 @@ fn run(
             _ => command.stderr(stream.file),
         };
     }
+
     plan.interposer.configure(&mut command);
     process::in_new_session(&mut command);
     process::with_own_keyring(&mut command);
@@ -203,6 +205,7 @@ fn run(
         }
         Some(pid) => (None, pid),
     };
+
     // The command holds the container's streams open; they must be the container's alone.
     drop(command);
     let pidfd = process::pidfd_open(pid)?;
@@ -218,9 +221,11 @@ fn run(
         Some(child) => drop(child.wait()?),
         None => drop(process::wait_readable(&[pidfd.as_fd()], None)?),
     }
+
     plan.runtime.clear_restore(&plan.container);
     let outcome = outcome.map_err(|e| blame(&plan, e));
     caller.end(outcome.as_ref().err().map(|e| format!("{e:#}")));
+
     outcome
 }
 
@@ -261,6 +266,7 @@ fn edit(
     opts.set_tcp_established(true);
     opts.set_file_locks(true);
     opts.set_ext_unix_sk(true);
+
     // CRIU's own child rather than the runtime's, so that CRIU need not trace it before it lets it go:
     // until then we may.
     opts.set_rst_sibling(false);
@@ -271,6 +277,7 @@ fn edit(
         let root = root.to_str().ok_or_else(|| anyhow!("a root file system that is not UTF-8"))?;
         opts.set_root(root.to_owned());
     }
+
     // CRIU would mount a symbolic link (docker's --init is one); who started it there followed that.
     for mount in &mut opts.ext_mnt {
         if let Ok(real) = fs::canonicalize(mount.val())
@@ -279,6 +286,7 @@ fn edit(
             mount.set_val(real.to_owned());
         }
     }
+
     for (place, here) in &plan.tmpfs {
         let here = here.to_str().ok_or_else(|| anyhow!("a work directory that is not UTF-8"))?;
         opts.ext_mnt.push(external_mount(place, here));
@@ -289,6 +297,7 @@ fn edit(
         inherit.set_fd(*fd);
         opts.inherit_fd.push(inherit);
     }
+
     Ok(())
 }
 
@@ -313,6 +322,7 @@ fn job(
     fault::point("restore.request")?;
     fs::write(plan.work.pid(), session.criu_pid.to_string())?;
     session.send_request(&request)?;
+
     let mut init = 0;
     // All tasks have left CRIU's code, each stopped at the end of the system call that does it: they run
     // when CRIU lets go of them, or dies.
@@ -329,16 +339,19 @@ fn job(
                         let place = plan.work.work().restored_init();
                         fs::write(place, it.to_string())?;
                     }
+
                     // runc's own part costs 1-3 ms: before the commit, not after it.
                     if !session.consult(&notify, Some(Instant::now() + STEP_TIMEOUT))? {
                         session.answer(false)?;
                         continue;
                     }
+
                     let _ = process::pidfd_kill(runtime, libc::SIGKILL);
                     fault::point("restore.restored")?;
                     if !process::lives(session.criu_pid) {
                         bail!("CRIU was killed when it had restored");
                     }
+
                     let waits = Instant::now();
                     let begun = caller.restored(init, session.criu_pid);
                     tracing::debug!("an engine has taken {:?} more", waits.elapsed());
@@ -347,11 +360,13 @@ fn job(
                         tell(RestoreEvent::Restored(init, session.duplicate()?));
                         await_verdict(session, tell, orders)
                     });
+
                     if apart && !matches!(agreed, Ok(true)) {
                         orphan(init, session.criu_pid);
                         agreed?;
                         bail!("the migration was given up");
                     }
+
                     let agreed = agreed?;
                     session.answer(agreed)?;
                     let _ = fault::point("restore.answered");
@@ -403,6 +418,7 @@ fn job(
             CriuEvent::Hangup => break Err(anyhow!("CRIU ended in the middle of the restore")),
         }
     };
+
     result.map_err(|e| {
         let log = plan.work.log("restore");
         failure::explained("CRIU cannot restore", &log, e, |pid| Some(name(&plan.images, pid)))

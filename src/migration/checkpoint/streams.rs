@@ -196,11 +196,13 @@ fn find(stream: &Stream) -> Result<LogPlace, Problem> {
             why,
         )
     };
+
     let (parent, name) = plain(path).ok_or_else(|| refuse("that is no file's place".into()))?;
     if parent == Path::new(LOGS) {
         // Our own: what went to a pipe on its first host goes on from its second.
         fs::create_dir_all(parent).map_err(|e| refuse(e.to_string()))?;
     }
+
     let directory = directory::open(parent).map_err(|e| {
         refuse(format!("{}: {e}", parent.display()))
             .hint("make that directory there, with no symbolic link on the way to it")
@@ -212,6 +214,7 @@ fn find(stream: &Stream) -> Result<LogPlace, Problem> {
         refuse("what stands there is no regular file".into())
             .hint("move it away on the destination")
     })?;
+
     let proved = stream.proof.as_ref().is_some_and(|proof| {
         probe::verify(&crate::sys::process::path_of(&directory), proof).is_ok()
     });
@@ -225,6 +228,7 @@ fn find(stream: &Stream) -> Result<LogPlace, Problem> {
         let shared = shared.map_err(|e| refuse(format!("both hosts see it, but here: {e}")))?;
         return Ok(LogPlace { directory, shared: Some(shared), coming: None });
     }
+
     comes(stream, &directory, there.as_ref()).map_err(|(why, hint)| refuse(why).hint(hint))?;
     Ok(LogPlace { directory, shared: None, coming: None })
 }
@@ -255,6 +259,7 @@ fn comes(
             elsewhere,
         ));
     }
+
     if path.file_name().is_some_and(|name| name.len() > MAX_NAME) {
         return Err((format!("its name is longer than {MAX_NAME} bytes"), elsewhere));
     }
@@ -262,16 +267,19 @@ fn comes(
         let why = format!("its mode is {:04o}, and a log is nothing to be run", stream.mode);
         return Err((why, "take the other bits away from it on the source: chmod 0644"));
     }
+
     let old = there.and_then(|there| there.metadata().ok()).map_or(0, |meta| meta.mode());
     if old & 0o7777 & !MODE != 0 {
         let why = format!("what stands there has the mode {:04o}, and is no log", old & 0o7777);
         return Err((why, "move it away on the destination"));
     }
+
     let room = fstatvfs(directory).map_or(u64::MAX, |s| s.blocks_available() * s.fragment_size());
     if room < stream.size {
         let why = format!("it has {} MiB, and {} MiB are left", stream.size >> 20, room >> 20);
         return Err((why, "make room there, or rotate it by copy and truncate"));
     }
+
     Ok(())
 }
 

@@ -59,6 +59,7 @@ pub(super) fn announced(
             Ok(_) => bail!("the source does not follow the protocol"),
             Err(_) => return Ok(Announced::Nothing),
         };
+
         validate_layers(&all)?;
         let place = destination_checks::bundle_here(plan)?.0.rootfs()?;
         match ComingOverlay::plan(plan, overlay, &place, &all, state_dir) {
@@ -70,12 +71,14 @@ pub(super) fn announced(
             Err(problem) => return Ok(Announced::Problems(vec![*problem])),
         }
     }
+
     incoming.targets = targets(plan, copies, incoming.coming.as_ref())?;
     if let Some(wanted) = &plan.engine {
         // Until the engine has made a place for it.
         let path = engine::upper(plan, wanted);
         incoming.targets.push(CopyTarget { path, own: true, single: false });
     }
+
     incoming.sizes = match inputs.next(SILENCE) {
         Ok(DestinationInput::FromPeer(FromPeer::Message(Message::Trees { sizes })))
             if sizes.len() == lacking + incoming.targets.len() =>
@@ -85,9 +88,11 @@ pub(super) fn announced(
         Ok(_) => bail!("the source does not follow the protocol"),
         Err(_) => return Ok(Announced::Nothing),
     };
+
     let places = std::iter::repeat_n(staged.as_path(), lacking);
     let places = places.chain(incoming.targets.iter().map(|t| t.path.as_path()));
     let problems = destination_checks::room_for(places.zip(&incoming.sizes))?;
+
     Ok(if problems.is_empty() {
         Announced::Room(Box::new(incoming))
     } else {

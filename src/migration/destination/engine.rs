@@ -183,6 +183,7 @@ impl IncomingMigration {
         else {
             bail!("there is no engine");
         };
+
         self.doing = "having the engine make the container";
         let papers = engine.papers.take().ok_or_else(|| anyhow!("nothing is known of it"))?;
         let verb = engine.handover.verb();
@@ -190,6 +191,7 @@ impl IncomingMigration {
             let softly = verb == EngineVerb::Create;
             curtain::draw(image, &self.plan.migration, &NetNs::current()?, softly)?;
         }
+
         let (root, work) = (self.runtime.root(), &self.work);
         let id = engine.handover.create(wanted, made, &papers, work)?;
         if let Some(place) = engine.handover.log(wanted, &id)
@@ -197,6 +199,7 @@ impl IncomingMigration {
         {
             engine.said = Some((json_log::place(staged, &place)?, [None, None]));
         }
+
         let expected = calls::expect(verb, &id, root, work, ENGAGE_LIMIT)?;
         let running = engine.handover.start(&id, work)?;
         let ended = running.pidfd()?;
@@ -207,6 +210,7 @@ impl IncomingMigration {
             // The hand-over may have ended already.
             let _ = tell.send(DestinationInput::Engaged(call));
         };
+
         std::thread::Builder::new().name("engine".into()).spawn(wait)?;
         Ok(())
     }
@@ -228,6 +232,7 @@ impl IncomingMigration {
             }
             (Err(e), None) => return Err(e),
         };
+
         let bundle = Bundle::load(&call.called.bundle)?;
         mounts_are_there(&self.plan, &bundle)?;
         if let Some((_, pipes)) = &mut engine.said {
@@ -242,6 +247,7 @@ impl IncomingMigration {
                 .with_context(what)?;
             engine.log = Some((place, log));
         }
+
         engine.call = Some(call);
         if self.plan.network.is_some() && engine.handover.verb() == EngineVerb::Create {
             self.doing = "making the network";
@@ -253,11 +259,14 @@ impl IncomingMigration {
             };
             let text = place.to_str().ok_or_else(|| anyhow!("a namespace that is not UTF-8"))?;
             fs::write(self.work.network_place(), text)?;
+
             let note = self.journal.record.forward.as_ref();
             self.network.make(&self.plan, &self.work, Some(place), note)?;
+
             // Its own fence is closed from now on.
             curtain::lift(&self.plan.migration, &NetNs::current()?)?;
         }
+
         engine_of(&mut self.engine)?.bundle = Some(bundle);
         fault::point("destination.engaged")
     }

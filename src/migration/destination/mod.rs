@@ -310,6 +310,7 @@ fn migration(
     if !plan.check_only {
         verdicts::sweep(state_dir, runtime.root(), &plan.container)?;
     }
+
     let mut found = destination_checks::look(&plan, &runtime, state_dir);
     // Now, as the source takes its probes away when it has our answer.
     let streams = Streams::find(&plan, &mut found.problems);
@@ -318,6 +319,7 @@ fn migration(
     if !fatal.is_empty() {
         return peer.send(&Message::Refuse { problems: fatal });
     }
+
     if !plan.check_only {
         // Before the source is told to go on: its first pages follow right after `Prepare`, and
         // the reading thread takes them in whether or not this one has got that far.
@@ -325,6 +327,7 @@ fn migration(
         let fresh = Staging::new(pages)?;
         stage.keep(fresh);
     }
+
     let shared = streams.shared();
     let accept = Message::Accept { warnings, shared, copies: copies.clone(), course };
     peer.send(&accept)?;
@@ -338,17 +341,20 @@ fn migration(
         }
         peer.send(&Message::SpaceOk)?;
     }
+
     if plan.check_only {
         // It may try the link out. It has seen enough when that ends.
         while inputs.next(SILENCE).is_ok() {}
         return Ok(());
     }
+
     match inputs.next(SILENCE) {
         Ok(DestinationInput::FromPeer(FromPeer::Message(Message::Prepare))) => {}
         Ok(_) => bail!("the source does not follow the protocol"),
         // It changed its mind: nothing was made.
         Err(_) => return Ok(()),
     }
+
     let guest = match IncomingMigration::new(
         plan,
         streams,
@@ -364,6 +370,7 @@ fn migration(
             return Err(if told { ToldError(e).into() } else { e });
         }
     };
+
     stage.keep_shared(SharedImages::new(&guest.work.images()));
     guest.take_in(peer, inputs, tell, stage, current)
 }
@@ -453,9 +460,11 @@ impl IncomingMigration {
             worker: ProcessId::this(),
             begun: journal::unix_time(),
         };
+
         let journal = Journal::create(state_dir, record)?;
         let images = ImageFiles::new(work.images());
         let engine = plan.engine.as_ref().map(EnginePart::new).transpose()?;
+
         Ok(IncomingMigration {
             plan,
             runtime,
@@ -516,6 +525,7 @@ impl IncomingMigration {
                 return Err(if told { ToldError(e).into() } else { e });
             }
         };
+
         match self.await_verdict(ready, peer, inputs) {
             None => {
                 self.undo(Vec::new())?;
@@ -563,21 +573,26 @@ impl IncomingMigration {
         // CRIU gives up where nobody can answer it.
         drop(self.release.take());
         self.guard.iter_mut().for_each(PageGuards::leave_criu);
+
         // Nothing more is written to what is taken away.
         drop(self.applying.take());
+
         // CRIU may be waiting for pages that will never come: with nobody to ask it gives up.
         drop(self.server.take());
+
         // Whatever ends now, ends without a word.
         drop((self.landing.take(), self.landed.take()));
         if let Some(job) = self.restore.take() {
             job.abandon(&self.work);
         }
+
         match self.engine {
             None => drop(std::mem::take(&mut self.network)),
             Some(_) => std::mem::take(&mut self.network).leave_to_engine(),
         }
         drop(self.tmpfs.take());
         self.streams.undo();
+
         // It is told by the end of its runtime's call, or finds nobody who expects that.
         let engine = self.engine.take().map(EnginePart::give_up);
         let undone = undo::discard_destination(&mut self.journal);
@@ -588,6 +603,7 @@ impl IncomingMigration {
         } else {
             self.dismiss_guard();
         }
+
         undone
     }
 }

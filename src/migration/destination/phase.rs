@@ -378,6 +378,7 @@ mod tests {
                     let _: Outstanding = ready.commit(false);
                     done.insert((from, "Commit".to_owned(), Phase::Running.name()));
                 }
+
                 if let Ok(next) = phase.step(event)
                     && next.name() != from
                 {

@@ -57,6 +57,7 @@ impl IncomingMigration {
             // An engine's runtime has been given some.
             self.streams.open(&self.plan)?;
         }
+
         // From the beginning: a source that lost this link, and gave up, says so over another.
         let call = tell.clone();
         verdicts::take_calls(&self.work, move |c| call.send(DestinationInput::Call(c)).is_ok())?;
@@ -67,6 +68,7 @@ impl IncomingMigration {
             let place = workdir::network_place(&self.plan);
             self.network.make(&self.plan, &self.work, place, note)?;
         }
+
         if !self.plan.tmpfs.is_empty() {
             let base = self.work.tmpfs();
             self.tmpfs = Some(MountedTmpfs::new(&base, &self.plan.tmpfs)?);
@@ -74,8 +76,10 @@ impl IncomingMigration {
         if let Some(note) = note.filter(|n| n.part == ForwardRole::ArrivesWithoutConnections) {
             published::arrive(note, &self.plan)?;
         }
+
         fault::point("destination.network")?;
         self.make_volumes()?;
+
         // Before they are handed to whoever takes files in.
         let copies = !self.incoming.is_empty();
         let phase = Phase::Asked { copies, engine: self.plan.engine.is_some() };
@@ -85,6 +89,7 @@ impl IncomingMigration {
         } else {
             self.start_restore(tell)?;
         }
+
         let phase = self.restored(phase, peer, inputs, tell, stage)?;
         let phase = match &phase {
             Phase::Restoring { dumped, .. } if self.plan.verify => {
@@ -93,22 +98,27 @@ impl IncomingMigration {
             }
             _ => phase,
         };
+
         let phase = phase.step(Event::Hold)?;
         let Phase::Ready(ready) = phase else { bail!("it is not ready") };
         self.doing = "waiting for the verdict";
+
         // Not synced: a crash of this host loses the copy with the note about it.
         self.journal.note(State::Ready)?;
         fault::point("destination.ready")?;
+
         // Bad news that came meanwhile comes before this.
         while let Some(input) = inputs.pending()? {
             self.keep_pace(&phase, input, peer)?;
         }
+
         // Its end may be on its way still.
         if self.criu().is_some_and(|criu| !process::lives(criu)) {
             bail!("CRIU was killed when it had restored");
         }
         peer.send(&Message::Ready)?;
         fault::point("destination.said-ready")?;
+
         Ok(ready)
     }
 
@@ -128,6 +138,7 @@ impl IncomingMigration {
             if restored && self.guard.as_ref().is_some_and(PageGuards::can_go_on) {
                 return Ok(phase);
             }
+
             match inputs.next(if restored { RESTORE_LIMIT } else { SILENCE })? {
                 DestinationInput::Restore(RestoreEvent::AtRequest) => {
                     phase = phase.step(Event::Held)?;
@@ -206,6 +217,7 @@ impl IncomingMigration {
                 }
                 other => self.keep_pace(&phase, other, peer)?,
             }
+
             if let Phase::Restoring { dumped, left: Some(_), .. } = &phase
                 && let Some(server) = self.server.take()
             {
@@ -280,6 +292,7 @@ impl IncomingMigration {
         fs::write(self.work.images().join("descriptors.json"), serde_json::to_vec(&targets)?)?;
         let streams = self.streams.plan()?;
         self.have_released();
+
         let call = self.engine.as_mut().and_then(EnginePart::take_call);
         let made = self.engine.as_ref().and_then(EnginePart::bundle);
         self.server = Some(Server::listen(&self.work.criu())?);
@@ -308,11 +321,13 @@ impl IncomingMigration {
             release: self.release_set.clone(),
             interposer: Interposer::new(&self.work, &criu, namespace)?,
         };
+
         let tell = tell.clone();
         self.restore = Some(RestoreJob::start(plan, move |event| {
             // The hand-over may have ended already.
             let _ = tell.send(DestinationInput::Restore(event));
         })?);
+
         Ok(())
     }
 
@@ -333,6 +348,7 @@ impl IncomingMigration {
                 bail!("a connection at {}, which is not the container's", strange.local);
             }
         }
+
         if self.landing.is_none() {
             let namespace = self.network.namespace().map(NetNs::try_clone).transpose()?;
             let floating = self.plan.floating.is_some();
@@ -344,6 +360,7 @@ impl IncomingMigration {
             let prepared = move |lacking| drop(tell.send(DestinationInput::Awaited(lacking)));
             self.landing = Some(Landing::start(namespace, floating, prepared)?);
         }
+
         self.landing.as_ref().map_or(Ok(()), |landing| landing.announce(list))
     }
 

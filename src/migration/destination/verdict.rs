@@ -48,6 +48,7 @@ impl IncomingMigration {
                 Err(RecvTimeoutError::Timeout) => continue,
                 Err(RecvTimeoutError::Disconnected) => return None,
             };
+
             let event = match input {
                 DestinationInput::FromPeer(FromPeer::Message(Message::Commit)) => {
                     CopyEvent::Verdict(Verdict::Commit)
@@ -117,6 +118,7 @@ impl IncomingMigration {
                     continue;
                 }
             };
+
             match hear(phase, event).0 {
                 Act::Wait => {}
                 Act::Run => return Some(ready.commit(!self.incoming.is_empty())),
@@ -143,6 +145,7 @@ impl IncomingMigration {
     ) -> Result<()> {
         self.mark("commit");
         let _ = fault::point("destination.commit");
+
         // From here on it is the guard who goes on if this process is killed.
         if let (Some(guard), Some(criu)) = (&mut self.guard, self.release.take()) {
             guard.take_criu(criu);
@@ -153,15 +156,19 @@ impl IncomingMigration {
             let _ = peer.send(&Message::failed("starting", &e));
             return undone.and(Err(ToldError(e).into()));
         }
+
         // From here on what was made is the container's: no error may take it away again but one
         // that says that there is no container.
         self.streams = Streams::default();
         let _ = fault::point("destination.committed");
+
         // Before anything can run that would find them asleep.
         self.landed.iter().for_each(Landed::wake);
+
         // If it has ended, that stands in the queue.
         let _ = self.tell_restore(RestoreOrder::Verdict(true));
         todo.served = self.pages.take().and_then(|ended| ended.result.ok());
+
         // As long as the latest link is ours to use, whoever brought it waits.
         let mut brought = None;
         self.bring_to_disk(tell);
@@ -186,6 +193,7 @@ impl IncomingMigration {
                     if todo.served.is_some() {
                         undo::note_all_in(&self.work);
                     }
+
                     // What the container closes is to be closed, from now on.
                     self.landed.take().into_iter().for_each(Landed::settle);
                     let _ = fault::point("destination.running");
@@ -216,6 +224,7 @@ impl IncomingMigration {
                         receiver::listen(reader, &other, stage, current, backlog, hear)?;
                         Ok(other)
                     });
+
                     match taken {
                         Ok(other) => peer = other,
                         Err(e) => {
@@ -224,6 +233,7 @@ impl IncomingMigration {
                             continue;
                         }
                     }
+
                     drop(brought.replace(held));
                     todo.link = match todo.served {
                         Some(served) if todo.told_whole => self.say_whole(&peer, served),
@@ -284,6 +294,7 @@ impl IncomingMigration {
                 Ok(_) => {}
                 Err(_) => todo = todo.after_silence(),
             }
+
             while let Some(what) = todo.untold() {
                 todo.link &= match what {
                     ToTell::Running => self.say_running(&peer),
@@ -291,15 +302,18 @@ impl IncomingMigration {
                 };
                 todo.told(what);
             }
+
             if todo.is_lost() {
                 // Nobody waits for it any more, and nobody brings it.
                 self.undo(Vec::new())?;
                 bail!("its tasks have ended before all of its memory was there");
             }
         }
+
         drop(brought);
         // It works in the tasks: not to be ended in the middle of that.
         let _ = waits.map(JoinHandle::join);
+
         self.settle_in(todo.finished)
     }
 

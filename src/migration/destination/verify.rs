@@ -64,6 +64,7 @@ impl IncomingMigration {
             let task = task.ok_or_else(|| anyhow!("process {vpid} is not there"))?;
             await_pages(*task, &entries, until)?;
         }
+
         self.mark("all memory is in");
 
         let (masks, seed) = (sequences::areas(&pids)?, random_seed());
@@ -74,6 +75,7 @@ impl IncomingMigration {
         if let (true, Some(first)) = (fault::spoils("destination.verify"), own.first()) {
             crate::memory::compare::spoil(*first)?;
         }
+
         peer.send(&Message::Verify { seed, masks })?;
         loop {
             match inputs.next(RESTORE_LIMIT)? {
@@ -90,9 +92,11 @@ impl IncomingMigration {
                 other => self.keep_pace(&phase, other, peer)?,
             }
         }
+
         let pages = comparison.verdict()?;
         self.mark("memory is verified");
         peer.send(&Message::Verified { pages })?;
+
         Ok(phase)
     }
 }

@@ -67,12 +67,15 @@ pub fn take_link(
         if began.elapsed() > limit {
             bail!("no container here has its address forwarded under {id}");
         }
+
         // It is being made, by another process.
         std::thread::park_timeout(Duration::from_millis(20));
     }
+
     if control::status(&directory).is_none() {
         spawn(&directory, Vec::new())?;
     }
+
     control::hand_link(&directory, links, input.as_fd(), output.as_fd())
 }
 
@@ -132,6 +135,7 @@ struct NumberedLink {
 pub fn hold(directory: &Path) -> Result<()> {
     let away = away_at(directory)?;
     let mut taps = Vec::new();
+
     // From a process that made them; or nothing, and they are there without anybody.
     while let Ok(Some((name, fds))) = scm::receive(std::io::stdin()) {
         if name == NO_MORE {
@@ -140,6 +144,7 @@ pub fn hold(directory: &Path) -> Result<()> {
         let name = String::from_utf8(name).context("a link's name")?;
         taps.extend(fds.into_iter().map(|fd| (name.clone(), Tap::adopt(fd))));
     }
+
     if taps.is_empty() {
         let names: Vec<String> = away.links.iter().map(|l| l.0.clone()).collect();
         taps = if away.published {
@@ -148,6 +153,7 @@ pub fn hold(directory: &Path) -> Result<()> {
             forward::take_taps(&NetNs::open(&away.path)?, &names)?
         };
     }
+
     for (_, tap) in &taps {
         tap.do_not_wait()?;
     }
@@ -165,12 +171,14 @@ pub fn hold(directory: &Path) -> Result<()> {
         away,
         since: crate::migration::journal::unix_time(),
     });
+
     for tap in 0..holder.taps.len() {
         let holder = holder.clone();
         std::thread::Builder::new().name("tap".into()).spawn(move || holder.send_frames(tap))?;
     }
     let pulse = holder.clone();
     std::thread::Builder::new().name("pulse".into()).spawn(move || pulse.live())?;
+
     // Not on that one: what it says may never be taken, when home is gone.
     let guard = holder.clone();
     std::thread::Builder::new().name("guard".into()).spawn(move || guard.cut_when_dead())?;
@@ -178,8 +186,10 @@ pub fn hold(directory: &Path) -> Result<()> {
     control::serve(directory, move |asked, handed| {
         answering.answer(asked, handed, &|| _ = quit.send(()))
     })?;
+
     holder.watch(&told);
     remove_directory(directory);
+
     // The answer to whoever said so is on its way.
     std::thread::park_timeout(Duration::from_millis(50));
     std::process::exit(0);
@@ -271,9 +281,11 @@ impl Holder {
             };
             number
         };
+
         self.changed.notify_all();
         let holder = self.clone();
         session::listen(reader, move |heard| holder.hear(number, heard))?;
+
         Ok(())
     }
 
@@ -284,6 +296,7 @@ impl Holder {
                 link.heard = Some(Instant::now());
             }
         }
+
         match heard {
             FromPeer::Frame(Frame::Packet(bytes)) => {
                 self.in_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
@@ -315,6 +328,7 @@ impl Holder {
             }
             _ => {}
         }
+
         true
     }
 
@@ -330,6 +344,7 @@ impl Holder {
         let (name, tap) = &self.taps[number];
         let mut buffer = forward::buffer();
         let mut frames = Vec::new();
+
         loop {
             let place = {
                 let without = |link: &mut NumberedLink| link.peer.is_none();
@@ -338,6 +353,7 @@ impl Holder {
                 let place = link.names.iter().position(|n| n == name);
                 place.zip(link.peer.clone())
             };
+
             let ready = wait_readable(&[tap.as_fd()], Some(Instant::now() + PULSE));
             if ready.is_err() {
                 continue;
@@ -352,10 +368,12 @@ impl Holder {
                     Err(e) if e.raw_os_error() == Some(libc::EBADFD) => return,
                     Err(_) => break,
                 }
+
                 if frames.len() >= 256 {
                     break;
                 }
             }
+
             if let Some((_, peer)) = place
                 && let Ok(bytes) = carrier::send(&peer, &frames)
             {

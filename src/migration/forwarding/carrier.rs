@@ -65,6 +65,7 @@ pub fn connect(
         }
         None => tell(h),
     };
+
     let purpose = carry.map(|word| Message::Forward(Box::new(word)));
     let mut session = Session::open(destination, purpose.as_ref(), ANSWER, hear)?;
     if purpose.is_none() {
@@ -84,6 +85,7 @@ pub fn connect(
         Ok(FromPeer::Frame(_)) => anyhow!("{destination} sends before it has the link"),
         Err(_) => anyhow!("{destination} does not answer"),
     };
+
     session.closer.close();
     Err(why)
 }

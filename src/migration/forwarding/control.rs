@@ -93,6 +93,7 @@ pub fn serve(
     if UnixStream::connect(&path).is_ok() {
         bail!("another process forwards already");
     }
+
     // Left over from one that has died.
     let _ = std::fs::remove_file(&path);
     let listener = UnixListener::bind(&path)?;
@@ -109,14 +110,17 @@ pub fn serve(
                     answer(asked, Some((input, output, socket)));
                     return;
                 }
+
                 let said = answer(asked, None);
                 let mut line = serde_json::to_vec(&said).unwrap_or_default();
                 line.push(b'\n');
+
                 // Whoever asked may have gone.
                 let _ = (&socket).write_all(&line);
             };
             let _ = std::thread::Builder::new().name("answer".into()).spawn(one);
         }
     })?;
+
     Ok(())
 }

@@ -85,12 +85,14 @@ pub fn work(directory: &Path) -> Result<()> {
         out_bytes: AtomicU64::new(0),
         in_bytes: AtomicU64::new(0),
     });
+
     // After a new start: on with it.
     let Home { active, pending, .. } = forwarder.lock().home.clone();
     if let Some(destination) = active {
         let number = forwarder.add(destination, "", None)?;
         forwarder.activate(number)?;
     }
+
     if let Some((destination, migration)) = pending {
         forwarder.add(destination, &migration, None)?;
     }
@@ -100,6 +102,7 @@ pub fn work(directory: &Path) -> Result<()> {
         let end = end.clone();
         answering.answer(asked, None, &move |dismantle| _ = end.send(dismantle))
     })?;
+
     let (sending, watching) = (forwarder.clone(), forwarder.clone());
     std::thread::Builder::new().name("send".into()).spawn(move || sending.send_frames())?;
     std::thread::Builder::new().name("watch".into()).spawn(move || watching.watch())?;
@@ -111,6 +114,7 @@ pub fn work(directory: &Path) -> Result<()> {
             Err(_) => {}
         }
     };
+
     forwarder.lock().over = true;
     // The answer to whoever said so is on its way.
     std::thread::park_timeout(Duration::from_millis(50));
@@ -120,6 +124,7 @@ pub fn work(directory: &Path) -> Result<()> {
     } else {
         remove_directory(directory)
     }
+
     for port in &forwarder.lock().ports {
         port.cutter.iter().for_each(Cutter::cut);
     }
@@ -328,6 +333,7 @@ impl Forwarder {
             });
             number
         };
+
         let forwarder = self.clone();
         std::thread::Builder::new()
             .name("port".into())
@@ -363,6 +369,7 @@ impl Forwarder {
                     None
                 }
             };
+
             let why = link.and_then(|(Session { peer, mut closer }, gone)| {
                 let why = live(&peer, &gone);
                 closer.close();
@@ -374,11 +381,13 @@ impl Forwarder {
                 let Some(port) = state.ports.iter_mut().find(|p| p.number == number) else {
                     return;
                 };
+
                 port.peer = None;
                 port.cutter = None;
                 self.changed.notify_all();
                 (port.connections, port.idle_since) = (None, None);
                 port.why = why.or(failed).unwrap_or_else(|| "the link broke".into());
+
                 // After a new start it becomes active right after this thread has begun.
                 let migration = port.migration.clone();
                 let here = active.map_or(migration.is_empty(), |active| active == number);
@@ -396,6 +405,7 @@ impl Forwarder {
                     return;
                 }
             }
+
             // Between two tries to reach a host there is nothing to wait on but time.
             std::thread::park_timeout(pause);
             pause = (pause * 2).min(PAUSE.1);
@@ -449,6 +459,7 @@ impl Forwarder {
             }
             _ => {}
         }
+
         true
     }
 
@@ -593,6 +604,7 @@ impl Forwarder {
                     state = waited.unwrap_or_else(PoisonError::into_inner);
                 }
             };
+
             // Not for ever: the port may be another one by then.
             if wait_readable(&[ear.as_fd()], Some(Instant::now() + PULSE)).is_err() {
                 continue;
@@ -604,8 +616,10 @@ impl Forwarder {
                 let port = state.ports.iter().find(|p| Some(p.number) == state.active);
                 port.and_then(|p| p.peer.clone())
             };
+
             // At home again, or without a link.
             let Some(peer) = peer else { continue };
+
             // A link that breaks is made again by whoever listens to it.
             if let Ok(bytes) = carrier::send(&peer, &frames) {
                 self.out_bytes.fetch_add(bytes, Ordering::Relaxed);

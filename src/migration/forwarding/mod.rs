@@ -126,6 +126,7 @@ pub fn decide(plan: &Plan, host: &NetNs) -> AddressDecision {
     {
         return AddressDecision::Home;
     }
+
     if plan.engine.is_some() {
         let wanted = plan.forward.wish != ForwardOption::Never && published::could_be(plan);
         return if wanted { AddressDecision::Published } else { AddressDecision::Moves };
@@ -133,6 +134,7 @@ pub fn decide(plan: &Plan, host: &NetNs) -> AddressDecision {
     if !can_stay(plan) {
         return AddressDecision::Moves;
     }
+
     let stays = match plan.forward.wish {
         ForwardOption::Never => false,
         ForwardOption::Always => true,
@@ -145,6 +147,7 @@ pub fn decide(plan: &Plan, host: &NetNs) -> AddressDecision {
                     .unwrap_or_else(|| plan.forward.from.is_some())
         }
     };
+
     if stays { AddressDecision::Stays } else { AddressDecision::Moves }
 }
 
@@ -163,10 +166,12 @@ pub fn ties(plan: &Plan, course: AddressDecision) -> Option<Problem> {
     } else {
         ""
     };
+
     let others = match flows.len() - 1 {
         0 => String::new(),
         n => format!(", and {n} more"),
     };
+
     Some(
         Problem::new(
             "the address cannot move: connections depend on its host",
@@ -250,6 +255,7 @@ fn remove_directory(directory: &Path) {
             tracing::warn!("{problem}");
         }
     }
+
     let known = home_at(directory).is_ok_and(|home| home.published.is_some())
         || away_at(directory).is_ok_and(|away| away.published);
     let id = directory.file_name().and_then(|id| id.to_str()).filter(|_| known);
@@ -302,6 +308,7 @@ pub fn describe(record: &Record) -> Option<(String, serde_json::Value)> {
         }
         _ => return None,
     };
+
     let at_home = matches!(note.part, ForwardRole::Leaves | ForwardRole::LeavesConnections);
     let translated = matches!(
         note.part,
@@ -323,6 +330,7 @@ pub fn describe(record: &Record) -> Option<(String, serde_json::Value)> {
         };
         return Some((words, json!({"id": note.id, "home": at_home, "dead": true})));
     };
+
     let Status { to, since, out_bytes, in_bytes, connected, why, .. } = &status;
     let Status { connections, until_idle, .. } = &status;
     let moment = crate::report::log::rfc3339(std::time::UNIX_EPOCH + Duration::from_secs(*since));
@@ -340,12 +348,14 @@ pub fn describe(record: &Record) -> Option<(String, serde_json::Value)> {
             "its address is at {here}, from where it is forwarded: {in_bytes} bytes from there, {out_bytes} back"
         )
     };
+
     if let Some(n) = connections {
         words += &format!(", connections: {n}");
     }
     if let Some(seconds) = until_idle {
         words += &format!("; ends when there was none for {seconds} s");
     }
+
     if !connected {
         words += &format!("; BROKEN, trying again: {why}");
     }
@@ -353,6 +363,7 @@ pub fn describe(record: &Record) -> Option<(String, serde_json::Value)> {
     value["home"] = json!(at_home);
     value["id"] = json!(note.id);
     value["dead"] = json!(false);
+
     Some((words, value))
 }
 
@@ -403,6 +414,7 @@ pub fn end(id: &str, idle: Option<Duration>) -> Result<&'static str> {
             said = Some("its home does not forward its address any more");
         }
     }
+
     said.with_context(|| {
         format!("no address of a container {id} is forwarded from here or to here")
     })

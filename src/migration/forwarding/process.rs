@@ -54,12 +54,15 @@ pub fn establish(
             name: None,
             published: None,
         };
+
         write(&directory, HOME, &home)?;
         spawn(&directory)
     })();
+
     if done.is_err() {
         remove_directory(&directory);
     }
+
     done.map(|()| directory)
 }
 
@@ -80,6 +83,7 @@ pub fn establish_published(
         let address = p.address.map(|address| format!("{address}:")).unwrap_or_default();
         format!("{address}{}/{protocol}", p.port)
     };
+
     let home = Home {
         id: id.to_owned(),
         container: container.clone(),
@@ -93,10 +97,12 @@ pub fn establish_published(
         name: Some(wanted.name.clone()),
         published: Some(known),
     };
+
     let done = write(&directory, HOME, &home).and_then(|()| spawn(&directory));
     if done.is_err() {
         remove_directory(&directory);
     }
+
     done
 }
 

@@ -52,6 +52,7 @@ pub fn known(wanted: &EngineWants, image: &NetworkImage) -> HomeFacts {
         });
         ips.collect()
     };
+
     // Where it is in several networks, engines lead ports to the one that it reaches the world by.
     let default = image.routes.iter().find(|r| !r.v6 && r.prefix == 0 && r.destination.is_none());
     let outward =
@@ -67,6 +68,7 @@ pub fn known(wanted: &EngineWants, image: &NetworkImage) -> HomeFacts {
             "udp" => UDP,
             _ => return None,
         };
+
         Some(HomePort {
             protocol,
             address,
@@ -74,6 +76,7 @@ pub fn known(wanted: &EngineWants, image: &NetworkImage) -> HomeFacts {
             to: SocketAddrV4::new(to?, port.inside),
         })
     });
+
     HomeFacts {
         ports: ports.collect(),
         links: all.iter().map(|link| (link.mac.unwrap_or_default(), own(link))).collect(),
@@ -103,6 +106,7 @@ pub fn stuck(
     let near: HashMap<IpAddr, &str> =
         wanted.neighbours.iter().map(|one| (one.address.into(), &*one.name)).collect();
     let mut found: Vec<(&str, String, Vec<Flow>)> = Vec::new();
+
     for link in links(image) {
         let LinkKind::Veth { bridge, .. } = &link.kind else { continue };
         let addresses: Vec<IpAddr> = link.addresses.iter().map(|a| a.local).collect();
@@ -135,12 +139,14 @@ pub fn stuck(
                 ),
                 _ => continue,
             };
+
             match found.iter_mut().find(|(kind, ..)| *kind == why.0) {
                 Some((_, _, list)) => list.push(flow),
                 None => found.push((why.0, why.1, vec![flow])),
             }
         }
     }
+
     let problem = |(_, why, flows): (&str, String, Vec<Flow>)| {
         let others = match flows.len() - 1 {
             0 => String::new(),
@@ -159,11 +165,13 @@ pub fn stuck(
             if forwards { "" } else { "; or leave --forward away" }
         ))
     };
+
     let mut problems: Vec<Problem> = found.into_iter().map(problem).collect();
     let bound = |one: &sockets::SocketInfo| {
         let waits = one.listens || one.udp && one.flow.remote.ip().is_unspecified();
         waits && wanted.given.contains(&one.flow.local.ip())
     };
+
     if let Some(one) = SockDiag::new(namespace)?.all()?.into_iter().find(bound) {
         problems.push(
             Problem::new(
@@ -173,6 +181,7 @@ pub fn stuck(
             .hint("have it listen at all addresses (0.0.0.0), or put it into a network with a subnet of its own"),
         );
     }
+
     Ok(problems)
 }
 
@@ -198,6 +207,7 @@ pub fn left_behind(wanted: &EngineWants, forwards: bool) -> Option<Problem> {
     if others > 0 {
         list.push_str(&format!(", and {others} more"));
     }
+
     let (stay, them) = if names.len() == 1 { ("stays", "it") } else { ("stay", "them") };
     let what = format!("{list} {stay} here, in {engine}'s networks that it is in");
     let problem = if forwards {
@@ -217,6 +227,7 @@ pub fn left_behind(wanted: &EngineWants, forwards: bool) -> Option<Problem> {
         Problem::new(what, "with --forward never they do not reach each other any more")
             .hint("leave --forward away")
     };
+
     Some(problem.warning())
 }
 

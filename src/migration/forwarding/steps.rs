@@ -193,6 +193,7 @@ pub fn arrive(
         old: Vec::new(),
         stay: Vec::new(),
     };
+
     write(&directory, AWAY, &away)?;
     away::spawn(&directory, made.take_taps())
 }

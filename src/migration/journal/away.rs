@@ -286,9 +286,11 @@ mod tests {
         let first = AwayMark { id: "id1".parse().unwrap(), named: named.clone(), ..mark(root) };
         first.write(state).unwrap();
         assert!(AwayMark::any_named(state));
+
         let by_name = |engine| AwayMark::find_named(state, engine, "web").unwrap();
         assert_eq!(by_name(Engine::Podman), Some(first.clone()));
         assert_eq!(by_name(Engine::Docker), None);
+
         // It came back under another ID, as docker's do, and left again: that mark is the name's.
         let again =
             AwayMark { id: "id2".parse().unwrap(), migration_id: "m2".into(), ..first.clone() };
@@ -298,6 +300,7 @@ mod tests {
         assert!(AwayMark::remove(state, root, OsStr::new("id2")).unwrap());
         assert_eq!(by_name(Engine::Podman), None);
         first.write(state).unwrap();
+
         assert!(AwayMark::remove_named(state, Engine::Podman, "web").unwrap());
         assert!(!AwayMark::remove_named(state, Engine::Podman, "../web").unwrap());
         assert!(AwayMark::find(state, root, OsStr::new("id1")).unwrap().is_some());

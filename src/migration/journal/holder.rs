@@ -47,6 +47,7 @@ pub(super) fn problem(record: &Record, state: State, under_way: bool) -> Problem
     };
     let asking = format!("on {here}: `ferry migrations {container}` tells how it stands");
     let resolving = format!("on {here}: `ferry resolve {container}`, and nothing else");
+
     match (record.role, state) {
         (Role::Destination, State::Ready) if under_way => Problem::new(
             format!("a copy of {container} is held on {here}"),
@@ -118,6 +119,7 @@ mod tests {
                     if !alive {
                         record.worker.started += 1;
                     }
+
                     let mut journal = Journal::create(dir.path(), record).unwrap();
                     journal.write(state).unwrap();
                     let problem = in_the_way(dir.path(), root, "web").unwrap();

@@ -132,6 +132,7 @@ impl Lock {
                 Err((_, e)) => return Err(std::io::Error::from(e)).with_context(what),
             }
         };
+
         // For people only.
         let _ = lock.file.set_len(0);
         let _ = lock.file.write_all_at(format!("{} {way}\n", std::process::id()).as_bytes(), 0);
@@ -141,6 +142,7 @@ impl Lock {
                 return Err(advice(format!("{}: {}", problem.what, problem.why), problem.hint));
             }
         }
+
         // Another time, if not now.
         let _ = shelf::tidy(state_dir).inspect_err(|e| tracing::warn!("{e:#}"));
         Ok(lock)

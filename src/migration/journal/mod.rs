@@ -262,6 +262,7 @@ fn read_lines(bytes: &[u8], record_end: u64) -> Result<JournalLines> {
         JournalLines { at: record_end.next_multiple_of(SECTOR), ..JournalLines::default() };
     let (mut place, mut end, mut torn) = (record_end, record_end, false);
     let blank = |bytes: &[u8]| bytes.iter().all(|b| b.is_ascii_whitespace() || *b == 0);
+
     // A line that was cut by a crash has no end, or no beginning, and does not count: it was never
     // told. The next one takes its place.
     let lines = bytes[record_end as usize..].split_inclusive(|b| *b == b'\n');
@@ -274,6 +275,7 @@ fn read_lines(bytes: &[u8], record_end: u64) -> Result<JournalLines> {
             torn = true;
             continue;
         };
+
         if torn {
             bail!("it is damaged");
         }
@@ -284,15 +286,18 @@ fn read_lines(bytes: &[u8], record_end: u64) -> Result<JournalLines> {
             }
             None => found.told = true,
         }
+
         found.at = place.next_multiple_of(SLOT as u64);
         end = place;
     }
+
     // The next state would be lost behind what is no blank; and what is torn is no longer than a slot: that
     // state would bring to light what stands behind it.
     let (before, behind) = (end as usize..found.at as usize, found.at as usize + SLOT..bytes.len());
     if [before, behind].into_iter().any(|part| bytes.get(part).is_some_and(|part| !blank(part))) {
         bail!("it is damaged");
     }
+
     Ok(found)
 }
 
@@ -330,12 +335,14 @@ impl Journal {
         fs::create_dir_all(&dir).with_context(what)?;
         let mut text = serde_json::to_string(&record)?;
         text.push('\n');
+
         let at = (text.len() as u64).next_multiple_of(SECTOR);
         if at as usize + STATES > SIZE {
             bail!("the record of this migration is too long for its journal");
         }
         let mut bytes = text.into_bytes();
         bytes.resize(SIZE, b' ');
+
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -344,10 +351,12 @@ impl Journal {
             .open(&path)
             .with_context(what)?;
         let journal = Journal::fill(file, &path, &bytes, (record, at));
+
         if journal.is_err() {
             // Nothing has begun, and nobody is to take what is there for the beginning of something.
             let _ = fs::remove_file(&path);
         }
+
         journal
     }
 

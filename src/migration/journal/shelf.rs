@@ -170,9 +170,11 @@ mod tests {
                 }))
                 .unwrap(),
             );
+
             let mut journal = Journal::create(dir.path(), record).unwrap();
             state.map_or(Ok(()), |state| journal.write(state)).unwrap();
         };
+
         let id = || id_of(dir.path(), "docker:web").map_err(|e| e.to_string());
         assert_eq!(id().unwrap(), "docker:web", "nobody knows it");
         add(1, "aaaa", Some(State::Finished));

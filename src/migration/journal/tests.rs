@@ -99,6 +99,7 @@ fn a_torn_line_is_ignored() {
     assert_eq!(at % SLOT, 0);
     journal.write(State::Committed).unwrap();
     assert_eq!(at / SECTOR as usize, (journal.at as usize - 1) / SECTOR as usize);
+
     let whole = fs::read(journal.path()).unwrap();
     // Only its end has come to the disk, or something else.
     for from in 1..SLOT {
@@ -112,6 +113,7 @@ fn a_torn_line_is_ignored() {
             assert_eq!(Journal::open(journal.path()).unwrap().state(), State::Aborted);
         }
     }
+
     // Before a line that is whole there can be no torn one.
     journal.write(State::Finished).unwrap();
     let mut bytes = fs::read(journal.path()).unwrap();
@@ -133,6 +135,7 @@ fn a_journal_that_cannot_be_read_is_in_the_way() {
         assert_eq!(lock.is_err(), Journal::of(dir.path(), root, container).is_err());
         lock.err()
     };
+
     let later = text.replacen("\"version\":1", "\"version\":2", 1);
     let renamed = text.replacen("\"worker\"", "\"workers\"", 1);
     for changed in [later, renamed] {
@@ -143,13 +146,16 @@ fn a_journal_that_cannot_be_read_is_in_the_way() {
         assert!(why.contains("00112233aabbccdd"), "{why}");
         assert_eq!(refused("web2"), None);
     }
+
     fs::write(&path, "{\n").unwrap();
     assert!(refused("web2").unwrap().contains("cannot be read"));
+
     // A crash in the middle of making it: nothing had begun.
     for none in ["", "{\"version\":1,\"boot\":"] {
         fs::write(&path, none).unwrap();
         assert_eq!(refused("web"), None);
     }
+
     // The same from before there was a version.
     let before = text.replacen("\"version\":1,", "", 1);
     fs::write(&path, before).unwrap();
@@ -221,6 +227,7 @@ fn fuzz_journals() {
     let (path, at) = (journal.path().to_owned(), journal.at as usize);
     let mut sample = fs::read(&path).unwrap();
     sample.truncate(at + SLOT);
+
     let target = Target::new("journals").sample(sample);
     let words = [&b"committed 1\n"[..], b"aborted 1\n", b"whole", b"finished", b"\"version\":"];
     target.words(&words).cost(8).room(2 * SIZE).run(|bytes| {
@@ -229,6 +236,7 @@ fn fuzz_journals() {
         if let Err(e) = &opened {
             let _ = Unreadable::of(path.clone(), e).map(|u| u.error());
         }
+
         let mut journal = opened?;
         let before = journal.states().to_vec();
         journal.note(State::Aborted)?;

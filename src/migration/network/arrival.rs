@@ -103,6 +103,7 @@ impl NetworkArrival {
             let hook = Hook::new(program, about, image);
             self.hooks = Some(Hooks::prepare(hook, work)?);
         }
+
         let mut made = match note {
             None | Some(ForwardRecord { part: ForwardRole::ArrivesWithoutConnections, .. }) => {
                 network::recreate(image, &plan.placement, &path, &host)?
@@ -112,23 +113,27 @@ impl NetworkArrival {
             }
             Some(_) => network::recreate(image, &Placement::Forward, &path, &host)?,
         };
+
         let (device, inode) = made.namespace().identity()?;
         fs::write(work.network(), format!("{device} {inode}"))?;
         if let Some(note) = note.filter(|n| n.part == ForwardRole::Arrives) {
             steps::arrive(note, plan, &mut made, image)?;
         }
+
         self.note = note.cloned();
         let replay = Replay::prepare(made.namespace(), image)?;
         let announcer = Announcer::prepare(made.namespace(), image)?;
         if let Some(side) = HostSide::new(image, &plan.migration) {
             work.note_host_side(&side)?;
         }
+
         let lead = HostRoutes::prepare(made.namespace(), image, &host)?;
         // Its bridges are the engine's business, and may have other names here.
         let uplinks = match plan.engine {
             None => Uplinks::prepare(image, &host)?,
             Some(_) => None,
         };
+
         let mut known = image.clone();
         if note.is_some_and(|n| n.part == ForwardRole::ArrivesWithoutConnections) {
             // Another bridge is its gateway now, and connections by the old one would confirm its hardware
@@ -136,6 +141,7 @@ impl NetworkArrival {
             let behind: Vec<&LinkImage> = published::away::links(image).collect();
             known.neighbours.retain(|n| behind.iter().all(|link| link.name != n.link));
         }
+
         let neighbours = Some(Neighbours::prepare(made.namespace(), &known)?);
         self.net = Some(Net { made, replay, announcer, lead, uplinks, neighbours });
         Ok(())

@@ -58,6 +58,7 @@ pub fn look(
         }
         return Ok(None);
     }
+
     // Without a namespace in its configuration it has that of whoever has started it.
     let real = NetNs::open(Path::new(&format!("/proc/{init}/ns/net")))?;
     if real.identity()? != host.identity()? {
@@ -68,6 +69,7 @@ pub fn look(
         .hint("name it in config.json's linux.namespaces: its path is in /run/netns")
         .into());
     }
+
     let own = sockets_of(cgroup)?;
     if wishes.move_address.is_empty() {
         let proposals = floating::proposals(&own, &host);
@@ -76,6 +78,7 @@ pub fn look(
         } else {
             proposals.join(" ")
         };
+
         return Err(Problem::new(
             "the container uses the host's network",
             "nobody has said which of the host's addresses are its own and go along",
@@ -87,6 +90,7 @@ pub fn look(
         ))
         .into());
     }
+
     if wishes.placement != Placement::Auto || wishes.forward == Forward::Always {
         return Err(Problem::new(
             "a container that uses the host's network has none that could be made in another way",
@@ -95,6 +99,7 @@ pub fn look(
         .hint("leave them out")
         .into());
     }
+
     Ok(Some(floating::capture(&wishes.move_address, &own, &host)?))
 }
 

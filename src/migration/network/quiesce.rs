@@ -45,6 +45,7 @@ pub fn await_quiet(
         }
         std::thread::park_timeout(PAUSE);
     };
+
     tracing::debug!(?left, "quiesced: {:.1} ms", began.elapsed().as_secs_f64() * 1e3);
     match left.backlog.first() {
         None if left.draining.is_empty() => Ok(left),

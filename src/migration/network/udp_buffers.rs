@@ -30,12 +30,14 @@ impl Room {
         if ports.is_empty() {
             return None;
         }
+
         // UDP may lose: no reason to stop anywhere here.
         let tight = replay.sock_diag().tight(&ports, more);
         let tight = tight.inspect_err(|e| tracing::warn!("datagrams may be lost: {e}")).ok()?;
         if tight.is_empty() {
             return None;
         }
+
         let mut raised = HashMap::new();
         let wanted = |inode| tight.contains(&inode);
         each_socket(cgroup, wanted, |inode, socket| {
@@ -48,6 +50,7 @@ impl Room {
                 Err(e) => tracing::warn!("datagrams may be lost: {e}"),
             }
         });
+
         tracing::debug!("room for {more} bytes more in {} UDP sockets", raised.len());
         (!raised.is_empty()).then(|| Room { cgroup: cgroup.clone(), raised })
     }

@@ -51,6 +51,7 @@ impl Came {
                 Vec::new()
             }
         };
+
         // Some of it may have been caught as well, before the fence was closed. However much comes
         // now, that is among what the kernel had room for.
         let mut caught = Vec::new();
@@ -64,12 +65,14 @@ impl Came {
             }
             once(&mut caught, &unread);
         }
+
         tracing::debug!(
             "{} datagrams wait in sockets, {} frames were caught: {} us",
             unread.len(),
             caught.len(),
             began.elapsed().as_micros()
         );
+
         Ok(Came { unread, caught })
     }
 }

@@ -31,6 +31,7 @@ pub fn problem(subject: &SourceContainer, locks: &[FoundLock]) -> Option<Problem
         files
             .extend(file.filter(|f| files.iter().all(|(known, _)| known != f)).map(|f| (f, found)));
     }
+
     let (file, found) = files.first()?;
     let comm = proc_text(found.pid, "comm").unwrap_or_default();
     let more = match files.len() - 1 {
@@ -46,6 +47,7 @@ pub fn problem(subject: &SourceContainer, locks: &[FoundLock]) -> Option<Problem
             found.held.lock
         ),
     );
+
     Some(problem.hint(
         "have the file on storage of this host's own, which is copied; or have the program let go of \
          the lock for the time",

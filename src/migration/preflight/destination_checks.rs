@@ -70,6 +70,7 @@ fn problems(
         found.extend(receiving.join().unwrap_or_default());
         found
     });
+
     if found.iter().any(|p| p.fatal) {
         return found;
     }
@@ -91,6 +92,7 @@ fn problems(
                 .hint("install runc there, or name another with --ferry-runtime or in its config"),
         ),
     }
+
     if let Some(wanted) = &plan.engine {
         match handover::of(wanted.engine) {
             Some(engine) => found.extend(engine.problems(&plan.container, wanted)),
@@ -100,6 +102,7 @@ fn problems(
             )),
         }
     }
+
     *copies = bundle(plan, &mut found);
     tracing::debug!("{} MiB of memory will be taken in at most", staging_bytes(plan) >> 20);
     room(plan, state_dir, &mut found);
@@ -118,11 +121,13 @@ fn problems(
                         .hint("leave --forward away"),
                     );
                 }
+
                 found.extend(forward::ties(plan, *course));
                 let placement = match course {
                     AddressDecision::Moves | AddressDecision::Published => &plan.placement,
                     AddressDecision::Stays | AddressDecision::Home => &Placement::Forward,
                 };
+
                 // An engine makes it when it makes the container.
                 if plan.engine.is_none() {
                     found.extend(network::preflight(image, placement, &path, &host));
@@ -131,6 +136,7 @@ fn problems(
             Err(e) => found.push(Problem::new("cannot look at this host's network", e)),
         }
     }
+
     if let Ok((bundle, _)) = bundle_here(plan) {
         found.extend(floating_address::problems(plan, &bundle));
     }
@@ -142,6 +148,7 @@ fn problems(
                 .hint("start what takes it (recvtty, conmon …) on the destination first"),
         );
     }
+
     found
 }
 
@@ -159,6 +166,7 @@ fn machine(plan: &Plan, found: &mut Vec<Problem>) {
         ));
         return;
     }
+
     let missing = host::missing_cpu_flags(&plan.cpu);
     if !missing.is_empty() {
         found.push(
@@ -169,6 +177,7 @@ fn machine(plan: &Plan, found: &mut Vec<Problem>) {
             .hint("mask these features on the source (hypervisor, or glibc.cpu tunables) before the container starts"),
         );
     }
+
     let (there, here) = (host::kernel_version(&plan.kernel), host::kernel());
     if there > host::kernel_version(&here) {
         found.push(
@@ -185,6 +194,7 @@ fn machine(plan: &Plan, found: &mut Vec<Problem>) {
             .warning(),
         );
     }
+
     if let Ok((_, version)) = host::criu()
         && version < plan.criu
     {
@@ -228,6 +238,7 @@ fn bundle(plan: &Plan, found: &mut Vec<Problem>) -> Vec<usize> {
             return Vec::new();
         }
     };
+
     if !there && root.is_some_and(|r| r.wish == How::Shared) {
         found.push(
             Problem::new(
@@ -238,6 +249,7 @@ fn bundle(plan: &Plan, found: &mut Vec<Problem>) -> Vec<usize> {
         );
         return Vec::new();
     }
+
     if !migratable::same(&here.config, &plan.config) {
         let empty = serde_json::Map::new();
         let (a, b) =
@@ -249,6 +261,7 @@ fn bundle(plan: &Plan, found: &mut Vec<Problem>) -> Vec<usize> {
             .map(String::as_str)
             .collect();
         names.sort_unstable();
+
         names.dedup();
         found.push(
             Problem::new(
@@ -259,6 +272,7 @@ fn bundle(plan: &Plan, found: &mut Vec<Problem>) -> Vec<usize> {
         );
         return Vec::new();
     }
+
     let mut copies: Vec<(usize, PathBuf)> = Vec::new();
     for (number, probe) in plan.probes.iter().enumerate() {
         let overlay = plan.overlay.as_ref().filter(|_| probe.place == Place::Rootfs);
@@ -273,6 +287,7 @@ fn bundle(plan: &Plan, found: &mut Vec<Problem>) -> Vec<usize> {
             Err(problem) => found.push(*problem),
         }
     }
+
     copies.sort();
     copies.into_iter().map(|(number, _)| number).collect()
 }
@@ -309,6 +324,7 @@ fn relation(
             path.display()
         ))));
     }
+
     match probe.wish {
         How::Shared if path.exists() => Ok(None),
         How::Shared => Err(Box::new(not_shared())),
@@ -355,6 +371,7 @@ pub fn room_for<'a>(
             None => wanted.push(((device, at.to_owned()), size.bytes)),
         }
     }
+
     for ((_, at), bytes) in wanted {
         // It may grow, and whoever else writes there must not be left without room.
         let needed = bytes.saturating_add(bytes / 20).saturating_add(RESERVE);
@@ -369,6 +386,7 @@ pub fn room_for<'a>(
             );
         }
     }
+
     Ok(found)
 }
 
@@ -443,6 +461,7 @@ fn memory(plan: &Plan, free: u64) -> Option<Problem> {
             mib(in_tmpfs(plan)),
         )
     };
+
     if free < now {
         return Some(
             Problem::new("the destination has not enough memory", why(now)).hint(
@@ -450,6 +469,7 @@ fn memory(plan: &Plan, free: u64) -> Option<Problem> {
             ),
         );
     }
+
     (free < most).then(|| {
         Problem::new("the destination's memory may become short", why(most))
             .hint(

@@ -167,6 +167,7 @@ pub fn criu() -> Result<(PathBuf, u32), Problem> {
         )
         .hint("install CRIU 4.2 or newer: older ones fail on Linux 6.13 and later"));
     }
+
     tracing::debug!("CRIU {} is {}", criu_words(version), path.display());
     Ok((path, version))
 }
@@ -285,6 +286,7 @@ fn look() -> Vec<Problem> {
                 .hint(format!("Ferry needs Linux {major}.{minor} or newer")),
         );
     }
+
     if nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE) != Ok(Some(PAGE as i64)) {
         found.push(Problem::new("the kernel's pages are not 4 KiB", "Ferry cannot carry others"));
     }
@@ -307,12 +309,14 @@ fn look() -> Vec<Problem> {
             }
         }
     }
+
     if !fs::exists("/proc/self/pagemap").unwrap_or(false) {
         found.push(
             Problem::new("the kernel has no /proc/PID/pagemap", "CONFIG_PROC_PAGE_MONITOR is off")
                 .hint("Ferry finds a container's pages with it"),
         );
     }
+
     if !has_capability(24) {
         found.push(
             Problem::new(
@@ -323,6 +327,7 @@ fn look() -> Vec<Problem> {
             .warning(),
         );
     }
+
     found
 }
 

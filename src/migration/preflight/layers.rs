@@ -148,6 +148,7 @@ fn before(place: &Path, overlay: &Overlay) -> Result<Option<Overlay>, Box<Proble
             ));
         }
     };
+
     if let Some(Upper { path, .. }) = &overlay.upper
         && let Some(user) = overlay::users_of(&mounts, path).filter(|user| *user != real)
     {
@@ -161,6 +162,7 @@ fn before(place: &Path, overlay: &Overlay) -> Result<Option<Overlay>, Box<Proble
             "unmount that, if nobody needs it",
         ));
     }
+
     Ok(found)
 }
 
@@ -175,17 +177,20 @@ pub fn check(place: &Path, overlay: &Overlay, proof: &Proof) -> Result<(), Box<P
     let odd = |why: String, hint: &str| {
         Box::new(Problem::new("the upper layer cannot be on the destination", why).hint(hint))
     };
+
     if probe::verify(path, proof).is_ok() {
         return Err(odd(
             format!("both hosts see {}", path.display()),
             "two hosts must not mount one upper layer: put it on the source's own disk",
         ));
     }
+
     let there = |path: &Path| {
         let dir =
             path.ancestors().skip(1).find(|p| p.exists()).unwrap_or(Path::new("/")).to_owned();
         Some((fs::metadata(&dir).ok()?.dev(), statfs(&dir).ok()?.filesystem_type()))
     };
+
     match (there(path), there(work)) {
         (Some((upper, kind)), Some((work, _))) if upper == work => match kind {
             OVERLAYFS_SUPER_MAGIC => Err(odd(
@@ -234,11 +239,13 @@ impl ComingOverlay {
         let before = before(place, overlay)?;
         let mut store = LayerStore::open(state_dir);
         let mut overlay = overlay.clone();
+
         // What somebody writes to is no layer tomorrow, and no overlay takes a layer twice.
         let mut taken = overlay::mounts().map(|m| overlay::uppers(&m)).unwrap_or_default();
         let left: Vec<PathBuf> =
             before.iter().flat_map(|b| &b.lower).map(|l| l.path.clone()).collect();
         let (mut lacking, mut numbers) = (Vec::new(), Vec::new());
+
         for (i, (lower, layer)) in overlay.lower.iter_mut().zip(layers).enumerate() {
             let mut places = vec![lower.path.clone()];
             places.extend(left.get(i).cloned());
@@ -250,6 +257,7 @@ impl ComingOverlay {
             });
             taken.push(lower.path.clone());
         }
+
         store.save();
         tracing::debug!(?overlay, lacking = numbers.len(), "looked for the layers");
         if let Err(e) = overlay.data() {
@@ -258,6 +266,7 @@ impl ComingOverlay {
                     .hint("let Ferry's state directory there have a shorter name (config.toml)"),
             ));
         }
+
         let at = store.dir().ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
         let kind = statfs(at).map(|s| s.filesystem_type());
         if !lacking.is_empty() && kind.is_ok_and(|k| k == OVERLAYFS_SUPER_MAGIC) {
@@ -269,6 +278,7 @@ impl ComingOverlay {
                 .hint("mount a disk there, or let Ferry's state directory be on one (config.toml)"),
             ));
         }
+
         let upper = overlay.upper.clone();
         let mounting = Mounting::plan(&plan.migration, place, overlay, before);
         Ok((ComingOverlay { mounting, upper, store, lacking }, numbers))

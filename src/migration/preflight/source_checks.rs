@@ -107,6 +107,7 @@ pub fn inspect(
     if !problems.is_empty() {
         return Err(problems);
     }
+
     let id = &wishes.container;
     let state = runtime.state(id).map_err(|e| {
         one(Problem::new(format!("cannot ask for the state of {id}"), format!("{e:#}")))
@@ -114,12 +115,14 @@ pub fn inspect(
     if let Some(problem) = held(runtime, wishes, state.as_ref()) {
         return Err(one(problem));
     }
+
     let Some(state) = state else {
         if let Some(problem) = migrated_away(runtime, wishes) {
             return Err(one(problem));
         }
         return Err(one(unknown(runtime, id)));
     };
+
     let owned = owner(&Facts::of(&state, runtime.root()));
     let engine = match &owned {
         None => None,
@@ -128,6 +131,7 @@ pub fn inspect(
             None => return Err(one(owned.refusal(id))),
         },
     };
+
     match state.status.as_str() {
         "running" => {}
         "paused" => problems.push(
@@ -139,9 +143,11 @@ pub fn inspect(
                 .hint("start it, or create it on the other host: there is no state to keep"),
         ),
     }
+
     if !problems.is_empty() {
         return Err(problems);
     }
+
     // A task without a group of its own is told of below.
     let tasks = Cgroup::of_process(state.pid).and_then(|cgroup| cgroup.processes());
     let tasks = tasks.unwrap_or_default();
@@ -149,6 +155,7 @@ pub fn inspect(
     problems.extend(room_for_notes(&crate::sys::host::name(), state_dir));
     problems.extend(unsupported::problems(&tasks));
     problems.extend(locks::problems(&tasks));
+
     let (scene, bundle) = (Scene { init: state.pid, tasks: &tasks }, Bundle::load(&state.bundle));
     let found = preflight::problems(scene, bundle.as_ref().ok());
     let (found, mut warnings): (Vec<_>, Vec<_>) = found.into_iter().partition(|p| p.fatal);
@@ -164,6 +171,7 @@ pub fn inspect(
         },
         _ => None,
     };
+
     match look(runtime, wishes, state, wanted) {
         Ok(mut subject) if problems.is_empty() => {
             subject.warnings.extend(warnings);
@@ -178,6 +186,7 @@ pub fn inspect(
             }),
         },
     }
+
     Err(problems)
 }
 
@@ -201,11 +210,13 @@ fn wanted(
             problems.push(problem.hint("leave it out"));
         }
     }
+
     match engine.wanted(&wishes.container, &bundle.config) {
         Ok(wanted) if problems.is_empty() => return Ok(wanted),
         Ok(_) => {}
         Err(found) => problems.extend(found),
     }
+
     Err(problems)
 }
 
@@ -266,6 +277,7 @@ fn look(
         Problem::new("the container cannot be frozen", format!("{e:#}"))
             .hint("give it a control group of its own (cgroupsPath in config.json)")
     })?;
+
     terminal(&bundle, wishes)?;
     let Standard { streams, mut probes, logs } =
         standard::look(state.pid, &cgroup.processes().unwrap_or_default())?;
@@ -275,6 +287,7 @@ fn look(
         None => network(&bundle, state.pid, engine.is_some())?,
     };
     let away = network.as_ref().and_then(|n| forward::away_of(&n.0));
+
     let ties = |n: &(NetNs, PathBuf, NetworkImage)| forward::translated(&n.0, &n.2, away.as_ref());
     let translated = network.as_ref().map(ties).unwrap_or_default();
     let mut warnings = Vec::new();
@@ -288,6 +301,7 @@ fn look(
             return Err(Problems(problems).into());
         }
     }
+
     if let Some(wanted) = engine.as_mut().filter(|_| !forwards) {
         wanted.neighbours.clear();
     }
@@ -296,18 +310,21 @@ fn look(
     if let Placement::Hook(program) = &wishes.placement {
         network::hook::usable(program)?;
     }
+
     let destination = wishes.bundle.clone().unwrap_or_else(|| state.bundle.clone());
     let (mut listed, mut roots) = (Vec::new(), Vec::new());
     let inside = mntns::root_of(state.pid).context("cannot look at the container's mounts")?;
     let mut add = |what: String, place: Place, path: &Path, wish: How, read_only: bool| {
         let opened = Root::open(path);
         let opened = opened.with_context(|| format!("cannot look at {}", path.display()))?;
+
         // A single file that was replaced matters only if it is to be copied.
         if let Some(problem) = replaced(&inside, &what, &place, &opened)
             && opened.is_dir()
         {
             return Err(problem.into());
         }
+
         let probe = probe::make_at(&opened, read_only)?;
         let (proof, directory, file) = (probe.proof.clone(), opened.is_dir(), opened.is_file());
         probes.push(probe);
@@ -316,11 +333,13 @@ fn look(
         listed.push(probe);
         anyhow::Ok(proof)
     };
+
     let (root, fixed) = (bundle.rootfs()?, bundle.rootfs_read_only());
     if wishes.rootfs != How::Shared && engine.is_none() {
         let problem = property::store_problem("root file system", &root, "--rootfs shared");
         problem.map_or(Ok(()), Err)?;
     }
+
     let layered = match &engine {
         None => {
             let what = "root file system".to_owned();
@@ -328,6 +347,7 @@ fn look(
         }
         Some(_) => engines_layers(&root)?,
     };
+
     let mounts = bundle.bind_mounts();
     if let Some((place, _)) =
         wishes.volumes.iter().find(|(place, _)| mounts.iter().all(|m| m.destination != *place))
@@ -344,12 +364,14 @@ fn look(
         .hint("--volume wants the place in the container, as in config.json's mounts")
         .into());
     }
+
     for mount in mounts {
         if engine.iter().any(|e| e.own.contains(&mount.destination)) {
             continue;
         }
         let what = format!("bind mount {}", mount.destination.display());
         let wish = wishes.volumes.iter().find(|(place, _)| *place == mount.destination);
+
         // Nobody else has a volume there that the engine is asked to make.
         let volume = engine.iter().any(|e| e.volumes.iter().any(|v| v.place == mount.destination));
         let usual = if volume { How::Copy } else { How::Auto };
@@ -361,8 +383,10 @@ fn look(
         let place = Place::Mount(mount.destination);
         add(what, place, &mount.source, wish, mount.read_only)?;
     }
+
     let mountinfo = proc_text(state.pid, "mountinfo")?;
     let bound: Vec<PathBuf> = bundle.bind_mounts().into_iter().map(|m| m.destination).collect();
+
     // Others may not tell CRIU of these binds.
     let runc = runtime.program().file_name().is_some_and(|name| name == "runc");
     let masked = if runc { bundle.masked_paths() } else { Vec::new() };
@@ -380,6 +404,7 @@ fn look(
         state.pid,
         wishes.container,
     );
+
     let plan = Plan {
         migration: probe::random_name()?,
         check_only: wishes.check_only,
@@ -421,10 +446,12 @@ fn look(
         forward,
         engine,
     };
+
     if let Some(problem) = room_for_images(&plan, host::memory_available().unwrap_or(u64::MAX)) {
         return Err(problem.into());
     }
     let _ = runtime;
+
     Ok(SourceContainer {
         state,
         bundle,
@@ -546,6 +573,7 @@ fn network(bundle: &Bundle, pid: i32, engines: bool) -> Result<(OwnNetwork, Opti
                 )
                 .into());
             }
+
             let links = forward::away_of(&namespace).map(|a| a.links).unwrap_or_default();
             let image =
                 network::capture_forwarded(&namespace, &NetNs::current()?, Some(&path), &links)?;
@@ -559,6 +587,7 @@ fn network(bundle: &Bundle, pid: i32, engines: bool) -> Result<(OwnNetwork, Opti
             if image.outward().next().is_none() {
                 return Ok((None, Some(image)));
             }
+
             // CRIU makes such a namespace anew, and empty, unless it is in one that is full.
             if !image.links.iter().any(|l| l.kind == LinkKind::Loopback && l.up) {
                 return Err(Problem::new(

@@ -181,6 +181,7 @@ fn place(file: &File, target: PathBuf) -> Result<(OwnedFd, String)> {
         let why = format!("{target:?} has no name any more, so it cannot be found over there");
         return Err(refuse("that has been deleted", why).into());
     }
+
     let Ok(place) = OsString::from(&target).into_string() else {
         let why = format!("{target:?} is not in UTF-8, as a plan is");
         return Err(refuse("whose name cannot be told to another host", why).into());
@@ -191,10 +192,12 @@ fn place(file: &File, target: PathBuf) -> Result<(OwnedFd, String)> {
         let found = directory::find(&directory, target.file_name()?).ok()??;
         (inode(&found).is_some() && inode(&found) == inode(file)).then_some(directory)
     };
+
     let Some(directory) = stands() else {
         let why = format!("it seems to be {target:?}, but what is there now is something else");
         return Err(refuse("that has lost its name", why).into());
     };
+
     Ok((directory, place))
 }
 

@@ -187,6 +187,7 @@ impl Plan {
         if !hex(&self.migration) {
             bail!("{:?} is no migration's ID", self.migration);
         }
+
         // HOST_NAME_MAX; it is shown to people.
         if self.source.len() > 64 || self.source.contains(|c: char| c.is_control()) {
             bail!("{:?} is no host's name", self.source);
@@ -194,6 +195,7 @@ impl Plan {
         if !self.bundle.is_absolute() {
             bail!("the bundle's path must be absolute");
         }
+
         if self.streams.len() > 3
             || self.bound_cpus.len() > settings::MOST_LISTS
             || self.probes.len() > MAX_PROBES
@@ -201,23 +203,27 @@ impl Plan {
         {
             bail!("a plan with too many entries");
         }
+
         for path in self.network_path.iter().chain(&self.console_socket).chain(&self.root) {
             let plain = path.components().all(|c| !matches!(c, std::path::Component::ParentDir));
             if !path.is_absolute() || !plain {
                 bail!("{} is no absolute path without ..", path.display());
             }
         }
+
         self.forward.validate()?;
         self.overlay.iter().try_for_each(Overlay::validate)?;
         tmpfs::validate(&self.tmpfs)?;
         for network in self.network.iter().chain(&self.loopback) {
             network.validate()?;
         }
+
         if self.floating.is_some() && self.network.is_some() {
             bail!("a container with the host's network and one of its own");
         }
         self.floating.iter().try_for_each(Floating::validate)?;
         self.engine.iter().try_for_each(EngineWants::validate)?;
+
         Ok(())
     }
 

@@ -171,6 +171,7 @@ impl Session {
             };
             said
         })();
+
         match opened {
             Ok(()) => Ok(session),
             Err(e) if e.is::<Closed>() => Err(session.explained(to)),

@@ -12,6 +12,7 @@ fn plan() -> Value {
     let network = crate::network::image::tests::sample();
     let proof = serde_json::json!({ "file": ["n", "c"], "inode": [1, 2, 3, 4], "contents": null });
     let port = serde_json::json!({ "address": "", "port": 8080, "inside": 80, "protocol": "tcp" });
+
     serde_json::json!({
         "type": "plan", "migration": "00112233aabbccdd", "check_only": false, "container": "web",
         "source": "a", "bundle": "/b", "config": { "process": { "args": ["x"] }, "mounts": [] },
@@ -66,6 +67,7 @@ fn fuzz_messages() {
         r#"{"type":"running","pid":7,"marks":[["held",1.5]],"packets":1}"#,
         r#"{"type":"refuse","problems":[{"what":"a","why":"b","hint":"c","fatal":true}]}"#,
     ];
+
     for other in others {
         target = target.sample(other);
     }
@@ -98,11 +100,13 @@ fn the_picture_has_every_message() {
         .map(|line| line.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default())
         .collect();
     let mut drawn = BTreeSet::new();
+
     for line in head.lines().filter(|line| line.contains('▶') || line.contains('◀')) {
         let arrow = line.split(['▶', '◀']).find(|part| part.contains("──"));
         let words = arrow.unwrap_or_default().split([' ', '|', '─']).filter(is_name);
         drawn.extend(words);
     }
+
     assert!(drawn.is_subset(&known), "no messages: {:?}", drawn.difference(&known));
     let elsewhere = [
         // At any time.
@@ -120,6 +124,7 @@ fn the_picture_has_every_message() {
         "Resolved",
         "Forward",
     ];
+
     let absent: Vec<_> = known.difference(&drawn).filter(|m| !elsewhere.contains(m)).collect();
     assert!(absent.is_empty(), "not in the picture: {absent:?}");
 }

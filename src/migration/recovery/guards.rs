@@ -145,6 +145,7 @@ pub fn guard(journal: &Path) -> Result<()> {
             None => break false,
         }
     };
+
     // A Ferry that was killed does nothing more when this returns, none of its threads, and traces nobody.
     let mut held = journal.hold()?;
     let done = loop {
@@ -157,6 +158,7 @@ pub fn guard(journal: &Path) -> Result<()> {
                 if undone.is_ok() || !heard.is_some_and(excludes) {
                     break undone;
                 }
+
                 // Whatever has kept it from running on, nothing runs elsewhere any more.
                 let _held = journal.hold()?;
                 break undo::roll_back_source(&mut journal, &hands, Rival::Excluded);
@@ -167,6 +169,7 @@ pub fn guard(journal: &Path) -> Result<()> {
                 let hushed =
                     fault::point("guard.hush").and_then(|()| undo::silence_host(&journal.record));
                 let _ = hushed.inspect_err(|e| tracing::error!("{e:#}"));
+
                 criu::wait_for(&journal.record.work);
                 drop(held);
                 match carry_through(&mut journal, &vault) {
@@ -184,6 +187,7 @@ pub fn guard(journal: &Path) -> Result<()> {
             Guarding::Nothing => break Ok(()),
         }
     };
+
     let done = done.context("the guard of a migration");
     if connections::are_out(&journal.record.work) {
         if let Err(e) = &done {
@@ -194,6 +198,7 @@ pub fn guard(journal: &Path) -> Result<()> {
             std::thread::park();
         }
     }
+
     done
 }
 
@@ -222,6 +227,7 @@ fn carry_through(journal: &mut Journal, vault: &Vault) -> Result<Carried> {
         if journal.state() != State::Committed {
             return Ok(Carried::Overtaken);
         }
+
         // Where nobody can say what is here, he may when it is asked again.
         let tasks = fault::point("guard.tasks").and_then(|()| undo::tasks(&journal.record));
         let next = match &tasks {
@@ -231,6 +237,7 @@ fn carry_through(journal: &mut Journal, vault: &Vault) -> Result<Carried> {
                 NextDeed::Doubt(Doubt::Silent)
             }
         };
+
         match next {
             NextDeed::Ask(verdict) => {
                 let answer = verdicts::ask(&journal.record, verdict, ANSWER);
@@ -246,6 +253,7 @@ fn carry_through(journal: &mut Journal, vault: &Vault) -> Result<Carried> {
                     None,
                     unbroken,
                 );
+
                 there = There::Is(brought.standing());
                 if !matches!(brought, postcopy_recover::Brought::Stopped) {
                     continue;
@@ -265,8 +273,10 @@ fn carry_through(journal: &mut Journal, vault: &Vault) -> Result<Carried> {
             // Whether what is frozen here is to run again, the operator says.
             NextDeed::Doubt(_) | NextDeed::HandOver => return Ok(Carried::Through),
         }
+
         there = There::Unasked;
         drop(held);
+
         // Between two tries to reach a host there is nothing to wait on but time.
         std::thread::park_timeout(pause);
         pause = (pause * 2).min(LONGEST_PAUSE);

@@ -59,6 +59,7 @@ pub fn resume(
     let mut heard = Instant::now();
     let mut pause = Duration::from_millis(100);
     let mut last = String::new();
+
     loop {
         let began = Instant::now();
         match attempt(record, &wishes, patience, &mut heard, told) {
@@ -72,12 +73,14 @@ pub fn resume(
                 last = why;
             }
         }
+
         if began.elapsed() > SILENCE {
             pause = Duration::from_millis(100);
         }
         if !told(None) || patience.is_some_and(|patience| heard.elapsed() >= patience) {
             return Brought::Stopped;
         }
+
         // Between two tries to reach a host there is nothing to wait on but time.
         std::thread::park_timeout(pause);
         pause = (pause * 2).min(PAUSE);
@@ -100,6 +103,7 @@ fn attempt(
     let destination =
         record.destination.as_ref().ok_or_else(|| anyhow!("only the source can bring it"))?;
     let cgroup = record.cgroup.as_ref().ok_or_else(|| anyhow!("no control group is known"))?;
+
     // The link may have broken before the commit got there.
     let left = patience.map_or(SILENCE, |patience| patience.saturating_sub(latest.elapsed()));
     let silence = left.min(SILENCE);
@@ -113,12 +117,14 @@ fn attempt(
         Standing::Running => return Ok(Some(Brought::Whole(None))),
         Standing::Partial => {}
     }
+
     let (tell, events) = channel();
     let heard = tell.clone();
     let resume = Message::Resume { migration: record.migration.clone() };
     let hear = move |h| heard.send(ResumeEvent::FromPeer(h)).is_ok();
     let Session { peer, mut closer } = Session::open(destination, Some(&resume), silence, hear)?;
     *latest = Instant::now();
+
     let result = (|| {
         let mut missing = Vec::new();
         let mut memory: Option<MemoryTransfer> = None;
@@ -131,6 +137,7 @@ fn attempt(
                 Err(RecvTimeoutError::Timeout) if latest.elapsed() < silence => continue,
                 Err(_) => bail!("{destination} is silent"),
             };
+
             *latest = Instant::now();
             let order = |memory: &Option<MemoryTransfer>, order| {
                 if let Some(memory) = memory {
@@ -138,6 +145,7 @@ fn attempt(
                     let _ = memory.orders.send(order);
                 }
             };
+
             match event {
                 ResumeEvent::FromPeer(FromPeer::Frame(Frame::Run(RunKind::Want, run))) => {
                     match memory {
@@ -183,6 +191,7 @@ fn attempt(
             }
         }
     })();
+
     closer.close();
     result.with_context(|| format!("bringing what is left to {destination}"))
 }

@@ -241,6 +241,7 @@ pub fn go_on(journal: &Path, will: RawFd) -> Result<()> {
             return undo::discard_destination(&mut journal);
         }
     }
+
     let _ = fault::point("successor.begin");
     let (tell, events) = channel();
     let mut guards = PageGuards::start(&journal, estate.will.clone());
@@ -253,12 +254,14 @@ pub fn go_on(journal: &Path, will: RawFd) -> Result<()> {
             return discard(&mut journal, held);
         }
     };
+
     let call = tell.clone();
     let calls = fault::point("successor.calls").and_then(|()| {
         verdicts::take_calls(&journal.record.work, move |c| {
             call.send(SuccessorEvent::Call(c)).is_ok()
         })
     });
+
     if let Err(e) = calls {
         tracing::error!("nobody can be answered: {e:#}");
         if filling.lacks {
@@ -266,20 +269,24 @@ pub fn go_on(journal: &Path, will: RawFd) -> Result<()> {
             return discard(&mut journal, Vec::new());
         }
     }
+
     let _ = fault::point("successor.serving");
     let (peer, served) = match filling.wait(&journal.record, &events, &stage, &tell) {
         ServingEnd::Whole(peer, served) => (peer, served),
         ServingEnd::Lost(held) => return discard(&mut journal, held),
     };
+
     undo::note_all_in(&journal.record.work);
     let kept = undo::finish_destination(&mut journal);
     if let Ok(guards) = guards {
         guards.dismiss();
     }
+
     if let (Some(peer), Ok(())) = (peer, &kept) {
         // Else it asks.
         let _ = peer.send(&Message::MemoryComplete(served));
     }
+
     kept
 }
 
@@ -351,6 +358,7 @@ impl Filling {
         } else {
             filling.served = Some(Served::default());
         }
+
         // Whoever fills it has what its tasks wait on.
         let stranded = |why: std::io::Error| Stranded { why: why.into(), held: Vec::new() };
         let (record, tell) = (record.clone(), tell.clone());
@@ -358,6 +366,7 @@ impl Filling {
         if let (Ok(guards), Some(criu)) = (guards, criu) {
             guards.take_criu(criu);
         }
+
         let work = move || {
             if let Some(criu) = release {
                 release_criu(&record, &criu);
@@ -365,6 +374,7 @@ impl Filling {
             criu::wait_for(&record.work);
             let _ = tell.send(SuccessorEvent::Released);
         };
+
         let begun = std::thread::Builder::new().name("release".into()).spawn(work);
         begun.map(|_| filling).map_err(stranded)
     }
@@ -379,6 +389,7 @@ impl Filling {
         let (current, backlog) = (Current::default(), Backlog::default());
         // As long as the latest link is ours to use, whoever brought it waits.
         let mut brought = None;
+
         loop {
             if let (true, Some(served)) = (self.running, self.served) {
                 drop(brought);
@@ -437,6 +448,7 @@ impl Filling {
                         send_missing(&peer, stage)?;
                         Ok(peer)
                     });
+
                     // One that hears nothing comes again.
                     let _ = taken.as_ref().inspect_err(|e| tracing::error!("a new link: {e:#}"));
                     self.link = taken.ok();

@@ -80,8 +80,10 @@ pub fn roll_back_source(journal: &mut Journal, hands: &Hands, rival: Rival) -> R
             tracing::error!("{e:#}");
         }
     }
+
     forward::source_stays(&record, committed);
     criu::wait_for(&record.work);
+
     // After a reboot somebody else may be in a group of that name.
     let cgroup = record.cgroup.as_ref().filter(|_| record.init_lives());
     if let Some(cgroup) = cgroup
@@ -98,12 +100,14 @@ pub fn roll_back_source(journal: &mut Journal, hands: &Hands, rival: Rival) -> R
             failures.note("putting connections back", Err::<(), _>(failed));
         }
     }
+
     failures.note("giving sockets their names back", socket_names::give_back(&record));
     lift_fence(&record, &mut failures);
     if let Some(addresses) = Addresses::of(&record) {
         // The destination may have told everybody that they are there.
         addresses.stays(committed, &mut failures);
     }
+
     let side = host_side(&record);
     if let Some((side, host)) = &side {
         failures.note("letting this host answer again", side.restore(host));
@@ -113,6 +117,7 @@ pub fn roll_back_source(journal: &mut Journal, hands: &Hands, rival: Rival) -> R
         take_address_back(&record);
         let _ = side.map(|(side, host)| side.announce(&host));
     }
+
     if let Some(cgroup) = cgroup {
         failures.note("thawing the container", cgroup.thaw());
         if record.work.criu().pid().exists() {
@@ -120,13 +125,16 @@ pub fn roll_back_source(journal: &mut Journal, hands: &Hands, rival: Rival) -> R
             wait_on(cgroup);
         }
     }
+
     failures.note("lifting the away-mark", lift_mark(journal));
     // Clients have been waiting: what may take its time comes last.
     hooks::end(&record, HookPhase::Rollback);
     let undone = failures.into_result();
+
     // What could not be undone stays open, for `ferry resolve` to try again.
     undone?;
     workdir::remove(&record.work);
+
     journal.write(State::Aborted)
 }
 
@@ -305,6 +313,7 @@ pub fn release_source(journal: &mut Journal, before_network: impl FnOnce()) -> R
     let runtime = runtime(&record);
     criu::wait_for(&record.work);
     failures.note("removing spare names of sockets", socket_names::remove(&record));
+
     // One without a name can only be found as long as they are there.
     let network = own_network(&record);
     let (addresses, mut ended) = (Addresses::of(&record), true);
@@ -321,6 +330,7 @@ pub fn release_source(journal: &mut Journal, before_network: impl FnOnce()) -> R
             let _ = cgroup.thaw();
         }
     }
+
     forward::source_goes(&record);
     before_network();
     let told = leaving.and_then(|leaving| failures.note("telling the engine", leaving.end()));
@@ -331,6 +341,7 @@ pub fn release_source(journal: &mut Journal, before_network: impl FnOnce()) -> R
         // The fence is closed and goes with the namespace: no kernel answers for the container.
         remove_network(&namespace, &path, &record, &mut failures);
     }
+
     // Whoever is there still must not be heard.
     if let Some(addresses) = addresses.filter(|_| ended) {
         addresses.goes(&mut failures);
@@ -338,11 +349,13 @@ pub fn release_source(journal: &mut Journal, before_network: impl FnOnce()) -> R
     if let Some((side, host)) = host_side(&record) {
         failures.note("letting go of the address", side.clear(&host));
     }
+
     hooks::end(&record, HookPhase::Release);
     failures.note("deleting the container", delete(&runtime, &record, record.init));
     if let Some(place) = record.unmount.as_deref().filter(|_| failures.is_empty()) {
         failures.note("unmounting its root file system", layers::unmount(place, &record.remove));
     }
+
     // Whoever could not be ended, or has come in its place, may use it.
     for path in record.remove.iter().filter(|_| failures.is_empty()).collect::<Vec<_>>() {
         failures.note("removing what was copied", crate::files::walk::remove_real(path));
@@ -352,6 +365,7 @@ pub fn release_source(journal: &mut Journal, before_network: impl FnOnce()) -> R
     } else if !record.leave_mark {
         tracing::warn!("the away-mark stays: the engine may start the container again");
     }
+
     workdir::remove(&record.work);
     failures.note("writing the journal", journal.write(State::Finished));
     failures.into_result()
@@ -373,21 +387,25 @@ pub fn discard_destination(journal: &mut Journal) -> Result<()> {
         // It may have run, with an open fence: its sockets must end unheard.
         failures.note("closing the fence", fence::raise(namespace));
     }
+
     let addresses = Addresses::of(&record);
     if let Some(addresses) = &addresses {
         addresses.close(&mut failures);
     }
+
     // What is left of them would outlive the fence, and speak for a copy that is not to be.
     if let Some(cgroup) =
         init.filter(|_| copy_lives(&record)).and_then(|init| Cgroup::of_process(init.pid).ok())
     {
         criu_rescue::silence_sockets(&cgroup);
     }
+
     let deleted = delete(&runtime, &record, init).or_else(|e| {
         // The runtime may be what fails; its init ends the others with it.
         end_init(&record);
         delete(&runtime, &record, init).map_err(|_| e)
     });
+
     if let (Err(e), true) = (&deleted, copy_lives(&record)) {
         bail!("the container does not end: {e:#}");
     }
@@ -395,6 +413,7 @@ pub fn discard_destination(journal: &mut Journal) -> Result<()> {
     if let Some(addresses) = addresses {
         addresses.discard(&mut failures);
     }
+
     let was_here = record.forward.as_ref().is_some_and(forward::discard_destination);
     match network {
         Some((_, path)) if was_here => {
@@ -410,19 +429,23 @@ pub fn discard_destination(journal: &mut Journal) -> Result<()> {
         }
         None => {}
     }
+
     if let Some((side, host)) = host_side(&record) {
         failures.note("letting go of the address", side.clear(&host));
     }
     hooks::end(&record, HookPhase::Rollback);
+
     // Nobody uses it any more.
     runtime.clear_restore(&record.id_here());
     failures.note("having the engine remove it", engines::discard(&record));
     failures.note("removing what was copied", record.placing.undo());
+
     // Once it may have run, they tell why it did not go on.
     let logs = if journal.was_committed() { record.logs.keep() } else { record.logs.undo() };
     failures.note("putting logs back", logs);
     workdir::remove(&record.work);
     failures.note("writing the journal", journal.write(State::Aborted));
+
     failures.into_result()
 }
 
@@ -524,12 +547,14 @@ pub fn finish_destination(journal: &mut Journal) -> Result<()> {
     let mut failures = Failures::default();
     let record = journal.record.clone();
     open(&record, &mut failures);
+
     // He may not have come to waking the connections that he had made.
     let cgroup = restored_init(&record).and_then(|init| Cgroup::of_process(init.pid).ok());
     cgroup.iter().for_each(criu_rescue::sockets);
     if let Some(note) = &record.forward {
         forward::finish_destination(note);
     }
+
     hooks::end(&record, HookPhase::Switch);
     workdir::remove(&record.work);
     let runtime = runtime(&record);
@@ -539,15 +564,18 @@ pub fn finish_destination(journal: &mut Journal) -> Result<()> {
         let cleared = AwayMark::remove_named(state_dir(journal), made.engine, &made.name);
         failures.note("lifting the name's away-mark", cleared);
     }
+
     let cleared = AwayMark::remove(state_dir(journal), &root, record.container.as_ref());
     let came_back = failures.note("lifting the away-mark", cleared).unwrap_or(false);
     failures.note("keeping what was copied", settle_files(&record, came_back));
     cgroup.iter().for_each(wait_on);
     engines::keep(&record);
+
     // What could not be done stays open, for `ferry resolve` to try again.
     if failures.is_empty() {
         failures.note("writing the journal", journal.write(State::Finished));
     }
+
     failures.into_result()
 }
 

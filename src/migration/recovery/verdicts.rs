@@ -122,9 +122,11 @@ pub fn answer_here(
         if journal.record.role != Role::Destination {
             bail!("this host is the source of migration {migration}");
         }
+
         if !journal.record.worker_lives() || journal.state().is_over() {
             break journal;
         }
+
         // Whoever goes on in its place has to see first what there is, and may have to undo it.
         let patience = if journal.record.worker.is_alive() { ENDING } else { limit };
         match pass_on(&journal.record.work, asked, limit) {
@@ -135,6 +137,7 @@ pub fn answer_here(
             standing => return standing,
         }
     };
+
     // What is over is written no more.
     let _held = if journal.state().is_over() {
         None
@@ -145,6 +148,7 @@ pub fn answer_here(
                 .ok_or_else(|| anyhow!("another process is settling migration {migration}"))?,
         )
     };
+
     loop {
         let left = LeftCopy {
             state: journal.state(),
@@ -152,6 +156,7 @@ pub fn answer_here(
             same_boot: journal.record.same_boot(),
             whole: undo::runs_whole(&journal.record),
         };
+
         match decide(left) {
             Answer::Is(standing) => return Ok(standing),
             Answer::Keep => undo::finish_destination(&mut journal)?,
@@ -308,6 +313,7 @@ pub fn take_calls(
                         ControlRequest::Verdict(verdict) => ControlCall::Verdict(verdict, reply),
                         _ => ControlCall::Discard(reply),
                     };
+
                     if !tell(call) {
                         return;
                     }
@@ -322,5 +328,6 @@ pub fn take_calls(
             }
         }
     })?;
+
     Ok(())
 }

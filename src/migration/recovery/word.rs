@@ -32,12 +32,14 @@ pub fn send(journal: &mut Journal) -> Option<Standing> {
         .inspect_err(|e| tracing::info!("somebody else tells it: {e}"))
         .ok()?;
     let mut pause = FIRST_PAUSE;
+
     while is_to_be_told(journal) {
         if let Ok(standing) = verdicts::tell_stayed(journal, verdicts::LIMIT)
             && has_heard(standing)
         {
             return Some(standing);
         }
+
         // Between two tries to reach a host there is nothing to wait on but time.
         std::thread::park_timeout(pause);
         pause = next_pause(pause);
@@ -51,6 +53,7 @@ pub fn send(journal: &mut Journal) -> Option<Standing> {
             Err(e) => tracing::error!("{e:#}"),
         }
     }
+
     None
 }
 
@@ -130,6 +133,7 @@ pub fn tell_again(
             // It is not waited for a second time.
             silent = told.is_err();
         }
+
         let later = if journal.is_told() { Ok(()) } else { send_later(&journal) };
         // If it cannot be reached, that will be said when it is asked; if it has a copy, by its checks.
         for e in [told, later].into_iter().filter_map(Result::err) {
@@ -137,6 +141,7 @@ pub fn tell_again(
             tracing::warn!("telling again that migration {migration} was given up: {e:#}");
         }
     }
+
     Ok(())
 }
 

@@ -54,11 +54,13 @@ impl Committed {
             let _ = job.go.send(DumpOrder::Verdict(true));
             job.join();
         }
+
         let end = match running {
             true => CommittedEnd::RunsThere,
             false if source.stopping => CommittedEnd::InDoubt(Standing::Waiting),
             false => Committed::look_for(&mut source, reporter),
         };
+
         if end == CommittedEnd::NeverRan {
             // Whoever it is told beside everything else that it has moved is told before that it has not.
             if let Some(e) = source.hooks.take().and_then(Hooks::switched) {
@@ -71,6 +73,7 @@ impl Committed {
             source.inputs.undone_there = true;
             return Err(source.runs_on(why, reporter));
         }
+
         // Where the link broke in between, an answer over another one has said so, and later.
         if end == CommittedEnd::RunsThere && reporter.report.frozen_ms.is_none() {
             Committed::runs_there(&source, reporter);
@@ -83,15 +86,18 @@ impl Committed {
             if let Some(left) = left {
                 return Err(Failed::in_doubt(left));
             }
+
             let id = &source.journal.record.container;
             let peer = &source.journal.record.peer;
             return Err(Failed::in_doubt(in_doubt_words(id, peer, standing)));
         }
+
         if !running {
             // What the packet buffer still writes to this link, nobody reads.
             source.closer.close();
         }
         let _ = fault::point("source.let-go");
+
         // In repair mode they end without a word, and nobody else has them.
         if let Err(e) = source.vault.empty() {
             reporter.warning(&format!("connections stay open here for a moment: {e:#}"));
@@ -109,6 +115,7 @@ impl Committed {
             // other. Without the word it would find out by itself.
             let _ = peer.send(&Message::Finished);
         });
+
         reporter.report.packets = packets;
         reporter.report.packets_lost = lost;
         if lost > 0 {
@@ -117,6 +124,7 @@ impl Committed {
                  again, datagrams are lost"
             ));
         }
+
         if let Some(e) = failures {
             reporter.warning(&format!("{e}"));
         }
@@ -126,12 +134,14 @@ impl Committed {
         reporter.report.wire_bytes = source.peer.bytes() + channels;
         drop(source.peer);
         source.closer.wait(GOODBYE_LIMIT);
+
         source.work.keep();
         reporter.mark("cleared away here");
         if let Err(e) = done {
             reporter
                 .warning(&format!("it runs there, but not everything here is cleared away: {e:#}"));
         }
+
         Ok(())
     }
 
@@ -149,9 +159,11 @@ impl Committed {
         if source.peer.send(&Message::Commit).is_err() {
             return false;
         }
+
         if let Some(hooks) = &mut source.hooks {
             hooks.switch();
         }
+
         // Whoever has nothing left does not care.
         let _ = source.tell_memory(MemoryOrder::Serve);
         loop {
@@ -190,10 +202,12 @@ impl Committed {
     fn look_for(source: &mut SourceMigration, reporter: &mut Reporter) -> CommittedEnd {
         let until = Instant::now() + fault::limit(SETTLE_LIMIT);
         let mut pause = Duration::from_millis(100);
+
         // Where pages are here, that is tried first, for as long as it takes.
         let lacking = There::Is(Standing::Partial);
         let mut there = if source.left > 0 { lacking } else { There::Unasked };
         let mut standing = Standing::Waiting;
+
         loop {
             if let There::Is(said) = there {
                 standing = said;
@@ -205,6 +219,7 @@ impl Committed {
                     return CommittedEnd::InDoubt(standing);
                 }
             };
+
             match resolve(State::Committed, tasks, there, None) {
                 NextDeed::LetGo => return CommittedEnd::RunsThere,
                 NextDeed::RunsOn | NextDeed::Abandon => return CommittedEnd::NeverRan,
@@ -228,6 +243,7 @@ impl Committed {
                 NextDeed::Doubt(doubt) if doubt.passes() && Instant::now() < until => {}
                 NextDeed::Doubt(_) | NextDeed::HandOver => return CommittedEnd::InDoubt(standing),
             }
+
             there = There::Unasked;
             // Between two tries to reach a host there is nothing to wait on but time, and a signal.
             let next = Instant::now() + pause;
@@ -236,6 +252,7 @@ impl Committed {
             {
                 source.stopping |= matches!(input, SourceInput::Signal(_));
             }
+
             if source.stopping {
                 return CommittedEnd::InDoubt(standing);
             }
@@ -278,6 +295,7 @@ fn in_doubt_words(id: &str, peer: &str, standing: Standing) -> anyhow::Error {
             ),
         );
     }
+
     advice(
         format!(
             "the container was handed over to {peer}, and {peer} does not answer that it runs: its copy \

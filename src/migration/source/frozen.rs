@@ -85,6 +85,7 @@ impl SourceMigration {
         undo::leave_mark(&self.journal)?;
         self.await_drained(reporter)?;
         self.inputs.until(FREEZE_LIMIT);
+
         let rounds = &reporter.report.rounds;
         // Rounds of less tell nothing of the link.
         let telling = rounds.iter().rev().find(|r| r.wire_bytes > 1 << 20);
@@ -98,16 +99,19 @@ impl SourceMigration {
                 self.await_answer(&lacking)?;
             }
         }
+
         let processes = self.subject.cgroup.processes()?;
         // Since it was looked at.
         aio::problem(&aio::rings(&processes)).map_or(Ok(()), Err)?;
         moments::await_read(self.subject.state.pid, &processes)?;
+
         // As late as they can be asked.
         self.settings = settings::ask(&processes)?;
         self.peer.send(&Message::Freezing)?;
         unsupported::prime_fdinfo(&processes);
         self.early = Some(EarlyImages::start(self.work.images(), self.peer.clone())?);
         self.renamed = socket_names::note_renamed(&self.journal.record, &processes)?;
+
         let lifting = self.lifting.take().map(|(lifting, _)| lifting);
         let root = process::root_of(self.subject.state.pid);
         self.go(DumpOrder::Freeze(Freeze { lifting, root, renamed: self.renamed.clone() }))?;
@@ -126,6 +130,7 @@ impl SourceMigration {
                 break;
             }
         }
+
         self.tell_haul(file_sender::FileOrder::Frozen);
         self.tell_memory(MemoryOrder::Frozen)
     }
@@ -167,6 +172,7 @@ impl SourceMigration {
         if let Some(problem) = contested::problem(&self.subject, &locks) {
             return Err(problem.into());
         }
+
         self.locks = locks.into_iter().map(|found| found.held).collect();
         self.settings.extend(settings::look(self.subject.state.pid, &pids)?);
         let init = self.subject.state.pid;
@@ -174,6 +180,7 @@ impl SourceMigration {
         let (found, left) = sockets::look(&namespace, init, &pids)?;
         left.into_iter().for_each(|problem| reporter.problem(problem));
         self.sockets = found;
+
         let (mut dumped, mut hauled) = (false, self.haul.is_none());
         self.inputs.awaited = Awaited::Dump;
         while !(dumped && hauled) {
@@ -193,6 +200,7 @@ impl SourceMigration {
                 _ => {}
             }
         }
+
         // An open file that has lost the name it was opened by, and has another one, gets one more
         // of CRIU's for the restore. That has happened while the last files went.
         let remaps = std::fs::metadata(self.work.images().join(REMAPS));
@@ -202,6 +210,7 @@ impl SourceMigration {
             while !matches!(self.next(reporter)?, SourceInput::Files(FileEvent::Done)) {}
             reporter.mark("names that CRIU gave are sent");
         }
+
         Ok(())
     }
 
@@ -215,6 +224,7 @@ impl SourceMigration {
         let mut lifted = self.take_lifted();
         lifted.as_ref().map_or(Ok(()), |lifted| lifted.reserve(&self.work.images()))?;
         self.keep_renamed()?;
+
         let sent = self.early.as_mut().map(EarlyImages::end).transpose()?.unwrap_or_default();
         let mut buffer = vec![0; frame::MAX_FILE_PIECE];
         for entry in std::fs::read_dir(self.work.images())? {
@@ -226,6 +236,7 @@ impl SourceMigration {
             let name = name.to_str().ok_or_else(|| anyhow!("an image file with a strange name"))?;
             send_file(&self.peer, name, &entry.path(), 0, &mut buffer)?;
         }
+
         socket_names::keep(&self.journal.record)?;
         let listeners = lifted.as_ref().map_or(0, |lifted| lifted.listeners);
         let lifted = lifted.as_mut().map(Lifted::sent).transpose()?;
@@ -235,11 +246,13 @@ impl SourceMigration {
             (std::mem::take(&mut self.locks), std::mem::take(&mut self.settings));
         let connections = lifted.unwrap_or(0);
         let renamed = std::mem::take(&mut self.renamed);
+
         for some in std::mem::take(&mut self.sockets).chunks(sockets::BATCH) {
             self.peer.send(&Message::Sockets { list: some.to_vec() })?;
         }
         self.peer.send(&Message::Dumped { tasks, connections, locks, settings, renamed })?;
         reporter.mark("images are sent");
+
         Ok(())
     }
 
@@ -349,16 +362,19 @@ impl SourceMigration {
                 _ => {}
             }
         }
+
         reporter.mark("destination has restored");
         while self.unchecked {
             self.next(reporter)?;
         }
         comparing.is_over()?;
         fault::point("source.commit")?;
+
         // Bad news that came meanwhile is the last that can stop it.
         while let Some(input) = self.inputs.pending()? {
             self.take_note(input, reporter);
         }
+
         Ok(aio::problem(&rings).map_or(Ok(()), Err)?)
     }
 }

@@ -269,6 +269,7 @@ impl SourceMigration {
             worker: ProcessId::this(),
             begun: journal::unix_time(),
         };
+
         let mut journal = Journal::create(state_dir, record).map_err(Failed::refused)?;
         let started = Vault::new()
             .and_then(|vault| Ok((SourceGuard::spawn(&journal, &vault)?, Arc::new(vault))));
@@ -279,6 +280,7 @@ impl SourceMigration {
                 return Err(Failed::from(e));
             }
         };
+
         let watch = TracerWatch::new(&subject.cgroup, &work.criu());
         Ok(SourceMigration {
             subject,
@@ -403,6 +405,7 @@ impl SourceMigration {
             }
             other => return Some(other),
         };
+
         // It may have sent everything already.
         let _ = self.tell_memory(order);
         None

@@ -150,6 +150,7 @@ impl SourceInputs {
                                 self.patience.as_secs()
                             );
                         }
+
                         // Its answer counts, nothing else of it.
                         peer.send(&Message::Echo { number: 0 })?;
                     }
@@ -157,11 +158,13 @@ impl SourceInputs {
                 }
             },
         };
+
         let input = input.map_err(|e| match e {
             RecvTimeoutError::Timeout if self.by_user => anyhow!("the time of --timeout is over"),
             RecvTimeoutError::Timeout => self.awaited.not_within(self.limit),
             RecvTimeoutError::Disconnected => anyhow!("nobody is left to do it"),
         })?;
+
         self.judge(input)
     }
 
@@ -178,6 +181,7 @@ impl SourceInputs {
         ) {
             self.asked = None;
         }
+
         self.heard |= matches!(&input, SourceInput::FromPeer(heard) if !matches!(heard, FromPeer::Gone(None)));
         match input {
             SourceInput::Signal(signal) => {
@@ -275,6 +279,7 @@ pub(super) fn negotiate(
         let problem = Problem::new("--source-files remove is not for an engine's container", why);
         return Err(refusal(&[problem.hint("remove it here with the engine, when it has left")]));
     }
+
     reporter.report.migration.clone_from(&subject.plan.migration);
     std::mem::take(&mut subject.warnings).into_iter().for_each(|warning| reporter.problem(warning));
     let locks = subject.cgroup.processes().and_then(|pids| locks::look(&pids));
@@ -284,6 +289,7 @@ pub(super) fn negotiate(
     let heard = tell.clone();
     let hear = move |h| heard.send(SourceInput::FromPeer(h)).is_ok();
     let session = Session::begin(&options.destination, hear).map_err(Failed::refused)?;
+
     let Session { peer, mut closer } = session;
     // A shell that has ended already needs no cutting.
     let watch =
@@ -306,6 +312,7 @@ pub(super) fn negotiate(
         heard: false,
         watch: watch.clone(),
     };
+
     inputs.until(ANSWER_LIMIT);
     let caught = inputs.tell.clone();
     let hurried = watch.clone();
@@ -314,6 +321,7 @@ pub(super) fn negotiate(
         caught.send(SourceInput::Signal(signal)).is_ok()
     })
     .map_err(Failed::refused)?;
+
     let greeted = await_greeting(&mut inputs);
     if let Err(e) = greeted {
         drop(peer);
@@ -324,9 +332,11 @@ pub(super) fn negotiate(
             let why = options.destination.explain(&mut closer);
             Advice::over(why, e)
         };
+
         closer.close();
         return Err(Failed::refused(text));
     }
+
     let answer = (|| {
         peer.send(&Message::Plan(Box::new(subject.plan.clone())))?;
         loop {
@@ -351,6 +361,7 @@ pub(super) fn negotiate(
             }
         }
     })();
+
     subject.probes.clear();
     if let Ok(Ok((_, _, copies))) = &answer {
         subject.copies.clone_from(copies);
@@ -367,6 +378,7 @@ pub(super) fn negotiate(
         (Ok(Err(problems)), _) => Ok(Err(problems)),
         (Err(e), _) => Err(e),
     };
+
     match answer {
         Ok(Ok((warnings, shared))) => {
             if let Some(note) = &subject.forward
@@ -375,9 +387,11 @@ pub(super) fn negotiate(
                 closer.close();
                 return Err(Failed::refused(e));
             }
+
             if let Some(note) = &subject.forward {
                 reporter.phase("forward", note.words(&subject.plan));
             }
+
             // What both hosts see need not be sent, nor what two streams share a second time.
             let mut seen = Vec::new();
             for (i, stream) in subject.plan.streams.iter_mut().enumerate() {
@@ -385,6 +399,7 @@ pub(super) fn negotiate(
                 seen.push(stream.external.clone());
                 stream.sent = stream.external.is_some() && !twice && !shared.contains(&i);
             }
+
             if let Some(problem) = contested(&subject, &locks) {
                 closer.close();
                 return Err(refusal(&[problem]));
@@ -437,12 +452,14 @@ fn announce(
             sizes.push(walk::measure(&root.path())?);
         }
     }
+
     if let Some(why) = subject.layered.only_merged().filter(|_| root.is_some()) {
         reporter.problem(
             Problem::new("the root file system is copied as one tree, not layer by layer", why)
                 .warning(),
         );
     }
+
     for number in copies {
         let probe = subject.plan.probes.get(*number);
         let probe = probe.ok_or_else(|| anyhow!("the destination wants what is not there"))?;
@@ -462,11 +479,13 @@ fn announce(
                 opened.clone()
             }
         };
+
         let size = walk::measure(&opened.path())
             .with_context(|| format!("the {} cannot be copied", probe.what))?;
         let words =
             format!("{}: copied, {} MiB, {} files", probe.what, size.bytes >> 20, size.entries);
         reporter.phase("files", &words);
+
         load.roots.push(opened);
         let mut all = size;
         if Some(*number) == root {
@@ -475,10 +494,12 @@ fn announce(
                 all.entries += layer.entries;
             }
         }
+
         subject.sizes.push((*number, all));
         sizes.push(size);
         inputs.again();
     }
+
     if subject.plan.engine.is_some()
         && let Some(overlay) = subject.layered.overlay()
         && let Some(upper) = &overlay.upper
@@ -493,6 +514,7 @@ fn announce(
         load.roots.push(opened);
         sizes.push(size);
     }
+
     subject.load = Some(load);
     peer.send(&Message::Trees { sizes })?;
     loop {
@@ -521,6 +543,7 @@ fn announce_layers(
     for lower in &overlay.lower {
         layers.push(store.look(&lower.path)?);
     }
+
     store.save();
     peer.send(&Message::Layers { layers })?;
     inputs.until(LAYERS_LIMIT);
@@ -533,16 +556,19 @@ fn announce_layers(
             _ => {}
         }
     };
+
     inputs.until(ANSWER_LIMIT);
     for (i, number) in lacking.iter().enumerate() {
         let lower = overlay.lower.get(*number).filter(|_| i == 0 || lacking[i - 1] < *number);
         let lower = lower.ok_or_else(|| anyhow!("the destination wants what is not there"))?;
         roots.push(Root::open(&lower.path)?);
     }
+
     let layers = Layers { there: overlay.lower.len() - lacking.len(), copied: lacking.len() };
     reporter.report.layers = Some(layers);
     let words = format!("layers: {} there, {} to be copied", layers.there, layers.copied);
     reporter.phase("layers", &words);
+
     Ok(Ok(lacking.len()))
 }
 

@@ -37,6 +37,7 @@ impl SourceMigration {
         self.inputs.until(PREPARE_LIMIT);
         self.open_channels()?;
         self.send_papers()?;
+
         // First, and alone: memory would only change while files go.
         self.copy_files(reporter)?;
         let mut joined = !self.start_forwarding()?;
@@ -47,11 +48,13 @@ impl SourceMigration {
             // The hand-over may have ended already.
             let _ = tell.send(SourceInput::Memory(event));
         };
+
         let (wishes, cgroup) = (self.memory_options.clone(), &self.subject.cgroup);
         let shared = self.shared.clone();
         self.memory =
             Some(MemoryTransfer::start(cgroup, &self.peer, &self.channels, wishes, shared, told)?);
         self.send_streams(false)?;
+
         let (mut prepared, mut at_freeze, mut settled, mut early) = (false, false, false, false);
         while !(prepared && at_freeze && settled && joined && self.unanswered == 0) {
             match self.next(reporter)? {
@@ -78,15 +81,18 @@ impl SourceMigration {
                 }
                 _ => {}
             }
+
             if prepared && std::mem::take(&mut early) {
                 self.tell_memory(MemoryOrder::Again)?;
             }
         }
+
         if self.tell_haul(file_sender::FileOrder::Again) {
             // What has changed while memory went.
             self.inputs.until(FILES_LIMIT);
             while !matches!(self.next(reporter)?, SourceInput::Files(FileEvent::Converged)) {}
         }
+
         Ok(())
     }
 
@@ -196,6 +202,7 @@ impl SourceMigration {
             self.work.note_host_side(&side)?;
             self.silence = Some(side.arm(&NetNs::current()?)?);
         }
+
         let hide = hidden::was_tried(version) && mntns::has_own(self.subject.state.pid);
         let shared = SharedMemory::default();
         self.shared = hide.then(|| shared.clone());
@@ -221,11 +228,13 @@ impl SourceMigration {
             hide,
             shared,
         };
+
         let tell = self.inputs.tell.clone();
         self.dump = Some(DumpJob::start(plan, move |event| {
             // The hand-over may have ended already.
             let _ = tell.send(SourceInput::Dump(event));
         })?);
+
         Ok(())
     }
 

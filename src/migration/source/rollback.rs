@@ -19,6 +19,7 @@ impl SourceMigration {
         let why = format!("{error:#}");
         // The destination learns it while we clean up; if the link breaks, from the guard.
         self.inputs.stop_heartbeat();
+
         // What is undone has limits of its own.
         self.inputs.user = None;
         let peer = self.peer.clone();
@@ -26,6 +27,7 @@ impl SourceMigration {
         if let Some(job) = self.dump.take() {
             job.give_up();
         }
+
         // Nobody is at them any more when this returns.
         drop(self.take_lifted());
         let hands =
@@ -35,6 +37,7 @@ impl SourceMigration {
         let known = |inputs: &SourceInputs| {
             if inputs.undone_there { Rival::Excluded } else { Rival::Possible }
         };
+
         let mut undone = undo::roll_back_source(&mut self.journal, &hands, known(&self.inputs));
         if stays_frozen(&undone) {
             self.inputs.await_undone(UNDONE_LIMIT);
@@ -42,6 +45,7 @@ impl SourceMigration {
                 undone = undo::roll_back_source(&mut self.journal, &hands, Rival::Excluded);
             }
         }
+
         if let (true, Err(e)) = (stays_frozen(&undone), &undone) {
             // The guard goes on asking, and trying.
             let left = self.is_left_frozen(&error, e);
@@ -49,12 +53,14 @@ impl SourceMigration {
             self.work.keep();
             return left;
         }
+
         if let Some(packet_buffer) = self.packet_buffer.take() {
             // It may be writing into a link that is stuck.
             let patience = Instant::now() + Duration::from_millis(200);
             while !told.is_finished() && Instant::now() < patience {
                 std::thread::park_timeout(Duration::from_millis(1));
             }
+
             if !told.is_finished() {
                 self.closer.close();
             }
@@ -63,13 +69,16 @@ impl SourceMigration {
             let replay = || subject.container_network().replay(&subject.plan.migration);
             packet_buffer.give_back(cgroup, replay);
         }
+
         if let Some(since) = self.frozen_since {
             reporter.mark("runs on here");
             reporter.report.frozen_ms = Some(since.elapsed().as_secs_f64() * 1000.0);
         }
+
         // The destination says when it has undone everything. The link may be stuck, and a writer in it;
         // that it ends says nothing: the word may not have got there.
         self.inputs.await_undone(UNDONE_LIMIT);
+
         // It stays as long as it has something that is to be put back.
         if self.inputs.undone_there && undone.is_ok() {
             // Else it is told once more.
@@ -78,6 +87,7 @@ impl SourceMigration {
         } else {
             self.guard.send_word();
         }
+
         self.closer.close();
         drop(self.memory.take());
         self.work.keep();
@@ -90,6 +100,7 @@ impl SourceMigration {
                 "the migration was given up, and not everything could be undone: {e:#}"
             )),
         };
+
         Failed::from(text)
     }
 

@@ -100,6 +100,7 @@ impl Channel {
                 _ => true,
             }
         };
+
         let join = Message::Join { migration: migration.to_owned() };
         let session = Session::open(destination, Some(&join), LIMIT, hear).with_context(what)?;
         let mut channel = Channel { peer: session.peer, closer: session.closer };
@@ -110,6 +111,7 @@ impl Channel {
             Ok(other) => anyhow!("the destination answers {}", variant(&other)),
             Err(e) => e.into(),
         };
+
         channel.closer.close();
         Err(why).with_context(what)
     }
@@ -149,10 +151,12 @@ impl Channel {
                 }
                 Ok(())
             };
+
             if let Err(e) = caught(work) {
                 failed(e);
             }
         })?;
+
         Ok(ChannelSender { queue, wire, used: false })
     }
 }

@@ -60,11 +60,13 @@ impl EarlyImages {
                         sent.insert(name);
                     }
                 }
+
                 if last {
                     return Ok(sent);
                 }
             }
         })?;
+
         Ok(EarlyImages { work: Some((stop, thread)), _watch: watch })
     }
 

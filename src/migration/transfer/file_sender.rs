@@ -106,11 +106,13 @@ impl FileTransfer {
             sent: 0,
             at: 0,
         };
+
         std::thread::Builder::new().name("haul".into()).spawn(move || {
             if let Err(e) = caught(|| run(carrier, &tell)) {
                 tell(FileEvent::Failed(format!("{e:#}")));
             }
         })?;
+
         Ok(FileTransfer { orders })
     }
 }
@@ -177,6 +179,7 @@ impl FileSender {
             let processes = self.cgroup.processes()?;
             compared.extend(inodes::open_for_writing(&processes, &mut self.merged)?);
         }
+
         let (peer, unlimited) = (&self.peer, Pace::default());
         // The container stands still as long as the last of it takes.
         let pace = if last { &unlimited } else { &self.pace };
@@ -190,6 +193,7 @@ impl FileSender {
                 tell(FileEvent::Progress(sent));
             }
         };
+
         let stats = self.follower.round(&compared, last, &mut out, &mut went)?;
         self.sent = sent;
         self.at = out.into_inner().map_err(|e| e.into_error())?.at;
@@ -202,6 +206,7 @@ impl FileSender {
                 != FileOrder::Applied(self.rounds)
             {}
         }
+
         let ms = began.elapsed().as_secs_f64() * 1000.0;
         tell(FileEvent::Round(FilesRound { frozen: last, files: stats, ms }));
         Ok(stats.bytes)

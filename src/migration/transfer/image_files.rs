@@ -107,6 +107,7 @@ impl ImageFiles {
         if !plain {
             bail!("{name:?} is no image file's name");
         }
+
         self.bytes += bytes.len() as u64;
         if self.names.len() >= MAX_FILES || self.bytes > MAX_IMAGES {
             bail!("more image files than any checkpoint has");
@@ -124,6 +125,7 @@ impl ImageFiles {
                 .open(self.directory.join(name));
             self.open.insert(name.to_owned(), open.with_context(|| format!("image {name}"))?);
         }
+
         Ok(self.open[name].write_all_at(bytes, at)?)
     }
 

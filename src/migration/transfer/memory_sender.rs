@@ -189,17 +189,20 @@ fn find(rounds: &mut Rounds, cgroup: &Cgroup) -> Result<Vec<(Task, FoundPages)>>
             let _ = self.0.thaw();
         }
     }
+
     let stop = || -> Result<Still> {
         let still = Still(cgroup);
         cgroup.freeze(STILL)?;
         Ok(still)
     };
+
     let still = rounds.wants_them_still().then(stop).transpose()?;
     let processes = cgroup.processes()?;
     let mut found = Vec::new();
     for task in pages::tasks(&processes)? {
         found.push((task, rounds.find(task, false)?));
     }
+
     if still.is_none() && rounds.is_watching() && direct::may_be_read_into(&processes) {
         // Reads that the look has seen begin end before their pages are read. Where somebody traces
         // a task, that is for the freezer.
@@ -208,6 +211,7 @@ fn find(rounds: &mut Rounds, cgroup: &Cgroup) -> Result<Vec<(Task, FoundPages)>>
             other => other.context("a read past the page cache does not end")?,
         }
     }
+
     Ok(found)
 }
 
@@ -239,6 +243,7 @@ impl MemorySender {
                 decided => break decided,
             }
         };
+
         loop {
             (self.sender.tell)(MemoryEvent::Converged(decided));
             match self.next_order() {
@@ -247,14 +252,17 @@ impl MemorySender {
                 _ => return Ok(()),
             }
         }
+
         let tasks = pages::tasks(&cgroup.processes()?)?;
         let mut rest = Vec::new();
         self.last_round(&mut rounds, segments.as_mut(), &tasks, decided, &mut rest)?;
         if self.next_order() != Some(MemoryOrder::Dumped) {
             return Ok(());
         }
+
         // CRIU itself writes to a few pages, of which none is shared.
         self.last_round(&mut rounds, None, &tasks, decided, &mut rest)?;
+
         // Whoever was killed in the freeze is in CRIU's images, but his last pages were not read.
         if pages::tasks(&cgroup.processes()?)? != tasks {
             bail!("a task of the container was killed while it was frozen");
@@ -263,6 +271,7 @@ impl MemorySender {
         let left = rest.pages;
         self.sender.main.peer.send(&Message::MemoryDone { left })?;
         (self.sender.tell)(MemoryEvent::Done(left));
+
         // To stop watching takes 24 ms a GiB: when the hand-over is over, not in it.
         while let Some(order) = self.next_order() {
             match order {
@@ -275,6 +284,7 @@ impl MemorySender {
                 _ => {}
             }
         }
+
         Ok(())
     }
 
@@ -350,11 +360,13 @@ impl MemorySender {
         for (task, found) in find(rounds, cgroup)? {
             sum.add(rounds.hand_on(task, found, false, &mut self.sender)?);
         }
+
         // Of shared memory the kernel cannot tell: what was left will be left again.
         let shared = match segments {
             Some(segments) => segments.round(&cgroup.processes()?, &mut self.sender)?,
             None => MemoryRoundStats::default(),
         };
+
         sum.add(shared);
         self.arrive(true)?;
         let (seconds, wire) = (began.elapsed().as_secs_f64(), self.sender.wire() - before);
@@ -363,9 +375,11 @@ impl MemorySender {
         for task in pages::tasks(&cgroup.processes()?)? {
             left = left.zip(rounds.left(task)?).map(|(a, b)| a + b);
         }
+
         // Where the kernel cannot tell, what was left will be left again.
         let left = left.unwrap_or(handed);
         self.report(rounds, false, sum, (began, wire), Some(left));
+
         Ok(SeenRound { wire, seconds, pages: handed, left })
     }
 
@@ -386,6 +400,7 @@ impl MemorySender {
             let pids: Vec<i32> = tasks.iter().map(|task| task.pid).collect();
             sum.add(segments.last_round(&pids, &mut self.sender)?);
         }
+
         for &task in tasks {
             if decided == NextRound::PostCopy {
                 for (start, end) in rounds.leave(task, &mut self.sender)? {
@@ -396,10 +411,12 @@ impl MemorySender {
                 sum.add(rounds.round(task, true, &mut self.sender)?);
             }
         }
+
         self.sender.main.peer.flush()?;
         self.arrive(false)?;
         let wire = self.sender.wire() - before;
         self.report(rounds, true, sum, (began, wire), None);
+
         Ok(())
     }
 
@@ -442,6 +459,7 @@ impl MemorySender {
                     Err(TryRecvError::Disconnected) => return Err(over()),
                 }
             };
+
             match order {
                 // Number 0 is a sign of life that somebody else asked for.
                 Some(MemoryOrder::Echoed(_, number)) if number > 0 => window.echoed(Instant::now()),
@@ -456,14 +474,17 @@ impl MemorySender {
                     }
                 }
             }
+
             if since_echo >= ECHO_EVERY {
                 window.sent(std::mem::take(&mut since_echo), Instant::now());
                 self.echoes += 1;
                 self.sender.main.peer.send(&Message::Echo { number: self.echoes })?;
             }
         }
+
         self.sender.main.peer.flush()?;
         (self.sender.tell)(MemoryEvent::AllSent);
+
         // Its end closes the reader's descriptors; nobody waits for it.
         Ok(())
     }
@@ -490,6 +511,7 @@ impl MemorySender {
         if let Some(i) = missing {
             bail!("page {:#x} of task {vpid} cannot be read", at + (i * PAGE) as u64);
         }
+
         let mut from = 0;
         let zero = |i: usize| buffer[i * PAGE..][..PAGE].iter().all(|b| *b == 0);
         while from < pages as usize {
@@ -503,6 +525,7 @@ impl MemorySender {
             }
             from = to;
         }
+
         Ok(self.sender.wire() - before)
     }
 }

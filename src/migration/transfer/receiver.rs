@@ -144,6 +144,7 @@ impl Stage {
         if !is_memory {
             return Ok(Some(frame));
         }
+
         self.note_heard();
         match &frame {
             Frame::Pages(number, at, bytes) if is_segment(*number) => {
@@ -156,6 +157,7 @@ impl Stage {
             }
             _ => {}
         }
+
         // Not with the lock held: the daemon may have enough to do.
         if let Some(intake) = self.daemon() {
             match frame {
@@ -169,6 +171,7 @@ impl Stage {
             }
             return Ok(None);
         }
+
         self.with(|place| {
             let MemoryPlace::Staging(staging) = place else {
                 return Err(anyhow!("memory comes before it was asked for"));
@@ -181,6 +184,7 @@ impl Stage {
                 _ => Ok(()),
             }
         })?;
+
         Ok(None)
     }
 }
@@ -232,9 +236,11 @@ pub fn listen_channel(
             FromPeer::Message(_) => "something else than memory comes".to_owned(),
             FromPeer::Gone(why) => why.unwrap_or_else(|| "it was closed".into()),
         };
+
         ended(why);
         false
     })?;
+
     Ok(())
 }
 
@@ -305,6 +311,7 @@ pub fn listen(
             },
             other => other,
         };
+
         // The rest of a link that is handed on belongs to whoever gets it.
         let last = matches!(
             heard,
@@ -315,5 +322,6 @@ pub fn listen(
         );
         tell(heard) && !last
     })?;
+
     Ok(())
 }

@@ -30,6 +30,7 @@ pub(super) fn of(
             }
             continue;
         }
+
         let anybody = one.udp || one.listens;
         let fits = moved.contains(&local.ip())
             || local.ip().is_loopback()
@@ -37,6 +38,7 @@ pub(super) fn of(
         if !fits {
             ours.push(one);
         }
+
         // The other end must be in the container, too. One that is nobody's any more is.
         let other = by_flow.get(&Flow { local: remote, remote: local });
         if !anybody
@@ -47,6 +49,7 @@ pub(super) fn of(
         }
         claims.insert(Claim { udp: one.udp, listens: one.listens, local });
     }
+
     let list = moved.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
     if let Some((first, more)) = first(&ours) {
         return Err(Problem::new(
@@ -58,6 +61,7 @@ pub(super) fn of(
              further --move-address if nobody else needs it here",
         ));
     }
+
     if let Some((first, more)) = first(&outside) {
         return Err(Problem::new(
             format!("{} cannot go along", describe(first)),
@@ -65,6 +69,7 @@ pub(super) fn of(
         )
         .hint("end that connection; over there nobody would be at its other end"));
     }
+
     if let Some((first, more)) = first(&theirs) {
         return Err(Problem::new(
             format!("{} cannot move", first.flow.local.ip()),
@@ -75,10 +80,12 @@ pub(super) fn of(
             first.flow.local.ip()
         )));
     }
+
     // First what takes connections: that is where ports can be taken.
     let mut claims: Vec<Claim> = claims.into_iter().collect();
     claims.sort_by_key(|c| (!c.listens && !c.udp, c.local, c.udp));
     claims.truncate(MAX_CLAIMS);
+
     Ok(claims)
 }
 
@@ -122,6 +129,7 @@ mod tests {
             known(9, false, "10.0.0.1:22", "10.0.0.9:4001"),
             known(0, false, "10.0.0.5:7000", "10.0.0.9:4002"),
         ];
+
         let fine = of(&all, &own, &moved).unwrap();
         let claim = |c: &Claim| (c.listens, c.local.to_string());
         assert_eq!(claim(&fine[0]), (true, "0.0.0.0:7000".into()));
@@ -133,12 +141,14 @@ mod tests {
             all.pop();
             assert!(problem.contains(word), "no {word:?} in {problem}");
         };
+
         refused(
             known(2, false, "10.0.0.1:7000", "10.0.0.9:1"),
             "connection 10.0.0.1:7000 - 10.0.0.9:1",
         );
         refused(known(1, true, "10.0.0.1:7001", nobody), "listens at 10.0.0.1:7001");
         refused(known(9, false, "10.0.0.5:22", "10.0.0.9:1"), "is not the container's");
+
         let udp = SocketInfo { udp: true, ..known(1, false, "10.0.0.1:53", nobody) };
         refused(udp, "UDP socket at 10.0.0.1:53");
         all[3].inode = 9;

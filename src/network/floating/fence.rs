@@ -99,6 +99,7 @@ fn install(
         tables.delete_table(family, table);
         tables.add_table(family, table);
     }
+
     for (family, name, hook) in CHAINS {
         let policy = Policy::Accept;
         tables.add_chain(&NewChain { family, table, name, hook, devices: &[], policy });
@@ -106,11 +107,13 @@ fn install(
     let rules = FenceRules::new(addresses, doors);
     let mut close_new = NftBatch::new();
     rules.add(&mut close_new, table, &[NEW, DOORS]);
+
     let mut close = NftBatch::new();
     rules.add(&mut close, table, &[IN, DOORS, OUT]);
     if closed {
         rules.add(&mut tables, table, &[IN, DOORS, OUT]);
     }
+
     socket.transact(&tables.prepare()).trying(trying).map_err(|p| {
         p.hint("the kernel needs nf_tables with CONFIG_NF_TABLES_ARP, _IPV4, _IPV6")
     })?;
@@ -121,6 +124,7 @@ fn install(
         }
         batch.prepare()
     };
+
     let mut remove = NftBatch::new();
     FAMILIES.iter().for_each(|family| remove.delete_table(*family, table));
     Ok(ArmedFence {

@@ -219,6 +219,7 @@ pub fn capture(
         }
         moved.push(find(wish, &all)?);
     }
+
     let addresses: Vec<IpAddr> = moved.iter().map(|m| m.address.local).collect();
     sources_of_routes(&mut socket, &addresses)?;
     let known = sockets::SockDiag::new(host)?.all()?;
@@ -226,6 +227,7 @@ pub fn capture(
     fence::usable()?;
     let floating = Floating { moved, claims };
     floating.validate()?;
+
     Ok(floating)
 }
 
@@ -270,6 +272,7 @@ fn find(wish: &MoveAddress, all: &[(&LinkInfo, Address)]) -> Result<Moved, Probl
         return Err(Problem::new(what(), "this host does not have it")
             .hint("`ip address` shows what it has"));
     };
+
     if address.prefix != wish.prefix {
         return Err(Problem::new(
             what(),
@@ -277,6 +280,7 @@ fn find(wish: &MoveAddress, all: &[(&LinkInfo, Address)]) -> Result<Moved, Probl
         )
         .hint(format!("--move-address {}/{}@{}", address.local, address.prefix, wish.interface)));
     }
+
     if link.is_loopback() || link.mac.is_none() {
         return Err(Problem::new(
             what(),
@@ -284,6 +288,7 @@ fn find(wish: &MoveAddress, all: &[(&LinkInfo, Address)]) -> Result<Moved, Probl
         )
         .hint("put it on an interface with a hardware address"));
     }
+
     Ok(Moved {
         address: address.clone(),
         from: link.name.clone(),

@@ -58,6 +58,7 @@ fn look(floating: &Floating, host: &NetNs) -> Result<Vec<Problem>, Problem> {
             (None, Some(None), None) => {}
         }
     }
+
     let known = SockDiag::new(host)?.all()?;
     problems.extend(floating.claims.iter().filter_map(|claim| taken(claim, &known)));
     Ok(problems)

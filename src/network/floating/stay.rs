@@ -127,6 +127,7 @@ impl Stay {
                     && crate::network::read::address(m)
                         .is_some_and(|a| (a.local, a.prefix) == (now.local, now.prefix))
             };
+
             // Not yet taken, it will be there by then.
             let there = !self.taken || present.iter().any(narrow);
             if now.prefix != address.prefix && there {
@@ -134,6 +135,7 @@ impl Stay {
                 requests.push((request(rtnl::DELADDR, 0, &now), what));
             }
         }
+
         Ok(HostRoutes::of(socket, requests))
     }
 
@@ -236,6 +238,7 @@ fn remove(socket: &mut Rtnl, host: &NetNs, on: &LinkInfo, moved: &Moved) -> Resu
                 && other.prefix == address.prefix
                 && same_network(other.local, ip, address.prefix)
         };
+
         let heirs = ip.is_ipv4() && flags & SECONDARY == 0 && on_link.iter().any(hangs_on_it);
         let request: Request = address_request(rtnl::DELADDR, 0, on.index, address);
         let mut delete = || match socket.change(&request) {
@@ -244,6 +247,7 @@ fn remove(socket: &mut Rtnl, host: &NetNs, on: &LinkInfo, moved: &Moved) -> Resu
         };
         if heirs { promoting(host, &on.name, delete)? } else { delete()? }
     }
+
     Ok(())
 }
 

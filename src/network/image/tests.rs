@@ -15,6 +15,7 @@ pub(crate) fn sample() -> serde_json::Value {
         "scope": 0, "kind": 1, "tos": 0, "onlink": true, "metrics": [[2, 1400]],
         "congestion": "cubic", "preference": null, "expires": 5,
     });
+
     let sysctl = serde_json::json!({
         "tree": "ipv4-conf", "name": "rp_filter", "value": "1", "changed": true,
     });
@@ -31,17 +32,20 @@ pub(crate) fn sample() -> serde_json::Value {
             }],
         })
     };
+
     let eth0 = link("eth0", serde_json::json!({ "macvlan": { "mode": 4, "parent": "eth0" } }));
     let veth = serde_json::json!({
         "veth": { "host_ifname": "v1", "host_mac": [2, 0, 0, 0, 0, 2], "bridge": "br0" },
     });
     let mut to_host = route.clone();
     to_host["link"] = "cali1".into();
+
     let routed = serde_json::json!({ "routed": { "end": {
         "name": "cali1", "mac": [0xee, 0xee, 0xee, 0xee, 0xee, 0xee], "txqlen": 0, "flags": 0,
         "addr_gen_mode": null, "addresses": [address], "sysctls": [sysctl],
         "routes": [to_host], "proxies": [{ "address": "10.77.1.1", "link": "ens3" }],
     } } });
+
     route["prefsrc"] = "10.77.1.50".into();
     serde_json::json!({
         "version": VERSION, "links": [lo, eth0, link("eth1", veth), link("eth2", routed)],
@@ -73,12 +77,14 @@ fn fuzz_network_images() {
                 let _ = qdisc.request(36, 0, 1);
             }
         }
+
         for route in &image.routes {
             let _ = crate::network::restore::route_request(1, 0, None, route);
         }
         for neighbour in &image.neighbours {
             let _ = crate::network::restore::neighbour_request(1, neighbour);
         }
+
         for sysctl in &image.sysctls {
             assert!(!sysctl.path.contains(".."));
         }

@@ -98,6 +98,7 @@ pub fn steer(id: &str, container: &NetNs, names: &[String], stay: &[Stays]) -> R
     let inside = Rtnl::open(container).and_then(|mut s| s.links()).trying(trying)?;
     let table = table(id);
     let mut batch = NftBatch::new();
+
     // Adding before deleting makes the deletion right whether or not it was there.
     batch.add_table(nft::NETDEV, &table);
     batch.delete_table(nft::NETDEV, &table);
@@ -105,6 +106,7 @@ pub fn steer(id: &str, container: &NetNs, names: &[String], stay: &[Stays]) -> R
     for (name, timeout) in [(OPEN, None), (RECENT, Some(RENEWED))] {
         batch.add_set(nft::NETDEV, &table, &NewSet { name, key: &FLOW_CELLS, timeout });
     }
+
     batch.add_set(nft::NETDEV, &table, &NewSet { name: NEAR, key: &ADDRESS_CELLS, timeout: None });
     let open = open(container)?;
     batch.add_keys(nft::NETDEV, &table, OPEN, &open.iter().map(|e| e.key()).collect::<Vec<_>>());
@@ -129,10 +131,12 @@ pub fn steer(id: &str, container: &NetNs, names: &[String], stay: &[Stays]) -> R
                 devices: &[device.to_owned()],
                 policy: Policy::Accept,
             });
+
             for rule in rules {
                 batch.add_rule(nft::NETDEV, &table, &chain, &rule);
             }
         };
+
         let mut note = flow(false);
         note.push(Expression::Update(RECENT));
         chain("to", &own, vec![note, to(cable).into()]);
@@ -142,15 +146,18 @@ pub fn steer(id: &str, container: &NetNs, names: &[String], stay: &[Stays]) -> R
             rule.extend(to(tap));
             rule
         };
+
         let mut to_near = near::to_address();
         to_near.push(Expression::Lookup(NEAR));
         to_near.extend(to(tap));
         chain("from", &cable.name, vec![known(OPEN), known(RECENT), to_near]);
     }
+
     let ips: Vec<[u8; 4]> = stay.iter().map(|one| one.address.octets()).collect();
     batch.add_keys(nft::NETDEV, &table, NEAR, &ips);
     let mut socket = NetlinkSocket::open_in(&host, Protocol::Netfilter).trying(trying)?;
     socket.transact(&batch.prepare()).map(drop).trying(trying)?;
+
     near::tell(container, stay, true)
 }
 

@@ -155,6 +155,7 @@ impl PublishedHome {
         let (links, addresses) =
             Rtnl::open(&host).and_then(|mut s| Ok((s.links()?, s.addresses()?))).trying(trying)?;
         let own = links.iter().find(|link| link.name == name);
+
         let own = own.ok_or_else(|| Problem::new(trying(), "its device is gone"))?.index as u32;
         let devices = devices(&links, &name, &self.known);
 
@@ -169,6 +170,7 @@ impl PublishedHome {
             let all = here.iter().copied().filter(|_| port.address.is_none());
             ports.extend(some.chain(all).map(|ip| port_key(ip, port.port, port.protocol)));
         }
+
         ports.sort_unstable();
         ports.dedup();
         let flows: Vec<[u8; FLOW]> = open.iter().map(|one| one.wire.key()).collect();
@@ -180,11 +182,13 @@ impl PublishedHome {
             batch.delete_table(family, &table);
             batch.add_table(family, &table);
         }
+
         let sets: [(_, &[_]); 3] =
             [(PORTS, &PORT_CELLS), (FLOWS, &FLOW_CELLS), (OWN, &ADDRESS_CELLS)];
         for (name, key) in sets {
             batch.add_set(nft::NETDEV, &table, &NewSet { name, key, timeout: None });
         }
+
         batch.add_keys(nft::NETDEV, &table, PORTS, &ports);
         batch.add_keys(nft::NETDEV, &table, FLOWS, &flows);
         let known = self.known.near().own.into_iter().map(|ip| ip.octets());
@@ -193,6 +197,7 @@ impl PublishedHome {
             ("in", vec![(PORTS, to_port()), (FLOWS, flow(false))]),
             ("near", vec![(OWN, near::to_address()), (OWN, near::asks_for())]),
         ];
+
         for (devices, (kind, rules)) in devices.iter().zip(&rules) {
             for (number, some) in devices.chunks(MOST_DEVICES).enumerate() {
                 let name = format!("{kind}-{number}");
@@ -204,6 +209,7 @@ impl PublishedHome {
                     devices: some,
                     policy: Policy::Accept,
                 });
+
                 for (set, rule) in rules {
                     let mut rule = rule.clone();
                     rule.extend([
@@ -215,6 +221,7 @@ impl PublishedHome {
                 }
             }
         }
+
         batch.add_chain(&NewChain {
             family: nft::IPV4,
             table: &table,
@@ -223,11 +230,13 @@ impl PublishedHome {
             devices: &[],
             policy: Policy::Accept,
         });
+
         // Else it would find that the connection is known, the other way round, and give it another port.
         batch.untrack_mark(nft::IPV4, &table, "out", fence::PASS);
         let mut socket = NetlinkSocket::open_in(&host, Protocol::Netfilter).trying(trying)?;
         socket.transact(&batch.prepare()).trying(trying)?;
         state.devices = Some(devices);
+
         Ok(())
     }
 
@@ -336,6 +345,7 @@ impl PublishedHome {
             ipi_spec_dst: libc::in_addr { s_addr: u32::from(*from.ip()).to_be() },
             ipi_addr: libc::in_addr { s_addr: 0 },
         };
+
         sendmsg(
             self.out.as_raw_fd(),
             &[io::IoSlice::new(packet.bytes())],
@@ -343,6 +353,7 @@ impl PublishedHome {
             MsgFlags::MSG_DONTWAIT,
             Some(&SockaddrIn::from(to)),
         )?;
+
         Ok(())
     }
 }

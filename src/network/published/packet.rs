@@ -169,6 +169,7 @@ pub(super) mod tests {
         (bytes[8], bytes[9]) = (64, protocol);
         bytes[12..16].copy_from_slice(&from.ip().octets());
         bytes[16..20].copy_from_slice(&to.ip().octets());
+
         bytes[20..22].copy_from_slice(&from.port().to_be_bytes());
         bytes[22..24].copy_from_slice(&to.port().to_be_bytes());
         let place = match protocol {
@@ -181,11 +182,13 @@ pub(super) mod tests {
                 26
             }
         };
+
         bytes[length - 5..].copy_from_slice(b"hello");
         let (header, above) = checks(&bytes);
         bytes[10..12].copy_from_slice(&(!header).to_be_bytes());
         bytes[place..place + 2].copy_from_slice(&(!above).to_be_bytes());
         assert_eq!(checks(&bytes), (0xffff, 0xffff));
+
         bytes
     }
 

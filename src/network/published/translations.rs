@@ -119,22 +119,26 @@ impl Translations {
                     && p.port == wire.to.port()
                     && p.address.is_none_or(|ip| ip == *wire.to.ip())
             };
+
             let inside = if self.near.has(&wire) {
                 wire
             } else {
                 Ends { to: self.ports.iter().find(leads)?.to, ..wire }
             };
+
             let way = Way { inside, used: now, answered: false, ended: (false, false) };
             if !self.add(wire, way) {
                 return None;
             }
         }
+
         let way = self.ways.get_mut(&wire)?;
         way.used = now;
         way.ended.0 |= closes.0;
         if closes.1 {
             way.ended = (true, true);
         }
+
         Some(way.inside)
     }
 

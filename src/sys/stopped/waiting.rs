@@ -157,6 +157,7 @@ impl Stopped {
         let memory =
             File::options().read(true).write(true).open(format!("/proc/{}/mem", self.tid))?;
         let place = arch::stack(&self.general).wrapping_sub(RED_ZONE + 16) & !15;
+
         let mut borrowed = [0; 16];
         match limit {
             TimeLimit::Milliseconds(at) => {
@@ -169,11 +170,13 @@ impl Stopped {
             }
             TimeLimit::Nowhere | TimeLimit::Anew => return Ok(Wait::Unchanged),
         }
+
         arch::enter(&mut registers, call.plain() as u64);
         let result = self.begin(&mut registers);
         if let TimeLimit::Time(..) = limit {
             memory.write_all_at(&borrowed, place)?;
         }
+
         let result = result?;
         Ok(match call.continuing(Some(deadline), now) {
             Some(number) if result == RESTART_BLOCK => self.set(|r| arch::enter(r, number)),
@@ -293,6 +296,7 @@ mod tests {
                      syscall(14, 0, $set, 0, 8);
                      print syscall({call}) < 0 ? $! + 0 : 0;"
                 );
+
                 let child = Command::new("perl")
                     .args(["-e", &program])
                     .stdout(Stdio::piped())
@@ -300,6 +304,7 @@ mod tests {
                     .unwrap();
                 Waiting { child, began: Instant::now(), call, returns, anew }
             });
+
             let mut all: Vec<Waiting> = all.collect();
             for one in &mut all {
                 // The interpreter sleeps in reads while it loads.
@@ -309,6 +314,7 @@ mod tests {
                     std::thread::yield_now();
                 }
             }
+
             all
         }
 
@@ -371,6 +377,7 @@ mod tests {
         let mut child =
             Command::new("perl").args(["-e", "syscall(7, 0, 0, 3000)"]).spawn().unwrap();
         let tid = child.id() as i32;
+
         while !proc_text(tid, "syscall").unwrap().starts_with("7 ") {
             std::thread::yield_now();
         }
@@ -385,11 +392,13 @@ mod tests {
             let (number, arguments) = arch::upcoming(&thread.general);
             let anew = SystemCall { number, arguments };
             assert_eq!((anew.plain(), anew.marked(0).is_some()), (libc::SYS_poll, true));
+
             let (bound, now) = (wanted(poll), clock.now());
             let bound = SystemCall { number: bound, ..poll }.marked(now);
             assert!(anew.marked(now) <= bound, "{number:#x}");
             assert_eq!(arch::position(&thread.general), arch::position(&stood) - 2);
         }
+
         // Elsewhere in its program the same number means nothing.
         thread.general = stood;
         arch::enter_here(&mut thread.general, by_us);

@@ -137,12 +137,14 @@ fn queue(scene: Scene<'_>, open: &[OpenFile]) -> Option<Problem> {
             .hint(hint),
         );
     }
+
     let root = PathBuf::from(format!("/proc/{}/root", scene.init));
     let left = mounts::points(&info, "mqueue").into_iter().find_map(|place| {
         let directory = directory_in(&root, Path::new(&place))?;
         let entry = fs::read_dir(process::path_of(&directory)).ok()?.flatten().next()?;
         Some(Path::new(&place).join(entry.file_name()))
     })?;
+
     Some(
         Problem::new(
             format!("there is a message queue in the container: {}", left.display()),
@@ -171,6 +173,7 @@ fn fifos_without_writer(open: &[OpenFile]) -> Vec<Problem> {
             _ => {}
         }
     }
+
     let alone = read.into_iter().filter(|(fifo, _)| !written.contains(fifo));
     let problem = |(_, one): (_, &OpenFile)| {
         Problem::new(
@@ -183,6 +186,7 @@ fn fifos_without_writer(open: &[OpenFile]) -> Vec<Problem> {
         )
         .hint("have the program open it for reading and writing, as most do who wait for writers")
     };
+
     alone.map(problem).collect()
 }
 
@@ -209,6 +213,7 @@ fn escaped_targets(open: &[OpenFile]) -> Option<Problem> {
         for one in open {
             has.entry(one.pid).or_default().extend(one.socket().or(one.inode("pipe:[")));
         }
+
         // Sockets and pipes alone can be told by their inodes.
         let all: HashSet<u64> = has.values().flatten().copied().collect();
         let epolls = open.iter().filter(|open| epoll::is_epoll(&open.target));
@@ -217,6 +222,7 @@ fn escaped_targets(open: &[OpenFile]) -> Option<Problem> {
             let own = has.get(&one.pid)?;
             let gone = |t: &&epoll::EpollTarget| all.contains(&t.inode) && !own.contains(&t.inode);
             let gone = targets.iter().find(gone)?;
+
             // CRIU takes it where it meets it first, with the parent: after a fork for a copy of
             // memory (redis) the child is none that matters.
             let older = open.iter().filter(|other| other.pid < one.pid);
@@ -226,15 +232,18 @@ fn escaped_targets(open: &[OpenFile]) -> Option<Problem> {
         });
         escaped.collect()
     };
+
     let first = find(open);
     if first.is_empty() {
         return None;
     }
+
     // What was opened or closed while we looked is not meant.
     let pids: Vec<i32> =
         open.iter().map(|open| open.pid).collect::<HashSet<_>>().into_iter().collect();
     let again = find(&all(&pids));
     let ((pid, number), _) = first.into_iter().find(|(at, inode)| again.get(at) == Some(inode))?;
+
     Some(
         Problem::new(
             "an epoll of the container watches what its process has not open",

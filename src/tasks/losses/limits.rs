@@ -122,6 +122,7 @@ fn compare(resources: &Value, read: impl Fn(&str) -> Option<String>) -> Vec<Stri
         let bytes = value.as_i64()?;
         Some(if bytes > 0 { (bytes & !0xfff).to_string() } else { "max".to_owned() })
     };
+
     let cpu = &resources["cpu"];
     let quota = limit(&cpu["quota"])
         .map(|quota| format!("{quota} {}", cpu["period"].as_u64().unwrap_or(100_000)));
@@ -130,6 +131,7 @@ fn compare(resources: &Value, read: impl Fn(&str) -> Option<String>) -> Vec<Stri
         ("pids.max", limit(&resources["pids"]["limit"])),
         ("cpu.max", quota),
     ];
+
     let differs = |(name, wanted): (&str, Option<String>)| {
         let (wanted, now) = (wanted?, read(name)?);
         let same = match name {
@@ -142,6 +144,7 @@ fn compare(resources: &Value, read: impl Fn(&str) -> Option<String>) -> Vec<Stri
         };
         (!same).then(|| format!("{name} ({now}, not {wanted})"))
     };
+
     wanted.into_iter().filter_map(differs).collect()
 }
 
@@ -181,6 +184,7 @@ mod tests {
             };
             compare(&config, read).join(", ")
         };
+
         assert_eq!(told("67108864", "40", "50000 100000"), "");
         assert_eq!(told("99999744", "40", "50000 100000"), "memory.max (99999744, not 67108864)");
         assert_eq!(told("67108864", "33", "max 100000").matches(" (").count(), 2);

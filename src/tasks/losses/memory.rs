@@ -134,6 +134,7 @@ fn nameless(pid: i32, maps: &str) -> Option<Problem> {
         }
         seen = mapping.name;
         let link = format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start, mapping.end);
+
         // CRIU counts what is stored, holes not.
         let Ok(meta) = fs::metadata(link) else { continue };
         let size = meta.blocks().saturating_mul(512);
@@ -152,6 +153,7 @@ fn nameless(pid: i32, maps: &str) -> Option<Problem> {
             );
         }
     }
+
     None
 }
 

@@ -51,6 +51,7 @@ pub fn problems(scene: Scene<'_>, bundle: Option<&Bundle>) -> Vec<Problem> {
     found.extend(strangers::problems(scene));
     found.extend(aio::problem(&aio::rings(scene.tasks)));
     found.extend(sleepers::problem(scene.tasks));
+
     // Those do not go, whatever they have; some are only being put there.
     let guests = strangers::find(scene);
     let mut own = scene.tasks.to_vec();
@@ -58,6 +59,7 @@ pub fn problems(scene: Scene<'_>, bundle: Option<&Bundle>) -> Vec<Problem> {
     let scene = Scene { tasks: &own, ..scene };
     found.extend(tasks::problems(scene, bundle));
     found.extend(bundle.and_then(|bundle| limits::changed(scene.init, bundle)));
+
     let open = files::all(scene.tasks);
     found.extend(files::problems(scene, &open));
     found.extend(outside::problems(scene, &open));
@@ -65,10 +67,12 @@ pub fn problems(scene: Scene<'_>, bundle: Option<&Bundle>) -> Vec<Problem> {
     found.extend(sockets::problems(scene, &open));
     found.extend(memory::problems(scene, bundle));
     found.extend(settings::problem(scene.tasks));
+
     let mounts = process::proc_text(scene.init, "mountinfo").unwrap_or_default();
     let bound = bundle.map(Bundle::bind_mounts).unwrap_or_default();
     let bound: Vec<PathBuf> = bound.into_iter().map(|mount| mount.destination).collect();
     found.extend(mounts::shared(&mounts, &bound));
+
     found
 }
 

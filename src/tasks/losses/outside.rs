@@ -39,10 +39,12 @@ fn file(scene: Scene<'_>, open: &[&OpenFile]) -> Option<Problem> {
         if !one.target.is_absolute() || nameless {
             return false;
         }
+
         let Some(mount) = one.info("mnt_id").filter(|mount| !first.contains(mount)) else {
             return false;
         };
         let is_file = fs::metadata(one.path()).is_ok_and(|meta| meta.is_file() || meta.is_dir());
+
         // Some have mounts of their own.
         let all = all.get_or_insert_with(|| {
             scene.tasks.iter().flat_map(|pid| numbers(*pid)).collect::<HashSet<String>>()
@@ -50,6 +52,7 @@ fn file(scene: Scene<'_>, open: &[&OpenFile]) -> Option<Problem> {
         let queue = || tmpfs::is_message_queue(&one.path()).unwrap_or(false);
         is_file && !all.is_empty() && !all.contains(&mount) && !queue()
     })?;
+
     Some(
         Problem::new(
             format!(
@@ -116,12 +119,14 @@ fn other_end(scene: Scene<'_>, ends: &[OpenEnd<'_>]) -> Option<Problem> {
     let number = |entry: fs::DirEntry| entry.file_name().to_str()?.parse::<i32>().ok();
     let all = fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(number);
     let others = all.filter(|pid| !scene.tasks.contains(pid) && group(*pid) != own);
+
     let (one, holder) = others.into_iter().find_map(|pid| {
         let list = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
         let target = list.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
         let mut known = target.filter_map(|target| names.get(&*target).copied());
         known.next().map(|one| (one, pid))
     })?;
+
     let what = if one.is_pipe() { "pipe" } else { "unix connection" };
     Some(
         Problem::new(

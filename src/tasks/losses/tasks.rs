@@ -97,6 +97,7 @@ fn elsewhere(scene: Scene<'_>) -> Option<Problem> {
     let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
     let parents: HashMap<i32, i32> = numbers.filter_map(|pid| Some((pid, parent(pid)?))).collect();
     let left = descendants(scene.init, &parents).into_iter().filter(|pid| !own.contains(pid));
+
     // It may have been born, or have ended, since the group was listed.
     let first = group(scene.init)?;
     let pid = left

@@ -67,9 +67,11 @@ pub fn problem(scene: Scene<'_>, open: &[OpenFile]) -> Option<Problem> {
                 .hint("have the program watch less, or start it anew over there"),
         );
     }
+
     // What was deleted or made while we looked is not meant.
     let again = if found.lost.is_empty() { return None } else { look(scene, open).lost };
     let (pid, _) = found.lost.into_iter().find(|lost| again.contains(lost))?;
+
     Some(
         Problem::new(
             "the container watches what CRIU cannot find by a name (inotify)",
@@ -99,6 +101,7 @@ fn look(scene: Scene<'_>, open: &[OpenFile]) -> FoundWatches {
         .flatten()
         .collect();
     let mut found = FoundWatches::default();
+
     if watches.is_empty() {
         return found;
     }
@@ -113,6 +116,7 @@ fn look(scene: Scene<'_>, open: &[OpenFile]) -> FoundWatches {
         if here.is_empty() || !seen.insert(mount.device) {
             continue;
         }
+
         if mount.kind == "proc" {
             found.lost.extend(here);
             continue;
@@ -127,6 +131,7 @@ fn look(scene: Scene<'_>, open: &[OpenFile]) -> FoundWatches {
             found.lost.extend(here.into_iter().filter(lost));
             continue;
         }
+
         match names {
             Ok(names) => {
                 let lost = |(_, watch): &(i32, Watch)| !names.contains_key(&watch.inode);
@@ -138,6 +143,7 @@ fn look(scene: Scene<'_>, open: &[OpenFile]) -> FoundWatches {
             Err(e) => found.wide = Some(format!("{e:#}")),
         }
     }
+
     found.paths.sort_by_key(|path| (std::cmp::Reverse(path.matches('/').count()), path.clone()));
     found.paths.dedup();
     found

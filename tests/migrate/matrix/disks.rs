@@ -95,11 +95,13 @@ fn each_write(lab: &Lab, kind: Kind, error: &str) -> Outcome {
             if !full() && !SOME.contains(&(on_source, step)) {
                 continue;
             }
+
             // Forwarded is what is not at home: that it stays is tried from home.
             let case = format!(
                 "{error} at {step} on the {}",
                 if on_source { "source" } else { "destination" }
             );
+
             let fault = format!("journal.{step}:{error}");
             let (own, other) = match (on_source, given_up) {
                 (_, false) => (format!("FERRY_FAULT={fault}"), "A=".to_owned()),
@@ -110,6 +112,7 @@ fn each_write(lab: &Lab, kind: Kind, error: &str) -> Outcome {
                     (format!("FERRY_FAULT={fault}"), "FERRY_FAULT=source.commit:error".to_owned())
                 }
             };
+
             let (ours, theirs) = if on_source { (&own, &other) } else { (&other, &own) };
             let there = world.other(&here);
             let ended = world.begin(&there, ours, theirs)?.end(PATIENT)?;
@@ -122,6 +125,7 @@ fn each_write(lab: &Lab, kind: Kind, error: &str) -> Outcome {
                 clears_away(&mut world, &now)?;
                 world.is_content()
             });
+
             if let Err(e) = all {
                 failed.push(format!("{case}: {e}\nmigrate: {ended}"));
                 // Whether those after it are right can be told only where this one has not lost it.
@@ -131,6 +135,7 @@ fn each_write(lab: &Lab, kind: Kind, error: &str) -> Outcome {
             }
         }
     }
+
     ensure!(failed.is_empty(), "{}", failed.join("\n\n"));
     world.goes_on(&here)
 }

@@ -100,9 +100,11 @@ pub fn settle_and_tell(
             return Ok((here, String::new()));
         }
     }
+
     if by == By::Itself && !verdict && loses.is_none() {
         return Err(format!("nobody goes on by himself\n{}", state_of(world)));
     }
+
     // As the unit does it at boot, on either host.
     let mut said = String::new();
     for _ in 0..3 {
@@ -115,11 +117,13 @@ pub fn settle_and_tell(
             return Ok((here, said));
         }
     }
+
     let Some(why) = loses else {
         return Err(format!("it runs nowhere{said}\n{}", state_of(world)));
     };
     ensure!(WORDS.iter().any(|w| said.contains(w)), "{why}: nobody says what can be done{said}");
     world.a.ferry(&["resolve", "box", "--keep"])?.exits(0)?;
+
     // What its clients have been told since, it does not know.
     world.watch()?;
     Ok((world.a.clone(), said))

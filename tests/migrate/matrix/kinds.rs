@@ -105,11 +105,13 @@ impl<'a> World<'a> {
                 container
             }
         };
+
         if kind == Kind::Forward {
             a.sh(&format!("ip -n box route add default via {}", lab.address(1)))?;
         }
         let mut world = World { lab, kind, container, a, b, probe: None };
         world.watch()?;
+
         Ok(world)
     }
 

@@ -60,6 +60,7 @@ fn cut(lab: &Lab, kind: Kind, point: &str, at: At) -> Outcome {
     until("the cable has been out for longer than every limit", LONG, || {
         Ok((began.elapsed() > OUT).then_some(()))
     })?;
+
     lab.link(&["b", "--mend"])?;
     let ended = running.end(PATIENT)?;
     let all = (|| {
@@ -69,6 +70,7 @@ fn cut(lab: &Lab, kind: Kind, point: &str, at: At) -> Outcome {
         ensure!(matches!((after, ended.code), (false, 1) | (true, 0 | 4)), "an unexpected end");
         let here = settle(&mut world, By::Itself, None, &ended)?;
         ensure!((here.name == "b") == after, "it runs on {}", here.name);
+
         // Both who wait for a link, and TCP's own timers, have become slow meanwhile.
         world.rests_on(&here, LONG)?;
         until("its clients are answered", LONG, || Ok(world.answers().is_ok().then_some(())))?;
@@ -76,5 +78,6 @@ fn cut(lab: &Lab, kind: Kind, point: &str, at: At) -> Outcome {
         world.goes_on(&here)?;
         world.rests_on(&world.other(&here), SHORT)
     })();
+
     all.map_err(|e| format!("{e}\nmigrate: {ended}"))
 }

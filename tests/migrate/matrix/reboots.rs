@@ -119,6 +119,7 @@ fn rebooted(
     if on_source != is_source {
         std::fs::remove_file(&file).map_err(|e| format!("{}: {e}", file.display()))?;
     }
+
     let said = at_boot(&down)?;
     let ended = running.end(PATIENT)?;
     both(&world)?;
@@ -127,6 +128,7 @@ fn rebooted(
         Gone => is_gone(&mut world, &said),
         Operator => operator_says(&mut world),
     };
+
     all.map_err(|e| format!("{e}\nat boot: {said}\nmigrate: {ended}"))
 }
 
@@ -173,6 +175,7 @@ fn is_gone(world: &mut World, said: &Output) -> Outcome {
                 host.ferry(&["resolve", "box", "--keep"])?;
             }
         }
+
         let all = both(world)?;
         let left = all
             .iter()
@@ -180,6 +183,7 @@ fn is_gone(world: &mut World, said: &Output) -> Outcome {
         last = format!("{:?} {:?}", all[0].migrations, all[1].migrations);
         Ok((!left).then_some(()))
     });
+
     clean.map_err(|e| format!("{e}\n{words}\n{last}"))?;
     Ok(())
 }

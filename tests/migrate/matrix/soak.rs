@@ -50,6 +50,7 @@ fn soak(lab: &Lab, times: u32) -> Outcome {
         .with(&["--arg", "--files", "--arg", "/data", "--arg", "--files-size", "--arg", "1M"])
         .at("/srv/local/box");
     container.start(lab, &a)?;
+
     let mut probe = Probe::every(lab, &container, 3, "10ms")?;
     let (mut here, mut there) = (&a, &b);
     let mut first = None;
@@ -65,6 +66,7 @@ fn soak(lab: &Lab, times: u32) -> Outcome {
             if i == FIRST {
                 first = Some([count(&a)?, count(&b)?]);
             }
+
             if i % 100 == 0 {
                 eprintln!(
                     "{i} migrations in {:?}: {:?} {:?}",
@@ -75,11 +77,13 @@ fn soak(lab: &Lab, times: u32) -> Outcome {
             }
         }
     }
+
     // On the same host as then.
     if (times - FIRST) % 2 == 1 {
         here.ferry(&["migrate", "box", there.name])?.exits(0)?;
         exactly_one_copy(&container, there, here)?;
     }
+
     let first = first.ok_or("too few")?;
     for (host, before) in [&a, &b].into_iter().zip(&first) {
         let now = count(host)?;
@@ -94,5 +98,6 @@ fn soak(lab: &Lab, times: u32) -> Outcome {
             );
         }
     }
+
     Ok(())
 }

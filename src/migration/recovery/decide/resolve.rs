@@ -148,6 +148,7 @@ fn not_handed_over(
             _ => NextDeed::RunsOn,
         };
     }
+
     match (word, there) {
         (Some(OperatorWord::Keep), _) => NextDeed::Abandon,
         (_, There::Unasked) => NextDeed::Ask(None),

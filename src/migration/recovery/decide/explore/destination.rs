@@ -14,6 +14,7 @@ impl Steps<'_> {
         if b.copy != Copy::None && !b.lacking && !b.all_in && b.receive != Receive::Gone {
             self.goes("b: the last page is in", World::pages_in);
         }
+
         let phase = phase(&b);
         match b.receive {
             Receive::Arriving if now.sent && now.to_b.next().is_none() && !now.to_b.ended => {
@@ -56,11 +57,13 @@ impl Steps<'_> {
             }),
             _ => {}
         }
+
         if b.receive == Receive::Held && b.copy == Copy::None {
             self.goes("b: sees that the copy has died", |w| {
                 w.hear(rules, phase, CopyEvent::Broken)
             });
         }
+
         if b.receive == Receive::Gone || b.receive == Receive::Undoing {
             return;
         }
@@ -70,6 +73,7 @@ impl Steps<'_> {
                 Said::Abort => ("b: hears Abort", Some(CopyEvent::Verdict(Verdict::Abort))),
                 _ => ("b: hears Finished", None),
             };
+
             self.goes(what, |w| {
                 w.to_b.drop_next();
                 match event {
@@ -79,6 +83,7 @@ impl Steps<'_> {
                 }
             });
         }
+
         if now.broken && !now.to_b.ended {
             let kind = if now.to_b.next().is_some() { Kind::May } else { Kind::Goes };
             self.add(kind, "b: hears the link's end", |w| {
@@ -93,6 +98,7 @@ impl Steps<'_> {
         if now.b.receive != Receive::Gone {
             return;
         }
+
         match now.b.pager {
             Pager::Watches => match (rules.pages)(now.b.lines.last()) {
                 Pages::Nothing => self.goes("b's guard ends", |w| w.b.pager = Pager::Gone),
@@ -227,6 +233,7 @@ impl World {
             self.hear(rules, phase, event);
             return (rules.hear)(phase, event).1;
         }
+
         if rules.guard_answers && self.b.pager != Pager::Gone && !self.b.lines.last().is_over() {
             let running = match self.b.pager {
                 Pager::GoesOn => false,
@@ -237,6 +244,7 @@ impl World {
             let phase = CopyPhase::Started { running, whole: false, lacking: self.b.lacking };
             return (rules.hear)(phase, verdict.map_or(CopyEvent::Asked, CopyEvent::Verdict)).1;
         }
+
         loop {
             match (rules.answer)(self.left()) {
                 Answer::Is(standing) => return Some(standing),

@@ -82,6 +82,7 @@ impl Explored {
             all.worlds.push(first);
             all.from.push(NONE);
         }
+
         let mut at = 0;
         while at < all.worlds.len() {
             let now = all.worlds[at];
@@ -100,9 +101,11 @@ impl Explored {
                 }
                 all.steps += 1;
             }
+
             all.next.push(next);
             at += 1;
         }
+
         all.check_ends(rules)?;
         Ok(all)
     }
@@ -307,6 +310,7 @@ fn other_rules_do_not_hold() {
             "two copies run",
         ),
     ];
+
     for (what, rules, faults, wrong) in mutants {
         match Explored::explore(&rules, faults, 0) {
             Ok(all) => panic!("{what}: nothing is wrong with it in {} states", all.worlds.len()),

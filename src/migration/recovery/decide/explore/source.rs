@@ -80,6 +80,7 @@ impl Steps<'_> {
                         w.a.heard |= said == Said::Undone;
                     });
                 }
+
                 let knows = now.a.heard || rules.end_tells && now.to_a.ended;
                 let kind = if said.is_none() { Kind::Goes } else { Kind::May };
                 self.add(kind, "a: ends", |w| {
@@ -93,6 +94,7 @@ impl Steps<'_> {
             }
             Migrate::Sent | Migrate::Looks(_) | Migrate::Gone => {}
         }
+
         let hears = !matches!(now.a.migrate, Migrate::Gone | Migrate::Noted);
         if now.broken && !now.to_a.ended && hears {
             let kind = if said.is_some() { Kind::May } else { Kind::Goes };
@@ -135,6 +137,7 @@ impl Steps<'_> {
                             if rules.guard_looks_again { Guard::Watches } else { Guard::Gone };
                     });
                 }
+
                 if state.is_over() {
                     return self.goes("a: somebody was quicker", |w| w.ends(who));
                 }

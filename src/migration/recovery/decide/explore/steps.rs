@@ -118,6 +118,7 @@ impl<'a> Steps<'a> {
         if !now.broken {
             self.fault("FAULT: the link breaks", |w| w.broken = true);
         }
+
         if now.a.migrate != Migrate::Gone {
             self.fault("FAULT: ferry migrate is killed", World::migrate_ends);
         }
@@ -127,17 +128,20 @@ impl<'a> Steps<'a> {
                 w.ends(Who::Guard);
             });
         }
+
         if now.a.resolve.is_some() {
             self.fault("FAULT: ferry resolve is killed", |w| w.ends(Who::Resolve));
         }
         if matches!(now.a.migrate, Migrate::Copying | Migrate::Sent) {
             self.fault("FAULT: a is interrupted", |w| w.a.migrate = Migrate::GivesUp);
         }
+
         if now.a.migrate == Migrate::Noted {
             self.fault("FAULT: the disk does not take committed", |w| {
                 w.a.migrate = Migrate::GivesUp;
             });
         }
+
         if now.b.receive != Receive::Gone {
             self.fault("FAULT: ferry receive is killed", |w| {
                 w.b.receive = Receive::Gone;
@@ -145,12 +149,14 @@ impl<'a> Steps<'a> {
                 w.bereave();
             });
         }
+
         if now.b.pager != Pager::Gone {
             self.fault("FAULT: b's guards are killed", |w| {
                 w.b.pager = Pager::Gone;
                 w.bereave();
             });
         }
+
         if now.b.copy == Copy::Held {
             self.fault("FAULT: CRIU is killed at b", World::lose);
         }
@@ -162,6 +168,7 @@ impl<'a> Steps<'a> {
                 }
             });
         }
+
         for lines in now.a.lines.crashed() {
             self.fault("FAULT: a goes down", |w| {
                 w.ends(Who::Guard);
@@ -172,6 +179,7 @@ impl<'a> Steps<'a> {
                 w.past.ran_on |= now.a.container == Container::Running && now.sent;
             });
         }
+
         for lines in now.b.lines.crashed() {
             self.fault("FAULT: b goes down", |w| {
                 w.lose();
@@ -202,6 +210,7 @@ impl<'a> Steps<'a> {
                 (Some(OperatorWord::Keep), "WORD: resolve --keep at a"),
                 (Some(OperatorWord::Discard), "WORD: resolve --discard at a"),
             ];
+
             for (word, what) in words {
                 self.may(what, |w| {
                     w.words -= 1;
@@ -216,6 +225,7 @@ impl<'a> Steps<'a> {
                 });
             }
         }
+
         if !now.b.lines.last().is_over() {
             for (verdict, what) in [
                 (Verdict::Commit, "WORD: resolve --keep at b"),
