@@ -70,7 +70,7 @@ impl Target {
         self
     }
 
-    /// What means something in these inputs: magic numbers, names of fields.
+    /// Takes what means something in these inputs: magic numbers, names of fields.
     pub(crate) fn words(mut self, words: &[&'static [u8]]) -> Target {
         self.words.extend(words);
         self
@@ -143,7 +143,7 @@ impl Target {
     }
 }
 
-/// What a decoder says that finds something, or nothing, and no error: how much of what.
+/// Returns what a decoder says that finds something, or nothing, and no error: how much of what.
 pub(crate) fn found(counts: &[usize]) -> Result<()> {
     let word = |count: &usize| "n".repeat(1 + *count.min(&20));
     Err(anyhow!("{}", counts.iter().map(word).collect::<Vec<_>>().join(" ")))
@@ -231,7 +231,7 @@ impl Drop for Trial<'_> {
     }
 }
 
-/// What is wrong with what the decoder does; else a number for what it says.
+/// Returns what is wrong with what the decoder does; else a number for what it says.
 fn judge(input: &[u8], room: usize, decode: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<u64> {
     let before = cpu_time();
     let (result, bytes) = peak_of(|| catch_unwind(AssertUnwindSafe(|| decode(input))));
@@ -296,7 +296,7 @@ impl Random {
         (self.next() % end as u64) as usize
     }
 
-    /// One of them.
+    /// Picks one.
     pub(crate) fn of<'a, T>(&mut self, list: &'a [T]) -> &'a T {
         &list[self.below(list.len())]
     }

@@ -68,12 +68,12 @@ pub struct Advice {
 }
 
 impl Advice {
-    /// What to do about it.
+    /// Returns what to do about it.
     pub fn hints(&self) -> &[String] {
         &self.hints
     }
 
-    /// What another error means, which knows what to do about it.
+    /// Returns what another error means, which knows what to do about it.
     pub fn over(why: anyhow::Error, source: anyhow::Error) -> anyhow::Error {
         match why.downcast::<Advice>() {
             Ok(advice) => Advice { source: Some(source), ..advice }.into(),

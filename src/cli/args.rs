@@ -64,7 +64,7 @@ pub struct Globals {
 }
 
 impl Globals {
-    /// Where errors go besides stderr.
+    /// Returns where errors go besides stderr.
     pub fn error_log(&self) -> ErrorLog {
         ErrorLog { file: self.log.clone(), format: self.log_format }
     }
@@ -566,7 +566,7 @@ fn container_id(text: &str) -> Result<String, String> {
 }
 
 impl MigrateArgs {
-    /// Whether the source must refuse to start the container afterwards.
+    /// Tells whether the source must refuse to start the container afterwards.
     pub fn mark(&self) -> bool {
         !self.no_mark
     }

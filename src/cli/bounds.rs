@@ -48,7 +48,7 @@ impl Bounds {
         Bounds { until: Some(until), step: self.step.clone() }
     }
 
-    /// How long another host or process may take for one answer.
+    /// Returns how long another host or process may take for one answer.
     pub fn answer(&self) -> Duration {
         self.left().min(verdicts::LIMIT)
     }

@@ -27,7 +27,7 @@ pub fn check(globals: &Globals, args: &CheckArgs) -> Result<(), Failed> {
     tell_check(&problems, result, &conclusion, args.json)
 }
 
-/// Whether this host can send and receive; what is fine about it.
+/// Tells whether this host can send and receive; what is fine about it.
 fn check_host(globals: &Globals, problems: &mut Vec<Problem>) -> String {
     problems.extend(host::receiving_problems(false));
     // Containers without an address can come all the same.
@@ -59,7 +59,7 @@ fn check_host(globals: &Globals, problems: &mut Vec<Problem>) -> String {
     )
 }
 
-/// What stands in a container's way, here or on its way to the destination; else the conclusion.
+/// Returns what stands in a container's way, here or on its way to the destination; else the conclusion.
 fn check_container(
     globals: &Globals,
     args: &CheckArgs,

@@ -24,12 +24,12 @@ pub(super) fn runtime(globals: &Globals) -> Result<Runtime, Failed> {
     Ok(Runtime::new(found.path, globals.root.clone(), globals.systemd_cgroup))
 }
 
-/// Where journals are.
+/// Returns where journals are.
 pub(super) fn state_dir() -> Result<PathBuf, Failed> {
     Ok(Config::load().map_err(Failed::refused)?.state_dir())
 }
 
-/// How the other host is reached.
+/// Returns how the other host is reached.
 pub(super) fn reach(destination: &DestinationArg, remote: &RemoteArgs) -> Result<Reach, Failed> {
     Ok(match destination {
         DestinationArg::Unix(path) => Reach::Unix(path.clone()),

@@ -59,7 +59,7 @@ pub fn run(line: Vec<OsString>, ferry_runtime: Option<OsString>, log: &ErrorLog)
     }
 }
 
-/// Where each verb goes.
+/// Returns where each verb goes.
 fn dispatch(globals: &Globals, verb: Verb) -> Result<(), Failed> {
     match verb {
         Verb::Migrate(args) => migrate::migrate(globals, &args),

@@ -75,7 +75,7 @@ pub fn run(scan: Scan) -> u8 {
 /// A shell's exit code for a command that is not there.
 const NONE: u8 = 127;
 
-/// What we say ourselves, whatever the runtime says.
+/// Returns what we say ourselves, whatever the runtime says.
 fn own(command: &Command) -> Option<String> {
     match command {
         Command::Version => Some(version()),
@@ -134,7 +134,7 @@ fn help() -> String {
     text
 }
 
-/// Whether a migration expects this call of an engine's: it is part of that, then.
+/// Tells whether a migration expects this call of an engine's: it is part of that, then.
 fn expected(scan: &Scan, runtime: &FoundRuntime, ids: &[OsString]) -> Option<calls::Expectation> {
     let verb = scan.verb.as_ref()?.to_str()?;
     let root = scan.root.clone().unwrap_or_else(|| runtime.default_root());

@@ -63,7 +63,7 @@ impl From<anyhow::Error> for Stuck {
     }
 }
 
-/// How long other hosts and processes may take where nothing else was said.
+/// Time that other hosts and processes may take where nothing else was said.
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// `ferry resolve`.
@@ -323,7 +323,7 @@ fn reach_by(journal: &mut Journal, remote: &RemoteArgs) -> Result<(), Failed> {
     Ok(())
 }
 
-/// What is said of a migration that was given up.
+/// Returns what is said of a migration that was given up.
 fn stayed(tasks: Tasks) -> &'static str {
     match tasks {
         Tasks::Here => "it runs on here",
@@ -513,7 +513,7 @@ fn runs_here(journal: &Journal) -> &'static str {
     }
 }
 
-/// Where a journal's host keeps its state.
+/// Returns where a journal's host keeps its state.
 fn state_dir(journal: &Journal) -> &Path {
     undo::state_dir(journal)
 }
@@ -557,7 +557,7 @@ fn resolve_mark(
     }
 }
 
-/// Whether a copy of the container may be held elsewhere that waits to be told this.
+/// Tells whether a copy of the container may be held elsewhere that waits to be told this.
 fn is_given_up(journal: &Journal) -> bool {
     journal.record.role == Role::Source && journal.state() == State::Aborted
 }

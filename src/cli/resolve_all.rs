@@ -23,11 +23,11 @@ use crate::problem::{Advice, advice};
 use crate::report::exit::Failed;
 use crate::sys::notify::Readiness;
 
-/// How long another host may take for one answer.
+/// Time that another host may take for one answer.
 const ANSWER: Duration = Duration::from_secs(15);
 /// The same for a process of this host.
 const AT_ONCE: Duration = Duration::from_secs(2);
-/// How long engines are kept from starting, at most, where hosts do not answer at boot.
+/// Time that engines are kept from starting, at most, where hosts do not answer at boot.
 const BOOT: Duration = Duration::from_secs(20);
 /// Before something is tried a second time, and at most.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -57,7 +57,7 @@ fn deed(role: Role, state: State, untold: bool, under_way: bool) -> Option<Deed>
     }
 }
 
-/// What somebody who is at it here may wait for in vain: of whether the other host has lost it for good
+/// Returns what somebody who is at it here may wait for in vain: of whether the other host has lost it for good
 /// he knows nothing.
 fn waits(journal: &Journal) -> String {
     let record = &journal.record;

@@ -61,7 +61,7 @@ impl Config {
         }
     }
 
-    /// Where ferry keeps what must outlive a reboot: away-marks, the journal.
+    /// Returns where ferry keeps what must outlive a reboot: away-marks, the journal.
     pub fn state_dir(&self) -> PathBuf {
         set("FERRY_STATE")
             .map(PathBuf::from)
@@ -201,7 +201,7 @@ fn may_execute(path: &Path) -> bool {
     access(path, AccessFlags::X_OK).is_ok()
 }
 
-/// Whether a file is this program, or a copy of it.
+/// Tells whether a file is this program, or a copy of it.
 fn is_ourselves(path: &Path, file: &fs::Metadata) -> bool {
     let Ok(us) = fs::metadata("/proc/self/exe") else { return false };
     if (us.dev(), us.ino()) == (file.dev(), file.ino()) {

@@ -111,7 +111,7 @@ impl<'a> Flag<'a> {
         names.iter().any(|name| name.as_bytes() == self.name)
     }
 
-    /// Whether a switch is on: its value is optional and in Go's spelling.
+    /// Tells whether a switch is on: its value is optional and in Go's spelling.
     fn is_on(&self) -> bool {
         let on = ["1", "t", "T", "true", "TRUE", "True"];
         self.value.is_none_or(|value| on.iter().any(|word| value == *word))
@@ -287,7 +287,7 @@ fn value(arguments: &[OsString], names: &[&str]) -> Option<OsString> {
     found
 }
 
-/// What may be the ID among the arguments of a guarded verb: flags may stand behind it too.
+/// Returns what may be the ID among the arguments of a guarded verb: flags may stand behind it too.
 fn positionals(arguments: &[OsString]) -> Vec<OsString> {
     let mut found = Vec::new();
     let mut rest = arguments.iter();

@@ -153,7 +153,7 @@ impl Lifted {
         Ok(())
     }
 
-    /// How many they are, when the last has been sent.
+    /// Returns how many they are, when the last has been sent.
     ///
     /// # Errors
     /// When one could not be taken down, or the link is gone.

@@ -65,7 +65,7 @@ impl GuardCommands {
         Ok((GuardCommands(Arc::new(Mutex::new(guard))), theirs))
     }
 
-    /// Who has the other end: it has gone only when this process has.
+    /// Returns who has the other end: it has gone only when this process has.
     ///
     /// # Errors
     /// When it has already.
@@ -99,7 +99,7 @@ impl GuardCommands {
     }
 }
 
-/// What the guard answers to an order, if it does.
+/// Returns what the guard answers to an order, if it does.
 fn heard(socket: &OwnedFd, order: GuardCommand, watch: Option<&TracerWatch>) -> Option<Result<()>> {
     send(socket, order).ok()?;
     let until = Instant::now() + LIMIT;
@@ -150,7 +150,7 @@ impl<S: AsFd> GuardSocket<'_, S> {
         }
     }
 
-    /// What has become of an order.
+    /// Returns what has become of an order.
     ///
     /// # Errors
     /// When Ferry has died.

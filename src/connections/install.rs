@@ -226,12 +226,12 @@ impl Landed {
         Ok(())
     }
 
-    /// How many they are.
+    /// Returns how many they are.
     pub fn count(&self) -> usize {
         self.list.len()
     }
 
-    /// What is not as it was: Multipath TCP that this kernel does not have.
+    /// Returns what is not as it was: Multipath TCP that this kernel does not have.
     pub fn changed(&self) -> Option<Problem> {
         let lacking = |built: &&Built| built.wake.is_none() && !is_mptcp(&built.socket);
         let built = self.list.iter().find(lacking)?;

@@ -41,7 +41,7 @@ pub fn raise_limit() -> Result<RawFd> {
     Ok(wanted as RawFd)
 }
 
-/// How many connections a process can hold that gets no descriptors from `limit` on.
+/// Returns how many connections a process can hold that gets no descriptors from `limit` on.
 pub fn room(limit: RawFd) -> usize {
     usize::try_from(limit - OWN).unwrap_or(0).min(MOST)
 }
@@ -108,7 +108,7 @@ impl Lifting {
         Ok(Lifting { known, cookies, announced: 0, vault, work, fresh, listeners, limit, stop })
     }
 
-    /// Those that were not known yet, in the order in which they are to be announced.
+    /// Returns those that were not known yet, in the order in which they are to be announced.
     ///
     /// # Errors
     /// When the kernel does not list them.

@@ -95,12 +95,12 @@ pub enum SocketKind {
 }
 
 impl ComingConnection {
-    /// Whether it is one that waits for connections.
+    /// Tells whether it is one that waits for connections.
     pub fn listens(&self) -> bool {
         matches!(self.kind, SocketKind::Listener(_))
     }
 
-    /// Whether it can be one.
+    /// Tells whether it can be one.
     ///
     /// # Errors
     /// Says what it is instead.
@@ -116,7 +116,7 @@ impl ComingConnection {
     }
 }
 
-/// How many of so many a thread is to do, where each takes some microseconds: there are up to four
+/// Returns how many of so many a thread is to do, where each takes some microseconds: there are up to four
 /// threads.
 fn share(all: usize) -> usize {
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(4);
@@ -199,7 +199,7 @@ impl Vault {
         Vault { entrance: None, exit }
     }
 
-    /// Where they come out again, for whoever is to have it as well.
+    /// Returns where they come out again, for whoever is to have it as well.
     pub fn exit(&self) -> BorrowedFd<'_> {
         self.exit.as_fd()
     }

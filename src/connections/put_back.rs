@@ -18,7 +18,7 @@ use crate::sys::stopped::Stopped;
 use crate::sys::{connection, fault};
 use crate::tasks::freezer::with_tasks_stopped;
 
-/// Whether connections were taken out of the tasks, or were about to be, and not put back. `work` is the
+/// Tells whether connections were taken out of the tasks, or were about to be, and not put back. `work` is the
 /// migration's directory.
 pub fn are_out(work: &Path) -> bool {
     work.join(extract::FILE).exists()
@@ -110,7 +110,7 @@ pub fn put_back(
     vault.empty()
 }
 
-/// Whether nothing of a process is left but its number.
+/// Tells whether nothing of a process is left but its number.
 fn is_dead(pid: i32) -> bool {
     fd_inject::numbers(pid).map_or(true, |numbers| numbers.is_empty())
 }

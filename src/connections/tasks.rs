@@ -135,7 +135,7 @@ impl ConnectedTask {
         let _ = self.orders.as_ref().map(|orders| orders.send(order));
     }
 
-    /// Those of the chosen that listen, by their place among the known ones.
+    /// Returns those of the chosen that listen, by their place among the known ones.
     pub(super) fn listeners(&self) -> impl Iterator<Item = usize> {
         self.chosen.iter().copied().filter(|at| self.known[*at].listens)
     }

@@ -178,7 +178,7 @@ const CAUSES: &[Cause] = &[
     (&["Cannot allocate memory"], "there was no memory for it on that host"),
 ];
 
-/// What to do about the first of these lines of which that is known. CRIU's first error is mostly the
+/// Returns what to do about the first of these lines of which that is known. CRIU's first error is mostly the
 /// cause of the others.
 pub fn hint<'a>(lines: impl Iterator<Item = &'a str>) -> Option<&'static str> {
     let about = |line: &str| {

@@ -30,14 +30,14 @@ const NOISE: [&str; 1] = [
     "Can't setup RLIMIT_NOFILE",
 ];
 
-/// How much CRIU is to write into its log, as its `-v` has it: warnings and errors, or all of it where
+/// Returns how much CRIU is to write into its log, as its `-v` has it: warnings and errors, or all of it where
 /// `--debug` shows that.
 pub fn log_level() -> i32 {
     if tracing::enabled!(tracing::Level::DEBUG) { 4 } else { 2 }
 }
 
-/// What CRIU did not do, with the lines of its log that tell of errors, or its last ones; which process it
-/// was about, as `name` calls the one of that number; and a hint where the cause is known. CRIU's `answer`
+/// Returns what CRIU did not do, with the lines of its log that tell of errors, or its last ones; which process
+/// it was about, as `name` calls the one of that number; and a hint where the cause is known. CRIU's `answer`
 /// is one of these lines, and is not said twice.
 pub fn explained(
     what: &str,

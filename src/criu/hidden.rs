@@ -45,14 +45,14 @@ const ADVICE: [(&str, i32); 8] = [
 ];
 const HEAP: &str = "[heap]";
 
-/// Whether CRIU of this version (40201 for 4.2.1) was tried with mappings hidden from it.
+/// Tells whether CRIU of this version (40201 for 4.2.1) was tried with mappings hidden from it.
 pub fn was_tried(version: u32) -> bool {
     TRIED.contains(&version)
 }
 
-/// Whether CRIU need not see a mapping: private anonymous memory, of the heap or with whatever name the task
-/// has given it, without a protection key, and with no flags but those that are known to mean advice. So not
-/// what grows down, is locked, huge by itself, droppable, sealed, a shadow stack, a device's, the kernel's
+/// Tells whether CRIU need not see a mapping: private anonymous memory, of the heap or with whatever name the
+/// task has given it, without a protection key, and with no flags but those that are known to mean advice. So
+/// not what grows down, is locked, huge by itself, droppable, sealed, a shadow stack, a device's, the kernel's
 /// own, or has a userfaultfd of the task's.
 pub fn may_be_hidden(mapping: &Mapping, flags: &str, key: u32) -> bool {
     let plain = |name: &str| name.is_empty() || name == HEAP || name.starts_with("[anon:");
@@ -63,8 +63,8 @@ pub fn may_be_hidden(mapping: &Mapping, flags: &str, key: u32) -> bool {
         && relevant(flags).all(|flag| flag == UNRESERVED || ADVICE.iter().any(|a| a.0 == flag))
 }
 
-/// Whether CRIU need not see a mapping of anonymous shared memory of which it sees no other one: with no flags
-/// but those that mean advice.
+/// Tells whether CRIU need not see a mapping of anonymous shared memory of which it sees no other one: with no
+/// flags but those that mean advice.
 fn shared_may_be_hidden(mapping: &Mapping, flags: &str, key: u32) -> bool {
     mapping.is_nameless()
         && key == 0
@@ -133,7 +133,7 @@ impl KnownMappings {
         Some(known)
     }
 
-    /// Whether these are the same mappings, as far as `maps` tells.
+    /// Tells whether these are the same mappings, as far as `maps` tells.
     pub fn is_of(&self, maps: &str) -> bool {
         let mut lines = 0;
         let known = maps.lines().all(|line| {
@@ -157,7 +157,7 @@ impl KnownMappings {
         }
     }
 
-    /// What CRIU is shown of these mappings, the text of a `maps` file, and what not; `stacks` are the
+    /// Returns what CRIU is shown of these mappings, the text of a `maps` file, and what not; `stacks` are the
     /// threads' stack pointers, whose pages CRIU wants in its images: of a mapping that may be hidden it is
     /// shown those pages alone. Of `shared`, inodes, it is shown what has such a page, or must be seen.
     /// Nothing where it must see a mapping of which not all is known.

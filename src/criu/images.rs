@@ -39,7 +39,7 @@ const MEMFD: u32 = 0x4845_3499;
 pub struct PagemapEntry {
     /// Address of the first.
     pub vaddr: u64,
-    /// How many.
+    /// Number of them.
     pub pages: u64,
     /// `PE_*`.
     pub flags: u32,
@@ -301,7 +301,7 @@ pub(super) fn fields(record: &[u8]) -> Result<Vec<(u32, u64)>> {
     Ok(found)
 }
 
-/// What a field has that is text, or another message, with `input` at its length in `record`. Not
+/// Returns what a field has that is text, or another message, with `input` at its length in `record`. Not
 /// `read_bytes`, which sets memory aside for whatever length is claimed.
 pub(super) fn take_bytes<'a>(
     input: &mut CodedInputStream<'_>,

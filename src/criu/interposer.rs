@@ -139,7 +139,7 @@ impl Interposer {
     }
 }
 
-/// Whether the shim could do what was asked of it.
+/// Tells whether the shim could do what was asked of it.
 fn covered(hub: &UnixStream, deadline: Instant) -> Result<bool> {
     wait_readable(&[hub.as_fd()], Some(deadline))?;
     let (said, _) = scm::receive_stream(hub, shim::LONGEST)?

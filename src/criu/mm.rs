@@ -173,7 +173,7 @@ impl MmImage {
         Ok(())
     }
 
-    /// Whether exactly one mapping of the image holds all of a range. CRIU makes one of neighbours of the
+    /// Tells whether exactly one mapping of the image holds all of a range. CRIU makes one of neighbours of the
     /// kernel's.
     pub fn has_once(&self, range: &Range<u64>) -> bool {
         let next = self.areas.partition_point(|(area, _)| area.end <= range.start);
@@ -222,7 +222,7 @@ mod tests {
         }
     }
 
-    /// What CRIU writes for two mappings, and a guard in the first.
+    /// Returns what CRIU writes for two mappings, and a guard in the first.
     fn image() -> Vec<u8> {
         let mut body = Vec::new();
         let mut out = CodedOutputStream::vec(&mut body);

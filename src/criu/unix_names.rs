@@ -35,7 +35,7 @@ pub fn keep(image: &mut [u8], names: &[&[u8]]) -> Result<usize> {
     Ok(marks.len())
 }
 
-/// Where in a record it says that one of these is deleted.
+/// Returns where in a record it says that one of these is deleted.
 fn mark_of(record: &[u8], names: &[&[u8]]) -> Result<Option<usize>> {
     let mut input = CodedInputStream::from_bytes(record);
     while let Some(tag) = input.read_raw_tag_or_eof()? {

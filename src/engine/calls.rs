@@ -73,7 +73,7 @@ pub enum EngineVerb {
 }
 
 impl EngineVerb {
-    /// What the command line says.
+    /// Returns what the command line says.
     fn word(self) -> &'static str {
         match self {
             EngineVerb::Restore => "restore",
@@ -305,7 +305,7 @@ impl EngineCall {
         }
     }
 
-    /// Whether the engine does something between two calls, for which it needs the first process alone.
+    /// Tells whether the engine does something between two calls, for which it needs the first process alone.
     pub fn starts_apart(&self) -> bool {
         self.next.is_some()
     }
@@ -334,7 +334,7 @@ impl EngineCall {
         Ok(())
     }
 
-    /// Whether the engine knows what is restored, and waits for its end if it does not run.
+    /// Tells whether the engine knows what is restored, and waits for its end if it does not run.
     pub fn is_apart(&self) -> bool {
         self.apart
     }
@@ -346,7 +346,7 @@ impl EngineCall {
     }
 }
 
-/// Whether somebody expects this call, of one who may mean any of these containers. He is the only one
+/// Tells whether somebody expects this call, of one who may mean any of these containers. He is the only one
 /// that does from then on.
 pub fn taken(verb: &str, ids: &[OsString], root: &Path) -> Option<Expectation> {
     taken_in(Path::new(PLACE), verb, ids, root)

@@ -15,7 +15,7 @@ use serde_json::Value;
 use crate::oci::DEFAULT_PATH;
 use crate::sys::process;
 
-/// How long a question may take: an engine that is asked about a container waits for whoever works with it.
+/// Time that a question may take: an engine that is asked about a container waits for whoever works with it.
 pub(super) const LIMIT: Duration = Duration::from_secs(30);
 /// Most of what is read of what it says.
 const MAX_SAID: u64 = 4 << 20;
@@ -83,7 +83,7 @@ fn read(file: &mut File) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// What it says in JSON; `None` if it does not know what it is asked for.
+/// Returns what it says in JSON; `None` if it does not know what it is asked for.
 ///
 /// # Errors
 /// See [`run`]; when it says something else.

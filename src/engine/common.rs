@@ -25,7 +25,7 @@ pub(super) fn short(id: &str) -> &str {
     }
 }
 
-/// Whether something was asked for.
+/// Tells whether something was asked for.
 pub(super) fn is_set(value: &Value) -> bool {
     !matches!(value, Value::Null | Value::Bool(false))
         && value.as_array().is_none_or(|list| !list.is_empty())

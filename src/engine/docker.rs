@@ -277,7 +277,7 @@ fn end_monitor(id: &str) {
     }
 }
 
-/// What docker calls the container until it is noted.
+/// Returns what docker calls the container until it is noted.
 fn passing_name(made: &Made) -> Result<String> {
     let name = made.upper.file_name().and_then(|name| name.to_str());
     Ok(name.ok_or_else(|| anyhow!("a migration without a place"))?.to_owned())
@@ -297,7 +297,7 @@ fn store(info: &Value) -> EngineStore {
     }
 }
 
-/// Why what a container has changed of its image cannot be told.
+/// Returns why what a container has changed of its image cannot be told.
 fn store_problem(store: &EngineStore) -> Option<Problem> {
     (store.driver != "overlay2").then(|| {
         Problem::new(
@@ -311,7 +311,7 @@ fn store_problem(store: &EngineStore) -> Option<Problem> {
     })
 }
 
-/// Whether the runtime that docker has by this name is Ferry.
+/// Tells whether the runtime that docker has by this name is Ferry.
 fn is_ferry(info: &Value, name: &str) -> bool {
     let path = text(&info["Runtimes"][name]["path"]);
     let said = (!path.is_empty()).then(|| run(path, &["--version"], LIMIT).ok()).flatten();

@@ -26,7 +26,7 @@ pub(crate) trait Handover: Sync {
     /// The `--root` of a container's runtime, where that is not the runtime's own.
     fn root(&self, id: &str) -> Option<PathBuf>;
 
-    /// What a container needs of its engine on another host. `config` is its config.json. Nothing is
+    /// Returns what a container needs of its engine on another host. `config` is its config.json. Nothing is
     /// touched.
     ///
     /// # Errors
@@ -39,7 +39,7 @@ pub(crate) trait Handover: Sync {
     /// When the engine does not say.
     fn papers(&self, id: &str, root: &Path, work: &Path) -> Result<Papers>;
 
-    /// What is in the way here, and what is missing.
+    /// Returns what is in the way here, and what is missing.
     fn problems(&self, id: &str, wanted: &EngineWants) -> Vec<Problem>;
 
     /// Makes volumes. All that is made is in `made`.
@@ -60,11 +60,11 @@ pub(crate) trait Handover: Sync {
         work: &Path,
     ) -> Result<String>;
 
-    /// How it will call its runtime.
+    /// Returns how it will call its runtime.
     fn verb(&self) -> EngineVerb;
 
-    /// Where it has the container's log before it calls its runtime. `None`: in the bundle, as `ctr.log`,
-    /// and it writes to the end of whatever is there.
+    /// Returns where it has the container's log before it calls its runtime. `None`: in the bundle, as
+    /// `ctr.log`, and it writes to the end of whatever is there.
     fn log(&self, wanted: &EngineWants, id: &str) -> Option<PathBuf>;
 
     /// Has the engine make the container, which calls its runtime.
@@ -79,7 +79,7 @@ pub(crate) trait Handover: Sync {
     /// What stays.
     fn discard(&self, made: &Made) -> Result<()>;
 
-    /// Whether it learns that the container has left by a call of its runtime. Else it sees it end.
+    /// Tells whether it learns that the container has left by a call of its runtime. Else it sees it end.
     fn is_told(&self) -> bool;
 
     /// Tells the engine that the container leaves, or has it say when it has seen that.

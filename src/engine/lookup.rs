@@ -86,14 +86,14 @@ impl FoundName {
         }
     }
 
-    /// What an engine has of it, and no other.
+    /// Returns what an engine has of it, and no other.
     pub fn only(mut self, engine: Engine) -> FoundName {
         self.owned.retain(|owned| owned.engine == engine);
         self.silent.retain(|silent| *silent == engine);
         self
     }
 
-    /// Why it is not carried, if somebody has it.
+    /// Returns why it is not carried, if somebody has it.
     pub fn refusal(&self, asked: &str) -> Option<Problem> {
         let list = |owned: &Owned| {
             let name = owned.name.as_deref().unwrap_or("-");
@@ -117,7 +117,7 @@ impl FoundName {
     }
 }
 
-/// Whether an ID is the one that is wanted.
+/// Tells whether an ID is the one that is wanted.
 fn fits(id: &str, wanted: &str) -> bool {
     id == wanted || wanted.len() >= MIN_PREFIX && id.starts_with(wanted)
 }
@@ -128,7 +128,7 @@ fn of_daemon(engine: Engine, answer: &Value) -> Option<Owned> {
     Some(Owned::new(engine, EngineRole::Alone, answer["Id"].as_str()?, name))
 }
 
-/// Where containers/storage is: by its configuration, or by default. containers-storage.conf(5)
+/// Returns where containers/storage is: by its configuration, or by default. containers-storage.conf(5)
 fn stores(top: &Path) -> Vec<PathBuf> {
     #[derive(Deserialize)]
     struct Storage {
@@ -215,7 +215,7 @@ fn in_containerd(state: &Path, wanted: &str, names: &[String]) -> Vec<Owned> {
     found
 }
 
-/// Whose it is, by its bundle.
+/// Returns whose it is, by its bundle.
 fn owned(id: &str, bundle: &Path, name: Option<&str>) -> Option<Owned> {
     let config = Bundle::load(bundle).ok().map(|bundle| bundle.config);
     let annotations = config.map(|mut config| config["annotations"].take()).unwrap_or_default();
@@ -224,7 +224,7 @@ fn owned(id: &str, bundle: &Path, name: Option<&str>) -> Option<Owned> {
     Some(Owned::new(owned.engine, owned.role, id, name.or(owned.name.as_deref())))
 }
 
-/// What is in a directory; nothing if there is none.
+/// Returns what is in a directory; nothing if there is none.
 fn entries(directory: &Path) -> Vec<PathBuf> {
     let list = fs::read_dir(directory).into_iter().flatten();
     list.take(MAX_ENTRIES).flatten().map(|entry| entry.path()).collect()
@@ -253,7 +253,7 @@ mod tests {
         fs::write(path, text).unwrap();
     }
 
-    /// Who has it, by all the names that it has.
+    /// Returns who has it, by all the names that it has.
     fn told(top: &Path, names: &[&str]) -> Vec<String> {
         let mut all: Vec<String> = Vec::new();
         for name in names {

@@ -98,7 +98,7 @@ pub(crate) enum EngineRole {
 /// A container of an engine's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Owned {
-    /// Whose.
+    /// Engine that has it.
     pub engine: Engine,
     /// What it is there.
     pub role: EngineRole,
@@ -126,7 +126,7 @@ impl Owned {
         handover::of(self.engine).filter(|_| self.role == EngineRole::Alone)
     }
 
-    /// Why it is not carried, in the words of whoever asked for it by `asked`.
+    /// Returns why it is not carried, in the words of whoever asked for it by `asked`.
     pub fn refusal(&self, asked: &str) -> Problem {
         let engine = self.engine;
         let kind = match self.role {

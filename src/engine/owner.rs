@@ -72,7 +72,7 @@ fn parent(pid: i32) -> Option<Vec<String>> {
     Some(text.split('\0').map(str::to_owned).collect())
 }
 
-/// Whose it is, if it is an engine's.
+/// Returns whose it is, if it is an engine's.
 pub(crate) fn owner(facts: &Facts) -> Option<Owned> {
     let rules: [fn(&Facts) -> Option<Engine>; 6] =
         [by_manager, by_annotations, by_bundle, by_root, by_cgroup, by_parent];
@@ -80,7 +80,7 @@ pub(crate) fn owner(facts: &Facts) -> Option<Owned> {
     Some(Owned::new(engine, role(facts), &facts.id, name(facts)))
 }
 
-/// Whose a container is that our caller has us create, and its name there; `file` is its config.json.
+/// Returns whose a container is that our caller has us create, and its name there; `file` is its config.json.
 pub(crate) fn of_call(id: &str, root: &Path, file: &Path) -> Option<(Engine, String)> {
     let bundle = Bundle::load(file.parent()?).ok()?;
     let facts = Facts {
@@ -120,7 +120,7 @@ fn by_manager(facts: &Facts) -> Option<Engine> {
     }
 }
 
-/// What they write for themselves. podman marks its pods' containers in CRI-O's words.
+/// Returns what they write for themselves. podman marks its pods' containers in CRI-O's words.
 fn by_annotations(facts: &Facts) -> Option<Engine> {
     let families = [
         ("io.podman.", Engine::Podman),
@@ -131,7 +131,7 @@ fn by_annotations(facts: &Facts) -> Option<Engine> {
     families.iter().find(|(prefix, _)| facts.has_annotation(prefix)).map(|(_, engine)| *engine)
 }
 
-/// Where the bundle lies.
+/// Returns where the bundle lies.
 fn by_bundle(facts: &Facts) -> Option<Engine> {
     // containers/storage: …/DRIVER-containers/ID/userdata, of podman and of CRI-O.
     if facts.bundle.ends_with(Path::new(&facts.id).join("userdata")) {
@@ -144,7 +144,7 @@ fn by_bundle(facts: &Facts) -> Option<Engine> {
     parts.next().map(in_namespace)
 }
 
-/// Where the runtime was told to keep its state: nobody else does so there.
+/// Returns where the runtime was told to keep its state: nobody else does so there.
 fn by_root(facts: &Facts) -> Option<Engine> {
     let root = facts.root.strip_prefix("/var").unwrap_or(&facts.root);
     // docker: /run/docker/runtime-NAME/moby; containerd: /run/containerd/RUNTIME/NAMESPACE.
@@ -163,7 +163,7 @@ fn in_namespace(namespace: Component) -> Engine {
     }
 }
 
-/// How its control group is called: KIND-ID.scope by systemd; by cgroupfs podman has libpod-ID, and
+/// Returns how its control group is called: KIND-ID.scope by systemd; by cgroupfs podman has libpod-ID, and
 /// docker the ID below its own directory.
 fn by_cgroup(facts: &Facts) -> Option<Engine> {
     let kinds = [
@@ -185,7 +185,7 @@ fn by_cgroup(facts: &Facts) -> Option<Engine> {
     named.or_else(|| in_docker.then_some(Engine::Docker))
 }
 
-/// Who minds it: `conmon -c ID`, `containerd-shim-runc-v2 -namespace NS -id ID`.
+/// Returns who minds it: `conmon -c ID`, `containerd-shim-runc-v2 -namespace NS -id ID`.
 fn by_parent(facts: &Facts) -> Option<Engine> {
     let program = Path::new(facts.parent.first()?).file_name()?.to_str()?;
     let value =
@@ -199,7 +199,7 @@ fn by_parent(facts: &Facts) -> Option<Engine> {
     Path::new(namespace).components().next().map(in_namespace)
 }
 
-/// What it is to its engine. podman uses CRI-O's annotations for the members of its pods.
+/// Returns what it is to its engine. podman uses CRI-O's annotations for the members of its pods.
 fn role(facts: &Facts) -> EngineRole {
     let kinds = ["io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri.container-type"];
     let in_pod = facts.annotation("io.kubernetes.cri-o.SandboxID").is_some();
@@ -211,7 +211,7 @@ fn role(facts: &Facts) -> EngineRole {
     }
 }
 
-/// How its engine calls it: podman says so to conmon.
+/// Returns how its engine calls it: podman says so to conmon.
 fn name(facts: &Facts) -> Option<&str> {
     let names = [
         "nerdctl/name",

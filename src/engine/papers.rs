@@ -30,7 +30,7 @@ const MAX_PAPERS: usize = 1 << 20;
 /// What a container needs of its engine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EngineWants {
-    /// Which.
+    /// Engine that has it.
     pub engine: Engine,
     /// Its version.
     pub version: String,
@@ -146,7 +146,7 @@ pub struct Papers {
 /// What a migration makes on the destination that is the engine's.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Made {
-    /// Whose.
+    /// Engine that has it.
     pub engine: Engine,
     /// The container.
     pub container: String,
@@ -207,8 +207,8 @@ impl Made {
         id.parse().ok()
     }
 
-    /// Whether an operator means this one: by its name, with or without its engine's (`docker:web`), or by an ID
-    /// that it has here or the beginning of one.
+    /// Tells whether an operator means this one: by its name, with or without its engine's (`docker:web`), or
+    /// by an ID that it has here or the beginning of one.
     pub fn is_meant_by(&self, word: &str) -> bool {
         let (engine, word) = match word.split_once(':') {
             Some((engine, word)) => (Engine::of_word(engine), word),

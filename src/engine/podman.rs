@@ -269,7 +269,7 @@ fn store(info: &Value) -> EngineStore {
     }
 }
 
-/// Whether the runtime that podman has by this name is Ferry.
+/// Tells whether the runtime that podman has by this name is Ferry.
 fn is_ferry(info: &Value, name: &str) -> bool {
     let runtime = &info["host"]["ociRuntime"];
     let ours = text(&runtime["version"]).lines().any(|line| line.starts_with("ferry: "));

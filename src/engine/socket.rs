@@ -14,12 +14,12 @@ use nix::sys::socket::{
 use nix::sys::time::TimeVal;
 use serde_json::Value;
 
-/// How long a daemon may take to answer.
+/// Time that a daemon may take to answer.
 const LIMIT: Duration = Duration::from_secs(1);
 /// The longest answer that is read.
 const MAX_ANSWER: u64 = 4 << 20;
 
-/// What the daemon knows, `None` if it says that there is no such thing. `path` must need no escapes.
+/// Returns what the daemon knows, `None` if it says that there is no such thing. `path` must need no escapes.
 ///
 /// # Errors
 /// `NotFound` and `ConnectionRefused` when no daemon is there; `TimedOut` when it says nothing;

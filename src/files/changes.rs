@@ -79,7 +79,7 @@ impl ChangeListener {
         Ok(ChangeListener { shared, stop, thread: Some(thread) })
     }
 
-    /// What has changed since the last call, all of what has happened by now; none if that is not
+    /// Returns what has changed since the last call, all of what has happened by now; none if that is not
     /// known.
     pub(super) fn take(&self) -> Option<ChangedNames> {
         let heard = std::mem::take(&mut *self.shared.drain());
@@ -130,7 +130,7 @@ impl Drop for ChangeListener {
 }
 
 impl SharedChanges {
-    /// Whether there may be something to hear, and not the end.
+    /// Tells whether there may be something to hear, and not the end.
     fn wait(&self, stop: &EventFd, wakers: &[OwnedFd]) -> bool {
         let own = [stop.as_fd(), self.changes.as_fd()];
         let all = own.into_iter().chain(wakers.iter().map(AsFd::as_fd));

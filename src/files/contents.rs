@@ -47,7 +47,7 @@ pub(super) struct SentFile {
 
 /// Parts of a file that may have been written to.
 pub(super) trait Touched {
-    /// Whether something of these bytes may have changed.
+    /// Tells whether something of these bytes may have changed.
     fn any(&self, from: u64, to: u64) -> bool;
 }
 
@@ -164,7 +164,7 @@ impl<W: Write> Sending<'_, W> {
         Ok(())
     }
 
-    /// Whether the copy certainly holds these bytes already.
+    /// Tells whether the copy certainly holds these bytes already.
     fn keep(&mut self, at: u64, end: u64, touched: Option<&dyn Touched>) -> bool {
         let (Some(touched), Some(before)) = (touched, &self.before) else { return false };
         // Where the file ended, something else may be now.

@@ -26,7 +26,7 @@ pub fn open(path: &Path) -> io::Result<OwnedFd> {
     Ok(openat2(AT_FDCWD, path, how)?)
 }
 
-/// What bears a name there, if anything does: only to be looked at, whatever it is. open(2), `O_PATH`.
+/// Returns what bears a name there, if anything does: only to be looked at, whatever it is. open(2), `O_PATH`.
 ///
 /// # Errors
 /// When it cannot be looked at.

@@ -108,7 +108,7 @@ impl FollowedTree {
         }
     }
 
-    /// Whether this is another directory than the one that was known there; from now on it is.
+    /// Tells whether this is another directory than the one that was known there; from now on it is.
     fn is_new_directory(&mut self, path: &[u8], full: &Path) -> bool {
         match fanotify::handle_of(full) {
             Ok(handle) => {
@@ -125,7 +125,7 @@ impl FollowedTree {
         }
     }
 
-    /// Whether the copy has a directory there, and on the whole way to it.
+    /// Tells whether the copy has a directory there, and on the whole way to it.
     fn has_directory(&self, path: &[u8]) -> bool {
         let is_one = |p: &[u8]| self.known.get(p).is_some_and(|known| known.kind == libc::S_IFDIR);
         is_one(path) && (path.is_empty() || self.has_directory(parent(path)))
@@ -153,7 +153,7 @@ struct KnownFile {
 }
 
 impl KnownFile {
-    /// Whether it is the same file, as far as can be seen.
+    /// Tells whether it is the same file, as far as can be seen.
     fn is(&self, seen: &SeenFile) -> bool {
         self.kind == seen.kind() && (self.ino == seen.ino || seen.is_dir())
     }
@@ -459,7 +459,7 @@ impl<W: Write> Look<'_, W> {
         self.touched.insert(parent(path).to_vec());
     }
 
-    /// What there is to say of what was seen there.
+    /// Returns what there is to say of what was seen there.
     fn one(
         &mut self,
         tree: &mut FollowedTree,
@@ -691,7 +691,7 @@ impl<W: Write> Look<'_, W> {
     }
 }
 
-/// Why a single file cannot be followed any more.
+/// Returns why a single file cannot be followed any more.
 fn replaced(root: &Root) -> String {
     let place = root.place().display();
     format!("{place} was replaced: the container still has the file that was there before")
@@ -702,7 +702,7 @@ fn parent(path: &[u8]) -> &[u8] {
     path.iter().rposition(|b| *b == b'/').map_or(&b""[..], |i| &path[..i])
 }
 
-/// What there is to say of a directory below `top`, if it is one.
+/// Returns what there is to say of a directory below `top`, if it is one.
 fn describe_directory(top: &File, path: Vec<u8>) -> Result<Option<FileEntry>> {
     let held;
     let full = if path.is_empty() {
@@ -735,7 +735,7 @@ fn stamp(seen: &SeenFile, window: Duration) -> Option<(i64, i64, u64)> {
     (changed + window < now).then_some((seen.changed.0, seen.changed.1, seen.size))
 }
 
-/// Where a symbolic link leads.
+/// Returns where a symbolic link leads.
 fn target(link: &Path) -> io::Result<PathBuf> {
     fs::read_link(link).map_err(|e| match e.raw_os_error() {
         // It is no link any more.

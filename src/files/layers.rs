@@ -176,12 +176,12 @@ impl LayerStore {
         LayerStore { dir, file, known }
     }
 
-    /// Where its layers are.
+    /// Returns where its layers are.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Which layer is there.
+    /// Returns which layer is there.
     ///
     /// # Errors
     /// When it cannot be read, or changes.
@@ -210,7 +210,7 @@ impl LayerStore {
         Ok(layer)
     }
 
-    /// Whether this very layer is there.
+    /// Tells whether this very layer is there.
     fn is_at(&mut self, path: &Path, wanted: &Layer) -> bool {
         let alike = |p: Print| (p.entries, p.bytes) == (wanted.entries, wanted.bytes);
         path.is_dir()
@@ -218,7 +218,7 @@ impl LayerStore {
             && self.look(path).is_ok_and(|found| found == *wanted)
     }
 
-    /// Where on this host a layer is: at one of these places, at any where it has been seen, or in
+    /// Returns where on this host a layer is: at one of these places, at any where it has been seen, or in
     /// the store. `in_use` are directories that somebody writes to.
     pub fn find(
         &mut self,
@@ -236,7 +236,7 @@ impl LayerStore {
         candidates.into_iter().find(|c| self.is_at(c, wanted))
     }
 
-    /// Where a layer that comes is to be staged, and where it will be.
+    /// Returns where a layer that comes is to be staged, and where it will be.
     /// `taken` are the places of others.
     pub fn place(
         &self,

@@ -26,7 +26,7 @@ pub struct Logs {
     list: Vec<Log>,
 }
 
-/// One of them.
+/// A log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Log {
     /// Number of its stream on the link.
@@ -163,7 +163,7 @@ impl Log {
         self.place.file_name().unwrap_or_default()
     }
 
-    /// Whether what is in its place begins with all of another file.
+    /// Tells whether what is in its place begins with all of another file.
     fn begins_with(&self, directory: &OwnedFd, start: &File) -> Result<bool> {
         let open = |file: &File| {
             if !file.metadata()?.is_file() {

@@ -172,7 +172,7 @@ impl MountInfo {
     }
 }
 
-/// What is mounted at a place, on top.
+/// Returns what is mounted at a place, on top.
 pub fn at(mounts: &[MountInfo], place: &Path) -> MountedAt {
     match mounts.iter().rev().find(|m| m.place == place) {
         None => MountedAt::Nothing,
@@ -200,7 +200,7 @@ pub fn uppers(mounts: &[MountInfo]) -> Vec<PathBuf> {
     values.map(|v| PathBuf::from(OsString::from_vec(unescape(v)))).collect()
 }
 
-/// What the module was told where a mount says nothing.
+/// Returns what the module was told where a mount says nothing.
 fn default_of(name: &str) -> String {
     let is = |name: &str| {
         fs::read(format!("/sys/module/overlay/parameters/{name}"))
@@ -339,7 +339,7 @@ impl Overlay {
         Ok(())
     }
 
-    /// What mount(2) is told.
+    /// Returns what mount(2) is told.
     ///
     /// # Errors
     /// When it is more than mount(2) takes.
@@ -468,7 +468,7 @@ impl Merged {
     }
 }
 
-/// What the merged tree shows under a name, and what is there in the upper layer. Only numbers are
+/// Returns what the merged tree shows under a name, and what is there in the upper layer. Only numbers are
 /// looked at, wherever links may lead.
 fn real(merged: &Path, upper: &Path, name: &Path) -> Option<((u64, u64), (u64, u64))> {
     let inode = |path: PathBuf| {

@@ -111,9 +111,10 @@ impl Placing {
             let beside = |what: &str| parent.join(format!(".ferry-{migration}-{i}{what}"));
             placing.trees.push(PlacedTree {
                 target: target.clone(),
-                staged: match single {
-                    true => beside("").join(OsStr::from_bytes(SINGLE)),
-                    false => beside(""),
+                staged: if *single {
+                    beside("").join(OsStr::from_bytes(SINGLE))
+                } else {
+                    beside("")
                 },
                 nest: single.then(|| beside("")),
                 before: fs::symlink_metadata(target).is_ok().then(|| beside("-before")),
@@ -347,7 +348,7 @@ impl PlacedTree {
     }
 }
 
-/// Whether two names, which are there, are names of one file.
+/// Tells whether two names, which are there, are names of one file.
 fn are_one(a: &Path, b: &Path) -> bool {
     let inode = |path| fs::symlink_metadata(path).map(|m| (m.dev(), m.ino())).ok();
     inode(a).is_some() && inode(a) == inode(b)

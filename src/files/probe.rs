@@ -140,7 +140,7 @@ pub fn inode_in(root: &Path, place: &Path) -> Option<(u64, u64)> {
     Some((meta.dev(), meta.ino()))
 }
 
-/// Whether a path on this host is what the proof was made of.
+/// Tells whether a path on this host is what the proof was made of.
 ///
 /// # Errors
 /// Says why it is not.

@@ -33,7 +33,7 @@ struct HeldRoot {
 }
 
 impl Root {
-    /// What a path leads to now, through symbolic links.
+    /// Returns what a path leads to now, through symbolic links.
     ///
     /// # Errors
     /// When it leads nowhere.
@@ -62,12 +62,12 @@ impl Root {
         self.0.inode
     }
 
-    /// Whether it is a directory.
+    /// Tells whether it is a directory.
     pub fn is_dir(&self) -> bool {
         self.0.directory
     }
 
-    /// Whether it is a regular file.
+    /// Tells whether it is a regular file.
     pub fn is_file(&self) -> bool {
         self.0.file
     }

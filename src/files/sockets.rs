@@ -52,7 +52,7 @@ pub const MOST_RENAMED: usize = 1000;
 /// `sun_path`, unix(7).
 const LONGEST_NAME: usize = 108;
 
-/// Whether a peer's can be some.
+/// Tells whether a peer's can be some.
 ///
 /// # Errors
 /// Says what they are instead.
@@ -156,7 +156,7 @@ impl Spares {
         Ok(Spares { prefix: format!(".ferry-{migration}-"), names })
     }
 
-    /// Whether there is nothing to do.
+    /// Tells whether there is nothing to do.
     pub fn is_empty(&self) -> bool {
         self.names.is_empty()
     }

@@ -30,7 +30,7 @@ pub const MAX: usize = 256;
 pub struct Tmpfs {
     /// Where the container has it.
     pub place: String,
-    /// Where else.
+    /// Further places of it.
     #[serde(default)]
     pub also: Vec<String>,
     /// Its own options (size, mode …), tmpfs(5).
@@ -220,7 +220,7 @@ impl MountedTmpfs {
         Ok(mounted)
     }
 
-    /// Where the n-th is.
+    /// Returns where the n-th is.
     pub fn place(&self, n: usize) -> PathBuf {
         self.base.join(n.to_string())
     }

@@ -86,7 +86,7 @@ impl FileKind {
 }
 
 impl FileEntry {
-    /// What there is to say of a file with these metadata, at `full`; `mounted` if something else
+    /// Returns what there is to say of a file with these metadata, at `full`; `mounted` if something else
     /// is mounted there: what lies beneath cannot be seen by anybody.
     pub(super) fn of(
         path: Vec<u8>,
@@ -265,7 +265,7 @@ pub(super) struct Extents<'a> {
 }
 
 impl<'a> Extents<'a> {
-    /// Those of a file of this size; it may grow and shrink meanwhile.
+    /// Returns those of a file of this size; it may grow and shrink meanwhile.
     pub(super) fn of(file: &'a File, size: u64) -> Extents<'a> {
         Extents { file, at: 0, size }
     }

@@ -69,8 +69,8 @@ pub fn measure(root: &Path) -> Result<Size> {
     Ok(size)
 }
 
-/// Where inodes bear a name below a directory, by their paths from there: of each the first that is found.
-/// Nothing that is mounted below is entered.
+/// Returns where inodes bear a name below a directory, by their paths from there: of each the first that is
+/// found. Nothing that is mounted below is entered.
 ///
 /// # Errors
 /// When something cannot be read; when there are more than `most` files, or anything is mounted, in those
@@ -252,7 +252,7 @@ impl Walk<'_, '_> {
         Ok(())
     }
 
-    /// What bears this name in a directory.
+    /// Returns what bears this name in a directory.
     fn one(&mut self, dir: BorrowedFd, name: &CStr, seen: &SeenFile) -> Result<()> {
         let mounted = seen.device != self.device;
         if mounted && self.mounts == MountPolicy::Refused {
@@ -277,7 +277,7 @@ impl Walk<'_, '_> {
 const DIRECTORY: OFlag =
     OFlag::O_RDONLY.union(OFlag::O_DIRECTORY).union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
 
-/// What is in a directory, if that is not more names than that, nor more bytes of them.
+/// Returns what is in a directory, if that is not more names than that, nor more bytes of them.
 fn look_into(dir: &mut Dir, most: (usize, usize)) -> Result<Vec<(CString, SeenFile)>> {
     let mut names = Vec::new();
     let mut bytes = 0;
@@ -301,7 +301,7 @@ fn look_into(dir: &mut Dir, most: (usize, usize)) -> Result<Vec<(CString, SeenFi
     Ok(found)
 }
 
-/// What bears a name in a directory.
+/// Returns what bears a name in a directory.
 pub(super) fn look_at(dir: BorrowedFd, name: &CStr) -> Result<Option<SeenFile>> {
     match fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
         Ok(stat) => Ok(Some(SeenFile::new(&stat))),

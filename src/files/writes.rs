@@ -97,7 +97,7 @@ impl Writes {
         Ok(Writes { tracing, files: HashMap::new(), unfit: HashSet::new(), lost: false })
     }
 
-    /// Whether this file can be asked for, and pays.
+    /// Tells whether this file can be asked for, and pays.
     pub(super) fn suits(file: &File) -> bool {
         let large = file.metadata().is_ok_and(|m| m.size() >= VERY_LARGE);
         large
@@ -131,7 +131,7 @@ impl Writes {
         }
     }
 
-    /// What was written to a file since the last call; none if that is not known.
+    /// Returns what was written to a file since the last call; none if that is not known.
     pub(super) fn take(&mut self, ino: u64) -> Option<WrittenBlocks> {
         self.drain();
         if self.lost {
@@ -167,7 +167,7 @@ impl Writes {
     }
 }
 
-/// Whether the file system of this device was mounted without what makes writes go another way.
+/// Tells whether the file system of this device was mounted without what makes writes go another way.
 fn passes_the_cache(device: u64) -> bool {
     let device = format!("{}:{}", nix::sys::stat::major(device), nix::sys::stat::minor(device));
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();

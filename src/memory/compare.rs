@@ -47,7 +47,7 @@ struct Own {
 }
 
 impl Own {
-    /// What a page is where nobody has written to it: zeros, or the file's. CRIU makes some of a file's
+    /// Returns what a page is where nobody has written to it: zeros, or the file's. CRIU makes some of a file's
     /// pages the task's own, such as locked ones.
     fn untouched(&self, at: u64) -> Result<[u8; PAGE]> {
         let mut page = [0; PAGE];
@@ -74,7 +74,7 @@ enum OpenRecord {
 /// Pages that are not what they are on the source.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Differences {
-    /// How many.
+    /// Number of them.
     pub pages: u64,
     /// The first of them: process, as the container numbers it, its name, and address.
     pub first: Vec<(i32, String, u64)>,
@@ -148,7 +148,7 @@ impl Comparison {
         Ok(matches!(self.open, OpenRecord::Done))
     }
 
-    /// How many pages are the same.
+    /// Returns how many pages are the same.
     ///
     /// # Errors
     /// Those that are not.

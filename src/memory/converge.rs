@@ -62,7 +62,7 @@ pub fn seconds_left(rounds: &[SeenRound]) -> Option<f64> {
     Some(left as f64 * page * telling.seconds / telling.wire as f64)
 }
 
-/// What comes after the rounds seen so far.
+/// Returns what comes after the rounds seen so far.
 pub fn next(goal: &Goal, rounds: &[SeenRound]) -> NextRound {
     let give_up = if goal.postcopy { NextRound::PostCopy } else { NextRound::FreezeAnyway };
     let Some(last) = rounds.last() else {

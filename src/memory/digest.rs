@@ -46,7 +46,7 @@ pub struct Mask {
     pub vpid: i32,
     /// The first byte.
     pub at: u64,
-    /// How many.
+    /// Number of them.
     pub length: u64,
 }
 
@@ -80,7 +80,7 @@ pub enum DigestRecord {
     Shared {
         /// A process that has it mapped, as the container numbers it.
         vpid: i32,
-        /// Where.
+        /// Address.
         at: u64,
         /// Its size in bytes.
         size: u64,
@@ -256,7 +256,7 @@ pub(super) fn batches(start: u64, end: u64) -> impl Iterator<Item = (u64, usize)
     })
 }
 
-/// What is behind a shared mapping, if that is memory and no file: an inode of the kernel's own tmpfs,
+/// Returns what is behind a shared mapping, if that is memory and no file: an inode of the kernel's own tmpfs,
 /// which nobody has mounted. None, too, where the task has unmapped it since it was listed.
 ///
 /// # Errors
@@ -279,7 +279,7 @@ pub(super) fn shared_memory(pid: i32, mapping: &Mapping<'_>) -> Result<Option<Fi
     Ok(Some(File::open(&path).with_context(|| format!("cannot open {path}"))?))
 }
 
-/// Where a file of that size has contents, in whole pages: a hole has none, and reading it is not to
+/// Returns where a file of that size has contents, in whole pages: a hole has none, and reading it is not to
 /// make it.
 pub(super) fn contents(file: &File, size: u64) -> Result<Vec<(u64, u64)>> {
     use nix::unistd::{Whence, lseek64};

@@ -53,7 +53,7 @@ const CACHED: &[&str] = &[
     "xfs",
 ];
 
-/// Whether any of these processes has a file open from which a device may write into its memory.
+/// Tells whether any of these processes has a file open from which a device may write into its memory.
 ///
 /// A file that one thread closes while another reads from it is not seen; no program that can rely
 /// on what it has read does that.
@@ -81,7 +81,7 @@ fn task_may(pid: i32, outside: &ProcessMounts) -> bool {
     })
 }
 
-/// Whether a link in `/proc/PID/fd` leads to a file and not to a socket, pipe, timer or the like.
+/// Tells whether a link in `/proc/PID/fd` leads to a file and not to a socket, pipe, timer or the like.
 fn is_file(target: &Path) -> bool {
     let bytes = target.as_os_str().as_bytes();
     let other: [&[u8]; 4] = [b"socket:", b"pipe:", b"anon_inode:", b"/memfd:"];

@@ -75,7 +75,7 @@ pub fn anonymous_mappings(pid: i32) -> Result<Vec<(u64, u64)>> {
     Ok(found)
 }
 
-/// Whether a mapping is the kernel's own: each kernel has its own contents there.
+/// Tells whether a mapping is the kernel's own: each kernel has its own contents there.
 pub fn is_kernels(mapping: &Mapping<'_>) -> bool {
     mapping.inode == 0 && SPECIAL.contains(&mapping.name)
 }

@@ -12,7 +12,7 @@ use crate::sys::memory::{PAGE, UffdEvent};
 /// A run of neighbouring pages that are still to be installed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PendingRun {
-    /// How many.
+    /// Number of them.
     pub pages: u32,
     /// Where the first is; the others follow it.
     pub slot: PageSlot,
@@ -108,7 +108,7 @@ impl Pending {
         taken
     }
 
-    /// What a task did to its memory; whether any of it has been moved.
+    /// Returns what a task did to its memory; whether any of it has been moved.
     pub fn change(&mut self, event: UffdEvent) -> bool {
         match event {
             UffdEvent::Remap(from, to, length) => {

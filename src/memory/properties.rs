@@ -146,7 +146,7 @@ impl Puppet {
         self.waits = true;
     }
 
-    /// What came of it; none if it failed.
+    /// Returns what came of it; none if it failed.
     fn end(&mut self) -> Option<i64> {
         let waits = std::mem::take(&mut self.waits);
         waits.then(|| self.line())?.parse().ok()
@@ -315,7 +315,7 @@ fn round(rounds: &mut Rounds, puppets: &mut [Puppet], over: &mut Over) {
     }
 }
 
-/// What is wrong over there about a task that stands still.
+/// Returns what is wrong over there about a task that stands still.
 fn differences(task: Task, over: &Over) -> Vec<String> {
     let regions = pages::populated(task.pid).unwrap();
     let anonymous = pages::anonymous_mappings(task.pid).unwrap();

@@ -57,7 +57,7 @@ impl Window {
         self.wanted.is_some_and(|at| now.saturating_duration_since(at) < WANTED_FOR)
     }
 
-    /// How many pages to send at once that nobody waits for.
+    /// Returns how many pages to send at once that nobody waits for.
     pub fn piece(&self, now: Instant) -> u64 {
         if self.is_wanted(now) { PIECE_WANTED } else { PIECE }
     }
@@ -89,7 +89,7 @@ impl Window {
 #[derive(Debug, Default)]
 pub struct Rest {
     runs: BTreeMap<(i32, u64), u64>,
-    /// How many pages that are.
+    /// Number of pages in all.
     pub pages: u64,
     /// To read the frozen tasks.
     pub tasks: HashMap<i32, Reader>,

@@ -142,7 +142,7 @@ impl Rounds {
         self.sent.in_order = in_order;
     }
 
-    /// How changes are found: what was asked for, unless no task could be watched so.
+    /// Returns how changes are found: what was asked for, unless no task could be watched so.
     pub fn tracking(&self) -> Tracking {
         match self.tracking {
             Tracking::WriteProtect if !self.is_watching() => Tracking::Hash,
@@ -150,12 +150,12 @@ impl Rounds {
         }
     }
 
-    /// Whether anything is known only by the kernel having seen it written to.
+    /// Tells whether anything is known only by the kernel having seen it written to.
     pub fn is_watching(&self) -> bool {
         self.tasks.values().any(|k| k.tracker.is_some())
     }
 
-    /// Whether tasks must stand still while it is looked for what they have written.
+    /// Tells whether tasks must stand still while it is looked for what they have written.
     pub fn wants_them_still(&self) -> bool {
         self.tracking == Tracking::SoftDirty
     }
@@ -240,7 +240,7 @@ impl Rounds {
         Ok(found.regions.iter().map(|r| (r.start, r.end)).collect())
     }
 
-    /// How many pages of a task a round would have to look at now.
+    /// Returns how many pages of a task a round would have to look at now.
     ///
     /// # Errors
     /// When the kernel cannot tell. A task that has ended has none.
@@ -511,7 +511,7 @@ fn judge_and_send(
     Ok(())
 }
 
-/// Whether a page is all zero; stops at the first word that is not.
+/// Tells whether a page is all zero; stops at the first word that is not.
 pub(super) fn is_zero(page: &[u8]) -> bool {
     page.chunks_exact(64).all(|c| c.iter().fold(0, |a, b| a | b) == 0)
 }

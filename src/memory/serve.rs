@@ -332,12 +332,12 @@ impl Daemon {
         }
     }
 
-    /// What tasks wait on.
+    /// Returns what tasks wait on.
     fn give_up(self) -> Vec<OwnedFd> {
         self.targets.into_iter().map(|target| target.uffd).collect()
     }
 
-    /// Whether CRIU has made all tasks that something is missing in.
+    /// Tells whether CRIU has made all tasks that something is missing in.
     fn all_here(&self) -> bool {
         self.pending.values().all(|pending| pending.0.is_empty())
     }
@@ -535,7 +535,7 @@ impl Daemon {
         }
     }
 
-    /// What came from the source, and questions.
+    /// Returns what came from the source, and questions.
     fn arrivals(&mut self) -> Result<()> {
         let _ = self.wake.read();
         while let Ok(arrived) = self.arrivals.try_recv() {
@@ -565,7 +565,7 @@ impl Daemon {
         Ok(())
     }
 
-    /// What is still on the source.
+    /// Returns what is still on the source.
     fn missing(&self) -> Vec<PageRun> {
         let of = |vpid: i32, list: &Pending| -> Vec<PageRun> {
             let remote = list.0.values().filter_map(|run| match run.slot {

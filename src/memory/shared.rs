@@ -40,9 +40,9 @@ const SMALLEST: u64 = 64 << 10;
 const BATCH: usize = 256;
 /// Numbers of pages images from here on are Ferry's; CRIU counts its own from 1.
 const FIRST_IMAGE: u32 = 0x4000_0000;
-/// How long the last look at shared memory may take longer than CRIU's dump.
+/// Time that the last look at shared memory may take longer than CRIU's dump.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Whether frames of that number in place of a task's are of a segment.
+/// Tells whether frames of that number in place of a task's are of a segment.
 pub fn is_segment(number: i32) -> bool {
     number < 0
 }
@@ -95,7 +95,7 @@ impl SharedMemory {
         self.state().known.clone()
     }
 
-    /// Where their pages are, as soon as all were read in the freeze.
+    /// Returns where their pages are, as soon as all were read in the freeze.
     ///
     /// # Errors
     /// When nobody reads them any more.
@@ -471,7 +471,7 @@ impl SharedImages {
     }
 }
 
-/// Whether an image can have pages there.
+/// Tells whether an image can have pages there.
 fn check(at: u64, pages: usize) -> Result<()> {
     let end = (at / PAGE as u64).saturating_add(pages as u64);
     if !at.is_multiple_of(PAGE as u64) || end > u64::from(u32::MAX) {

@@ -22,7 +22,7 @@ const THERE: u64 = 0b11 << 62;
 /// To `/proc/PID/clear_refs`: proc_pid_clear_refs(5).
 const CLEAR_SOFT_DIRTY: &[u8] = b"4";
 
-/// Whether this kernel has them: tried on a page of our own.
+/// Tells whether this kernel has them: tried on a page of our own.
 pub fn supported() -> bool {
     fn tried() -> io::Result<bool> {
         let mut page = vec![0u8; 2 * PAGE];

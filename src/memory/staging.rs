@@ -62,12 +62,12 @@ impl Staging {
         self.arena.number()
     }
 
-    /// Which slots are in use.
+    /// Returns which slots are in use.
     pub fn kept(&self) -> KeptSlots {
         KeptSlots { used: self.used, free: self.free.clone() }
     }
 
-    /// What somebody who has died had staged. Which pages they are, nothing in it tells.
+    /// Returns what somebody who has died had staged. Which pages they are, nothing in it tells.
     ///
     /// # Errors
     /// When it cannot be mapped.
@@ -171,9 +171,9 @@ impl Staging {
         Ok(())
     }
 
-    /// Where `pages` pages of a task are, from the one at `vaddr` on: runs of pages whose contents follow
-    /// each other, how many pages and where the first is; none where they did not come. The freeze waits for
-    /// this, and a container has millions: neighbours are looked at four bytes after four bytes.
+    /// Returns where `pages` pages of a task are, from the one at `vaddr` on: runs of pages whose contents
+    /// follow each other, how many pages and where the first is; none where they did not come. The freeze waits
+    /// for this, and a container has millions: neighbours are looked at four bytes after four bytes.
     pub fn find(
         &self,
         vpid: i32,

@@ -21,7 +21,7 @@ use crate::sys::memory::{
 };
 use crate::sys::{inject, process};
 
-/// How long a task may take to do a call for us; one that cannot is compared by hash.
+/// Time that a task may take to do a call for us; one that cannot is compared by hash.
 const PATIENCE: Duration = Duration::from_millis(200);
 
 /// A task being watched.
@@ -42,7 +42,7 @@ pub struct Written {
 }
 
 impl Tracker {
-    /// Whether this kernel can.
+    /// Tells whether this kernel can.
     pub fn supported() -> bool {
         let own = || -> io::Result<()> {
             uffd_track_writes(&uffd_new(UFFD_USER_MODE_ONLY)?)?;
@@ -112,7 +112,7 @@ impl Tracker {
         Ok(all)
     }
 
-    /// How many pages were written to since the last look, without starting a new one.
+    /// Returns how many pages were written to since the last look, without starting a new one.
     ///
     /// # Errors
     /// As [`Tracker::look`].

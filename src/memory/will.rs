@@ -98,7 +98,7 @@ impl Will {
         (self.read(word) as u32).checked_sub(1).map(|number| number as RawFd)
     }
 
-    /// Whether there is a snapshot: whoever comes after can go on.
+    /// Tells whether there is a snapshot: whoever comes after can go on.
     pub fn is_made(&self) -> bool {
         self.read(WillWord::Snapshot) != 0
     }
@@ -164,7 +164,7 @@ impl Author {
         Ok(())
     }
 
-    /// Whether there is no room in the log.
+    /// Tells whether there is no room in the log.
     pub fn is_full(&self) -> bool {
         self.entries == ENTRIES
     }
@@ -174,7 +174,7 @@ impl Author {
         self.entries = 0;
     }
 
-    /// Where the next message of a userfaultfd is to be read into. It stays there if it is
+    /// Returns where the next message of a userfaultfd is to be read into. It stays there if it is
     /// [kept](Author::keep).
     pub fn place(&mut self, uffd: RawFd) -> &mut [u8; UFFD_MESSAGE] {
         let at = LOG + self.entries * ENTRY;
@@ -191,7 +191,7 @@ impl Author {
     }
 }
 
-/// What may be missing, as the will has it.
+/// Returns what may be missing, as the will has it.
 ///
 /// # Errors
 /// When it cannot be read.

@@ -147,7 +147,7 @@ pub fn state(namespace: &NetNs) -> Result<FenceState, Problem> {
     })
 }
 
-/// Whether nothing passes.
+/// Tells whether nothing passes.
 pub fn is_raised(namespace: &NetNs) -> Result<bool, Problem> {
     Ok(state(namespace)? == FenceState::Closed)
 }

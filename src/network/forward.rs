@@ -195,7 +195,7 @@ impl Meter {
     }
 }
 
-/// Whether the container's addresses belong to none of the networks that its links would hang on
+/// Tells whether the container's addresses belong to none of the networks that its links would hang on
 /// here. `None` where that cannot be said: there is no such interface, or it has no address.
 pub fn is_elsewhere(image: &NetworkImage, placement: &Placement, host: &NetNs) -> Option<bool> {
     let (links, addresses) =
@@ -230,7 +230,7 @@ pub fn is_elsewhere(image: &NetworkImage, placement: &Placement, host: &NetNs) -
     elsewhere
 }
 
-/// Whether an address means something on its own link only: such are everywhere.
+/// Tells whether an address means something on its own link only: such are everywhere.
 pub fn is_link_local(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => ip.is_link_local() || ip.is_loopback(),

@@ -57,7 +57,7 @@ impl EthernetFrame {
         }
     }
 
-    /// Where its packet is going.
+    /// Returns where its packet is going.
     fn destination(&self) -> Option<IpAddr> {
         match self.bytes.get(12..14)? {
             [0x08, 0x00] => rtnl::ip(self.bytes.get(30..34)?),
@@ -178,7 +178,7 @@ impl Capture {
         Ok(frames.len() - before)
     }
 
-    /// How many frames were lost because they were not read in time, since the last call.
+    /// Returns how many frames were lost because they were not read in time, since the last call.
     pub fn lost(&self) -> io::Result<u32> {
         self.socket.dropped()
     }
@@ -330,7 +330,7 @@ mod tests {
     use super::*;
     use crate::fuzz::Target;
 
-    /// What the kernel makes of a program for a frame that is for this host, not in a VLAN.
+    /// Returns what the kernel makes of a program for a frame that is for this host, not in a VLAN.
     fn passes(program: &[Instruction], frame: &[u8]) -> bool {
         let (mut at, mut value) = (0, 0_u32);
         loop {

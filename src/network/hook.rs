@@ -94,7 +94,7 @@ pub struct About<'a> {
     pub netns: &'a Path,
 }
 
-/// What `hook=` may name.
+/// Returns what `hook=` may name.
 pub(super) fn command(text: &str) -> Result<PathBuf, String> {
     let path = Path::new(text);
     let plain = path.components().all(|c| matches!(c, Component::RootDir | Component::Normal(_)));
@@ -105,7 +105,7 @@ pub(super) fn command(text: &str) -> Result<PathBuf, String> {
     }
 }
 
-/// Whether the program can be run here, and whether only root can have written it.
+/// Tells whether the program can be run here, and whether only root can have written it.
 pub fn usable(command: &Path) -> Result<(), Problem> {
     let what = || format!("the network hook {} cannot be used", command.display());
     let hint = "it is a program of root's, on both hosts, and nobody else may write to it";

@@ -264,7 +264,7 @@ impl ParameterTree {
 /// A parameter of a link.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LinkSysctl {
-    /// Where.
+    /// Directory of parameters.
     pub tree: ParameterTree,
     /// `rp_filter`
     pub name: String,
@@ -374,7 +374,7 @@ impl LinkImage {
         self.check_values()
     }
 
-    /// What it has, of whatever kind it is.
+    /// Returns what it has, of whatever kind it is.
     fn check_values(&self) -> Result<(), String> {
         if self.name != "lo" {
             match self.mac {
@@ -514,7 +514,7 @@ pub struct HostEnd {
 /// `ip neigh add proxy ADDRESS dev LINK`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Proxy {
-    /// Which address.
+    /// Address.
     pub address: IpAddr,
     /// On which of the host's links.
     pub link: String,

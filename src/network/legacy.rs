@@ -15,7 +15,7 @@ const OFFSETS_AT: [usize; 2] = [84 + 4, 136 + 4];
 /// In `struct xt_entry_target`: size, name, revision; what follows is the target's own.
 const TARGET: usize = 32;
 
-/// Whether a rule of the host makes one of these addresses the destination of packets that are for
+/// Tells whether a rule of the host makes one of these addresses the destination of packets that are for
 /// another. A host where nobody has used iptables-legacy is asked nothing.
 ///
 /// # Errors
@@ -38,7 +38,7 @@ pub(super) fn leads_to(host: &NetNs, addresses: &[IpAddr]) -> Result<bool, Probl
     })
 }
 
-/// Whether the calling thread's namespace has such a table. To ask for one that is not there would
+/// Tells whether the calling thread's namespace has such a table. To ask for one that is not there would
 /// make it, and have all packets go through it.
 fn has_nat(v6: bool) -> bool {
     let file = if v6 { "ip6_tables_names" } else { "ip_tables_names" };
@@ -46,7 +46,7 @@ fn has_nat(v6: bool) -> bool {
     names.is_ok_and(|names| names.lines().any(|name| name == NAT))
 }
 
-/// Whether the target of an entry is `DNAT`, to this address.
+/// Tells whether the target of an entry is `DNAT`, to this address.
 pub(super) fn names(mut entries: &[u8], v6: bool, address: &[u8]) -> bool {
     let short = |bytes: &[u8], at: usize| {
         bytes.get(at..at + 2).and_then(|b| b.try_into().ok()).map_or(0, u16::from_ne_bytes)

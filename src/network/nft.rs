@@ -456,7 +456,7 @@ pub(super) fn tables_with_rules(
     Ok(list.into_iter().filter(|rule| !but(rule)).filter_map(read).collect())
 }
 
-/// Whether a rule of IPv4 concerns packets from or to one address, and no others: it begins with that.
+/// Tells whether a rule of IPv4 concerns packets from or to one address, and no others: it begins with that.
 pub(super) fn concerns(rule: &NetlinkMessage, address: Ipv4Addr) -> bool {
     /// Of the network header, where the two addresses are in that, and equality.
     const NETWORK: u32 = 1;
@@ -475,14 +475,14 @@ pub(super) fn concerns(rule: &NetlinkMessage, address: Ipv4Addr) -> bool {
         && compare.nest(3).get(1) == Some(&address.octets())
 }
 
-/// What a rule does, step by step.
+/// Returns what a rule does, step by step.
 fn steps(rule: &NetlinkMessage) -> Vec<Attributes<'_>> {
     const EXPRESSIONS: u16 = 4;
     let rule = rule.attributes(FIXED).nest(EXPRESSIONS);
     rule.iter().map(|(_, e)| Attributes::parse(e)).collect()
 }
 
-/// Whether a rule makes one of these addresses the destination of packets that are for another.
+/// Tells whether a rule makes one of these addresses the destination of packets that are for another.
 /// Addresses in maps are not seen.
 pub(super) fn leads_to(socket: &mut NetlinkSocket, addresses: &[IpAddr]) -> Result<bool> {
     let list = socket.dump(SUBSYSTEM << 8 | GETRULE, &fixed(0, 0))?;
@@ -505,7 +505,7 @@ fn is_destination_nat(steps: &[Attributes<'_>]) -> bool {
     })
 }
 
-/// Whether an address is loaded by one step, or among the words of iptables' target.
+/// Tells whether an address is loaded by one step, or among the words of iptables' target.
 fn names(steps: &[Attributes<'_>], address: &[u8]) -> bool {
     steps.iter().any(|step| {
         let data = step.nest(2);

@@ -20,7 +20,7 @@ use crate::sys::netlink::Mac;
 use crate::sys::netns::NetNs;
 use crate::sys::packet::PacketSocket;
 
-/// How long the network may take to answer a question for an address.
+/// Time that the network may take to answer a question for an address.
 const ARP_WAIT: Duration = Duration::from_millis(250);
 const ETH_P_ARP: u16 = 0x0806;
 
@@ -237,7 +237,7 @@ pub(super) fn kept(image: &NetworkImage, path: &Path) -> Result<NetNs, Problem> 
     Ok(namespace)
 }
 
-/// Whether the link can be made where it is to hang.
+/// Tells whether the link can be made where it is to hang.
 pub(super) fn fits<'a>(
     link: &LinkImage,
     hook: &Attachment,

@@ -100,14 +100,14 @@ fn is_root(one: &Qdisc) -> bool {
     one.parent == ROOT
 }
 
-/// What somebody has put on a link: the kernel's own choice has no handle, and is the other kernel's
+/// Returns what somebody has put on a link: the kernel's own choice has no handle, and is the other kernel's
 /// own choice there.
 fn on_link(messages: &[NetlinkMessage], index: i32) -> Vec<(Qdisc, &NetlinkMessage)> {
     let ours = messages.iter().filter(|m| index_at(m, 4) == Some(index));
     ours.filter_map(|m| Some((Qdisc::read(m)?, m))).filter(|(q, _)| q.handle != 0).collect()
 }
 
-/// Those of a link, from `all` that there are, parents first. `path` is the namespace's, for hints.
+/// Returns those of a link, from `all` that there are, parents first. `path` is the namespace's, for hints.
 pub(super) fn capture(
     socket: &mut Rtnl,
     all: &[NetlinkMessage],

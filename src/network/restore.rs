@@ -314,7 +314,7 @@ fn set_of_link(link: &LinkImage, s: &LinkSysctl) -> std::io::Result<()> {
     sysctl::set(&sysctl::path_of(s.tree, &link.name, &s.name), &s.value, s.changed)
 }
 
-/// How long they have left is no part of it: time goes on.
+/// Returns how long they have left is no part of it: time goes on.
 fn same_route(a: &Route, b: &Route) -> bool {
     let timeless = |r: &Route| Route { expires: None, ..r.clone() };
     timeless(a) == timeless(b)

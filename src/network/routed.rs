@@ -74,13 +74,13 @@ pub(super) fn capture_end(host: &NetNs, end: &LinkInfo) -> Result<Option<HostEnd
     }))
 }
 
-/// Whether a route of a whole address leads to this one.
+/// Tells whether a route of a whole address leads to this one.
 fn leads_to(route: &Route, address: IpAddr) -> bool {
     let whole = if route.v6 { 128 } else { 32 };
     route.prefix == whole && route.destination == Some(address)
 }
 
-/// What stands in the way of a routed link here.
+/// Returns what stands in the way of a routed link here.
 pub(super) fn problems(link: &LinkImage, end: &HostEnd, host: &NetNs) -> Vec<Problem> {
     let what = || format!("interface {} cannot be routed to here", link.name);
     let mut found = Vec::new();
@@ -147,7 +147,7 @@ pub(super) fn problems(link: &LinkImage, end: &HostEnd, host: &NetNs) -> Vec<Pro
     found
 }
 
-/// Whether any link of the calling thread's namespace forwards.
+/// Tells whether any link of the calling thread's namespace forwards.
 fn forwards(family: &str) -> bool {
     let all = fs::read_dir(format!("/proc/sys/net/{family}/conf"));
     all.into_iter().flatten().flatten().any(|entry| {

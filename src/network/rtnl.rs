@@ -289,7 +289,7 @@ pub(super) fn index_at(m: &NetlinkMessage, at: usize) -> Option<i32> {
     m.payload.get(at..at + 4)?.try_into().ok().map(i32::from_ne_bytes)
 }
 
-/// How a command is run in the namespace at a path.
+/// Returns how a command is run in the namespace at a path.
 pub(super) fn enter(path: Option<&Path>) -> String {
     let named =
         path.and_then(|p| p.strip_prefix("/run/netns").or(p.strip_prefix("/var/run/netns")).ok());

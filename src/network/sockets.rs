@@ -128,7 +128,7 @@ impl SockDiag {
         Ok(Self { only: Some(only), ..Self::new(namespace)? })
     }
 
-    /// What there is of it right now.
+    /// Returns what there is of it right now.
     pub fn look(&mut self) -> Result<Unowned, Problem> {
         let mut found = Unowned::default();
         let states = [LISTEN, SYN_RECV, FIN_WAIT1, LAST_ACK, CLOSING];
@@ -307,7 +307,7 @@ pub(super) struct DiagMessage {
 }
 
 impl DiagMessage {
-    /// Whether the kernel ends it in full. Before Linux 6.11 it throws away what a closed one has yet to
+    /// Tells whether the kernel ends it in full. Before Linux 6.11 it throws away what a closed one has yet to
     /// send, and with it the timer that would end it.
     fn can_be_cut(&self, kernel: (u32, u32)) -> bool {
         self.inode != 0 || self.state == TIME_WAIT || kernel >= (6, 11)

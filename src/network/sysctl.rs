@@ -131,7 +131,7 @@ pub(super) fn set(path: &str, value: &str, needed: bool) -> io::Result<()> {
     }
 }
 
-/// Where a link's parameter is.
+/// Returns where a link's parameter is.
 pub(super) fn path_of(tree: ParameterTree, link: &str, name: &str) -> String {
     format!("{}/{link}/{name}", tree.path())
 }

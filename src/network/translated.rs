@@ -57,7 +57,7 @@ pub struct ConntrackEntry {
 }
 
 impl ConntrackEntry {
-    /// What packets to the container have on the wire, and inside; nothing for IPv6.
+    /// Returns what packets to the container have on the wire, and inside; nothing for IPv6.
     pub fn translation(&self) -> Option<Translation> {
         let ends = |flow: Flow| match (flow.remote, flow.local) {
             (SocketAddr::V4(from), SocketAddr::V4(to)) => {

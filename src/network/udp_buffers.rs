@@ -36,7 +36,7 @@ pub fn taken(frames: &[EthernetFrame]) -> (HashSet<u16>, usize) {
     (ports, bytes)
 }
 
-/// Whether it is a datagram, or a piece of one.
+/// Tells whether it is a datagram, or a piece of one.
 pub fn is_datagram(frame: &EthernetFrame) -> bool {
     port(frame).is_some()
 }

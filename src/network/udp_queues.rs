@@ -29,7 +29,7 @@ pub struct UdpEndpoints {
 }
 
 impl UdpEndpoints {
-    /// Those of a container.
+    /// Returns those of a container.
     pub fn of(image: &NetworkImage) -> Self {
         let first = image.outward().next();
         let mut links = Vec::new();
@@ -45,7 +45,7 @@ impl UdpEndpoints {
         Self { links }
     }
 
-    /// Those of addresses that a host lends: address, place of the interface, its hardware address.
+    /// Returns those of addresses that a host lends: address, place of the interface, its hardware address.
     pub fn lent(links: impl IntoIterator<Item = (IpAddr, u16, Mac)>) -> Self {
         let links = links.into_iter().map(|(address, at, mac)| (address.to_canonical(), at, mac));
         Self { links: links.collect() }
@@ -109,7 +109,7 @@ impl UdpEndpoints {
     }
 }
 
-/// What a frame brings, if it is a whole datagram: from where, to where, what.
+/// Returns what a frame brings, if it is a whole datagram: from where, to where, what.
 fn datagram(frame: &EthernetFrame) -> Option<(SocketAddr, SocketAddr, &[u8])> {
     let (head, packet) = frame.bytes.split_at_checked(ETHERNET)?;
     let address = |at: usize, v6: bool| -> Option<IpAddr> {

@@ -33,7 +33,7 @@ const UNICAST: u8 = 1;
 /// Of the loopback device in every namespace.
 const LOOPBACK: i32 = 1;
 
-/// See the module. The namespace's name is taken away on drop.
+/// A namespace in the place of one that an engine makes. The namespace's name is taken away on drop.
 #[derive(Debug)]
 pub struct Understudy {
     made: Recreated,
@@ -65,7 +65,7 @@ impl Understudy {
         Ok(Understudy { made, addresses, route })
     }
 
-    /// Where it is.
+    /// Returns where it is.
     pub fn namespace(&self) -> &NetNs {
         self.made.namespace()
     }

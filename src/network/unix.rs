@@ -84,7 +84,7 @@ pub(super) fn queue(message: &NetlinkMessage) -> Option<Queues> {
     Some(Queues { inode, received, sent })
 }
 
-/// Those of the namespace of a process that were bound to absolute names.
+/// Returns those of the namespace of a process that were bound to absolute names.
 ///
 /// # Errors
 /// When the kernel does not list them.

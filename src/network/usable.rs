@@ -13,7 +13,7 @@ use crate::sys::tun::Tap;
 /// The device that is made to try things with.
 const DEVICE: &str = "ferry-try";
 
-/// What containers with an address cannot do without and this host does not have; nothing if all
+/// Returns what containers with an address cannot do without and this host does not have; nothing if all
 /// of it is here. Takes about 15 ms, most of it for the packet filter's transaction.
 pub fn missing() -> Vec<Problem> {
     let trying = || "cannot try out this host's network".to_owned();

@@ -56,12 +56,12 @@ impl Bundle {
         Ok(self.path.join(path))
     }
 
-    /// Whether the root file system is mounted read-only.
+    /// Tells whether the root file system is mounted read-only.
     pub fn rootfs_read_only(&self) -> bool {
         self.config["root"]["readonly"].as_bool().unwrap_or(false)
     }
 
-    /// Whether the container's standard streams are a terminal.
+    /// Tells whether the container's standard streams are a terminal.
     pub fn terminal(&self) -> bool {
         self.config["process"]["terminal"].as_bool().unwrap_or(false)
     }
@@ -89,8 +89,8 @@ impl Bundle {
             .collect()
     }
 
-    /// What the container is not to see: the runtime binds its `/dev/null` over files, and an empty tmpfs
-    /// over directories.
+    /// Returns what the container is not to see: the runtime binds its `/dev/null` over files, and an empty
+    /// tmpfs over directories.
     pub fn masked_paths(&self) -> Vec<String> {
         let list = self.config["linux"]["maskedPaths"].as_array();
         list.into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()

@@ -48,7 +48,7 @@ pub enum Cgroup {
     V1(PathBuf),
 }
 
-/// Whether what is mounted, by its type and options, is the hierarchy of this controller.
+/// Tells whether what is mounted, by its type and options, is the hierarchy of this controller.
 fn has(controller: &str) -> impl Fn(&str, &str) -> bool {
     move |kind, options| kind == "cgroup" && options.split(',').any(|one| one == controller)
 }
@@ -98,7 +98,7 @@ impl Cgroup {
         bail!("process {pid} has no control group of its own that could be frozen")
     }
 
-    /// Where a controller of version 1 has a process, if it is one of these here: cgroups(7).
+    /// Returns where a controller of version 1 has a process, if it is one of these here: cgroups(7).
     pub fn of_controller(pid: i32, controller: &str) -> Option<PathBuf> {
         let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
         let mounts = String::from_utf8_lossy(&fs::read("/proc/self/mountinfo").ok()?).into_owned();

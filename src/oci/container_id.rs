@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 #[serde(into = "String", try_from = "String")]
 pub struct ContainerId(String);
 
-/// Whether this can be a container's ID: runc's rule, which leaves no room for paths.
+/// Tells whether this can be a container's ID: runc's rule, which leaves no room for paths.
 pub fn valid_id(id: &OsStr) -> bool {
     let bytes = id.as_bytes();
     !matches!(bytes, b"" | b"." | b"..")

@@ -74,7 +74,7 @@ fn is_wanted(config: &Value, by_default: bool) -> Result<bool> {
     }
 }
 
-/// Whether two configurations are the same but for what makes a container migratable.
+/// Tells whether two configurations are the same but for what makes a container migratable.
 pub fn same(one: &Value, other: &Value) -> bool {
     let restricted = |config: &Value| {
         let mut config = config.clone();
@@ -84,7 +84,7 @@ pub fn same(one: &Value, other: &Value) -> bool {
     one == other || restricted(one) == restricted(other)
 }
 
-/// Whether the container has a network namespace that the runtime sets parameters of: one that is not the
+/// Tells whether the container has a network namespace that the runtime sets parameters of: one that is not the
 /// host's. A user namespace may not own it.
 fn has_own_network(config: &Value) -> bool {
     let list = config["linux"]["namespaces"].as_array().map(Vec::as_slice).unwrap_or_default();

@@ -45,7 +45,7 @@ impl Runtime {
         &self.program
     }
 
-    /// Where the runtime keeps its state.
+    /// Returns where the runtime keeps its state.
     pub fn root(&self) -> &Path {
         self.root.as_deref().unwrap_or(Path::new(DEFAULT_ROOT))
     }

@@ -17,7 +17,7 @@ pub enum Exit {
 }
 
 impl Exit {
-    /// How a report calls it.
+    /// Returns how a report calls it.
     pub fn word(self) -> &'static str {
         match self {
             Exit::Done => "done",

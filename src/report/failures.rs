@@ -12,7 +12,7 @@ impl Failures {
         result.map_err(|e| self.0.push(format!("{step}: {e:#}"))).ok()
     }
 
-    /// Whether nothing has failed so far.
+    /// Tells whether nothing has failed so far.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

@@ -78,7 +78,7 @@ impl ErrorLog {
         self.write(&record(self.format, &rfc3339(SystemTime::now()), level, &shown(message)), 0)
     }
 
-    /// Whether there is a log file and it took the record.
+    /// Tells whether there is a log file and it took the record.
     fn append(&self, told: &ErrorParts) -> bool {
         self.write(&self.record(told), libc::O_SYNC)
     }
@@ -106,7 +106,7 @@ impl ErrorLog {
     }
 }
 
-/// What an error says, and what to do about it.
+/// Returns what an error says, and what to do about it.
 pub fn taken_apart(error: &anyhow::Error) -> (String, Vec<String>) {
     let told = ErrorParts::from(error);
     let messages: Vec<String> = told.0.iter().map(|one| one.message.clone()).collect();

@@ -30,7 +30,7 @@ macro_rules! tell {
 /// A moment of the hand-over.
 #[derive(Clone, Debug, Serialize)]
 pub struct Mark {
-    /// Which.
+    /// Name.
     pub name: String,
     /// Milliseconds since the command began.
     pub at_ms: f64,

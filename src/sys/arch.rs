@@ -33,23 +33,23 @@ mod imp {
         registers
     }
 
-    /// Where the thread is.
+    /// Returns where the thread is.
     pub fn position(registers: &Registers) -> u64 {
         registers.rip
     }
 
-    /// Where its stack is.
+    /// Returns where its stack is.
     pub fn stack(registers: &Registers) -> u64 {
         registers.rsp
     }
 
-    /// Whether the thread runs programs of 64 bits: others have other calls.
+    /// Tells whether the thread runs programs of 64 bits: others have other calls.
     pub fn native(registers: &Registers) -> bool {
         // __USER_CS of asm/segment.h
         registers.cs == 0x33
     }
 
-    /// What the call returned.
+    /// Returns what the call returned.
     pub fn result(registers: &Registers) -> i64 {
         registers.rax as i64
     }

@@ -130,7 +130,7 @@ pub fn cookie(socket: impl AsFd) -> io::Result<u64> {
     get(socket.as_fd(), libc::SOL_SOCKET, libc::SO_COOKIE)
 }
 
-/// Whether this is a connection that can be taken down: established, with nothing in its queues, no
+/// Tells whether this is a connection that can be taken down: established, with nothing in its queues, no
 /// filter, no other protocol upon it, and nobody who wants a signal.
 ///
 /// # Errors
@@ -167,7 +167,7 @@ pub fn plain(socket: impl AsFd) -> io::Result<Option<Plain>> {
     }))
 }
 
-/// What the options of a fresh socket are, here.
+/// Returns what the options of a fresh socket are, here.
 ///
 /// # Errors
 /// When there can be none.
@@ -182,7 +182,7 @@ impl OptionDefaults {
         OptionDefaults(all.filter(|(_, _, (length, _))| *length > 0).collect())
     }
 
-    /// Those of a socket that are not as in this fresh one.
+    /// Returns those of a socket that are not as in this fresh one.
     pub(super) fn changed(&self, fd: BorrowedFd) -> OptionChanges {
         let options = self.0.iter().filter_map(|(number, name, fresh)| {
             let (length, bytes) = value(fd, *name);
@@ -376,7 +376,7 @@ fn waiting(fd: BorrowedFd, what: libc::c_ulong) -> io::Result<libc::c_int> {
     if r < 0 { Err(io::Error::last_os_error()) } else { Ok(bytes) }
 }
 
-/// How long an option is whose contents are not of interest.
+/// Returns how long an option is whose contents are not of interest.
 fn length(fd: BorrowedFd, level: libc::c_int, name: libc::c_int) -> Option<u32> {
     let mut nothing = 0u8;
     let mut length: libc::socklen_t = 0;

@@ -24,7 +24,7 @@ pub struct Datagram {
     pub payload: Vec<u8>,
 }
 
-/// Those that wait in a UDP socket, oldest first, and no more than `most` bytes of them and `many` of
+/// Returns those that wait in a UDP socket, oldest first, and no more than `most` bytes of them and `many` of
 /// what the kernel keeps. For each the kernel looks at all before it: this takes as long as the square
 /// of how many there are.
 ///

@@ -93,7 +93,7 @@ fn take_handle(bytes: &[u8]) -> Option<(Handle, &[u8])> {
 #[derive(Debug)]
 pub struct Changes(Fanotify);
 
-/// One of them.
+/// A change.
 #[derive(Debug, PartialEq, Eq)]
 pub enum FileChange {
     /// Something about what bears this name in this directory; `.` is the directory itself.
@@ -133,7 +133,7 @@ impl Changes {
         Ok(self.0.mark(flags, mask, AT_FDCWD, Some(path))?)
     }
 
-    /// What has happened and has not been heard yet, some of it; none if that was all.
+    /// Returns what has happened and has not been heard yet, some of it; none if that was all.
     ///
     /// # Errors
     /// When it cannot be read.
@@ -188,7 +188,7 @@ fn parse(mut bytes: &[u8], hear: &mut dyn FnMut(FileChange)) {
     }
 }
 
-/// What an event tells of this kind: a handle, and what is behind it.
+/// Returns what an event tells of this kind: a handle, and what is behind it.
 fn info_of(mut infos: &[u8], kind: u8) -> Option<(Handle, &[u8])> {
     loop {
         let length = u16::from_ne_bytes(infos.get(2..4)?.try_into().ok()?) as usize;

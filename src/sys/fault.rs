@@ -29,7 +29,7 @@ pub fn point(_: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// How long something may take: as long as is said, but where a test has made it shorter.
+/// Returns how long something may take: as long as is said, but where a test has made it shorter.
 #[cfg(not(feature = "faults"))]
 #[inline(always)]
 pub fn limit(usual: std::time::Duration) -> std::time::Duration {
@@ -80,14 +80,14 @@ mod armed {
         }
     }
 
-    /// How long something may take that usually may take this.
+    /// Returns how long something may take that usually may take this.
     pub fn limit(usual: Duration) -> Duration {
         let longest = std::env::var("FERRY_FAULT_LIMIT").ok().and_then(|n| n.parse().ok());
         let long = usual >= Duration::from_secs(30);
         longest.filter(|_| long).map_or(usual, |n| usual.min(Duration::from_secs(n)))
     }
 
-    /// Whether this point is armed with `spoil`.
+    /// Tells whether this point is armed with `spoil`.
     pub fn spoils(name: &str) -> bool {
         action(name).is_some_and(|action| action == "spoil")
     }

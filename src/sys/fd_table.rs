@@ -99,7 +99,7 @@ impl Mirror {
         if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
-    /// What was [taken](Mirror::take) under this number.
+    /// Returns what was [taken](Mirror::take) under this number.
     pub fn get(&self, number: RawFd) -> BorrowedFd<'_> {
         assert!((FIRST..self.above).contains(&number));
         // SAFETY: it is of this thread's own table, in which nothing is owned by anybody else; as long
@@ -107,7 +107,7 @@ impl Mirror {
         unsafe { BorrowedFd::borrow_raw(number) }
     }
 
-    /// What was kept.
+    /// Returns what was kept.
     pub fn kept(&self) -> BorrowedFd<'_> {
         // SAFETY: as above; nobody closes it.
         unsafe { BorrowedFd::borrow_raw(self.kept) }

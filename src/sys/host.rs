@@ -13,7 +13,7 @@ pub fn identity() -> String {
     format!("{}:{}:{}", boot, inode("pid"), inode("net"))
 }
 
-/// What this host calls itself, for the people who have several.
+/// Returns what this host calls itself, for the people who have several.
 pub fn name() -> String {
     let name = nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned();
     if name.is_empty() { "this host".into() } else { name }

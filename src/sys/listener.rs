@@ -41,7 +41,7 @@ pub struct ListenerOptions {
     options: OptionChanges,
 }
 
-/// What the options of a fresh one are, here.
+/// Returns what the options of a fresh one are, here.
 ///
 /// # Errors
 /// When there can be none: MPTCP may be switched off.
@@ -49,7 +49,7 @@ pub fn fresh_options(v6: bool) -> io::Result<OptionDefaults> {
     Ok(OptionDefaults::of(fresh(v6, MPTCP)?.as_fd()))
 }
 
-/// Whether a socket of Multipath TCP is one that listens, and about which nothing is out of the ordinary:
+/// Tells whether a socket of Multipath TCP is one that listens, and about which nothing is out of the ordinary:
 /// no filter, no device that it is bound to, nobody who wants a signal.
 ///
 /// # Errors
@@ -64,7 +64,7 @@ pub fn is_plain(socket: impl AsFd) -> io::Result<bool> {
     Ok(info(fd)?[0].to_ne_bytes()[0] == LISTEN && somewhere && !bound && is_ordinary(fd).is_some())
 }
 
-/// How many wait to be accepted.
+/// Returns how many wait to be accepted.
 ///
 /// # Errors
 /// When it is no TCP socket.
@@ -72,7 +72,7 @@ pub fn waiting(socket: impl AsFd) -> io::Result<u32> {
     Ok(info(socket.as_fd())?[WAITING])
 }
 
-/// Where it listens, and all else; none if it is not [plain](is_plain).
+/// Returns where it listens, and all else; none if it is not [plain](is_plain).
 ///
 /// # Errors
 /// When it is no TCP socket.

@@ -45,23 +45,23 @@ impl<'a> Mapping<'a> {
         (start < end).then_some(Mapping { start, end, perms, offset, device, inode, name })
     }
 
-    /// Whether it is the kernel's own, of that name in brackets.
+    /// Tells whether it is the kernel's own, of that name in brackets.
     pub fn is_special(&self, name: &str) -> bool {
         self.inode == 0 && self.name == name
     }
 
-    /// Whether there is no file behind it. Some file systems number files from 0.
+    /// Tells whether there is no file behind it. Some file systems number files from 0.
     pub fn is_anonymous(&self) -> bool {
         self.inode == 0 && self.device.bytes().all(|b| matches!(b, b'0' | b':'))
     }
 
-    /// Whether others see what is written to it.
+    /// Tells whether others see what is written to it.
     pub fn is_shared(&self) -> bool {
         self.perms.ends_with('s')
     }
 
-    /// Whether it is of shared memory that nobody has given a name: anonymous, or a memfd called as CRIU calls what it
-    /// makes of such. Files may be called so, too, and are on another device.
+    /// Tells whether it is of shared memory that nobody has given a name: anonymous, or a memfd called as CRIU
+    /// calls what it makes of such. Files may be called so, too, and are on another device.
     pub fn is_nameless(&self) -> bool {
         let shared = || memory::shared_device().ok();
         self.is_shared()

@@ -317,7 +317,7 @@ pub enum UffdEvent {
 pub const UFFD_MESSAGE: usize = 32;
 
 impl UffdEvent {
-    /// What a message says; none before one was read into that place.
+    /// Returns what a message says; none before one was read into that place.
     ///
     /// # Errors
     /// When it says something else.

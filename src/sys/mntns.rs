@@ -25,7 +25,7 @@ pub fn root_of(pid: i32) -> io::Result<OwnedFd> {
     thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread that looks has died")))
 }
 
-/// Whether a process is in another mount namespace than this one, as far as can be seen.
+/// Tells whether a process is in another mount namespace than this one, as far as can be seen.
 pub fn has_own(pid: i32) -> bool {
     let of = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/mnt"));
     matches!((of("self"), of(&pid.to_string())), (Ok(ours), Ok(other)) if ours != other)

@@ -137,7 +137,7 @@ impl PacketSocket {
         }
     }
 
-    /// How many frames were lost for want of room since the last call.
+    /// Returns how many frames were lost for want of room since the last call.
     pub fn dropped(&self) -> io::Result<u32> {
         let mut stats = [0_u32; 2];
         let mut length = size_of_val(&stats) as libc::socklen_t;

@@ -10,8 +10,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use anyhow::Result;
 
-/// What the work says, or that it panicked. What it had borrowed may be half done: end, and use no more of it
-/// than has to be given back.
+/// Returns what the work says, or that it panicked. What it had borrowed may be half done: end, and use no more
+/// of it than has to be given back.
 ///
 /// # Errors
 /// Those of the work, and a panic.
@@ -32,7 +32,7 @@ impl fmt::Display for Panicked {
 
 impl Error for Panicked {}
 
-/// What a panic says.
+/// Returns what a panic says.
 pub fn words_of(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<&str>().copied();
     text.or(panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without words")

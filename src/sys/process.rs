@@ -154,14 +154,14 @@ pub fn wait_readable(fds: &[BorrowedFd], deadline: Option<Instant>) -> io::Resul
     }
 }
 
-/// Whether the process behind a pidfd has ended, with all of its threads; its parent may not have waited
+/// Tells whether the process behind a pidfd has ended, with all of its threads; its parent may not have waited
 /// for it yet. poll(2)
 pub fn has_ended(pidfd: impl AsFd) -> bool {
     let mut set = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
     matches!(poll(&mut set, PollTimeout::ZERO), Ok(1..))
 }
 
-/// Whether what a process has under the number `target` is what its epoll watches under that number.
+/// Tells whether what a process has under the number `target` is what its epoll watches under that number.
 /// The kernel looks through all that the epoll watches, one by one. kcmp(2), `KCMP_EPOLL_TFD`.
 ///
 /// # Errors
@@ -176,7 +176,7 @@ pub fn watches(pid: i32, epoll: RawFd, target: RawFd) -> io::Result<bool> {
     if order < 0 { Err(io::Error::last_os_error()) } else { Ok(order == 0) }
 }
 
-/// Whether two descriptors, each a process's and its number there, are of the same open file.
+/// Tells whether two descriptors, each a process's and its number there, are of the same open file.
 /// kcmp(2), `KCMP_FILE`.
 ///
 /// # Errors
@@ -275,8 +275,8 @@ fn up_to(text: impl Read, most: u64) -> io::Result<Vec<u8>> {
     }
 }
 
-/// Where the threads of a process that stands still have their stacks. proc_pid_syscall(5): the last but
-/// one of the fields.
+/// Returns where the threads of a process that stands still have their stacks. proc_pid_syscall(5): the last
+/// but one of the fields.
 ///
 /// # Errors
 /// `WouldBlock` when a thread runs.
@@ -290,7 +290,7 @@ pub fn stack_pointers(pid: i32) -> io::Result<Vec<u64>> {
     std::fs::read_dir(format!("/proc/{pid}/task"))?.map(pointer).collect()
 }
 
-/// Whether a process is there, and has not been killed. proc_pid_status(5): its state, and the signals
+/// Tells whether a process is there, and has not been killed. proc_pid_status(5): its state, and the signals
 /// that wait, among which SIGKILL stays until the end.
 pub fn lives(pid: i32) -> bool {
     let Ok(status) = proc_text(pid, "status") else { return false };
@@ -361,7 +361,7 @@ impl ProcessId {
         Some(ProcessId { pid: pid.parse().ok()?, started: started.parse().ok()? })
     }
 
-    /// Whether that very process is there, with any of its threads: one that was killed, and hangs in a
+    /// Tells whether that very process is there, with any of its threads: one that was killed, and hangs in a
     /// system call, may still do what it was about to do. One for which only its parent has not waited
     /// yet does nothing more.
     pub fn is_alive(self) -> bool {
@@ -394,7 +394,7 @@ impl std::fmt::Display for ProcessId {
     }
 }
 
-/// What tells one run of this host from the next. proc_sys_kernel(5), `random/boot_id`
+/// Returns what tells one run of this host from the next. proc_sys_kernel(5), `random/boot_id`
 pub fn boot_id() -> String {
     let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
     text.map_or_else(|_| String::new(), |text| text.trim().to_owned())

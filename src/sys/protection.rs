@@ -13,7 +13,7 @@ pub fn deny(flags: u64) -> [u64; 5] {
     [SET, flags, 0, 0, 0]
 }
 
-/// Whether this kernel has them.
+/// Tells whether this kernel has them.
 pub fn known() -> bool {
     // SAFETY: no pointers.
     unsafe { libc::prctl(GET as i32, 0, 0, 0, 0) >= 0 }

@@ -11,19 +11,19 @@ pub(super) const TCP_REPAIR_OFF_NO_WP: libc::c_int = -1;
 pub(super) const MPTCP: libc::c_int = 262;
 const TCP_REPAIR: libc::c_int = 19;
 
-/// Whether a socket is of Multipath TCP: socket(7), `SO_PROTOCOL`.
+/// Tells whether a socket is of Multipath TCP: socket(7), `SO_PROTOCOL`.
 pub fn is_mptcp(socket: impl AsFd) -> bool {
     let protocol = get::<libc::c_int>(socket.as_fd(), libc::SOL_SOCKET, libc::SO_PROTOCOL);
     protocol.is_ok_and(|protocol| protocol == MPTCP)
 }
 
-/// Whether a socket takes connections: socket(7), `SO_ACCEPTCONN`.
+/// Tells whether a socket takes connections: socket(7), `SO_ACCEPTCONN`.
 pub fn listens(socket: impl AsFd) -> bool {
     is_set(socket, libc::SO_ACCEPTCONN)
 }
 
-/// Whether what comes to a unix socket has something beside it: unix(7), `SO_PASSCRED`, `SO_PASSSEC`; socket(7),
-/// `SO_TIMESTAMP`.
+/// Tells whether what comes to a unix socket has something beside it: unix(7), `SO_PASSCRED`, `SO_PASSSEC`;
+/// socket(7), `SO_TIMESTAMP`.
 pub fn has_control_messages(socket: impl AsFd) -> bool {
     let kinds = [libc::SO_PASSCRED, libc::SO_PASSSEC, libc::SO_TIMESTAMP, libc::SO_TIMESTAMPNS];
     kinds.into_iter().any(|kind| is_set(socket.as_fd(), kind))
@@ -33,7 +33,7 @@ fn is_set(socket: impl AsFd, name: libc::c_int) -> bool {
     get::<libc::c_int>(socket.as_fd(), libc::SOL_SOCKET, name).is_ok_and(|value| value != 0)
 }
 
-/// Whether a socket is of IPv6: socket(7), `SO_DOMAIN`.
+/// Tells whether a socket is of IPv6: socket(7), `SO_DOMAIN`.
 ///
 /// # Errors
 /// When it is no socket.

@@ -177,12 +177,12 @@ impl SocketType {
         })
     }
 
-    /// Whether it is of IPv6.
+    /// Tells whether it is of IPv6.
     pub fn is_v6(self) -> bool {
         self.domain == libc::AF_INET6
     }
 
-    /// Whether it can be a member of a multicast group.
+    /// Tells whether it can be a member of a multicast group.
     pub fn joins(self) -> bool {
         self.kind != libc::SOCK_STREAM
     }
@@ -217,7 +217,7 @@ pub fn defaults(kind: SocketType) -> io::Result<Vec<OptionValue>> {
     Ok(KNOWN.iter().zip(0..).filter_map(one).collect())
 }
 
-/// Those that are other than in a fresh socket of its kind.
+/// Returns those that are other than in a fresh socket of its kind.
 pub fn changed(socket: impl AsFd, fresh: &[OptionValue]) -> Vec<OptionValue> {
     let fd = socket.as_fd();
     let own = |(number, was): &OptionValue| {

@@ -27,7 +27,7 @@ pub use waiting::{Wait, wait_no_longer};
 const SUSPEND_SECCOMP: i32 = 1 << 21;
 /// `PTRACE_EVENT_STOP`
 const EVENT_STOP: i32 = 128;
-/// How long a thread may take to stop where nobody says otherwise: it only has to leave the kernel.
+/// Time that a thread may take to stop where nobody says otherwise: it only has to leave the kernel.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// How often it is looked whether one of many has stopped: wait(2) knows no time limit.
 const GLANCE: Duration = Duration::from_micros(100);
@@ -134,12 +134,12 @@ impl Stopped {
         }
     }
 
-    /// Where it is in its program.
+    /// Returns where it is in its program.
     pub fn position(&self) -> u64 {
         arch::position(&self.general)
     }
 
-    /// What it needs to go on from here.
+    /// Returns what it needs to go on from here.
     ///
     /// # Errors
     /// When it has been killed.
@@ -151,7 +151,7 @@ impl Stopped {
         Ok(ThreadState { tid: self.tid.as_raw(), mask: self.mask, general, extended })
     }
 
-    /// Where it has its area for restartable sequences, and of what length: the kernel writes there
+    /// Returns where it has its area for restartable sequences, and of what length: the kernel writes there
     /// whenever the thread goes on. None for a thread that has none, or before Linux 5.13. rseq(2)
     pub fn sequences(&self) -> Option<(u64, u64)> {
         let mut area = [0u8; 24];
@@ -296,7 +296,7 @@ pub fn await_outside(tids: &[i32], until: Instant) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether a thread is there, and has not ended.
+/// Tells whether a thread is there, and has not ended.
 fn runs(tid: i32) -> bool {
     let status = proc_text(tid, "status").unwrap_or_default();
     let state = status.lines().find_map(|line| line.strip_prefix("State:"));
@@ -318,13 +318,13 @@ pub fn instruction(tid: i32) -> io::Result<u64> {
         .ok_or_else(|| io::Error::other("the vDSO makes no system call"))
 }
 
-/// Where the vDSO is, by the text of a `maps` file.
+/// Returns where the vDSO is, by the text of a `maps` file.
 fn vdso(text: &str) -> Option<(u64, u64)> {
     let found = maps::parse(text).find(|m| m.is_special("[vdso]"))?;
     (found.end - found.start <= MAX_VDSO).then_some((found.start, found.end))
 }
 
-/// Whether no filter judges the system calls of a thread, by its `status`: proc_pid_status(5).
+/// Tells whether no filter judges the system calls of a thread, by its `status`: proc_pid_status(5).
 /// Kernels without seccomp have no such line.
 fn is_unfiltered(status: &str) -> bool {
     let line = status.lines().find_map(|line| line.strip_prefix("Seccomp:"));

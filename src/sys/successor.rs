@@ -82,7 +82,7 @@ impl Successor {
     }
 }
 
-/// Where this process's arguments lie in its memory. proc_pid_stat(5), fields 48 and 49.
+/// Returns where this process's arguments lie in its memory. proc_pid_stat(5), fields 48 and 49.
 fn own_arguments() -> std::ops::Range<usize> {
     let stat = fs::read_to_string("/proc/self/stat").unwrap_or_default();
     let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest);

@@ -9,12 +9,12 @@ use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
 /// `MQUEUE_MAGIC` of ipc/mqueue.c.
 const MESSAGE_QUEUES: FsType = FsType(0x1980_0202);
 
-/// Whether what is written at `path` stays in memory.
+/// Tells whether what is written at `path` stays in memory.
 pub fn is_tmpfs(path: &Path) -> io::Result<bool> {
     Ok(statfs(path)?.filesystem_type() == TMPFS_MAGIC)
 }
 
-/// Whether there is a message queue at `path`: mq_overview(7).
+/// Tells whether there is a message queue at `path`: mq_overview(7).
 pub fn is_message_queue(path: &Path) -> io::Result<bool> {
     Ok(statfs(path)?.filesystem_type() == MESSAGE_QUEUES)
 }

@@ -105,7 +105,7 @@ impl SystemCall {
         KINDS.into_iter().find(|kind| kind.number() == self.plain())
     }
 
-    /// Where it has its time limit, if it is one that restart_syscall(2) continues.
+    /// Returns where it has its time limit, if it is one that restart_syscall(2) continues.
     pub(super) fn continued(self) -> Option<TimeLimit> {
         const WAIT: u64 = 0;
         let [first, second, third, ..] = self.arguments;
@@ -129,8 +129,8 @@ impl SystemCall {
         Some(limit)
     }
 
-    /// Where it has its time limit, if it is one that ends with `EINTR` after any stop. `is_socket` tells of
-    /// a descriptor.
+    /// Returns where it has its time limit, if it is one that ends with `EINTR` after any stop. `is_socket`
+    /// tells of a descriptor.
     pub(super) fn ended(self, is_socket: impl FnOnce(i32) -> bool) -> Option<TimeLimit> {
         let limit = |argument: usize, has: TimeLimit| match self.arguments[argument] {
             0 => TimeLimit::Nowhere,
@@ -165,7 +165,7 @@ impl SystemCall {
         if self.arguments[3] as i32 > 0 { TimeLimit::Milliseconds(3) } else { TimeLimit::Nowhere }
     }
 
-    /// How long it was to wait, in nanoseconds.
+    /// Returns how long it was to wait, in nanoseconds.
     fn whole(self, tid: i32, limit: TimeLimit) -> Option<u64> {
         match limit {
             TimeLimit::Milliseconds(at) => Some(u64::from(self.arguments[at] as u32) * 1_000_000),
@@ -174,7 +174,7 @@ impl SystemCall {
         }
     }
 
-    /// What the kernel has written down as left, as it does when such a call is interrupted.
+    /// Returns what the kernel has written down as left, as it does when such a call is interrupted.
     fn rest(self, tid: i32, limit: TimeLimit) -> Option<u64> {
         let TimeLimit::Time(_, Some(at)) = limit else { return None };
         (self.arguments[at] != 0).then(|| time_at(tid, self.arguments[at]).ok()?)?
@@ -303,7 +303,7 @@ impl Clock {
         Clock { offset: offset.unwrap_or(0) }
     }
 
-    /// What it shows, in nanoseconds.
+    /// Returns what it shows, in nanoseconds.
     pub(super) fn now(&self) -> u64 {
         now().saturating_add_signed(self.offset)
     }
@@ -342,7 +342,7 @@ impl SeenWait {
     }
 }
 
-/// Whether a thread is in a call that restart_syscall(2) would continue.
+/// Tells whether a thread is in a call that restart_syscall(2) would continue.
 pub fn is_continued(tid: i32) -> bool {
     let call = proc_text(tid, "syscall").ok().and_then(|text| SystemCall::parse(&text));
     call.is_some_and(|call| call.continued().is_some())

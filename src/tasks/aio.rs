@@ -49,7 +49,7 @@ fn is_ring(name: &str) -> bool {
     name.strip_prefix(NAME).is_some_and(|rest| matches!(rest, "" | " (deleted)"))
 }
 
-/// What stands in the way: whose requests would be lost. Once, however many rings there are.
+/// Returns what stands in the way: whose requests would be lost. Once, however many rings there are.
 pub fn problem(rings: &[AioRing]) -> Option<Problem> {
     let used = rings.iter().find(|ring| !ring.is_unused())?;
     let name = proc_text(used.pid, "comm").unwrap_or_default();
@@ -70,7 +70,7 @@ pub fn problem(rings: &[AioRing]) -> Option<Problem> {
 }
 
 impl AioRing {
-    /// Whether no request was ever answered through it. One that cannot be read is not vouched for.
+    /// Tells whether no request was ever answered through it. One that cannot be read is not vouched for.
     fn is_unused(&self) -> bool {
         match self.read() {
             Ok(bytes) => is_unused(&bytes),

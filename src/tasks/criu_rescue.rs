@@ -39,9 +39,9 @@ const PARASITE: &str = "/memfd:CRIUMFD";
 const PARASITE_PEER: &[u8] = b"/crtools-pr-";
 /// CRIU borrows the first bytes of the first executable mapping to make system calls.
 const BORROWED: usize = 64;
-/// How long tasks that are held may take to be frozen.
+/// Time that tasks that are held may take to be frozen.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long a thread of a frozen task may take to be seen standing.
+/// Time that a thread of a frozen task may take to be seen standing.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What the tasks of a container need to go on as if nothing had been done to them.
@@ -79,7 +79,7 @@ impl TaskSnapshot {
         Ok(TaskSnapshot(noted))
     }
 
-    /// Where the threads of a process have their stacks; none where that is not known.
+    /// Returns where the threads of a process have their stacks; none where that is not known.
     pub fn stacks(&self, pid: i32) -> Option<Vec<u64>> {
         let process = self.0.iter().find(|process| process.pid == pid)?;
         process.threads.iter().map(ThreadState::stack).collect()
@@ -95,7 +95,7 @@ impl TaskSnapshot {
         Ok(fs::rename(fresh, work.join(FILE))?)
     }
 
-    /// What was written when CRIU was killed, if it was.
+    /// Returns what was written when CRIU was killed, if it was.
     pub fn read(work: &Path) -> Option<TaskSnapshot> {
         serde_json::from_slice(&fs::read(work.join(FILE)).ok()?).ok()
     }
@@ -155,7 +155,7 @@ impl TracerWatch {
         self.noted.lock().unwrap_or_else(PoisonError::into_inner).as_ref()?.stacks(pid)
     }
 
-    /// Whether the tasks can be put right if whoever works in them is killed now.
+    /// Tells whether the tasks can be put right if whoever works in them is killed now.
     pub fn can_mend(&self) -> bool {
         self.noted.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }

@@ -27,7 +27,7 @@ const MANY: usize = 500;
 /// How `/proc/PID/fd` shows an epoll.
 const EPOLL: &str = "anon_inode:[eventpoll]";
 
-/// Whether CRIU's questions are worth an answer of ours, and can have it.
+/// Tells whether CRIU's questions are worth an answer of ours, and can have it.
 pub fn worth_vouching(pids: &[i32]) -> bool {
     let most = pids.iter().filter_map(|pid| look(*pid).ok()).flat_map(|task| task.epolls);
     let most = most.map(|(_, watched)| watched.len()).max().unwrap_or(0);
@@ -83,12 +83,12 @@ fn look(pid: i32) -> Result<EpollTask> {
     Ok(task)
 }
 
-/// Whether a link in `/proc/PID/fd` shows an epoll.
+/// Tells whether a link in `/proc/PID/fd` shows an epoll.
 pub fn is_epoll(target: &Path) -> bool {
     target.as_os_str() == EPOLL
 }
 
-/// What a process's epoll watches; nothing if it has been closed.
+/// Returns what a process's epoll watches; nothing if it has been closed.
 ///
 /// # Errors
 /// When the kernel says it in other words than those that are known, or it is more than can be read.
@@ -140,7 +140,7 @@ pub fn socket(target: &Path) -> Option<u64> {
     target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 
-/// Whether any thread of a process has a seccomp filter. proc_pid_status(5)
+/// Tells whether any thread of a process has a seccomp filter. proc_pid_status(5)
 fn filtered(pid: i32) -> bool {
     inject::threads(pid).unwrap_or_default().into_iter().any(|tid| {
         let status = process::proc_text(tid, "status").unwrap_or_default();

@@ -13,9 +13,9 @@ use crate::oci::cgroup::Cgroup;
 use crate::sys::inject;
 use crate::sys::stopped::Stopped;
 
-/// How long a thread of a frozen task may take to be seen standing.
+/// Time that a thread of a frozen task may take to be seen standing.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long those that stand already may take to be frozen.
+/// Time that those that stand already may take to be frozen.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Threads by their process.
@@ -76,7 +76,7 @@ fn hold(pids: &[i32]) -> Result<StoppedTasks> {
     Ok(held)
 }
 
-/// Whether a process is of the same kind as we, so that it can make calls for us.
+/// Tells whether a process is of the same kind as we, so that it can make calls for us.
 pub fn native(pid: i32) -> bool {
     // EI_CLASS of its program, and of ours. elf(5)
     let class = |program: String| {

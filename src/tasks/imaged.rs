@@ -9,7 +9,7 @@ use std::path::Path;
 use crate::sys::maps;
 use crate::sys::process::proc_text;
 
-/// How many bytes these are: shared memory without a name in any file system (mmap(2), shmget(2),
+/// Returns how many bytes these are: shared memory without a name in any file system (mmap(2), shmget(2),
 /// memfd_create(2)) and open files that have lost theirs, each once however many tasks have it.
 pub fn bytes(pids: &[i32]) -> u64 {
     let mut found = HashMap::new();

@@ -130,8 +130,8 @@ fn hold_in(pid: i32, list: &[HeldLock]) -> Result<()> {
     }
 }
 
-/// Those that a process does not hold. Which of several descriptors of a file the kernel shows a lock at
-/// does not matter.
+/// Returns those that a process does not hold. Which of several descriptors of a file the kernel shows a lock
+/// at does not matter.
 fn missing(pid: i32, list: &[HeldLock]) -> Result<Vec<HeldLock>> {
     let mut files = BTreeMap::new();
     let mut there = HashSet::new();
@@ -191,7 +191,7 @@ fn locked_and_mapped(pid: i32) -> Option<PathBuf> {
     files.into_iter().find(|file| mapped.contains(file))
 }
 
-/// What could not be done.
+/// Returns what could not be done.
 fn words(pid: i32, held: &HeldLock) -> String {
     let file = fs::read_link(format!("/proc/{pid}/fd/{}", held.number)).unwrap_or_default();
     format!("process {} does not get its lock on {} ({})", held.vpid, file.display(), held.lock)

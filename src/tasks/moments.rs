@@ -14,7 +14,7 @@ use crate::network::unix;
 use crate::problem::Problem;
 use crate::sys::{process, socket};
 
-/// How long is waited.
+/// Time to wait.
 const LIMIT: Duration = Duration::from_millis(500);
 /// Nobody tells when something has been read.
 const PAUSE: Duration = Duration::from_millis(5);

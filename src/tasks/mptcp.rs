@@ -18,7 +18,7 @@ use crate::sys::{arch, listener, process, socket};
 /// A socket of Multipath TCP in a process.
 #[derive(Debug)]
 pub struct MptcpSocket {
-    /// Whose.
+    /// Process that has it.
     pub pid: i32,
     /// Its number there.
     pub number: RawFd,
@@ -80,15 +80,15 @@ pub fn obstacle(init: i32, all: &[MptcpSocket]) -> Option<(i32, &'static str)> {
     })
 }
 
-/// Whether a process has a descriptor that CRIU restores, and of which another one can stand anywhere for a
-/// while: of no file, whose locks would end with it. Of sockets some are taken out.
+/// Tells whether a process has a descriptor that CRIU restores, and of which another one can stand anywhere for
+/// a while: of no file, whose locks would end with it. Of sockets some are taken out.
 fn has_another(pid: i32) -> bool {
     let all = descriptors(pid);
     all.iter()
         .any(|(number, target)| epoll::socket(target).is_none() && stands_in(pid, *number, target))
 }
 
-/// Whether another descriptor of this one can stand anywhere for a while.
+/// Tells whether another descriptor of this one can stand anywhere for a while.
 pub fn stands_in(pid: i32, number: RawFd, target: &Path) -> bool {
     let device = || {
         let file = fs::metadata(format!("/proc/{pid}/fd/{number}"));
@@ -105,7 +105,7 @@ fn descriptors(pid: i32) -> Vec<(RawFd, PathBuf)> {
     list.flatten().filter_map(one).collect()
 }
 
-/// Whether there are any, as `/proc/PID/net/protocols` says.
+/// Tells whether there are any, as `/proc/PID/net/protocols` says.
 fn are_some(protocols: &str) -> bool {
     let mut lines = protocols.lines().filter(|line| line.starts_with("MPTCP"));
     lines.any(|line| line.split_ascii_whitespace().nth(2).is_some_and(|sockets| sockets != "0"))

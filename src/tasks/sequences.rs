@@ -8,7 +8,7 @@ use crate::memory::digest::{MOST_MASKS, Mask};
 use crate::sys::inject;
 use crate::sys::stopped::Stopped;
 
-/// Those of all threads of restored tasks, each of which is stopped for a moment.
+/// Returns those of all threads of restored tasks, each of which is stopped for a moment.
 ///
 /// # Errors
 /// When a thread cannot be stopped.

@@ -213,7 +213,7 @@ fn ask_one(task: Task, mdwe: bool, locks: bool) -> io::Result<Vec<SettingValue>>
     Ok(values)
 }
 
-/// Whether what the process maps is locked: a page, for a moment, shows it.
+/// Tells whether what the process maps is locked: a page, for a moment, shows it.
 fn gets_locked(pid: i32, thread: &mut Stopped, at: u64) -> io::Result<bool> {
     let locked = || {
         let status = proc_text(pid, "status")?;
@@ -232,7 +232,7 @@ fn gets_locked(pid: i32, thread: &mut Stopped, at: u64) -> io::Result<bool> {
     Ok(after? != before)
 }
 
-/// Whether a process has locked all that it has, which is where `MCL_FUTURE` is to be looked for.
+/// Tells whether a process has locked all that it has, which is where `MCL_FUTURE` is to be looked for.
 fn locks_all(pid: i32) -> bool {
     let status = proc_text(pid, "status").unwrap_or_default();
     let kib = |name| field(&status, name).and_then(|text| text.split(' ').next()?.parse().ok());
@@ -317,7 +317,7 @@ fn call<const N: usize>(task: Task, arguments: [u64; N], number: i64) -> io::Res
     fd_inject::first_thread(task.pid)?.call(at, number, arguments).map(drop)
 }
 
-/// Which CPUs threads are bound to: each list once.
+/// Returns which CPUs threads are bound to: each list once.
 pub fn bound_cpus(settings: &[Setting]) -> Vec<String> {
     let lists = settings.iter().filter_map(|setting| match &setting.value {
         SettingValue::Cpus(list) => Some(list.as_str()),
@@ -327,7 +327,7 @@ pub fn bound_cpus(settings: &[Setting]) -> Vec<String> {
     lists.into_iter().map(str::to_owned).collect()
 }
 
-/// What this host, whose CPUs are `online`, lacks of those.
+/// Returns what this host, whose CPUs are `online`, lacks of those.
 pub fn lacking(bound: &[String], online: &str) -> Option<Problem> {
     let online = sched::parse_cpus(online)?;
     let lacks = |list: &&String| {
@@ -340,7 +340,7 @@ pub fn lacking(bound: &[String], online: &str) -> Option<Problem> {
     Some(Problem::new(LACKS_CPUS, why).hint(CPUS_HINT).warning())
 }
 
-/// What processes deny themselves, where they cannot be asked: they are of another kind than we.
+/// Returns what processes deny themselves, where they cannot be asked: they are of another kind than we.
 pub fn problem(pids: &[i32]) -> Option<Problem> {
     if !protection::known() {
         return None;

@@ -10,7 +10,7 @@ use crate::problem::Problem;
 use crate::sys::inject;
 use crate::sys::process::proc_text;
 
-/// How long a thread may sleep so.
+/// Time that a thread may sleep so.
 const LIMIT: Duration = Duration::from_secs(1);
 /// Nobody tells when it wakes.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -24,7 +24,7 @@ struct Sleeper {
     naps: String,
 }
 
-/// What stands in the way: a thread that sleeps on through a second.
+/// Returns what stands in the way: a thread that sleeps on through a second.
 pub fn problem(pids: &[i32]) -> Option<Problem> {
     let mut asleep: Vec<Sleeper> = pids.iter().flat_map(|pid| of_process(*pid)).collect();
     let until = Instant::now() + LIMIT;
@@ -41,7 +41,7 @@ fn of_process(pid: i32) -> Vec<Sleeper> {
     threads.filter_map(|tid| naps(pid, tid).map(|naps| Sleeper { pid, tid, naps })).collect()
 }
 
-/// How often a thread has gone to sleep, if it sleeps uninterruptibly. proc_pid_status(5)
+/// Returns how often a thread has gone to sleep, if it sleeps uninterruptibly. proc_pid_status(5)
 fn naps(pid: i32, tid: i32) -> Option<String> {
     let status = proc_text(pid, &format!("task/{tid}/status")).ok()?;
     let value = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
@@ -66,7 +66,7 @@ fn told(sleeper: &Sleeper) -> Problem {
     }
 }
 
-/// Whether a thread is in a system call that makes processes: nothing in those takes long but the
+/// Tells whether a thread is in a system call that makes processes: nothing in those takes long but the
 /// wait for a child.
 pub fn waits_for_child(tid: i32) -> bool {
     let text = proc_text(tid, "syscall").unwrap_or_default();

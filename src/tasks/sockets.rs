@@ -138,7 +138,7 @@ struct InternetSocket {
     file: OwnedFd,
 }
 
-/// Those that these processes have, each once.
+/// Returns those that these processes have, each once.
 fn sockets(pids: &[i32]) -> Result<Vec<InternetSocket>> {
     let (mut found, mut seen) = (Vec::new(), HashSet::new());
     for task in of_first_space(pids)? {

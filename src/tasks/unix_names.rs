@@ -27,7 +27,7 @@ pub struct OtherName {
     pub taken: bool,
 }
 
-/// Those of the sockets with these inodes, in the namespaces of a process.
+/// Returns those of the sockets with these inodes, in the namespaces of a process.
 pub fn find(init: i32, own: &HashSet<u64>) -> Vec<OtherName> {
     let Ok(named) = unix::named_sockets(init) else { return Vec::new() };
     let mut by_directory: BTreeMap<PathBuf, Vec<(PathBuf, u32)>> = BTreeMap::new();

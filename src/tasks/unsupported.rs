@@ -20,7 +20,7 @@ const IO_URING: &str = "anon_inode:[io_uring]";
 /// Longest file without a name that goes along: CRIU puts it among the images, in the freeze.
 pub const MAX_NAMELESS: u32 = 64 << 20;
 
-/// What stands in the way: one problem for io_uring, and one for each device, FIFO and nameless file.
+/// Returns what stands in the way: one problem for io_uring, and one for each device, FIFO and nameless file.
 pub fn problems(pids: &[i32]) -> Vec<Problem> {
     let mut found: Vec<Problem> = Vec::new();
     let mut seen = Vec::new();

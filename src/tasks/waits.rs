@@ -15,7 +15,7 @@ use crate::sys::waits::{Clock, Processors, SeenWait, is_continued};
 /// Nobody tells when it has.
 const GLANCE: Duration = Duration::from_millis(1);
 
-/// What threads wait for that are to be frozen in the next moment, by their numbers.
+/// Returns what threads wait for that are to be frozen in the next moment, by their numbers.
 pub fn look(pids: &[i32]) -> HashMap<i32, SeenWait> {
     let (mut seen, mut processors) = (HashMap::new(), Processors::default());
     for &pid in pids {
@@ -69,7 +69,7 @@ pub fn go_on(pids: &[i32], patience: Duration) -> Option<Problem> {
     Some(Problem::new("a call that waits may take longer than it should", why).warning())
 }
 
-/// Whether a thread runs: it may be about to make a call.
+/// Tells whether a thread runs: it may be about to make a call.
 fn is_on_its_way(tid: i32) -> bool {
     proc_text(tid, "syscall").is_ok_and(|text| text.starts_with("running"))
 }

@@ -10,8 +10,8 @@ use std::process::{Command, Stdio};
 /// What is asked for first.
 const QUICKEST: &str = "aes128-gcm@openssh.com";
 
-/// What to tell a remote shell beyond its own arguments: nothing where it is not ssh, or has been told which
-/// ciphers to use, on its command line or in its configuration.
+/// Returns what to tell a remote shell beyond its own arguments: nothing where it is not ssh, or has been told
+/// which ciphers to use, on its command line or in its configuration.
 pub fn arguments(program: &str, first: &[String], host: &str, port: Option<u16>) -> Vec<String> {
     if Path::new(program).file_name().is_none_or(|name| name != "ssh") || !has_aes() {
         return Vec::new();

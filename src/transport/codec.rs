@@ -149,7 +149,7 @@ impl Chooser {
         Chooser { wish, ..Chooser::default() }
     }
 
-    /// What the next piece is packed with.
+    /// Returns what the next piece is packed with.
     pub fn choose(&mut self) -> Codec {
         if let CompressOption::Always(codec) = self.wish {
             return codec;

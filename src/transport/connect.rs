@@ -202,7 +202,7 @@ impl Destination {
         }
     }
 
-    /// Why the link ended before the other Ferry had said a word, and what to do about it.
+    /// Returns why the link ended before the other Ferry had said a word, and what to do about it.
     pub fn explain(&self, closer: &mut Closer) -> anyhow::Error {
         match (self, closer) {
             (Destination::Shell { host, rsh, remote_ferry, .. }, Closer::Shell(child)) => {

@@ -77,7 +77,7 @@ pub struct Same {
     pub to: (i32, u64),
     /// Task and address that they are like.
     pub from: (i32, u64),
-    /// How many.
+    /// Number of them.
     pub pages: usize,
 }
 

@@ -18,7 +18,7 @@ pub(super) const GET: &str = "GET";
 pub(super) const POST: &str = "POST";
 pub(super) const DELETE: &str = "DELETE";
 
-/// What docker answers; `None` if it does not have what was asked for. `path` must need no escapes.
+/// Returns what docker answers; `None` if it does not have what was asked for. `path` must need no escapes.
 ///
 /// # Errors
 /// When it does not do it, in its own words; when it says nothing in time.

@@ -17,7 +17,7 @@ use crate::problem::Problem;
 /// The network of those who ask for none.
 pub(super) const DEFAULT: &str = "bridge";
 
-/// What of a container cannot go.
+/// Returns what of a container cannot go.
 pub(super) fn refusals(found: &Value) -> Vec<Problem> {
     let (host, config) = (&found["HostConfig"], &found["Config"]);
     let mut problems = Vec::new();
@@ -226,8 +226,8 @@ pub(super) fn volumes(found: &Value, problems: &mut Vec<Problem>) -> Vec<Volume>
     )
 }
 
-/// How docker is asked for a container like this one: in the same networks with the same addresses, with
-/// the same ports, and with these very volumes.
+/// Returns how docker is asked for a container like this one: in the same networks with the same addresses,
+/// with the same ports, and with these very volumes.
 pub(super) fn request(found: &Value) -> Result<Value> {
     let mut body = found["Config"].as_object().cloned();
     let body = body.as_mut().ok_or_else(|| anyhow!("docker does not say how it was made"))?;
@@ -295,7 +295,7 @@ fn volumes_by_name(found: &Value, host: &mut Value) {
     host["Mounts"] = mounts.into();
 }
 
-/// What a container is in a network.
+/// Returns what a container is in a network.
 fn endpoint(found: &Value, own: &Value) -> Value {
     let id = text(&found["Id"]);
     let own_name = |alias: &&Value| text(alias).is_empty() || !id.starts_with(text(alias));

@@ -15,7 +15,7 @@ use crate::problem::Problem;
 /// The network of those who ask for none.
 const DEFAULT: &str = "podman";
 
-/// What of a container cannot go.
+/// Returns what of a container cannot go.
 pub(super) fn refusals(found: &Value) -> Vec<Problem> {
     let host = &found["HostConfig"];
     let mut problems = Vec::new();

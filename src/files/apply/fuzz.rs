@@ -10,7 +10,7 @@ use crate::files::inodes::Inodes;
 use crate::files::root::Root;
 use crate::fuzz::{Random, Target};
 
-/// What a source says about a tree that changes once.
+/// Returns what a source says about a tree that changes once.
 fn sample() -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);

@@ -155,14 +155,14 @@ impl<W: Write> Look<'_, W> {
     }
 }
 
-/// Whether a directory keeps its number on this file system. On others (FUSE, an overlay of several
+/// Tells whether a directory keeps its number on this file system. On others (FUSE, an overlay of several
 /// disks) it may have another one at the next look, and would be taken for another directory.
 pub(super) fn numbered(root: &Path) -> bool {
     let known = [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, TMPFS_MAGIC];
     statfs(root).is_ok_and(|s| known.contains(&s.filesystem_type()))
 }
 
-/// Whether a path is below another one.
+/// Tells whether a path is below another one.
 fn is_in(path: &[u8], directory: &[u8]) -> bool {
     path.strip_prefix(directory).is_some_and(|rest| rest.first() == Some(&b'/'))
 }

@@ -91,7 +91,7 @@ impl Daemon {
     }
 }
 
-/// Whether two tasks may want the same slot.
+/// Tells whether two tasks may want the same slot.
 pub(super) fn is_shared(tasks: &[Missing]) -> bool {
     let runs = tasks.iter().flat_map(|task| &task.runs);
     let staged = runs.filter_map(|(_, run)| match run.slot {

@@ -21,7 +21,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// Between one look and the next.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// See the module. There is none where no engine has called.
+/// The call of an engine; there is none where no engine has called.
 #[derive(Debug, Default)]
 pub(super) struct Caller {
     call: Option<EngineCall>,
@@ -89,7 +89,7 @@ impl Caller {
         told
     }
 
-    /// Whether the engine knows what is restored, and waits for its end if it does not run.
+    /// Tells whether the engine knows what is restored, and waits for its end if it does not run.
     pub fn is_apart(&self) -> bool {
         self.call.as_ref().is_some_and(EngineCall::is_apart)
     }

@@ -53,13 +53,13 @@ use crate::tasks::criu_rescue::{TaskSnapshot, TracerWatch};
 use crate::tasks::unsupported::MAX_NAMELESS;
 use crate::tasks::{epoll, waits};
 
-/// How long a container may take to stop before it is left alone.
+/// Time that a container may take to stop before it is left alone.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often freezing is tried when a task is caught in a vfork.
 const FREEZE_TRIES: u32 = 20;
-/// How long CRIU may take for anything that does not wait for us.
+/// Time that CRIU may take for anything that does not wait for us.
 const STEP_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long CRIU may take to take back what it has done to the tasks, when the dump is given up.
+/// Time that CRIU may take to take back what it has done to the tasks, when the dump is given up.
 const ROLLBACK_LIMIT: Duration = Duration::from_secs(2);
 
 /// What the dump tells the hand-over.

@@ -36,7 +36,7 @@ use crate::sys::smaps;
 /// With less memory the flags are looked at beside CRIU, so that a change is still in time for the images.
 /// With more that would keep CRIU waiting: nobody maps anything into a task meanwhile.
 const AT_ONCE: u64 = 128 << 20;
-/// How long a thread of a frozen task may take to be seen standing.
+/// Time that a thread of a frozen task may take to be seen standing.
 const PATIENCE: Duration = Duration::from_millis(20);
 
 /// What is hidden from a dump.
@@ -71,7 +71,7 @@ struct Hidden {
 /// What was added to the images.
 #[derive(Debug)]
 pub struct Added {
-    /// How many mappings.
+    /// Number of mappings.
     pub mappings: usize,
     /// Populated pages of theirs.
     pub pages: u64,
@@ -102,7 +102,7 @@ impl Hiding {
         Ok(Hiding { directory, looked, shared, work: None })
     }
 
-    /// Where the files are.
+    /// Returns where the files are.
     pub fn directory(&self) -> &Path {
         &self.directory
     }
@@ -194,8 +194,8 @@ impl Hiding {
         Ok(())
     }
 
-    /// What is known of a frozen task, if it has a file, and where its threads' stacks are, if anything may be
-    /// hidden.
+    /// Returns what is known of a frozen task, if it has a file, and where its threads' stacks are, if anything
+    /// may be hidden.
     fn standing(
         &self,
         task: Task,
@@ -279,7 +279,7 @@ impl Hiding {
 }
 
 impl Unchecked {
-    /// Whether all is known to be right.
+    /// Tells whether all is known to be right.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -308,8 +308,8 @@ impl Looked {
         started.is_some().then_some(Looked { started, known })
     }
 
-    /// What CRIU is shown of the frozen task. Where a mapping has come that it must see, all are looked at
-    /// again.
+    /// Returns what CRIU is shown of the frozen task. Where a mapping has come that it must see, all are looked
+    /// at again.
     fn draw(&self, pid: i32, stacks: &[u64], shared: &HashSet<u64>) -> Result<Option<Drawn>> {
         let maps = proc_text(pid, "maps")?;
         if let Some(drawn) = self.known.draw(&maps, stacks, shared) {

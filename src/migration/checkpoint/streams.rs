@@ -80,7 +80,7 @@ impl Streams {
         (0..self.places.len()).filter(shared).collect()
     }
 
-    /// What comes along, for the journal.
+    /// Returns what comes along, for the journal.
     pub fn logs(&self) -> Logs {
         self.logs.clone()
     }
@@ -242,7 +242,7 @@ fn plain(path: &Path) -> Option<(&Path, &OsStr)> {
     path.parent().zip(path.file_name()).filter(|_| whole)
 }
 
-/// Whether a log may be put in a place, over what stands there.
+/// Tells whether a log may be put in a place, over what stands there.
 fn comes(
     stream: &Stream,
     directory: &OwnedFd,

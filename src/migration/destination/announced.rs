@@ -100,7 +100,7 @@ pub(super) fn announced(
     })
 }
 
-/// Where the trees go.
+/// Returns where the trees go.
 fn targets(
     plan: &Plan,
     copies: &[usize],

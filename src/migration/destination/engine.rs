@@ -47,13 +47,13 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(60);
 /// A log may have grown by so much since it was looked at.
 const GROWTH: u64 = 1 << 30;
 
-/// Where what the container has changed of its image is until the engine has made a place for it: in the
-/// same mount, as it is renamed.
+/// Returns where what the container has changed of its image is until the engine has made a place for it: in
+/// the same mount, as it is renamed.
 pub(super) fn upper(plan: &Plan, wanted: &EngineWants) -> PathBuf {
     wanted.store.root.join(&wanted.store.driver).join(format!("ferry-{}", plan.migration))
 }
 
-/// What there will be to undo.
+/// Returns what there will be to undo.
 pub(super) fn made(plan: &Plan, wanted: &EngineWants) -> Made {
     let upper = upper(plan, wanted);
     Made {

@@ -75,13 +75,13 @@ use crate::sys::process::ProcessId;
 use crate::transport::connect::{Closer, Link};
 use crate::transport::frame::PageRun;
 
-/// How long a source may be silent before it is given up, while it still owns the container.
+/// Time that a source may be silent before it is given up, while it still owns the container.
 const SILENCE: Duration = Duration::from_secs(300);
 /// The same while it reads layers.
 const LAYERS_LIMIT: Duration = Duration::from_secs(900);
-/// How long the restore may take.
+/// Time that the restore may take.
 const RESTORE_LIMIT: Duration = Duration::from_secs(120);
-/// How long CRIU and the runtime may take to end when the restore has failed.
+/// Time that CRIU and the runtime may take to end when the restore has failed.
 const CRIU_ENDS: Duration = Duration::from_secs(5);
 /// Most further links.
 const MAX_CHANNELS: usize = 64;
@@ -173,7 +173,7 @@ impl DestinationInputs {
         }
     }
 
-    /// What has happened already, without waiting.
+    /// Returns what has happened already, without waiting.
     fn pending(&mut self) -> Result<Option<DestinationInput>> {
         self.queue.try_recv().ok().map(|input| self.explain(judge(input))).transpose()
     }
@@ -614,7 +614,7 @@ fn say_undone(peer: &PeerWriter) {
     let _ = peer.send(&Message::Resolved { standing: Standing::NeverRan });
 }
 
-/// Where copies are staged and put, and what else has to be made for them.
+/// Returns where copies are staged and put, and what else has to be made for them.
 fn placing(plan: &Plan, incoming: &Incoming) -> Result<Placing> {
     if incoming.is_empty() {
         return Ok(Placing::default());

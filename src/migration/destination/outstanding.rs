@@ -61,13 +61,13 @@ impl Outstanding {
         }
     }
 
-    /// Whether nobody has anything to do for it any more, here or there.
+    /// Tells whether nobody has anything to do for it any more, here or there.
     pub(super) fn is_over(&self) -> bool {
         let done = self.told_running && self.restored && self.synced && self.served.is_some();
         done && (self.finished || !self.link)
     }
 
-    /// What can be told now, and was not.
+    /// Returns what can be told now, and was not.
     pub(super) fn untold(&self) -> Option<ToTell> {
         if !self.told_running {
             return (self.running && self.noted).then_some(ToTell::Running);
@@ -83,7 +83,7 @@ impl Outstanding {
         }
     }
 
-    /// What the source says now.
+    /// Returns what the source says now.
     ///
     /// # Errors
     /// What does not belong here: it counts for nothing.
@@ -97,31 +97,31 @@ impl Outstanding {
         Ok(())
     }
 
-    /// Whether pages are missing that only the source has.
+    /// Tells whether pages are missing that only the source has.
     pub(super) fn lacks(&self) -> bool {
         self.served.is_none() && self.left > 0
     }
 
-    /// Whether nobody waits for the missing memory any more, and nobody brings it.
+    /// Tells whether nobody waits for the missing memory any more, and nobody brings it.
     pub(super) fn is_lost(&self) -> bool {
         !self.alive && !self.link && self.served.is_none()
     }
 
-    /// What becomes of the link when nothing has come for as long as anything may take: pages that are
+    /// Returns what becomes of the link when nothing has come for as long as anything may take: pages that are
     /// still on the source may take as long as they like.
     pub(super) fn after_silence(mut self) -> Outstanding {
         self.link &= self.lacks();
         self
     }
 
-    /// What is decided by, when somebody asks.
+    /// Returns what is decided by, when somebody asks.
     pub(super) fn phase(&self) -> decide::CopyPhase {
         let running = self.running && self.noted;
         let whole = self.served.is_some() && self.synced;
         decide::CopyPhase::Started { running, whole, lacking: self.left > 0 }
     }
 
-    /// What an operator is told who wants it to end here, where it stays.
+    /// Returns what an operator is told who wants it to end here, where it stays.
     pub(super) fn stays(&self) -> Standing {
         let runs = self.running && self.served.is_some();
         if runs { Standing::Running } else { Standing::Waiting }

@@ -100,7 +100,7 @@ enum Making {
 pub(super) struct Dumped {
     /// Its tasks, as it numbers them.
     pub(super) tasks: Vec<i32>,
-    /// How many connections have come beside the images.
+    /// Number of connections that have come beside the images.
     pub(super) connections: usize,
     pub(super) locks: Vec<HeldLock>,
     pub(super) settings: Vec<Setting>,
@@ -140,7 +140,7 @@ pub(super) enum Event {
 }
 
 impl Phase {
-    /// What comes of an event, which is not done yet.
+    /// Returns what comes of an event, which is not done yet.
     ///
     /// # Errors
     /// One that does not belong here, or more than any container has.
@@ -188,12 +188,12 @@ impl Phase {
         })
     }
 
-    /// Whether packets for the container are kept: some come from the freeze on.
+    /// Tells whether packets for the container are kept: some come from the freeze on.
     pub(super) fn takes_packets(&self) -> bool {
         !matches!(self, Phase::Asked { .. } | Phase::Preparing(_))
     }
 
-    /// What is told of something that does not belong here.
+    /// Returns what is told of something that does not belong here.
     pub(super) fn refuse(&self, what: &str) -> anyhow::Error {
         anyhow!("the source does not follow the protocol: {what} does not belong {}", self.place())
     }
@@ -232,12 +232,12 @@ impl Phase {
 }
 
 impl Ready {
-    /// What is to come when the source says that it is ours.
+    /// Returns what is to come when the source says that it is ours.
     pub(super) fn commit(self, copied: bool) -> Outstanding {
         Outstanding::new(self.link, !copied, self.left)
     }
 
-    /// What is decided by, when somebody asks.
+    /// Returns what is decided by, when somebody asks.
     pub(super) fn phase(self) -> decide::CopyPhase {
         decide::CopyPhase::Held { lacking: self.left > 0 }
     }
@@ -315,7 +315,7 @@ mod tests {
         ]
     }
 
-    /// What leads to each phase, with and without all that is optional before it.
+    /// Returns what leads to each phase, with and without all that is optional before it.
     fn ways() -> Vec<(bool, Vec<Event>)> {
         let engine = || {
             let first = [Event::Prepare, Event::Papers, Event::File, Event::Copied, Event::Engage];

@@ -226,7 +226,7 @@ impl IncomingMigration {
         }
     }
 
-    /// What may come at any time; a message that does not belong in the phase is refused.
+    /// Returns what may come at any time; a message that does not belong in the phase is refused.
     pub(super) fn keep_pace(
         &mut self,
         phase: &Phase,
@@ -251,7 +251,7 @@ impl IncomingMigration {
         }
     }
 
-    /// What CRIU has restored, and what it leaves to us.
+    /// Returns what CRIU has restored, and what it leaves to us.
     fn complete(&mut self, pid: i32, dumped: &Dumped) -> Result<()> {
         self.journal.record.init = ProcessId::of(pid);
         self.mark("restored");

@@ -29,7 +29,7 @@ use crate::tasks::waits;
 use crate::transport::connect;
 use crate::transport::frame::Frame;
 
-/// How long a task may take to come to a call that it begins anew, where it has to be brought memory.
+/// Time that a task may take to come to a call that it begins anew, where it has to be brought memory.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 impl IncomingMigration {
@@ -330,8 +330,8 @@ impl IncomingMigration {
         }
     }
 
-    /// What has begun to wait anew is to wait for no longer than it should. Beside all else: a task may have
-    /// to be brought memory for it.
+    /// What has begun to wait anew is to wait for no longer than it should. Beside all else: a task may
+    /// have to be brought memory for it.
     fn have_them_wait(&self) -> Option<JoinHandle<()>> {
         let init = self.journal.record.init?.pid;
         let work = move || {

@@ -28,11 +28,11 @@ use crate::sys::tun::Tap;
 use crate::transport::connect::{self, Cutter};
 use crate::transport::frame::Frame;
 
-/// How long home waits for this host to have made the devices: it connects while the rest is made.
+/// Time that home waits for this host to have made the devices: it connects while the rest is made.
 const MAKING: Duration = Duration::from_secs(25);
 /// The same where no migration is known that would make them.
 const SOON: Duration = Duration::from_secs(2);
-/// How long an answer from home may take.
+/// Time that an answer from home may take.
 const ANSWER: Duration = Duration::from_secs(50);
 /// How often it is looked whether anybody still uses the namespace, and for how long nobody must.
 const LOOK: Duration = Duration::from_secs(3);
@@ -400,7 +400,7 @@ impl Holder {
         }
     }
 
-    /// What counts the container's open connections, where it is there.
+    /// Returns what counts the container's open connections, where it is there.
     fn counter(&self) -> Result<Box<dyn FnMut() -> Option<u32>>> {
         let away = away_at(&self.directory)?;
         let namespace = NetNs::open(&away.path)?;
@@ -477,7 +477,7 @@ impl Holder {
     }
 }
 
-/// Whether a process is in a network namespace.
+/// Tells whether a process is in a network namespace.
 fn inhabited((_, inode): (u64, u64)) -> bool {
     let name = format!("net:[{inode}]");
     let list = fs::read_dir("/proc").into_iter().flatten().flatten();

@@ -29,7 +29,7 @@ pub const DEAD: Duration = Duration::from_secs(10);
 /// Where the address has moved, nothing is forwarded any more when there was no link for so long: TCP does not
 /// send again for longer what is not confirmed. tcp(7), `tcp_retries2`
 pub const ORPHANED: Duration = Duration::from_secs(1000);
-/// How long it may take until the other side has the link.
+/// Time that it may take until the other side has the link.
 const ANSWER: Duration = Duration::from_secs(30);
 /// Most links, and longest of their names: as in a network image.
 const MAX_LINKS: usize = crate::network::image::MAX_LINKS;

@@ -17,7 +17,7 @@ use crate::network::translated::Translated;
 use crate::sys::scm;
 
 const SOCKET: &str = "control.sock";
-/// How long an answer may take: a new link may have to be made, to a host that is far.
+/// Time that an answer may take: a new link may have to be made, to a host that is far.
 const LIMIT: Duration = Duration::from_secs(60);
 /// Longest question, and longest answer, in JSON.
 const LONGEST: usize = 64 << 10;
@@ -30,12 +30,12 @@ pub fn ask(directory: &Path, what: &Ask) -> Result<()> {
     question(directory, what)?.into_result()
 }
 
-/// How it goes; `None` when nobody works there.
+/// Returns how it goes; `None` when nobody works there.
 pub fn status(directory: &Path) -> Option<Status> {
     question(directory, &Ask::Status).ok()?.status
 }
 
-/// What ties the container to its home.
+/// Returns what ties the container to its home.
 ///
 /// # Errors
 /// When home does not say.

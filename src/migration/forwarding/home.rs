@@ -27,7 +27,7 @@ use crate::transport::frame::Frame;
 /// Between two tries to reach the other host, at first and at most.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
 
-/// How long the other host may take to hear that it is over.
+/// Time that the other host may take to hear that it is over.
 const FAREWELL: Duration = Duration::from_secs(3);
 
 /// What the threads share.
@@ -193,7 +193,7 @@ impl Forwarder {
         }
     }
 
-    /// What of this host's tables the container's connections live by.
+    /// Returns what of this host's tables the container's connections live by.
     fn translated(&self) -> Result<Translated> {
         let addresses = self.lock().home.addresses.clone();
         let addresses: Vec<_> = addresses.iter().filter_map(|a| a.parse().ok()).collect();
@@ -211,7 +211,7 @@ impl Forwarder {
         write(&self.directory, HOME, &state.home)
     }
 
-    /// Whether it is to end when there is no connection, and there was none for long enough.
+    /// Tells whether it is to end when there is no connection, and there was none for long enough.
     fn is_deserted(&self) -> bool {
         let state = self.lock();
         let port = state.ports.iter().find(|p| Some(p.number) == state.active);
@@ -240,7 +240,7 @@ impl Forwarder {
         }
     }
 
-    /// How we reach a host that is named here, or by the one where the container is.
+    /// Returns how we reach a host that is named here, or by the one where the container is.
     fn ours(&self, destination: Destination, port: Option<u64>) -> Result<Destination> {
         let mut state = self.lock();
         if port.is_none() {

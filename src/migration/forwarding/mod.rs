@@ -151,7 +151,7 @@ pub fn decide(plan: &Plan, host: &NetNs) -> AddressDecision {
     if stays { AddressDecision::Stays } else { AddressDecision::Moves }
 }
 
-/// Why the container cannot go where its address would move: connections would end.
+/// Returns why the container cannot go where its address would move: connections would end.
 pub fn ties(plan: &Plan, course: AddressDecision) -> Option<Problem> {
     let (Some(image), AddressDecision::Moves) = (&plan.network, course) else { return None };
     let flows = &plan.forward.translated.flows;
@@ -191,7 +191,7 @@ pub fn ties(plan: &Plan, course: AddressDecision) -> Option<Problem> {
     )
 }
 
-/// What ties a container to the host that has its address.
+/// Returns what ties a container to the host that has its address.
 pub fn translated(namespace: &NetNs, image: &NetworkImage, away: Option<&Away>) -> Translated {
     let addresses: Vec<_> = image.outward().flat_map(|(_, l)| &l.addresses).collect();
     let addresses: Vec<_> =
@@ -214,7 +214,7 @@ pub fn translated(namespace: &NetNs, image: &NetworkImage, away: Option<&Away>) 
     })
 }
 
-/// Whether the first host could keep the address and forward its frames: not what is led to it by
+/// Tells whether the first host could keep the address and forward its frames: not what is led to it by
 /// routes, and not a namespace that would have no name to be kept under.
 pub fn can_stay(plan: &Plan) -> bool {
     let Some(image) = &plan.network else { return false };
@@ -289,7 +289,7 @@ fn directories() -> Vec<PathBuf> {
     list.map(|e| e.path()).filter(|p| p.is_dir()).collect()
 }
 
-/// How the container of this namespace is reached, if its address is elsewhere.
+/// Returns how the container of this namespace is reached, if its address is elsewhere.
 pub fn away_of(namespace: &NetNs) -> Option<Away> {
     let identity = namespace.identity().ok()?;
     directories().iter().filter_map(|d| away_at(d).ok()).find(|a| a.identity == identity)
@@ -367,7 +367,8 @@ pub fn describe(record: &Record) -> Option<(String, serde_json::Value)> {
     Some((words, value))
 }
 
-/// Whether something of a container of that ID, or that an engine calls so, is forwarded from here or to here.
+/// Tells whether something of a container of that ID, or that an engine calls so, is forwarded from here or to
+/// here.
 pub fn is_known(id: &str) -> bool {
     !of_container(id).is_empty()
 }

@@ -18,7 +18,7 @@ use crate::oci::container_id::ContainerId;
 use crate::sys::netns::{self, NetNs};
 use crate::sys::process;
 
-/// How long a process may take to come up.
+/// Time that a process may take to come up.
 const START: Duration = Duration::from_secs(10);
 /// A process that ends sooner than this after its start is not started again at once.
 const HASTE: Duration = Duration::from_secs(1);

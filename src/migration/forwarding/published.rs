@@ -31,7 +31,7 @@ pub const IDLE: u64 = 300;
 /// So many who stay are told by name.
 const NAMED: usize = 5;
 
-/// Whether there is something that could be forwarded.
+/// Tells whether there is something that could be forwarded.
 pub fn could_be(plan: &Plan) -> bool {
     let (Some(wanted), Some(image)) = (&plan.engine, &plan.network) else { return false };
     let translated = &plan.forward.translated;
@@ -42,7 +42,7 @@ pub fn could_be(plan: &Plan) -> bool {
     ties && links(image).next().is_some()
 }
 
-/// What home has to know.
+/// Returns what home has to know.
 pub fn known(wanted: &EngineWants, image: &NetworkImage) -> HomeFacts {
     let all: Vec<&LinkImage> = links(image).collect();
     let own = |link: &&LinkImage| -> Vec<Ipv4Addr> {
@@ -185,7 +185,7 @@ pub fn stuck(
     Ok(problems)
 }
 
-/// What becomes of an address that cannot be asked for.
+/// Returns what becomes of an address that cannot be asked for.
 pub fn moves(wanted: &EngineWants) -> Option<Problem> {
     let ip = wanted.given.first()?;
     let engine = wanted.engine;
@@ -194,7 +194,7 @@ pub fn moves(wanted: &EngineWants) -> Option<Problem> {
     Some(Problem::new(what, why).hint("a network made with --subnet keeps addresses").warning())
 }
 
-/// Who stays, and what becomes of what they have to do with each other. `forwards`: their packets go
+/// Returns who stays, and what becomes of what they have to do with each other. `forwards`: their packets go
 /// to and fro.
 pub fn left_behind(wanted: &EngineWants, forwards: bool) -> Option<Problem> {
     let mut names: Vec<String> =

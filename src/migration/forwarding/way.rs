@@ -25,7 +25,7 @@ pub(super) fn reached_by(
     Ok(Destination::Shell { host, port, rsh: rsh.clone(), remote_ferry: remote_ferry.clone() })
 }
 
-/// How a host is reached, for people.
+/// Returns how a host is reached, for people.
 pub(super) fn way(destination: &Destination) -> String {
     match destination {
         Destination::Shell { host, rsh, .. } => match hops(rsh).last() {

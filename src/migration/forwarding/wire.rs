@@ -16,7 +16,7 @@ use crate::sys::netns::NetNs;
 /// In a forwarding's directory: the connections that are open.
 const OPEN: &str = "open.json";
 
-/// See the module.
+/// The container's links at home, or its published ports.
 pub(super) enum Wire {
     Kept(forward::HomeLinks),
     Published(Arc<published::home::PublishedHome>, PathBuf),
@@ -60,7 +60,7 @@ impl Wire {
         Ok(IncomingFrames::Published(home.clone()))
     }
 
-    /// Whether a frame can be nobody's but the container's.
+    /// Tells whether a frame can be nobody's but the container's.
     pub(super) fn is_containers(&self, frame: &EthernetFrame) -> bool {
         match self {
             Wire::Kept(_) => true,

@@ -95,8 +95,8 @@ impl AwayMark {
         })
     }
 
-    /// Whether an engine's containers have marks at all: whose a new one is need not be looked at where they
-    /// have none.
+    /// Tells whether an engine's containers have marks at all: whose a new one is need not be looked at where
+    /// they have none.
     pub fn any_named(state_dir: &Path) -> bool {
         let engines = [Engine::Podman, Engine::Docker];
         engines.iter().any(|engine| engine_dir(state_dir, *engine).exists())
@@ -172,7 +172,7 @@ fn read(path: &Path) -> Result<Option<AwayMark>> {
     }
 }
 
-/// Whether failing to open the marks' directory means that no mark concerns this caller.
+/// Tells whether failing to open the marks' directory means that no mark concerns this caller.
 fn means_no_mark(why: &std::io::Error) -> bool {
     match why.kind() {
         ErrorKind::NotFound => true,

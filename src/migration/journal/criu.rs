@@ -10,9 +10,9 @@ use crate::sys::process;
 /// CRIU's rollback ends with the control group frozen again, so nobody may thaw it before; only
 /// large shared memory makes it take long.
 const CRIU_TIMEOUT: Duration = Duration::from_secs(600);
-/// How long a CRIU that restores may take to give up by itself.
+/// Time that a CRIU that restores may take to give up by itself.
 const ROLLBACK_GRACE: Duration = Duration::from_secs(5);
-/// How long a process that was killed may take to be gone.
+/// Time that a process that was killed may take to be gone.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Waits until a CRIU that lost its Ferry has finished: it rolls back by itself.
@@ -54,7 +54,7 @@ fn criu_of(work: &WorkPath) -> Option<(i32, OwnedFd)> {
     (name.trim() == "criu").then_some((pid, pidfd))
 }
 
-/// Whether a process ends within that time.
+/// Tells whether a process ends within that time.
 fn ends(pidfd: &OwnedFd, limit: Duration) -> bool {
     process::wait_readable(&[pidfd.as_fd()], Some(Instant::now() + limit)).is_ok()
 }

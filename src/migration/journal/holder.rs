@@ -9,7 +9,7 @@ use super::{Journal, Record, Role, State};
 use crate::problem::Problem;
 use crate::report::log;
 
-/// What a migration has to do with a container here; nothing, where none is open.
+/// Returns what a migration has to do with a container here; nothing, where none is open.
 pub fn in_the_way(state_dir: &Path, root: &Path, container: &str) -> Option<Problem> {
     let journals = match Journal::of(state_dir, root, container) {
         Ok(journals) => journals,
@@ -38,7 +38,7 @@ fn unreadable(container: &str, error: &anyhow::Error) -> Problem {
     Problem::new(what, why).hint(hints.join("; "))
 }
 
-/// What an open migration of a container has to do with it.
+/// Returns what an open migration of a container has to do with it.
 pub(super) fn problem(record: &Record, state: State, under_way: bool) -> Problem {
     let Record { container, peer, migration, worker, .. } = record;
     let (here, way) = match record.role {
@@ -72,7 +72,7 @@ pub(super) fn problem(record: &Record, state: State, under_way: bool) -> Problem
     }
 }
 
-/// Why a container that bears a mark is not to be started here, and what to do; how Ferry is called
+/// Returns why a container that bears a mark is not to be started here, and what to do; how Ferry is called
 /// for its root.
 pub fn marked(state_dir: &Path, mark: &AwayMark, ferry: &str) -> (String, String) {
     let AwayMark { id, destination: to, migrated_at: at, migration_id: migration, .. } = mark;

@@ -15,7 +15,7 @@ use crate::problem::advice;
 
 /// How often whoever waits for no longer than so long looks again: there is no flock(2) with a limit.
 const LOOK: Duration = Duration::from_millis(10);
-/// How long whoever has taken a container in, which runs already, may take to end.
+/// Time that whoever has taken a container in, which runs already, may take to end.
 const ENDING: Duration = Duration::from_secs(5);
 
 /// See [`Journal::hold`].

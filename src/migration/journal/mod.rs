@@ -99,7 +99,7 @@ impl State {
         }
     }
 
-    /// Whether nothing is left to be done.
+    /// Tells whether nothing is left to be done.
     pub fn is_over(self) -> bool {
         matches!(self, State::Finished | State::Aborted)
     }
@@ -169,34 +169,34 @@ pub struct Record {
 }
 
 impl Record {
-    /// Whether this host has not been started again since: process numbers, inodes of namespaces and
+    /// Tells whether this host has not been started again since: process numbers, inodes of namespaces and
     /// names of control groups mean what they meant then.
     pub fn same_boot(&self) -> bool {
         let now = boot_id();
         self.boot.is_empty() || now.is_empty() || self.boot == now
     }
 
-    /// Whether an operator means it: by an ID, or as the container's engine calls that.
+    /// Tells whether an operator means it: by an ID, or as the container's engine calls that.
     pub fn is_meant_by(&self, word: &str) -> bool {
         self.container == *word
             || self.migration == word
             || self.engine.as_ref().is_some_and(|engine| engine.is_meant_by(word))
     }
 
-    /// Whether the process that works on it is there; on a destination, or one that goes on in its place.
+    /// Tells whether the process that works on it is there; on a destination, or one that goes on in its place.
     pub fn worker_lives(&self) -> bool {
         let guarded =
             || self.role == Role::Destination && self.guards().into_iter().any(ProcessId::is_alive);
         self.same_boot() && (self.worker.is_alive() || guarded())
     }
 
-    /// Who goes on if that is killed, in that order.
+    /// Returns who goes on if that is killed, in that order.
     pub fn guards(&self) -> Vec<ProcessId> {
         let text = fs::read_to_string(self.work.guards()).unwrap_or_default();
         text.lines().filter_map(ProcessId::read).collect()
     }
 
-    /// Whether the container's init process is there, as far as the record knows it.
+    /// Tells whether the container's init process is there, as far as the record knows it.
     pub fn init_lives(&self) -> bool {
         self.same_boot() && self.init.is_some_and(ProcessId::is_alive)
     }
@@ -208,7 +208,7 @@ impl Record {
         other.and_then(Made::id_here).unwrap_or_else(|| self.container.clone())
     }
 
-    /// Whether it is about this container.
+    /// Tells whether it is about this container.
     pub fn concerns(&self, root: &Path, container: &str) -> bool {
         let its_root = self.root.as_deref().unwrap_or(Path::new(DEFAULT_ROOT));
         self.container == *container && canonical(its_root) == canonical(root)
@@ -411,7 +411,7 @@ impl Journal {
         self.states.last().map_or(State::Begun, |s| s.0)
     }
 
-    /// Whether the line has ever been written that hands the container over; whatever came after it.
+    /// Tells whether the line has ever been written that hands the container over; whatever came after it.
     pub fn was_committed(&self) -> bool {
         self.states.iter().any(|s| s.0 == State::Committed)
     }
@@ -427,7 +427,7 @@ impl Journal {
         &self.states
     }
 
-    /// Where the file is.
+    /// Returns where the file is.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -476,12 +476,12 @@ impl Journal {
         Ok(())
     }
 
-    /// Whether the other host is known to know how it has ended.
+    /// Tells whether the other host is known to know how it has ended.
     pub fn is_told(&self) -> bool {
         self.told
     }
 
-    /// Whether the other host may still have to learn how it has ended: of a container that stayed, a
+    /// Tells whether the other host may still have to learn how it has ended: of a container that stayed, a
     /// copy may be held there; of one that came, the source may ask.
     pub fn is_untold(&self) -> bool {
         let matters = matches!(
@@ -630,7 +630,7 @@ impl Unreadable {
         Some(Unreadable { path, container, why: error.root_cause().to_string() })
     }
 
-    /// Whether it may be about a container, or bears the name of its migration.
+    /// Tells whether it may be about a container, or bears the name of its migration.
     pub fn may_be_about(&self, id: &str) -> bool {
         self.container.as_ref().is_none_or(|container| container == id)
             || self.path.file_stem().is_some_and(|name| name == id)

@@ -24,12 +24,12 @@ const KEEP: usize = 1000;
 /// For how long.
 const AGE: Duration = Duration::from_secs(180 * 24 * 3600);
 
-/// Where they are.
+/// Returns where they are.
 pub(super) fn directory(state_dir: &Path) -> PathBuf {
     super::directory(state_dir).join(OVER)
 }
 
-/// Where a journal is when it has been put by.
+/// Returns where a journal is when it has been put by.
 ///
 /// # Errors
 /// When it is no path of a current one.
@@ -60,7 +60,7 @@ pub fn tidy(state_dir: &Path) -> Result<usize> {
     prune(&directory(state_dir))
 }
 
-/// Whether nobody needs it to go on: over, and told, or so old that nobody will ask.
+/// Tells whether nobody needs it to go on: over, and told, or so old that nobody will ask.
 fn is_done(journal: &Journal, now: u64) -> bool {
     let old = journal.record.begun.saturating_add(AGE.as_secs()) < now;
     journal.state().is_over() && (old || !journal.is_untold())
@@ -90,7 +90,7 @@ fn prune(dir: &Path) -> Result<usize> {
     Ok(removed)
 }
 
-/// Those that are too many or too old.
+/// Returns those that are too many or too old.
 fn superfluous(mut found: Vec<(SystemTime, OsString)>, now: SystemTime) -> Vec<OsString> {
     found.sort_by(|one, other| other.cmp(one));
     let old = |written: SystemTime| now.duration_since(written).is_ok_and(|age| age > AGE);
@@ -99,7 +99,7 @@ fn superfluous(mut found: Vec<(SystemTime, OsString)>, now: SystemTime) -> Vec<O
     too_much.map(|(_, (_, name))| name).collect()
 }
 
-/// What of a host's journals concerns a container or a migration, with those that are put by.
+/// Returns what of a host's journals concerns a container or a migration, with those that are put by.
 ///
 /// # Errors
 /// When they cannot be listed, or one that may be about it cannot be read.

@@ -43,7 +43,7 @@ impl WorkPath {
         CriuPath(self.0.join("work"))
     }
 
-    /// Where the container's tmpfs mounts stand until they are bound into place: beside the work
+    /// Returns where the container's tmpfs mounts stand until they are bound into place: beside the work
     /// directory, never in it, as that is removed with all its files.
     pub fn tmpfs(&self) -> PathBuf {
         self.0.with_extension("tmpfs")
@@ -109,7 +109,7 @@ impl WorkPath {
         self.0.join("guard")
     }
 
-    /// What the guard has to say.
+    /// Log of the guard.
     pub fn guard_log(&self) -> PathBuf {
         self.0.join("guard.log")
     }
@@ -149,12 +149,12 @@ impl CriuPath {
         self.0.join("runc.log")
     }
 
-    /// What the runtime writes to its standard error.
+    /// Standard error of the runtime.
     pub fn runtime_stderr(&self) -> PathBuf {
         self.0.join("runc.stderr")
     }
 
-    /// Where the runtime writes the restored init's number.
+    /// Returns where the runtime writes the restored init's number.
     pub fn runtime_pid_file(&self) -> PathBuf {
         self.0.join("init.pid")
     }
@@ -263,7 +263,7 @@ pub fn remove(path: &WorkPath) {
     let _ = fs::remove_dir_all(&**path);
 }
 
-/// What is mounted below a directory, in the order of mounting. proc_pid_mountinfo(5)
+/// Returns what is mounted below a directory, in the order of mounting. proc_pid_mountinfo(5)
 fn mounts_below(path: &Path) -> Vec<PathBuf> {
     let text =
         String::from_utf8_lossy(&fs::read("/proc/self/mountinfo").unwrap_or_default()).into_owned();
@@ -274,7 +274,7 @@ fn mounts_below(path: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Where the destination makes the namespace: at the path that the container's configuration
+/// Returns where the destination makes the namespace: at the path that the container's configuration
 /// names; one without a name gets one for as long as the migration takes.
 pub fn network_place(plan: &Plan) -> Option<PathBuf> {
     plan.network.as_ref()?;

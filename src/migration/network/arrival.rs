@@ -28,7 +28,7 @@ use crate::sys::netns::NetNs;
 /// do.
 const MAX_PACKETS: usize = 32 << 20;
 
-/// See the module. A container without a network of its own has one that does nothing.
+/// A container without a network of its own has one that does nothing.
 #[derive(Debug, Default)]
 pub struct NetworkArrival {
     net: Option<Net>,
@@ -207,7 +207,7 @@ impl NetworkArrival {
         }
     }
 
-    /// Where it is.
+    /// Returns where it is.
     pub fn namespace(&self) -> Option<&NetNs> {
         let understudy = self.understudy.as_ref().map(Understudy::namespace);
         self.net.as_ref().map(|net| net.made.namespace()).or(understudy)
@@ -259,7 +259,7 @@ impl NetworkArrival {
         }
     }
 
-    /// What is released with the container, for whoever does it.
+    /// Returns what is released with the container, for whoever does it.
     pub fn release(&mut self) -> Option<ReleaseSet> {
         if let Some(floating) = &mut self.floating {
             return floating.release();

@@ -28,7 +28,7 @@ pub enum ContainerNetwork<'a> {
 }
 
 impl ContainerNetwork<'_> {
-    /// Whether anybody can be connected to it.
+    /// Tells whether anybody can be connected to it.
     pub fn is_there(self) -> bool {
         !matches!(self, ContainerNetwork::Nothing)
     }
@@ -68,7 +68,7 @@ impl ContainerNetwork<'_> {
         })
     }
 
-    /// Where datagrams come in that wait to be read.
+    /// Returns where datagrams come in that wait to be read.
     pub fn homes(self) -> UdpEndpoints {
         match self {
             ContainerNetwork::Own { image, .. } => UdpEndpoints::of(image),

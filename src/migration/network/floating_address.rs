@@ -22,7 +22,7 @@ use crate::problem::Problem;
 use crate::report::failures::Failures;
 use crate::sys::netns::NetNs;
 
-/// Whether the configuration gives the container the network namespace `host`.
+/// Tells whether the configuration gives the container the network namespace `host`.
 fn uses_host(bundle: &Bundle, host: &NetNs) -> Result<bool> {
     Ok(match bundle.namespace("network") {
         None => true,
@@ -140,7 +140,7 @@ pub fn problems(plan: &Plan, bundle: &Bundle) -> Vec<Problem> {
     })
 }
 
-/// What the source needs for the freeze: the fence, and what sees what it stops.
+/// Returns what the source needs for the freeze: the fence, and what sees what it stops.
 ///
 /// # Errors
 /// When it cannot be made ready.
@@ -224,7 +224,7 @@ impl ArrivedAddresses {
         Ok(())
     }
 
-    /// What is released with the container, for whoever does it.
+    /// Returns what is released with the container, for whoever does it.
     pub fn release(&mut self) -> Option<ReleaseSet> {
         self.release.take()
     }

@@ -13,9 +13,9 @@ use crate::network::frames::Capture;
 use crate::network::sockets::{Flow, SockDiag, Unowned};
 use crate::problem::{Problem, Trying};
 
-/// How long new connections are held at most before the freeze.
+/// Time that new connections are held at most before the freeze.
 const LULL: Duration = Duration::from_millis(500);
-/// How long answers on closed connections may take to get away, while everything goes on.
+/// Time that answers on closed connections may take to get away, while everything goes on.
 const DRAIN: Duration = Duration::from_secs(10);
 /// Younger ones there is time to wait for.
 const YOUNG: Duration = Duration::from_millis(250);

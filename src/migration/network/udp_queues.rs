@@ -77,7 +77,7 @@ impl Came {
     }
 }
 
-/// What waits in sockets, by their inodes.
+/// Returns what waits in sockets, by their inodes.
 fn read(ports: &HashMap<u32, u16>, homes: &UdpEndpoints, cgroup: &Cgroup) -> Vec<EthernetFrame> {
     let (mut unread, mut room) = (HashMap::new(), MOST);
     let wanted = |inode| ports.contains_key(&inode);

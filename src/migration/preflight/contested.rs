@@ -20,7 +20,7 @@ use crate::tasks::locks::FoundLock;
 /// File systems that no two hosts share.
 const OWN: [&str; 7] = ["tmpfs", "ramfs", "devtmpfs", "mqueue", "hugetlbfs", "proc", "sysfs"];
 
-/// What stands in the way of these locks, all in one.
+/// Returns what stands in the way of these locks, all in one.
 pub fn problem(subject: &SourceContainer, locks: &[FoundLock]) -> Option<Problem> {
     let places = Places::of(subject);
     let mut mounts = HashMap::new();
@@ -127,7 +127,7 @@ impl Places {
         if shared { fs::read_link(link).ok() } else { None }
     }
 
-    /// Whether both hosts see what is mounted there.
+    /// Tells whether both hosts see what is mounted there.
     fn sees(&self, mount: &TaskMount) -> bool {
         let over = self.list.iter().filter(|(place, _)| mount.place.starts_with(place));
         let Some((place, shared)) = over.max_by_key(|(place, _)| place.components().count()) else {

@@ -300,7 +300,7 @@ fn volume(place: &Place) -> String {
     }
 }
 
-/// Where a copy has to be made; none if there is nothing to copy.
+/// Returns where a copy has to be made; none if there is nothing to copy.
 fn relation(
     probe: &Probe,
     path: Option<&Path>,
@@ -354,7 +354,7 @@ fn relation(
     }
 }
 
-/// Whether copies find room, each where it is to be.
+/// Tells whether copies find room, each where it is to be.
 ///
 /// # Errors
 /// When that cannot be found out.
@@ -397,7 +397,7 @@ fn room(plan: &Plan, state_dir: &Path, found: &mut Vec<Problem>) {
     found.extend(room_for_notes("the destination", state_dir));
 }
 
-/// Whether a host has room for what a migration writes down: what CRIU says is in memory, the journal
+/// Tells whether a host has room for what a migration writes down: what CRIU says is in memory, the journal
 /// on disk, wherever that is.
 pub fn room_for_notes(host: &str, state_dir: &Path) -> Vec<Problem> {
     let notes = [workdir::BASE, "/run"].map(Path::new).into_iter().find(|p| p.exists());
@@ -417,7 +417,7 @@ pub fn room_for_notes(host: &str, state_dir: &Path) -> Vec<Problem> {
     notes.into_iter().chain(state).filter_map(full).collect()
 }
 
-/// Whether the source has memory for the images of what cannot be read while they are made.
+/// Tells whether the source has memory for the images of what cannot be read while they are made.
 pub fn room_for_images(plan: &Plan, free: u64) -> Option<Problem> {
     let needed = plan.imaged_bytes.saturating_add(RESERVE);
     let why = if free < needed && plan.imaged_bytes > LITTLE {
@@ -443,7 +443,7 @@ fn in_tmpfs(plan: &Plan) -> u64 {
     plan.tmpfs.iter().fold(0, |sum: u64, t| sum.saturating_add(t.used))
 }
 
-/// Whether the container finds room in `free` bytes of memory.
+/// Tells whether the container finds room in `free` bytes of memory.
 fn memory(plan: &Plan, free: u64) -> Option<Problem> {
     let mib = |bytes: u64| bytes >> 20;
     // What is in a tmpfs or shared is there packed and unpacked for a moment. Staged pages are given

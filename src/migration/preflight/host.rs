@@ -33,7 +33,7 @@ pub fn machine() -> String {
     std::env::consts::ARCH.to_owned()
 }
 
-/// What the CPU can do: the flags of proc_cpuinfo(5).
+/// Returns what the CPU can do: the flags of proc_cpuinfo(5).
 pub fn cpu_flags() -> Vec<String> {
     let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     text.lines()
@@ -130,7 +130,7 @@ const NOT_FOR_PROGRAMS: &[&str] = &[
     "cqm_mbm_local",
 ];
 
-/// What the source's CPU has and this one lacks.
+/// Returns what the source's CPU has and this one lacks.
 pub fn missing_cpu_flags(source: &[String]) -> Vec<String> {
     let here = cpu_flags();
     source
@@ -172,7 +172,7 @@ pub fn criu() -> Result<(PathBuf, u32), Problem> {
     Ok((path, version))
 }
 
-/// What is slower with this CRIU than with others.
+/// Returns what is slower with this CRIU than with others.
 pub fn slow_criu(version: u32) -> Option<Problem> {
     let tried = hidden::was_tried(version);
     let problem = Problem::new(
@@ -331,7 +331,7 @@ fn look() -> Vec<Problem> {
     found
 }
 
-/// Whether this process has a capability in its effective set, by number (linux/capability.h).
+/// Tells whether this process has a capability in its effective set, by number (linux/capability.h).
 fn has_capability(number: u32) -> bool {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     status

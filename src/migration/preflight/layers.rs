@@ -54,7 +54,7 @@ pub fn look_at_engines(root: &Path) -> Result<Layered> {
     Ok(Layered(overlay::at(&overlay::mounts()?, &root)))
 }
 
-/// Why what mountinfo names is not what is mounted: another mount namespace has other paths.
+/// Returns why what mountinfo names is not what is mounted: another mount namespace has other paths.
 fn out_of_reach(overlay: &mut Overlay, proof: &Proof) -> Option<String> {
     for lower in &mut overlay.lower {
         match fs::canonicalize(&lower.path) {
@@ -78,7 +78,7 @@ impl Layered {
         }
     }
 
-    /// Why only the merged tree of an overlay can be copied.
+    /// Returns why only the merged tree of an overlay can be copied.
     pub fn only_merged(&self) -> Option<&str> {
         match &self.0 {
             MountedAt::Merged(why) => Some(why),
@@ -129,7 +129,7 @@ pub fn wanted<'a>(plan: &'a Plan, copies: &[usize]) -> Option<&'a Overlay> {
     plan.overlay.as_ref().filter(|_| copies.contains(&root))
 }
 
-/// What is mounted on this host where the overlay is to be, if it may go: what the same container has
+/// Returns what is mounted on this host where the overlay is to be, if it may go: what the same container has
 /// left.
 fn before(place: &Path, overlay: &Overlay) -> Result<Option<Overlay>, Box<Problem>> {
     let odd = |what: String, why: String, hint: &str| Box::new(Problem::new(what, why).hint(hint));
@@ -166,7 +166,7 @@ fn before(place: &Path, overlay: &Overlay) -> Result<Option<Overlay>, Box<Proble
     Ok(found)
 }
 
-/// Whether the overlay can be mounted at `place` on this host, as far as that shows; `proof` is that
+/// Tells whether the overlay can be mounted at `place` on this host, as far as that shows; `proof` is that
 /// of the source's root file system.
 ///
 /// # Errors
@@ -284,12 +284,12 @@ impl ComingOverlay {
         Ok((ComingOverlay { mounting, upper, store, lacking }, numbers))
     }
 
-    /// Where the lacking layers are staged.
+    /// Returns where the lacking layers are staged.
     pub fn staged(&self) -> Vec<PathBuf> {
         self.lacking.iter().map(|l| l.staged.clone()).collect()
     }
 
-    /// Where they will be.
+    /// Returns where they will be.
     pub fn store(&self) -> &Path {
         self.store.dir()
     }
@@ -312,7 +312,7 @@ impl ComingOverlay {
         Ok(())
     }
 
-    /// What is told of the copies, once the first round's layers are in their places.
+    /// Returns what is told of the copies, once the first round's layers are in their places.
     pub fn after_first_round(
         self,
         tell: impl Fn(Applied) + Send + 'static,

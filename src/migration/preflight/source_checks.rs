@@ -190,7 +190,7 @@ pub fn inspect(
     Err(problems)
 }
 
-/// What an engine's container needs of the engine on the other host.
+/// Returns what an engine's container needs of the engine on the other host.
 fn wanted(
     engine: &dyn Handover,
     wishes: &MigrateOptions,
@@ -470,7 +470,7 @@ fn look(
     })
 }
 
-/// Whether the container has something else at a place than what its configuration leads to: it may
+/// Tells whether the container has something else at a place than what its configuration leads to: it may
 /// have put a symbolic link there that leads out of it. `inside` is the root of its mounts.
 pub fn replaced(inside: &OwnedFd, what: &str, place: &Place, found: &Root) -> Option<Problem> {
     let place = match place {

@@ -27,7 +27,7 @@ pub const MAX_STREAM: u64 = 1 << 30;
 /// How long it may be when the container is frozen: much may be written to it while memory goes.
 pub const MAX_GROWN: u64 = 2 * MAX_STREAM;
 
-/// Whether a log can still go along, as long as it is by now.
+/// Tells whether a log can still go along, as long as it is by now.
 ///
 /// # Errors
 /// Says which, and what to do about it.
@@ -90,7 +90,7 @@ pub fn look(init: i32, tasks: &[i32]) -> Result<Standard> {
     Ok(found)
 }
 
-/// What a descriptor of another process leads to, only to be looked at: None if it is closed.
+/// Returns what a descriptor of another process leads to, only to be looked at: None if it is closed.
 fn open(path: &Path) -> Result<Option<File>> {
     let how = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path);
     match how {
@@ -163,7 +163,7 @@ fn lies(file: &File, mounts: &MountNumbers) -> Result<Lies> {
     Ok(Lies::Here(directory, place))
 }
 
-/// Whether it is a memfd: such files have no place. memfd_create(2)
+/// Tells whether it is a memfd: such files have no place. memfd_create(2)
 fn is_memory(file: &File) -> bool {
     let device = |file: &File| file.metadata().map(|meta| meta.dev()).ok();
     let ours = memfd_create(c"ferry", MFdFlags::MFD_CLOEXEC).map(File::from);
@@ -244,7 +244,7 @@ mod tests {
         MountNumbers { within: set(within), here: set(here) }
     }
 
-    /// What is said of a file on a mount of this host.
+    /// Returns what is said of a file on a mount of this host.
     fn refused(file: &File) -> String {
         let file = found(file);
         let mounts = mounts(&[], &[mount_of(&file).unwrap()]);

@@ -47,7 +47,7 @@ impl ForwardRequest {
     }
 }
 
-/// Whether this can be a forwarding's ID: it becomes a directory's name.
+/// Tells whether this can be a forwarding's ID: it becomes a directory's name.
 pub fn is_id(id: &str) -> bool {
     id.len() == 16 && id.bytes().all(|b| b.is_ascii_hexdigit())
 }
@@ -114,7 +114,7 @@ pub enum Ask {
     Probe(Destination),
     /// The container may go there: connect, and listen for it.
     Join {
-        /// Where.
+        /// Host to reach.
         destination: Destination,
         /// The migration that takes it there.
         migration: String,
@@ -153,7 +153,7 @@ pub enum Ask {
 /// The answer.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct ForwardAnswer {
-    /// Why not.
+    /// Reason, in words.
     pub error: Option<String>,
     /// To [`Ask::Status`].
     pub status: Option<Status>,
@@ -168,7 +168,7 @@ impl From<Result<()>> for ForwardAnswer {
 }
 
 impl ForwardAnswer {
-    /// What it says as a result.
+    /// Returns what it says as a result.
     ///
     /// # Errors
     /// When it tells of one.
@@ -194,6 +194,6 @@ pub struct Status {
     pub until_idle: Option<u64>,
     /// The link to it works.
     pub connected: bool,
-    /// Why not.
+    /// Reason, in words.
     pub why: String,
 }

@@ -167,7 +167,7 @@ pub enum Message {
     Dumped {
         /// The container's tasks, as it numbers them.
         tasks: Vec<i32>,
-        /// How many connections have come beside the images.
+        /// Number of connections that have come beside the images.
         connections: usize,
         /// The file locks that the tasks hold.
         locks: Vec<HeldLock>,
@@ -178,13 +178,13 @@ pub enum Message {
     },
     /// Both ways, at any time: sent back as it came. Says nothing about who owns the container.
     Echo {
-        /// Which one.
+        /// Number of the echo.
         number: u64,
     },
     /// To the destination, before a check ends: counts for nothing; the source sees how fast it gets
     /// away. The source owns the container.
     BandwidthProbe {
-        /// Whatever.
+        /// Padding, of no meaning.
         text: String,
     },
     /// To the destination: no page will come before the commit. The source owns the container,
@@ -236,14 +236,14 @@ pub enum Message {
     /// To the source: all pages that are missing were named (`RunKind::Want`). The destination owns the
     /// container, running.
     Missing {
-        /// How many.
+        /// Number of them.
         pages: u64,
     },
     /// To the destination: what was frozen is gone, no packet will come any more.
     Finished,
     /// To the destination: give up, the container runs on here. The source owns the container.
     Abort {
-        /// Why.
+        /// Reason, in words.
         why: String,
     },
     /// To the source: it cannot be done here; everything is undone. The source owns the container.
@@ -276,7 +276,7 @@ pub enum Message {
 }
 
 impl Message {
-    /// What has failed here, in full.
+    /// Returns what has failed here, in full.
     pub fn failed(phase: &str, error: &anyhow::Error) -> Message {
         let (why, hints) = log::taken_apart(error);
         Message::Failed { phase: phase.to_owned(), why, hints }

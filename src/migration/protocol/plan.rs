@@ -227,7 +227,7 @@ impl Plan {
         Ok(())
     }
 
-    /// Whether CRIU runs in the container's network namespace, on both sides: what it writes on
+    /// Tells whether CRIU runs in the container's network namespace, on both sides: what it writes on
     /// the one must be read in the same place on the other. It can where it can talk to itself.
     pub fn criu_inside(&self) -> bool {
         let up =

@@ -199,7 +199,7 @@ impl Session {
         }
     }
 
-    /// Why it ended without a word.
+    /// Returns why it ended without a word.
     fn explained(self, to: &Destination) -> anyhow::Error {
         let Session { peer, mut closer } = self;
         drop(peer);
@@ -296,7 +296,7 @@ pub fn signal_name(signal: i32) -> &'static str {
     nix::sys::signal::Signal::try_from(signal).map_or("a signal", |s| s.as_str())
 }
 
-/// What we say first.
+/// Returns what we say first.
 pub(in crate::migration) fn hello() -> Message {
     Message::Hello(Hello {
         protocol: PROTOCOL,
@@ -305,7 +305,7 @@ pub(in crate::migration) fn hello() -> Message {
     })
 }
 
-/// Whether the other side speaks our language.
+/// Tells whether the other side speaks our language.
 fn check_hello(theirs: &Hello) -> Result<()> {
     if theirs.protocol != PROTOCOL {
         return Err(advice(

@@ -20,7 +20,7 @@ use crate::migration::transfer::memory_sender::MemoryOptions;
 use crate::sys::fault;
 use crate::sys::process::{self, ProcessId};
 
-/// How long the other host may take for one answer: so long an operator has to wait for the journal.
+/// Time that the other host may take for one answer: so long an operator has to wait for the journal.
 const ANSWER: Duration = Duration::from_secs(15);
 /// Between two tries to reach the other host, at most.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
@@ -101,7 +101,7 @@ impl LeftGuard {
     }
 }
 
-/// What neither a Ferry nor its guard has done, [undone](undo::roll_back_source) later.
+/// Returns what neither a Ferry nor its guard has done, [undone](undo::roll_back_source) later.
 ///
 /// # Errors
 /// Says which steps failed; the others were done.
@@ -202,7 +202,7 @@ pub fn guard(journal: &Path) -> Result<()> {
     done
 }
 
-/// Whether a destination that answers so will never let a copy run.
+/// Tells whether a destination that answers so will never let a copy run.
 fn excludes(standing: Standing) -> bool {
     matches!(standing, Standing::NeverRan | Standing::Gone)
 }

@@ -18,7 +18,7 @@ use crate::migration::transfer::memory_sender::{
 use crate::problem::Advice;
 use crate::transport::frame::{Frame, RunKind};
 
-/// How long a link may be silent before another is tried.
+/// Time that a link may be silent before another is tried.
 const SILENCE: Duration = Duration::from_secs(30);
 /// How often is looked whether somebody wants it to end.
 const TICK: Duration = Duration::from_millis(500);
@@ -37,7 +37,7 @@ pub enum Brought {
 }
 
 impl Brought {
-    /// How it stands on the destination then.
+    /// Returns how it stands on the destination then.
     pub fn standing(&self) -> Standing {
         match self {
             Brought::Whole(_) => Standing::Running,

@@ -75,7 +75,7 @@ pub(super) fn remove(record: &Record) -> Result<()> {
         .map_or(Ok(()), |(spares, root)| spares.remove(&root))
 }
 
-/// What was noted, and the root of the container that it is about.
+/// Returns what was noted, and the root of the container that it is about.
 fn noted<T: serde::de::DeserializeOwned>(record: &Record, file: &Path) -> Option<(T, PathBuf)> {
     let init = record.init.filter(|_| record.init_lives())?;
     let text = fs::read(file).ok()?;

@@ -44,12 +44,12 @@ use crate::tasks::criu_rescue;
 use crate::transport::connect;
 use crate::transport::frame::PageRun;
 
-/// How many wait.
+/// Number of those that wait.
 const WAITING: usize = 2;
 /// Between two tries to end a copy that does not end, at first and at most.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// How long CRIU may take for a step of its end.
+/// Time that CRIU may take for a step of its end.
 const CRIU_STEP: Duration = Duration::from_secs(60);
 
 /// The two successors of whoever serves pages, and the thread that replaces one that has died.
@@ -87,7 +87,7 @@ impl PageGuards {
         Ok(PageGuards { will, criu: None, stop, thread })
     }
 
-    /// Whether they know all that they need.
+    /// Tells whether they know all that they need.
     pub fn can_go_on(&self) -> bool {
         self.will.is_made()
     }

@@ -31,7 +31,7 @@ use crate::sys::process::{self, ProcessId};
 use crate::tasks::criu_rescue::{self, TaskSnapshot, TracerWatch};
 use crate::tasks::waits;
 
-/// How long a task may take to come to a call that it begins anew.
+/// Time that a task may take to come to a call that it begins anew.
 const WAIT_TIMEOUT: Duration = Duration::from_millis(300);
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -194,7 +194,7 @@ fn mend_tasks(record: &Record, cgroup: &Cgroup, failures: &mut Failures) {
     }
 }
 
-/// Where the migration's away-mark lies, and its journal below.
+/// Returns where the migration's away-mark lies, and its journal below.
 pub fn state_dir(journal: &Journal) -> &Path {
     journal.path().parent().and_then(Path::parent).unwrap_or(Path::new("/"))
 }
@@ -217,7 +217,7 @@ pub fn leave_mark(journal: &Journal) -> Result<()> {
     mark.write(state_dir(journal))
 }
 
-/// Whether the container may be started here again: an engine that was not told that it has left has its
+/// Tells whether the container may be started here again: an engine that was not told that it has left has its
 /// restart policy still, and would have a second copy at once, or when it is started itself.
 fn mark_may_go(is_engines: bool, told: bool) -> bool {
     told || !is_engines
@@ -281,7 +281,7 @@ fn take_address_back(record: &Record) {
         .and_then(|image| Ok(network::announce(&namespace, &image)?));
 }
 
-/// What [`note_host_side`] has noted, and this host.
+/// Returns what [`note_host_side`] has noted, and this host.
 fn host_side(record: &Record) -> Option<(HostSide, NetNs)> {
     let text = fs::read(record.work.host_side()).ok()?;
     Some((serde_json::from_slice(&text).ok()?, NetNs::current().ok()?))
@@ -455,7 +455,7 @@ pub(in crate::migration) fn restored_init(record: &Record) -> Option<ProcessId> 
     ProcessId::read(&text)
 }
 
-/// Whether the copy that was restored here has tasks still: they may wait for memory.
+/// Tells whether the copy that was restored here has tasks still: they may wait for memory.
 pub fn copy_lives(record: &Record) -> bool {
     record.same_boot() && restored_init(record).is_some_and(ProcessId::is_alive)
 }
@@ -478,7 +478,7 @@ pub fn note_all_in(work: &WorkPath) {
     let _ = fs::write(work.all_in(), "").inspect_err(|e| tracing::error!("{e}"));
 }
 
-/// What there is of the container on its source.
+/// Returns what there is of the container on its source.
 ///
 /// # Errors
 /// When the runtime cannot be asked.
@@ -494,7 +494,7 @@ pub fn tasks(record: &Record) -> Result<Tasks> {
     })
 }
 
-/// Whether whoever took a container in has died when it ran, with all of its memory; so far as that is
+/// Tells whether whoever took a container in has died when it ran, with all of its memory; so far as that is
 /// noted, and it has not ended since.
 pub fn runs_whole(record: &Record) -> bool {
     record.work.all_in().exists() && restored_init(record).is_some_and(ProcessId::is_alive)

@@ -19,9 +19,9 @@ use crate::migration::protocol::{Message, Standing, Verdict};
 use crate::problem::Advice;
 use crate::sys::scm;
 
-/// How long the other host may take to answer.
+/// Time that the other host may take to answer.
 pub const LIMIT: Duration = Duration::from_secs(60);
-/// How long whoever holds a container may take to end when it does not answer any more.
+/// Time that whoever holds a container may take to end when it does not answer any more.
 const ENDING: Duration = Duration::from_secs(10);
 
 /// Asks the destination of a migration how it stands there, telling it the source's verdict if

@@ -21,7 +21,7 @@ use crate::transport::connect::Destination;
 /// Between two tries to reach a destination, at first and at most: somebody may try for days.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
-/// How long a destination may take to hear of earlier migrations before it hears of the next one.
+/// Time that a destination may take to hear of earlier migrations before it hears of the next one.
 const BEFORE: Duration = Duration::from_secs(20);
 
 /// Tells the destination that the source has kept the container, until it has heard, or there is no
@@ -80,7 +80,7 @@ impl Drop for SoleTeller {
     }
 }
 
-/// Whether the destination is still to hear it, as far as the journal knows.
+/// Tells whether the destination is still to hear it, as far as the journal knows.
 fn is_to_be_told(journal: &Journal) -> bool {
     let stayed = matches!(journal.state(), State::Begun | State::Returning | State::Aborted);
     stayed && !journal.is_told()

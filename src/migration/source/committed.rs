@@ -22,9 +22,9 @@ use crate::report::exit::Failed;
 use crate::report::progress::Reporter;
 use crate::sys::fault;
 
-/// How long a signal lets what is under way go on.
+/// Time that a signal lets what is under way go on.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// How long a destination that is looked for may take to answer.
+/// Time that a destination that is looked for may take to answer.
 const ANSWER: Duration = Duration::from_secs(5);
 
 /// After the commit: the destination owns the container. There is no way back from here.
@@ -55,10 +55,12 @@ impl Committed {
             job.join();
         }
 
-        let end = match running {
-            true => CommittedEnd::RunsThere,
-            false if source.stopping => CommittedEnd::InDoubt(Standing::Waiting),
-            false => Committed::look_for(&mut source, reporter),
+        let end = if running {
+            CommittedEnd::RunsThere
+        } else if source.stopping {
+            CommittedEnd::InDoubt(Standing::Waiting)
+        } else {
+            Committed::look_for(&mut source, reporter)
         };
 
         if end == CommittedEnd::NeverRan {
@@ -151,7 +153,7 @@ impl Committed {
         reporter.report.frozen_ms = source.frozen_since.map(|s| s.elapsed().as_secs_f64() * 1000.0);
     }
 
-    /// Whether the destination has said that it runs.
+    /// Tells whether the destination has said that it runs.
     fn hand_on(source: &mut SourceMigration, reporter: &mut Reporter) -> bool {
         if let Some(Err(e)) = source.silence.as_mut().map(ProxyArpBlock::begin) {
             reporter.warning(&format!("{e}"));
@@ -281,7 +283,8 @@ impl Committed {
     }
 }
 
-/// Why it is not known what has become of it, and who goes on: nobody does where nothing is to be learned.
+/// Returns why it is not known what has become of it, and who goes on: nobody does where nothing is to be
+/// learned.
 fn in_doubt_words(id: &str, peer: &str, standing: Standing) -> anyhow::Error {
     if standing == Standing::Gone {
         return advice(
@@ -309,7 +312,7 @@ fn in_doubt_words(id: &str, peer: &str, standing: Standing) -> anyhow::Error {
     )
 }
 
-/// What there is still to do, and who does it.
+/// Returns what there is still to do, and who does it.
 fn left_to_guard(source: &SourceMigration, reporter: &Reporter) -> anyhow::Error {
     let record = &source.journal.record;
     left_words(&record.container, &record.peer, reporter.report.frozen_ms.is_some())

@@ -12,7 +12,7 @@ use crate::migration::protocol::session::FromPeer;
 use crate::network::Floating;
 use crate::report::forecast::{Forecast, TreeForecast};
 
-/// How long the link is tried out.
+/// Time that the link is tried out.
 const TRIAL: Duration = Duration::from_millis(300);
 /// Bytes that go at once, and at most: no more than that stands between us and the other host.
 const PIECE: usize = 256 << 10;

@@ -67,7 +67,7 @@ impl Comparing {
         Ok(())
     }
 
-    /// Whether nothing of it is missing.
+    /// Tells whether nothing of it is missing.
     fn is_over(self) -> Result<()> {
         match self {
             Comparing::Unwanted | Comparing::Over => Ok(()),
@@ -291,7 +291,7 @@ impl SourceMigration {
         Ok(())
     }
 
-    /// Whether logs outside the container can go along still, however much has been written to them.
+    /// Tells whether logs outside the container can go along still, however much has been written to them.
     fn check_streams(&self) -> Result<()> {
         for (stream, log) in self.subject.plan.streams.iter().zip(&self.subject.logs) {
             if let Some(log) = log.as_ref().filter(|_| stream.sent) {
@@ -301,7 +301,7 @@ impl SourceMigration {
         Ok(())
     }
 
-    /// What is in /dev/shm, where that is a mount that the engine makes.
+    /// Returns what is in /dev/shm, where that is a mount that the engine makes.
     fn send_shm(&self) -> Result<()> {
         let Some(wanted) = &self.subject.plan.engine else { return Ok(()) };
         if wanted.own.iter().all(|place| place != Path::new(SHM_PLACE)) {

@@ -67,21 +67,21 @@ use crate::transport::frame::{Frame, RunKind};
 
 /// From the freeze to the commit: a hand-over that takes longer is given up.
 const FREEZE_LIMIT: Duration = Duration::from_secs(30);
-/// How long nothing may be heard while memory is compared.
+/// Time that nothing may be heard while memory is compared.
 const VERIFY_LIMIT: Duration = Duration::from_secs(120);
-/// How long nothing may be heard of the destination while it makes everything ready and takes in
+/// Time that nothing may be heard of the destination while it makes everything ready and takes in
 /// memory.
 const PREPARE_LIMIT: Duration = Duration::from_secs(45);
 /// The same while it takes in files: bringing them to the disk is silent work.
 const FILES_LIMIT: Duration = Duration::from_secs(900);
-/// How long the other side may take to end after the last word. It does so without us, too; and a bridge
+/// Time that the other side may take to end after the last word. It does so without us, too; and a bridge
 /// whose port has gone with the container may have another address now, so that nothing comes from there.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(10);
-/// How long the destination may take to undo what it has when it has been told that the container stays.
+/// Time that the destination may take to undo what it has when it has been told that the container stays.
 const UNDONE_LIMIT: Duration = Duration::from_secs(2);
 /// From the resume until the last staged page is installed.
 const WHOLE_LIMIT: Duration = Duration::from_secs(600);
-/// How long a lost destination is looked for after the commit.
+/// Time that a lost destination is looked for after the commit.
 const SETTLE_LIMIT: Duration = Duration::from_secs(30);
 
 /// The image in which CRIU notes what it did about open files without their names.
@@ -159,7 +159,7 @@ fn settle_earlier(
     Ok(lock)
 }
 
-/// What of the container's files is of no use here when it runs there. Layers may be others', too.
+/// Returns what of the container's files is of no use here when it runs there. Layers may be others', too.
 fn removable(subject: &SourceContainer) -> Vec<PathBuf> {
     let load = subject.load.iter();
     let places = load.flat_map(|l| &l.roots[l.layers..]).map(|root| root.place().to_owned());

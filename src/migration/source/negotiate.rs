@@ -168,7 +168,7 @@ impl SourceInputs {
         self.judge(input)
     }
 
-    /// What has happened already, without waiting.
+    /// Returns what has happened already, without waiting.
     pub(super) fn pending(&mut self) -> Result<Option<SourceInput>> {
         self.queue.try_recv().ok().map(|input| self.judge(input)).transpose()
     }

@@ -117,7 +117,7 @@ impl SourceMigration {
         self.peer.send(&Message::Copied)
     }
 
-    /// What its engine knows of it.
+    /// Returns what its engine knows of it.
     pub(super) fn send_papers(&mut self) -> Result<()> {
         let plan = &self.subject.plan;
         let Some(wanted) = &plan.engine else { return Ok(()) };
@@ -149,7 +149,7 @@ impl SourceMigration {
         Ok(wanted)
     }
 
-    /// Whether there is somebody to tell.
+    /// Tells whether there is somebody to tell.
     pub(super) fn tell_haul(&self, order: file_sender::FileOrder) -> bool {
         self.haul.as_ref().is_some_and(|haul| haul.orders.send(order).is_ok())
     }

@@ -104,7 +104,7 @@ impl SourceMigration {
         Failed::from(text)
     }
 
-    /// What is said where it could neither be handed over nor taken back.
+    /// Returns what is said where it could neither be handed over nor taken back.
     pub(super) fn is_left_frozen(&self, error: &anyhow::Error, why: &anyhow::Error) -> Failed {
         let record = &self.journal.record;
         let (id, peer) = (&record.container, &record.peer);

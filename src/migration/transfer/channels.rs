@@ -18,7 +18,7 @@ use crate::transport::codec::{Chooser, Codec, CompressOption};
 use crate::transport::connect::{Closer, Destination};
 use crate::transport::pace::Pace;
 
-/// How long the other side may take to take a further link.
+/// Time that the other side may take to take a further link.
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// Packs pages and puts them on one link, no faster than is wanted.

@@ -180,7 +180,7 @@ struct MemorySender {
     echoed: Vec<u64>,
 }
 
-/// Which pages of the running container must be looked at.
+/// Returns which pages of the running container must be looked at.
 fn find(rounds: &mut Rounds, cgroup: &Cgroup) -> Result<Vec<(Task, FoundPages)>> {
     struct Still<'a>(&'a Cgroup);
     impl Drop for Still<'_> {
@@ -530,7 +530,7 @@ impl MemorySender {
     }
 }
 
-/// How long a container may take to stand still for a moment.
+/// Time that a container may take to stand still for a moment.
 const STILL: Duration = Duration::from_secs(2);
 /// Puts pages on the links.
 struct PageSender {

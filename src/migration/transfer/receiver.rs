@@ -16,7 +16,7 @@ use crate::migration::protocol::session::{self, FromPeer, PeerWriter};
 use crate::transport::frame::PageRun;
 use crate::transport::frame::{Frame, RunKind};
 
-/// How long the page daemon may take to say what it lacks.
+/// Time that the page daemon may take to say what it lacks.
 const ANSWER: Duration = Duration::from_secs(20);
 
 /// Where memory goes: the hand-over's queue must not hold it.

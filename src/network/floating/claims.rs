@@ -7,7 +7,7 @@ use super::{Claim, MAX_CLAIMS};
 use crate::network::sockets::{Flow, SocketInfo};
 use crate::problem::Problem;
 
-/// What the container's sockets are bound to, `own` being their numbers and `moved` the addresses
+/// Returns what the container's sockets are bound to, `own` being their numbers and `moved` the addresses
 /// that go along.
 ///
 /// # Errors

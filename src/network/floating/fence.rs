@@ -193,7 +193,7 @@ fn is_for(ip: IpAddr) -> (u8, FenceRule) {
     }
 }
 
-/// What asks for an address, or is for it.
+/// Returns what asks for an address, or is for it.
 fn inward(ip: IpAddr) -> [(u8, FenceRule); 2] {
     let (family, packets) = is_for(ip);
     let questions = match ip {
@@ -204,7 +204,7 @@ fn inward(ip: IpAddr) -> [(u8, FenceRule); 2] {
     [(family, drops(packets)), (questions.0, drops(questions.1))]
 }
 
-/// What is said in the name of an address.
+/// Returns what is said in the name of an address.
 fn outward(ip: IpAddr) -> [(u8, FenceRule); 2] {
     let (packets, answers) = match ip {
         IpAddr::V4(ip) => (

@@ -128,7 +128,7 @@ impl Floating {
         self.moved.iter().map(|m| m.address.local).collect()
     }
 
-    /// What brings datagrams to them that wait unread on the source.
+    /// Returns what brings datagrams to them that wait unread on the source.
     pub fn homes(&self) -> UdpEndpoints {
         let interfaces = self.interfaces(StaySide::Source);
         UdpEndpoints::lent(self.moved.iter().filter_map(|moved| {

@@ -109,7 +109,7 @@ fn unreachable(
     }))
 }
 
-/// Who has a port of the container's here.
+/// Returns who has a port of the container's here.
 fn taken(claim: &Claim, known: &[SocketInfo]) -> Option<Problem> {
     let (ip, port) = (claim.local.ip(), claim.local.port());
     let in_the_way = known.iter().find(|k| {

@@ -109,7 +109,7 @@ impl Stay {
         Ok(())
     }
 
-    /// What makes the addresses what they were on the source, ready to be done when the container is
+    /// Returns what makes the addresses what they were on the source, ready to be done when the container is
     /// released.
     pub fn entitle(&self, host: &NetNs) -> Result<HostRoutes, Problem> {
         let mut socket = Rtnl::open(host).trying(reading)?;

@@ -251,7 +251,7 @@ impl Keeper {
     }
 }
 
-/// Which are to be noted, and which of those that are to be forgotten.
+/// Returns which are to be noted, and which of those that are to be forgotten.
 fn difference(
     noted: &HashSet<Ends>,
     recent: &HashSet<Ends>,

@@ -69,7 +69,7 @@ pub fn hush(image: &NetworkImage, container: &NetNs) -> Result<(), Problem> {
     Ok(())
 }
 
-/// Which of these the loopback device has.
+/// Returns which of these the loopback device has.
 ///
 /// # Errors
 /// When the namespace cannot be read.

@@ -65,7 +65,7 @@ impl HomeFacts {
     }
 }
 
-/// See the module.
+/// Home's side of published ports.
 #[derive(Debug)]
 pub struct PublishedHome {
     id: String,
@@ -124,7 +124,7 @@ impl PublishedHome {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is open now, by this host's connection tracking.
+    /// Returns what is open now, by this host's connection tracking.
     ///
     /// # Errors
     /// When that cannot be read.
@@ -317,7 +317,8 @@ impl PublishedHome {
         Some(EthernetFrame { link: place as u16, vnet_hdr: [0; VNET_HDR], bytes })
     }
 
-    /// Whether it comes from an address of the container's: what is on the other host may have sent others.
+    /// Tells whether it comes from an address of the container's: what is on the other host may have sent
+    /// others.
     pub fn is_containers(&self, frame: &EthernetFrame) -> bool {
         let mut bytes = frame.bytes.clone();
         let packet = packet::network(&bytes).and_then(|at| Packet::parse(bytes.get_mut(at..)?));
@@ -364,7 +365,7 @@ impl AsFd for PublishedHome {
     }
 }
 
-/// What packets from outside may come in by; and those of neighbours.
+/// Returns what packets from outside may come in by; and those of neighbours.
 fn devices(links: &[rtnl::LinkInfo], own: &str, known: &HomeFacts) -> [Vec<String>; 2] {
     let foreign = |link: &&rtnl::LinkInfo| !link.is_loopback() && link.name != own;
     let bridge = |link: &&rtnl::LinkInfo| known.bridges.contains(&link.name);

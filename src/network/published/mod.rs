@@ -49,9 +49,9 @@ use crate::sys::tun::Tap;
 pub struct Ends {
     /// `IPPROTO_TCP` or `IPPROTO_UDP`.
     pub protocol: u8,
-    /// From.
+    /// Sender.
     pub from: SocketAddrV4,
-    /// To.
+    /// Receiver.
     pub to: SocketAddrV4,
 }
 
@@ -118,7 +118,7 @@ pub struct Surroundings {
 }
 
 impl Surroundings {
-    /// Whether a bridge has a port that is no container's cable: others than this host's are behind it.
+    /// Tells whether a bridge has a port that is no container's cable: others than this host's are behind it.
     pub fn leads_out(&self, bridge: &str) -> bool {
         let index = self.links.iter().find(|link| link.name == bridge).map(|link| link.index);
         let port = |link: &&rtnl::LinkInfo| link.master.is_some() && link.master == index;

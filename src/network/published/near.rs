@@ -42,7 +42,8 @@ pub struct Stays {
     pub link: String,
 }
 
-/// Which of the container's links leads to each of these addresses; those that none leads to are left out.
+/// Returns which of the container's links leads to each of these addresses; those that none leads to are left
+/// out.
 pub fn stay(image: &NetworkImage, addresses: &[Ipv4Addr]) -> Vec<Stays> {
     let find = |address: &Ipv4Addr| {
         let leads = |local: IpAddr, prefix: u8| match local {
@@ -121,7 +122,7 @@ impl ArpRequest {
         Some(ArpRequest { by: (*arp.first_chunk()?, ip(6)?), address: ip(16)? })
     }
 
-    /// What whoever has this hardware address says.
+    /// Returns what whoever has this hardware address says.
     pub fn answer(&self, mac: Mac) -> Vec<u8> {
         let (to, ip) = self.by;
         [&to[..], &mac, &ARP, &FORM, &[0, REPLY], &mac, &self.address.octets(), &to, &ip.octets()]

@@ -18,7 +18,7 @@ const VLAN: [u8; 2] = [0x81, 0x00];
 /// The least header of IPv4, and the ports behind it.
 const LEAST: usize = 20;
 
-/// Where the network header of a frame begins, if that is one of IPv4. A device without hardware
+/// Returns where the network header of a frame begins, if that is one of IPv4. A device without hardware
 /// addresses (WireGuard, TUN) has nothing before it.
 pub fn network(frame: &[u8]) -> Option<usize> {
     let kind = |at: usize| frame.get(at..at + 2);
@@ -69,7 +69,7 @@ impl<'a> Packet<'a> {
         Ends { protocol: self.bytes[9], from: end(12, 0), to: end(16, 2) }
     }
 
-    /// What of TCP's flags ends a connection: one side's word, both sides'.
+    /// Returns what of TCP's flags ends a connection: one side's word, both sides'.
     pub fn closes(&self) -> (bool, bool) {
         const FIN: u8 = 0x01;
         const RST: u8 = 0x04;
@@ -145,7 +145,7 @@ pub(super) mod tests {
         sum as u16
     }
 
-    /// What both checksums come to: 0xffff where they are right.
+    /// Returns what both checksums come to: 0xffff where they are right.
     fn checks(packet: &[u8]) -> (u16, u16) {
         let header = usize::from(packet[0] & 0xf) * 4;
         let above = &packet[header..];

@@ -72,7 +72,7 @@ impl Way {
     }
 }
 
-/// See the module.
+/// The table of translated connections.
 #[derive(Debug, Default)]
 pub struct Translations {
     ports: Vec<HomePort>,
@@ -110,7 +110,7 @@ impl Translations {
         free
     }
 
-    /// What a packet from outside is to the container. `closes`: see
+    /// Returns what a packet from outside is to the container. `closes`: see
     /// [`Packet`](super::packet::Packet::closes).
     pub fn inward(&mut self, wire: Ends, closes: (bool, bool), now: Instant) -> Option<Ends> {
         if !self.ways.contains_key(&wire) {
@@ -142,8 +142,8 @@ impl Translations {
         Some(way.inside)
     }
 
-    /// What a packet of the container's is on the wire; nothing on a connection that is not known, but to
-    /// those who are near.
+    /// Returns what a packet of the container's is on the wire; nothing on a connection that is not known, but
+    /// to those who are near.
     pub fn outward(&mut self, inside: Ends, closes: (bool, bool), now: Instant) -> Option<Ends> {
         let to_it = inside.answer();
         if !self.back.contains_key(&to_it) && self.near.has(&to_it) {

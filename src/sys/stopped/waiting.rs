@@ -125,7 +125,7 @@ impl Stopped {
         self.set(|r| arch::again(r, number))
     }
 
-    /// What ends with `EINTR` after any stop.
+    /// Returns what ends with `EINTR` after any stop.
     fn wait_anew(
         &mut self,
         call: SystemCall,

@@ -16,7 +16,7 @@ const SUPERVISOR: &str = "anon_inode:seccomp notify";
 /// An open file of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OpenFile {
-    /// Whose.
+    /// Process that has it open.
     pub pid: i32,
     /// Its number there.
     pub number: i32,
@@ -30,7 +30,7 @@ impl OpenFile {
         self.inode("socket:[")
     }
 
-    /// Whether it is a pipe without a name.
+    /// Tells whether it is a pipe without a name.
     pub(super) fn is_pipe(&self) -> bool {
         self.inode("pipe:[").is_some()
     }

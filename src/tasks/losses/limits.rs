@@ -9,7 +9,7 @@ use crate::oci::bundle::Bundle;
 use crate::oci::cgroup::Cgroup;
 use crate::problem::Problem;
 
-/// Whether systemd has made the control group for the runtime (`--systemd-cgroup`): from
+/// Tells whether systemd has made the control group for the runtime (`--systemd-cgroup`): from
 /// `SLICE:PREFIX:NAME` in the configuration it makes a scope, a directory's name is taken as it is.
 pub fn by_systemd(cgroup: &Cgroup, bundle: &Bundle) -> bool {
     let (Cgroup::V2(path) | Cgroup::V1(path)) = cgroup;
@@ -92,7 +92,7 @@ fn most_memory(memory: &Value, swap: bool) -> Option<u64> {
     bytes("swap").map(|both| both.max(limit))
 }
 
-/// What a file of version 2 would say, by those of version 1: `old` reads one of a controller's.
+/// Returns what a file of version 2 would say, by those of version 1: `old` reads one of a controller's.
 /// Documentation/admin-guide/cgroup-v1
 fn of_version_1(name: &str, old: impl Fn(&str, &str) -> Option<String>) -> Option<String> {
     match name {
@@ -113,7 +113,7 @@ fn of_version_1(name: &str, old: impl Fn(&str, &str) -> Option<String>) -> Optio
     }
 }
 
-/// Which limits differ, of those that the configuration names.
+/// Returns which limits differ, of those that the configuration names.
 fn compare(resources: &Value, read: impl Fn(&str) -> Option<String>) -> Vec<String> {
     // What is not positive is no limit.
     let limit =

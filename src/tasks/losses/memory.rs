@@ -177,7 +177,7 @@ fn space(all: u64, (most, pid): (u64, i32)) -> Option<Problem> {
     Some(if all > MOST { problem } else { problem.warning() })
 }
 
-/// Whether the first mapping, which is the program's, has a flag: `lo` where it is locked, `lf` where a
+/// Tells whether the first mapping, which is the program's, has a flag: `lo` where it is locked, `lf` where a
 /// page is only when it is touched. proc_pid_smaps(5)
 pub(crate) fn first_is_locked(pid: i32, flag: &str) -> bool {
     use std::io::Read;

@@ -38,7 +38,7 @@ pub struct Scene<'a> {
 }
 
 impl Scene<'_> {
-    /// Whether it has a network namespace that is not this host's.
+    /// Tells whether it has a network namespace that is not this host's.
     fn own_network(self) -> bool {
         let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).ok();
         of(&self.init.to_string()).is_some_and(|theirs| Some(theirs) != of("self"))

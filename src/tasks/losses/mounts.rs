@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::problem::Problem;
 
-/// Where file systems of this kind are mounted, in the text of proc_pid_mountinfo(5).
+/// Returns where file systems of this kind are mounted, in the text of proc_pid_mountinfo(5).
 pub fn points(mountinfo: &str, kind: &str) -> Vec<String> {
     let line = |line: &str| {
         let (left, right) = line.split_once(" - ")?;

@@ -8,12 +8,12 @@ use super::{Scene, field, named, who};
 use crate::problem::Problem;
 use crate::sys::process;
 
-/// How long the command of a health check may take.
+/// Time that the command of a health check may take.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Nobody tells when somebody else's child ends.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// One of them.
+/// A stranger.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stranger {
     pid: i32,
@@ -21,7 +21,7 @@ pub struct Stranger {
     started: Option<u64>,
 }
 
-/// What stands in the way: those that stay for longer than a health check does.
+/// Returns what stands in the way: those that stay for longer than a health check does.
 pub fn problems(scene: Scene<'_>) -> Option<Problem> {
     let began = Instant::now();
     let mut left = find(scene);
@@ -45,7 +45,7 @@ pub fn problems(scene: Scene<'_>) -> Option<Problem> {
     })
 }
 
-/// Those that are there right now.
+/// Returns those that are there right now.
 pub fn find(scene: Scene<'_>) -> Vec<Stranger> {
     let parent = |pid: i32| {
         let status = process::proc_text(pid, "status").ok()?;
@@ -61,7 +61,7 @@ pub fn find(scene: Scene<'_>) -> Vec<Stranger> {
     outside.into_iter().map(new).filter(Stranger::lives).collect()
 }
 
-/// Which of these processes, each with its parent and whether it has ended, are not below `init`.
+/// Returns which of these processes, each with its parent and whether it has ended, are not below `init`.
 fn not_below(init: i32, tasks: &HashMap<i32, (i32, bool)>) -> Vec<i32> {
     let below = |pid: i32| {
         let mut at = pid;

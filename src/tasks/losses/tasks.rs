@@ -177,7 +177,7 @@ fn by_itself(status: &str) -> bool {
     field(status, "NoNewPrivs") == Some("1") && field(status, "Seccomp") == Some("0")
 }
 
-/// Where memory is to come from: NUMA nodes, by threads and by mappings. set_mempolicy(2), mbind(2)
+/// Returns where memory is to come from: NUMA nodes, by threads and by mappings. set_mempolicy(2), mbind(2)
 fn memory_policy(threads: &Threads) -> Option<Problem> {
     // Looking at all mappings takes as long as looking at all of their pages.
     let nodes = fs::read_to_string("/sys/devices/system/node/online").unwrap_or_default();
@@ -244,7 +244,7 @@ pub fn session_keys(container: &str) -> Option<Problem> {
     )
 }
 
-/// How many keys there are in a keyring, if any, by the text of `/proc/keys`.
+/// Returns how many keys there are in a keyring, if any, by the text of `/proc/keys`.
 fn keys_in(text: &str, name: &str) -> Option<u64> {
     let list = text.lines().filter_map(|line| {
         // Serial, flags, uses, expiry, permissions, owner, group, type, description: that of a key is
@@ -273,7 +273,7 @@ pub(crate) fn allowed_cpus(init: i32) -> Option<String> {
     }
 }
 
-/// Who has a controlling terminal. proc_pid_stat(5), field 7
+/// Returns who has a controlling terminal. proc_pid_stat(5), field 7
 fn terminal(scene: Scene<'_>) -> Option<Problem> {
     let has = |pid: &i32| {
         let stat = process::proc_text(*pid, "stat").ok()?;
@@ -314,7 +314,7 @@ fn profiles(text: &str) -> Vec<String> {
     names.split("//&").filter(own).map(str::to_owned).collect()
 }
 
-/// Which of the container's profiles this host has not loaded. The kernel lists them one a line, as
+/// Returns which of the container's profiles this host has not loaded. The kernel lists them one a line, as
 /// `NAME (MODE)`.
 pub fn missing_profiles(wanted: &[String]) -> Option<Problem> {
     if wanted.is_empty() {

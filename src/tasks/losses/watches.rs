@@ -56,7 +56,7 @@ pub fn paths(scene: Scene<'_>, open: &[OpenFile]) -> Vec<String> {
     look(scene, open).paths
 }
 
-/// What stands in the way.
+/// Returns what stands in the way.
 pub fn problem(scene: Scene<'_>, open: &[OpenFile]) -> Option<Problem> {
     let found = look(scene, open);
     if let Some(wide) = found.wide {

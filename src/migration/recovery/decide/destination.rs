@@ -15,7 +15,7 @@ pub enum CopyPhase {
     },
     /// The journal says that it may run.
     Started {
-        /// It does.
+        /// Whether it runs.
         running: bool,
         /// All of its memory is in, and its files are on the disk.
         whole: bool,
@@ -48,7 +48,7 @@ pub enum Act {
     Run,
 }
 
-/// What follows, and what is answered to whoever has asked: `None` where he is to ask again, when it
+/// Returns what follows, and what is answered to whoever has asked: `None` where he is to ask again, when it
 /// has come true.
 ///
 /// An answer may come before it is true where it can only come true or, with whoever gives it, be
@@ -77,7 +77,7 @@ pub fn hear(phase: CopyPhase, event: CopyEvent) -> (Act, Option<Standing>) {
 }
 
 impl CopyPhase {
-    /// What is said of it.
+    /// Returns what is said of it.
     pub fn standing(self) -> Standing {
         match self {
             CopyPhase::Arriving => Standing::Arriving,
@@ -152,7 +152,7 @@ pub enum Answer {
     },
 }
 
-/// See the module. After each but [`Answer::Is`] it is asked anew.
+/// Decides what is answered, or done. After each but [`Answer::Is`] it is asked anew.
 pub fn answer(left: LeftCopy) -> Answer {
     match left.state {
         State::Finished => Answer::Is(Standing::Running),
@@ -169,7 +169,7 @@ pub fn answer(left: LeftCopy) -> Answer {
     }
 }
 
-/// Whether a migration to this host is settled before another one of that container begins: what has
+/// Tells whether a migration to this host is settled before another one of that container begins: what has
 /// become of it can be seen.
 pub fn is_swept(state: State, worker_lives: bool) -> bool {
     !state.is_over() && !worker_lives

@@ -88,7 +88,7 @@ pub enum Doubt {
 }
 
 impl Doubt {
-    /// Whether the destination may answer otherwise when it is asked again.
+    /// Tells whether the destination may answer otherwise when it is asked again.
     pub fn passes(self) -> bool {
         match self {
             Doubt::Silent | Doubt::Starting | Doubt::Arriving => true,
@@ -102,7 +102,7 @@ impl Doubt {
     }
 }
 
-/// See the module. `state` is none that is over.
+/// Decides what follows. `state` is none that is over.
 pub fn resolve(state: State, tasks: Tasks, there: There, word: Option<OperatorWord>) -> NextDeed {
     match state {
         State::Committed | State::Whole => handed_over(tasks, there, word),

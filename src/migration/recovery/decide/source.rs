@@ -28,7 +28,7 @@ pub fn guard(state: State, told: bool) -> Guarding {
     }
 }
 
-/// Whether a destination that has been told that the container stayed, and answers so, need not be
+/// Tells whether a destination that has been told that the container stayed, and answers so, need not be
 /// told again.
 pub fn has_heard(standing: Standing) -> bool {
     match standing {

@@ -166,7 +166,7 @@ impl Steps<'_> {
     }
 }
 
-/// How far the destination says that it is.
+/// Returns how far the destination says that it is.
 fn phase(b: &Destination) -> CopyPhase {
     let (running, whole) = (true, b.receive == Receive::Whole);
     match b.receive {

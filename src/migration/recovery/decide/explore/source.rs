@@ -376,7 +376,7 @@ impl World {
         }
     }
 
-    /// Whether nobody else holds the source's journal.
+    /// Tells whether nobody else holds the source's journal.
     pub(super) fn is_free(&self, who: Who) -> bool {
         let holds = |other: Who| {
             other != who

@@ -45,7 +45,7 @@ impl Lines {
         last(State::Committed) > last(State::Unstarted)
     }
 
-    /// What a crash of the host may leave.
+    /// Returns what a crash of the host may leave.
     pub fn crashed(&self) -> impl Iterator<Item = Lines> + use<> {
         let all = *self;
         (all.durable..=all.count).map(move |n| {
