@@ -17,7 +17,6 @@ use crate::sys::fd_table::FIRST;
 use crate::sys::listener::{self, ListenerOptions};
 use crate::sys::netns::NetNs;
 use crate::sys::{fd_inject, process, socket};
-use crate::tasks::epoll;
 use crate::tasks::freezer::{native, of_first_space};
 use crate::tasks::mptcp::{self, MptcpSocket};
 
@@ -71,7 +70,7 @@ pub(super) struct Listeners {
 
 /// Those that are to be taken out when the container is frozen.
 #[derive(Debug)]
-pub struct Lifting {
+pub struct Extraction {
     /// By process; their numbers rising.
     pub(super) known: BTreeMap<i32, Vec<SeenConnection>>,
     cookies: HashSet<u64>,
@@ -86,13 +85,13 @@ pub struct Lifting {
     pub(super) stop: Arc<AtomicBool>,
 }
 
-impl Lifting {
+impl Extraction {
     /// None are known yet. `namespace` is the container's, if not ours; `work` the migration's
     /// directory.
     ///
     /// # Errors
     /// When the namespace cannot be entered.
-    pub fn new(namespace: Option<&NetNs>, vault: Arc<Vault>, work: &Path) -> Result<Lifting> {
+    pub fn new(namespace: Option<&NetNs>, vault: Arc<Vault>, work: &Path) -> Result<Extraction> {
         let look = || {
             let connections = [false, true].map(|v6| connection::fresh_options(v6).ok());
             (connections, [false, true].map(|v6| listener::fresh_options(v6).ok()))
@@ -105,7 +104,7 @@ impl Lifting {
         let (known, cookies, work) = (BTreeMap::new(), HashSet::new(), work.to_owned());
         let stop = Arc::new(AtomicBool::new(false));
         let listeners = Listeners { fresh: of_listeners, known: HashMap::new() };
-        Ok(Lifting { known, cookies, announced: 0, vault, work, fresh, listeners, limit, stop })
+        Ok(Extraction { known, cookies, announced: 0, vault, work, fresh, listeners, limit, stop })
     }
 
     /// Returns those that were not known yet, in the order in which they are to be announced.
@@ -259,7 +258,7 @@ impl Lifting {
 /// The inode of a socket.
 fn inode_of(pid: i32, number: RawFd) -> Option<u32> {
     let target = fs::read_link(format!("/proc/{pid}/fd/{number}")).ok()?;
-    epoll::socket(&target)?.try_into().ok()
+    process::socket_inode(&target)?.try_into().ok()
 }
 
 /// Up to below which number descriptors of a process can be taken out: not where many numbers below are

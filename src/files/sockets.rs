@@ -17,7 +17,7 @@ use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -27,6 +27,8 @@ use nix::sys::stat::{SFlag, fstatat};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 use serde::{Deserialize, Serialize};
+
+use crate::sys::process;
 
 /// The names that were given a spare one.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -269,23 +271,15 @@ fn sockets_of(pids: &[i32]) -> HashSet<u64> {
     let mut found = HashSet::new();
     for pid in pids {
         // Whoever has just ended has no sockets.
-        let Ok(list) = fs::read_dir(format!("/proc/{pid}/fd")) else { continue };
-        for entry in list.flatten() {
-            let Ok(target) = fs::read_link(entry.path()) else { continue };
-            let bytes = target.as_os_str().as_bytes();
-            let number = bytes.strip_prefix(b"socket:[").and_then(|b| b.strip_suffix(b"]"));
-            found.extend(
-                number
-                    .and_then(|n| std::str::from_utf8(n).ok())
-                    .and_then(|n| n.parse::<u64>().ok()),
-            );
-        }
+        let list = process::open_files(*pid).into_iter().flatten();
+        found.extend(list.filter_map(|(_, target)| process::socket_inode(&target)));
     }
     found
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::ffi::OsStrExt;
     use std::os::unix::fs::MetadataExt;
     use std::os::unix::net::{UnixListener, UnixStream};
 

@@ -400,6 +400,24 @@ pub fn boot_id() -> String {
     text.map_or_else(|_| String::new(), |text| text.trim().to_owned())
 }
 
+/// The descriptors of a process: their numbers, and where their links in `/proc/PID/fd` lead. One that is
+/// closed meanwhile is left out. proc_pid_fd(5)
+///
+/// # Errors
+/// When the process has ended.
+pub fn open_files(pid: i32) -> io::Result<impl Iterator<Item = (i32, std::path::PathBuf)>> {
+    let one = |entry: std::fs::DirEntry| {
+        let number = entry.file_name().to_str()?.parse().ok()?;
+        Some((number, std::fs::read_link(entry.path()).ok()?))
+    };
+    Ok(std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten().filter_map(one))
+}
+
+/// The inode of a socket, by where its link leads: `socket:[7]`.
+pub fn socket_inode(target: &std::path::Path) -> Option<u64> {
+    target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+}
+
 /// The root directory of a process, as seen from here. proc_pid_root(5)
 pub fn root_of(pid: i32) -> std::path::PathBuf {
     format!("/proc/{pid}/root").into()

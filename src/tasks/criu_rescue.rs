@@ -335,13 +335,9 @@ pub fn each_socket(
 ) {
     for pid in cgroup.processes().unwrap_or_default() {
         let Ok(pidfd) = process::pidfd_open(pid) else { continue };
-        let Ok(list) = fs::read_dir(format!("/proc/{pid}/fd")) else { continue };
-        for entry in list.flatten() {
-            let target = fs::read_link(entry.path()).unwrap_or_default();
-            let inode = target.to_str().and_then(|t| t.strip_prefix("socket:[")?.strip_suffix(']'));
-            let inode = inode.and_then(|text| text.parse().ok()).filter(|inode| wanted(*inode));
-            let number = entry.file_name().to_str().and_then(|n| n.parse().ok());
-            if let (Some(inode), Some(number)) = (inode, number)
+        for (number, target) in process::open_files(pid).into_iter().flatten() {
+            let inode = process::socket_inode(&target).and_then(|inode| u32::try_from(inode).ok());
+            if let Some(inode) = inode.filter(|inode| wanted(*inode))
                 && let Ok(fd) = process::pidfd_getfd(&pidfd, number)
             {
                 deed(inode, fd);

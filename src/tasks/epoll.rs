@@ -14,7 +14,6 @@
 //! Not for tasks with a seccomp filter: CRIU could not read theirs if it had one of its own.
 
 use std::collections::HashMap;
-use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -69,12 +68,7 @@ struct EpollTask {
 
 fn look(pid: i32) -> Result<EpollTask> {
     let mut task = EpollTask::default();
-    for entry in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
-        let Some(number) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
-            continue;
-        };
-        // Closed in this moment, where the task runs.
-        let Ok(target) = fs::read_link(entry.path()) else { continue };
+    for (number, target) in process::open_files(pid)? {
         if is_epoll(&target) {
             task.epolls.push((number, targets(pid, number)?));
         }
@@ -123,7 +117,7 @@ fn check(
     open: &HashMap<i32, PathBuf>,
 ) -> Result<()> {
     for EpollTarget { number, inode, .. } in watched {
-        let right = open.get(number).is_some_and(|target| match socket(target) {
+        let right = open.get(number).is_some_and(|target| match process::socket_inode(target) {
             Some(own) => own == *inode,
             // Several files may have one inode; there are few of these.
             None => process::watches(pid, epoll, *number).unwrap_or(false),
@@ -133,11 +127,6 @@ fn check(
         }
     }
     Ok(())
-}
-
-/// The inode in `socket:[7]`.
-pub fn socket(target: &Path) -> Option<u64> {
-    target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 
 /// Tells whether any thread of a process has a seccomp filter. proc_pid_status(5)
@@ -215,7 +204,7 @@ mod tests {
         let target = Decoder::new("epolls").sample(format!("pos:\t0\n{line}{line}"));
         target.sample("socket:[7]").words(&[b"tfd:", b"ino:"]).run(|bytes| {
             let text = String::from_utf8_lossy(bytes);
-            let _ = (socket(Path::new(&*text)), is_epoll(Path::new(&*text)));
+            let _ = (process::socket_inode(Path::new(&*text)), is_epoll(Path::new(&*text)));
             parse(&text).map(drop)
         });
     }

@@ -9,7 +9,6 @@ use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use super::epoll;
 use super::freezer::{native, of_first_space};
 use crate::oci::cgroup::Cgroup;
 use crate::sys::fd_table::FIRST;
@@ -40,7 +39,7 @@ pub fn sockets(pids: &[i32]) -> Vec<MptcpSocket> {
         // Whoever has ended meanwhile has none.
         let Ok(pidfd) = process::pidfd_open(pid) else { continue };
         for (number, target) in descriptors(pid) {
-            let Some(inode) = epoll::socket(&target) else { continue };
+            let Some(inode) = process::socket_inode(&target) else { continue };
             let Ok(file) = process::pidfd_getfd(&pidfd, number) else { continue };
             if socket::is_mptcp(file.as_fd()) {
                 found.push(MptcpSocket { pid, number, inode, file });
@@ -84,8 +83,9 @@ pub fn obstacle(init: i32, all: &[MptcpSocket]) -> Option<(i32, &'static str)> {
 /// a while: of no file, whose locks would end with it. Of sockets some are taken out.
 fn has_another(pid: i32) -> bool {
     let all = descriptors(pid);
-    all.iter()
-        .any(|(number, target)| epoll::socket(target).is_none() && stands_in(pid, *number, target))
+    all.iter().any(|(number, target)| {
+        process::socket_inode(target).is_none() && stands_in(pid, *number, target)
+    })
 }
 
 /// Tells whether another descriptor of this one can stand anywhere for a while.
@@ -98,11 +98,7 @@ pub fn stands_in(pid: i32, number: RawFd, target: &Path) -> bool {
 }
 
 fn descriptors(pid: i32) -> Vec<(RawFd, PathBuf)> {
-    let Ok(list) = fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
-    let one = |entry: fs::DirEntry| {
-        Some((entry.file_name().to_str()?.parse().ok()?, fs::read_link(entry.path()).ok()?))
-    };
-    list.flatten().filter_map(one).collect()
+    process::open_files(pid).into_iter().flatten().collect()
 }
 
 /// Tells whether there are any, as `/proc/PID/net/protocols` says.

@@ -3,7 +3,6 @@
 //! any of them runs. Both from outside, through other descriptors of the sockets.
 
 use std::collections::{HashMap, HashSet};
-use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, OwnedFd, RawFd};
@@ -11,7 +10,6 @@ use std::os::fd::{AsFd, OwnedFd, RawFd};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::epoll;
 use super::freezer::of_first_space;
 use crate::problem::Problem;
 use crate::sys::netns::NetNs;
@@ -143,12 +141,10 @@ fn sockets(pids: &[i32]) -> Result<Vec<InternetSocket>> {
     let (mut found, mut seen) = (Vec::new(), HashSet::new());
     for task in of_first_space(pids)? {
         // Whoever has ended meanwhile has none.
-        let Ok(list) = fs::read_dir(format!("/proc/{}/fd", task.pid)) else { continue };
+        let Ok(list) = process::open_files(task.pid) else { continue };
         let Ok(pidfd) = process::pidfd_open(task.pid) else { continue };
-        for entry in list.flatten() {
-            let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
-            let inode = fs::read_link(entry.path()).ok().and_then(|target| epoll::socket(&target));
-            let (Some(number), Some(inode)) = (number, inode) else { continue };
+        for (number, target) in list {
+            let Some(inode) = process::socket_inode(&target) else { continue };
             if seen.contains(&inode) {
                 continue;
             }

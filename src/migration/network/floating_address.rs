@@ -21,6 +21,7 @@ use crate::oci::cgroup::Cgroup;
 use crate::problem::Problem;
 use crate::report::failures::Failures;
 use crate::sys::netns::NetNs;
+use crate::sys::process;
 
 /// Tells whether the configuration gives the container the network namespace `host`.
 fn uses_host(bundle: &Bundle, host: &NetNs) -> Result<bool> {
@@ -108,12 +109,9 @@ fn sockets_of(cgroup: &Cgroup) -> Result<HashSet<u32>> {
     let mut found = HashSet::new();
     for pid in cgroup.processes()? {
         // It may have ended.
-        let Ok(list) = fs::read_dir(format!("/proc/{pid}/fd")) else { continue };
-        found.extend(list.flatten().filter_map(|entry| {
-            let target = fs::read_link(entry.path()).ok()?;
-            let number = target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?;
-            number.parse::<u32>().ok()
-        }));
+        let list = process::open_files(pid).into_iter().flatten();
+        let inodes = list.filter_map(|(_, target)| process::socket_inode(&target));
+        found.extend(inodes.filter_map(|inode| u32::try_from(inode).ok()));
     }
     Ok(found)
 }

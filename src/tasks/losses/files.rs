@@ -27,7 +27,7 @@ pub struct OpenFile {
 impl OpenFile {
     /// Its inode, where it is a socket.
     pub fn socket(&self) -> Option<u64> {
-        self.inode("socket:[")
+        process::socket_inode(&self.target)
     }
 
     /// Tells whether it is a pipe without a name.
@@ -59,11 +59,8 @@ impl OpenFile {
 pub fn all(pids: &[i32]) -> Vec<OpenFile> {
     let mut found = Vec::new();
     for &pid in pids {
-        let Ok(list) = fs::read_dir(format!("/proc/{pid}/fd")) else { continue };
-        found.extend(list.flatten().filter_map(|entry| {
-            let number = entry.file_name().to_str()?.parse().ok()?;
-            Some(OpenFile { pid, number, target: fs::read_link(entry.path()).ok()? })
-        }));
+        let list = process::open_files(pid).into_iter().flatten();
+        found.extend(list.map(|(number, target)| OpenFile { pid, number, target }));
     }
     found
 }
