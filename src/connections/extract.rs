@@ -12,7 +12,7 @@ use std::{fs, thread};
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::guard_commands::{GuardCommand, GuardCommands};
-use super::look::Lifting;
+use super::look::Extraction;
 use super::tasks::{
     ConnectedTask, ConnectionBatch, MirrorHandle, Others, RepairStep, choose, closed_by_exec,
 };
@@ -27,18 +27,18 @@ pub const FILE: &str = "connections.taken";
 /// Most watched descriptors that go in one piece.
 const SOME_WATCHED: usize = 16 << 10;
 
-impl Lifting {
+impl Extraction {
     /// Takes out of the tasks, which are frozen and behind a closed fence, what can be; it goes to the
     /// destination from now on.
     ///
     /// # Errors
     /// When it fails half-way: it is to be [put back](crate::connections::put_back()) then.
-    pub fn lift(
+    pub fn extract(
         mut self,
         cgroup: &Cgroup,
         write: impl Fn(u64, &[u8]) -> Result<()> + Send + 'static,
         (orders, watch): (&GuardCommands, &TracerWatch),
-    ) -> Result<Lifted> {
+    ) -> Result<Extracted> {
         let began = Instant::now();
         let (give, batches) = channel();
         let mut tasks = Vec::new();
@@ -79,7 +79,7 @@ impl Lifting {
         let fresh = self.work.join("connections.new");
         fs::write(&fresh, postcard::to_stdvec(&taken)?)?;
         fs::rename(fresh, self.work.join(FILE))?;
-        fault::point("lift.noted")?;
+        fault::point("extract.noted")?;
 
         for task in &tasks {
             task.order(RepairStep::Take(task.chosen.clone(), task.epolls.clone()));
@@ -89,11 +89,11 @@ impl Lifting {
             done.with_context(|| format!("taking connections out of process {}", task.pid))?;
         }
 
-        fault::point("lift.kept")?;
+        fault::point("extract.kept")?;
         let chosen = began.elapsed();
         let done = orders.ask(GuardCommand::TakeOut, Some(watch));
         done.ok_or_else(|| anyhow!("the guard process was killed"))??;
-        fault::point("lift.taken")?;
+        fault::point("extract.taken")?;
         let count = tasks.iter().map(|task| task.chosen.len()).sum();
         let listeners = tasks.iter().map(|task| task.listeners().count()).sum();
         tracing::debug!(
@@ -112,17 +112,17 @@ impl Lifting {
         let mirrors = tasks.iter_mut().filter_map(|task| Some((task.pid, task.mirror.take()?)));
         let mirrors = mirrors.collect();
         let (stop, _vault) = (self.stop, self.vault);
-        let mut lifted = Lifted { mirrors, sender: None, listeners, reserved, stop, _vault };
+        let mut extracted = Extracted { mirrors, sender: None, listeners, reserved, stop, _vault };
         let send = move || send(&write, &tasks, &batches, count);
-        lifted.sender = Some(thread::Builder::new().name("connections".into()).spawn(send)?);
+        extracted.sender = Some(thread::Builder::new().name("connections".into()).spawn(send)?);
 
-        Ok(lifted)
+        Ok(extracted)
     }
 }
 
 /// Connections that are out of the tasks, and on their way to the destination. Dropped, whoever still takes them down comes to an end.
 #[derive(Debug)]
-pub struct Lifted {
+pub struct Extracted {
     mirrors: Vec<(i32, MirrorHandle)>,
     sender: Option<thread::JoinHandle<Result<usize>>>,
     /// How many of them are listening sockets.
@@ -133,7 +133,7 @@ pub struct Lifted {
     _vault: Arc<Vault>,
 }
 
-impl Lifted {
+impl Extracted {
     /// Reserves in CRIU's images, which are complete, the places of what was taken out: another
     /// descriptor of something else stands there. In a free one CRIU would put what it needs until the
     /// tasks run.
@@ -168,7 +168,7 @@ impl Lifted {
     }
 }
 
-impl Drop for Lifted {
+impl Drop for Extracted {
     fn drop(&mut self) {
         // Nobody may be at them who thinks that they are taken out. Whoever sends may wait for a link
         // that is dead; he has nothing but copies.

@@ -30,12 +30,12 @@ enum InstallOrder {
 
 /// Whoever makes connections out of what comes.
 #[derive(Debug)]
-pub struct Landing {
+pub struct Installation {
     orders: Sender<InstallOrder>,
-    thread: thread::JoinHandle<Result<Landed>>,
+    thread: thread::JoinHandle<Result<Installed>>,
 }
 
-impl Landing {
+impl Installation {
     /// Begins in this namespace, if it is not ours; `early`: its addresses may come only later.
     /// `prepared` hears, for each announcement, which of those that it names cannot be taken.
     ///
@@ -45,7 +45,7 @@ impl Landing {
         namespace: Option<NetNs>,
         early: bool,
         prepared: impl Fn(Vec<u32>) + Send + 'static,
-    ) -> Result<Landing> {
+    ) -> Result<Installation> {
         let limit = raise_limit()?;
         let (orders, ordered) = channel();
         let work = move || take_in(&ordered, limit, early, &prepared);
@@ -54,7 +54,7 @@ impl Landing {
                 Some(namespace) => namespace.run(work)?,
                 None => work(),
             })?;
-        Ok(Landing { orders, thread })
+        Ok(Installation { orders, thread })
     }
 
     /// They will come.
@@ -69,7 +69,7 @@ impl Landing {
     /// Takes in a piece of what comes.
     ///
     /// # Errors
-    /// When an earlier one could not be taken in; [`Landing::finish`] says why.
+    /// When an earlier one could not be taken in; [`Installation::finish`] says why.
     pub fn feed(&self, piece: Vec<u8>) -> Result<()> {
         self.order(InstallOrder::Piece(piece))
     }
@@ -84,10 +84,10 @@ impl Landing {
     ///
     /// # Errors
     /// When one could not be made.
-    pub fn finish(self) -> Result<Landed> {
+    pub fn finish(self) -> Result<Installed> {
         drop(self.orders);
-        let landed = self.thread.join().map_err(|_| anyhow!("the thread has died"))?;
-        landed.context("connections")
+        let installed = self.thread.join().map_err(|_| anyhow!("the thread has died"))?;
+        installed.context("connections")
     }
 }
 
@@ -101,9 +101,9 @@ fn take_in(
     limit: RawFd,
     early: bool,
     prepared: &dyn Fn(Vec<u32>),
-) -> Result<Landed> {
+) -> Result<Installed> {
     let mut slots = Vec::new();
-    let mut landed = Landed::default();
+    let mut installed = Installed::default();
     let (mut watched, mut spent) = (0, std::time::Duration::ZERO);
     for order in orders {
         let began = Instant::now();
@@ -137,14 +137,14 @@ fn take_in(
                     for (index, cloexec, was) in list {
                         let slot = slots.get_mut(index as usize);
                         let slot = slot.ok_or_else(|| anyhow!("one that was not announced"))?;
-                        landed.repair_restore(slot, cloexec, &was)?;
+                        installed.repair_restore(slot, cloexec, &was)?;
                     }
                 }
                 ConnectionPiece::Listeners(list) => {
                     for (index, cloexec) in list {
                         let slot = slots.get_mut(index as usize);
                         let slot = slot.ok_or_else(|| anyhow!("one that was not announced"))?;
-                        landed.take_listener(slot, cloexec)?;
+                        installed.take_listener(slot, cloexec)?;
                     }
                 }
                 ConnectionPiece::Watched { vpid, epoll, list } => {
@@ -152,16 +152,16 @@ fn take_in(
                     if watched > MOST_WATCHED {
                         bail!("more is watched than there can be");
                     }
-                    landed.watched.push((vpid, epoll, list));
+                    installed.watched.push((vpid, epoll, list));
                 }
             },
         }
         spent += began.elapsed();
     }
 
-    tracing::debug!("{} connections were built up in {spent:?}", landed.list.len());
+    tracing::debug!("{} connections were built up in {spent:?}", installed.list.len());
     // What did not come along is closed here: CRIU makes it.
-    Ok(landed)
+    Ok(installed)
 }
 
 fn prepare(coming: &ComingConnection, early: bool) -> std::io::Result<OwnedFd> {
@@ -190,13 +190,13 @@ impl Built {
 /// Connections that stand, in repair mode: they say nothing, and die without a word if this is dropped
 /// before it has [settled](Landed::settle).
 #[derive(Debug, Default)]
-pub struct Landed {
+pub struct Installed {
     list: Vec<Built>,
     watched: Vec<(i32, RawFd, Vec<Watched>)>,
     settled: bool,
 }
 
-impl Landed {
+impl Installed {
     fn repair_restore(
         &mut self,
         slot: &mut ConnectionSlot,
@@ -247,7 +247,7 @@ impl Landed {
     ///
     /// # Errors
     /// When one of the tasks is not there, or has no room.
-    pub fn land(&self, pids: &[i32]) -> Result<()> {
+    pub fn install(&self, pids: &[i32]) -> Result<()> {
         let mut by_task: BTreeMap<i32, Vec<&Built>> = BTreeMap::new();
         for built in &self.list {
             by_task.entry(built.vpid).or_default().push(built);
@@ -306,7 +306,7 @@ impl Landed {
     }
 }
 
-impl Drop for Landed {
+impl Drop for Installed {
     fn drop(&mut self) {
         for built in self.list.iter().filter(|built| !self.settled && built.wake.is_some()) {
             let _ = enter_repair(&built.socket);

@@ -46,10 +46,10 @@ use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::SndBufForce;
 use serde::{Deserialize, Serialize};
 
-pub use extract::Lifted;
+pub use extract::Extracted;
 pub use guard_commands::{GuardCommand, GuardCommands, GuardSocket};
-pub use install::{Landed, Landing};
-pub use look::{Lifting, raise_limit};
+pub use install::{Installation, Installed};
+pub use look::{Extraction, raise_limit};
 pub use put_back::{are_out, put_back, take_out};
 
 use crate::sys::connection::Connection;

@@ -12,7 +12,7 @@ use anyhow::{Result, anyhow};
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 
-use super::look::{Lifting, Listeners, SeenConnection};
+use super::look::{Extraction, Listeners, SeenConnection};
 use super::{PlaceTaken, TakenOut, Watched, share};
 use crate::memory::pages;
 use crate::sys::connection::{self, Connection, OptionDefaults, Plain};
@@ -74,18 +74,19 @@ impl ConnectedTask {
     pub(super) fn start(
         pid: i32,
         known: Vec<SeenConnection>,
-        lifting: &Lifting,
+        extraction: &Extraction,
         give: Sender<ConnectionBatch>,
     ) -> Result<Option<ConnectedTask>> {
         let task = pages::tasks(&[pid])?.first().copied();
         let (Some(task), Some(last)) = (task, known.last()) else { return Ok(None) };
-        let entrance = lifting.vault.entrance.as_ref();
+        let entrance = extraction.vault.entrance.as_ref();
         let entrance = entrance.ok_or_else(|| anyhow!("nothing can be kept"))?;
         let (orders, ordered) = channel();
         let (tell, heard) = channel();
         let (tell_done, done) = channel();
-        let (list, fresh, stop) = (known.clone(), lifting.fresh.clone(), lifting.stop.clone());
-        let listeners = lifting.listeners.clone();
+        let (list, fresh, stop) =
+            (known.clone(), extraction.fresh.clone(), extraction.stop.clone());
+        let listeners = extraction.listeners.clone();
 
         // Nothing in here may have to do with a descriptor of ours: see there.
         let work = move |mirror: &Mirror| {
@@ -249,7 +250,7 @@ pub(super) struct Others {
 impl Others {
     pub(super) fn look(&mut self, pid: i32, number: RawFd) -> Result<()> {
         let target = fs::read_link(format!("/proc/{pid}/fd/{number}")).unwrap_or_default();
-        self.sockets.extend(epoll::socket(&target));
+        self.sockets.extend(process::socket_inode(&target));
         if epoll::is_epoll(&target) {
             self.epolls.push((pid, number, epoll::targets(pid, number)?));
             self.like.insert(pid, number);

@@ -65,7 +65,7 @@ fn of_several_processes(lab: &Lab) -> Outcome {
         Ok(())
     };
 
-    for at in ["lift.taken:error", "source.commit:error"] {
+    for at in ["extract.taken:error", "source.commit:error"] {
         let fault = format!("FERRY_FAULT={at}");
         a.start(&["env", &fault, "ferry", "migrate", "box", "b"])?.end(LONG)?.exits(1)?;
         exactly_one_copy(&container, &a, &b)?;
@@ -101,7 +101,8 @@ print('{{\"ended\": %d}}' % ends.count(b''), flush=True)",
         lab.address(ADDRESS)
     );
 
-    let here = [("lift.kept:error", 1, &a), ("source.commit:error", 1, &a), ("none:none", 0, &b)];
+    let here =
+        [("extract.kept:error", 1, &a), ("source.commit:error", 1, &a), ("none:none", 0, &b)];
     for (fault, code, host) in here {
         let mut all = Talk::start(&client, &["python3", "-c", &script])?;
         all.expect("ready")?;

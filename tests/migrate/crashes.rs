@@ -107,7 +107,7 @@ fn carried_through(lab: &Lab) -> Outcome {
     let (a, b) = pair(lab);
     let container = Container::networked("counter");
     container.start(lab, &a)?;
-    let fault = "FERRY_FAULT=source.committed:kill,guard.hush:error,guard.tasks:error-once";
+    let fault = "FERRY_FAULT=source.committed:kill,guard.silence:error,guard.tasks:error-once";
     a.exec(&["env", fault, "ferry", "migrate", "box", "b"])?.exits(137)?;
     exactly_one_copy(&container, &b, &a)
 }

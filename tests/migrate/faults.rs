@@ -144,13 +144,13 @@ pub const CARRIED: usize = 200;
 
 /// Where it takes them out, all before the commit.
 pub const LIFTING: &[(&str, At)] =
-    &[("lift.noted", Source), ("lift.kept", Source), ("lift.taken", Source)];
+    &[("extract.noted", Source), ("extract.kept", Source), ("extract.taken", Source)];
 
 /// What is tried by default with so many.
 const SOME_CARRIED: &[(&str, &[&str])] = &[
-    ("lift.noted", &["kill"]),
-    ("lift.kept", &["kill", "error"]),
-    ("lift.taken", &["kill", "error", "kill-criu", "kill-ssh"]),
+    ("extract.noted", &["kill"]),
+    ("extract.kept", &["kill", "error"]),
+    ("extract.taken", &["kill", "error", "kill-criu", "kill-ssh"]),
     ("source.dump", &["kill-criu"]),
     ("dump.dumped", &["kill"]),
     ("restore.restored", &["kill"]),
@@ -221,9 +221,9 @@ fn guard_in_the_tasks(lab: &Lab) -> Outcome {
         ("guard.taken:error", None, ""),
         ("guard.taken:hold", Some("guard.taken"), "guard"),
         ("guard.taken:hold", Some("guard.taken"), "ferry"),
-        ("lift.taken:error,guard.put:hold", Some("guard.put"), "guard"),
-        ("lift.taken:error,guard.put:hold", Some("guard.put"), "ferry"),
-        ("lift.taken:error,guard.put:error", None, ""),
+        ("extract.taken:error,guard.put:hold", Some("guard.put"), "guard"),
+        ("extract.taken:error,guard.put:hold", Some("guard.put"), "ferry"),
+        ("extract.taken:error,guard.put:error", None, ""),
     ] {
         let fault = format!("FERRY_FAULT={fault}");
         let mut running = a.start(&["env", &fault, "ferry", "migrate", "box", "b"])?;

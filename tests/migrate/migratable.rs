@@ -190,7 +190,7 @@ fn mptcp(lab: &Lab) -> Outcome {
         Guest::start(&a, &client, lab, 1)?.ends()
     };
 
-    for at in ["lift.taken:error", "source.commit:error"] {
+    for at in ["extract.taken:error", "source.commit:error"] {
         let fault = format!("FERRY_FAULT={at}");
         a.start(&["env", &fault, "ferry", "migrate", "box", "b"])?.end(LONG)?.exits(1)?;
         exactly_one_copy(&container, &a, &b)?;

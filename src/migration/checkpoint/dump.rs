@@ -29,7 +29,7 @@ use rust_criu::rust_criu_protobuf::rpc::{
 };
 
 use super::hiding::{Added, Hiding};
-use crate::connections::{GuardCommands, Lifted, Lifting};
+use crate::connections::{Extracted, Extraction, GuardCommands};
 use crate::criu::failure;
 use crate::criu::interposer::{CriuEvent, CriuSession, Interposer};
 use crate::files::sockets::{self, Renamed};
@@ -77,7 +77,7 @@ pub enum DumpEvent {
         came: Came,
     },
     /// Connections were taken out of the tasks, and are on their way: [`DumpPlan::lifted`].
-    Lifted,
+    Extracted,
     /// All images are written: say the verdict.
     Dumped {
         /// Pages of mappings that CRIU's dump was not shown; none where it was shown all.
@@ -105,7 +105,7 @@ pub enum DumpOrder {
 #[derive(Debug)]
 pub struct Freeze {
     /// Connections that are taken out of the tasks.
-    pub lifting: Option<Box<Lifting>>,
+    pub extraction: Option<Box<Extraction>>,
     /// The container's root directory.
     pub root: PathBuf,
     /// Sockets that get the names back that they were bound to.
@@ -153,11 +153,11 @@ pub struct DumpPlan {
     /// Watches over whoever works in the tasks.
     pub watch: TracerWatch,
     /// Where they are noted that were taken out: by the end of the dump it is known whether there are any.
-    pub lifted: LiftedPlace,
+    pub extracted: ExtractedPlace,
 }
 
 /// Shared by the dump and the hand-over.
-pub type LiftedPlace = Arc<Mutex<Option<Lifted>>>;
+pub type ExtractedPlace = Arc<Mutex<Option<Extracted>>>;
 
 /// A dump under way.
 #[derive(Debug)]
@@ -320,7 +320,7 @@ fn job(
             CriuEvent::Notify(notify) => match notify.script.as_str() {
                 "pre-dump" => {
                     tell(DumpEvent::AtFreeze);
-                    let Ok(DumpOrder::Freeze(Freeze { lifting, root, renamed })) = orders.recv()
+                    let Ok(DumpOrder::Freeze(Freeze { extraction, root, renamed })) = orders.recv()
                     else {
                         session.answer(false)?;
                         continue;
@@ -332,34 +332,36 @@ fn job(
                     let done = stop(plan).and_then(|stopped| {
                         sockets::to_bound_names(&root, &renamed)?;
                         // What has many connections begins with them, and CRIU waits.
-                        if lifting.is_none() {
+                        if extraction.is_none() {
                             hide(plan, session, hiding.as_deref_mut())?;
                         }
                         Ok(stopped)
                     });
 
-                    if lifting.is_none() || done.is_err() {
+                    if extraction.is_none() || done.is_err() {
                         session.answer(done.is_ok())?;
                     }
                     let (since, network, came) = done?;
                     fault::point("dump.frozen")?;
                     tell(DumpEvent::Frozen { since, network, came });
-                    if let Some(lifting) = lifting {
+                    if let Some(extraction) = extraction {
                         let peer = plan.peer.clone();
                         let write = move |at, bytes: &[u8]| {
                             peer.file(crate::connections::STREAM, at, bytes)?;
                             peer.flush()
                         };
-                        let lifted = lifting.lift(&plan.cgroup, write, (&plan.orders, &plan.watch));
-                        let hidden = match &lifted {
+                        let extracted =
+                            extraction.extract(&plan.cgroup, write, (&plan.orders, &plan.watch));
+                        let hidden = match &extracted {
                             Ok(_) => hide(plan, session, hiding.as_deref_mut()),
                             Err(_) => Ok(()),
                         };
 
-                        let answered = session.answer(lifted.is_ok() && hidden.is_ok());
-                        *plan.lifted.lock().unwrap_or_else(PoisonError::into_inner) = Some(lifted?);
+                        let answered = session.answer(extracted.is_ok() && hidden.is_ok());
+                        *plan.extracted.lock().unwrap_or_else(PoisonError::into_inner) =
+                            Some(extracted?);
                         hidden.and(answered)?;
-                        tell(DumpEvent::Lifted);
+                        tell(DumpEvent::Extracted);
                     }
 
                     vouching = plan.vouched.then(|| vouch(&plan.cgroup)).transpose()?;

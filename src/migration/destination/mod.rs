@@ -55,7 +55,7 @@ use super::recovery::undo;
 use super::recovery::verdicts::{self, ControlCall};
 use super::transfer::image_files::ImageFiles;
 use super::transfer::receiver::{self, Backlog, Current, Stage};
-use crate::connections::{Landed, Landing};
+use crate::connections::{Installation, Installed};
 use crate::engine::calls;
 use crate::files::apply::{Applied, Applying};
 use crate::files::place::{CopyTarget, Placing};
@@ -400,8 +400,8 @@ struct IncomingMigration {
     applying: Option<Applying>,
     tmpfs: Option<MountedTmpfs>,
     /// Connections that come, and those that have.
-    landing: Option<Landing>,
-    landed: Option<Landed>,
+    installation: Option<Installation>,
+    installed: Option<Installed>,
     /// What is not as it was on the source, to be told.
     changed: Vec<Problem>,
     images: ImageFiles,
@@ -483,8 +483,8 @@ impl IncomingMigration {
             incoming,
             applying: None,
             tmpfs: None,
-            landing: None,
-            landed: None,
+            installation: None,
+            installed: None,
             changed: Vec::new(),
             images,
             channels: Vec::new(),
@@ -581,7 +581,7 @@ impl IncomingMigration {
         drop(self.server.take());
 
         // Whatever ends now, ends without a word.
-        drop((self.landing.take(), self.landed.take()));
+        drop((self.installation.take(), self.installed.take()));
         if let Some(job) = self.restore.take() {
             job.abandon(&self.work);
         }

@@ -16,7 +16,7 @@ use super::phase::{Dumped, Event, Phase, Ready};
 use super::{
     DestinationInput, DestinationInputs, IncomingMigration, MAX_CHANNELS, RESTORE_LIMIT, SILENCE,
 };
-use crate::connections::{self, ComingConnection, Landed, Landing};
+use crate::connections::{self, ComingConnection, Installation, Installed};
 use crate::criu::interposer::Interposer;
 use crate::files::apply::{Applied, Applying};
 use crate::files::tmpfs::{MountedTmpfs, Tmpfs};
@@ -256,7 +256,7 @@ impl IncomingMigration {
         self.journal.record.init = ProcessId::of(pid);
         self.mark("restored");
         self.started()?;
-        self.land_connections(pid, dumped.connections)?;
+        self.install_connections(pid, dumped.connections)?;
         let note = self.journal.record.forward.as_ref();
         published::join(note, &self.plan, self.network.namespace(), pid)?;
         self.hold_locks(pid, &dumped.locks)?;
@@ -265,7 +265,7 @@ impl IncomingMigration {
         let tasks = Cgroup::of_process(pid)?.processes()?;
         self.changed = settings::set(&tasks, &dumped.settings)?;
         let namespace = NetNs::of_pid(pid as u32)?;
-        self.changed.extend(self.landed.as_ref().and_then(Landed::changed));
+        self.changed.extend(self.installed.as_ref().and_then(Installed::changed));
         self.changed.extend(task_sockets::set(&namespace, &tasks, &dumped.sockets)?);
         let groups = task_sockets::joined(pid).into_iter();
         let groups: Vec<_> = groups.map(|one| (one.interface, one.group)).collect();
@@ -349,7 +349,7 @@ impl IncomingMigration {
             }
         }
 
-        if self.landing.is_none() {
+        if self.installation.is_none() {
             let namespace = self.network.namespace().map(NetNs::try_clone).transpose()?;
             let floating = self.plan.floating.is_some();
             if namespace.is_none() && !floating {
@@ -358,27 +358,27 @@ impl IncomingMigration {
             let tell = tell.clone();
             // The hand-over may have ended already.
             let prepared = move |lacking| drop(tell.send(DestinationInput::Awaited(lacking)));
-            self.landing = Some(Landing::start(namespace, floating, prepared)?);
+            self.installation = Some(Installation::start(namespace, floating, prepared)?);
         }
 
-        self.landing.as_ref().map_or(Ok(()), |landing| landing.announce(list))
+        self.installation.as_ref().map_or(Ok(()), |installation| installation.announce(list))
     }
 
     /// Puts connections into the tasks that CRIU has restored.
-    fn land_connections(&mut self, init: i32, came: usize) -> Result<()> {
-        let Some(landing) = self.landing.take() else {
+    fn install_connections(&mut self, init: i32, came: usize) -> Result<()> {
+        let Some(installation) = self.installation.take() else {
             if came > 0 {
                 bail!("connections that were not announced");
             }
             return Ok(());
         };
-        let landed = landing.finish()?;
+        let installed = installation.finish()?;
         self.mark("connections made");
-        if landed.count() != came {
-            bail!("{came} connections were sent, {} have come", landed.count());
+        if installed.count() != came {
+            bail!("{came} connections were sent, {} have come", installed.count());
         }
-        landed.land(&Cgroup::of_process(init)?.processes()?)?;
-        self.landed = Some(landed);
+        installed.install(&Cgroup::of_process(init)?.processes()?)?;
+        self.installed = Some(installed);
         self.mark("connections landed");
         Ok(())
     }
@@ -419,9 +419,10 @@ impl IncomingMigration {
     fn file(&mut self, name: &str, at: u64, bytes: &[u8]) -> Result<()> {
         self.backlog.done(bytes.len());
         if name == connections::STREAM {
-            let landing = self.landing.as_ref();
-            let landing = landing.ok_or_else(|| anyhow!("connections that were not announced"))?;
-            return landing.feed(bytes.to_vec());
+            let installation = self.installation.as_ref();
+            let installation =
+                installation.ok_or_else(|| anyhow!("connections that were not announced"))?;
+            return installation.feed(bytes.to_vec());
         }
         if name == LOG {
             let engine = self.engine.as_mut().ok_or_else(|| anyhow!("a log of no engine's"))?;

@@ -10,7 +10,7 @@ use anyhow::{Result, bail};
 use super::outstanding::{Outstanding, ToTell};
 use super::phase::{Phase, Ready};
 use super::{DestinationInput, DestinationInputs, IncomingMigration, RESTORE_LIMIT, SILENCE};
-use crate::connections::Landed;
+use crate::connections::Installed;
 use crate::criu::barrier;
 use crate::memory::serve::{Ended, Served};
 use crate::migration::checkpoint::restore::{RestoreEvent, RestoreOrder};
@@ -163,7 +163,7 @@ impl IncomingMigration {
         let _ = fault::point("destination.committed");
 
         // Before anything can run that would find them asleep.
-        self.landed.iter().for_each(Landed::wake);
+        self.installed.iter().for_each(Installed::wake);
 
         // If it has ended, that stands in the queue.
         let _ = self.tell_restore(RestoreOrder::Verdict(true));
@@ -195,7 +195,7 @@ impl IncomingMigration {
                     }
 
                     // What the container closes is to be closed, from now on.
-                    self.landed.take().into_iter().for_each(Landed::settle);
+                    self.installed.take().into_iter().for_each(Installed::settle);
                     let _ = fault::point("destination.running");
                     self.network.replay();
                     self.network.announce();

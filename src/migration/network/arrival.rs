@@ -186,7 +186,7 @@ impl NetworkArrival {
             // No connection has them.
             kept.clear();
         } else if !kept.is_empty() {
-            given::hush(&there, understudy.namespace())?;
+            given::silence(&there, understudy.namespace())?;
         }
         Ok(understudy.leave(&kept)?)
     }

@@ -14,7 +14,7 @@ use crate::network::sockets::{Flow, SockDiag, Unowned};
 use crate::problem::{Problem, Trying};
 
 /// Time that new connections are held at most before the freeze.
-const LULL: Duration = Duration::from_millis(500);
+const QUIESCE_LIMIT: Duration = Duration::from_millis(500);
 /// Time that answers on closed connections may take to get away, while everything goes on.
 const DRAIN: Duration = Duration::from_secs(10);
 /// Younger ones there is time to wait for.
@@ -40,7 +40,7 @@ pub fn await_quiet(
     let began = Instant::now();
     let left = loop {
         let left = sock_diag.look()?;
-        if left.is_empty() || began.elapsed() > LULL {
+        if left.is_empty() || began.elapsed() > QUIESCE_LIMIT {
             break left;
         }
         std::thread::park_timeout(PAUSE);

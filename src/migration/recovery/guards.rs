@@ -166,8 +166,8 @@ pub fn guard(journal: &Path) -> Result<()> {
             Guarding::CarryThrough => {
                 // Whoever asks for its address here is answered by nobody whom he could reach; that is no
                 // reason to leave it frozen.
-                let hushed =
-                    fault::point("guard.hush").and_then(|()| undo::silence_host(&journal.record));
+                let hushed = fault::point("guard.silence")
+                    .and_then(|()| undo::silence_host(&journal.record));
                 let _ = hushed.inspect_err(|e| tracing::error!("{e:#}"));
 
                 criu::wait_for(&journal.record.work);

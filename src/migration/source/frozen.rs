@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use super::negotiate::{Awaited, SourceInput};
 use super::{EMPTY_IMAGE, FREEZE_LIMIT, REMAPS, SourceMigration, VERIFY_LIMIT};
-use crate::connections::Lifted;
+use crate::connections::Extracted;
 use crate::criu::unix_names;
 use crate::files::{tmpfs, tree};
 use crate::memory::pages;
@@ -112,9 +112,9 @@ impl SourceMigration {
         self.early = Some(EarlyImages::start(self.work.images(), self.peer.clone())?);
         self.renamed = socket_names::note_renamed(&self.journal.record, &processes)?;
 
-        let lifting = self.lifting.take().map(|(lifting, _)| lifting);
+        let extraction = self.extraction.take().map(|(extraction, _)| extraction);
         let root = process::root_of(self.subject.state.pid);
-        self.go(DumpOrder::Freeze(Freeze { lifting, root, renamed: self.renamed.clone() }))?;
+        self.go(DumpOrder::Freeze(Freeze { extraction, root, renamed: self.renamed.clone() }))?;
         loop {
             if let SourceInput::Dump(DumpEvent::Frozen { since, network, came }) =
                 self.next(reporter)?
@@ -131,7 +131,7 @@ impl SourceMigration {
             }
         }
 
-        self.tell_haul(file_sender::FileOrder::Frozen);
+        self.tell_files(file_sender::FileOrder::Frozen);
         self.tell_memory(MemoryOrder::Frozen)
     }
 
@@ -181,11 +181,13 @@ impl SourceMigration {
         left.into_iter().for_each(|problem| reporter.problem(problem));
         self.sockets = found;
 
-        let (mut dumped, mut hauled) = (false, self.haul.is_none());
+        let (mut dumped, mut copied) = (false, self.file_transfer.is_none());
         self.inputs.awaited = Awaited::Dump;
-        while !(dumped && hauled) {
+        while !(dumped && copied) {
             match self.next(reporter)? {
-                SourceInput::Dump(DumpEvent::Lifted) => reporter.mark("connections are taken out"),
+                SourceInput::Dump(DumpEvent::Extracted) => {
+                    reporter.mark("connections are taken out")
+                }
                 SourceInput::Dump(DumpEvent::Dumped { hidden, unchecked }) => {
                     reporter.report.hidden_pages = hidden;
                     self.unchecked = unchecked;
@@ -195,7 +197,7 @@ impl SourceMigration {
                 }
                 SourceInput::Files(FileEvent::Done) => {
                     reporter.mark("last file is sent");
-                    hauled = true;
+                    copied = true;
                 }
                 _ => {}
             }
@@ -205,7 +207,7 @@ impl SourceMigration {
         // of CRIU's for the restore. That has happened while the last files went.
         let remaps = std::fs::metadata(self.work.images().join(REMAPS));
         if remaps.is_ok_and(|m| m.len() > EMPTY_IMAGE)
-            && self.tell_haul(file_sender::FileOrder::Named)
+            && self.tell_files(file_sender::FileOrder::Named)
         {
             while !matches!(self.next(reporter)?, SourceInput::Files(FileEvent::Done)) {}
             reporter.mark("names that CRIU gave are sent");
@@ -221,8 +223,8 @@ impl SourceMigration {
         self.send_tmpfs()?;
         self.send_shm()?;
         let tasks = pages::tasks(&self.subject.cgroup.processes()?)?;
-        let mut lifted = self.take_lifted();
-        lifted.as_ref().map_or(Ok(()), |lifted| lifted.reserve(&self.work.images()))?;
+        let mut extracted = self.take_lifted();
+        extracted.as_ref().map_or(Ok(()), |extracted| extracted.reserve(&self.work.images()))?;
         self.keep_renamed()?;
 
         let sent = self.early.as_mut().map(EarlyImages::end).transpose()?.unwrap_or_default();
@@ -238,13 +240,13 @@ impl SourceMigration {
         }
 
         socket_names::keep(&self.journal.record)?;
-        let listeners = lifted.as_ref().map_or(0, |lifted| lifted.listeners);
-        let lifted = lifted.as_mut().map(Lifted::sent).transpose()?;
-        reporter.report.connections = lifted.map(|all| all - listeners).filter(|n| *n > 0);
+        let listeners = extracted.as_ref().map_or(0, |extracted| extracted.listeners);
+        let extracted = extracted.as_mut().map(Extracted::sent).transpose()?;
+        reporter.report.connections = extracted.map(|all| all - listeners).filter(|n| *n > 0);
         let tasks = tasks.iter().map(|t| t.vpid).collect();
         let (locks, settings) =
             (std::mem::take(&mut self.locks), std::mem::take(&mut self.settings));
-        let connections = lifted.unwrap_or(0);
+        let connections = extracted.unwrap_or(0);
         let renamed = std::mem::take(&mut self.renamed);
 
         for some in std::mem::take(&mut self.sockets).chunks(sockets::BATCH) {

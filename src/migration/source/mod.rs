@@ -29,7 +29,7 @@ use anyhow::{Result, anyhow};
 
 use self::committed::Committed;
 use self::negotiate::{Accepted, SourceInput, SourceInputs, SourceOptions, negotiate};
-use super::checkpoint::dump::{DumpEvent, DumpJob, DumpOrder, LiftedPlace};
+use super::checkpoint::dump::{DumpEvent, DumpJob, DumpOrder, ExtractedPlace};
 use super::journal::workdir::WorkDir;
 use super::journal::{self, Journal, Lock, Record, Role, State};
 use super::network::held_packets::PacketBuffer;
@@ -44,7 +44,7 @@ use super::transfer::channels::Channel;
 use super::transfer::early_images::EarlyImages;
 use super::transfer::file_sender::{self, FileEvent, FileTransfer};
 use super::transfer::memory_sender::{self, MemoryEvent, MemoryOrder, MemoryTransfer};
-use crate::connections::{self, Lifted, Lifting, Vault};
+use crate::connections::{self, Extracted, Extraction, Vault};
 use crate::engine::papers::Made;
 use crate::files::logs::Logs;
 use crate::files::place::Placing;
@@ -191,15 +191,15 @@ struct SourceMigration {
     /// Where connections are between being taken out of the tasks and the end, whatever that is.
     vault: Arc<Vault>,
     /// Those that will be taken out, and where they are looked for.
-    lifting: Option<(Box<Lifting>, SockDiag)>,
+    extraction: Option<(Box<Extraction>, SockDiag)>,
     /// Announcements of theirs to which the destination has not answered yet.
     unanswered: usize,
-    lifted: LiftedPlace,
+    extracted: ExtractedPlace,
     /// Keeps this host from answering for the container, from the commit on.
     silence: Option<ProxyArpBlock>,
     hooks: Option<Hooks>,
     memory: Option<MemoryTransfer>,
-    haul: Option<FileTransfer>,
+    file_transfer: Option<FileTransfer>,
     early: Option<EarlyImages>,
     /// The file locks that the frozen tasks hold.
     locks: Vec<HeldLock>,
@@ -295,13 +295,13 @@ impl SourceMigration {
             shared: None,
             dump: None,
             vault,
-            lifting: None,
+            extraction: None,
             unanswered: 0,
-            lifted: LiftedPlace::default(),
+            extracted: ExtractedPlace::default(),
             silence: None,
             hooks: None,
             memory: None,
-            haul: None,
+            file_transfer: None,
             early: None,
             locks: Vec::new(),
             sockets: Vec::new(),
@@ -332,8 +332,8 @@ impl SourceMigration {
         self.await_ready(reporter)
     }
 
-    fn take_lifted(&self) -> Option<Lifted> {
-        self.lifted.lock().unwrap_or_else(PoisonError::into_inner).take()
+    fn take_lifted(&self) -> Option<Extracted> {
+        self.extracted.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     fn go(&self, go: DumpOrder) -> Result<()> {
@@ -382,7 +382,7 @@ impl SourceMigration {
                 return None;
             }
             SourceInput::FromPeer(FromPeer::Message(Message::Applied { round })) => {
-                self.tell_haul(file_sender::FileOrder::Applied(round));
+                self.tell_files(file_sender::FileOrder::Applied(round));
                 return None;
             }
             SourceInput::Memory(MemoryEvent::Done(left)) => {

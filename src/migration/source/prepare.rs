@@ -4,7 +4,7 @@ use anyhow::{Result, anyhow};
 
 use super::negotiate::SourceInput;
 use super::{FILES_LIMIT, PREPARE_LIMIT, SourceMigration};
-use crate::connections::{self, ComingConnection, Lifting};
+use crate::connections::{self, ComingConnection, Extraction};
 use crate::criu::hidden;
 use crate::criu::interposer::Interposer;
 use crate::engine::handover;
@@ -87,7 +87,7 @@ impl SourceMigration {
             }
         }
 
-        if self.tell_haul(file_sender::FileOrder::Again) {
+        if self.tell_files(file_sender::FileOrder::Again) {
             // What has changed while memory went.
             self.inputs.until(FILES_LIMIT);
             while !matches!(self.next(reporter)?, SourceInput::Files(FileEvent::Converged)) {}
@@ -109,7 +109,8 @@ impl SourceMigration {
         let listen = self.memory_options.tracking != Tracking::Hash && load.merged.is_none();
         let cgroup = &self.subject.cgroup;
         let pace = &self.memory_options.pace;
-        self.haul = Some(FileTransfer::start(&load, listen, cgroup, (&self.peer, pace), told)?);
+        self.file_transfer =
+            Some(FileTransfer::start(&load, listen, cgroup, (&self.peer, pace), told)?);
         while !matches!(self.next(reporter)?, SourceInput::Files(FileEvent::Converged)) {}
         reporter.files_settled();
         fault::point("source.copied")?;
@@ -150,8 +151,8 @@ impl SourceMigration {
     }
 
     /// Tells whether there is somebody to tell.
-    pub(super) fn tell_haul(&self, order: file_sender::FileOrder) -> bool {
-        self.haul.as_ref().is_some_and(|haul| haul.orders.send(order).is_ok())
+    pub(super) fn tell_files(&self, order: file_sender::FileOrder) -> bool {
+        self.file_transfer.as_ref().is_some_and(|files| files.orders.send(order).is_ok())
     }
 
     /// The further links that are wished for, as soon as the destination takes them.
@@ -223,7 +224,7 @@ impl SourceMigration {
             peer: self.peer.clone(),
             orders: self.guard.orders.clone(),
             watch: self.watch.clone(),
-            lifted: self.lifted.clone(),
+            extracted: self.extracted.clone(),
             vouched: epoll::worth_vouching(&self.subject.cgroup.processes()?),
             hide,
             shared,
@@ -269,19 +270,19 @@ impl SourceMigration {
         }
         let sock_diag = self.sock_diag()?;
         let mut sock_diag = sock_diag.ok_or_else(|| anyhow!("there is no network"))?;
-        let mut lifting = Lifting::new(network.namespace(), self.vault.clone(), &self.work)?;
-        let coming = lifting.look(&mut sock_diag, &subject.cgroup.processes()?)?;
+        let mut extraction = Extraction::new(network.namespace(), self.vault.clone(), &self.work)?;
+        let coming = extraction.look(&mut sock_diag, &subject.cgroup.processes()?)?;
         if coming.len() < connections::MANY && !coming.iter().any(ComingConnection::listens) {
             return Ok(());
         }
-        self.lifting = Some((Box::new(lifting), sock_diag));
+        self.extraction = Some((Box::new(extraction), sock_diag));
         self.announce(&coming)
     }
 
     /// Announces those that have come since.
     pub(super) fn look_for_connections(&mut self) -> Result<()> {
-        let Some((lifting, sock_diag)) = &mut self.lifting else { return Ok(()) };
-        let coming = lifting.look(sock_diag, &self.subject.cgroup.processes()?)?;
+        let Some((extraction, sock_diag)) = &mut self.extraction else { return Ok(()) };
+        let coming = extraction.look(sock_diag, &self.subject.cgroup.processes()?)?;
         self.announce(&coming)
     }
 
@@ -296,6 +297,6 @@ impl SourceMigration {
     /// The destination has made ready for those of an announcement, but for these.
     pub(super) fn await_answer(&mut self, lacking: &[u32]) -> Result<()> {
         self.unanswered = self.unanswered.saturating_sub(1);
-        self.lifting.iter_mut().try_for_each(|(lifting, _)| lifting.leave(lacking))
+        self.extraction.iter_mut().try_for_each(|(extraction, _)| extraction.leave(lacking))
     }
 }

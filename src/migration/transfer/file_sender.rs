@@ -107,7 +107,7 @@ impl FileTransfer {
             at: 0,
         };
 
-        std::thread::Builder::new().name("haul".into()).spawn(move || {
+        std::thread::Builder::new().name("files".into()).spawn(move || {
             if let Err(e) = caught(|| run(carrier, &tell)) {
                 tell(FileEvent::Failed(format!("{e:#}")));
             }

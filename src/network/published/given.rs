@@ -57,7 +57,7 @@ pub fn lost(old: &NetworkImage, new: &NetworkImage) -> Vec<IpAddr> {
 ///
 /// # Errors
 /// When the kernel does not take it.
-pub fn hush(image: &NetworkImage, container: &NetNs) -> Result<(), Problem> {
+pub fn silence(image: &NetworkImage, container: &NetNs) -> Result<(), Problem> {
     let trying = || "cannot keep the container's old address to itself".to_owned();
     for (_, link) in image.outward() {
         for (name, value) in QUIET {

@@ -40,8 +40,8 @@ const ALL: &[(Whom, &str)] = &[
 /// Where many connections are out of the tasks, and nobody has them but the source's Ferry and its guard
 /// (docs/limits.md).
 const OUT: &[&str] = &[
-    "lift.kept",
-    "lift.taken",
+    "extract.kept",
+    "extract.taken",
     "source.dump",
     "dump.dumped",
     "source.transfer",
@@ -67,16 +67,16 @@ const SOME: &[(Kind, &str, &str)] = &[
     (Kind::Floating, "source", "source.committed"),
     (Kind::Floating, "destination", "restore.resume"),
     (Kind::Forward, "ferries", "destination.commit"),
-    (Kind::Carried, "destination-and-guard", "lift.taken"),
+    (Kind::Carried, "destination-and-guard", "extract.taken"),
 ];
 
 /// The suite.
 pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     for &(kind, kind_name) in Kind::ALL {
-        let lifting: &[_] = if kind == Kind::Carried { LIFTING } else { &[] };
+        let extraction: &[_] = if kind == Kind::Carried { LIFTING } else { &[] };
         for &(whom, name) in ALL {
-            for &(point, at) in POINTS.iter().chain(lifting) {
+            for &(point, at) in POINTS.iter().chain(extraction) {
                 if full() || SOME.contains(&(kind, name, point)) {
                     let trial = format!("matrix::pairs::{kind_name}::{name}::{point}");
                     let body = move |lab: &Lab| killed(lab, kind, (whom, name), (point, at));
