@@ -66,11 +66,11 @@ pub fn is_kept(pid: i32, images: &Path) -> bool {
 }
 
 /// What it has of its own, as far as CRIU knows.
-fn mappings(pid: i32, images: &Path) -> Option<mm::Image> {
+fn mappings(pid: i32, images: &Path) -> Option<mm::MmImage> {
     let status = proc_text(pid, "status").ok()?;
     let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
     let inside: i32 = numbers.split_whitespace().next_back()?.parse().ok()?;
-    mm::Image::parse(&fs::read(images.join(format!("mm-{inside}.img"))).ok()?).ok()
+    mm::MmImage::parse(&fs::read(images.join(format!("mm-{inside}.img"))).ok()?).ok()
 }
 
 fn reads(pid: i32, word: u64, expected: u32) -> bool {
