@@ -593,7 +593,7 @@ fn may_have_run(point: &str, at: At, deed: Deed) -> bool {
         Source | SourceAfter => deed == Deed::KillOther,
         Destination | DestinationAfter => deed == Deed::Kill,
     };
-    !(held && ended) && !kept_from_running(point, deed)
+    !(held && ended || kept_from_running(point, deed))
 }
 
 /// Whether CRIU is killed while all that it has restored waits for it: the source takes it back by itself.
