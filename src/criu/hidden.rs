@@ -9,7 +9,7 @@
 //!
 //! What may be hidden is decided by what a mapping *is*: [`may_be_hidden`]. `maps`, which costs next to
 //! nothing, tells its addresses, access and name in the freeze. Its flags only smaps has: those that it had
-//! when it was [looked at before](Known) are taken, and [compared](Drawn::check) before anything
+//! when it was [looked at before](KnownMappings) are taken, and [compared](Drawn::check) before anything
 //! depends on them.
 
 use std::collections::{HashMap, HashSet};
@@ -17,6 +17,7 @@ use std::fmt::Write;
 use std::ops::Range;
 
 use super::mm::MappingRecord;
+use super::vdso::{self, Foreign};
 use crate::sys::maps::Mapping;
 use crate::sys::memory::PAGE;
 use crate::sys::smaps::{self, SmapsEntry};
@@ -100,6 +101,7 @@ fn record(mapping: &Mapping, flags: &str) -> MappingRecord {
 pub struct KnownMappings {
     all: Vec<(Range<u64>, SmapsAttributes)>,
     by_line: HashMap<String, usize>,
+    foreign: Option<Foreign>,
 }
 
 /// What only smaps tells.
@@ -133,6 +135,11 @@ impl KnownMappings {
         Some(known)
     }
 
+    /// The same of a task that may have another kernel's vDSO, which CRIU must see.
+    pub fn with_vdso(self, foreign: Option<Foreign>) -> KnownMappings {
+        KnownMappings { foreign, ..self }
+    }
+
     /// Tells whether these are the same mappings, as far as `maps` tells.
     pub fn is_of(&self, maps: &str) -> bool {
         let mut lines = 0;
@@ -162,7 +169,7 @@ impl KnownMappings {
     /// shown those pages alone. Of `shared`, inodes, it is shown what has such a page, or must be seen.
     /// Nothing where it must see a mapping of which not all is known.
     pub fn draw(&self, maps: &str, stacks: &[u64], shared: &HashSet<u64>) -> Option<Drawn> {
-        let mut drawn = Drawn::default();
+        let mut drawn = Drawn { foreign: self.foreign.is_some(), ..Drawn::default() };
         for line in maps.lines() {
             let mapping = Mapping::parse(line)?;
             let range = mapping.start..mapping.end;
@@ -176,7 +183,8 @@ impl KnownMappings {
                 seen.insert(mapping.inode);
                 hidden
             } else {
-                may_be_hidden(&mapping, &flags, key)
+                let foreign = self.foreign.is_some_and(|vdso| vdso.begins_at(range.start));
+                !foreign && may_be_hidden(&mapping, &flags, key)
             };
 
             if hidden {
@@ -231,6 +239,8 @@ pub struct Drawn {
     /// Something was hidden of which only its name and access are known: it must be checked before the
     /// records count.
     pub unsure: bool,
+    /// CRIU writes down another kernel's vDSO, and not this one's.
+    foreign: bool,
     all: Vec<ExpectedMapping>,
 }
 
@@ -254,14 +264,17 @@ pub enum AdviceChange {
 
 impl Drawn {
     /// The addresses of all that must be in CRIU's image when what is hidden was added: each once.
-    /// The kernel's own at fixed addresses are left out, which CRIU does not always write down.
+    /// The kernel's own are left out that CRIU does not always write down: at fixed addresses, and behind
+    /// another kernel's vDSO.
     pub fn ranges(&self) -> impl Iterator<Item = &Range<u64>> {
-        let fixed = |line: &str| {
+        let behind: &[&str] = if self.foreign { &vdso::LEFT_OUT } else { &[] };
+        let left_out = move |line: &str| {
             Mapping::parse(line).is_none_or(|m| {
-                ["[vsyscall]", "[vectors]", "[uprobes]"].iter().any(|n| m.is_special(n))
+                let fixed = ["[vsyscall]", "[vectors]", "[uprobes]"];
+                fixed.iter().chain(behind).any(|name| m.is_special(name))
             })
         };
-        self.all.iter().filter(move |one| !fixed(&one.line)).map(|one| &one.range)
+        self.all.iter().filter(move |one| !left_out(&one.line)).map(|one| &one.range)
     }
 
     /// Compares what was taken for true with what smaps says of the frozen task. Mappings of CRIU's own may
@@ -376,6 +389,7 @@ mod tests {
     const BIG: (&str, &str) = ("6000-9000 rw-p 00000000 00:00 0 ", "rd wr mr mw me ac hg");
     const THREAD: (&str, &str) = ("a000-c000 rw-p 00000000 00:00 0 ", PLAIN);
     const STACK: (&str, &str) = ("e000-f000 rw-p 00000000 00:00 0 [stack]", "rd wr mr mw me gd ac");
+    const HEAP_ABOVE: (&str, &str) = ("10000-12000 rw-p 00000000 00:00 0 [heap]", PLAIN);
     const ALL: [(&str, &str); 5] = [CODE, HEAP, BIG, THREAD, STACK];
 
     fn ranges(drawn: &Drawn) -> Vec<Range<u64>> {
@@ -521,6 +535,36 @@ mod tests {
         assert!(check(&[two[0]]).is_err());
         assert!(check(&[("1000-3000 rw-p 00000000 00:00 0 ", "rd wr lo")]).is_err());
         assert!(check(&[("1000-1800 rw-p 00000000 00:00 0 ", PLAIN), two[1]]).is_err());
+    }
+
+    #[test]
+    fn another_kernels_vdso_is_seen_and_this_ones_left_out() {
+        let all = [
+            ("1000-5000 r--p 00000000 00:00 0                          [vvar]", "rd mr io de dd"),
+            (
+                "5000-7000 r--p 00000000 00:00 0                          [vvar_vclock]",
+                "rd mr pf io",
+            ),
+            (
+                "7000-9000 r-xp 00000000 00:00 0                          [vdso]",
+                "rd ex mr mw me de",
+            ),
+            HEAP_ABOVE,
+            ("30000-34000 r--p 00000000 00:00 0 ", "rd mr mw me dd sd"),
+            ("34000-36000 r-xp 00000000 00:00 0 ", "rd ex mr mw me ac sd"),
+        ];
+        let known = || KnownMappings::parse(&smaps(&all)).unwrap();
+        let before = known().draw(&maps(&all), &[], &HashSet::new()).unwrap();
+        assert_eq!((ranges(&before).len(), before.ranges().count()), (3, 6));
+        let known = known().with_vdso(Some(Foreign { vdso: 0x34000, vvar: 0x30000 }));
+        let drawn = known.draw(&maps(&all), &[], &HashSet::new()).unwrap();
+        let heap = 0x10000..0x12000;
+        assert_eq!(ranges(&drawn), [heap]);
+        assert!(drawn.text.contains(all[4].0) && drawn.text.contains(all[5].0), "{}", drawn.text);
+        assert_eq!(
+            drawn.ranges().map(|range| range.start).collect::<Vec<_>>(),
+            [0x10000, 0x30000, 0x34000]
+        );
     }
 
     #[test]

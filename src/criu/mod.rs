@@ -11,7 +11,7 @@
 //! ```
 //!
 //! CRIU learns of a task's mappings from one file, in whose place it may find another: what it then does not
-//! see, [`hidden`] decides, and [`mm`] puts it into the images.
+//! see, [`hidden`] decides, and [`mm`] puts it into the images. What it must see, [`vdso`] tells.
 //!
 //! [`failure`] tells why a run has failed, with hints for [`causes`] that are known.
 //!
@@ -27,3 +27,4 @@ pub(crate) mod interposer;
 pub(crate) mod mm;
 pub mod shim;
 pub(crate) mod unix_names;
+pub(crate) mod vdso;

@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 
 use crate::criu::hidden::{AdviceChange, Drawn, KnownMappings};
+use crate::criu::vdso::Foreign;
 use crate::criu::{images, mm};
 use crate::memory::pages::{self, Task};
 use crate::memory::shared::SharedMemory;
@@ -304,7 +305,7 @@ impl Looked {
     /// None where the task has ended, or a line is not understood.
     fn look(pid: i32) -> Option<Looked> {
         let started = process::start_time(pid);
-        let known = KnownMappings::parse(&proc_text(pid, "smaps").ok()?)?;
+        let known = known(pid, &proc_text(pid, "smaps").ok()?)?;
         started.is_some().then_some(Looked { started, known })
     }
 
@@ -316,9 +317,14 @@ impl Looked {
             return Ok(Some(drawn));
         }
         tracing::debug!("process {pid} has a mapping that it had not before");
-        let now = KnownMappings::parse(&proc_text(pid, "smaps")?);
+        let now = known(pid, &proc_text(pid, "smaps")?);
         Ok(now.and_then(|now| now.draw(&maps, stacks, shared)))
     }
+}
+
+/// What a task's smaps tells, if it is understood.
+fn known(pid: i32, smaps: &str) -> Option<KnownMappings> {
+    Some(KnownMappings::parse(smaps)?.with_vdso(Foreign::of(pid, smaps)))
 }
 
 impl Hidden {
