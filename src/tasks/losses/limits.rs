@@ -45,7 +45,9 @@ pub fn changed(init: i32, bundle: &Bundle) -> Option<Problem> {
         let new = unified.as_ref().and_then(|path| read(&path.join(name)));
         new.or_else(|| of_version_1(name, old))
     };
-    let words = compare(&bundle.config["linux"]["resources"], read);
+    let mut words = compare(&bundle.config["linux"]["resources"], read);
+    let systemds = Cgroup::of_process(init).is_ok_and(|cgroup| by_systemd(&cgroup, bundle));
+    words.extend(new(&bundle.config["linux"]["resources"], systemds, read));
     (!words.is_empty()).then(|| {
         Problem::new(
             "limits of the container are not carried that were changed since it was started",
@@ -148,6 +150,30 @@ fn compare(resources: &Value, read: impl Fn(&str) -> Option<String>) -> Vec<Stri
     wanted.into_iter().filter_map(differs).collect()
 }
 
+/// Which limits there are that the configuration does not name. In a scope systemd limits the number of tasks by
+/// itself.
+fn new(resources: &Value, systemds: bool, read: impl Fn(&str) -> Option<String>) -> Vec<String> {
+    let free = [
+        ("memory.max", &resources["memory"]["limit"], "max"),
+        ("memory.swap.max", &resources["memory"]["swap"], "max"),
+        ("memory.high", &Value::Null, "max"),
+        ("memory.low", &resources["memory"]["reservation"], "0"),
+        ("pids.max", &resources["pids"]["limit"], "max"),
+        ("cpu.max", &resources["cpu"]["quota"], "max"),
+        ("cpu.weight", &resources["cpu"]["shares"], "100"),
+        ("cpuset.cpus", &resources["cpu"]["cpus"], ""),
+    ];
+    let is_new = |(name, named, free): (&str, &Value, &str)| {
+        // Of cpu.max the second word is a period.
+        let now = read(name)?;
+        let limited = now.split(' ').next() != Some(free);
+        let silent = named.is_null() && resources["unified"][name].is_null();
+        (limited && silent && !(systemds && name == "pids.max"))
+            .then(|| format!("{name} ({now}, and no limit)"))
+    };
+    free.into_iter().filter_map(is_new).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -188,9 +214,39 @@ mod tests {
         assert_eq!(told("67108864", "40", "50000 100000"), "");
         assert_eq!(told("99999744", "40", "50000 100000"), "memory.max (99999744, not 67108864)");
         assert_eq!(told("67108864", "33", "max 100000").matches(" (").count(), 2);
-        assert!(compare(&json!({}), |_| Some("7".into())).is_empty(), "nothing is said of it");
+        assert!(compare(&json!({}), |_| Some("7".into())).is_empty(), "see what is new");
         assert!(compare(&json!({"pids": {"limit": -1}}), |_| Some("max".into())).is_empty());
         assert!(compare(&config, |_| None).is_empty());
+    }
+
+    #[test]
+    fn what_no_configuration_names_is_told() {
+        let told = |config: Value, systemds: bool, name: &'static str, now: &str| {
+            let read = |asked: &str| (asked == name).then(|| now.to_owned());
+            new(&config, systemds, read).join(", ")
+        };
+        let none = || json!({});
+        assert_eq!(
+            told(none(), false, "memory.max", "99999744"),
+            "memory.max (99999744, and no limit)"
+        );
+        for (name, free, limit) in [
+            ("memory.max", "max", "4096"),
+            ("memory.swap.max", "max", "0"),
+            ("memory.high", "max", "4096"),
+            ("memory.low", "0", "4096"),
+            ("pids.max", "max", "33"),
+            ("cpu.max", "max 100000", "70000 100000"),
+            ("cpu.weight", "100", "59"),
+            ("cpuset.cpus", "", "0-1"),
+        ] {
+            assert_eq!(told(none(), false, name, free), "", "{name}");
+            assert!(told(none(), false, name, limit).starts_with(name), "{name}");
+            let unified = json!({"unified": {name: limit}});
+            assert_eq!(told(unified, false, name, limit), "", "{name}");
+        }
+        assert_eq!(told(none(), true, "pids.max", "4915"), "", "systemd's own");
+        assert_eq!(told(json!({"pids": {"limit": 40}}), false, "pids.max", "33"), "", "compared");
     }
 
     #[test]
