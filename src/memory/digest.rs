@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::pages::{self, Reader, Task, is_kernels};
+use crate::criu::vdso::Foreign;
 use crate::sys::maps::{self, Mapping};
 use crate::sys::memory::{self, PAGE};
 use crate::sys::process::proc_text;
@@ -165,7 +166,12 @@ pub fn tell(
     for &task in tasks {
         let text = proc_text(task.pid, "maps")?;
         let reader = Reader::open(task.pid)?;
-        for mapping in maps::parse(&text).filter(|mapping| !is_kernels(mapping)) {
+        // Another kernel's vDSO has jumps in it to the one's that is there: others on each host.
+        let foreign = Foreign::of(task.pid, &text);
+        let jumps = |mapping: &Mapping| {
+            mapping.is_anonymous() && foreign.is_some_and(|vdso| vdso.begins_at(mapping.start))
+        };
+        for mapping in maps::parse(&text).filter(|one| !is_kernels(one) && !jumps(one)) {
             if !mapping.is_shared() {
                 teller.range(task, &reader, (mapping.start, mapping.end))?;
             } else if let Some(shared) = shared_memory(task.pid, &mapping)? {
