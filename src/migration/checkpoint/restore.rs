@@ -24,7 +24,7 @@ use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, Sender};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -321,6 +321,10 @@ fn job(
     }
     fault::point("restore.request")?;
     fs::write(plan.work.pid(), session.criu_pid.to_string())?;
+    // Whoever gave up before could not know whom to end.
+    if matches!(orders.try_recv(), Err(TryRecvError::Disconnected)) {
+        bail!("given up before CRIU was asked");
+    }
     session.send_request(&request)?;
 
     let mut init = 0;

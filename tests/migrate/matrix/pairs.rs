@@ -64,6 +64,7 @@ const SOME: &[(Kind, &str, &str)] = &[
     (Kind::Overlay, "ferries", "destination.open"),
     (Kind::PostCopy, "source-and-guards", "source.let-go"),
     (Kind::PostCopy, "ferries", "destination.running"),
+    (Kind::PostCopy, "source-and-guards", "restore.request"),
     (Kind::Floating, "source", "source.committed"),
     (Kind::Floating, "destination", "restore.resume"),
     (Kind::Forward, "ferries", "destination.commit"),
