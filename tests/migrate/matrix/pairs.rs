@@ -42,6 +42,7 @@ const ALL: &[(Whom, &str)] = &[
 const OUT: &[&str] = &[
     "extract.kept",
     "extract.taken",
+    "dump.fenced",
     "source.dump",
     "dump.dumped",
     "source.transfer",
