@@ -284,7 +284,8 @@ fn routed_is_refused(lab: &Lab) -> Outcome {
 const FAR: [&str; 2] = ["10.99.0.5", "fd99::5"];
 const HOOK: &str = "/srv/local/hook";
 
-/// As BGP would: tells the client, by way of ssh, which host is the way to the container.
+/// As BGP would: tells the client, by way of ssh, which host is the way to the container. It takes its time, in
+/// which the one that it was on could long have cleared away.
 const SPEAKER: &str = r#"#!/bin/sh
 input=$(cat)
 echo "$input" >>/srv/local/hook.log
@@ -292,6 +293,7 @@ case $input in
     *'"phase":"switch"'*'"role":"destination"'*)
         via=$(ip -o -4 addr show eth0 | awk '{ print $4; exit }')
         via6=$(ip -o -6 addr show eth0 scope global | awk '{ print $4; exit }')
+        sleep 1
         ssh client "ip route replace 10.99.0.5 via ${via%/*}; ip -6 route replace fd99::5 via ${via6%/*}"
         ;;
 esac

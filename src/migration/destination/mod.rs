@@ -98,6 +98,8 @@ enum DestinationInput {
     Files(Applied),
     /// The copies are on the disk.
     Synced,
+    /// The hook that leads its packets here has ended.
+    Led,
     /// That it may run is.
     Noted,
     /// The container's init has ended.

@@ -24,6 +24,8 @@ pub(super) struct Outstanding {
     pub(super) told_whole: bool,
     /// Files that were copied are on the disk.
     pub(super) synced: bool,
+    /// Its packets are led here: until then the source sends along what comes there.
+    pub(super) led: bool,
     /// All pages are in.
     pub(super) served: Option<Served>,
     /// CRIU and the runtime have ended.
@@ -54,6 +56,7 @@ impl Outstanding {
             told_running: false,
             told_whole: false,
             synced,
+            led: true,
             served: None,
             restored: false,
             alive: true,
@@ -72,7 +75,7 @@ impl Outstanding {
         if !self.told_running {
             return (self.running && self.noted).then_some(ToTell::Running);
         }
-        self.served.filter(|_| self.synced && !self.told_whole).map(ToTell::Whole)
+        self.served.filter(|_| self.synced && self.led && !self.told_whole).map(ToTell::Whole)
     }
 
     /// It was told, as far as it can be.
@@ -169,6 +172,9 @@ mod tests {
         outstanding.synced = false;
         assert_eq!(outstanding.untold(), None, "files are not on the disk");
         outstanding.synced = true;
+        outstanding.led = false;
+        assert_eq!(outstanding.untold(), None, "the source would no more send packets along");
+        outstanding.led = true;
         outstanding.told_whole = true;
         assert_eq!(outstanding.untold(), None);
     }

@@ -109,6 +109,7 @@ impl IncomingMigration {
                 | DestinationInput::ChannelEnded(_)
                 | DestinationInput::Files(_)
                 | DestinationInput::Synced
+                | DestinationInput::Led
                 | DestinationInput::Noted
                 | DestinationInput::Guarded
                 | DestinationInput::Engaged(_)
@@ -176,7 +177,10 @@ impl IncomingMigration {
         while !todo.is_over() {
             match inputs.queue.recv_timeout(fault::limit(RESTORE_LIMIT)) {
                 Ok(DestinationInput::Restore(RestoreEvent::Released(opened))) => {
-                    self.network.open(opened, self.journal.record.init.map_or(0, |init| init.pid));
+                    let init = self.journal.record.init.map_or(0, |init| init.pid);
+                    let heard = tell.clone();
+                    let led = move || drop(heard.send(DestinationInput::Led));
+                    todo.led = !self.network.open(opened, init, led);
                     self.mark("fence open");
                     let _ = fault::point("destination.open");
                 }
@@ -205,6 +209,7 @@ impl IncomingMigration {
                 }
                 Ok(DestinationInput::Noted) => todo.noted = true,
                 Ok(DestinationInput::Synced) => todo.synced = true,
+                Ok(DestinationInput::Led) => todo.led = true,
                 Ok(DestinationInput::Pages(Ended { result: Ok(all), .. })) => {
                     todo.served = Some(all);
                     if todo.running {

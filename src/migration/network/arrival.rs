@@ -270,8 +270,8 @@ impl NetworkArrival {
     }
 
     /// The fence should be open: tells everybody that the container is here, whose first process this
-    /// is.
-    pub fn open(&mut self, opened: bool, init: i32) {
+    /// is. True where a hook still leads its packets here, which calls `led` when it has.
+    pub fn open(&mut self, opened: bool, init: i32, led: impl FnOnce() + Send + 'static) -> bool {
         if !opened {
             // Too late to give up: a container that cannot be reached can still be mended.
             tracing::error!("the fence does not open: it is taken down");
@@ -286,9 +286,7 @@ impl NetworkArrival {
         self.make_room(init);
         self.replay_datagrams();
         self.announce();
-        if let Some(hooks) = &mut self.hooks {
-            hooks.switch();
-        }
+        self.hooks.as_mut().is_some_and(|hooks| hooks.switch(led))
     }
 
     /// The container's sockets are members of these multicast groups, on the links with these numbers: its

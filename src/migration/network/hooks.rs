@@ -30,14 +30,20 @@ impl Hooks {
         Ok(Hooks { hook, work: work.clone(), switching: None })
     }
 
-    /// The container has a new host: the hook is told beside everything else.
-    pub fn switch(&mut self) {
+    /// The container has a new host: the hook is told beside everything else, and `done` called when it has
+    /// ended, however it did. False where it cannot be called.
+    pub fn switch(&mut self, done: impl FnOnce() + Send + 'static) -> bool {
         let (hook, work) = (self.hook.clone(), self.work.clone());
-        let thread = std::thread::Builder::new().name("hook".into());
-        match thread.spawn(move || hook.call(HookPhase::Switch, &work)) {
+        let call = move || {
+            let result = hook.call(HookPhase::Switch, &work);
+            done();
+            result
+        };
+        match std::thread::Builder::new().name("hook".into()).spawn(call) {
             Ok(thread) => self.switching = Some(thread),
             Err(e) => tracing::error!("the network hook cannot be called: {e}"),
         }
+        self.switching.is_some()
     }
 
     /// Waits for the end of that; what went wrong.

@@ -163,7 +163,7 @@ impl Committed {
         }
 
         if let Some(hooks) = &mut source.hooks {
-            hooks.switch();
+            hooks.switch(|| ());
         }
 
         // Whoever has nothing left does not care.
