@@ -168,6 +168,10 @@ impl IncomingMigration {
 
         // If it has ended, that stands in the queue.
         let _ = self.tell_restore(RestoreOrder::Verdict(true));
+        // Beside what CRIU has to do yet.
+        if let Some(init) = self.journal.record.init {
+            self.network.make_room(init.pid);
+        }
         todo.served = self.pages.take().and_then(|ended| ended.result.ok());
 
         // As long as the latest link is ours to use, whoever brought it waits.
@@ -177,10 +181,9 @@ impl IncomingMigration {
         while !todo.is_over() {
             match inputs.queue.recv_timeout(fault::limit(RESTORE_LIMIT)) {
                 Ok(DestinationInput::Restore(RestoreEvent::Released(opened))) => {
-                    let init = self.journal.record.init.map_or(0, |init| init.pid);
                     let heard = tell.clone();
                     let led = move || drop(heard.send(DestinationInput::Led));
-                    todo.led = !self.network.open(opened, init, led);
+                    todo.led = !self.network.open(opened, led);
                     self.mark("fence open");
                     let _ = fault::point("destination.open");
                 }

@@ -228,7 +228,7 @@ impl NetworkArrival {
 
     /// Makes room in the sockets of the container, whose first process this is, for the packets that
     /// have come. It does not run yet.
-    fn make_room(&mut self, init: i32) {
+    pub fn make_room(&mut self, init: i32) {
         let floating = self.floating.as_mut().map(|f| &mut f.replay);
         let Some(replay) = self.net.as_mut().map(|n| &mut n.replay).or(floating) else { return };
         // Without one it could not have been frozen where it came from.
@@ -269,9 +269,8 @@ impl NetworkArrival {
         Some(ReleaseSet { fence, lead: net.lead.take(), neighbours: net.neighbours.take() })
     }
 
-    /// The fence should be open: tells everybody that the container is here, whose first process this
-    /// is. True where a hook still leads its packets here, which calls `led` when it has.
-    pub fn open(&mut self, opened: bool, init: i32, led: impl FnOnce() + Send + 'static) -> bool {
+    /// The fence should be open: tells everybody that the container is here. True where a hook still leads its packets here, which calls `led` when it has.
+    pub fn open(&mut self, opened: bool, led: impl FnOnce() + Send + 'static) -> bool {
         if !opened {
             // Too late to give up: a container that cannot be reached can still be mended.
             tracing::error!("the fence does not open: it is taken down");
@@ -283,7 +282,6 @@ impl NetworkArrival {
         if let Some(note) = &self.note {
             steps::open_destination(note);
         }
-        self.make_room(init);
         self.replay_datagrams();
         self.announce();
         self.hooks.as_mut().is_some_and(|hooks| hooks.switch(led))
