@@ -16,7 +16,7 @@ hosts=$PWD/contrib/vm
 . tests/check.sh
 need_root
 
-ALL='kernels apparmor systemd limits'
+ALL='kernels apparmor systemd limits destination_dies'
 for trial; do
     case " $ALL " in *" $trial "*) ;; *) die "no such trial: $trial (there are: $ALL)" ;; esac
 done
@@ -151,6 +151,49 @@ limits_trial() {
     check "and of the one that is new" limits_changed "pids.max"
     check "they are config.json's there" is "$(limits memory.max pids.max)" $'memory.max:67108864\npids.max:max'
     finish
+}
+
+# held POINT: a migration that has come as far as that, in the background.
+held() {
+    on a env "FERRY_FAULT=$1:hold" ferry migrate "$name" b >"$scratch/held" 2>&1 </dev/null &
+    load=$!
+    while kill -0 "$load" 2>/dev/null; do
+        ! await_on a 30 test -e "/run/ferry-fault/$1" || return 0
+    done
+    cat "$scratch/held"
+    return 1
+}
+# await_on HOST SECONDS COMMAND...: asked there, since each ssh takes from an emulated processor what it has to wait for.
+await_on() {
+    local host=$1 seconds=$2
+    shift 2
+    # shellcheck disable=SC2016
+    on "$host" timeout "$seconds" sh -c 'until "$@"; do sleep 0.2; done' sh "$@"
+}
+ends() { wait "$load" || true; load=''; }
+
+# The destination's plug is pulled in the freeze: the container stays, and what was made there is settled at boot.
+destination_dies() {
+    check "a container starts" make .
+    check "b settles at boot" settles_at_boot b
+    check "a migration is in its freeze" held source.sent
+    check "the destination's plug is pulled" lab plug b
+    check "the migration goes on" on a rm /run/ferry-fault/source.sent
+    ends
+    check "it is given up" grep -qF "runs on here" "$scratch/held"
+    check "its client is answered" probe_steady 600
+    check "the destination boots" lab boot b
+    check "its open migrations are settled" await_on b 300 sh -c 'ferry migrations | grep -qF "stayed where it was"'
+    # shellcheck disable=SC2016
+    check "by systemd" await_on b 300 sh -c '[ -n "$(systemctl show ferry-resolve -p ExecMainExitTimestamp --value)" ]'
+    check "which had no failure" is "$(on b systemctl show ferry-resolve -p ExecMainStatus -p Result | sort | tr '\n' ' ')" \
+        "ExecMainStatus=0 Result=success "
+    check "there is one, on the source" is "$(where)" "a "
+    finish
+}
+settles_at_boot() { # HOST
+    on "$1" tee /etc/systemd/system/ferry-resolve.service <contrib/systemd/ferry-resolve.service >/dev/null &&
+        on "$1" systemctl enable ferry-resolve.service && on "$1" sync
 }
 
 # ---------------------------------------------------------------- main
