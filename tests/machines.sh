@@ -16,7 +16,7 @@ hosts=$PWD/contrib/vm
 . tests/check.sh
 need_root
 
-ALL='kernels apparmor systemd limits destination_dies'
+ALL='kernels apparmor systemd limits source_dies destination_dies'
 for trial; do
     case " $ALL " in *" $trial "*) ;; *) die "no such trial: $trial (there are: $ALL)" ;; esac
 done
@@ -171,6 +171,23 @@ await_on() {
     on "$host" timeout "$seconds" sh -c 'until "$@"; do sleep 0.2; done' sh "$@"
 }
 ends() { wait "$load" || true; load=''; }
+
+# The source's plug is pulled when the destination holds a copy and the source has not committed: the copy there is
+# the only one.
+source_dies() {
+    check "a container starts" make .
+    check "a migration comes to its commit" held source.commit
+    check "the source's plug is pulled" lab plug a
+    ends
+    check "the copy is held" exits 0 "held here" on b ferry migrations
+    check "the source boots" lab boot a
+    check "the destination alone does not let it run" exits 4 "waits for the source's word" on b ferry resolve "$name"
+    check "the source finds it there" exits 0 "runs on the other host" on a ferry resolve "$name"
+    from=b to=a
+    check "there is one, on the destination" is "$(where)" "b "
+    check "nothing is open there" exits 0 "it runs here" on b ferry migrations
+    finish
+}
 
 # The destination's plug is pulled in the freeze: the container stays, and what was made there is settled at boot.
 destination_dies() {
