@@ -5,8 +5,8 @@
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # What makes the hosts: contrib/lab, or something with the same verbs.
-: "${hosts:=$top/contrib/lab}"
-lab() { "$hosts" "$@"; }
+: "${hosts_by:=$top/contrib/lab}"
+lab() { "$hosts_by" "$@"; }
 on() { lab exec "$@"; }
 
 # stage_name WHAT: a lab of this run's own, and a directory `scratch` for its files.
@@ -116,7 +116,7 @@ talk_start() {
     rm -f "$scratch/probe.in" "$scratch/probe.out"
     mkfifo "$scratch/probe.in" "$scratch/probe.out"
     # Not `on`: a function in the background would put a shell in between, whose end is not the probe's.
-    "$hosts" exec "$@" <"$scratch/probe.in" >"$scratch/probe.out" 2>"$scratch/probe.err" &
+    "$hosts_by" exec "$@" <"$scratch/probe.in" >"$scratch/probe.out" 2>"$scratch/probe.err" &
     probe_pid=$!
     exec {probe_in}>"$scratch/probe.in" {probe_out}<"$scratch/probe.out"
     probe_hear ready 30 >/dev/null || { cat "$scratch/probe.err" >&2; return 1; }

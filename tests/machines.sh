@@ -9,7 +9,7 @@ set -uo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.." || exit 1
 # shellcheck source=contrib/lib.sh
 . contrib/lib.sh
-hosts=$PWD/contrib/vm
+hosts_by=$PWD/contrib/vm
 # shellcheck source=contrib/stage.sh
 . contrib/stage.sh
 # shellcheck source=tests/check.sh
