@@ -330,9 +330,11 @@ impl IncomingMigration {
     fn note_unstarted(&mut self) {
         let record = &self.journal.record;
         criu::end_restore(&record.work);
-        let kept = record
-            .init
-            .is_some_and(|init| init.is_alive() && barrier::is_kept(init.pid, &self.work.images()));
+        // As long as it is there it may let them out.
+        let kept = criu::is_gone(&record.work)
+            && record.init.is_some_and(|init| {
+                init.is_alive() && barrier::is_kept(init.pid, &self.work.images())
+            });
         if kept && let Err(e) = self.journal.write(State::Unstarted) {
             tracing::error!("{e:#}");
         }

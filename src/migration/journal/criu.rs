@@ -44,7 +44,18 @@ pub(in crate::migration) fn end_restore(work: &WorkPath) {
     }
 }
 
-/// The CRIU of a migration, if it is still there.
+/// Tells whether the CRIU of a migration is known, and gone: what only it could do, nobody does any more.
+pub(in crate::migration) fn is_gone(work: &WorkPath) -> bool {
+    let text = fs::read_to_string(work.criu().pid()).unwrap_or_default();
+    let Ok(pid) = text.trim().parse() else { return false };
+    match process::proc_text(pid, "comm") {
+        // Its number may be somebody else's by now.
+        Ok(name) => name.trim() != "criu" || !process::lives(pid),
+        Err(e) => matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)),
+    }
+}
+
+/// Returns the CRIU of a migration, if it is still there.
 fn criu_of(work: &WorkPath) -> Option<(i32, OwnedFd)> {
     let text = fs::read_to_string(work.criu().pid()).ok()?;
     let pid = text.trim().parse().ok()?;
