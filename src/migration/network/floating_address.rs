@@ -261,39 +261,59 @@ impl Noted {
 
     /// The source, when the container stays. With `announced`, neighbours may have been told that the
     /// addresses are elsewhere.
-    pub fn stays(&self, announced: bool, failures: &mut Failures) {
-        failures.note("lifting the fence round the address", self.0.lift(&self.1));
+    ///
+    /// # Errors
+    /// When the fence round them stays.
+    pub fn stays(&self, announced: bool) -> Result<()> {
+        let lifted = self.0.lift(&self.1);
         if announced {
             self.announce();
         }
+        Ok(lifted?)
     }
 
     /// The source, when the frozen tasks are gone: nobody answers any more before the fence goes.
-    pub fn goes(&self, failures: &mut Failures) {
-        if failures.note("removing the address", self.0.let_go(&self.1)).is_some() {
-            failures.note("lifting the fence round the address", self.0.lift(&self.1));
-        }
+    ///
+    /// # Errors
+    /// When the addresses, or the fence round them, stay.
+    pub fn goes(&self) -> Result<()> {
+        self.0.let_go(&self.1)?;
+        Ok(self.0.lift(&self.1)?)
     }
 
     /// The destination, before a copy is ended that is not to be.
-    pub fn close(&self, failures: &mut Failures) {
-        failures.note("closing the fence round the address", self.0.raise(&self.1));
+    ///
+    /// # Errors
+    /// When the fence round them cannot be closed.
+    pub fn close(&self) -> Result<()> {
+        self.0.raise(&self.1)?;
+        Ok(())
     }
 
     /// The destination, when the copy is gone.
-    pub fn discard(&self, failures: &mut Failures) {
+    ///
+    /// # Errors
+    /// Says what stays: the addresses, the fence round them, or both.
+    pub fn discard(&self) -> Result<()> {
+        let mut failures = Failures::default();
         if self.0.taken {
             failures.note("removing the address", self.0.let_go(&self.1));
         }
         failures.note("lifting the fence round the address", self.0.lift(&self.1));
+        failures.into_result()
     }
 
     /// The destination, when the container runs and nobody knows how far its Ferry came.
-    pub fn keep(&self, failures: &mut Failures) {
+    ///
+    /// # Errors
+    /// Says what failed; the rest was done.
+    pub fn keep(&self) -> Result<()> {
+        let mut failures = Failures::default();
         let led = self.0.entitle(&self.1).and_then(|mut lead| lead.lead_here());
         failures.note("taking the address", led);
         failures.note("lifting the fence round the address", self.0.lift(&self.1));
         self.announce();
+        failures.into_result()
     }
 
     fn announce(&self) {
