@@ -171,7 +171,7 @@ pub struct MigrateArgs {
     /// belongs to no network of the other host, or this host translates addresses for it (auto),
     /// always, or never
     #[arg(long, value_name = "WHEN", default_value = "auto")]
-    pub forward: ForwardWhen,
+    pub forward: ForwardOption,
     /// A socket on the other host that receives the container's terminal
     #[arg(long, value_name = "PATH")]
     pub console_socket: Option<PathBuf>,
@@ -214,45 +214,11 @@ pub struct FilesArgs {
     /// The root file system: whatever turns out (auto), there without a proof (shared), or copied
     /// while the container runs unless both hosts see it (copy, and auto)
     #[arg(long, value_name = "HOW", default_value = "auto")]
-    pub rootfs: FilesHow,
+    pub rootfs: How,
     /// The same for what is bound to a place in the container: /data=copy. By itself nothing of
     /// that is copied, as others may use it. May be given several times
     #[arg(long, value_name = "PLACE=HOW", value_parser = volume)]
-    pub volume: Vec<(PathBuf, FilesHow)>,
-}
-
-/// `--rootfs`, `--volume`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
-pub enum FilesHow {
-    /// As it turns out.
-    #[default]
-    Auto,
-    /// It is there.
-    Shared,
-    /// Copied unless shared.
-    Copy,
-}
-
-/// `--forward`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum ForwardWhen {
-    /// Where the address belongs to no network of the other host.
-    Auto,
-    /// Wherever it goes.
-    Always,
-    /// The address moves.
-    Never,
-}
-
-impl ForwardWhen {
-    /// In the migration's own terms.
-    pub fn wish(self) -> ForwardOption {
-        match self {
-            ForwardWhen::Auto => ForwardOption::Auto,
-            ForwardWhen::Always => ForwardOption::Always,
-            ForwardWhen::Never => ForwardOption::Never,
-        }
-    }
+    pub volume: Vec<(PathBuf, How)>,
 }
 
 /// `--source-files`.
@@ -264,30 +230,12 @@ pub enum SourceFiles {
     Remove,
 }
 
-impl FilesHow {
-    /// In the migration's own terms.
-    pub fn wish(self) -> How {
-        match self {
-            FilesHow::Auto => How::Auto,
-            FilesHow::Shared => How::Shared,
-            FilesHow::Copy => How::Copy,
-        }
-    }
-}
-
-impl FilesArgs {
-    /// In the migration's own terms.
-    pub fn volumes(&self) -> Vec<(PathBuf, How)> {
-        self.volume.iter().map(|(place, how)| (place.clone(), how.wish())).collect()
-    }
-}
-
-fn volume(text: &str) -> Result<(PathBuf, FilesHow), String> {
+fn volume(text: &str) -> Result<(PathBuf, How), String> {
     let (place, how) = text.rsplit_once('=').ok_or("as in /data=copy")?;
     if !place.starts_with('/') {
         return Err("the place in the container begins with /".into());
     }
-    Ok((place.into(), FilesHow::from_str(how, false)?))
+    Ok((place.into(), How::from_str(how, false)?))
 }
 
 /// How memory is to go.
@@ -325,7 +273,7 @@ pub struct MemoryArgs {
     pub verify: bool,
     /// How changes are found: asked of the kernel, or by comparing; for tests
     #[arg(long, value_name = "HOW", default_value = "auto", hide = true)]
-    pub tracking: TrackingArg,
+    pub tracking: Tracking,
 }
 
 /// `--precopy`.
@@ -359,17 +307,6 @@ pub enum Compress {
     None,
 }
 
-/// `--tracking`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum TrackingArg {
-    /// Of the kernel, where it can tell.
-    Auto,
-    /// By soft-dirty bits, where the kernel has them.
-    SoftDirty,
-    /// By comparing.
-    Hash,
-}
-
 impl MemoryArgs {
     /// In the migration's own terms.
     pub fn wishes(&self) -> MemoryOptions {
@@ -383,11 +320,7 @@ impl MemoryArgs {
                 // What is not there cannot be compared.
                 postcopy: self.postcopy == Postcopy::Auto && !self.verify,
             },
-            tracking: match self.tracking {
-                TrackingArg::Auto => Tracking::WriteProtect,
-                TrackingArg::SoftDirty => Tracking::SoftDirty,
-                TrackingArg::Hash => Tracking::Hash,
-            },
+            tracking: self.tracking,
             compress: match self.compress {
                 Compress::Auto => codec::CompressOption::Auto,
                 Compress::Zstd => codec::CompressOption::Always(Codec::Zstd),
@@ -466,7 +399,7 @@ pub struct CheckArgs {
     pub move_address: Vec<MoveAddress>,
     /// Whether its address would stay, as in `ferry migrate`
     #[arg(long, value_name = "WHEN", default_value = "auto")]
-    pub forward: ForwardWhen,
+    pub forward: ForwardOption,
     /// Give up if the other host has not answered by then: 500ms, 30s, 5m
     #[arg(long, value_name = "DURATION", value_parser = units::duration)]
     pub timeout: Option<Duration>,

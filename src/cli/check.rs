@@ -73,14 +73,14 @@ fn check_container(
         bundle: absolute(args.bundle.as_deref())?,
         placement: args.network.clone(),
         move_address: args.move_address.clone(),
-        forward: args.forward.wish(),
+        forward: args.forward,
         console_socket: None,
         root: globals.root,
         systemd_cgroup: globals.systemd_cgroup,
         verify: false,
         check_only: true,
-        rootfs: args.files.rootfs.wish(),
-        volumes: args.files.volumes(),
+        rootfs: args.files.rootfs,
+        volumes: args.files.volume.clone(),
         state_dir: Some(state_dir()?),
     };
 

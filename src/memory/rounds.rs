@@ -80,11 +80,14 @@ impl MemoryRoundStats {
     }
 }
 
-/// How it is found out what changed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+/// How it is found out what changed: `--tracking`.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Tracking {
-    /// Asynchronous write protection.
+    /// Asynchronous write protection: what is asked for where nobody asks.
+    #[value(name = "auto")]
     WriteProtect,
     /// Soft-dirty bits.
     SoftDirty,

@@ -7,7 +7,7 @@ use crate::network::translated::{self, Translated};
 use crate::transport::connect::Destination;
 
 /// `--forward`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum ForwardOption {
     /// Where the address belongs to no network of the destination's.

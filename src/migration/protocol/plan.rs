@@ -142,7 +142,7 @@ pub struct Probe {
 }
 
 /// How a path of the container's gets to the other host: `--rootfs`, `--volume`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum How {
     /// As it turns out: the root file system is copied where it is not shared, no volume is.
