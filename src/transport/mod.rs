@@ -4,6 +4,7 @@
 //! A link is one stream each way: the standard streams of `ssh HOST ferry receive --stdio`, as
 //! rsync does it, or a unix socket.
 
+pub(crate) mod backoff;
 pub(crate) mod ciphers;
 pub(crate) mod codec;
 pub mod connect;

@@ -21,6 +21,7 @@ use crate::network::forward;
 use crate::network::translated::{self, Translated};
 use crate::sys::netns::NetNs;
 use crate::sys::process::wait_readable;
+use crate::transport::backoff::Backoff;
 use crate::transport::connect::{Cutter, Destination};
 use crate::transport::frame::Frame;
 
@@ -348,14 +349,14 @@ impl Forwarder {
         destination: &Destination,
         tell: &mut Option<Sender<Result<()>>>,
     ) {
-        let mut pause = PAUSE.0;
+        let mut backoff = Backoff::new(PAUSE.0, PAUSE.1);
         loop {
             let connected = self.connect(number, destination);
             let failed = connected.as_ref().err().map(|e| format!("{e:#}"));
             let refused = connected.as_ref().is_err_and(|e| e.is::<Refused>());
             let link = match connected {
                 Ok(link) => {
-                    pause = PAUSE.0;
+                    backoff.reset();
                     if let Some(tell) = tell.take() {
                         let _ = tell.send(Ok(()));
                     }
@@ -406,9 +407,7 @@ impl Forwarder {
                 }
             }
 
-            // Between two tries to reach a host there is nothing to wait on but time.
-            std::thread::park_timeout(pause);
-            pause = (pause * 2).min(PAUSE.1);
+            backoff.park();
         }
     }
 

@@ -19,10 +19,12 @@ use crate::migration::protocol::Standing;
 use crate::migration::transfer::memory_sender::MemoryOptions;
 use crate::sys::fault;
 use crate::sys::process::{self, ProcessId};
+use crate::transport::backoff::Backoff;
 
 /// Time that the other host may take for one answer: so long an operator has to wait for the journal.
 const ANSWER: Duration = Duration::from_secs(15);
-/// Between two tries to reach the other host, at most.
+/// Between two tries to reach the other host, at first and at most.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// Where the vault's contents come out of it.
@@ -220,7 +222,7 @@ enum Carried {
 /// ran. Each time under the lock, and only if the journal still says so: an operator who takes it back
 /// must not be overtaken.
 fn carry_through(journal: &mut Journal, vault: &Vault) -> Result<Carried> {
-    let mut pause = Duration::from_millis(100);
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     let mut there = There::Unasked;
     loop {
         let held = journal.hold()?;
@@ -276,10 +278,7 @@ fn carry_through(journal: &mut Journal, vault: &Vault) -> Result<Carried> {
 
         there = There::Unasked;
         drop(held);
-
-        // Between two tries to reach a host there is nothing to wait on but time.
-        std::thread::park_timeout(pause);
-        pause = (pause * 2).min(LONGEST_PAUSE);
+        backoff.park();
     }
 }
 

@@ -16,14 +16,16 @@ use crate::migration::transfer::memory_sender::{
     MemoryEvent, MemoryOptions, MemoryOrder, MemoryTransfer,
 };
 use crate::problem::Advice;
+use crate::transport::backoff::Backoff;
 use crate::transport::frame::{Frame, RunKind};
 
 /// Time that a link may be silent before another is tried.
 const SILENCE: Duration = Duration::from_secs(30);
 /// How often is looked whether somebody wants it to end.
 const TICK: Duration = Duration::from_millis(500);
-/// Between two tries to reach the other host, at most.
-const PAUSE: Duration = Duration::from_secs(5);
+/// Between two tries to reach the other host, at first and at most.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// How it ended.
 #[derive(Debug)]
@@ -57,7 +59,7 @@ pub fn resume(
     told: &mut dyn FnMut(Option<&str>) -> bool,
 ) -> Brought {
     let mut heard = Instant::now();
-    let mut pause = Duration::from_millis(100);
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     let mut last = String::new();
 
     loop {
@@ -75,15 +77,13 @@ pub fn resume(
         }
 
         if began.elapsed() > SILENCE {
-            pause = Duration::from_millis(100);
+            backoff.reset();
         }
         if !told(None) || patience.is_some_and(|patience| heard.elapsed() >= patience) {
             return Brought::Stopped;
         }
 
-        // Between two tries to reach a host there is nothing to wait on but time.
-        std::thread::park_timeout(pause);
-        pause = (pause * 2).min(PAUSE);
+        backoff.park();
     }
 }
 

@@ -41,6 +41,7 @@ use crate::sys::fault;
 use crate::sys::process::{self, ProcessId};
 use crate::sys::successor::{Successor, inherited};
 use crate::tasks::criu_rescue;
+use crate::transport::backoff::Backoff;
 use crate::transport::connect;
 use crate::transport::frame::PageRun;
 
@@ -293,7 +294,7 @@ pub fn go_on(journal: &Path, will: RawFd) -> Result<()> {
 /// Ends the copy, however long that takes. What is `held`, and whatever else this process has open, is
 /// closed when its tasks have ended, and not before: whoever of them waits for a page would read zeros.
 fn discard(journal: &mut Journal, held: Vec<OwnedFd>) -> Result<()> {
-    let mut pause = FIRST_PAUSE;
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     loop {
         let done = undo::discard_destination(journal);
         if done.is_ok() || !undo::copy_lives(&journal.record) {
@@ -302,8 +303,7 @@ fn discard(journal: &mut Journal, held: Vec<OwnedFd>) -> Result<()> {
         }
         let _ = done.inspect_err(|e| tracing::error!("{e:#}; trying again"));
         // What keeps it from ending nobody tells.
-        std::thread::park_timeout(pause);
-        pause = (pause * 2).min(LONGEST_PAUSE);
+        backoff.park();
     }
 }
 

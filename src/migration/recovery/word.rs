@@ -16,6 +16,7 @@ use super::verdicts;
 use crate::migration::journal::{Journal, Role, State};
 use crate::migration::protocol::Standing;
 use crate::sys::process;
+use crate::transport::backoff::Backoff;
 use crate::transport::connect::Destination;
 
 /// Between two tries to reach a destination, at first and at most: somebody may try for days.
@@ -31,7 +32,7 @@ pub fn send(journal: &mut Journal) -> Option<Standing> {
     let _only = SoleTeller::of(journal.path())
         .inspect_err(|e| tracing::info!("somebody else tells it: {e}"))
         .ok()?;
-    let mut pause = FIRST_PAUSE;
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
 
     while is_to_be_told(journal) {
         if let Ok(standing) = verdicts::tell_stayed(journal, verdicts::LIMIT)
@@ -40,9 +41,7 @@ pub fn send(journal: &mut Journal) -> Option<Standing> {
             return Some(standing);
         }
 
-        // Between two tries to reach a host there is nothing to wait on but time.
-        std::thread::park_timeout(pause);
-        pause = next_pause(pause);
+        backoff.park();
         match Journal::open(journal.path()) {
             Ok(fresh) => *journal = fresh,
             // Whoever has taken it away wants nobody told.
@@ -84,10 +83,6 @@ impl Drop for SoleTeller {
 fn is_to_be_told(journal: &Journal) -> bool {
     let stayed = matches!(journal.state(), State::Begun | State::Returning | State::Aborted);
     stayed && !journal.is_told()
-}
-
-fn next_pause(pause: Duration) -> Duration {
-    (pause * 2).min(LONGEST_PAUSE)
 }
 
 /// Starts a process that does so.
@@ -149,17 +144,6 @@ pub fn tell_again(
 mod tests {
     use super::*;
     use crate::migration::journal::tests::record;
-
-    /// Days later somebody still tries, and does not keep the host busy with it.
-    #[test]
-    fn who_does_not_answer_is_told_ever_less_often() {
-        let mut pause = FIRST_PAUSE;
-        for _ in 0..100 {
-            assert!(next_pause(pause) > pause || pause == LONGEST_PAUSE);
-            pause = next_pause(pause);
-        }
-        assert_eq!(pause, LONGEST_PAUSE);
-    }
 
     #[test]
     fn one_at_a_time_tells_it() {

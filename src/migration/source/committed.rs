@@ -21,11 +21,15 @@ use crate::problem::advice;
 use crate::report::exit::Failed;
 use crate::report::progress::Reporter;
 use crate::sys::fault;
+use crate::transport::backoff::Backoff;
 
 /// Time that a signal lets what is under way go on.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Time that a destination that is looked for may take to answer.
 const ANSWER: Duration = Duration::from_secs(5);
+/// Between two tries to reach the other host, at first and at most.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// After the commit: the destination owns the container. There is no way back from here.
 pub(super) struct Committed(pub(super) SourceMigration);
@@ -203,7 +207,7 @@ impl Committed {
     /// The link broke at the worst moment: asks over new ones, and brings what is still here over them.
     fn look_for(source: &mut SourceMigration, reporter: &mut Reporter) -> CommittedEnd {
         let until = Instant::now() + fault::limit(SETTLE_LIMIT);
-        let mut pause = Duration::from_millis(100);
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
 
         // Where pages are here, that is tried first, for as long as it takes.
         let lacking = There::Is(Standing::Partial);
@@ -248,7 +252,7 @@ impl Committed {
 
             there = There::Unasked;
             // Between two tries to reach a host there is nothing to wait on but time, and a signal.
-            let next = Instant::now() + pause;
+            let next = Instant::now() + backoff.pause();
             while let Ok(input) =
                 source.inputs.queue.recv_timeout(next.saturating_duration_since(Instant::now()))
             {
@@ -258,7 +262,6 @@ impl Committed {
             if source.stopping {
                 return CommittedEnd::InDoubt(standing);
             }
-            pause = (pause * 2).min(Duration::from_secs(5));
         }
     }
 
