@@ -28,10 +28,11 @@ use rust_criu::rust_criu_protobuf::rpc::{
     Criu_network_lock_method, Criu_page_server_info, Criu_req, Ext_mount_map,
 };
 
+use super::follow::{CriuSteps, follow};
 use super::hiding::{Added, Hiding};
 use crate::connections::{Extracted, Extraction, GuardCommands};
 use crate::criu::failure;
-use crate::criu::interposer::{CriuEvent, CriuSession, Interposer};
+use crate::criu::interposer::{CriuSession, Interposer, Notify};
 use crate::files::sockets::{self, Renamed};
 use crate::memory::shared::SharedMemory;
 use crate::migration::journal::workdir::CriuPath;
@@ -298,7 +299,7 @@ fn job(
     plan: &mut DumpPlan,
     session: &CriuSession,
     mut request: Criu_req,
-    mut hiding: Option<&mut Hiding>,
+    hiding: Option<&mut Hiding>,
     tell: &TellDump,
     orders: &Receiver<DumpOrder>,
 ) -> Result<()> {
@@ -313,107 +314,134 @@ fn job(
     let _ = fs::write(format!("/proc/{}/oom_score_adj", session.criu_pid), "-1000");
     plan.watch.over(session.criu_pid);
     session.send_request(&request)?;
-    let (mut vouching, mut wrong) = (None::<JoinHandle<Result<()>>>, None);
-    let result = loop {
-        let event = session.next(Some(Instant::now() + STEP_TIMEOUT));
-        match event.context("CRIU's dump")? {
-            CriuEvent::Notify(notify) => match notify.script.as_str() {
-                "pre-dump" => {
-                    tell(DumpEvent::AtFreeze);
-                    let Ok(DumpOrder::Freeze(Freeze { extraction, root, renamed })) = orders.recv()
-                    else {
-                        session.answer(false)?;
-                        continue;
-                    };
 
-                    if let Some(hiding) = hiding.as_deref_mut() {
-                        hiding.look_again();
-                    }
-                    let done = stop(plan).and_then(|stopped| {
-                        sockets::to_bound_names(&root, &renamed)?;
-                        // What has many connections begins with them, and CRIU waits.
-                        if extraction.is_none() {
-                            hide(plan, session, hiding.as_deref_mut())?;
-                        }
-                        Ok(stopped)
-                    });
+    let mut steps = DumpSteps { plan, hiding, tell, orders, port, vouching: None, wrong: None };
+    let done = follow(session, &mut steps);
+    steps.wrong.map_or(done, Err)
+}
 
-                    if extraction.is_none() || done.is_err() {
-                        session.answer(done.is_ok())?;
-                    }
-                    let (since, network, came) = done?;
-                    fault::point("dump.frozen")?;
-                    tell(DumpEvent::Frozen { since, network, came });
-                    if let Some(extraction) = extraction {
-                        let peer = plan.peer.clone();
-                        let write = move |at, bytes: &[u8]| {
-                            peer.file(crate::connections::STREAM, at, bytes)?;
-                            peer.flush()
-                        };
-                        let extracted =
-                            extraction.extract(&plan.cgroup, write, (&plan.orders, &plan.watch));
-                        let hidden = match &extracted {
-                            Ok(_) => hide(plan, session, hiding.as_deref_mut()),
-                            Err(_) => Ok(()),
-                        };
+/// A dump, between CRIU's steps.
+struct DumpSteps<'a> {
+    plan: &'a mut DumpPlan,
+    hiding: Option<&'a mut Hiding>,
+    tell: &'a TellDump,
+    orders: &'a Receiver<DumpOrder>,
+    /// Of CRIU's page server.
+    port: u16,
+    /// Looks whether it is true what CRIU was told of epolls.
+    vouching: Option<JoinHandle<Result<()>>>,
+    /// Why CRIU was told that we failed.
+    wrong: Option<anyhow::Error>,
+}
 
-                        let answered = session.answer(extracted.is_ok() && hidden.is_ok());
-                        *plan.extracted.lock().unwrap_or_else(PoisonError::into_inner) =
-                            Some(extracted?);
-                        hidden.and(answered)?;
-                        tell(DumpEvent::Extracted);
-                    }
+impl CriuSteps for DumpSteps<'_> {
+    const WHAT: &'static str = "CRIU's dump";
+    const LIMIT: Duration = STEP_TIMEOUT;
 
-                    vouching = plan.vouched.then(|| vouch(&plan.cgroup)).transpose()?;
-                    fault::point("dump.fenced")?;
-                }
-                "post-dump" => {
-                    // CRIU has thawed the group once every task was seized. From here on they stand
-                    // still even if CRIU is killed.
-                    plan.cgroup.tell_freeze()?;
-                    let seen = vouching.take().map_or(Ok(()), |vouching| {
-                        vouching.join().unwrap_or_else(|_| Err(anyhow!("the thread has died")))
-                    });
-                    let hidden = hiding.as_deref_mut();
-                    let add = |()| hidden.map(|hidden| hidden.add(&plan.images)).transpose();
-                    let added = match seen.and_then(add) {
-                        Ok(added) => added,
-                        Err(e) => {
-                            wrong = Some(e);
-                            session.answer(false)?;
-                            continue;
-                        }
-                    };
-
-                    fault::point("dump.dumped")?;
-                    tell_dumped(added, tell);
-                    let agreed = matches!(orders.recv(), Ok(DumpOrder::Verdict(true)));
-                    session.answer(agreed)?;
-                }
-                "status-ready" => {
-                    // A lazy dump ends by serving pages to one client; an end of file is enough
-                    // for it, and with leave_running its result decides nothing.
-                    plan.in_namespace(|| drop(TcpStream::connect((Ipv4Addr::LOCALHOST, port))))?;
-                    session.answer(true)?;
-                }
-                _ => session.answer(true)?,
-            },
-            CriuEvent::Reply(response) => {
-                // The runtime may be gone already; its opinion is of no use.
-                break session.relay_reply(&response);
+    fn at(&mut self, session: &CriuSession, notify: &Notify) -> Result<()> {
+        match notify.script.as_str() {
+            "pre-dump" => self.freeze(session),
+            "post-dump" => self.dumped(session),
+            "status-ready" => {
+                // A lazy dump ends by serving pages to one client; an end of file is enough
+                // for it, and with leave_running its result decides nothing.
+                let address = (Ipv4Addr::LOCALHOST, self.port);
+                self.plan.in_namespace(|| drop(TcpStream::connect(address)))?;
+                session.answer(true)
             }
-            CriuEvent::Hangup => break Err(anyhow!("CRIU ended in the middle of the dump")),
+            _ => session.answer(true),
         }
-    };
-
-    if let Some(e) = wrong {
-        return Err(e);
     }
 
-    result.map_err(|e| {
-        let log = plan.work.log("dump");
-        failure::explained("CRIU cannot dump the container", &log, e, name)
-    })
+    fn hung_up(&mut self) -> Result<()> {
+        bail!("CRIU ended in the middle of the dump")
+    }
+
+    fn explain(&self, error: anyhow::Error) -> anyhow::Error {
+        let log = self.plan.work.log("dump");
+        failure::explained("CRIU cannot dump the container", &log, error, name)
+    }
+}
+
+impl DumpSteps<'_> {
+    /// CRIU is about to look at the tasks: stops them, when the destination is ready.
+    fn freeze(&mut self, session: &CriuSession) -> Result<()> {
+        (self.tell)(DumpEvent::AtFreeze);
+        let Ok(DumpOrder::Freeze(Freeze { extraction, root, renamed })) = self.orders.recv() else {
+            return session.answer(false);
+        };
+
+        if let Some(hiding) = self.hiding.as_deref_mut() {
+            hiding.look_again();
+        }
+        let done = stop(self.plan).and_then(|stopped| {
+            sockets::to_bound_names(&root, &renamed)?;
+            // What has many connections begins with them, and CRIU waits.
+            if extraction.is_none() {
+                hide(self.plan, session, self.hiding.as_deref_mut())?;
+            }
+            Ok(stopped)
+        });
+
+        if extraction.is_none() || done.is_err() {
+            session.answer(done.is_ok())?;
+        }
+        let (since, network, came) = done?;
+        fault::point("dump.frozen")?;
+        (self.tell)(DumpEvent::Frozen { since, network, came });
+        if let Some(extraction) = extraction {
+            self.extract(session, *extraction)?;
+        }
+
+        self.vouching = self.plan.vouched.then(|| vouch(&self.plan.cgroup)).transpose()?;
+        fault::point("dump.fenced")
+    }
+
+    /// Takes the connections out of the tasks, and lets CRIU go on.
+    fn extract(&mut self, session: &CriuSession, extraction: Extraction) -> Result<()> {
+        let plan = &*self.plan;
+        let peer = plan.peer.clone();
+        let write = move |at, bytes: &[u8]| {
+            peer.file(crate::connections::STREAM, at, bytes)?;
+            peer.flush()
+        };
+        let extracted = extraction.extract(&plan.cgroup, write, (&plan.orders, &plan.watch));
+        let hidden = match &extracted {
+            Ok(_) => hide(plan, session, self.hiding.as_deref_mut()),
+            Err(_) => Ok(()),
+        };
+
+        let answered = session.answer(extracted.is_ok() && hidden.is_ok());
+        *plan.extracted.lock().unwrap_or_else(PoisonError::into_inner) = Some(extracted?);
+        hidden.and(answered)?;
+        (self.tell)(DumpEvent::Extracted);
+        Ok(())
+    }
+
+    /// The images are written: completes them, and waits for the verdict.
+    fn dumped(&mut self, session: &CriuSession) -> Result<()> {
+        // CRIU has thawed the group once every task was seized. From here on they stand
+        // still even if CRIU is killed.
+        self.plan.cgroup.tell_freeze()?;
+        let seen = self.vouching.take().map_or(Ok(()), |vouching| {
+            vouching.join().unwrap_or_else(|_| Err(anyhow!("the thread has died")))
+        });
+
+        let (hidden, images) = (self.hiding.as_deref_mut(), &self.plan.images);
+        let add = |()| hidden.map(|hidden| hidden.add(images)).transpose();
+        let added = match seen.and_then(add) {
+            Ok(added) => added,
+            Err(e) => {
+                self.wrong = Some(e);
+                return session.answer(false);
+            }
+        };
+
+        fault::point("dump.dumped")?;
+        tell_dumped(added, self.tell);
+        let agreed = matches!(self.orders.recv(), Ok(DumpOrder::Verdict(true)));
+        session.answer(agreed)
+    }
 }
 
 /// A task of the container, which stands still or runs on: its number here, and its name.

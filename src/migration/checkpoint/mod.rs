@@ -2,6 +2,7 @@
 
 mod caller;
 pub(crate) mod dump;
+mod follow;
 mod hiding;
 pub(crate) mod restore;
 pub(crate) mod streams;

@@ -34,7 +34,8 @@ use rust_criu::rust_criu_protobuf::rpc::{Criu_network_lock_method, Criu_req, Inh
 
 use super::caller::Caller;
 use super::dump::external_mount;
-use crate::criu::interposer::{CriuEvent, CriuSession, Interposer};
+use super::follow::{CriuSteps, follow};
+use crate::criu::interposer::{CriuSession, Interposer, Notify};
 use crate::criu::{failure, images};
 use crate::engine::calls::EngineCall;
 use crate::migration::journal::criu;
@@ -213,7 +214,7 @@ fn run(
     let outcome =
         plan.interposer.next_job(pidfd.as_fd(), deadline).and_then(|(session, request)| {
             let told = (tell, orders);
-            job(&mut plan, pidfd.as_fd(), &session, request, &external, &mut caller, told)
+            job(&plan, pidfd.as_fd(), &session, request, &external, &mut caller, told)
         });
     // It has ended, or does when its connection to CRIU is closed; its own opinion of the restore
     // counts for nothing.
@@ -302,7 +303,7 @@ fn edit(
 }
 
 fn job(
-    plan: &mut RestorePlan,
+    plan: &RestorePlan,
     runtime: BorrowedFd,
     session: &CriuSession,
     mut request: Criu_req,
@@ -327,106 +328,135 @@ fn job(
     }
     session.send_request(&request)?;
 
-    let mut init = 0;
-    // All tasks have left CRIU's code, each stopped at the end of the system call that does it: they run
-    // when CRIU lets go of them, or dies.
-    let (mut left, mut running) = (false, false);
-    let release = plan.release.clone();
-    let plan = &*plan;
-    let result = loop {
-        match session.next(Some(Instant::now() + STEP_TIMEOUT)).context("CRIU's restore")? {
-            CriuEvent::Notify(notify) => match notify.script.as_str() {
-                "post-restore" => {
-                    init = notify.pid.unwrap_or(init);
-                    // Before the runtime knows of a container: who discards it must know it as ours.
-                    if let Some(it) = ProcessId::of(init) {
-                        let place = plan.work.work().restored_init();
-                        fs::write(place, it.to_string())?;
-                    }
+    let (init, left, running) = (0, false, false);
+    follow(session, &mut RestoreSteps { plan, runtime, caller, tell, orders, init, left, running })
+}
 
-                    // runc's own part costs 1-3 ms: before the commit, not after it.
-                    if !session.consult(&notify, Some(Instant::now() + STEP_TIMEOUT))? {
-                        session.answer(false)?;
-                        continue;
-                    }
+/// A restore, between CRIU's steps.
+struct RestoreSteps<'a> {
+    plan: &'a RestorePlan,
+    /// The runtime's process.
+    runtime: BorrowedFd<'a>,
+    caller: &'a mut Caller,
+    tell: &'a (dyn Fn(RestoreEvent) + Sync),
+    orders: &'a Receiver<RestoreOrder>,
+    /// The container's first task, or 0.
+    init: i32,
+    /// Whether all tasks have left CRIU's code, each stopped at the end of the system call that does it: they
+    /// run when CRIU lets go of them, or dies.
+    left: bool,
+    /// Whether they run.
+    running: bool,
+}
 
-                    let _ = process::pidfd_kill(runtime, libc::SIGKILL);
-                    fault::point("restore.restored")?;
-                    if !process::lives(session.criu_pid) {
-                        bail!("CRIU was killed when it had restored");
-                    }
+impl CriuSteps for RestoreSteps<'_> {
+    const WHAT: &'static str = "CRIU's restore";
+    const LIMIT: Duration = STEP_TIMEOUT;
 
-                    let waits = Instant::now();
-                    let begun = caller.restored(init, session.criu_pid);
-                    tracing::debug!("an engine has taken {:?} more", waits.elapsed());
-                    let apart = caller.is_apart();
-                    let agreed = begun.and_then(|()| {
-                        tell(RestoreEvent::Restored(init, session.duplicate()?));
-                        await_verdict(session, tell, orders)
-                    });
-
-                    if apart && !matches!(agreed, Ok(true)) {
-                        orphan(init, session.criu_pid);
-                        agreed?;
-                        bail!("the migration was given up");
-                    }
-
-                    let agreed = agreed?;
-                    session.answer(agreed)?;
-                    let _ = fault::point("restore.answered");
+    fn at(&mut self, session: &CriuSession, notify: &Notify) -> Result<()> {
+        let limit = Some(Instant::now() + STEP_TIMEOUT);
+        match notify.script.as_str() {
+            "setup-namespaces" => {
+                self.init = notify.pid.unwrap_or(self.init);
+                // Before the sockets are made: some are bound to its addresses.
+                if let (Some(image), Some(pid)) = (&self.plan.loopback, notify.pid) {
+                    network::fill_loopback(&NetNs::of_pid(pid as u32)?, image)?;
                 }
-                "pre-resume" => {
-                    left = true;
-                    // Not before: what a kernel has answered for a container is lost with it.
-                    let fence = {
-                        let mut release = release.lock().unwrap_or_else(PoisonError::into_inner);
-                        release.as_mut().map(ReleaseSet::open)
-                    };
-                    tell(RestoreEvent::Released(fence.is_none_or(|opened| opened.is_ok())));
-                    let _ = fault::point("restore.resume");
-                    tell(RestoreEvent::AtResume);
-                    // Whoever went away meanwhile: the container runs all the same.
-                    let _ = orders.recv_timeout(Duration::from_secs(1));
-                    let _ = session.answer(true);
-                }
-                "post-resume" => {
-                    running = true;
-                    tell(RestoreEvent::Running);
-                    let _ = session.answer(true);
-                }
-                "setup-namespaces" => {
-                    init = notify.pid.unwrap_or(init);
-                    // Before the sockets are made: some are bound to its addresses.
-                    if let (Some(image), Some(pid)) = (&plan.loopback, notify.pid) {
-                        network::fill_loopback(&NetNs::of_pid(pid as u32)?, image)?;
-                    }
-                    session.forward(&notify, Some(Instant::now() + STEP_TIMEOUT))?;
-                }
-                "post-setup-namespaces" => {
-                    session.forward(&notify, Some(Instant::now() + STEP_TIMEOUT))?;
-                    caller.begin(&plan.work.work(), init, session.criu_pid)?;
-                }
-                "network-unlock" | "network-lock" => session.answer(true)?,
-                _ => session.forward(&notify, Some(Instant::now() + STEP_TIMEOUT))?,
-            },
-            CriuEvent::Reply(response) => {
-                // The runtime has ended, unless it was CRIU that failed.
-                break session.relay_reply(&response);
+                session.forward(notify, limit)
             }
-            CriuEvent::Hangup if left => {
-                if !running {
-                    tell(RestoreEvent::Running);
-                }
-                break Ok(());
+            "post-setup-namespaces" => {
+                session.forward(notify, limit)?;
+                self.caller.begin(&self.plan.work.work(), self.init, session.criu_pid)
             }
-            CriuEvent::Hangup => break Err(anyhow!("CRIU ended in the middle of the restore")),
+            "post-restore" => self.restored(session, notify),
+            "pre-resume" => {
+                self.resume(session);
+                Ok(())
+            }
+            "post-resume" => {
+                self.running = true;
+                (self.tell)(RestoreEvent::Running);
+                let _ = session.answer(true);
+                Ok(())
+            }
+            "network-unlock" | "network-lock" => session.answer(true),
+            _ => session.forward(notify, limit),
         }
-    };
+    }
 
-    result.map_err(|e| {
-        let log = plan.work.log("restore");
-        failure::explained("CRIU cannot restore", &log, e, |pid| Some(name(&plan.images, pid)))
-    })
+    fn hung_up(&mut self) -> Result<()> {
+        if !self.left {
+            bail!("CRIU ended in the middle of the restore");
+        }
+        if !self.running {
+            (self.tell)(RestoreEvent::Running);
+        }
+        Ok(())
+    }
+
+    fn explain(&self, error: Error) -> Error {
+        let log = self.plan.work.log("restore");
+        let name = |pid| Some(name(&self.plan.images, pid));
+        failure::explained("CRIU cannot restore", &log, error, name)
+    }
+}
+
+impl RestoreSteps<'_> {
+    /// All tasks are there, and none has run: asks the runtime, and waits for the verdict.
+    fn restored(&mut self, session: &CriuSession, notify: &Notify) -> Result<()> {
+        self.init = notify.pid.unwrap_or(self.init);
+        // Before the runtime knows of a container: who discards it must know it as ours.
+        if let Some(it) = ProcessId::of(self.init) {
+            fs::write(self.plan.work.work().restored_init(), it.to_string())?;
+        }
+
+        // runc's own part costs 1-3 ms: before the commit, not after it.
+        if !session.consult(notify, Some(Instant::now() + STEP_TIMEOUT))? {
+            return session.answer(false);
+        }
+
+        let _ = process::pidfd_kill(self.runtime, libc::SIGKILL);
+        fault::point("restore.restored")?;
+        if !process::lives(session.criu_pid) {
+            bail!("CRIU was killed when it had restored");
+        }
+
+        let waits = Instant::now();
+        let begun = self.caller.restored(self.init, session.criu_pid);
+        tracing::debug!("an engine has taken {:?} more", waits.elapsed());
+        let apart = self.caller.is_apart();
+        let agreed = begun.and_then(|()| {
+            (self.tell)(RestoreEvent::Restored(self.init, session.duplicate()?));
+            await_verdict(session, self.tell, self.orders)
+        });
+
+        if apart && !matches!(agreed, Ok(true)) {
+            orphan(self.init, session.criu_pid);
+            agreed?;
+            bail!("the migration was given up");
+        }
+
+        session.answer(agreed?)?;
+        let _ = fault::point("restore.answered");
+        Ok(())
+    }
+
+    /// The tasks are about to run: opens the fence.
+    fn resume(&mut self, session: &CriuSession) {
+        self.left = true;
+        // Not before: what a kernel has answered for a container is lost with it.
+        let fence = {
+            let mut release = self.plan.release.lock().unwrap_or_else(PoisonError::into_inner);
+            release.as_mut().map(ReleaseSet::open)
+        };
+        (self.tell)(RestoreEvent::Released(fence.is_none_or(|opened| opened.is_ok())));
+        let _ = fault::point("restore.resume");
+
+        (self.tell)(RestoreEvent::AtResume);
+        // Whoever went away meanwhile: the container runs all the same.
+        let _ = self.orders.recv_timeout(Duration::from_secs(1));
+        let _ = session.answer(true);
+    }
 }
 
 /// A task, which may be gone again: its number in the container, and its name by the images.
