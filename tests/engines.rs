@@ -10,6 +10,8 @@
 mod common;
 #[path = "engines/docker.rs"]
 mod docker;
+#[path = "engines/images.rs"]
+mod images;
 #[path = "engines/neighbours.rs"]
 mod neighbours;
 #[path = "engines/podman.rs"]

@@ -60,7 +60,11 @@ fn all_messages() -> Vec<Message> {
             shared: vec![0, 2],
             copies: vec![1],
             course: AddressDecision::Stays,
+            image: serde_json::from_value(json!({"copied": {"there": 2}})).expect("a course"),
         },
+        Message::ImagePart { digest: "ab".repeat(32), bytes: 1 << 30 },
+        Message::ImageSent,
+        Message::ImageTaken,
         Message::Forward(Box::new(ForwardMessage::Carry {
             id: ID.into(),
             links: vec!["eth0".into()],

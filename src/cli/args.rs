@@ -178,6 +178,10 @@ pub struct MigrateArgs {
     /// What becomes of its files.
     #[command(flatten)]
     pub files: FilesArgs,
+    /// The image that podman's or docker's container was made of: copied where the other host lacks it
+    /// (auto), or it must be there (never)
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub image: ImageHow,
     /// What is done here with the files that were copied, once it runs there
     #[arg(long, value_name = "HOW", default_value = "keep")]
     pub source_files: SourceFiles,
@@ -219,6 +223,15 @@ pub struct FilesArgs {
     /// that is copied, as others may use it. May be given several times
     #[arg(long, value_name = "PLACE=HOW", value_parser = volume)]
     pub volume: Vec<(PathBuf, How)>,
+}
+
+/// `--image`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ImageHow {
+    /// Copied where it is not there.
+    Auto,
+    /// It must be there.
+    Never,
 }
 
 /// `--source-files`.
@@ -391,6 +404,9 @@ pub struct CheckArgs {
     /// What would become of its files.
     #[command(flatten)]
     pub files: FilesArgs,
+    /// Whether its image would be copied, as in `ferry migrate`
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub image: ImageHow,
     /// How its network would be made there, as in `ferry migrate`
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub network: Placement,

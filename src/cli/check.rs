@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::args::{CheckArgs, Globals};
+use super::args::{CheckArgs, Globals, ImageHow};
 use super::common::{absolute, reach, resolved, runtime, say, say_json, state_dir};
 use crate::migration::options::MigrateOptions;
 use crate::migration::preflight::{host, source_checks};
@@ -13,18 +13,21 @@ use crate::network;
 use crate::problem::Problem;
 use crate::report::exit::Failed;
 use crate::report::log;
-use crate::report::progress::Reporter;
+use crate::report::progress::{CopiedImage, Reporter};
 
 /// `ferry check`.
 pub fn check(globals: &Globals, args: &CheckArgs) -> Result<(), Failed> {
     let mut problems = host::problems();
     let fit = !problems.iter().any(|p| p.fatal);
+    let mut image = None;
     let (result, conclusion) = match &args.container {
         None if fit => (Ok(()), check_host(globals, &mut problems)),
-        Some(container) if fit => check_container(globals, args, container, &mut problems)?,
+        Some(container) if fit => {
+            check_container(globals, args, container, (&mut problems, &mut image))?
+        }
         _ => (Ok(()), String::new()),
     };
-    tell_check(&problems, result, &conclusion, args.json)
+    tell_check(&problems, result, (&conclusion, image.as_ref()), args.json)
 }
 
 /// Tells whether this host can send and receive; what is fine about it.
@@ -64,7 +67,7 @@ fn check_container(
     globals: &Globals,
     args: &CheckArgs,
     container: &str,
-    problems: &mut Vec<Problem>,
+    (problems, image): (&mut Vec<Problem>, &mut Option<CopiedImage>),
 ) -> Result<(Result<(), Failed>, String), Failed> {
     let mut globals = globals.clone();
     let (id, runtime) = resolved(&mut globals, container)?;
@@ -80,6 +83,7 @@ fn check_container(
         verify: false,
         check_only: true,
         rootfs: args.files.rootfs,
+        no_image: args.image == ImageHow::Never,
         volumes: args.files.volume.clone(),
         state_dir: Some(state_dir()?),
     };
@@ -104,6 +108,7 @@ fn check_container(
     let mut reporter = Reporter::quiet();
     let result = source::check(&runtime, &options, false, &mut reporter);
     problems.append(&mut reporter.warnings);
+    *image = reporter.report.image.take();
 
     Ok((result, format!("{container} can go to {}", options.destination)))
 }
@@ -111,7 +116,7 @@ fn check_container(
 fn tell_check(
     problems: &[Problem],
     result: Result<(), Failed>,
-    conclusion: &str,
+    (conclusion, image): (&str, Option<&CopiedImage>),
     as_json: bool,
 ) -> Result<(), Failed> {
     let fatal: Vec<Problem> = problems.iter().filter(|p| p.fatal).cloned().collect();
@@ -124,12 +129,17 @@ fn tell_check(
         }
         let word = result.as_ref().map_or_else(|f| f.exit.word(), |()| "checked");
         let ok = result.is_ok();
-        say_json(&json!({"event": "check", "result": word, "ok": ok, "problems": all}));
+        let mut said = json!({"event": "check", "result": word, "ok": ok, "problems": all});
+        if let Some(image) = image {
+            said["image"] = json!(image);
+        }
+        say_json(&said);
     } else {
         for warning in warnings {
             log::warn(&warning.to_string(), [warning.hint.as_str()]);
         }
         if result.is_ok() {
+            image.iter().for_each(|image| say(&image.words()));
             say(conclusion);
         }
     }

@@ -5,7 +5,7 @@ use std::io::{Read, Seek};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
 
@@ -103,6 +103,67 @@ pub(super) fn ask(program: &str, arguments: &[&str]) -> Result<Option<Value>> {
         Value::Array(list) => list.into_iter().next(),
         other => Some(other),
     })
+}
+
+/// What a command says on its standard output, as it comes; a command that fails ends it with an error.
+pub(super) struct Output {
+    child: Child,
+    program: &'static str,
+    out: ChildStdout,
+    err: File,
+}
+
+impl Output {
+    /// Starts it.
+    ///
+    /// # Errors
+    /// When there is no such program.
+    pub(super) fn start(program: &'static str, arguments: &[&str]) -> Result<Output> {
+        let what = || format!("cannot run {program} {}", arguments.join(" "));
+        let err = tempfile::tempfile()?;
+        let mut command = command(program, arguments);
+        command.stdout(Stdio::piped()).stderr(err.try_clone()?);
+        let mut child = command.spawn().with_context(what)?;
+        let out = child.stdout.take().ok_or_else(|| anyhow!("{program} says nothing"))?;
+        Ok(Output { child, program, out, err })
+    }
+}
+
+impl Read for Output {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let n = self.out.read(buffer)?;
+        if n > 0 || buffer.is_empty() || self.child.wait()?.success() {
+            return Ok(n);
+        }
+        let err = read(&mut self.err).unwrap_or_default();
+        let err = String::from_utf8_lossy(&err).into_owned();
+        let why = CommandOutput { success: false, out: Vec::new(), err }.why();
+        Err(std::io::Error::other(format!("{}: {why}", self.program)))
+    }
+}
+
+impl Drop for Output {
+    fn drop(&mut self) {
+        let _ = (self.child.kill(), self.child.wait());
+    }
+}
+
+/// Ends whoever runs a program on a file that only we name.
+pub(super) fn end(program: &str, file: &Path) {
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let file = file.to_string_lossy();
+    let minds = |pid: &i32| {
+        let line = process::proc_text(*pid, "cmdline").unwrap_or_default();
+        let words: Vec<&str> = line.split('\0').collect();
+        words.first().is_some_and(|first| first.ends_with(program)) && words.contains(&&*file)
+    };
+    for pid in pids.filter(minds) {
+        if let Ok(pidfd) = process::pidfd_open(pid) {
+            let _ = process::pidfd_kill(&pidfd, libc::SIGKILL);
+            let _ = process::wait_readable(&[pidfd.as_fd()], Some(Instant::now() + LIMIT));
+        }
+    }
 }
 
 /// Something that an engine does while we do something else.

@@ -161,26 +161,38 @@ pub(super) fn taken(engine: Engine, kind: &str, name: &str, here: &str) -> Probl
         .hint(format!("if it is of no use any more: `{remove} {short}` on {here}"))
 }
 
-/// An image that is not here, where another one may have its name.
-pub(super) fn image(
+/// An image that is not here.
+pub(super) fn no_image(engine: Engine, wanted: &EngineImage, here: &str) -> Problem {
+    let name = &wanted.name;
+    let what = format!("{engine} on {here} has no image {name}");
+    Problem::new(what, "the container was made of it").hint(format!(
+        "`{engine} pull {name}` on {here}, or `{engine} save {name} | ssh {here} {engine} load`; or let Ferry \
+         copy it: --image auto"
+    ))
+}
+
+/// An image whose name another one has here.
+pub(super) fn other_image(
     engine: Engine,
     wanted: &EngineImage,
-    id: Option<&str>,
+    other: &str,
     here: &str,
-) -> Option<Problem> {
-    let bare = |id: &str| id.trim_start_matches("sha256:").to_owned();
+) -> Problem {
     let name = &wanted.name;
-    let (what, why) = match id {
-        Some(id) if bare(id) == bare(&wanted.id) => return None,
-        Some(_) => (
-            format!("{engine} on {here} has another image by the name {name}"),
-            "the container was not made of that",
-        ),
-        None => (format!("{engine} on {here} has no image {name}"), "the container was made of it"),
-    };
-    Some(Problem::new(what, why).hint(format!(
-        "`{engine} pull {name}` on {here}, or `{engine} save {name} | ssh {here} {engine} load`"
-    )))
+    let (own, other) = (short(bare(&wanted.id)), short(bare(other)));
+    Problem::new(
+        format!("{engine} on {here} has another image by the name {name}"),
+        format!("the container was made of {own}, and that is {other}"),
+    )
+    .hint(format!(
+        "nobody's name is taken away: on {here} `{engine} tag {name} OTHER` and `{engine} rmi {name}`; then \
+         Ferry copies the container's"
+    ))
+}
+
+/// Returns the digits of an image's ID.
+fn bare(id: &str) -> &str {
+    id.trim_start_matches("sha256:")
 }
 
 /// A network that is not here, or is another one.

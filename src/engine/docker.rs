@@ -14,6 +14,7 @@
 
 mod api;
 mod found;
+mod images;
 mod judge;
 mod there;
 
@@ -31,6 +32,7 @@ use super::calls::EngineVerb;
 use super::command::{LIMIT, Running, run};
 use super::common::{ports, short, text};
 use super::handover::Handover;
+use super::image::{self, ImageCourse, ImageStore};
 use super::papers::{EngineImage, EngineStore, EngineWants, Made, Papers};
 use crate::problem::Problem;
 use crate::sys::{fault, process};
@@ -102,6 +104,12 @@ impl Handover for Docker {
             Vec::new()
         });
 
+        let image = EngineImage {
+            id: text(&found["Image"]).to_owned(),
+            name: text(&found["Config"]["Image"]).to_owned(),
+            ..EngineImage::default()
+        };
+        let image = image::described(self.images(), image, &mut problems);
         if !problems.is_empty() {
             return Err(problems);
         }
@@ -115,10 +123,7 @@ impl Handover for Docker {
             name: text(&found["Name"]).trim_start_matches('/').to_owned(),
             runtime: runtime.to_owned(),
             store,
-            image: EngineImage {
-                id: text(&found["Image"]).to_owned(),
-                name: text(&found["Config"]["Image"]).to_owned(),
-            },
+            image,
             volumes,
             networks,
             given: found::given(&found),
@@ -137,8 +142,12 @@ impl Handover for Docker {
         Ok(Papers { config, spec: Value::Null, network: Value::Null })
     }
 
-    fn problems(&self, id: &str, wanted: &EngineWants) -> Vec<Problem> {
-        there::problems(id, wanted)
+    fn images(&self) -> &dyn ImageStore {
+        &images::DockerImages
+    }
+
+    fn problems(&self, _id: &str, wanted: &EngineWants, image: &mut ImageCourse) -> Vec<Problem> {
+        there::problems(wanted, image)
     }
 
     fn make(&self, wanted: &EngineWants, made: &Made) -> Result<()> {
@@ -162,7 +171,9 @@ impl Handover for Docker {
         judge::judge(wanted, papers)?;
         // By a name that nobody else has, until it is noted which it is.
         let at = format!("/containers/create?name={}", passing_name(made)?);
-        let said = ask(POST, &at, Some(&papers.config))?;
+        let mut config = papers.config.clone();
+        config["Image"] = image::word(self.images(), &wanted.image)?.into();
+        let said = ask(POST, &at, Some(&config))?;
         let said = said.ok_or_else(|| anyhow!("docker does not have what the container needs"))?;
         let id = text(&said["Id"]);
         made.note_container(id)?;
@@ -201,6 +212,9 @@ impl Handover for Docker {
             if let Err(e) = ask(DELETE, &format!("/volumes/{name}"), None) {
                 stays.push(format!("the volume {name}: {e:#}"));
             }
+        }
+        if let Err(e) = image::discard(self.images(), made) {
+            stays.push(format!("the image: {e:#}"));
         }
         let _ = (fs::remove_dir_all(&made.upper), fs::remove_file(&made.log));
         if !stays.is_empty() {

@@ -3,6 +3,7 @@
 //! ```text
 //! source                                   destination
 //!   wanted     what has to be there ─────▶   problems   what is not
+//!   image      what is missing of it ────▶   take_image
 //!   papers     in the engine's words ────▶   make       volumes
 //!                                            create     the engine's part of what is to be restored
 //!                                            start      the engine calls its runtime: see calls
@@ -16,6 +17,7 @@ use serde_json::Value;
 
 use super::calls::EngineVerb;
 use super::command::Running;
+use super::image::{ImageCourse, ImageStore};
 use super::papers::{EngineWants, Made, Papers};
 use super::{Engine, docker, podman};
 use crate::problem::Problem;
@@ -39,10 +41,13 @@ pub(crate) trait Handover: Sync {
     /// When the engine does not say.
     fn papers(&self, id: &str, root: &Path, work: &Path) -> Result<Papers>;
 
-    /// Returns what is in the way here, and what is missing.
-    fn problems(&self, id: &str, wanted: &EngineWants) -> Vec<Problem>;
+    /// Returns its images.
+    fn images(&self) -> &dyn ImageStore;
 
-    /// Makes volumes. All that is made is in `made`.
+    /// Returns what is in the way here, and what is missing; in `image` what becomes of that.
+    fn problems(&self, id: &str, wanted: &EngineWants, image: &mut ImageCourse) -> Vec<Problem>;
+
+    /// Makes volumes, and gives an image that is here its name. All that is made is in `made`.
     ///
     /// # Errors
     /// When the engine does not make them.

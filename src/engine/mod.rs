@@ -11,6 +11,7 @@
 //! socket    a question to an engine's daemon
 //! handover  what is asked of an engine so that the other host's comes to own the container
 //! papers    what goes from one host to the other about it
+//! image     what the container was made of, where the other host lacks it
 //! calls     the engine's call of its runtime, which is expected
 //! podman    one that can be asked, by its own command
 //! docker    another one, by its daemon
@@ -24,6 +25,7 @@ pub(crate) mod command;
 mod common;
 mod docker;
 pub(crate) mod handover;
+pub(crate) mod image;
 pub(crate) mod json_log;
 pub(crate) mod lookup;
 pub(crate) mod owner;

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Engine;
+use super::image::MadeImage;
 use crate::oci::container_id::{ContainerId, valid_id};
 
 /// Most volumes, networks and ports of one container.
@@ -24,6 +25,10 @@ const MOST: usize = 256;
 const MOST_NEIGHBOURS: usize = 1024;
 /// The longest name of any of them.
 const MAX_NAME: usize = 255;
+/// The longest name of an image: a registry, a path, a tag, a digest.
+const MAX_IMAGE_NAME: usize = 4096;
+/// Most layers of one: overlayfs takes no more.
+const MOST_LAYERS: usize = 500;
 /// Most bytes of a container in the engine's words.
 const MAX_PAPERS: usize = 1 << 20;
 
@@ -78,12 +83,21 @@ pub struct EngineStore {
 }
 
 /// An image.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EngineImage {
     /// By what is in it.
     pub id: String,
     /// By its name.
     pub name: String,
+    /// Digests of its layers' archives, from the first.
+    #[serde(default)]
+    pub layers: Vec<String>,
+    /// Bytes of what is in it.
+    #[serde(default)]
+    pub bytes: u64,
+    /// `--image never`: it must be there.
+    #[serde(default)]
+    pub never: bool,
 }
 
 /// A volume.
@@ -155,6 +169,9 @@ pub struct Made {
     pub name: String,
     /// Volumes that are to be made.
     pub volumes: Vec<String>,
+    /// The image that is to be, or its name.
+    #[serde(default)]
+    pub image: Option<MadeImage>,
     /// A file with the names of those that have been: somebody else may have made one of that name. And
     /// with the container's ID here, where the engine has given it another one.
     pub noted: PathBuf,
@@ -186,7 +203,22 @@ impl Made {
         self.note(&format!("{CONTAINER}{id}"))
     }
 
-    fn note(&self, line: &str) -> Result<()> {
+    /// Returns where the image's archive is as long as it comes.
+    pub fn archive(&self) -> PathBuf {
+        self.upper.with_extension("image")
+    }
+
+    /// Tells whether a line has been noted.
+    pub(super) fn has_noted(&self, line: &str) -> bool {
+        let noted = fs::read_to_string(&self.noted).unwrap_or_default();
+        noted.lines().any(|one| one == line)
+    }
+
+    /// Notes something, in a line of its own.
+    ///
+    /// # Errors
+    /// When that cannot be written.
+    pub(super) fn note(&self, line: &str) -> Result<()> {
         let what = || format!("cannot write {}", self.noted.display());
         let mut noted = File::options();
         let noted = noted.create(true).append(true).mode(0o600).open(&self.noted);
@@ -228,6 +260,7 @@ impl Made {
             container: container.to_owned(),
             name: wanted.name.clone(),
             volumes: Vec::new(),
+            image: None,
             noted: PathBuf::new(),
             upper: PathBuf::new(),
             log: PathBuf::new(),
@@ -276,10 +309,7 @@ impl EngineWants {
             bail!("{} is no absolute path without ..", odd.display());
         }
 
-        let id = self.image.id.strip_prefix("sha256:").unwrap_or(&self.image.id);
-        if id.len() != 64 || !id.bytes().all(|b| b.is_ascii_hexdigit()) {
-            bail!("{:?} is no image's ID", self.image.id);
-        }
+        self.image.validate()?;
         let odd = |port: &&PublishedPort| {
             !port.address.is_empty() && port.address.parse::<IpAddr>().is_err()
         };
@@ -287,8 +317,33 @@ impl EngineWants {
         if let Some(port) = self.ports.iter().find(odd) {
             bail!("{:?} is no address", port.address);
         }
-        if self.image.name.starts_with('-') || self.image.name.len() > 4096 {
-            bail!("{:?} is no image's name", self.image.name);
+        Ok(())
+    }
+}
+
+impl EngineImage {
+    /// Refuses what no engine says of an image. What is left of a name stands on command lines, and in requests.
+    fn validate(&self) -> Result<()> {
+        let hex = |digest: &String| {
+            let digits = digest.strip_prefix("sha256:").unwrap_or(digest);
+            digits.len() == 64 && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+        };
+        if let Some(odd) = [&self.id].into_iter().chain(&self.layers).find(|d| !hex(d)) {
+            bail!("{odd:?} is no image's ID, and no layer's");
+        }
+
+        let plain = |c: char| c.is_ascii_alphanumeric() || "/_.:@-".contains(c);
+        let name = &self.name;
+        if name.is_empty()
+            || name.starts_with(['-', '/'])
+            || name.contains("..")
+            || name.len() > MAX_IMAGE_NAME
+            || !name.chars().all(plain)
+        {
+            bail!("{name:?} is no image's name");
+        }
+        if self.layers.len() > MOST_LAYERS {
+            bail!("an image of {} layers", self.layers.len());
         }
 
         Ok(())
@@ -322,6 +377,7 @@ mod tests {
             container: "0123456789abcdef".into(),
             name: "web".into(),
             volumes: Vec::new(),
+            image: None,
             noted: dir.path().join("noted"),
             upper: PathBuf::new(),
             log: PathBuf::new(),

@@ -8,6 +8,7 @@
 //! Seen with podman 5.8; libpod/container_internal_common.go and pkg/checkpoint there.
 
 mod found;
+mod images;
 mod judge;
 mod there;
 
@@ -22,6 +23,7 @@ use super::calls::{self, EngineVerb};
 use super::command::{LIMIT, Running, ask, run};
 use super::common::{ports, short, text};
 use super::handover::Handover;
+use super::image::{self, ImageCourse, ImageStore};
 use super::papers::{EngineImage, EngineStore, EngineWants, Made, Papers};
 use super::{Engine, archive};
 use crate::problem::Problem;
@@ -76,6 +78,12 @@ impl Handover for Podman {
         let own = found::own(id, &store, config, &mut problems);
         let (networks, neighbours) = found::networks(id, &found, &mut problems);
         let volumes = found::volumes(&found, &mut problems);
+        let image = EngineImage {
+            id: text(&found["Image"]).to_owned(),
+            name: text(&found["ImageName"]).to_owned(),
+            ..EngineImage::default()
+        };
+        let image = image::described(self.images(), image, &mut problems);
         if !problems.is_empty() {
             return Err(problems);
         }
@@ -91,10 +99,7 @@ impl Handover for Podman {
             name: text(&found["Name"]).to_owned(),
             runtime: text(&found["OCIRuntime"]).to_owned(),
             store,
-            image: EngineImage {
-                id: text(&found["Image"]).to_owned(),
-                name: text(&found["ImageName"]).to_owned(),
-            },
+            image,
             volumes,
             networks,
             given: Vec::new(),
@@ -154,8 +159,12 @@ impl Handover for Podman {
         Ok(papers)
     }
 
-    fn problems(&self, id: &str, wanted: &EngineWants) -> Vec<Problem> {
-        there::problems(id, wanted)
+    fn images(&self) -> &dyn ImageStore {
+        &images::PodmanImages
+    }
+
+    fn problems(&self, id: &str, wanted: &EngineWants, image: &mut ImageCourse) -> Vec<Problem> {
+        there::problems(id, wanted, image)
     }
 
     fn make(&self, wanted: &EngineWants, made: &Made) -> Result<()> {
@@ -186,11 +195,13 @@ impl Handover for Podman {
         work: &Path,
     ) -> Result<String> {
         judge::judge(wanted, &made.container, papers)?;
+        let mut config = papers.config.clone();
+        config["rootfsImageName"] = image::word(self.images(), &wanted.image)?.into();
         let json = |value: &Value| serde_json::to_vec(value);
         archive::write(
             &mut File::create(work.join(ARCHIVE))?,
             &[
-                ("config.dump", &json(&papers.config)?),
+                ("config.dump", &json(&config)?),
                 ("spec.dump", &json(&papers.spec)?),
                 ("network.status", &json(&papers.network)?),
                 ("checkpoint/", &[]),
@@ -236,6 +247,9 @@ impl Handover for Podman {
                     stays.push(format!("the volume {name}: {}", said.why()));
                 }
             }
+        }
+        if let Err(e) = image::discard(self.images(), made) {
+            stays.push(format!("the image: {e:#}"));
         }
         let _ = (fs::remove_dir_all(&made.upper), fs::remove_file(&made.log));
         if !stays.is_empty() {

@@ -2,7 +2,8 @@
 //!
 //! The daemon may hang, and whoever listens there may answer anything: time and bytes are limited.
 
-use std::io::{self, Read, Write};
+use std::fs::File;
+use std::io::{self, Cursor, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -16,6 +17,8 @@ use serde_json::Value;
 
 /// Time that a daemon may take to answer.
 const LIMIT: Duration = Duration::from_secs(1);
+/// The longest beginning of an answer.
+const MAX_HEAD: usize = 64 << 10;
 /// The longest answer that is read.
 const MAX_ANSWER: u64 = 4 << 20;
 
@@ -69,7 +72,70 @@ pub(super) fn request(
     text.push_str("\r\n");
     stream.write_all(text.as_bytes())?;
     stream.write_all(&body.unwrap_or_default())?;
+    parse(&read_until(&mut stream, until)?)
+}
 
+/// Asks for something that comes as a stream: what it begins with, as far as that has come, and all of it.
+/// Where the answer is another than `200`, its body is in it. `limit` is for each piece.
+///
+/// # Errors
+/// See [`get`].
+pub(super) fn stream(
+    at: &Path,
+    path: &str,
+    limit: Duration,
+) -> io::Result<(DaemonAnswer, impl Read + Send + use<>)> {
+    let mut stream = connect_within(at, limit)?;
+    stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: ferry\r\n\r\n").as_bytes())?;
+    stream.set_read_timeout(Some(limit))?;
+    let mut begun = Vec::new();
+    let mut piece = vec![0; 4 << 10];
+
+    while !begun.windows(4).any(|four| four == b"\r\n\r\n") {
+        match stream.read(&mut piece)? {
+            0 => break,
+            _ if begun.len() > MAX_HEAD => return Err(odd("its answer has no end")),
+            n => begun.extend(&piece[..n]),
+        }
+    }
+
+    let mut answer = parse(&begun)?;
+    if answer.status != 200 {
+        answer.body.extend(read_until(&mut stream, Instant::now() + LIMIT)?);
+    }
+    Ok((
+        DaemonAnswer { status: answer.status, body: answer.body.clone() },
+        Cursor::new(answer.body).chain(stream),
+    ))
+}
+
+/// Sends a file, and returns the answer. `limit` is for each piece, and for the answer.
+///
+/// # Errors
+/// See [`get`].
+pub(super) fn send(
+    at: &Path,
+    path: &str,
+    mut file: File,
+    limit: Duration,
+) -> io::Result<DaemonAnswer> {
+    let mut stream = connect_within(at, limit)?;
+    let length = file.metadata()?.len();
+    let head = format!(
+        "POST {path} HTTP/1.0\r\nHost: ferry\r\nContent-Type: application/x-tar\r\n\
+         Content-Length: {length}\r\n\r\n"
+    );
+    stream.write_all(head.as_bytes())?;
+    // One that takes no more says why.
+    let sent = io::copy(&mut file, &mut stream);
+    match read_until(&mut stream, Instant::now() + limit).and_then(|answer| parse(&answer)) {
+        Ok(answer) => Ok(answer),
+        Err(e) => sent.and(Err(e)),
+    }
+}
+
+/// Reads an answer to its end.
+fn read_until(stream: &mut UnixStream, until: Instant) -> io::Result<Vec<u8>> {
     let mut answer = Vec::new();
     let mut piece = vec![0; 64 << 10];
     loop {
@@ -91,7 +157,7 @@ pub(super) fn request(
         }
     }
 
-    parse(&answer)
+    Ok(answer)
 }
 
 /// A daemon that hangs does not take connections either, once there are too many: connect(2) obeys the

@@ -33,6 +33,8 @@ pub struct MigrateOptions {
     pub check_only: bool,
     /// `--rootfs`.
     pub rootfs: How,
+    /// `--image never`: an engine's image must be there.
+    pub no_image: bool,
     /// `--volume`: a mount's place in the container, and how.
     pub volumes: Vec<(PathBuf, How)>,
     /// Where the away-marks are; without it nobody looks for one.

@@ -86,6 +86,34 @@ pub struct Layers {
     pub copied: usize,
 }
 
+/// The image that an engine's container was made of, where it is copied.
+#[derive(Clone, Debug, Serialize)]
+pub struct CopiedImage {
+    /// As the container calls it.
+    pub name: String,
+    /// So many of its layers were on the other host.
+    pub there: usize,
+    /// So many were not.
+    pub copied: usize,
+    /// Bytes that have gone; of a check, that it has in all.
+    pub bytes: u64,
+}
+
+impl CopiedImage {
+    /// What will be done.
+    pub fn words(&self) -> String {
+        let (name, mb) = (&self.name, self.bytes as f64 / 1e6);
+        let layers = self.there + self.copied;
+        match self.there {
+            0 => format!("the image {name} will be copied: {mb:.1} MB"),
+            _ => format!(
+                "the image {name} will be copied: {} of {layers} layers, {mb:.1} MB at most",
+                self.copied
+            ),
+        }
+    }
+}
+
 /// The whole story.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
@@ -121,6 +149,9 @@ pub struct Report {
     /// The layers of its root file system, where that is an overlay and was copied.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layers: Option<Layers>,
+    /// The image that its engine made it of, where that was copied.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image: Option<CopiedImage>,
     /// Files, round by round, where they were copied.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<FilesRound>,
@@ -265,6 +296,15 @@ impl Reporter {
 
     /// So many bytes of files have gone.
     pub fn files_progress(&mut self, bytes: u64) {
+        self.bytes_progress("files", "file_bytes", bytes);
+    }
+
+    /// So many bytes of an engine's image have gone.
+    pub fn image_progress(&mut self, bytes: u64) {
+        self.bytes_progress("image", "image_bytes", bytes);
+    }
+
+    fn bytes_progress(&mut self, what: &str, field: &str, bytes: u64) {
         if self.quiet || self.report.source.iter().any(|m| m.name == "freeze") {
             return;
         }
@@ -273,22 +313,34 @@ impl Reporter {
                 self.told = Some(Instant::now());
                 let at_ms = self.ms(Instant::now());
                 self.event(&serde_json::json!({"event": "progress", "at_ms": at_ms,
-                    "file_bytes": bytes}));
+                    field: bytes}));
             }
             return;
         }
         let bar = self.bar.get_or_insert_with(|| {
-            let words = "               files {spinner} {bytes} ({bytes_per_sec})";
+            let words = format!("               {what} {{spinner}} {{bytes}} ({{bytes_per_sec}})");
             ProgressBar::new_spinner().with_style(
-                ProgressStyle::with_template(words).unwrap_or(ProgressStyle::default_spinner()),
+                ProgressStyle::with_template(&words).unwrap_or(ProgressStyle::default_spinner()),
             )
         });
         bar.set_position(bytes);
     }
 
+    /// So many bytes of the image have gone, and that was all.
+    pub fn image_sent(&mut self, bytes: u64) {
+        if let Some(image) = &mut self.report.image {
+            image.bytes = bytes;
+        }
+        self.files_settled_as("the image is sent");
+    }
+
     /// All files are over there, and what comes is memory.
     pub fn files_settled(&mut self) {
-        self.mark("files are copied");
+        self.files_settled_as("files are copied");
+    }
+
+    fn files_settled_as(&mut self, name: &str) {
+        self.mark(name);
         if let Some(bar) = self.bar.take() {
             bar.finish_and_clear();
         }

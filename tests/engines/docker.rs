@@ -11,7 +11,7 @@ use crate::common::probe::Probe;
 use crate::common::process::until;
 use crate::common::suite::{self, in_lab_of};
 use crate::common::{Outcome, ensure};
-use crate::{neighbours, published, second};
+use crate::{images, neighbours, published, second};
 
 const LIMIT: Duration = Duration::from_secs(180);
 const HOSTS: &[&str] = &["a", "b", "client", "--engines"];
@@ -28,6 +28,7 @@ pub fn trials() -> Vec<Trial> {
         in_lab_of(HOSTS, "docker::among_neighbours", LIMIT, among_neighbours),
         in_lab_of(HOSTS, "docker::in_the_default_network", LIMIT, in_the_default_network),
         in_lab_of(HOSTS, "docker::no_second_copy", second::LIMIT, no_second_copy),
+        in_lab_of(HOSTS, "docker::without_its_image", 2 * LIMIT, without_its_image),
         in_lab_of(HOSTS, "docker::refused", LIMIT, refused),
         in_lab_of(HOSTS, "docker::after_failures", 2 * LIMIT, after_failures),
         in_lab_of(HOSTS, "docker::without_ferry", LIMIT, without_ferry),
@@ -273,7 +274,8 @@ fn on_the_segment(lab: &Lab) -> Outcome {
     let lines = logs(&a)?;
 
     let said = a.ferry(&["check", "docker:web", "b"])?.exits(0)?;
-    ensure!(said.to_string().contains("can go to b"), "{said}");
+    let said = said.to_string();
+    ensure!(said.contains("can go to b") && !said.contains("copied"), "{said}");
     a.ferry(&["migrate", "docker:web", "b"])?.exits(0)?;
     probe.is_content()?;
     owned_there(lab, &before, &lines)?;
@@ -381,6 +383,27 @@ fn among_neighbours(lab: &Lab) -> Outcome {
     neighbours::goes_on_asking(lab, "docker")
 }
 
+/// The image is not there, but for a layer of it: it goes along, and comes back from nowhere.
+fn without_its_image(lab: &Lab) -> Outcome {
+    set_up(lab)?;
+    images::lacks_a_layer(lab, "docker")?;
+    let address = lab.address(ADDRESS);
+    start(lab, &format!("--network lan --ip {address}"))?;
+    let mut probe = Probe::to(lab, &format!("{address}:7000"), CONNECTIONS)?;
+    let before = inspect(&lab.host("a"), "web")?;
+    images::is_told(lab, "docker")?;
+    wrapper(lab)?;
+    images::is_taken_back(lab, "docker", "/srv/shared/bin/faulty")?;
+    probe.is_content()?;
+    stayed(lab, &before)?;
+
+    let lines = logs(&lab.host("a"))?;
+    images::goes(lab, "docker")?;
+    probe.is_content()?;
+    owned_there(lab, &before, &lines)?;
+    obeys_there(lab)
+}
+
 /// What cannot go is told by name, and nothing is touched.
 fn refused(lab: &Lab) -> Outcome {
     set_up(lab)?;
@@ -419,11 +442,6 @@ fn refused(lab: &Lab) -> Outcome {
             "docker network rm appnet",
             "has no network appnet",
             "docker network create --subnet 10.89.7.0/24 appnet",
-        ),
-        (
-            "docker tag app:1 app:2; docker image rm app:1",
-            "has no image",
-            "docker tag app:2 app:1; docker image rm app:2",
         ),
     ] {
         b.sh(there)?;

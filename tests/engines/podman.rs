@@ -11,7 +11,7 @@ use crate::common::probe::Probe;
 use crate::common::process::until;
 use crate::common::suite::{self, in_lab_of};
 use crate::common::{Outcome, ensure};
-use crate::{neighbours, published, second};
+use crate::{images, neighbours, published, second};
 
 const LIMIT: Duration = Duration::from_secs(180);
 const HOSTS: &[&str] = &["a", "b", "client", "--engines"];
@@ -27,6 +27,7 @@ pub fn trials() -> Vec<Trial> {
         in_lab_of(HOSTS, "podman::behind_a_bridge", LIMIT, behind_a_bridge),
         in_lab_of(HOSTS, "podman::among_neighbours", LIMIT, among_neighbours),
         in_lab_of(HOSTS, "podman::no_second_copy", second::LIMIT, no_second_copy),
+        in_lab_of(HOSTS, "podman::without_its_image", 2 * LIMIT, without_its_image),
         in_lab_of(HOSTS, "podman::refused", 2 * LIMIT, refused),
         in_lab_of(HOSTS, "podman::after_failures", 3 * LIMIT, after_failures),
         in_lab_of(HOSTS, "podman::without_ferry", LIMIT, without_ferry),
@@ -306,6 +307,27 @@ fn among_neighbours(lab: &Lab) -> Outcome {
     neighbours::goes_on_asking(lab, "podman")
 }
 
+/// The image is not there, but for a layer of it: it goes along, and comes back from nowhere.
+fn without_its_image(lab: &Lab) -> Outcome {
+    set_up(lab)?;
+    images::lacks_a_layer(lab, "podman")?;
+    let address = lab.address(ADDRESS);
+    start(lab, &format!("--network lan --ip {address}"))?;
+    let mut probe = Probe::to(lab, &format!("{address}:7000"), CONNECTIONS)?;
+    let before = inspect(&lab.host("a"), "web")?;
+    images::is_told(lab, "podman")?;
+    wrapper(lab)?;
+    images::is_taken_back(lab, "podman", "/srv/shared/bin/faulty")?;
+    probe.is_content()?;
+    stayed(lab, &before)?;
+
+    let lines = logs(&lab.host("a"))?;
+    images::goes(lab, "podman")?;
+    probe.is_content()?;
+    owned_there(lab, &before, &lines)?;
+    obeys_there(lab)
+}
+
 /// What cannot go is told by name, and nothing is touched.
 fn refused(lab: &Lab) -> Outcome {
     set_up(lab)?;
@@ -342,11 +364,6 @@ fn refused(lab: &Lab) -> Outcome {
             "podman network rm appnet",
             "has no network appnet",
             "podman network create --subnet 10.89.7.0/24 appnet",
-        ),
-        (
-            "podman tag app:1 app:2; podman untag app:1 localhost/app:1",
-            "has no image",
-            "podman tag app:2 localhost/app:1",
         ),
         (
             "sed -i s/^runtime/#runtime/ /etc/containers/containers.conf",

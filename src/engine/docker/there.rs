@@ -1,17 +1,19 @@
 //! What is in a container's way on the destination, or missing there.
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
 use super::api::{GET, ask};
 use super::found::{DEFAULT, neighbours, network};
+use super::images::DockerImages;
 use super::{SET_UP, info, is_ferry, store, store_problem};
 use crate::engine::Engine;
-use crate::engine::common::{self, text};
-use crate::engine::papers::{EngineImage, EngineWants};
+use crate::engine::common;
+use crate::engine::image::{self, ImageCourse};
+use crate::engine::papers::EngineWants;
 use crate::problem::Problem;
 use crate::sys::host;
 
-pub(super) fn problems(_id: &str, wanted: &EngineWants) -> Vec<Problem> {
+pub(super) fn problems(wanted: &EngineWants, image: &mut ImageCourse) -> Vec<Problem> {
     let here = host::name();
     let info = match info() {
         Ok(info) => info,
@@ -52,7 +54,7 @@ pub(super) fn problems(_id: &str, wanted: &EngineWants) -> Vec<Problem> {
         );
     }
 
-    let mut answers = vec![taken("container", &wanted.name, &here), image(&wanted.image, &here)];
+    let mut answers = vec![taken("container", &wanted.name, &here)];
     answers.extend(wanted.volumes.iter().map(|volume| taken("volume", &volume.name, &here)));
     answers.extend(wanted.networks.iter().map(|wanted| {
         let mut found = network(&wanted.name)?;
@@ -67,6 +69,16 @@ pub(super) fn problems(_id: &str, wanted: &EngineWants) -> Vec<Problem> {
         problems.extend(answer.unwrap_or_else(|e| {
             Some(Problem::new(format!("docker does not work on {here}"), format!("{e:#}")))
         }));
+    }
+
+    match image::look(&DockerImages, wanted) {
+        Ok((course, found)) => {
+            *image = course;
+            problems.extend(found);
+        }
+        Err(e) => {
+            problems.push(Problem::new(format!("docker does not work on {here}"), format!("{e:#}")))
+        }
     }
 
     match neighbours("", &wanted.networks) {
@@ -89,13 +101,4 @@ fn taken(kind: &str, name: &str, here: &str) -> Result<Option<Problem>> {
     };
     let there = ask(GET, &at, None)?.is_some();
     Ok(there.then(|| common::taken(Engine::Docker, kind, name, here)))
-}
-
-fn image(image: &EngineImage, here: &str) -> Result<Option<Problem>> {
-    if image.name.contains("..") || image.name.contains(['?', '&', '=']) {
-        bail!("{:?} is no image's name", image.name);
-    }
-    let found = ask(GET, &format!("/images/{}/json", image.name), None)?;
-    let id = found.as_ref().map(|found| text(&found["Id"]));
-    Ok(common::image(Engine::Docker, image, id, here))
 }

@@ -176,7 +176,7 @@ mod tests {
         let mut odd = wanted();
         odd.store.root = "/var/../etc".into();
         assert!(odd.validate().is_err());
-        let image = EngineImage { id: ID.into(), name: "--help".into() };
+        let image = EngineImage { id: ID.into(), name: "--help".into(), ..EngineImage::default() };
         assert!(EngineWants { image, ..wanted() }.validate().is_err());
     }
 }

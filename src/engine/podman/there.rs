@@ -3,15 +3,17 @@
 use anyhow::{Result, anyhow};
 
 use super::found::network;
+use super::images::PodmanImages;
 use super::{PODMAN, SET_UP, info, is_ferry, store};
 use crate::engine::Engine;
-use crate::engine::command::{LIMIT, ask, run};
+use crate::engine::command::{LIMIT, run};
 use crate::engine::common::{self, text};
-use crate::engine::papers::{EngineImage, EngineNetwork, EngineWants};
+use crate::engine::image::{self, ImageCourse};
+use crate::engine::papers::{EngineNetwork, EngineWants};
 use crate::problem::Problem;
 use crate::sys::host;
 
-pub(super) fn problems(id: &str, wanted: &EngineWants) -> Vec<Problem> {
+pub(super) fn problems(id: &str, wanted: &EngineWants, image: &mut ImageCourse) -> Vec<Problem> {
     let here = host::name();
     let info = match info() {
         Ok(info) => info,
@@ -72,7 +74,11 @@ pub(super) fn problems(id: &str, wanted: &EngineWants) -> Vec<Problem> {
         let mut asked = vec![
             scope.spawn(|| taken("container", &wanted.name, here)),
             scope.spawn(|| taken("container", id, here)),
-            scope.spawn(|| image(&wanted.image, here)),
+            scope.spawn(|| {
+                let (course, problems) = image::look(&PodmanImages, wanted)?;
+                *image = course;
+                Ok(problems)
+            }),
         ];
 
         asked.extend(wanted.volumes.iter().map(|v| scope.spawn(|| taken("volume", &v.name, here))));
@@ -97,12 +103,6 @@ pub(super) fn problems(id: &str, wanted: &EngineWants) -> Vec<Problem> {
 fn taken(kind: &str, name: &str, here: &str) -> Result<Vec<Problem>> {
     let there = run(PODMAN, &[kind, "exists", name], LIMIT)?.success;
     Ok(there.then(|| common::taken(Engine::Podman, kind, name, here)).into_iter().collect())
-}
-
-fn image(image: &EngineImage, here: &str) -> Result<Vec<Problem>> {
-    let found = ask(PODMAN, &["image", "inspect", &image.name])?;
-    let id = found.as_ref().map(|found| text(&found["Id"]));
-    Ok(common::image(Engine::Podman, image, id, here).into_iter().collect())
 }
 
 fn network_there(wanted: &EngineWants, one: &EngineNetwork, here: &str) -> Result<Vec<Problem>> {

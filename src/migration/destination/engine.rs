@@ -2,6 +2,7 @@
 //! runtime.
 //!
 //! ```text
+//! Image…   what the engine lacks of the image   (it takes it in)
 //! Papers   what the engine there knows of it        (volumes are made, files come)
 //! Engage   ours makes it: storage, network, monitor
 //! Engaged  its runtime is called: the bundle, the network, the log are there; runc is started below
@@ -28,6 +29,8 @@ use super::{DestinationInput, IncomingMigration};
 use crate::engine::calls::{self, EngineCall, EngineVerb};
 use crate::engine::command::Running;
 use crate::engine::handover::{self, Handover};
+use crate::engine::image::intake::ImageIntake;
+use crate::engine::image::{self, ImageCourse};
 use crate::engine::json_log;
 use crate::engine::papers::{EngineWants, Made, Papers};
 use crate::files::{mounting, tree};
@@ -54,13 +57,14 @@ pub(super) fn upper(plan: &Plan, wanted: &EngineWants) -> PathBuf {
 }
 
 /// Returns what there will be to undo.
-pub(super) fn made(plan: &Plan, wanted: &EngineWants) -> Made {
+pub(super) fn made(plan: &Plan, wanted: &EngineWants, course: ImageCourse) -> Made {
     let upper = upper(plan, wanted);
     Made {
         engine: wanted.engine,
         container: plan.container.to_string(),
         name: wanted.name.clone(),
         volumes: wanted.volumes.iter().map(|volume| volume.name.clone()).collect(),
+        image: image::made(&wanted.image, course),
         log: upper.with_extension("log"),
         noted: upper.with_extension("volumes"),
         upper,
@@ -70,6 +74,9 @@ pub(super) fn made(plan: &Plan, wanted: &EngineWants) -> Made {
 /// The engine's part of an incoming migration, and how far it has come.
 pub(super) struct EnginePart {
     handover: &'static dyn Handover,
+    course: ImageCourse,
+    /// The image, as it comes.
+    image: Option<ImageIntake>,
     most_log: u64,
     upper: PathBuf,
     papers: Option<Papers>,
@@ -84,10 +91,12 @@ pub(super) struct EnginePart {
 }
 
 impl EnginePart {
-    pub(super) fn new(wanted: &EngineWants) -> Result<EnginePart> {
+    pub(super) fn new(wanted: &EngineWants, course: ImageCourse) -> Result<EnginePart> {
         let handover = handover::of(wanted.engine);
         Ok(EnginePart {
             handover: handover.ok_or_else(|| anyhow!("an engine that is not known here"))?,
+            course,
+            image: None,
             most_log: wanted.log.unwrap_or(0).saturating_add(GROWTH),
             upper: PathBuf::new(),
             papers: None,
@@ -109,6 +118,25 @@ impl EnginePart {
 
     pub(super) fn bundle(&self) -> Option<&Bundle> {
         self.bundle.as_ref()
+    }
+
+    /// Tells whether its image is to come.
+    pub(super) fn awaits_image(&self) -> bool {
+        matches!(self.course, ImageCourse::Copied { .. })
+    }
+
+    /// A part of the image begins.
+    pub(super) fn image_part(&mut self, digest: &str, bytes: u64) -> Result<()> {
+        self.intake()?.begins(digest, bytes)
+    }
+
+    /// The next bytes of it.
+    pub(super) fn image_bytes(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
+        self.intake()?.feed(at, bytes)
+    }
+
+    fn intake(&mut self) -> Result<&mut ImageIntake> {
+        self.image.as_mut().ok_or_else(|| anyhow!("an image that was not asked for"))
     }
 
     /// A piece of the log.
@@ -167,6 +195,14 @@ impl IncomingMigration {
         self.doing = "making volumes";
         engine.upper.clone_from(&made.upper);
         engine.handover.make(wanted, made)?;
+        match engine.course {
+            ImageCourse::There => {}
+            ImageCourse::Named => image::name(engine.handover.images(), made)?,
+            ImageCourse::Copied { there } => {
+                let intake = ImageIntake::new(&wanted.image, there, &made.archive())?;
+                engine.image = Some(intake);
+            }
+        }
         if wanted.log.is_some() {
             let mut open = File::options();
             let file = open.read(true).write(true).create_new(true).mode(0o600).open(&made.log);
@@ -174,6 +210,17 @@ impl IncomingMigration {
             engine.log = Some((made.log.clone(), file.with_context(what)?));
         }
         Ok(())
+    }
+
+    /// All of the image has come: the engine takes it in.
+    pub(super) fn take_image(&mut self) -> Result<()> {
+        self.doing = "having the engine take the image in";
+        let made = self.journal.record.engine.as_ref().ok_or_else(|| anyhow!("no engine"))?;
+        let engine = engine_of(&mut self.engine)?;
+        let intake = engine.image.take();
+        intake.ok_or_else(|| anyhow!("an image that was not asked for"))?.finish()?;
+        image::take(engine.handover.images(), made)?;
+        fault::point("destination.image-taken")
     }
 
     /// Has the engine make the container.

@@ -57,6 +57,7 @@ use super::transfer::image_files::ImageFiles;
 use super::transfer::receiver::{self, Backlog, Current, Stage};
 use crate::connections::{Installation, Installed};
 use crate::engine::calls;
+use crate::engine::image::ImageCourse;
 use crate::files::apply::{Applied, Applying};
 use crate::files::place::{CopyTarget, Placing};
 use crate::files::tmpfs::MountedTmpfs;
@@ -79,6 +80,8 @@ use crate::transport::frame::PageRun;
 const SILENCE: Duration = Duration::from_secs(300);
 /// The same while it reads layers.
 const LAYERS_LIMIT: Duration = Duration::from_secs(900);
+/// The same while its engine gives an image.
+const IMAGE_LIMIT: Duration = Duration::from_secs(1800);
 /// Time that the restore may take.
 const RESTORE_LIMIT: Duration = Duration::from_secs(120);
 /// Time that CRIU and the runtime may take to end when the restore has failed.
@@ -316,7 +319,7 @@ fn migration(
     let mut found = destination_checks::look(&plan, &runtime, state_dir);
     // Now, as the source takes its probes away when it has our answer.
     let streams = Streams::find(&plan, &mut found.problems);
-    let (copies, course) = (found.copies, found.course);
+    let (copies, course, image) = (found.copies, found.course, found.image);
     let (fatal, warnings): (Vec<_>, Vec<_>) = found.problems.into_iter().partition(|p| p.fatal);
     if !fatal.is_empty() {
         return peer.send(&Message::Refuse { problems: fatal });
@@ -331,7 +334,7 @@ fn migration(
     }
 
     let shared = streams.shared();
-    let accept = Message::Accept { warnings, shared, copies: copies.clone(), course };
+    let accept = Message::Accept { warnings, shared, copies: copies.clone(), course, image };
     peer.send(&accept)?;
     let mut incoming = Incoming::default();
     if !copies.is_empty() || plan.engine.is_some() {
@@ -361,7 +364,7 @@ fn migration(
         plan,
         streams,
         incoming,
-        course,
+        (course, image),
         runtime,
         state_dir,
         backlog.clone(),
@@ -425,7 +428,7 @@ impl IncomingMigration {
         plan: Plan,
         streams: Streams,
         incoming: Incoming,
-        course: AddressDecision,
+        (course, image): (AddressDecision, ImageCourse),
         runtime: Runtime,
         state_dir: &Path,
         backlog: Backlog,
@@ -450,7 +453,7 @@ impl IncomingMigration {
             // An engine says later where it has made it.
             network_path: journal::workdir::network_place(&plan).filter(|_| plan.engine.is_none()),
             network_identity: None,
-            engine: plan.engine.as_ref().map(|wanted| engine::made(&plan, wanted)),
+            engine: plan.engine.as_ref().map(|wanted| engine::made(&plan, wanted, image)),
             network_ours: plan.network.is_some() && plan.placement != Placement::Keep,
             leave_mark: false,
             placing: placing(&plan, &incoming)?,
@@ -465,7 +468,8 @@ impl IncomingMigration {
 
         let journal = Journal::create(state_dir, record)?;
         let images = ImageFiles::new(work.images());
-        let engine = plan.engine.as_ref().map(EnginePart::new).transpose()?;
+        let engine =
+            plan.engine.as_ref().map(|wanted| EnginePart::new(wanted, image)).transpose()?;
 
         Ok(IncomingMigration {
             plan,

@@ -23,6 +23,8 @@ pub(super) enum Phase {
         copies: bool,
         /// The container is an engine's.
         engine: bool,
+        /// The engine lacks its image, which is to come.
+        image: bool,
     },
     /// The container runs on the source: files and memory come, the runtime is on its way.
     Preparing(Preparing),
@@ -86,6 +88,8 @@ enum Files {
 enum Making {
     /// There is none.
     Nobody,
+    /// It lacks the image.
+    Lacks,
     /// What it has to know has not come.
     Waits,
     Knows,
@@ -114,6 +118,9 @@ pub(super) enum Event {
     /// The source has: decided that it shall be; told the engine's part; said that the engine is to begin;
     /// sent all files once.
     Prepare,
+    /// A part of the engine's image comes; that was all of it.
+    ImagePart,
+    ImageSent,
     Papers,
     Engage,
     Copied,
@@ -146,11 +153,17 @@ impl Phase {
     /// One that does not belong here, or more than any container has.
     pub(super) fn step(self, event: Event) -> Result<Phase> {
         Ok(match (self, event) {
-            (Phase::Asked { copies, engine }, Event::Prepare) => Phase::Preparing(Preparing {
-                files: if copies { Files::Coming } else { Files::Nothing },
-                engine: if engine { Making::Waits } else { Making::Nobody },
-                held: false,
-            }),
+            (Phase::Asked { copies, engine, image }, Event::Prepare) => {
+                Phase::Preparing(Preparing {
+                    files: if copies { Files::Coming } else { Files::Nothing },
+                    engine: match (engine, image) {
+                        (false, _) => Making::Nobody,
+                        (true, true) => Making::Lacks,
+                        (true, false) => Making::Waits,
+                    },
+                    held: false,
+                })
+            }
             (Phase::Preparing(now), event) => now.step(event)?,
 
             (Phase::Frozen { mut sockets, left }, Event::Sockets(list)) => {
@@ -244,8 +257,15 @@ impl Ready {
 }
 
 impl Preparing {
+    /// Tells whether the engine's image is to come.
+    pub(super) fn lacks_image(self) -> bool {
+        self.engine == Making::Lacks
+    }
+
     fn step(mut self, event: Event) -> Result<Phase> {
         match (event, self.files, self.engine, self.held) {
+            (Event::ImagePart, _, Making::Lacks, false) => {}
+            (Event::ImageSent, _, Making::Lacks, false) => self.engine = Making::Waits,
             (Event::Papers, _, Making::Waits, false) => self.engine = Making::Knows,
             (Event::Copied, Files::Coming, _, false) => self.files = Files::Put,
             (Event::Engage, Files::Put, Making::Knows, false) => self.engine = Making::Makes,
@@ -297,6 +317,8 @@ mod tests {
     fn events() -> Vec<Event> {
         vec![
             Event::Prepare,
+            Event::ImagePart,
+            Event::ImageSent,
             Event::Papers,
             Event::Engage,
             Event::Copied,
@@ -318,8 +340,9 @@ mod tests {
     /// Returns what leads to each phase, with and without all that is optional before it.
     fn ways() -> Vec<(bool, Vec<Event>)> {
         let engine = || {
-            let first = [Event::Prepare, Event::Papers, Event::File, Event::Copied, Event::Engage];
-            first.into_iter().chain([Event::Called, Event::Held, Event::Connections])
+            let image = [Event::Prepare, Event::ImagePart, Event::ImageSent];
+            let first = [Event::Papers, Event::File, Event::Copied, Event::Engage];
+            image.into_iter().chain(first).chain([Event::Called, Event::Held, Event::Connections])
         };
         let frozen = || {
             let first = [Event::Prepare, Event::Held, Event::Freezing];
@@ -340,7 +363,8 @@ mod tests {
     }
 
     fn go(engine: bool, way: Vec<Event>) -> Result<Phase> {
-        way.into_iter().try_fold(Phase::Asked { copies: engine, engine }, Phase::step)
+        way.into_iter()
+            .try_fold(Phase::Asked { copies: engine, engine, image: engine }, Phase::step)
     }
 
     /// Every phase that any beginning of a way leads to.
@@ -401,6 +425,7 @@ mod tests {
             ("a freeze before all is ready", go(false, vec![Event::Prepare, Event::Freezing])),
             ("files that were not announced", go(false, vec![Event::Prepare, Event::Copied])),
             ("an engine that there is not", go(false, vec![Event::Prepare, Event::Papers])),
+            ("an engine without its image", go(true, vec![Event::Prepare, Event::Papers])),
             ("an engine that knows nothing", go(true, vec![Event::Prepare, Event::Engage])),
             ("memory before all is ready", go(false, vec![Event::Prepare, Event::MemoryDone(0)])),
         ] {

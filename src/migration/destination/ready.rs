@@ -14,7 +14,8 @@ use anyhow::{Context, Result, anyhow, bail};
 use super::engine::EnginePart;
 use super::phase::{Dumped, Event, Phase, Ready};
 use super::{
-    DestinationInput, DestinationInputs, IncomingMigration, MAX_CHANNELS, RESTORE_LIMIT, SILENCE,
+    DestinationInput, DestinationInputs, IMAGE_LIMIT, IncomingMigration, MAX_CHANNELS,
+    RESTORE_LIMIT, SILENCE,
 };
 use crate::connections::{self, ComingConnection, Installation, Installed};
 use crate::criu::interposer::Interposer;
@@ -32,7 +33,7 @@ use crate::migration::protocol::session::{self, FromPeer, PeerWriter};
 use crate::migration::protocol::{Message, variant};
 use crate::migration::recovery::successors::PageGuards;
 use crate::migration::recovery::verdicts::{self, ControlCall};
-use crate::migration::transfer::image_files::{LOG, STREAM};
+use crate::migration::transfer::image_files::{IMAGE, LOG, STREAM};
 use crate::migration::transfer::receiver::{self, Stage, want};
 use crate::oci::cgroup::Cgroup;
 use crate::oci::cgroup_warmer::CgroupWarmer;
@@ -82,7 +83,8 @@ impl IncomingMigration {
 
         // Before they are handed to whoever takes files in.
         let copies = !self.incoming.is_empty();
-        let phase = Phase::Asked { copies, engine: self.plan.engine.is_some() };
+        let image = self.engine.as_ref().is_some_and(EnginePart::awaits_image);
+        let phase = Phase::Asked { copies, engine: self.plan.engine.is_some(), image };
         let phase = phase.step(Event::Prepare)?;
         if copies {
             self.take_files(tell)?;
@@ -139,7 +141,13 @@ impl IncomingMigration {
                 return Ok(phase);
             }
 
-            match inputs.next(if restored { RESTORE_LIMIT } else { SILENCE })? {
+            let limit = match &phase {
+                _ if restored => RESTORE_LIMIT,
+                // Its engine there puts it together before the first byte comes.
+                Phase::Preparing(now) if now.lacks_image() => IMAGE_LIMIT,
+                _ => SILENCE,
+            };
+            match inputs.next(limit)? {
                 DestinationInput::Restore(RestoreEvent::AtRequest) => {
                     phase = phase.step(Event::Held)?;
                     self.begin_guard()?;
@@ -161,6 +169,18 @@ impl IncomingMigration {
                     if self.engine.is_none() {
                         self.start_restore(tell)?;
                     }
+                }
+                DestinationInput::FromPeer(FromPeer::Message(Message::ImagePart {
+                    digest,
+                    bytes,
+                })) => {
+                    phase = phase.step(Event::ImagePart)?;
+                    self.engine.iter_mut().try_for_each(|e| e.image_part(&digest, bytes))?;
+                }
+                DestinationInput::FromPeer(FromPeer::Message(Message::ImageSent)) => {
+                    phase = phase.step(Event::ImageSent)?;
+                    self.take_image()?;
+                    peer.send(&Message::ImageTaken)?;
                 }
                 DestinationInput::FromPeer(FromPeer::Message(Message::Papers(papers))) => {
                     phase = phase.step(Event::Papers)?;
@@ -423,6 +443,10 @@ impl IncomingMigration {
             let installation =
                 installation.ok_or_else(|| anyhow!("connections that were not announced"))?;
             return installation.feed(bytes.to_vec());
+        }
+        if name == IMAGE {
+            let engine = self.engine.as_mut().ok_or_else(|| anyhow!("an image of no engine's"))?;
+            return engine.image_bytes(at, bytes);
         }
         if name == LOG {
             let engine = self.engine.as_mut().ok_or_else(|| anyhow!("a log of no engine's"))?;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::{host, layers};
 use crate::engine::handover;
+use crate::engine::image::ImageCourse;
 use crate::files::overlay::Overlay;
 use crate::files::probe;
 use crate::files::walk::Size;
@@ -40,6 +41,8 @@ pub struct Findings {
     pub copies: Vec<usize>,
     /// What becomes of the address.
     pub course: AddressDecision,
+    /// What becomes of an engine's image.
+    pub image: ImageCourse,
 }
 
 /// Looks at this host.
@@ -51,7 +54,8 @@ pub fn look(plan: &Plan, runtime: &Runtime, state_dir: &Path) -> Findings {
         return found;
     }
     let host = (runtime, state_dir);
-    found.problems = problems(plan, host, &mut found.copies, &mut found.course);
+    let courses = (&mut found.course, &mut found.image);
+    found.problems = problems(plan, host, &mut found.copies, courses);
     found
 }
 
@@ -59,7 +63,7 @@ fn problems(
     plan: &Plan,
     (runtime, state_dir): (&Runtime, &Path),
     copies: &mut Vec<usize>,
-    course: &mut AddressDecision,
+    (course, image): (&mut AddressDecision, &mut ImageCourse),
 ) -> Vec<Problem> {
     let networked =
         plan.floating.is_some() || plan.network.is_some() && plan.placement != Placement::None;
@@ -95,7 +99,7 @@ fn problems(
 
     if let Some(wanted) = &plan.engine {
         match handover::of(wanted.engine) {
-            Some(engine) => found.extend(engine.problems(&plan.container, wanted)),
+            Some(engine) => found.extend(engine.problems(&plan.container, wanted, image)),
             None => found.push(Problem::new(
                 format!("{} is not known as an engine here", wanted.engine),
                 "Ferry on the source knows it",
@@ -106,7 +110,7 @@ fn problems(
     *copies = bundle(plan, &mut found);
     tracing::debug!("{} MiB of memory will be taken in at most", staging_bytes(plan) >> 20);
     room(plan, state_dir, &mut found);
-    if let (Some(image), Some(path)) = (&plan.network, workdir::network_place(plan)) {
+    if let (Some(network_image), Some(path)) = (&plan.network, workdir::network_place(plan)) {
         match NetNs::current() {
             Ok(host) => {
                 *course = forward::decide(plan, &host);
@@ -130,7 +134,7 @@ fn problems(
 
                 // An engine makes it when it makes the container.
                 if plan.engine.is_none() {
-                    found.extend(network::preflight(image, placement, &path, &host));
+                    found.extend(network::preflight(network_image, placement, &path, &host));
                 }
             }
             Err(e) => found.push(Problem::new("cannot look at this host's network", e)),

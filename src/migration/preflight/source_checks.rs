@@ -12,6 +12,7 @@ use super::host;
 use super::layers::{self, Layered};
 use super::standard::{self, Standard};
 use crate::engine::handover::Handover;
+use crate::engine::image::ImageCourse;
 use crate::engine::lookup::FoundName;
 use crate::engine::owner::{Facts, owner};
 use crate::engine::papers::EngineWants;
@@ -69,6 +70,8 @@ pub struct SourceContainer {
     pub copies: Vec<usize>,
     /// What they hold.
     pub sizes: Vec<(usize, Size)>,
+    /// What becomes of its engine's image, once the destination has said so.
+    pub image: ImageCourse,
     /// What becomes of the address, once the destination has said so.
     pub forward: Option<crate::migration::journal::forward_role::ForwardRecord>,
     /// What will not be over there as it is here.
@@ -212,7 +215,10 @@ fn wanted(
     }
 
     match engine.wanted(&wishes.container, &bundle.config) {
-        Ok(wanted) if problems.is_empty() => return Ok(wanted),
+        Ok(mut wanted) if problems.is_empty() => {
+            wanted.image.never |= wishes.no_image;
+            return Ok(wanted);
+        }
         Ok(_) => {}
         Err(found) => problems.extend(found),
     }
@@ -464,6 +470,7 @@ fn look(
         layered,
         load: None,
         copies: Vec::new(),
+        image: ImageCourse::There,
         sizes: Vec::new(),
         forward: None,
         warnings,

@@ -11,6 +11,9 @@
 //!   ── Trees ─────────────────────────────▶  checks (only where files are copied)
 //!   ◀────────────────── SpaceOk | Refuse ──
 //!   ── Prepare ───────────────────────────▶  namespace behind a fence, runtime held at RESTORE
+//!   ══ parts of the image ════════════════▶  (only where an engine lacks it)
+//!   ── ImageSent ─────────────────────────▶  the engine takes it in
+//!   ◀──────────────────────── ImageTaken ──
 //!   ── Papers ────────────────────────────▶  (only of an engine's container)
 //!   ══ files, round by round ═════════════▶  staged
 //!   ◀─────────────────────────── Applied ──                              (each round)
@@ -58,6 +61,7 @@ use serde::{Deserialize, Serialize};
 use self::forwarding::{AddressDecision, ForwardMessage};
 pub use self::plan::{How, MAX_PARENTS, MAX_PROBES, Place, Plan, Probe, Stream};
 use crate::connections::ComingConnection;
+use crate::engine::image::ImageCourse;
 use crate::engine::papers::Papers;
 use crate::files::layers::Layer;
 use crate::files::sockets::Renamed;
@@ -98,6 +102,9 @@ pub enum Message {
         copies: Vec<usize>,
         /// What becomes of the address.
         course: AddressDecision,
+        /// What becomes of the image that an engine's container was made of.
+        #[serde(default)]
+        image: ImageCourse,
     },
     /// To the destination: the layers of the overlay that is to be copied, in the plan's order. The
     /// source owns the container.
@@ -127,6 +134,18 @@ pub enum Message {
     Prepare,
     /// To the source: it is. The source owns the container.
     Prepared,
+    /// To the destination, after `Prepare`: a part of the image that the engine there lacks comes, piece by
+    /// piece. The source owns the container.
+    ImagePart {
+        /// Hexadecimal digits of its SHA-256.
+        digest: String,
+        /// Its length.
+        bytes: u64,
+    },
+    /// To the destination: that was all of it. The source owns the container.
+    ImageSent,
+    /// To the source: the engine there has it. The source owns the container.
+    ImageTaken,
     /// To the destination, after `Prepare`, of an engine's container: what that engine knows of it. The
     /// source owns the container.
     Papers(Box<Papers>),

@@ -78,5 +78,6 @@ pub(in crate::migration) fn keep(record: &Record) {
         // They are empty, or never were.
         let _ = std::fs::remove_dir(&made.upper);
         let _ = (std::fs::remove_file(&made.log), std::fs::remove_file(&made.noted));
+        let _ = std::fs::remove_file(made.archive());
     }
 }

@@ -43,6 +43,7 @@ use super::recovery::{verdicts, word};
 use super::transfer::channels::Channel;
 use super::transfer::early_images::EarlyImages;
 use super::transfer::file_sender::{self, FileEvent, FileTransfer};
+use super::transfer::image_sender::ImageEvent;
 use super::transfer::memory_sender::{self, MemoryEvent, MemoryOrder, MemoryTransfer};
 use crate::connections::{self, Extracted, Extraction, Vault};
 use crate::engine::papers::Made;
@@ -79,6 +80,8 @@ const FILES_LIMIT: Duration = Duration::from_secs(900);
 const GOODBYE_LIMIT: Duration = Duration::from_secs(10);
 /// Time that the destination may take to undo what it has when it has been told that the container stays.
 const UNDONE_LIMIT: Duration = Duration::from_secs(2);
+/// The same while an image goes: the engines here and there keep silent while they put it together.
+const IMAGE_LIMIT: Duration = Duration::from_secs(1800);
 /// From the resume until the last staged page is installed.
 const WHOLE_LIMIT: Duration = Duration::from_secs(600);
 /// Time that a lost destination is looked for after the commit.
@@ -379,6 +382,11 @@ impl SourceMigration {
             SourceInput::Files(FileEvent::Progress(bytes)) => {
                 self.inputs.again();
                 reporter.files_progress(bytes);
+                return None;
+            }
+            SourceInput::Image(ImageEvent::Progress(bytes)) => {
+                self.inputs.again();
+                reporter.image_progress(bytes);
                 return None;
             }
             SourceInput::FromPeer(FromPeer::Message(Message::Applied { round })) => {

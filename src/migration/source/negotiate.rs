@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::watchdog::Watchdog;
+use crate::engine::handover;
+use crate::engine::image::{self, ImageCourse};
 use crate::files::layers::LayerStore;
 use crate::files::overlay::Overlay;
 use crate::files::root::Root;
@@ -21,12 +23,13 @@ use crate::migration::protocol::session::{self, FromPeer, PeerWriter, Session};
 use crate::migration::protocol::{Message, Place};
 use crate::migration::recovery::decide::has_heard;
 use crate::migration::transfer::file_sender::{FileEvent, FilesToCopy};
+use crate::migration::transfer::image_sender::ImageEvent;
 use crate::migration::transfer::memory_sender::{self, MemoryEvent};
 use crate::oci::runtime::Runtime;
 use crate::problem::{Advice, Problem, Problems, advice};
 use crate::report::exit::Failed;
-use crate::report::progress::{Layers, Reporter};
-use crate::sys::fault;
+use crate::report::progress::{CopiedImage, Layers, Reporter};
+use crate::sys::{fault, host};
 use crate::tasks::locks::{self, FoundLock};
 use crate::transport::connect::{Closer, Cutter, Destination};
 
@@ -67,6 +70,7 @@ pub(super) enum SourceInput {
     Dump(DumpEvent),
     Memory(MemoryEvent),
     Files(FileEvent),
+    Image(ImageEvent),
     /// An echo on a further link, by its number, or its end.
     Channel(usize, Option<u64>),
     Signal(i32),
@@ -206,6 +210,7 @@ impl SourceInputs {
             SourceInput::Dump(DumpEvent::Ended(Err(e)) | DumpEvent::Checked(Err(e))) => Err(e),
             SourceInput::Memory(MemoryEvent::Failed(e)) => bail!("sending memory: {e}"),
             SourceInput::Files(FileEvent::Failed(e)) => bail!("sending files: {e}"),
+            SourceInput::Image(ImageEvent::Failed(e)) => bail!("sending the image: {e}"),
             SourceInput::Joined(Err(e)) => Err(e),
             input => Ok(input),
         }
@@ -346,7 +351,9 @@ pub(super) fn negotiate(
                     shared,
                     copies,
                     course,
+                    image,
                 })) => {
+                    subject.image = image;
                     subject.forward =
                         crate::migration::journal::forward_role::ForwardRecord::of_source(
                             &subject.plan,
@@ -386,6 +393,11 @@ pub(super) fn negotiate(
             {
                 closer.close();
                 return Err(Failed::refused(e));
+            }
+
+            if let Some(problem) = announce_image(&subject, reporter) {
+                closer.close();
+                return Err(refusal(&[problem]));
             }
 
             if let Some(note) = &subject.forward {
@@ -528,6 +540,27 @@ fn announce(
     }
 }
 
+/// Tells the user what becomes of an engine's image; why it cannot be copied, as far as that shows here.
+fn announce_image(subject: &SourceContainer, reporter: &mut Reporter) -> Option<Problem> {
+    let (Some(wanted), ImageCourse::Copied { there }) = (&subject.plan.engine, subject.image)
+    else {
+        return None;
+    };
+    let image = &wanted.image;
+    let copied = CopiedImage {
+        name: image.name.clone(),
+        there: there.min(image.layers.len()),
+        copied: image.layers.len().saturating_sub(there),
+        bytes: image.bytes,
+    };
+
+    reporter.phase("image", &copied.words());
+    reporter.report.image = Some(copied);
+    let engine = handover::of(wanted.engine)?;
+    let room = image::room(&engine.images().scratch(wanted), image.bytes, &host::name());
+    room.inspect_err(|e| tracing::debug!("{e:#}")).ok().flatten()
+}
+
 /// Tells the destination which layers the overlay has, and learns which it lacks: these are put among
 /// the roots. Reading one for the first time takes its while.
 fn announce_layers(
@@ -576,7 +609,7 @@ fn await_greeting(inputs: &mut SourceInputs) -> Result<()> {
     loop {
         if let SourceInput::FromPeer(first) = inputs.next()? {
             let theirs = session::greeting(first)?;
-            if theirs.host == crate::sys::host::identity() {
+            if theirs.host == host::identity() {
                 bail!("source and destination are the same host");
             }
             return Ok(());

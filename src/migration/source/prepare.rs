@@ -3,11 +3,12 @@
 use anyhow::{Result, anyhow};
 
 use super::negotiate::SourceInput;
-use super::{FILES_LIMIT, PREPARE_LIMIT, SourceMigration};
+use super::{FILES_LIMIT, IMAGE_LIMIT, PREPARE_LIMIT, SourceMigration};
 use crate::connections::{self, ComingConnection, Extraction};
 use crate::criu::hidden;
 use crate::criu::interposer::Interposer;
 use crate::engine::handover;
+use crate::engine::image::ImageCourse;
 use crate::files::tmpfs::Tmpfs;
 use crate::memory::rounds::Tracking;
 use crate::memory::shared::SharedMemory;
@@ -19,6 +20,7 @@ use crate::migration::protocol::Message;
 use crate::migration::protocol::session::FromPeer;
 use crate::migration::transfer::channels::Channel;
 use crate::migration::transfer::file_sender::{self, FileEvent, FileTransfer};
+use crate::migration::transfer::image_sender::{self, ImageEvent};
 use crate::migration::transfer::memory_sender::{MemoryEvent, MemoryOrder, MemoryTransfer};
 use crate::network::hook::About;
 use crate::network::sockets::SockDiag;
@@ -36,6 +38,7 @@ impl SourceMigration {
         self.peer.send(&Message::Prepare)?;
         self.inputs.until(PREPARE_LIMIT);
         self.open_channels()?;
+        self.copy_image(reporter)?;
         self.send_papers()?;
 
         // First, and alone: memory would only change while files go.
@@ -116,6 +119,41 @@ impl SourceMigration {
         fault::point("source.copied")?;
         self.inputs.until(PREPARE_LIMIT);
         self.peer.send(&Message::Copied)
+    }
+
+    /// Where the destination's engine lacks the image: until it has it.
+    fn copy_image(&mut self, reporter: &mut Reporter) -> Result<()> {
+        let (Some(wanted), ImageCourse::Copied { there }) =
+            (&self.subject.plan.engine, self.subject.image)
+        else {
+            return Ok(());
+        };
+
+        fault::point("source.image")?;
+        let tell = self.inputs.tell.clone();
+        let told = move |event| {
+            // The hand-over may have ended already.
+            let _ = tell.send(SourceInput::Image(event));
+        };
+        reporter.phase("copy-image", "copying the image");
+        self.inputs.until(IMAGE_LIMIT);
+        let link = (&self.peer, &self.memory_options.pace);
+        image_sender::start(wanted.engine, &wanted.image, there, link, told)?;
+
+        loop {
+            match self.next(reporter)? {
+                SourceInput::Image(ImageEvent::Done(bytes)) => {
+                    reporter.image_sent(bytes);
+                    self.inputs.again();
+                }
+                SourceInput::FromPeer(FromPeer::Message(Message::ImageTaken)) => break,
+                _ => {}
+            }
+        }
+
+        reporter.mark("the engine there has the image");
+        self.inputs.until(PREPARE_LIMIT);
+        Ok(())
     }
 
     /// Returns what its engine knows of it.

@@ -18,6 +18,8 @@ pub const STREAM: &str = "trees";
 
 /// The name of an engine's log of the container.
 pub const LOG: &str = "engine-log";
+/// The name of a part of an engine's image.
+pub const IMAGE: &str = "engine-image";
 /// The name of what is in `/dev/shm`, packed, where that is a mount that the engine makes.
 pub const SHM: &str = "engine-shm";
 /// Where the container has that.
