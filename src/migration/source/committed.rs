@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 
-use super::negotiate::SourceInput;
+use super::inputs::SourceInput;
 use super::{FREEZE_LIMIT, GOODBYE_LIMIT, SETTLE_LIMIT, SourceMigration, WHOLE_LIMIT};
 use crate::migration::checkpoint::dump::DumpOrder;
 use crate::migration::journal::State;

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::negotiate::{Accepted, SourceInput};
+use super::inputs::SourceInput;
+use super::negotiate::Accepted;
 use crate::migration::protocol::Message;
 use crate::migration::protocol::session::FromPeer;
 use crate::network::Floating;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::negotiate::{Awaited, SourceInput};
+use super::inputs::{Awaited, SourceInput};
 use super::{EMPTY_IMAGE, FREEZE_LIMIT, REMAPS, SourceMigration, VERIFY_LIMIT};
 use crate::connections::Extracted;
 use crate::criu::unix_names;

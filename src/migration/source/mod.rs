@@ -16,6 +16,7 @@
 mod committed;
 pub(crate) mod forecast;
 mod frozen;
+mod inputs;
 pub(crate) mod negotiate;
 mod prepare;
 mod rollback;
@@ -28,7 +29,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow};
 
 use self::committed::Committed;
-use self::negotiate::{Accepted, SourceInput, SourceInputs, SourceOptions, negotiate};
+use self::inputs::{SourceInput, SourceInputs};
+use self::negotiate::{Accepted, SourceOptions, negotiate};
 use super::checkpoint::dump::{DumpEvent, DumpJob, DumpOrder, ExtractedPlace};
 use super::journal::workdir::WorkDir;
 use super::journal::{self, Journal, Lock, Record, Role, State};

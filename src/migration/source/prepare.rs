@@ -2,7 +2,7 @@
 
 use anyhow::{Result, anyhow};
 
-use super::negotiate::SourceInput;
+use super::inputs::SourceInput;
 use super::{FILES_LIMIT, IMAGE_LIMIT, PREPARE_LIMIT, SourceMigration};
 use crate::connections::{self, ComingConnection, Extraction};
 use crate::criu::hidden;

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use super::negotiate::SourceInputs;
+use super::inputs::SourceInputs;
 use super::{SourceMigration, UNDONE_LIMIT};
 use crate::migration::protocol::Message;
 use crate::migration::recovery::undo;
