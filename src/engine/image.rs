@@ -149,7 +149,7 @@ fn bare(digest: &str) -> &str {
 
 /// What a container calls its image by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Called<'a> {
+enum ImageReference<'a> {
     /// A tag, which can be given.
     Tag(&'a str),
     /// A registry's digest, which comes by a pull alone.
@@ -158,14 +158,14 @@ enum Called<'a> {
     Id,
 }
 
-fn called(image: &EngineImage) -> Called<'_> {
+fn called(image: &EngineImage) -> ImageReference<'_> {
     let name = image.name.as_str();
     if !bare(name).is_empty() && bare(&image.id).starts_with(bare(name)) {
-        Called::Id
+        ImageReference::Id
     } else if name.contains('@') {
-        Called::Digest
+        ImageReference::Digest
     } else {
-        Called::Tag(name)
+        ImageReference::Tag(name)
     }
 }
 
@@ -189,7 +189,7 @@ pub(super) fn described(
 /// Returns what there will be to undo.
 pub(crate) fn made(image: &EngineImage, course: ImageCourse) -> Option<MadeImage> {
     let name = match called(image) {
-        Called::Tag(name) => name.to_owned(),
+        ImageReference::Tag(name) => name.to_owned(),
         _ => String::new(),
     };
     (course != ImageCourse::There).then(|| MadeImage { id: bare(&image.id).to_owned(), name })
@@ -218,7 +218,7 @@ pub(super) fn look(
     };
 
     let mut problems = Vec::new();
-    if by_name.is_none() && called(image) == Called::Digest {
+    if by_name.is_none() && called(image) == ImageReference::Digest {
         problems.push(
             Problem::new(
                 format!("{engine} on {here} will know the image by its ID"),
@@ -253,7 +253,7 @@ fn decide(
         _ if wanted.never => Err(Box::new(common::no_image(engine, wanted, here))),
         (None, Some(found)) => match called(wanted) {
             // It could not be taken off again without the image.
-            Called::Tag(_) if found.names.is_empty() => {
+            ImageReference::Tag(_) if found.names.is_empty() => {
                 let (what, why) = (
                     format!(
                         "{engine} on {here} has the image of {name} without any \
@@ -264,8 +264,8 @@ fn decide(
                 let hint = format!("`{engine} tag {} {name}` on {here}", short(&found.id));
                 Err(Box::new(Problem::new(what, why).hint(hint)))
             }
-            Called::Tag(_) => Ok(ImageCourse::Named),
-            Called::Digest | Called::Id => Ok(ImageCourse::There),
+            ImageReference::Tag(_) => Ok(ImageCourse::Named),
+            ImageReference::Digest | ImageReference::Id => Ok(ImageCourse::There),
         },
         (None, None) => {
             let same = |have: &FoundImage| {
@@ -375,7 +375,7 @@ pub(super) fn discard(store: &dyn ImageStore, made: &Made) -> Result<()> {
 /// # Errors
 /// When the engine does not say what there is.
 pub(super) fn word(store: &dyn ImageStore, image: &EngineImage) -> Result<String> {
-    let by_digest = called(image) == Called::Digest && store.find(&image.name)?.is_none();
+    let by_digest = called(image) == ImageReference::Digest && store.find(&image.name)?.is_none();
     Ok(if by_digest { image.id.clone() } else { image.name.clone() })
 }
 

@@ -201,12 +201,11 @@ fn no_name_is_taken_away() {
         layers: vec!["1".into(), "2".into(), "3".into()],
         ..EngineImage::default()
     };
-    let decide = |wanted: &EngineImage,
-                  by_name: Option<&FoundImage>,
-                  by_id: Option<&FoundImage>,
-                  all: &[FoundImage]| {
-        super::decide(Engine::Docker, wanted, (by_name, by_id), all, "b")
-    };
+    let decide =
+        |wanted: &EngineImage,
+         by_name: Option<&FoundImage>,
+         by_id: Option<&FoundImage>,
+         all: &[FoundImage]| { decide(Engine::Docker, wanted, (by_name, by_id), all, "b") };
 
     let tagged = wanted("app:1");
     let own = found('a', &["app:2"], &[]);
@@ -230,14 +229,11 @@ fn no_name_is_taken_away() {
     for name in ["app@sha256:0123", &hex('a')[..12], &hex('a')] {
         let wanted = wanted(name);
         assert_eq!(decide(&wanted, None, Some(&bare), &[]).unwrap(), ImageCourse::There, "{name}");
-        assert_eq!(super::made(&wanted, ImageCourse::Copied { there: 0 }).unwrap().name, "");
+        assert_eq!(made(&wanted, ImageCourse::Copied { there: 0 }).unwrap().name, "");
     }
     let copied = ImageCourse::Copied { there: 0 };
-    assert_eq!(
-        super::made(&tagged, copied).unwrap(),
-        MadeImage { id: hex('a'), name: "app:1".into() }
-    );
-    assert_eq!(super::made(&tagged, ImageCourse::There), None);
+    assert_eq!(made(&tagged, copied).unwrap(), MadeImage { id: hex('a'), name: "app:1".into() });
+    assert_eq!(made(&tagged, ImageCourse::There), None);
 }
 
 /// An engine with one image, which notes what is asked of it.
