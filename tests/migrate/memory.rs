@@ -118,7 +118,12 @@ fn or_goes_in_the_freeze(lab: &Lab) -> Outcome {
 
 /// A migration whose memory follows for three seconds, when it has begun to.
 pub fn following(lab: &Lab, container: &Container) -> Outcome<Running> {
-    let slow = ["--precopy", "off", "--bandwidth", "20M", "--json"];
+    following_at("20M", lab, container)
+}
+
+/// The same at another rate: for what a slow machine must come to before the rest is over.
+pub fn following_at(rate: &str, lab: &Lab, container: &Container) -> Outcome<Running> {
+    let slow = ["--precopy", "off", "--bandwidth", rate, "--json"];
     let mut command = vec!["ferry", "migrate"];
     command.extend(slow);
     command.extend(["box", "b"]);

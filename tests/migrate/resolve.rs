@@ -12,7 +12,7 @@ use crate::common::process::{until, write_script};
 use crate::common::suite::in_lab;
 use crate::common::{Outcome, ensure};
 use crate::crashes::{killed_at, reboot};
-use crate::memory::following;
+use crate::memory::{following, following_at};
 
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -143,7 +143,7 @@ fn interrupted_in_post_copy(lab: &Lab) -> Outcome {
     let (a, b) = pair(lab);
     let container = Container::networked("counter");
     container.start(lab, &a)?;
-    let running = following(lab, &container)?;
+    let running = following_at("4M", lab, &container)?;
     a.sh("kill -TERM $(pgrep -f '^ferry migrate')")?;
     let ended = running.end(LONG)?.exits(4)?;
     ensure!(ended.err.contains("goes on with it"), "{ended}");
