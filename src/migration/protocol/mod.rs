@@ -11,7 +11,8 @@
 //!   ── Trees ─────────────────────────────▶  checks (only where files are copied)
 //!   ◀────────────────── SpaceOk | Refuse ──
 //!   ── Prepare ───────────────────────────▶  namespace behind a fence, runtime held at RESTORE
-//!   ══ parts of the image ════════════════▶  (only where an engine lacks it)
+//!   ── ImagePart ─────────────────────────▶  each part of an image (only where the engine lacks it)
+//!   ══ its bytes ═════════════════════════▶
 //!   ── ImageSent ─────────────────────────▶  the engine takes it in
 //!   ◀──────────────────────── ImageTaken ──
 //!   ── Papers ────────────────────────────▶  (only of an engine's container)
