@@ -161,7 +161,7 @@ fn links_break_while_it_follows(lab: &Lab) -> Outcome {
         // The next one carries something before it breaks, too.
         let began = Instant::now();
         until("another link is there", SHORT, || {
-            let ssh = a.exec(&["pgrep", "-f", "^ssh "])?.code == 0;
+            let ssh = a.exec(&["pgrep", "-f", "^ssh .*receive"])?.code == 0;
             Ok((ssh && began.elapsed() > Duration::from_millis(600)).then_some(()))
         })?;
         ensure!(!running.has_ended(), "it was over before its link was cut");
@@ -381,9 +381,9 @@ fn several_streams(lab: &Lab) -> Outcome {
     // Each is needed: when one breaks, it is given up.
     let slow = ["ferry", "migrate", "--streams", "3", "--bandwidth", "10M", "box", "b"];
     let running = a.start(&slow)?;
-    let links = || Ok::<_, String>(a.exec(&["pgrep", "-f", "^ssh "])?.out.lines().count());
+    let links = || Ok::<_, String>(a.exec(&["pgrep", "-f", "^ssh .*receive"])?.out.lines().count());
     until("three links are there", SHORT, || Ok((links()? == 3).then_some(())))?;
-    a.sh("kill -KILL $(pgrep -n -f '^ssh ')")?;
+    a.sh("kill -KILL $(pgrep -n -f '^ssh .*receive')")?;
     let ended = running.end(LONG)?.exits(1)?;
     ensure!(ended.err.contains("link"), "{ended}");
     probe.is_content()?;
