@@ -71,12 +71,13 @@ pub(super) struct Pair {
 impl Pair {
     /// One whose changes are looked for, and one whose changes the kernel tells.
     pub(super) fn both() -> [Pair; 2] {
-        [false, true].map(|listen| {
-            let from = tempfile::tempdir().unwrap();
-            let roots = vec![Root::open(from.path()).unwrap()];
-            let follower = Follower::with_window(roots, listen, WINDOW);
-            Pair { from, to: tempfile::tempdir().unwrap(), follower }
-        })
+        [false, true].map(|listen| Pair::new(tempfile::tempdir().unwrap(), listen))
+    }
+
+    fn new(from: tempfile::TempDir, listen: bool) -> Pair {
+        let roots = vec![Root::open(from.path()).unwrap()];
+        let follower = Follower::with_window(roots, listen, WINDOW);
+        Pair { from, to: tempfile::tempdir().unwrap(), follower }
     }
 
     /// A round; how many bytes of contents went.
@@ -227,9 +228,35 @@ fn all_kinds_of_changes_arrive() {
     }
 }
 
+/// A file system that this thread alone sees: the kernel tells of everything on a file system, and
+/// a queue that others fill, as tests do that run beside this one, tells of nothing.
+struct OwnFileSystem(tempfile::TempDir);
+
+impl OwnFileSystem {
+    fn mount() -> OwnFileSystem {
+        use nix::mount::{MsFlags, mount};
+        use nix::sched::{CloneFlags, unshare};
+
+        let none = None::<&str>;
+        let dir = tempfile::tempdir().unwrap();
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        mount(none, dir.path(), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        OwnFileSystem(dir)
+    }
+}
+
+impl Drop for OwnFileSystem {
+    fn drop(&mut self) {
+        nix::mount::umount2(self.0.path(), nix::mount::MntFlags::MNT_DETACH).unwrap();
+    }
+}
+
 #[test]
 fn only_what_the_kernel_tells_of_is_looked_at() {
-    let [_, mut pair] = Pair::both();
+    let own = OwnFileSystem::mount();
+    let from = tempfile::tempdir_in(own.0.path()).unwrap();
+    let mut pair = Pair::new(from, true);
     let a = pair.from.path().to_owned();
     fs::create_dir(a.join("many")).unwrap();
     for i in 0..1000 {
@@ -239,7 +266,8 @@ fn only_what_the_kernel_tells_of_is_looked_at() {
     pair.round();
     fs::write(a.join("many/7"), b"y").unwrap();
     let stats = pair.stats_of_round(&Inodes::new());
-    assert!(stats.told && stats.entries < 5 && stats.changed == 2, "{stats:?}");
+    // The directory, too, if it was looked at soon after it had changed.
+    assert!(stats.told && stats.entries < 5 && matches!(stats.changed, 1 | 2), "{stats:?}");
     pair.same();
 
     // A large file that has another name is not sent again.
