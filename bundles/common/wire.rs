@@ -124,15 +124,21 @@ pub struct Verdict {
     pub bad_table: u64,
     /// Wrong pages that the extra threads saw in their own memory, ever.
     pub bad_in_threads: u64,
+    /// Where the thread with files found the first wrong thing: the line of `counter/files.rs`, or 0
+    /// and the error's number.
+    pub files_line: u64,
+    pub files_errno: u64,
 }
 
 impl Verdict {
     pub fn body(&self) -> [u64; 8] {
-        [self.pages, self.bad_pages, self.bad_table, self.bad_in_threads, 0, 0, 0, 0]
+        let Self { pages, bad_pages, bad_table, bad_in_threads, files_line, files_errno } = *self;
+        [pages, bad_pages, bad_table, bad_in_threads, files_line, files_errno, 0, 0]
     }
 
-    pub fn from_body([pages, bad_pages, bad_table, bad_in_threads, ..]: [u64; 8]) -> Self {
-        Self { pages, bad_pages, bad_table, bad_in_threads }
+    pub fn from_body(body: [u64; 8]) -> Self {
+        let [pages, bad_pages, bad_table, bad_in_threads, files_line, files_errno, ..] = body;
+        Self { pages, bad_pages, bad_table, bad_in_threads, files_line, files_errno }
     }
 }
 

@@ -41,6 +41,10 @@ pub struct Files {
     pub beats: AtomicU64,
     /// What it found wrong.
     pub bad: AtomicU64,
+    /// In which line of this file the first of it was found; 0 if that was an error.
+    pub line: AtomicU64,
+    /// The number of the first error.
+    pub errno: AtomicU64,
 }
 
 impl Files {
@@ -54,16 +58,44 @@ impl Files {
             loop {
                 thread::sleep(REST);
                 match work.step() {
-                    Ok(bad) => told.bad.fetch_add(bad, Relaxed),
+                    Ok(found) => told.note(found),
                     Err(e) => {
                         eprintln!("counter-server: files: {e}");
-                        told.bad.fetch_add(1, Relaxed)
+                        let number = e.raw_os_error().unwrap_or(-1) as u64;
+                        let _ = told.errno.compare_exchange(0, number, Relaxed, Relaxed);
+                        told.note(Tally { bad: 1, line: 0 });
                     }
-                };
+                }
                 told.beats.fetch_add(1, Relaxed);
             }
         });
         Ok(files)
+    }
+}
+
+impl Files {
+    fn note(&self, found: Tally) {
+        if found.bad > 0 && self.bad.fetch_add(found.bad, Relaxed) == 0 {
+            self.line.store(found.line.into(), Relaxed);
+        }
+    }
+}
+
+/// What a look has found.
+#[derive(Default)]
+struct Tally {
+    bad: u64,
+    /// Where the first was found.
+    line: u32,
+}
+
+impl Tally {
+    #[track_caller]
+    fn wrong_if(&mut self, is: bool) {
+        if is && self.bad == 0 {
+            self.line = std::panic::Location::caller().line();
+        }
+        self.bad += u64::from(is);
     }
 }
 
@@ -199,8 +231,9 @@ impl Work {
         self.directory.join(format!("small/{}/{number}", number % 3))
     }
 
-    /// One change of each kind, and a check; how much was wrong.
-    fn step(&mut self) -> io::Result<u64> {
+    /// One change of each kind, and a check: what was wrong.
+    fn step(&mut self) -> io::Result<Tally> {
+        let mut found = Tally::default();
         let due = (self.written.elapsed().as_secs_f64() * self.rate as f64) as u64;
         // Not all that was missed while it stood still.
         for _ in 0..due.min(self.rate / 10) {
@@ -226,8 +259,9 @@ impl Work {
         self.fifo.write_all(line(self.lines).as_bytes())?;
         let mut before = vec![0; line(0).len()];
         self.fifo.read_exact(&mut before)?;
-        if before != line(self.lines - 1).as_bytes() {
-            return Ok(1);
+        found.wrong_if(before != line(self.lines - 1).as_bytes());
+        if found.bad > 0 {
+            return Ok(found);
         }
 
         // Written beside, renamed into place; the oldest goes, and its directory with the last.
@@ -248,60 +282,60 @@ impl Work {
         self.check()
     }
 
-    fn check(&mut self) -> io::Result<u64> {
-        let mut bad = 0;
+    fn check(&mut self) -> io::Result<Tally> {
+        let mut tally = Tally::default();
         let mut found = [0; BLOCK];
         for _ in 0..LOOK.min(self.data.len()) {
             let i = self.next_look;
             self.next_look = (i + 1) % self.data.len();
             self.data_file.read_exact_at(&mut found, (i * BLOCK) as u64)?;
-            bad += u64::from(found != block(self.seed, i, self.data[i]));
+            tally.wrong_if(found != block(self.seed, i, self.data[i]));
         }
 
         for (i, piece) in self.map.chunks_exact(BLOCK).enumerate() {
-            bad += u64::from(piece != block(!self.seed, i, self.mapped[i]));
+            tally.wrong_if(piece != block(!self.seed, i, self.mapped[i]));
         }
 
         // An open file is in the way of its own process's locks.
         for (kind, at) in [(libc::F_WRLCK, WRITE_LOCKED), (libc::F_RDLCK, READ_LOCKED)] {
             let mut found = part(libc::F_WRLCK, at);
             fcntl(&self.asking, FcntlArg::F_OFD_GETLK(&mut found))?;
-            bad += u64::from(i32::from(found.l_type) != kind);
+            tally.wrong_if(i32::from(found.l_type) != kind);
         }
 
-        bad += u64::from(self.mapped_file.metadata()?.len() != (MAPPED * BLOCK) as u64);
+        tally.wrong_if(self.mapped_file.metadata()?.len() != (MAPPED * BLOCK) as u64);
         let log = fs::read(self.directory.join("log"))?;
         let last = line(self.lines - 1);
-        bad += u64::from(log.len() != last.len() * self.lines as usize);
-        bad += u64::from(!log.ends_with(last.as_bytes()));
+        tally.wrong_if(log.len() != last.len() * self.lines as usize);
+        tally.wrong_if(!log.ends_with(last.as_bytes()));
         self.nameless.read_exact_at(&mut found, 0)?;
-        bad += u64::from(found != block(self.seed, usize::MAX, self.lines));
+        tally.wrong_if(found != block(self.seed, usize::MAX, self.lines));
         self.nameless.read_exact_at(&mut found, NAMELESS)?;
-        bad += u64::from(found != block(self.seed, 0, 0));
+        tally.wrong_if(found != block(self.seed, 0, 0));
 
         // Under its other name it is the same file.
-        bad += u64::from(fs::read(self.directory.join("after"))? != line(self.lines).as_bytes());
+        tally.wrong_if(fs::read(self.directory.join("after"))? != line(self.lines).as_bytes());
         let named = |name: &str| fs::metadata(self.directory.join(name)).map(|m| m.ino());
-        bad += u64::from(self.renamed.metadata()?.ino() != named("after")?);
-        bad += u64::from(self.open.metadata()?.ino() != named("")?);
-        bad += u64::from(self.locked.metadata()?.ino() != named("locked")?);
+        tally.wrong_if(self.renamed.metadata()?.ino() != named("after")?);
+        tally.wrong_if(self.open.metadata()?.ino() != named("")?);
+        tally.wrong_if(self.locked.metadata()?.ino() != named("locked")?);
 
         // Whoever else wants the lock does not get it.
         let other = File::options().write(true).open(self.directory.join("locked"))?;
-        bad += u64::from(Flock::lock(other, FlockArg::LockExclusiveNonblock).is_ok());
+        tally.wrong_if(Flock::lock(other, FlockArg::LockExclusiveNonblock).is_ok());
         let mut names = Vec::new();
         for directory in fs::read_dir(self.directory.join("small"))? {
             for file in fs::read_dir(directory?.path())? {
                 let file = file?;
                 let number: u64 =
                     file.file_name().to_str().and_then(|n| n.parse().ok()).unwrap_or(u64::MAX);
-                bad += u64::from(fs::read(file.path())? != line(number).into_bytes());
+                tally.wrong_if(fs::read(file.path())? != line(number).into_bytes());
                 names.push(number);
             }
         }
 
         names.sort_unstable();
-        bad += u64::from(!names.into_iter().eq(self.small.saturating_sub(SMALL)..self.small));
-        Ok(bad)
+        tally.wrong_if(!names.into_iter().eq(self.small.saturating_sub(SMALL)..self.small));
+        Ok(tally)
     }
 }

@@ -356,6 +356,8 @@ impl Server {
             bad_in_threads: self.threads.bad_pages()
                 + self.files.as_ref().map_or(0, |f| f.bad.load(Relaxed))
                 + self.direct.as_ref().map_or(0, |d| d.bad.load(Relaxed)),
+            files_line: self.files.as_ref().map_or(0, |f| f.line.load(Relaxed)),
+            files_errno: self.files.as_ref().map_or(0, |f| f.errno.load(Relaxed)),
         };
         let Some(mut connection) = self.connections[work.slot].take() else { return Ok(()) };
         connection.send(&Answer { to: work.request, body: verdict.body() }.encode());
