@@ -21,6 +21,7 @@
 //! waits for the verdict over the link, over a later one (`Resolve`), or from the operator.
 
 mod announced;
+mod committed;
 mod engine;
 mod outstanding;
 mod phase;
@@ -38,6 +39,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow, bail};
 
 use self::announced::{Announced, Incoming, announced};
+use self::committed::{Around, CommittedMigration};
 use self::engine::EnginePart;
 use super::checkpoint::restore::{RestoreEvent, RestoreJob};
 use super::checkpoint::streams::Streams;
@@ -538,7 +540,12 @@ impl IncomingMigration {
                 say_undone(peer);
                 Ok(())
             }
-            Some(outstanding) => self.run(outstanding, peer.clone(), inputs, tell, stage, current),
+            Some(outstanding) => {
+                let around = Around { tell, stage, current };
+                let committed =
+                    CommittedMigration::commit(self, outstanding, peer.clone(), around)?;
+                committed.go_on(inputs)
+            }
         }
     }
 
