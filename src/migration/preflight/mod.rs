@@ -5,4 +5,6 @@ pub(crate) mod destination_checks;
 pub(crate) mod host;
 pub(crate) mod layers;
 pub(crate) mod source_checks;
+pub(crate) mod source_files;
+pub(crate) mod source_network;
 pub(crate) mod standard;

@@ -2,44 +2,37 @@
 //! obstacle that shows here.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use super::destination_checks::{room_for_images, room_for_notes};
 use super::host;
-use super::layers::{self, Layered};
+use super::layers::Layered;
+use super::source_files::{self, Roots};
+use super::source_network::{self, OwnNetwork};
 use super::standard::{self, Standard};
 use crate::engine::handover::Handover;
 use crate::engine::image::ImageCourse;
 use crate::engine::lookup::FoundName;
 use crate::engine::owner::{Facts, owner};
 use crate::engine::papers::EngineWants;
-use crate::engine::property;
-use crate::files::place::{self, Parent};
-use crate::files::root::Root;
+use crate::files::probe;
+use crate::files::tmpfs::{self, Tmpfs};
 use crate::files::walk::Size;
-use crate::files::{probe, tmpfs};
 use crate::memory::pages;
-use crate::migration::forwarding as forward;
 use crate::migration::journal::away::AwayMark;
 use crate::migration::journal::holder;
 use crate::migration::network::container::ContainerNetwork;
-use crate::migration::network::floating_address;
 use crate::migration::options::MigrateOptions;
-use crate::migration::protocol::forwarding::{ForwardOption, ForwardRequest};
-use crate::migration::protocol::{How, MAX_PARENTS, Place, Plan, Probe};
+use crate::migration::protocol::{How, Plan};
 use crate::migration::transfer::file_sender::FilesToCopy;
-use crate::network::image::LinkKind;
-use crate::network::{self, NetworkImage, Placement};
+use crate::network::{self, Placement};
 use crate::oci::bundle::Bundle;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::{Runtime, RuntimeState};
 use crate::problem::{Problem, Problems};
-use crate::sys::mntns;
-use crate::sys::netns::NetNs;
-use crate::sys::process::{self, proc_text};
+use crate::sys::process::proc_text;
 use crate::tasks::losses::Scene;
 use crate::tasks::{imaged, locks, losses as preflight, settings, unsupported};
 
@@ -52,7 +45,7 @@ pub struct SourceContainer {
     /// Its control group.
     pub cgroup: Cgroup,
     /// Its network, where it has one of its own.
-    pub network: Option<(NetNs, PathBuf, NetworkImage)>,
+    pub network: OwnNetwork,
     /// For the destination.
     pub plan: Plan,
     /// Keeps the probe files until the destination has looked.
@@ -87,14 +80,6 @@ impl SourceContainer {
             (None, None) => ContainerNetwork::Nothing,
         }
     }
-}
-
-/// What the container has of this host's files.
-pub struct Roots {
-    /// By the number of its probe.
-    pub list: Vec<Root>,
-    /// The root of the container's mounts.
-    pub inside: OwnedFd,
 }
 
 /// Looks at a container.
@@ -287,125 +272,23 @@ fn look(
     terminal(&bundle, wishes)?;
     let Standard { streams, mut probes, logs } =
         standard::look(state.pid, &cgroup.processes().unwrap_or_default())?;
-    let floating = floating_address::look(&bundle, state.pid, &cgroup, wishes)?;
-    let (network, loopback) = match floating {
-        Some(_) => (None, None),
-        None => network(&bundle, state.pid, engine.is_some())?,
-    };
-    let away = network.as_ref().and_then(|n| forward::away_of(&n.0));
-
-    let ties = |n: &(NetNs, PathBuf, NetworkImage)| forward::translated(&n.0, &n.2, away.as_ref());
-    let translated = network.as_ref().map(ties).unwrap_or_default();
-    let mut warnings = Vec::new();
-    let forwards = wishes.forward != ForwardOption::Never;
-    if let (Some(wanted), Some((namespace, _, image))) = (&engine, &network) {
-        warnings.extend(forward::published::moves(wanted));
-        warnings.extend(forward::published::left_behind(wanted, forwards));
-        let mut problems = forward::published::stuck(wanted, forwards, namespace, image)?;
-        problems.extend(away.iter().map(forward::published::twice));
-        if !problems.is_empty() {
-            return Err(Problems(problems).into());
-        }
-    }
-
-    if let Some(wanted) = engine.as_mut().filter(|_| !forwards) {
-        wanted.neighbours.clear();
-    }
-    let from = away.map(|a| (a.id, a.home));
-    let forward = ForwardRequest { wish: wishes.forward, from, translated };
+    let found = source_network::look(&bundle, state.pid, &cgroup, wishes, engine.as_mut())?;
     if let Placement::Hook(program) = &wishes.placement {
         network::hook::usable(program)?;
     }
 
-    let destination = wishes.bundle.clone().unwrap_or_else(|| state.bundle.clone());
-    let (mut listed, mut roots) = (Vec::new(), Vec::new());
-    let inside = mntns::root_of(state.pid).context("cannot look at the container's mounts")?;
-    let mut add = |what: String, place: Place, path: &Path, wish: How, read_only: bool| {
-        let opened = Root::open(path);
-        let opened = opened.with_context(|| format!("cannot look at {}", path.display()))?;
+    let files = source_files::look(state.pid, &bundle, wishes, engine.as_ref())?;
+    probes.extend(files.probes);
 
-        // A single file that was replaced matters only if it is to be copied.
-        if let Some(problem) = replaced(&inside, &what, &place, &opened)
-            && opened.is_dir()
-        {
-            return Err(problem.into());
-        }
-
-        let probe = probe::make_at(&opened, read_only)?;
-        let (proof, directory, file) = (probe.proof.clone(), opened.is_dir(), opened.is_file());
-        probes.push(probe);
-        roots.push(opened);
-        let probe = Probe { what, place, proof: proof.clone(), wish, directory, file, read_only };
-        listed.push(probe);
-        anyhow::Ok(proof)
-    };
-
-    let (root, fixed) = (bundle.rootfs()?, bundle.rootfs_read_only());
-    if wishes.rootfs != How::Shared && engine.is_none() {
-        let problem = property::store_problem("root file system", &root, "--rootfs shared");
-        problem.map_or(Ok(()), Err)?;
-    }
-
-    let layered = match &engine {
-        None => {
-            let what = "root file system".to_owned();
-            layers::look(&root, &add(what, Place::Rootfs, &root, wishes.rootfs, fixed)?)?
-        }
-        Some(_) => engines_layers(&root)?,
-    };
-
-    let mounts = bundle.bind_mounts();
-    if let Some((place, _)) =
-        wishes.volumes.iter().find(|(place, _)| mounts.iter().all(|m| m.destination != *place))
-    {
-        let known: Vec<_> = mounts.iter().map(|m| m.destination.display().to_string()).collect();
-        return Err(Problem::new(
-            format!("nothing is bound to {} in the container", place.display()),
-            if known.is_empty() {
-                "config.json has no bind mounts".to_owned()
-            } else {
-                format!("its bind mounts are {}", known.join(", "))
-            },
-        )
-        .hint("--volume wants the place in the container, as in config.json's mounts")
-        .into());
-    }
-
-    for mount in mounts {
-        if engine.iter().any(|e| e.own.contains(&mount.destination)) {
-            continue;
-        }
-        let what = format!("bind mount {}", mount.destination.display());
-        let wish = wishes.volumes.iter().find(|(place, _)| *place == mount.destination);
-
-        // Nobody else has a volume there that the engine is asked to make.
-        let volume = engine.iter().any(|e| e.volumes.iter().any(|v| v.place == mount.destination));
-        let usual = if volume { How::Copy } else { How::Auto };
-        let wish = wish.map_or(usual, |w| w.1);
-        if wish == How::Copy && !volume {
-            let option = format!("--volume {}=shared", mount.destination.display());
-            property::store_problem(&what, &mount.source, &option).map_or(Ok(()), Err)?;
-        }
-        let place = Place::Mount(mount.destination);
-        add(what, place, &mount.source, wish, mount.read_only)?;
-    }
-
-    let mountinfo = proc_text(state.pid, "mountinfo")?;
-    let bound: Vec<PathBuf> = bundle.bind_mounts().into_iter().map(|m| m.destination).collect();
-
-    // Others may not tell CRIU of these binds.
-    let runc = runtime.program().file_name().is_some_and(|name| name == "runc");
-    let masked = if runc { bundle.masked_paths() } else { Vec::new() };
-    let mut tmpfs = tmpfs::find(&mountinfo, &bound, &masked);
-    tmpfs::measure(Path::new(&format!("/proc/{}/root", state.pid)), &mut tmpfs)?;
+    let tmpfs = tmpfs_of(runtime, state.pid, &bundle)?;
     let resident = resident_bytes(&cgroup)?;
     let imaged_bytes = imaged::bytes(&cgroup.processes()?);
     tracing::debug!(
         ?cgroup,
         mib = resident >> 20,
         tmpfs = tmpfs.len(),
-        probes = listed.len(),
-        network = ?network.as_ref().map(|n| &n.1),
+        probes = files.listed.len(),
+        network = ?found.own.as_ref().map(|own| &own.1),
         "process {} of {} can go along",
         state.pid,
         wishes.container,
@@ -416,7 +299,7 @@ fn look(
         check_only: wishes.check_only,
         container: wishes.container.clone(),
         source: crate::sys::host::name(),
-        bundle: destination,
+        bundle: wishes.bundle.clone().unwrap_or_else(|| state.bundle.clone()),
         config: bundle.config.clone(),
         root: wishes.root.clone(),
         systemd_cgroup: wishes.systemd_cgroup || preflight::limits::by_systemd(&cgroup, &bundle),
@@ -432,107 +315,60 @@ fn look(
         machine: host::machine(),
         kernel: host::kernel(),
         criu: host::criu().map_or(0, |c| c.1),
-        probes: listed,
-        parents: parents(&bundle, &root, &layered, wishes),
+        probes: files.listed,
+        parents: source_files::parents(&bundle, &files.layered, wishes)?,
         overlay: match engine {
-            None => layered.over_there(&bundle.path, wishes.bundle.as_deref()),
+            None => files.layered.over_there(&bundle.path, wishes.bundle.as_deref()),
             Some(_) => None,
         },
         tmpfs,
-        network: network.as_ref().map(|n| n.2.clone()),
-        floating,
-        loopback,
-        network_path: network.as_ref().and_then(|_| bundle.namespace("network").flatten()),
+        network: found.own.as_ref().map(|own| own.2.clone()),
+        floating: found.floating,
+        loopback: found.loopback,
+        network_path: found.own.as_ref().and_then(|_| bundle.namespace("network").flatten()),
         placement: match engine {
             None => wishes.placement.clone(),
             // It makes the network.
             Some(_) => Placement::Keep,
         },
         verify: wishes.verify,
-        forward,
+        forward: found.forward,
         engine,
     };
 
     if let Some(problem) = room_for_images(&plan, host::memory_available().unwrap_or(u64::MAX)) {
         return Err(problem.into());
     }
-    let _ = runtime;
 
     Ok(SourceContainer {
         state,
         bundle,
         cgroup,
-        network,
+        network: found.own,
         plan,
         probes,
-        found: Some(Roots { list: roots, inside }),
+        found: Some(files.roots),
         logs,
-        layered,
+        layered: files.layered,
         load: None,
         copies: Vec::new(),
         image: ImageCourse::There,
         sizes: Vec::new(),
         forward: None,
-        warnings,
+        warnings: found.warnings,
     })
 }
 
-/// Tells whether the container has something else at a place than what its configuration leads to: it may
-/// have put a symbolic link there that leads out of it. `inside` is the root of its mounts.
-pub fn replaced(inside: &OwnedFd, what: &str, place: &Place, found: &Root) -> Option<Problem> {
-    let place = match place {
-        Place::Rootfs => Path::new("/"),
-        Place::Mount(place) => place,
-    };
-    let has = probe::inode_in(&process::path_of(inside), place);
-    (has != Some(found.inode())).then(|| {
-        Problem::new(
-            format!("the {what} is not what is at {}", found.place().display()),
-            "that was replaced since the container was started: it still has what was there before",
-        )
-        .hint("start the container anew; and do not replace what is bound into a container")
-    })
-}
+/// Its tmpfs, and what is in them.
+fn tmpfs_of(runtime: &Runtime, init: i32, bundle: &Bundle) -> Result<Vec<Tmpfs>> {
+    let bound: Vec<PathBuf> = bundle.bind_mounts().into_iter().map(|m| m.destination).collect();
 
-/// The directories above everything that may be copied, at their places on the destination.
-fn parents(
-    bundle: &Bundle,
-    root: &Path,
-    layered: &Layered,
-    wishes: &MigrateOptions,
-) -> Vec<Parent> {
-    let there = wishes.bundle.as_deref().unwrap_or(&bundle.path);
-    let moved = |path: &Path| match path.strip_prefix(&bundle.path) {
-        Ok(below) => there.join(below),
-        Err(_) => path.to_owned(),
-    };
-    let mut places = vec![bundle.path.clone(), root.to_owned()];
-    places.extend(bundle.bind_mounts().into_iter().map(|mount| mount.source));
-    if let Some(upper) = layered.overlay().and_then(|overlay| overlay.upper.as_ref()) {
-        places.extend([upper.path.clone(), upper.work.clone()]);
-    }
-    let mut list: Vec<Parent> = Vec::new();
-    for parent in places.iter().flat_map(|path| place::parents(path, moved)) {
-        if list.len() < MAX_PARENTS && list.iter().all(|known| known.path != parent.path) {
-            list.push(parent);
-        }
-    }
-    list
-}
-
-/// The root file system of an engine's container: what it has changed of its image goes along.
-fn engines_layers(root: &Path) -> Result<Layered> {
-    let layered = layers::look_at_engines(root)?;
-    if layered.overlay().is_some_and(|overlay| overlay.upper.is_some()) {
-        Ok(layered)
-    } else {
-        let why = layered.only_merged().unwrap_or("it is no overlay with an upper layer");
-        let what = "what the container has changed of its image cannot be told";
-        let problem = Problem::new(what, why.to_owned());
-        Err(problem
-            .hint("the engine's storage driver must be overlay, mounted by the kernel")
-            .into())
-    }
+    // Others may not tell CRIU of these binds.
+    let runc = runtime.program().file_name().is_some_and(|name| name == "runc");
+    let masked = if runc { bundle.masked_paths() } else { Vec::new() };
+    let mut found = tmpfs::find(&proc_text(init, "mountinfo")?, &bound, &masked);
+    tmpfs::measure(Path::new(&format!("/proc/{init}/root")), &mut found)?;
+    Ok(found)
 }
 
 /// Private anonymous memory of all tasks, in bytes.
@@ -558,55 +394,4 @@ fn terminal(bundle: &Bundle, wishes: &MigrateOptions) -> Result<()> {
         .into());
     }
     Ok(())
-}
-
-type OwnNetwork = Option<(NetNs, PathBuf, NetworkImage)>;
-
-/// The container's network, where it has one of its own that Ferry can carry; or what the runtime
-/// has given it, where that is nothing but a loopback device.
-fn network(bundle: &Bundle, pid: i32, engines: bool) -> Result<(OwnNetwork, Option<NetworkImage>)> {
-    match bundle.namespace("network") {
-        Some(Some(path)) => {
-            let problem = property::namespace_problem(&path).filter(|_| !engines);
-            problem.map_or(Ok(()), Err)?;
-            let namespace = NetNs::open(&path).map_err(|e| {
-                Problem::new(format!("cannot open the network namespace {}", path.display()), e)
-            })?;
-            let real = NetNs::of_pid(pid as u32)?;
-            if real.identity()? != namespace.identity()? {
-                return Err(Problem::new(
-                    format!("{} is not the container's network namespace", path.display()),
-                    "it was replaced since the container was started",
-                )
-                .into());
-            }
-
-            let links = forward::away_of(&namespace).map(|a| a.links).unwrap_or_default();
-            let image =
-                network::capture_forwarded(&namespace, &NetNs::current()?, Some(&path), &links)?;
-            Ok((Some((namespace, path, image)), None))
-        }
-        Some(None) => {
-            let own = NetNs::of_pid(pid as u32)?;
-            let path = PathBuf::from(format!("/proc/{pid}/ns/net"));
-            let capture = if engines { network::capture_engines } else { network::capture_at };
-            let image = capture(&own, &NetNs::current()?, Some(&path))?;
-            if image.outward().next().is_none() {
-                return Ok((None, Some(image)));
-            }
-
-            // CRIU makes such a namespace anew, and empty, unless it is in one that is full.
-            if !image.links.iter().any(|l| l.kind == LinkKind::Loopback && l.up) {
-                return Err(Problem::new(
-                    "the container's network namespace has no name, and its loopback is down",
-                    "CRIU cannot be started in it, and would make an empty one",
-                )
-                .hint(format!("`nsenter --net={} ip link set lo up`", path.display()))
-                .into());
-            }
-            Ok((Some((own, path, image)), None))
-        }
-        // The host's.
-        None => Ok((None, None)),
-    }
 }
