@@ -7,11 +7,12 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, anyhow};
 
-use super::carrier::{self, DEAD, ORPHANED, PULSE, Refused};
+use super::carrier::{self, PULSE, Refused};
 use super::process::dismantle;
-use super::way::{reached_by, through, way};
+use super::switch::{Abroad, AfterLoss, Switch};
+use super::way::reached_by;
 use super::wire::{IncomingFrames, Wire};
 use super::{HOME, Home, control, home_at, remove_directory, write};
 use crate::migration::protocol::Message;
@@ -35,38 +36,28 @@ const FAREWELL: Duration = Duration::from_secs(3);
 struct Forwarder {
     directory: PathBuf,
     wire: Wire,
-    state: Mutex<SwitchState>,
+    state: Mutex<ForwarderState>,
     changed: Condvar,
     out_bytes: AtomicU64,
     in_bytes: AtomicU64,
 }
 
-struct SwitchState {
-    home: Home,
-    /// Links to hosts: the one where the container is, and one where it may go.
-    ports: Vec<SwitchPort>,
-    /// The last number given.
-    number: u64,
-    /// The port that frames go to.
-    active: Option<u64>,
+struct ForwarderState {
+    switch: Switch<PortLink>,
     /// Hears what comes, while frames go anywhere.
     ear: Option<Arc<IncomingFrames>>,
-    over: bool,
 }
 
-struct SwitchPort {
-    number: u64,
-    /// The migration that made it; none after a new start.
-    migration: String,
-    destination: Destination,
-    peer: Option<PeerWriter>,
+/// A link to a host.
+struct PortLink {
+    peer: PeerWriter,
     cutter: Option<Cutter>,
-    /// Last sign of life.
-    heard: Instant,
-    /// Open connections of the container's, where they are known, and since when there is none.
-    connections: Option<u32>,
-    idle_since: Option<Instant>,
-    why: String,
+}
+
+impl PortLink {
+    fn cut(&self) {
+        self.cutter.iter().for_each(Cutter::cut);
+    }
 }
 
 /// `ferry __guard forward work DIRECTORY`: the process that forwards.
@@ -76,8 +67,8 @@ struct SwitchPort {
 pub fn work(directory: &Path) -> Result<()> {
     let home = home_at(directory)?;
     let wire = Wire::open(directory, &home)?;
-    let state =
-        SwitchState { home, ports: Vec::new(), number: 0, active: None, ear: None, over: false };
+    let Home { active, pending, .. } = home.clone();
+    let state = ForwarderState { switch: Switch::new(home), ear: None };
     let forwarder = Arc::new(Forwarder {
         directory: directory.to_owned(),
         wire,
@@ -88,7 +79,6 @@ pub fn work(directory: &Path) -> Result<()> {
     });
 
     // After a new start: on with it.
-    let Home { active, pending, .. } = forwarder.lock().home.clone();
     if let Some(destination) = active {
         let number = forwarder.add(destination, "", None)?;
         forwarder.activate(number)?;
@@ -111,12 +101,16 @@ pub fn work(directory: &Path) -> Result<()> {
         match ended.recv_timeout(PULSE) {
             Ok(dismantled) => break dismantled,
             // Said over a link.
-            Err(_) if forwarder.lock().over || forwarder.is_deserted() => break true,
-            Err(_) => {}
+            Err(_) => {
+                let switch = &forwarder.lock().switch;
+                if switch.over || switch.is_deserted(Instant::now()) {
+                    break true;
+                }
+            }
         }
     };
 
-    forwarder.lock().over = true;
+    forwarder.lock().switch.over = true;
     // The answer to whoever said so is on its way.
     std::thread::park_timeout(Duration::from_millis(50));
     forwarder.say_over();
@@ -126,9 +120,7 @@ pub fn work(directory: &Path) -> Result<()> {
         remove_directory(directory)
     }
 
-    for port in &forwarder.lock().ports {
-        port.cutter.iter().for_each(Cutter::cut);
-    }
+    forwarder.lock().switch.links().for_each(PortLink::cut);
     std::process::exit(0);
 }
 
@@ -137,18 +129,26 @@ impl Forwarder {
     /// it has heard.
     fn say_over(&self) {
         let state = self.lock();
-        if state.home.published.is_none() {
+        if state.switch.home.published.is_none() {
             return;
         }
-        for peer in state.ports.iter().filter_map(|port| port.peer.as_ref()) {
-            let _ = peer.send(&Message::Forward(Box::new(ForwardMessage::Over)));
+        for link in state.switch.links() {
+            let _ = link.peer.send(&Message::Forward(Box::new(ForwardMessage::Over)));
         }
-        let linked = |state: &mut SwitchState| state.ports.iter().any(|port| port.peer.is_some());
+        let linked = |state: &mut ForwarderState| state.switch.links().next().is_some();
         let _ = self.changed.wait_timeout_while(state, FAREWELL, linked);
     }
 
-    fn lock(&self) -> MutexGuard<'_, SwitchState> {
+    fn lock(&self) -> MutexGuard<'_, ForwarderState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes down what has to outlast this process, if that has changed.
+    fn save(&self, switch: &mut Switch<PortLink>) -> Result<()> {
+        if switch.take_changed() {
+            write(&self.directory, HOME, &switch.home)?;
+        }
+        Ok(())
     }
 
     /// Answers a question, of this host or over a port.
@@ -177,18 +177,14 @@ impl Forwarder {
             Ask::Leave { migration, claim } => self.leave(&migration, port, claim).into(),
             Ask::Local => {
                 let mut state = self.lock();
-                state.active = None;
+                state.switch.come_home();
                 state.ear = None;
                 ForwardAnswer::default()
             }
             Ask::Abroad => self.abroad().into(),
             Ask::End { dismantle } => {
-                // A host that the container has left has no say.
-                if port.is_some() && port != self.lock().active {
-                    return Err(anyhow!("the container is elsewhere")).into();
-                }
-                end(dismantle);
-                ForwardAnswer::default()
+                let may = self.lock().switch.has_say(port);
+                may.map(|()| end(dismantle)).into()
             }
             Ask::Quit | Ask::Link(_) => Err(anyhow!("this is the container's home")).into(),
         }
@@ -196,73 +192,38 @@ impl Forwarder {
 
     /// Returns what of this host's tables the container's connections live by.
     fn translated(&self) -> Result<Translated> {
-        let addresses = self.lock().home.addresses.clone();
+        let addresses = self.lock().switch.home.addresses.clone();
         let addresses: Vec<_> = addresses.iter().filter_map(|a| a.parse().ok()).collect();
         Ok(translated::look(&NetNs::current()?, &addresses)?)
     }
 
     fn end_when_idle(&self, seconds: u64, port: Option<u64>) -> Result<()> {
-        let mut state = self.lock();
-        if port.is_some() && port != state.active {
-            bail!("the container is elsewhere");
-        }
-        state.home.until_idle = Some(seconds);
-        // It starts from now, whatever was before.
-        state.ports.iter_mut().for_each(|p| p.idle_since = None);
-        write(&self.directory, HOME, &state.home)
-    }
-
-    /// Tells whether it is to end when there is no connection, and there was none for long enough.
-    fn is_deserted(&self) -> bool {
-        let state = self.lock();
-        let port = state.ports.iter().find(|p| Some(p.number) == state.active);
-        // Connections whose other end has gone for so long are over, and their ports are of use again.
-        let lost = |p: &SwitchPort| p.peer.is_none() && p.heard.elapsed() > ORPHANED;
-        if state.home.published.is_some() && port.is_some_and(lost) {
-            return true;
-        }
-        let idle = port.filter(|p| p.peer.is_some()).and_then(|p| p.idle_since);
-        let limit = state.home.until_idle.map(Duration::from_secs);
-        idle.zip(limit).is_some_and(|(since, limit)| since.elapsed() >= limit)
+        let switch = &mut self.lock().switch;
+        switch.has_say(port)?;
+        switch.end_when_idle(seconds);
+        self.save(switch)
     }
 
     fn status(&self) -> Status {
-        let state = self.lock();
-        let port = state.ports.iter().find(|p| Some(p.number) == state.active);
         Status {
-            to: port.map(|p| way(&p.destination)).unwrap_or_default(),
-            since: state.home.since,
             out_bytes: self.out_bytes.load(Ordering::Relaxed),
             in_bytes: self.in_bytes.load(Ordering::Relaxed),
-            connections: port.and_then(|p| p.connections),
-            until_idle: state.home.until_idle,
-            connected: port.is_some_and(|p| p.peer.is_some()),
-            why: port.map_or_else(|| "the container is at home".into(), |p| p.why.clone()),
+            ..self.lock().switch.status()
         }
     }
 
     /// Returns how we reach a host that is named here, or by the one where the container is.
     fn ours(&self, destination: Destination, port: Option<u64>) -> Result<Destination> {
-        let mut state = self.lock();
+        let switch = &mut self.lock().switch;
         if port.is_none() {
             if let Destination::Shell { rsh, remote_ferry, .. } = &destination {
-                state.home.shell = Some((rsh.clone(), remote_ferry.clone()));
-                write(&self.directory, HOME, &state.home)?;
+                switch.remember_shell((rsh.clone(), remote_ferry.clone()));
+                self.save(switch)?;
             }
             return Ok(destination);
         }
-        if port != state.active {
-            bail!("the container is elsewhere");
-        }
-        reached_by(state.home.shell.as_ref(), destination)
-    }
-
-    /// The ways to a host: its own, and through the one where the container is.
-    fn ways(&self, destination: &Destination) -> Vec<Destination> {
-        let state = self.lock();
-        let port = state.ports.iter().find(|p| Some(p.number) == state.active);
-        let through = port.and_then(|p| through(&p.destination, destination));
-        std::iter::once(destination.clone()).chain(through).collect()
+        switch.has_say(port)?;
+        reached_by(switch.home.shell.as_ref(), destination)
     }
 
     fn probe(&self, destination: &Destination) -> Result<()> {
@@ -280,7 +241,8 @@ impl Forwarder {
         mut attempt: impl FnMut(&Destination) -> Result<T>,
     ) -> Result<T> {
         let mut first = None;
-        for way in self.ways(destination) {
+        let ways = self.lock().switch.ways(destination);
+        for way in ways {
             match attempt(&way) {
                 Ok(done) => return Ok(done),
                 Err(e) => first = first.or(Some(e)),
@@ -295,46 +257,25 @@ impl Forwarder {
             let (tell, told) = channel();
             let number = self.add(way.clone(), migration, Some(tell))?;
             let connected = told.recv().unwrap_or_else(|_| Err(anyhow!("it was given up")));
-            let mut state = self.lock();
+            let switch = &mut self.lock().switch;
             if let Err(e) = connected {
-                state.ports.retain(|p| p.number != number);
+                switch.remove(number);
                 return Err(e);
             }
-            // Whoever takes this process's place must look there, too.
-            state.home.pending = Some((way.clone(), migration.to_owned()));
-            write(&self.directory, HOME, &state.home)
+            switch.expect(way.clone(), migration);
+            self.save(switch)
         })
     }
 
-    /// One more port. Once there was a link it is made again whenever it breaks, also before anybody
-    /// knows whether the container has come to it: until that host says that it has not, somebody says
-    /// that it does not, or it has gone on from there.
-    ///
-    /// `tell` hears how the first try went, if it is to be the last that fails.
+    /// One more port, see [`Switch::lost`]. `tell` hears how the first try went, if it is to be the last
+    /// that fails.
     fn add(
         self: &Arc<Self>,
         destination: Destination,
         migration: &str,
         mut tell: Option<Sender<Result<()>>>,
     ) -> Result<u64> {
-        let number = {
-            let mut state = self.lock();
-            state.number += 1;
-            let number = state.number;
-            state.ports.push(SwitchPort {
-                number,
-                migration: migration.to_owned(),
-                destination: destination.clone(),
-                peer: None,
-                cutter: None,
-                heard: Instant::now(),
-                connections: None,
-                idle_since: None,
-                why: "connecting".into(),
-            });
-            number
-        };
-
+        let number = self.lock().switch.add(destination.clone(), migration, Instant::now());
         let forwarder = self.clone();
         std::thread::Builder::new()
             .name("port".into())
@@ -376,31 +317,21 @@ impl Forwarder {
                 closer.close();
                 why
             });
-            {
-                let mut state = self.lock();
-                let (active, over) = (state.active, state.over);
-                let Some(port) = state.ports.iter_mut().find(|p| p.number == number) else {
-                    return;
-                };
 
-                port.peer = None;
-                port.cutter = None;
-                self.changed.notify_all();
-                (port.connections, port.idle_since) = (None, None);
-                port.why = why.or(failed).unwrap_or_else(|| "the link broke".into());
-
-                // After a new start it becomes active right after this thread has begun.
-                let migration = port.migration.clone();
-                let here = active.map_or(migration.is_empty(), |active| active == number);
-                let left = active.is_some_and(|active| active > number);
-                let others = state.ports.iter().filter(|p| p.peer.is_some());
-                let next = others.map(|p| p.number).max().filter(|_| here && refused);
-                if over || left || refused && !here || next.is_some() {
-                    state.ports.retain(|p| p.number != number);
-                    self.not_pending(&mut state, &migration);
-                    drop(state);
-                    // Nobody could tell that it has gone on, and it may never say a word.
-                    if let Some(Err(e)) = next.map(|next| self.activate(next)) {
+            let why = why.or(failed).unwrap_or_else(|| "the link broke".into());
+            let after = {
+                let switch = &mut self.lock().switch;
+                let after = switch.lost(number, refused, why);
+                // For a new start; without it this one goes on all the same.
+                let _ = self.save(switch);
+                after
+            };
+            self.changed.notify_all();
+            match after {
+                AfterLoss::Again => {}
+                AfterLoss::Ended => return,
+                AfterLoss::EndedFor(next) => {
+                    if let Err(e) = self.activate(next) {
                         tracing::error!("{e:#}");
                     }
                     return;
@@ -418,29 +349,18 @@ impl Forwarder {
     ) -> Result<(Session, Receiver<String>)> {
         let (end, ended) = channel();
         let forwarder = self.clone();
-        let home = self.lock().home.clone();
+        let home = self.lock().switch.home.clone();
         let carry = ForwardMessage::Carry { id: home.id, links: home.links };
         let hear = move |heard| forwarder.hear(number, heard, &end);
         let carrier = carrier::connect(destination, Some(carry), hear)?;
-        let mut state = self.lock();
-        let port = state.ports.iter_mut().find(|p| p.number == number);
-        let port = port.ok_or_else(|| anyhow!("it was given up"))?;
-        port.peer = Some(carrier.peer.clone());
-        port.cutter = carrier.closer.cutter().ok();
-        port.heard = Instant::now();
-        port.why = String::new();
-        drop(state);
+        let (peer, cutter) = (carrier.peer.clone(), carrier.closer.cutter().ok());
+        self.lock().switch.linked(number, PortLink { peer, cutter }, Instant::now())?;
         self.changed.notify_all();
         Ok((carrier, ended))
     }
 
     fn hear(self: &Arc<Self>, number: u64, heard: FromPeer, end: &Sender<String>) -> bool {
-        {
-            let mut state = self.lock();
-            if let Some(port) = state.ports.iter_mut().find(|p| p.number == number) {
-                port.heard = Instant::now();
-            }
-        }
+        self.lock().switch.heard(number, Instant::now());
         match heard {
             FromPeer::Frame(Frame::Packet(bytes)) => self.take_in(number, &bytes),
             FromPeer::Message(Message::Forward(word)) => match *word {
@@ -449,7 +369,9 @@ impl Forwarder {
                     let answer = move || forwarder.answer_over(number, question, ask);
                     let _ = std::thread::Builder::new().name("answer".into()).spawn(answer);
                 }
-                ForwardMessage::Alive { connections } => self.count(number, connections),
+                ForwardMessage::Alive { connections } => {
+                    self.lock().switch.count(number, connections, Instant::now());
+                }
                 _ => {}
             },
             FromPeer::Gone(why) => {
@@ -462,44 +384,25 @@ impl Forwarder {
         true
     }
 
-    fn count(&self, number: u64, connections: Option<u32>) {
-        let mut state = self.lock();
-        if let Some(port) = state.ports.iter_mut().find(|p| p.number == number) {
-            port.connections = connections;
-            port.idle_since = match connections {
-                Some(0) => port.idle_since.or_else(|| Some(Instant::now())),
-                _ => None,
-            };
-        }
-    }
-
     fn answer_over(self: &Arc<Self>, port: u64, number: u64, ask: Ask) {
         let over = std::cell::Cell::new(false);
         let answer = self.answer(ask, Some(port), &|_| over.set(true));
-        let peer = {
-            let state = self.lock();
-            state.ports.iter().find(|p| p.number == port).and_then(|p| p.peer.clone())
-        };
+        let peer = self.lock().switch.link(port).map(|link| link.peer.clone());
         if let Some(peer) = peer {
             let _ =
                 peer.send(&Message::Forward(Box::new(ForwardMessage::Answer { number, answer })));
         }
         if over.get() {
-            self.lock().over = true;
+            self.lock().switch.over = true;
         }
     }
 
     /// A frame of the container's goes out here. The first that comes from a newer port than the
-    /// active one says that the container is there now: before that its fence lets none out.
+    /// active one says that the container is there now.
     fn take_in(&self, number: u64, bytes: &[u8]) {
         self.in_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         let Ok(frame) = crate::network::frames::decode(bytes) else { return };
-        let newer = self.wire.is_containers(&frame) && {
-            let state = self.lock();
-            // At home again: only what was on its way is still to come.
-            let home = state.active.is_none() && state.home.active.is_some();
-            !home && state.active.is_none_or(|active| number > active)
-        };
+        let newer = self.wire.is_containers(&frame) && self.lock().switch.is_newer(number);
         if newer && let Err(e) = self.activate(number) {
             tracing::error!("{e:#}");
         }
@@ -513,55 +416,25 @@ impl Forwarder {
         if state.ear.is_none() {
             state.ear = Some(Arc::new(self.wire.listen()?));
         }
-        let port = state.ports.iter().find(|p| p.number == number);
-        let port = port.ok_or_else(|| anyhow!("that link is gone"))?;
-        let (destination, migration) = (port.destination.clone(), port.migration.clone());
-        state.active = Some(number);
-        if state.home.active.as_ref() != Some(&destination) {
-            state.home.active = Some(destination);
-            state.home.since = crate::migration::journal::unix_time();
-            // For a new start; without it this one goes on all the same.
-            let _ = write(&self.directory, HOME, &state.home);
-        }
-        self.not_pending(&mut state, &migration);
+        state.switch.activate(number, crate::migration::journal::unix_time())?;
+        // For a new start; without it this one goes on all the same.
+        let _ = self.save(&mut state.switch);
         drop(state);
         self.changed.notify_all();
         Ok(())
     }
 
     fn switch(&self, migration: &str) -> Result<()> {
-        let (port, active) = {
-            let state = self.lock();
-            let port = state.ports.iter().find(|p| p.migration == migration).map(|p| p.number);
-            (port, state.active)
-        };
-        match port {
-            Some(port) if active.is_none_or(|active| port > active) => self.activate(port),
-            // It has been seen to be there; or it is at home.
-            _ => Ok(()),
-        }
-    }
-
-    /// What became of this migration is known.
-    fn not_pending(&self, state: &mut SwitchState, migration: &str) {
-        if state.home.pending.take_if(|p| p.1 == migration).is_some() {
-            // As above.
-            let _ = write(&self.directory, HOME, &state.home);
-        }
+        let port = self.lock().switch.port_of(migration);
+        // Without one it has been seen to be there; or it is at home.
+        port.map_or(Ok(()), |port| self.activate(port))
     }
 
     fn leave(&self, migration: &str, asked_by: Option<u64>, claim: bool) -> Result<()> {
         {
-            let mut state = self.lock();
-            let active = state.active;
-            state.ports.retain(|p| {
-                let drop = p.migration == migration && (claim || Some(p.number) != active);
-                if drop {
-                    p.cutter.iter().for_each(Cutter::cut);
-                }
-                !drop
-            });
-            self.not_pending(&mut state, migration);
+            let switch = &mut self.lock().switch;
+            switch.leave(migration, claim).iter().for_each(PortLink::cut);
+            let _ = self.save(switch);
         }
         match asked_by {
             Some(port) if claim => self.activate(port),
@@ -571,17 +444,11 @@ impl Forwarder {
 
     /// The container was on its way home, and stayed where it was.
     fn abroad(self: &Arc<Self>) -> Result<()> {
-        // Not any other, which may not have been told yet that the container does not come.
-        let (last, destination) = {
-            let state = self.lock();
-            let active = state.home.active.clone();
-            let there = state.ports.iter().filter(|p| Some(&p.destination) == active.as_ref());
-            (there.map(|p| p.number).max(), active)
-        };
-        match (last, destination) {
-            (Some(port), _) => self.activate(port),
-            (None, Some(destination)) => self.activate(self.add(destination, "", None)?),
-            (None, None) => Ok(()),
+        let abroad = self.lock().switch.abroad();
+        match abroad {
+            Abroad::Port(port) => self.activate(port),
+            Abroad::At(destination) => self.activate(self.add(destination, "", None)?),
+            Abroad::Home => Ok(()),
         }
     }
 
@@ -594,8 +461,7 @@ impl Forwarder {
             let ear = {
                 let mut state = self.lock();
                 loop {
-                    let port = state.ports.iter().find(|p| Some(p.number) == state.active);
-                    let linked = port.is_some_and(|p| p.peer.is_some());
+                    let linked = state.switch.active_link().is_some();
                     if let Some(ear) = state.ear.clone().filter(|_| linked) {
                         break ear;
                     }
@@ -610,11 +476,7 @@ impl Forwarder {
             }
             frames.clear();
             let _ = ear.read(&mut buffer, &mut frames);
-            let peer = {
-                let state = self.lock();
-                let port = state.ports.iter().find(|p| Some(p.number) == state.active);
-                port.and_then(|p| p.peer.clone())
-            };
+            let peer = self.lock().switch.active_link().map(|link| link.peer.clone());
 
             // At home again, or without a link.
             let Some(peer) = peer else { continue };
@@ -631,11 +493,7 @@ impl Forwarder {
         loop {
             std::thread::park_timeout(PULSE);
             self.wire.tend();
-            for port in &self.lock().ports {
-                if port.peer.is_some() && port.heard.elapsed() > DEAD {
-                    port.cutter.iter().for_each(Cutter::cut);
-                }
-            }
+            self.lock().switch.dead_links(Instant::now()).for_each(PortLink::cut);
         }
     }
 }

@@ -23,6 +23,7 @@ pub(crate) mod home;
 pub(crate) mod process;
 pub(crate) mod published;
 pub(crate) mod steps;
+mod switch;
 mod way;
 mod wire;
 
