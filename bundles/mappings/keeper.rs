@@ -2,9 +2,11 @@
 //!
 //! Addresses are the same whenever it is started, so that what a migration has made of them can be compared
 //! line by line. At SIGUSR1 it looks at all of its memory, and its child at that which both have had since
-//! the fork; what they found is then in the file `/verdict`. With `--share` that is 32 MiB of shared memory and nothing
-//! else. With `--flip` one thing more goes on: advice is
+//! the fork; what they found is then in the file `/verdict`. With `--share` that is 32 MiB of shared memory, and such as both
+//! write to. With `--flip` one thing more goes on: advice is
 //! given and taken back, and what the kernel says of it is looked at in between.
+
+mod shared;
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
@@ -76,6 +78,7 @@ fn run() -> io::Result<()> {
         _ => all()?,
     };
 
+    let mut shared = if shares { Some(shared::Shared::new()?) } else { None };
     let (hear, mut tell) = io::pipe()?;
     let mut hear = BufReader::new(hear);
 
@@ -91,9 +94,11 @@ fn run() -> io::Result<()> {
             }
         }
 
+        shared.iter_mut().for_each(|shared| shared.write(true));
         loop {
             wait(&wanted)?;
             let found = look(&areas, |area, page| area.name == "forked" && page % 10 == 0);
+            let found = found.and_then(|found| also(found, shared.as_ref(), false));
             writeln!(tell, "{}", found.unwrap_or_else(|e| e))?;
         }
     }
@@ -105,6 +110,7 @@ fn run() -> io::Result<()> {
         let _ = began.recv();
     }
 
+    shared.iter_mut().for_each(|shared| shared.write(false));
     if flips {
         let at = map(1024 * PAGE, BOTH, ANONYMOUS)?;
         std::thread::spawn(move || flip(at, 1024 * PAGE));
@@ -113,7 +119,8 @@ fn run() -> io::Result<()> {
 
     loop {
         wait(&wanted)?;
-        let own = look(&areas, |_, _| false).unwrap_or_else(|e| e);
+        let own = look(&areas, |_, _| false);
+        let own = own.and_then(|own| also(own, shared.as_ref(), true)).unwrap_or_else(|e| e);
         // SAFETY: it is a child that has not been waited for.
         done(unsafe { libc::kill(forked, libc::SIGUSR1) })?;
         let mut child = String::new();
@@ -122,6 +129,11 @@ fn run() -> io::Result<()> {
         fs::write("/verdict.new", format!("parent: {own}\nchild: {child}flips: {wrong} wrong\n"))?;
         fs::rename("/verdict.new", "/verdict")?;
     }
+}
+
+/// What was found, if what is shared is right, too.
+fn also(found: String, shared: Option<&shared::Shared>, first: bool) -> Result<String, String> {
+    shared.map_or(Ok(()), |shared| shared.look(first)).map(|()| found)
 }
 
 fn block_signals() -> libc::sigset_t {

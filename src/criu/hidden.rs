@@ -33,6 +33,8 @@ const OF_NO_INTEREST: [&str; 12] =
     ["rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "ac", "sd", "uw", "gu"];
 /// Mapped without a reservation of swap space.
 const UNRESERVED: &str = "nr";
+/// Kept in memory: mlock(2).
+const LOCKED: &str = "lo";
 /// Advice that lasts, and its number: madvise(2).
 const ADVICE: [(&str, i32); 8] = [
     ("sr", libc::MADV_SEQUENTIAL),
@@ -65,11 +67,10 @@ pub fn may_be_hidden(mapping: &Mapping, flags: &str, key: u32) -> bool {
 }
 
 /// Tells whether CRIU need not see a mapping of anonymous shared memory of which it sees no other one: with no
-/// flags but those that mean advice.
+/// flags but those that mean advice, or that it is locked.
 fn shared_may_be_hidden(mapping: &Mapping, flags: &str, key: u32) -> bool {
-    mapping.is_nameless()
-        && key == 0
-        && relevant(flags).all(|flag| flag == UNRESERVED || ADVICE.iter().any(|a| a.0 == flag))
+    let known = |flag| matches!(flag, UNRESERVED | LOCKED) || ADVICE.iter().any(|a| a.0 == flag);
+    mapping.is_nameless() && key == 0 && relevant(flags).all(known)
 }
 
 /// Flags that a dump has to keep, or that keep CRIU from being spared the mapping.
@@ -90,6 +91,7 @@ fn record(mapping: &Mapping, flags: &str) -> MappingRecord {
         offset: mapping.offset,
         access: access.fold(0, |all, (_, bit)| all | *bit as u64),
         unreserved: relevant(flags).any(|flag| flag == UNRESERVED),
+        locked: relevant(flags).any(|flag| flag == LOCKED),
         heap: mapping.name == HEAP,
         shared: mapping.is_shared().then_some(mapping.inode),
         advice: advice(flags),
@@ -486,10 +488,16 @@ mod tests {
         let locked = [(all[0].0, "rd wr sh mr mw me ms lo")];
         let known = KnownMappings::parse(&smaps(&locked)).unwrap();
         let drawn = known.draw(&maps(&locked), &[], &[77].into()).unwrap();
+        assert!(drawn.hidden[0].locked && !both.hidden[0].locked);
+
+        // Locked at first touch.
+        let later = [(all[0].0, "rd wr sh mr mw me ms lo lf")];
+        let known = KnownMappings::parse(&smaps(&later)).unwrap();
+        let drawn = known.draw(&maps(&later), &[], &[77].into()).unwrap();
         assert_eq!((drawn.hidden.len(), drawn.seen), (0, [77].into()));
         let free =
             KnownMappings::parse(&smaps(&all)).unwrap().draw(&maps(&all[..1]), &[], &[77].into());
-        assert!(free.unwrap().check(&smaps::parse(&smaps(&locked)).unwrap()).is_err());
+        assert!(free.unwrap().check(&smaps::parse(&smaps(&later)).unwrap()).is_err());
 
         // Of one that has come since nobody knows the flags.
         let new = (&text[5][..], flags);

@@ -6,7 +6,7 @@
 //! 2: compat_nr_pages, 4: flags, 5: nr_pages}`; CRIU 4.1 and older count in field 2.
 //! `ids-<pid>.img`: one record, in which field 2 is the number of a table of descriptors;
 //! `core-<pid>.img`: one record, in whose message 3 (`task_core_entry`) field 6 is the command's name;
-//! `pagemap-shmem-<inode>.img` is a pagemap of shared memory, `memfd.img` a record `memfd_inode_entry {1: name,
+//! `memfd.img` has a record `memfd_inode_entry {1: name,
 //! 5: inode …}` for each that CRIU has seen.
 //! `fdinfo-<table>.img`: a record `fdinfo_entry {1: file, 2: flags, 3: type, 4: fd}` for each.
 //! Source: CRIU images/pagemap.proto, core.proto, fdinfo.proto, criu/include/magic.h.
@@ -146,32 +146,6 @@ pub fn with_lazy(bytes: &[u8], more: &[PageRegion]) -> Result<Vec<u8>> {
 
     // Each page once, or the destination would refuse it.
     parse_pagemap(&whole)?;
-    Ok(whole)
-}
-
-/// The pagemap image of shared memory: the number of its pages image, and runs of pages, which are in that in this
-/// order.
-///
-/// # Errors
-/// When there is no room.
-pub fn of_shared(pages_id: u32, runs: &[(u64, u64)]) -> Result<Vec<u8>> {
-    let mut whole = MAGIC.map(u32::to_le_bytes).concat();
-    let mut write = |values: &[(u32, u64)]| -> Result<()> {
-        let mut record = Vec::new();
-        let mut out = CodedOutputStream::vec(&mut record);
-        for (field, value) in values {
-            out.write_uint64(*field, *value)?;
-        }
-        out.flush()?;
-        drop(out);
-        whole.extend(u32::try_from(record.len())?.to_le_bytes());
-        whole.extend(record);
-        Ok(())
-    };
-    write(&[(1, u64::from(pages_id))])?;
-    for (page, pages) in runs {
-        write(&[(1, page * PAGE as u64), (2, 0), (4, u64::from(PE_PRESENT)), (5, *pages)])?;
-    }
     Ok(whole)
 }
 
@@ -376,11 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn shared_memory_has_a_pagemap_of_its_own_and_memfds_are_found() {
-        let bytes = of_shared(9, &[(1, 3), (7, 1)]).unwrap();
-        let (id, entries) = parse_pagemap(&bytes).unwrap();
-        let entry = |vaddr, pages| PagemapEntry { vaddr, pages, flags: PE_PRESENT };
-        assert_eq!((id, entries), (9, vec![entry(0x1000, 3), entry(0x7000, 1)]));
+    fn memfds_are_found() {
         let mut image = [COMMON, MEMFD].map(u32::to_le_bytes).concat();
         for inode in [77, 78] {
             // A name, owners, a size, the inode, seals.
@@ -389,7 +359,8 @@ mod tests {
             image.extend(record);
         }
         assert_eq!(parse_memfds(&image).unwrap(), [77, 78]);
-        assert!(parse_memfds(&image[..image.len() - 1]).is_err() && parse_memfds(&bytes).is_err());
+        assert!(parse_memfds(&image[..image.len() - 1]).is_err());
+        assert!(parse_memfds(&[COMMON, CORE].map(u32::to_le_bytes).concat()).is_err());
     }
 
     #[test]

@@ -15,8 +15,10 @@
 //! CRIU opens `images_dir_fd` and `work_dir_fd` as `/proc/<peer>/fd/N`, the peer being the creator
 //! of the socket pair, which is now this process: callers must put numbers of ours there.
 
+use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -45,6 +47,8 @@ pub struct Interposer {
     vouched: bool,
     /// Files that are to lie over tasks' `smaps` for criu.
     cover: Option<PathBuf>,
+    /// Descriptors that criu gets.
+    lent: Vec<OwnedFd>,
 }
 
 impl Interposer {
@@ -67,7 +71,8 @@ impl Interposer {
         let listener = UnixListener::bind(&socket)
             .with_context(|| format!("cannot listen on {}", socket.display()))?;
         let real = real.to_owned();
-        Ok(Interposer { bin, socket, real, listener, namespace, vouched: false, cover: None })
+        let (vouched, cover, lent) = (false, None, Vec::new());
+        Ok(Interposer { bin, socket, real, listener, namespace, vouched, cover, lent })
     }
 
     /// Has criu believe that what its tasks watch with epoll is what its number says. Whoever asks
@@ -80,6 +85,11 @@ impl Interposer {
     /// number is its name. Whether that could be done, [`CriuSession::covered`] says.
     pub fn cover(&mut self, directory: &Path) {
         self.cover = Some(directory.to_owned());
+    }
+
+    /// Has criu be started with these descriptors, too: under which numbers, [`CriuSession::numbers`] says.
+    pub fn lend(&mut self, files: Vec<OwnedFd>) {
+        self.lent = files;
     }
 
     /// Makes the runtime that `command` starts find the shim.
@@ -120,12 +130,19 @@ impl Interposer {
             let (ours, for_criu) = scm::seqpacket_pair()?;
             let mut fds = vec![for_criu.as_raw_fd()];
             fds.extend(self.namespace.as_ref().map(|n| n.as_fd().as_raw_fd()));
+            fds.extend(self.lent.iter().map(AsRawFd::as_raw_fd));
             let mut word = if self.vouched { shim::VOUCHED } else { shim::GO }.to_vec();
+            word.push(self.namespace.as_ref().map_or(shim::NO_NAMESPACE, |_| shim::NAMESPACE));
             word.extend(self.cover.iter().flat_map(|path| path.as_os_str().as_bytes()));
             scm::send(&hub, &word, &fds)?;
             drop(for_criu);
 
             let covered = self.cover.is_some() && covered(&hub, deadline)?;
+            if !self.lent.is_empty() {
+                wait_readable(&[hub.as_fd()], Some(deadline))?;
+                let said = scm::receive_stream(&hub, shim::LONGEST)?;
+                said.ok_or_else(|| anyhow!("the criu shim went away"))?;
+            }
             let session = CriuSession { runtime: theirs, criu: ours, criu_pid, covered };
             let Some((bytes, _)) = session.receive_from_runtime(Some(deadline))? else { continue };
             let request = Criu_req::parse_from_bytes(&bytes).context("the runtime's request")?;
@@ -217,6 +234,22 @@ impl CriuSession {
     /// When there can be no more descriptors.
     pub fn duplicate(&self) -> std::io::Result<OwnedFd> {
         self.criu.try_clone()
+    }
+
+    /// The numbers of all files that criu has open, by device and inode.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn numbers(&self) -> Result<HashMap<(u64, u64), i32>> {
+        let mut found = HashMap::new();
+        for entry in std::fs::read_dir(format!("/proc/{}/fd", self.criu_pid))? {
+            let entry = entry?;
+            let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            if let (Some(number), Ok(meta)) = (number, std::fs::metadata(entry.path())) {
+                found.insert((meta.dev(), meta.ino()), number);
+            }
+        }
+        Ok(found)
     }
 
     /// Sends the (edited) job to CRIU.

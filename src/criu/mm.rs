@@ -2,7 +2,7 @@
 //!
 //! `mm-<pid>.img`: u32 LE magics `0x54564319`, `0x57492820`, then one record of a u32 length and a protobuf
 //! message `mm_entry`, in which each field 14 is a mapping: `vma_entry {1: start, 2: end, 3: pgoff,
-//! 4: shmid, 5: prot, 6: flags, 7: status, 8: fd, 9: madv}`. Restore wants them in the order of addresses;
+//! 4: shmid, 5: prot, 6: flags, 7: status, 8: fd, 9: madv, 10: fdflags}`; of a file shmid is its id. Restore wants them in the order of addresses;
 //! guards (`MADV_GUARD_INSTALL`), which lie within others, come last. Source: CRIU images/mm.proto, vma.proto,
 //! criu/include/image.h.
 
@@ -18,10 +18,10 @@ const MM: u32 = 0x5749_2820;
 const COMMON: u32 = 0x5456_4319;
 /// Field of `mm_entry`.
 const MAPPING: u32 = 14;
-/// `VMA_AREA_REGULAR`, `VMA_AREA_HEAP`, `VMA_ANON_SHARED`, `VMA_ANON_PRIVATE`, `VMA_AREA_GUARD`.
+/// `VMA_AREA_REGULAR`, `VMA_AREA_HEAP`, `VMA_FILE_SHARED`, `VMA_ANON_PRIVATE`, `VMA_AREA_GUARD`.
 const REGULAR: u64 = 1 << 0;
 const HEAP: u64 = 1 << 5;
-const ANON_SHARED: u64 = 1 << 8;
+const FILE_SHARED: u64 = 1 << 7;
 const ANON_PRIVATE: u64 = 1 << 9;
 const GUARD: u64 = 1 << 16;
 
@@ -36,6 +36,8 @@ pub struct MappingRecord {
     pub access: u64,
     /// Without a reservation: `MAP_NORESERVE`.
     pub unreserved: bool,
+    /// Kept in memory: `MAP_LOCKED`.
+    pub locked: bool,
     /// Whether it is the one of brk(2).
     pub heap: bool,
     /// The inode of the memory that it shares with others; private without.
@@ -45,14 +47,20 @@ pub struct MappingRecord {
 }
 
 impl MappingRecord {
-    fn message(&self) -> Result<Vec<u8>> {
-        let (kind, status) = match self.shared {
-            Some(_) => (libc::MAP_SHARED, ANON_SHARED),
-            None => (libc::MAP_PRIVATE, ANON_PRIVATE),
+    /// As the image has it; `file` gives the identifier of the file that stands for shared memory.
+    fn message(&self, file: &dyn Fn(u64) -> Option<u32>) -> Result<Vec<u8>> {
+        let lent = |inode| file(inode).ok_or_else(|| anyhow!("no file for shared memory {inode}"));
+        let file = self.shared.map(lent).transpose()?;
+        let (mut flags, status) = match file {
+            Some(_) => (libc::MAP_SHARED as u64, FILE_SHARED),
+            None => ((libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64, ANON_PRIVATE),
         };
-        let mut flags = (kind | libc::MAP_ANONYMOUS) as u64;
         if self.unreserved {
             flags |= libc::MAP_NORESERVE as u64;
+        }
+
+        if self.locked {
+            flags |= libc::MAP_LOCKED as u64;
         }
 
         let status = REGULAR | status | if self.heap { HEAP } else { 0 };
@@ -60,8 +68,8 @@ impl MappingRecord {
         let mut body = Vec::new();
         let mut out = CodedOutputStream::vec(&mut body);
         let Range { start, end } = self.range;
-        let shared = self.shared.unwrap_or(0);
-        let values = [start, end, self.offset, shared, self.access, flags, status];
+        let id = u64::from(file.unwrap_or(0));
+        let values = [start, end, self.offset, id, self.access, flags, status];
         for (number, value) in (1..).zip(values) {
             out.write_uint64(number, value)?;
         }
@@ -69,6 +77,9 @@ impl MappingRecord {
         out.write_sint64(8, -1)?;
         if self.advice != 0 {
             out.write_uint64(9, self.advice)?;
+        }
+        if file.is_some() {
+            out.write_uint64(10, libc::O_RDWR as u64)?;
         }
         out.flush()?;
         drop(out);
@@ -132,13 +143,18 @@ impl MmImage {
         Ok(())
     }
 
-    /// Adds mappings that CRIU was not shown.
+    /// Adds mappings that CRIU was not shown; `file` gives the identifier of the file that stands for shared memory,
+    /// by inode.
     ///
     /// # Errors
     /// When it has seen one of them: then there would be two.
-    pub fn add(&mut self, hidden: &[MappingRecord]) -> Result<()> {
+    pub fn add(
+        &mut self,
+        hidden: &[MappingRecord],
+        file: &dyn Fn(u64) -> Option<u32>,
+    ) -> Result<()> {
         for record in hidden {
-            self.areas.push((record.range.clone(), record.message()?));
+            self.areas.push((record.range.clone(), record.message(file)?));
         }
         self.areas.sort_by_key(|(range, _)| range.start);
         match self.areas.windows(2).find(|two| two[0].0.end > two[1].0.start) {
@@ -216,6 +232,7 @@ mod tests {
             offset: 0,
             access: 3,
             unreserved: false,
+            locked: false,
             heap: false,
             shared: None,
             advice: 0,
@@ -255,7 +272,7 @@ mod tests {
     #[test]
     fn what_was_hidden_comes_in_order_and_guards_last() {
         let mut image = MmImage::parse(&image()).unwrap();
-        image.add(&[record(0xb000, 0xc000), record(0x3000, 0x9000)]).unwrap();
+        image.add(&[record(0xb000, 0xc000), record(0x3000, 0x9000)], &|_| None).unwrap();
         let all = MmImage::parse(&image.bytes().unwrap()).unwrap();
         let ranges: Vec<_> = all.areas.iter().map(|(range, _)| range.clone()).collect();
         assert_eq!(ranges, [0x1000..0x3000, 0x3000..0x9000, 0x9000..0xa000, 0xb000..0xc000]);
@@ -268,10 +285,10 @@ mod tests {
     fn nothing_is_there_twice() {
         for range in [0x1000..0x3000, 0x0000..0x2000, 0x2000..0x4000, 0x0000..0xb000] {
             let mut image = MmImage::parse(&image()).unwrap();
-            assert!(image.add(&[record(range.start, range.end)]).is_err(), "{range:x?}");
+            assert!(image.add(&[record(range.start, range.end)], &|_| None).is_err(), "{range:x?}");
         }
         let mut image = MmImage::parse(&image()).unwrap();
-        assert!(image.add(&[record(0x3000, 0x5000), record(0x4000, 0x6000)]).is_err());
+        assert!(image.add(&[record(0x3000, 0x5000), record(0x4000, 0x6000)], &|_| None).is_err());
     }
 
     #[test]
@@ -279,21 +296,22 @@ mod tests {
         let mut image = MmImage::parse(&image()).unwrap();
         assert!(image.remove(&(0x1000..0x2000)).is_err());
         image.remove(&(0x9000..0xa000)).unwrap();
-        image.add(&[record(0x8000, 0xb000)]).unwrap();
+        image.add(&[record(0x8000, 0xb000)], &|_| None).unwrap();
         assert!(image.has_once(&(0x8000..0xb000)));
     }
 
     #[test]
     fn a_record_is_what_criu_writes() {
         let mut one = record(0x7000, 0x8000);
-        (one.unreserved, one.heap, one.advice) = (true, true, 1 << 14);
-        let found = fields(&one.message().unwrap()).unwrap();
-        let wanted = [0x7000, 0x8000, 0, 0, 3, 0x4022, 1 | 32 | 512, 1, 1 << 14];
+        (one.unreserved, one.locked, one.heap, one.advice) = (true, true, true, 1 << 14);
+        let found = fields(&one.message(&|_| None).unwrap()).unwrap();
+        let wanted = [0x7000, 0x8000, 0, 0, 3, 0x6022, 1 | 32 | 512, 1, 1 << 14];
         assert_eq!(found, (1..).zip(wanted).collect::<Vec<_>>());
         let shared = MappingRecord { shared: Some(99), offset: 0x1000, ..record(0x7000, 0x8000) };
-        let found = fields(&shared.message().unwrap()).unwrap();
-        let wanted = [0x7000, 0x8000, 0x1000, 99, 3, 0x21, 1 | 256, 1];
-        assert_eq!(found, (1..).zip(wanted).collect::<Vec<_>>());
+        let found = fields(&shared.message(&|inode| (inode == 99).then_some(7)).unwrap()).unwrap();
+        let wanted = [0x7000, 0x8000, 0x1000, 7, 3, 1, 1 | 128, 1];
+        assert_eq!(found, (1..).zip(wanted).chain([(10, 2)]).collect::<Vec<_>>());
+        assert!(shared.message(&|_| None).is_err());
     }
 
     /// Memory is taken for what is there, not for what is claimed.
@@ -318,7 +336,7 @@ mod tests {
     fn fuzz_mm() {
         Target::new("mm").sample(image()).run(|bytes| {
             let mut image = MmImage::parse(bytes)?;
-            image.add(&[record(0x3000, 0x9000)])?;
+            image.add(&[record(0x3000, 0x9000)], &|_| None)?;
             assert!(image.has_once(&(0x3000..0x9000)));
             MmImage::parse(&image.bytes()?).map(drop)
         });

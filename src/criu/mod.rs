@@ -24,6 +24,7 @@ pub(crate) mod failure;
 pub(crate) mod hidden;
 pub(crate) mod images;
 pub(crate) mod interposer;
+pub(crate) mod lent;
 pub(crate) mod mm;
 pub mod shim;
 pub(crate) mod unix_names;

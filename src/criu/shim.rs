@@ -28,8 +28,14 @@ pub const ENV_REAL: &str = "FERRY_CRIU_REAL";
 pub const GO: &[u8] = b"c";
 /// The same, and kcmp(2) need not look for what an epoll watches.
 pub const VOUCHED: &[u8] = b"v";
+/// Then: there is a network namespace among the descriptors; there is none.
+pub const NAMESPACE: u8 = b'n';
+/// See [`NAMESPACE`].
+pub const NO_NAMESPACE: u8 = b'-';
 /// What is answered where something was to [lie over](cover) tasks' files, and does.
 pub const COVERED: &[u8] = b"y";
+/// What is answered where there were further descriptors, which criu will have.
+pub const KEPT: &[u8] = b"k";
 /// Longest word to the shim, or answer of its.
 pub const LONGEST: usize = 8192;
 
@@ -84,13 +90,15 @@ fn run() -> Result<std::convert::Infallible> {
             .ok_or_else(|| anyhow!("ferry closed the connection"))?;
         let mut fds = fds.into_iter();
         let ours = fds.next().ok_or_else(|| anyhow!("ferry sent no socket"))?;
-        if let Some(namespace) = fds.next() {
+        let (word, rest) = word.split_at_checked(1).unwrap_or_default();
+        let (namespaced, directory) = rest.split_at_checked(1).unwrap_or_default();
+        if namespaced == [NAMESPACE] {
+            let namespace = fds.next().ok_or_else(|| anyhow!("ferry sent no namespace"))?;
             // This process has one thread, and is criu from here on.
             nix::sched::setns(&namespace, CloneFlags::CLONE_NEWNET)
                 .context("cannot enter the container's network namespace")?;
         }
 
-        let (word, directory) = word.split_at_checked(1).unwrap_or_default();
         if !directory.is_empty() {
             // Ferry knows what to do without.
             let answer = match cover(Path::new(OsStr::from_bytes(directory))) {
@@ -105,6 +113,11 @@ fn run() -> Result<std::convert::Infallible> {
             let _ = seccomp::epoll_targets_are_right();
         }
         process::dup_onto(&ours, fd)?;
+        // What criu is lent it finds under whatever numbers these are: the interposer looks, when it hears of it.
+        if fds.len() > 0 {
+            fds.try_for_each(process::keep_over_exec)?;
+            scm::send(&hub, KEPT, &[])?;
+        }
 
         // The number now belongs to criu, over exec.
         std::mem::forget(theirs);

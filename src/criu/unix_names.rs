@@ -12,7 +12,7 @@ use protobuf::{CodedInputStream, rt::WireType};
 
 use super::images::{after_magics, take_bytes, take_record};
 
-const FILES: u32 = 0x5630_3138;
+pub(super) const FILES: u32 = 0x5630_3138;
 const UNIX_SOCKET: u32 = 16;
 const NAME: u32 = 11;
 const DELETED: u32 = 15;

@@ -9,22 +9,25 @@
 //! With `--verify` the source tells [digests](digest) of all memory in the freeze, which the destination
 //! [compares](compare) with its own before the commit.
 //!
-//! Anonymous [shared] memory goes in rounds, too, and becomes one of CRIU's images over there. What CRIU
-//! does not leave to us (file-private pages that were written to, System V's shared memory, memfds that
+//! Anonymous [shared] memory goes in rounds, too, and is [in its place](shared_files) before the restore begins. What
+//! CRIU does not leave to us (file-private pages that were written to, System V's shared memory, memfds that
 //! have a descriptor, locked and huge pages, the vDSO) travels in its image files.
 
 pub(crate) mod compare;
 pub(crate) mod converge;
 pub(crate) mod digest;
 pub(crate) mod direct;
+pub(crate) mod holder;
 pub(crate) mod pages;
 pub(crate) mod pending;
 #[cfg(test)]
 mod properties;
+pub(crate) mod readers;
 pub(crate) mod remainder;
 pub(crate) mod rounds;
 pub mod serve;
 pub(crate) mod shared;
+pub(crate) mod shared_files;
 pub(crate) mod soft_dirty;
 pub(crate) mod staging;
 pub(crate) mod table;

@@ -44,6 +44,22 @@ impl<T: Copy> PageTable<T> {
         })
     }
 
+    /// The pages of a task that have another value than this one, rising.
+    pub fn others(&self, task: i32, value: T) -> Vec<u64>
+    where
+        T: PartialEq,
+    {
+        let chunks = self.chunks.iter().filter(|((of, _), _)| *of == task);
+        let pages = chunks.flat_map(|((_, number), chunk)| {
+            let first = number * CHUNK as u64;
+            let other = (first..).zip(chunk.iter()).filter(|(_, one)| **one != value);
+            other.map(|(page, _)| page)
+        });
+        let mut found: Vec<u64> = pages.collect();
+        found.sort_unstable();
+        found
+    }
+
     /// The value of a page, to change it.
     pub fn at(&mut self, task: i32, page: u64) -> &mut T {
         let blank = self.blank;
@@ -76,5 +92,7 @@ mod tests {
         let expected: Vec<u32> = (510..).take(values.len()).map(|p| table.get(7, p)).collect();
         assert_eq!((values.len(), values), (2 * 512 + 3, expected));
         assert_eq!(table.values(7, 512, 0).count(), 0);
+        assert_eq!(table.others(7, 0), [0, 511, 512, 3 * 512, 1 << 40]);
+        assert!(table.others(8, 0).is_empty());
     }
 }

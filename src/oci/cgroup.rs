@@ -38,6 +38,23 @@ pub fn move_to_root(pid: i32) -> Result<()> {
         .with_context(|| format!("cannot write to {}", place.display()))
 }
 
+/// Has the memory of a process of ours be charged to the control group of another one: cgroups(7).
+///
+/// # Errors
+/// Where that is in none of its own, or it cannot be written to.
+pub fn charge_like(pid: i32, like: i32) -> Result<()> {
+    let group = match Cgroup::of_controller(like, "memory") {
+        Some(group) => group,
+        None => match Cgroup::of_process(like)? {
+            Cgroup::V2(group) => group,
+            Cgroup::V1(_) => bail!("process {like} is in no group of the memory controller"),
+        },
+    };
+    let place = group.join("cgroup.procs");
+    fs::write(&place, pid.to_string())
+        .with_context(|| format!("cannot write to {}", place.display()))
+}
+
 /// A control group that can be frozen.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", tag = "version", content = "path")]

@@ -31,6 +31,7 @@ pub(crate) mod protection;
 pub(crate) mod sched;
 pub(crate) mod scm;
 pub(crate) mod seccomp;
+pub(crate) mod shared_memory;
 pub(crate) mod smaps;
 pub(crate) mod socket;
 pub mod socket_options;

@@ -120,6 +120,16 @@ pub fn adopt_fd(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Leaves a descriptor open for the program that this process becomes. fcntl(2), `FD_CLOEXEC`
+///
+/// # Errors
+/// None that is known.
+pub fn keep_over_exec(fd: OwnedFd) -> io::Result<()> {
+    nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()))?;
+    let _ = std::os::fd::IntoRawFd::into_raw_fd(fd);
+    Ok(())
+}
+
 /// Waits until at least one of the descriptors is readable or closed; their indices. poll(2).
 ///
 /// # Errors

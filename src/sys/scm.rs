@@ -70,7 +70,7 @@ pub fn receive(socket: impl AsFd) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>>
     if length > MAX_PACKET {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "packet too long"));
     }
-    receive_up_to(raw, length.max(1))
+    receive_up_to(raw, length.max(1), &mut cmsg_space!([RawFd; MAX_FDS]))
 }
 
 /// The same for a stream socket: what has come with the next write, at most `length` bytes of it.
@@ -81,7 +81,8 @@ pub fn receive_stream(
     socket: impl AsFd,
     length: usize,
 ) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
-    receive_up_to(socket.as_fd().as_raw_fd(), length)
+    let raw = socket.as_fd().as_raw_fd();
+    receive_up_to(raw, length, &mut cmsg_space!([RawFd; MOST_FDS]))
 }
 
 /// A packet that brings as many descriptors as one may; `None` when no more has come.
@@ -128,10 +129,13 @@ pub fn look_at_many(socket: impl AsFd) -> io::Result<Vec<OwnedFd>> {
     done.map(|()| all)
 }
 
-fn receive_up_to(raw: RawFd, length: usize) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
+fn receive_up_to(
+    raw: RawFd,
+    length: usize,
+    control: &mut [u8],
+) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
     let mut buffer = vec![0u8; length];
-    let mut control = cmsg_space!([RawFd; MAX_FDS]);
-    let (n, fds) = receive_into(raw, &mut buffer, &mut control, MsgFlags::empty())?;
+    let (n, fds) = receive_into(raw, &mut buffer, control, MsgFlags::empty())?;
     if n == 0 && fds.is_empty() {
         return Ok(None);
     }

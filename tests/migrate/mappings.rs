@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::common::container::Container;
 use crate::common::facts::{exactly_one_copy, facts, pair};
 use crate::common::lab::{Host, Lab, SHORT};
-use crate::common::process::until;
+use crate::common::process::{until, write_script};
 use crate::common::suite::in_lab;
 use crate::common::{Outcome, ensure};
 
@@ -21,6 +21,7 @@ pub fn trials() -> Vec<Trial> {
     vec![
         in_lab("mappings::hidden_or_not_they_are_the_same", LIMIT, hidden_or_not),
         in_lab("mappings::shared_before_the_freeze", LIMIT, shared_before_the_freeze),
+        in_lab("mappings::shared_that_goes_back", LIMIT, shared_that_goes_back),
         in_lab("mappings::advice_that_changes_all_the_time", LIMIT, advice_that_changes),
     ]
 }
@@ -67,8 +68,9 @@ fn mappings(host: &Host) -> Outcome<BTreeSet<String>> {
             let mut parts = one.split_ascii_whitespace();
             let head: Vec<&str> = parts.by_ref().take(3).collect();
             let name = parts.skip(2).collect::<Vec<_>>().join(" ");
-            // CRIU makes memfds of shared memory, and calls them in two ways.
+            // CRIU makes memfds of shared memory that it sees, and calls them in two ways.
             let name = name.replace("/memfd:/dev/zero ", "/memfd: ");
+            let name = name.replace("/memfd: ", "/dev/zero ");
             line = format!("{} {name}", head.join(" "));
         }
     }
@@ -124,22 +126,96 @@ fn hidden_or_not(lab: &Lab) -> Outcome {
     Ok(())
 }
 
-/// There and back and there: what CRIU makes of shared memory has another name than it had.
+/// There and back and there, while two processes write to it, with and without waiting for the last page of what
+/// is private: it is what a program makes, wherever it is mapped, in its control group, and no copy of CRIU's.
 fn shared_before_the_freeze(lab: &Lab) -> Outcome {
     let (a, b) = pair(lab);
     let container = start(lab, &a, &["--arg", "--share"])?;
-    for (from, to) in [(&a, &b), (&b, &a), (&a, &b)] {
-        let options = ["migrate", "--json", "--verify", "--compress", "none", "box", to.name];
+    let before = mappings(&a)?;
+    for (from, to, way) in [
+        (&a, &b, "--max-rounds=3"),
+        (&b, &a, "--postcopy=auto"),
+        (&a, &b, "--streams=3"),
+        (&b, &a, "--precopy=off"),
+        (&a, &b, "--precopy=auto"),
+    ] {
+        let options = ["migrate", "--json", "--verify", "--compress", "none", way, "box", to.name];
         let said = from.ferry(&options)?.exits(0)?;
         let last = said.out.lines().last().unwrap_or_default();
         let report: Value = serde_json::from_str(last).map_err(|e| format!("{e}: {said}"))?;
         // Four of five pages are populated.
         let pages = report["hidden_pages"].as_u64().unwrap_or(0);
-        ensure!(pages > 6000, "CRIU has seen it: {report}");
+        // Where there are no rounds, CRIU takes it along.
+        let rounds = way != "--precopy=off";
+        ensure!((pages > 6000) == rounds, "{way}: {report}");
+        let after = mappings(to)?;
+        let differ: Vec<_> = after.symmetric_difference(&before).take(20).collect();
+        ensure!(differ.is_empty(), "{way}: {differ:#?}");
+        ensure!(charged(to)? > 6000 << 12, "it is not the container's: {}", charged(to)?);
         is_right(to, &container)?;
         exactly_one_copy(&container, to, from)?;
     }
+
+    // Of CRIU's there is nothing: names are what they were.
+    let names = b.sh(&format!("cat /proc/{}/maps", init(&b)?))?;
+    ensure!(names.contains("/dev/zero (deleted)") && !names.contains("memfd"), "{names}");
     Ok(())
+}
+
+/// The container's first process, as the host numbers it.
+fn init(host: &Host) -> Outcome<u64> {
+    let said = host.exec(&["runc", "state", "box"])?.exits(0)?;
+    let state: Value = serde_json::from_str(&said.out).map_err(|e| format!("{e}: {said}"))?;
+    Ok(state["pid"].as_u64().unwrap_or(0))
+}
+
+/// Bytes of shared memory that are charged to the container's control group; all that there can be where the lab
+/// has no memory controller.
+fn charged(host: &Host) -> Outcome<u64> {
+    let group = format!("/proc/{}/cgroup", init(host)?);
+    let said = host.sh(&format!(
+        "group=$(sed -n 's/^0:://p' {group}); sed -n 's/^shmem //p' /sys/fs/cgroup$group/memory.stat || :"
+    ))?;
+    match said.trim() {
+        "" => Ok(u64::MAX),
+        bytes => Ok(bytes.parse().map_err(|e| format!("{e}: {said}"))?),
+    }
+}
+
+/// What is given up leaves all of it as it was, here, and nothing over there.
+fn shared_that_goes_back(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = start(lab, &a, &["--arg", "--share"])?;
+    let before = mappings(&a)?;
+    let faulty = "/srv/shared/bin/faulty";
+    for fault in [
+        "dump.dumped:error",
+        "source.transfer:error",
+        "source.commit:error",
+        "destination.prepared:error",
+        "destination.prepared:kill",
+        "destination.restore:kill",
+        "destination.ready:error",
+    ] {
+        // Wherever the point is.
+        let script = format!("#!/bin/sh\nFERRY_FAULT={fault} exec ferry \"$@\"\n");
+        write_script(&a.path(faulty)?, &script)?;
+        let variable = format!("FERRY_FAULT={fault}");
+        let command = ["env", &variable, "ferry", "migrate", "--remote-ferry", faulty, "box", "b"];
+        let said = a.exec(&command)?;
+        ensure!(said.code == 1, "{fault}: {said}");
+        exactly_one_copy(&container, &a, &b)?;
+        let after = mappings(&a)?;
+        let differ: Vec<_> = after.symmetric_difference(&before).take(20).collect();
+        ensure!(differ.is_empty(), "{fault}: {differ:#?}");
+        is_right(&a, &container)?;
+        until("nobody holds memory over there", SHORT, || {
+            let holders = b.sh("ps -e -o args | grep '[_]_guard memory' || :")?;
+            Ok(holders.is_empty().then_some(()))
+        })?;
+    }
+    a.ferry(&["migrate", "--verify", "box", "b"])?.exits(0)?;
+    is_right(&b, &container)
 }
 
 /// Whichever way it goes: what runs has the advice that was given.

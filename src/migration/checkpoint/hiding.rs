@@ -23,7 +23,7 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use crate::criu::hidden::{AdviceChange, Drawn, KnownMappings};
 use crate::criu::vdso::Foreign;
-use crate::criu::{images, mm};
+use crate::criu::{images, lent, mm};
 use crate::memory::pages::{self, Task};
 use crate::memory::shared::SharedMemory;
 use crate::migration::journal::workdir::CriuPath;
@@ -134,7 +134,8 @@ impl Hiding {
     ) -> Result<()> {
         let began = Instant::now();
         let (mut hidden, mut resident) = (Vec::new(), 0);
-        let mut shared = if hides { self.shared.known() } else { HashSet::new() };
+        let mut shared: HashSet<u64> =
+            if hides { self.shared.known().into_keys().collect() } else { HashSet::new() };
         let tasks = pages::tasks(&cgroup.processes()?)?;
         let standing: Vec<_> =
             tasks.iter().map(|task| self.standing(*task, hides, stacks)).collect();
@@ -221,12 +222,13 @@ impl Hiding {
         let hidden = work.join().unwrap_or_else(|_| Err(anyhow!("the thread has died")))?;
         let began = Instant::now();
         let (mut mappings, mut pages) = (0, 0);
+        let numbers = self.shared.known();
         for one in &hidden {
-            one.add(images).with_context(|| format!("process {}", one.task.vpid))?;
+            one.add(images, &numbers).with_context(|| format!("process {}", one.task.vpid))?;
             mappings += one.drawn.hidden.len();
             pages += one.regions.iter().map(|r| (r.end - r.start) / PAGE as u64).sum::<u64>();
         }
-        pages += self.add_shared(images, &hidden)?;
+        pages += self.lend(images, &hidden)?;
         tracing::debug!("{mappings} mappings were added: {} us", began.elapsed().as_micros());
         let unchecked = hidden.into_iter().filter(|one| one.changes.is_none()).collect();
         Ok(Added { mappings, pages, unchecked: Unchecked(unchecked) })
@@ -234,18 +236,11 @@ impl Hiding {
 }
 
 impl Hiding {
-    /// Says where the pages of shared memory are that CRIU has not seen; how many.
-    fn add_shared(&self, images: &Path, hidden: &[Hidden]) -> Result<u64> {
-        let mut ends: HashMap<u64, u64> = HashMap::new();
-        for record in hidden.iter().flat_map(|one| &one.drawn.hidden) {
-            if let Some(inode) = record.shared {
-                let bytes = record.offset + (record.range.end - record.range.start);
-                let end = ends.entry(inode).or_default();
-                *end = (*end).max(bytes / PAGE as u64);
-            }
-        }
-
-        if ends.is_empty() {
+    /// Says which files stand for the shared memory that CRIU has not seen; how many pages are populated.
+    fn lend(&self, images: &Path, hidden: &[Hidden]) -> Result<u64> {
+        let inodes: HashSet<u64> =
+            hidden.iter().flat_map(|one| one.drawn.unseen.iter().copied()).collect();
+        if inodes.is_empty() {
             return Ok(0);
         }
 
@@ -254,11 +249,14 @@ impl Hiding {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
             Err(e) => return Err(e.into()),
         };
+        let began = Instant::now();
+        let placed = self.shared.placed()?;
+        tracing::debug!("shared memory was waited for: {} us", began.elapsed().as_micros());
 
-        let (placed, mut pages) = (self.shared.placed()?, 0);
-        for (inode, end) in ends {
-            let path = images.join(format!("pagemap-shmem-{inode}.img"));
-            if path.exists() || seen.contains(&(inode as u32)) {
+        let (mut files, mut pages) = (Vec::new(), 0);
+        for inode in inodes {
+            let seen = seen.contains(&(inode as u32));
+            if seen || images.join(format!("pagemap-shmem-{inode}.img")).exists() {
                 // A descriptor of it, which was on its way through a socket.
                 return Err(advice(
                     format!(
@@ -267,13 +265,16 @@ impl Hiding {
                     "try again",
                 ));
             }
-
-            let there = placed.get(&inode).filter(|placed| placed.end() <= end);
-            let there =
-                there.ok_or_else(|| anyhow!("shared memory {inode} has changed its size"))?;
-            fs::write(&path, images::of_shared(there.image, &there.runs)?)?;
-            pages += there.runs.iter().map(|run| run.1).sum::<u64>();
+            let there = placed.get(&inode);
+            let there = there.ok_or_else(|| anyhow!("shared memory {inode} was not read"))?;
+            files.push(there.file);
+            pages += there.pages;
         }
+
+        files.sort_unstable_by_key(|file| file.number);
+        fs::write(images.join(lent::LIST), lent::list(&files)?)?;
+        let place = images.join("files.img");
+        fs::write(&place, lent::with_files(&fs::read(&place)?, &files)?)?;
 
         Ok(pages)
     }
@@ -350,7 +351,8 @@ impl Hidden {
         self.drawn.check(&now).map_err(|why| changed(&why))
     }
 
-    fn add(&self, images: &Path) -> Result<()> {
+    /// Adds to the images of the task; `numbers` are those of the files that stand for shared memory.
+    fn add(&self, images: &Path, numbers: &HashMap<u64, u32>) -> Result<()> {
         let vpid = self.task.vpid;
         let mut records = self.drawn.hidden.clone();
         let mut seen = Vec::new();
@@ -370,7 +372,7 @@ impl Hidden {
             image.remove(page)?;
         }
 
-        image.add(&records)?;
+        image.add(&records, &|inode| numbers.get(&inode).map(|number| lent::id(*number)))?;
         for (start, advice) in seen {
             image.advise(start, advice)?;
         }

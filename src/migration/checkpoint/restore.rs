@@ -19,6 +19,7 @@
 //! stop runc: it ends the container. By then it has written its state and set up everything, so it is
 //! ended as soon as it has agreed.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -36,7 +37,7 @@ use super::caller::Caller;
 use super::dump::external_mount;
 use super::follow::{CriuSteps, follow};
 use crate::criu::interposer::{CriuSession, Interposer, Notify};
-use crate::criu::{failure, images};
+use crate::criu::{failure, images, lent};
 use crate::engine::calls::EngineCall;
 use crate::migration::journal::criu;
 use crate::migration::journal::workdir::{CriuPath, WorkPath};
@@ -57,8 +58,8 @@ const END_TIMEOUT: Duration = Duration::from_secs(5);
 /// What the restore tells the hand-over.
 #[derive(Debug)]
 pub enum RestoreEvent {
-    /// Held at the RESTORE request.
-    AtRequest,
+    /// Held at the RESTORE request, in the container's control group: CRIU's process.
+    AtRequest(i32),
     /// Restored, held before the first instruction. The init process, and what CRIU is
     /// [released](crate::criu::interposer::carry_on) by.
     Restored(i32, OwnedFd),
@@ -120,6 +121,8 @@ pub struct RestorePlan {
     pub call: Option<EngineCall>,
     /// What is released with the container, when CRIU lets go of it; it may come until the verdict.
     pub release: Arc<Mutex<Option<ReleaseSet>>>,
+    /// Device and inode of each file that CRIU is lent, in the order of their numbers.
+    pub lent: Vec<(u64, u64)>,
     /// The interposer.
     pub interposer: Interposer,
 }
@@ -302,6 +305,25 @@ fn edit(
     Ok(())
 }
 
+/// Tells CRIU which of its descriptors stand for shared memory.
+fn lend(
+    request: &mut Criu_req,
+    plan: &RestorePlan,
+    numbers: &HashMap<(u64, u64), i32>,
+) -> Result<()> {
+    let opts = request.opts.as_mut().ok_or_else(|| anyhow!("a restore without options"))?;
+    for file in lent::read_list(&plan.images)? {
+        let one = plan.lent.get(file.number.wrapping_sub(1) as usize);
+        let fd = one.and_then(|one| numbers.get(one));
+        let fd = fd.ok_or_else(|| anyhow!("CRIU lacks shared memory {}", file.number))?;
+        let mut inherit = Inherit_fd::new();
+        inherit.set_key(file.key());
+        inherit.set_fd(*fd);
+        opts.inherit_fd.push(inherit);
+    }
+    Ok(())
+}
+
 fn job(
     plan: &RestorePlan,
     runtime: BorrowedFd,
@@ -316,7 +338,9 @@ fn job(
     let work = File::open(&*plan.work)?;
     edit(&mut request, plan, external, images.as_raw_fd(), work.as_raw_fd())?;
 
-    tell(RestoreEvent::AtRequest);
+    // Before the container stands still.
+    let numbers = session.numbers()?;
+    tell(RestoreEvent::AtRequest(session.criu_pid));
     if !matches!(orders.recv(), Ok(RestoreOrder::Restore)) {
         bail!("given up before the images came");
     }
@@ -326,6 +350,7 @@ fn job(
     if matches!(orders.try_recv(), Err(TryRecvError::Disconnected)) {
         bail!("given up before CRIU was asked");
     }
+    lend(&mut request, plan, &numbers)?;
     session.send_request(&request)?;
 
     let (init, left, running) = (0, false, false);

@@ -172,6 +172,7 @@ impl<'a> CommittedMigration<'a> {
             | DestinationInput::Files(_)
             | DestinationInput::Guarded
             | DestinationInput::Engaged(_)
+            | DestinationInput::Settled(_)
             | DestinationInput::Awaited(_) => {}
         }
         Ok(())
@@ -203,7 +204,7 @@ impl<'a> CommittedMigration<'a> {
                 }
             }
             // It has been restored, and the verdict was spoken.
-            RestoreEvent::AtRequest | RestoreEvent::Restored(..) | RestoreEvent::Died => {}
+            RestoreEvent::AtRequest(_) | RestoreEvent::Restored(..) | RestoreEvent::Died => {}
         }
         Ok(())
     }

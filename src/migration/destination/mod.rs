@@ -26,6 +26,7 @@ mod engine;
 mod outstanding;
 mod phase;
 mod ready;
+mod shared;
 mod verdict;
 mod verify;
 
@@ -64,7 +65,7 @@ use crate::files::apply::{Applied, Applying};
 use crate::files::place::{CopyTarget, Placing};
 use crate::files::tmpfs::MountedTmpfs;
 use crate::memory::serve::{CriuClosed, Ended, Server};
-use crate::memory::shared::SharedImages;
+use crate::memory::shared_files::SharedFiles;
 use crate::memory::staging::Staging;
 use crate::memory::will::Will;
 use crate::network::{Placement, ReleaseSet};
@@ -113,6 +114,8 @@ enum DestinationInput {
     Awaited(Vec<u32>),
     /// Whoever guards the pages can go on by himself.
     Guarded,
+    /// Shared memory that came early is where it belongs.
+    Settled(Result<()>),
     /// A task waits for pages that are on the source.
     Want(PageRun),
     /// A further link has ended.
@@ -227,6 +230,7 @@ fn judge(input: DestinationInput) -> Result<DestinationInput> {
         DestinationInput::ChannelEnded(why) => bail!("a further link to the source broke: {why}"),
         DestinationInput::Files(Applied::Failed(why)) => bail!("taking files in: {why}"),
         DestinationInput::Restore(RestoreEvent::Ended(Err(e))) => Err(e),
+        DestinationInput::Settled(Err(e)) => Err(e),
         DestinationInput::Restore(RestoreEvent::Died) => {
             bail!("CRIU was killed when it had restored")
         }
@@ -362,23 +366,25 @@ fn migration(
         Err(_) => return Ok(()),
     }
 
-    let guest = match IncomingMigration::new(
-        plan,
-        streams,
-        incoming,
-        (course, image),
-        runtime,
-        state_dir,
-        backlog.clone(),
-    ) {
-        Ok(guest) => guest,
+    let begin = || {
+        let shared = SharedFiles::new(destination_checks::shared_bytes(&plan))?;
+        let lent = shared.descriptors()?;
+        let (way, backlog) = ((course, image), backlog.clone());
+        let mut guest =
+            IncomingMigration::new(plan, streams, incoming, way, runtime, state_dir, backlog)?;
+        guest.lent = lent;
+        Ok((guest, shared))
+    };
+    let (guest, shared) = match begin() {
+        Ok(begun) => begun,
         Err(e) => {
             let told = peer.send(&Message::failed("preparing", &e)).is_ok();
             return Err(if told { ToldError(e).into() } else { e });
         }
     };
 
-    stage.keep_shared(SharedImages::new(&guest.work.images()));
+    // Its first pages may have come already, and wait for this.
+    stage.keep_shared(shared);
     guest.take_in(peer, inputs, tell, stage, current)
 }
 
@@ -412,6 +418,8 @@ struct IncomingMigration {
     /// What is not as it was on the source, to be told.
     changed: Vec<Problem>,
     images: ImageFiles,
+    /// Shared memory, for CRIU.
+    lent: Vec<OwnedFd>,
     channels: Vec<UnixStream>,
     backlog: Backlog,
     /// What its engine does here, if it has one.
@@ -495,6 +503,7 @@ impl IncomingMigration {
             installed: None,
             changed: Vec::new(),
             images,
+            lent: Vec::new(),
             channels: Vec::new(),
             backlog,
             engine,
@@ -526,6 +535,7 @@ impl IncomingMigration {
                 let failed = Message::failed(self.doing, &e);
                 // Undone first: a second try must find the place free. The source does not wait
                 // for us, it runs on when it hears, or when the link is cut.
+                stage.close_shared();
                 let undone = self.undo(Vec::new());
                 let told = peer.send(&failed).is_ok();
                 undone?;

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use super::engine::EnginePart;
 use super::phase::{Dumped, Event, Phase, Ready};
+use super::shared;
 use super::{
     DestinationInput, DestinationInputs, IMAGE_LIMIT, IncomingMigration, MAX_CHANNELS,
     RESTORE_LIMIT, SILENCE,
@@ -148,9 +149,12 @@ impl IncomingMigration {
                 _ => SILENCE,
             };
             match inputs.next(limit)? {
-                DestinationInput::Restore(RestoreEvent::AtRequest) => {
+                DestinationInput::Restore(RestoreEvent::AtRequest(criu)) => {
                     phase = phase.step(Event::Held)?;
                     self.begin_guard()?;
+                    shared::settle(criu, stage, tell)?;
+                }
+                DestinationInput::Settled(_) => {
                     fault::point("destination.prepared")?;
                     peer.send(&Message::Prepared)?;
                 }
@@ -222,7 +226,7 @@ impl IncomingMigration {
                     let dumped = Dumped { tasks, connections, locks, settings, renamed, sockets };
                     phase = phase.step(Event::Dumped(Box::new(dumped)))?;
                     fault::point("destination.restore")?;
-                    self.begin_restore()?;
+                    self.begin_restore(stage)?;
                 }
                 DestinationInput::FromPeer(FromPeer::Message(Message::MemoryDone { left })) => {
                     phase = phase.step(Event::MemoryDone(left))?;
@@ -320,6 +324,7 @@ impl IncomingMigration {
             Some(namespace) if self.plan.criu_inside() => Some(namespace.try_clone()?),
             _ => None,
         };
+        let lent = std::mem::take(&mut self.lent);
         let plan = RestorePlan {
             runtime: self.runtime.clone(),
             container: self.journal.record.id_here(),
@@ -339,7 +344,12 @@ impl IncomingMigration {
             console_socket: self.plan.console_socket.clone(),
             loopback: self.plan.loopback.clone(),
             release: self.release_set.clone(),
-            interposer: Interposer::new(&self.work, &criu, namespace)?,
+            lent: lent.iter().map(shared::identity).collect::<Result<_>>()?,
+            interposer: {
+                let mut interposer = Interposer::new(&self.work, &criu, namespace)?;
+                interposer.lend(lent);
+                interposer
+            },
         };
 
         let tell = tell.clone();
@@ -462,10 +472,11 @@ impl IncomingMigration {
         }
     }
 
-    fn begin_restore(&mut self) -> Result<()> {
+    fn begin_restore(&mut self, stage: &Stage) -> Result<()> {
         self.doing = "restoring";
         self.began = Instant::now();
         self.images.close();
+        shared::finish(&self.work.images(), stage)?;
         for (i, (tmpfs, place)) in self.tmpfs_places().enumerate() {
             let packed = File::open(self.work.images().join(format!("tmpfs-{i}")))?;
             tree::unpack(&place, &mut BufReader::with_capacity(256 << 10, packed))

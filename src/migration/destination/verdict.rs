@@ -89,6 +89,7 @@ impl IncomingMigration {
                 DestinationInput::FromPeer(FromPeer::Frame(_))
                 | DestinationInput::Restore(_)
                 | DestinationInput::Signal(_)
+                | DestinationInput::Settled(_)
                 | DestinationInput::ChannelEnded(_)
                 | DestinationInput::Files(_)
                 | DestinationInput::Synced

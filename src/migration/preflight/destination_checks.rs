@@ -452,8 +452,10 @@ fn memory(plan: &Plan, free: u64) -> Option<Problem> {
     let mib = |bytes: u64| bytes >> 20;
     // What is in a tmpfs or shared is there packed and unpacked for a moment. Staged pages are given
     // back as they are installed, so little of them is there twice at a time.
-    let twice = in_tmpfs(plan).saturating_add(plan.imaged_bytes).saturating_mul(2);
-    let twice = twice.saturating_add(RESERVE);
+    // Memory that is shared is there once where it comes before the images.
+    let packed = plan.imaged_bytes.saturating_sub(plan.shared_bytes);
+    let twice = in_tmpfs(plan).saturating_add(packed).saturating_mul(2);
+    let twice = twice.saturating_add(plan.shared_bytes).saturating_add(RESERVE);
     let now = plan.resident_bytes.saturating_add(plan.resident_bytes / 8).saturating_add(twice);
     let most = plan.memory_bytes.saturating_add(twice);
     let why = |needed: u64| {
@@ -488,6 +490,13 @@ fn memory(plan: &Plan, free: u64) -> Option<Problem> {
 pub fn staging_bytes(plan: &Plan) -> u64 {
     let free = host::memory_available().unwrap_or(u64::MAX);
     plan.memory_bytes.min(free.saturating_sub(RESERVE))
+}
+
+/// The same of shared memory that comes before the images.
+pub fn shared_bytes(plan: &Plan) -> u64 {
+    let free = host::memory_available().unwrap_or(u64::MAX);
+    let most = plan.shared_bytes.saturating_mul(2).saturating_add(256 << 20);
+    most.min(free.saturating_sub(RESERVE))
 }
 
 /// The mark that says that this container was migrated away from here earlier: it comes back.
@@ -536,6 +545,11 @@ mod tests {
         assert_eq!(fatal(plan(GIB, GIB, GIB), 4 * GIB), None);
         // Whatever a peer claims.
         assert_eq!(fatal(plan(u64::MAX, u64::MAX, u64::MAX), GIB), Some(true));
+        // Shared memory that comes before the images is there once.
+        let ahead = Plan { shared_bytes: 2 * GIB, imaged_bytes: 2 * GIB, ..plan(GIB, GIB, 0) };
+        assert_eq!(memory(&ahead, 4 * GIB).map(|problem| problem.fatal), None);
+        let packed = Plan { shared_bytes: 0, ..ahead };
+        assert_eq!(memory(&packed, 4 * GIB).map(|problem| problem.fatal), Some(true));
         assert!(staging_bytes(&plan(1, u64::MAX, 0)) < u64::MAX);
         assert_eq!(staging_bytes(&plan(1, 4096, 0)), 4096);
     }

@@ -12,6 +12,7 @@ use super::layers::Layered;
 use super::source_files::{self, Roots};
 use super::source_network::{self, OwnNetwork};
 use super::standard::{self, Standard};
+use crate::criu::hidden;
 use crate::engine::handover::Handover;
 use crate::engine::image::ImageCourse;
 use crate::engine::lookup::FoundName;
@@ -32,6 +33,7 @@ use crate::oci::bundle::Bundle;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::runtime::{Runtime, RuntimeState};
 use crate::problem::{Problem, Problems};
+use crate::sys::mntns;
 use crate::sys::process::proc_text;
 use crate::tasks::losses::Scene;
 use crate::tasks::{imaged, locks, losses as preflight, settings, unsupported};
@@ -282,7 +284,9 @@ fn look(
 
     let tmpfs = tmpfs_of(runtime, state.pid, &bundle)?;
     let resident = resident_bytes(&cgroup)?;
-    let imaged_bytes = imaged::bytes(&cgroup.processes()?);
+    let imaged = imaged::bytes(&cgroup.processes()?);
+    let hides = host::criu().is_ok_and(|(_, version)| hidden::was_tried(version))
+        && mntns::has_own(state.pid);
     tracing::debug!(
         ?cgroup,
         mib = resident >> 20,
@@ -309,7 +313,8 @@ fn look(
         console_socket: wishes.console_socket.clone(),
         // What the tasks may still come to use while they are being copied.
         memory_bytes: resident * 2 + (256 << 20),
-        imaged_bytes,
+        imaged_bytes: imaged.all,
+        shared_bytes: if hides { imaged.ahead } else { 0 },
         resident_bytes: resident,
         cpu: host::cpu_flags(),
         machine: host::machine(),

@@ -77,7 +77,7 @@ use crate::tasks::sockets::SocketSettings;
 use crate::transport::frame;
 
 /// Version of this protocol: both sides must speak the same one.
-pub const PROTOCOL: u32 = 10;
+pub const PROTOCOL: u32 = 11;
 
 /// Most image files of one checkpoint.
 pub const MAX_FILES: usize = 100_000;

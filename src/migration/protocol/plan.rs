@@ -58,6 +58,9 @@ pub struct Plan {
     /// Of these and of files without a name, what comes among the images.
     #[serde(default)]
     pub imaged_bytes: u64,
+    /// Of these, shared memory that is in place over there before the images come.
+    #[serde(default)]
+    pub shared_bytes: u64,
     /// Bytes that the container has in memory now.
     pub resident_bytes: u64,
     /// The source's CPU, to compare.

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow};
 
 use crate::memory::serve::{Intake, PageArrival};
-use crate::memory::shared::{SharedImages, is_segment};
+use crate::memory::shared::is_segment;
+use crate::memory::shared_files::SharedFiles;
 use crate::memory::staging::Staging;
 use crate::migration::protocol::Message;
 use crate::migration::protocol::session::{self, FromPeer, PeerWriter};
@@ -23,7 +24,7 @@ const ANSWER: Duration = Duration::from_secs(20);
 #[derive(Clone, Debug, Default)]
 pub struct Stage {
     place: Arc<Mutex<MemoryPlace>>,
-    images: Arc<(Mutex<SharedMemoryImages>, Condvar)>,
+    shared: Arc<(Mutex<SharedPlace>, Condvar)>,
     /// See [`Stage::heard`].
     heard: Arc<Mutex<Option<Instant>>>,
 }
@@ -39,14 +40,14 @@ enum MemoryPlace {
     Serving(Arc<Intake>),
 }
 
-/// The images of shared memory.
+/// Where shared memory goes.
 #[derive(Debug, Default)]
-enum SharedMemoryImages {
-    /// There is no place for them yet.
+enum SharedPlace {
+    /// There is no place for it yet.
     #[default]
     Awaited,
-    Open(SharedImages),
-    /// CRIU has them.
+    Open(SharedFiles),
+    /// The tasks have it.
     Closed,
 }
 
@@ -71,23 +72,35 @@ impl Stage {
     }
 
     /// From here on there is a place for shared memory; whoever brought some before has waited.
-    pub fn keep_shared(&self, images: SharedImages) {
-        self.tell_images(SharedMemoryImages::Open(images));
+    pub fn keep_shared(&self, files: SharedFiles) {
+        self.tell_shared(SharedPlace::Open(files));
     }
 
-    fn tell_images(&self, images: SharedMemoryImages) {
-        *self.images.0.lock().unwrap_or_else(PoisonError::into_inner) = images;
-        self.images.1.notify_all();
+    /// There is no place for it any more: whoever writes through another process lets go of that.
+    pub fn close_shared(&self) {
+        self.tell_shared(SharedPlace::Closed);
     }
 
-    /// Does something with the images of shared memory.
-    fn with_images(&self, f: impl FnOnce(&mut SharedImages) -> Result<()>) -> Result<()> {
-        let images = self.images.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let awaited =
-            |images: &mut SharedMemoryImages| matches!(images, SharedMemoryImages::Awaited);
-        let images = self.images.1.wait_timeout_while(images, ANSWER, awaited);
-        match &mut *images.unwrap_or_else(PoisonError::into_inner).0 {
-            SharedMemoryImages::Open(images) => f(images),
+    fn tell_shared(&self, place: SharedPlace) {
+        let before = {
+            let mut now = self.shared.0.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *now, place)
+        };
+        self.shared.1.notify_all();
+        // Not with the lock held: it takes a moment.
+        drop(before);
+    }
+
+    /// Does something with the files of shared memory.
+    ///
+    /// # Errors
+    /// When there are none (any more), or that fails.
+    pub fn with_shared<T>(&self, f: impl FnOnce(&mut SharedFiles) -> Result<T>) -> Result<T> {
+        let place = self.shared.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let awaited = |place: &mut SharedPlace| matches!(place, SharedPlace::Awaited);
+        let place = self.shared.1.wait_timeout_while(place, ANSWER, awaited);
+        match &mut *place.unwrap_or_else(PoisonError::into_inner).0 {
+            SharedPlace::Open(files) => f(files),
             _ => Err(anyhow!("shared memory comes when there is no place for it")),
         }
     }
@@ -102,7 +115,7 @@ impl Stage {
     /// # Errors
     /// When there is none (any more), or that fails.
     pub fn serve(&self, start: impl FnOnce(Staging) -> Result<Intake>) -> Result<()> {
-        self.tell_images(SharedMemoryImages::Closed);
+        self.close_shared();
         self.with(|place| match std::mem::take(place) {
             MemoryPlace::Staging(staging) => {
                 *place = MemoryPlace::Serving(Arc::new(start(staging)?));
@@ -148,11 +161,11 @@ impl Stage {
         self.note_heard();
         match &frame {
             Frame::Pages(number, at, bytes) if is_segment(*number) => {
-                self.with_images(|images| images.put(*number, *at, bytes))?;
+                self.with_shared(|files| files.put(*number, *at, bytes))?;
                 return Ok(None);
             }
             Frame::Run(RunKind::Zero, run) if is_segment(run.vpid) => {
-                self.with_images(|images| images.put_zeros(run.vpid, run.start, run.pages))?;
+                self.with_shared(|files| files.put_zeros(run.vpid, run.start, run.pages))?;
                 return Ok(None);
             }
             _ => {}
