@@ -22,6 +22,7 @@ pub fn trials() -> Vec<Trial> {
         in_lab("mappings::hidden_or_not_they_are_the_same", LIMIT, hidden_or_not),
         in_lab("mappings::shared_before_the_freeze", LIMIT, shared_before_the_freeze),
         in_lab("mappings::shared_that_goes_back", LIMIT, shared_that_goes_back),
+        in_lab("mappings::shared_in_its_group", LIMIT, shared_in_its_group),
         in_lab("mappings::advice_that_changes_all_the_time", LIMIT, advice_that_changes),
     ]
 }
@@ -127,7 +128,7 @@ fn hidden_or_not(lab: &Lab) -> Outcome {
 }
 
 /// There and back and there, while two processes write to it, with and without waiting for the last page of what
-/// is private: it is what a program makes, wherever it is mapped, in its control group, and no copy of CRIU's.
+/// is private: it is what a program makes, wherever it is mapped, and no copy of CRIU's.
 fn shared_before_the_freeze(lab: &Lab) -> Outcome {
     let (a, b) = pair(lab);
     let container = start(lab, &a, &["--arg", "--share"])?;
@@ -151,7 +152,6 @@ fn shared_before_the_freeze(lab: &Lab) -> Outcome {
         let after = mappings(to)?;
         let differ: Vec<_> = after.symmetric_difference(&before).take(20).collect();
         ensure!(differ.is_empty(), "{way}: {differ:#?}");
-        ensure!(charged(to)? > 6000 << 12, "it is not the container's: {}", charged(to)?);
         is_right(to, &container)?;
         exactly_one_copy(&container, to, from)?;
     }
@@ -169,17 +169,42 @@ fn init(host: &Host) -> Outcome<u64> {
     Ok(state["pid"].as_u64().unwrap_or(0))
 }
 
-/// Bytes of shared memory that are charged to the container's control group; all that there can be where the lab
-/// has no memory controller.
-fn charged(host: &Host) -> Outcome<u64> {
-    let group = format!("/proc/{}/cgroup", init(host)?);
-    let said = host.sh(&format!(
-        "group=$(sed -n 's/^0:://p' {group}); sed -n 's/^shmem //p' /sys/fs/cgroup$group/memory.stat || :"
-    ))?;
-    match said.trim() {
-        "" => Ok(u64::MAX),
-        bytes => Ok(bytes.parse().map_err(|e| format!("{e}: {said}"))?),
-    }
+/// What comes before the restore is written through a process that is where CRIU is, in the container's control
+/// group: whoever writes first is charged. When the container runs, there is none.
+fn shared_in_its_group(lab: &Lab) -> Outcome {
+    let (a, b) = pair(lab);
+    let container = start(lab, &a, &["--arg", "--share"])?;
+    let script = "#!/bin/sh\nFERRY_FAULT=destination.prepared:hold exec ferry \"$@\"\n";
+    write_script(&a.path("/srv/shared/bin/faulty")?, script)?;
+    let remote = ["--remote-ferry", "/srv/shared/bin/faulty"];
+    let command = [&["ferry", "migrate"][..], &remote, &["--verify", "box", "b"]].concat();
+    let mut running = a.start(&command)?;
+    let held = b.path("/run/ferry-fault/destination.prepared")?;
+    until("it is prepared", SHORT, || {
+        ensure!(!running.has_ended(), "it was over before it came there");
+        Ok(held.exists().then_some(()))
+    })?;
+
+    let holder = "$(pgrep -f '[_]_guard memory')";
+    let groups =
+        b.sh(&format!("cat /proc/{holder}/cgroup; echo; cat /proc/$(pgrep -x criu)/cgroup"))?;
+    let (its, of_criu) = groups.split_once("\n\n").unwrap_or_default();
+    let unified = |text: &str| text.lines().find(|line| line.starts_with("0::")).map(str::to_owned);
+    ensure!(unified(its).is_some_and(|group| group.len() > 4), "{groups}");
+    ensure!(unified(its) == unified(of_criu), "{groups}");
+    let bytes = "of what is called /dev/zero, all of the first segment";
+    until(bytes, SHORT, || {
+        let text = b.sh(&format!("sed -n '/dev.zero/,/^Rss/p' /proc/{holder}/smaps"))?;
+        let rss = text.lines().filter_map(|line| line.strip_prefix("Rss:"));
+        let rss = rss.filter_map(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+        Ok((rss.sum::<u64>() > 6000 << 2).then_some(()))
+    })?;
+
+    std::fs::remove_file(&held).map_err(|e| format!("{}: {e}", held.display()))?;
+    running.end(LIMIT)?.exits(0)?;
+    is_right(&b, &container)?;
+    ensure!(b.sh(&format!("echo {holder}"))?.trim().is_empty(), "somebody holds it still");
+    exactly_one_copy(&container, &b, &a)
 }
 
 /// What is given up leaves all of it as it was, here, and nothing over there.
