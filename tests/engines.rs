@@ -14,6 +14,8 @@ mod docker;
 mod images;
 #[path = "engines/neighbours.rs"]
 mod neighbours;
+#[path = "engines/networks.rs"]
+mod networks;
 #[path = "engines/podman.rs"]
 mod podman;
 #[path = "engines/published.rs"]

@@ -60,7 +60,10 @@ fn all_messages() -> Vec<Message> {
             shared: vec![0, 2],
             copies: vec![1],
             course: AddressDecision::Stays,
-            image: serde_json::from_value(json!({"copied": {"there": 2}})).expect("a course"),
+            engine: serde_json::from_value(
+                json!({"image": {"copied": {"there": 2}}, "networks": ["lan"]}),
+            )
+            .expect("a course"),
         },
         Message::ImagePart { digest: "ab".repeat(32), bytes: 1 << 30 },
         Message::ImageSent,

@@ -181,7 +181,11 @@ pub struct MigrateArgs {
     /// The image that podman's or docker's container was made of: copied where the other host lacks it
     /// (auto), or it must be there (never)
     #[arg(long, value_name = "HOW", default_value = "auto")]
-    pub image: ImageHow,
+    pub image: IfMissing,
+    /// Networks that podman's or docker's container is in: made where the other host lacks one (auto), or
+    /// they must be there (never)
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub network_create: IfMissing,
     /// What is done here with the files that were copied, once it runs there
     #[arg(long, value_name = "HOW", default_value = "keep")]
     pub source_files: SourceFiles,
@@ -225,10 +229,10 @@ pub struct FilesArgs {
     pub volume: Vec<(PathBuf, How)>,
 }
 
-/// `--image`.
+/// `--image`, `--network-create`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum ImageHow {
-    /// Copied where it is not there.
+pub enum IfMissing {
+    /// Copied or made where it is not there.
     Auto,
     /// It must be there.
     Never,
@@ -406,7 +410,10 @@ pub struct CheckArgs {
     pub files: FilesArgs,
     /// Whether its image would be copied, as in `ferry migrate`
     #[arg(long, value_name = "HOW", default_value = "auto")]
-    pub image: ImageHow,
+    pub image: IfMissing,
+    /// Whether its networks would be made, as in `ferry migrate`
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub network_create: IfMissing,
     /// How its network would be made there, as in `ferry migrate`
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub network: Placement,

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::args::{CheckArgs, Globals, ImageHow};
+use super::args::{CheckArgs, Globals, IfMissing};
 use super::common::{absolute, reach, resolved, runtime, say, say_json, state_dir};
 use crate::migration::options::MigrateOptions;
 use crate::migration::preflight::{host, source_checks};
@@ -13,21 +13,28 @@ use crate::network;
 use crate::problem::Problem;
 use crate::report::exit::Failed;
 use crate::report::log;
-use crate::report::progress::{CopiedImage, Reporter};
+use crate::report::progress::{CopiedImage, NewNetwork, Reporter};
+
+/// What would be there beside the container.
+#[derive(Default)]
+struct MadeThere {
+    image: Option<CopiedImage>,
+    networks: Vec<NewNetwork>,
+}
 
 /// `ferry check`.
 pub fn check(globals: &Globals, args: &CheckArgs) -> Result<(), Failed> {
     let mut problems = host::problems();
     let fit = !problems.iter().any(|p| p.fatal);
-    let mut image = None;
+    let mut made = MadeThere::default();
     let (result, conclusion) = match &args.container {
         None if fit => (Ok(()), check_host(globals, &mut problems)),
         Some(container) if fit => {
-            check_container(globals, args, container, (&mut problems, &mut image))?
+            check_container(globals, args, container, (&mut problems, &mut made))?
         }
         _ => (Ok(()), String::new()),
     };
-    tell_check(&problems, result, (&conclusion, image.as_ref()), args.json)
+    tell_check(&problems, result, (&conclusion, &made), args.json)
 }
 
 /// Tells whether this host can send and receive; what is fine about it.
@@ -67,7 +74,7 @@ fn check_container(
     globals: &Globals,
     args: &CheckArgs,
     container: &str,
-    (problems, image): (&mut Vec<Problem>, &mut Option<CopiedImage>),
+    (problems, made): (&mut Vec<Problem>, &mut MadeThere),
 ) -> Result<(Result<(), Failed>, String), Failed> {
     let mut globals = globals.clone();
     let (id, runtime) = resolved(&mut globals, container)?;
@@ -83,7 +90,8 @@ fn check_container(
         verify: false,
         check_only: true,
         rootfs: args.files.rootfs,
-        no_image: args.image == ImageHow::Never,
+        no_image: args.image == IfMissing::Never,
+        no_networks: args.network_create == IfMissing::Never,
         volumes: args.files.volume.clone(),
         state_dir: Some(state_dir()?),
     };
@@ -108,7 +116,8 @@ fn check_container(
     let mut reporter = Reporter::quiet();
     let result = source::check(&runtime, &options, false, &mut reporter);
     problems.append(&mut reporter.warnings);
-    *image = reporter.report.image.take();
+    made.image = reporter.report.image.take();
+    made.networks = std::mem::take(&mut reporter.report.networks);
 
     Ok((result, format!("{container} can go to {}", options.destination)))
 }
@@ -116,7 +125,7 @@ fn check_container(
 fn tell_check(
     problems: &[Problem],
     result: Result<(), Failed>,
-    (conclusion, image): (&str, Option<&CopiedImage>),
+    (conclusion, made): (&str, &MadeThere),
     as_json: bool,
 ) -> Result<(), Failed> {
     let fatal: Vec<Problem> = problems.iter().filter(|p| p.fatal).cloned().collect();
@@ -130,8 +139,11 @@ fn tell_check(
         let word = result.as_ref().map_or_else(|f| f.exit.word(), |()| "checked");
         let ok = result.is_ok();
         let mut said = json!({"event": "check", "result": word, "ok": ok, "problems": all});
-        if let Some(image) = image {
+        if let Some(image) = &made.image {
             said["image"] = json!(image);
+        }
+        if !made.networks.is_empty() {
+            said["networks"] = json!(made.networks);
         }
         say_json(&said);
     } else {
@@ -139,7 +151,8 @@ fn tell_check(
             log::warn(&warning.to_string(), [warning.hint.as_str()]);
         }
         if result.is_ok() {
-            image.iter().for_each(|image| say(&image.words()));
+            made.networks.iter().for_each(|network| say(&network.words()));
+            made.image.iter().for_each(|image| say(&image.words()));
             say(conclusion);
         }
     }

@@ -1,6 +1,6 @@
 //! `ferry migrate`: from its arguments to the migration, and back to an exit code.
 
-use super::args::{Globals, ImageHow, MigrateArgs, SourceFiles};
+use super::args::{Globals, IfMissing, MigrateArgs, SourceFiles};
 use super::common::{absolute, reach, resolved, say, state_dir};
 use crate::migration::options::MigrateOptions;
 use crate::migration::source;
@@ -30,7 +30,8 @@ pub fn migrate(globals: &Globals, args: &MigrateArgs) -> Result<(), Failed> {
             verify: args.memory.verify,
             check_only: args.dry_run,
             rootfs: args.files.rootfs,
-            no_image: args.image == ImageHow::Never,
+            no_image: args.image == IfMissing::Never,
+            no_networks: args.network_create == IfMissing::Never,
             volumes: args.files.volume.clone(),
             state_dir: Some(state_dir()?),
         },

@@ -148,21 +148,32 @@ impl Drop for Output {
     }
 }
 
-/// Ends whoever runs a program on a file that only we name.
-pub(super) fn end(program: &str, file: &Path) {
+/// Processes of a program that were started with these words, among others.
+fn started_with(program: &str, words: &[&str]) -> Vec<OwnedFd> {
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    let file = file.to_string_lossy();
     let minds = |pid: &i32| {
         let line = process::proc_text(*pid, "cmdline").unwrap_or_default();
-        let words: Vec<&str> = line.split('\0').collect();
-        words.first().is_some_and(|first| first.ends_with(program)) && words.contains(&&*file)
+        let said: Vec<&str> = line.split('\0').collect();
+        said.first().is_some_and(|first| first.ends_with(program))
+            && words.iter().all(|word| said.contains(word))
     };
-    for pid in pids.filter(minds) {
-        if let Ok(pidfd) = process::pidfd_open(pid) {
-            let _ = process::pidfd_kill(&pidfd, libc::SIGKILL);
-            let _ = process::wait_readable(&[pidfd.as_fd()], Some(Instant::now() + LIMIT));
-        }
+    pids.filter(minds).filter_map(|pid| process::pidfd_open(pid).ok()).collect()
+}
+
+/// Ends whoever runs a program on a file that only we name.
+pub(super) fn end(program: &str, file: &Path) {
+    for pidfd in started_with(program, &[&file.to_string_lossy()]) {
+        let _ = process::pidfd_kill(&pidfd, libc::SIGKILL);
+        let _ = process::wait_readable(&[pidfd.as_fd()], Some(Instant::now() + LIMIT));
+    }
+}
+
+/// Waits until nobody runs a program with these words any more.
+pub(super) fn await_end(program: &str, words: &[&str]) {
+    let until = Instant::now() + LIMIT;
+    for pidfd in started_with(program, words) {
+        let _ = process::wait_readable(&[pidfd.as_fd()], Some(until));
     }
 }
 

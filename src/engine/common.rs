@@ -7,9 +7,7 @@ use anyhow::{Result, anyhow, bail};
 use serde_json::Value;
 
 use super::Engine;
-use super::papers::{
-    EngineImage, EngineNetwork, EngineWants, NeighbourContainer, PublishedPort, Volume,
-};
+use super::papers::{EngineImage, EngineWants, NeighbourContainer, PublishedPort, Volume};
 use crate::problem::Problem;
 
 /// A text; an empty one if it is none.
@@ -193,46 +191,4 @@ pub(super) fn other_image(
 /// Returns the digits of an image's ID.
 fn bare(id: &str) -> &str {
     id.trim_start_matches("sha256:")
-}
-
-/// A network that is not here, or is another one.
-pub(super) fn network(
-    engine: Engine,
-    wanted: &EngineNetwork,
-    found: Option<EngineNetwork>,
-    here: &str,
-) -> Option<Problem> {
-    let name = &wanted.name;
-    match found {
-        Some(found) if found == *wanted => None,
-        Some(found) => Some(
-            Problem::new(
-                format!("{engine}'s network {name} on {here} is another one"),
-                format!(
-                    "{} {}, and not {} {}",
-                    found.driver,
-                    found.subnets.join(" "),
-                    wanted.driver,
-                    wanted.subnets.join(" ")
-                ),
-            )
-            .hint(
-                "the container keeps its addresses: make the network there with the same driver and \
-                 subnets",
-            ),
-        ),
-        None => {
-            let subnets: String = wanted.subnets.iter().map(|s| format!(" --subnet {s}")).collect();
-            Some(
-                Problem::new(
-                    format!("{engine} on {here} has no network {name}"),
-                    "the container is in it",
-                )
-                .hint(format!(
-                    "`{engine} network create --driver {}{subnets} {name}` on {here}",
-                    wanted.driver
-                )),
-            )
-        }
-    }
 }

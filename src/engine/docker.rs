@@ -16,6 +16,7 @@ mod api;
 mod found;
 mod images;
 mod judge;
+mod networks;
 mod there;
 
 use std::fs;
@@ -32,8 +33,8 @@ use super::calls::EngineVerb;
 use super::command::{LIMIT, Running, run};
 use super::common::{ports, short, text};
 use super::handover::Handover;
-use super::image::{self, ImageCourse, ImageStore};
-use super::papers::{EngineImage, EngineStore, EngineWants, Made, Papers};
+use super::image::{self, ImageStore};
+use super::papers::{EngineCourse, EngineImage, EngineStore, EngineWants, Made, Papers};
 use crate::problem::Problem;
 use crate::sys::{fault, process};
 
@@ -146,11 +147,12 @@ impl Handover for Docker {
         &images::DockerImages
     }
 
-    fn problems(&self, _id: &str, wanted: &EngineWants, image: &mut ImageCourse) -> Vec<Problem> {
-        there::problems(wanted, image)
+    fn problems(&self, _id: &str, wanted: &EngineWants, course: &mut EngineCourse) -> Vec<Problem> {
+        there::problems(wanted, course)
     }
 
     fn make(&self, wanted: &EngineWants, made: &Made) -> Result<()> {
+        super::networks::make(&networks::DockerNetworks, wanted, made)?;
         for name in &made.volumes {
             let volume = wanted.volumes.iter().find(|volume| volume.name == *name);
             let labels = volume.map(|volume| &volume.labels);
@@ -212,6 +214,10 @@ impl Handover for Docker {
             if let Err(e) = ask(DELETE, &format!("/volumes/{name}"), None) {
                 stays.push(format!("the volume {name}: {e:#}"));
             }
+        }
+        if stays.is_empty() {
+            // Until then the container is in it.
+            stays = super::networks::discard(&networks::DockerNetworks, made)?;
         }
         if let Err(e) = image::discard(self.images(), made) {
             stays.push(format!("the image: {e:#}"));

@@ -4,7 +4,7 @@
 //! source                                   destination
 //!   wanted     what has to be there ─────▶   problems   what is not
 //!   image      what is missing of it ────▶   take_image
-//!   papers     in the engine's words ────▶   make       volumes
+//!   papers     in the engine's words ────▶   make       networks, volumes
 //!                                            create     the engine's part of what is to be restored
 //!                                            start      the engine calls its runtime: see calls
 //!   let_go     it has left                   (or, at any error, discard)
@@ -17,8 +17,8 @@ use serde_json::Value;
 
 use super::calls::EngineVerb;
 use super::command::Running;
-use super::image::{ImageCourse, ImageStore};
-use super::papers::{EngineWants, Made, Papers};
+use super::image::ImageStore;
+use super::papers::{EngineCourse, EngineWants, Made, Papers};
 use super::{Engine, docker, podman};
 use crate::problem::Problem;
 
@@ -44,10 +44,11 @@ pub(crate) trait Handover: Sync {
     /// Returns its images.
     fn images(&self) -> &dyn ImageStore;
 
-    /// Returns what is in the way here, and what is missing; in `image` what becomes of that.
-    fn problems(&self, id: &str, wanted: &EngineWants, image: &mut ImageCourse) -> Vec<Problem>;
+    /// Returns what is in the way here, and what is missing; in `course` what becomes of the image and of
+    /// networks.
+    fn problems(&self, id: &str, wanted: &EngineWants, course: &mut EngineCourse) -> Vec<Problem>;
 
-    /// Makes volumes, and gives an image that is here its name. All that is made is in `made`.
+    /// Makes networks and volumes. All that is made is in `made`.
     ///
     /// # Errors
     /// When the engine does not make them.

@@ -12,6 +12,7 @@
 //! handover  what is asked of an engine so that the other host's comes to own the container
 //! papers    what goes from one host to the other about it
 //! image     what the container was made of, where the other host lacks it
+//! networks  what it is in, where the other host lacks one
 //! calls     the engine's call of its runtime, which is expected
 //! podman    one that can be asked, by its own command
 //! docker    another one, by its daemon
@@ -28,6 +29,7 @@ pub(crate) mod handover;
 pub(crate) mod image;
 pub(crate) mod json_log;
 pub(crate) mod lookup;
+pub(crate) mod networks;
 pub(crate) mod owner;
 pub(crate) mod papers;
 mod podman;

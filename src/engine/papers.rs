@@ -16,7 +16,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Engine;
-use super::image::MadeImage;
+use super::image::{ImageCourse, MadeImage};
+use super::networks::MadeNetwork;
+use super::networks::definition::NetworkDefinition;
 use crate::oci::container_id::{ContainerId, valid_id};
 
 /// Most volumes, networks and ports of one container.
@@ -31,6 +33,8 @@ const MAX_IMAGE_NAME: usize = 4096;
 const MOST_LAYERS: usize = 500;
 /// Most bytes of a container in the engine's words.
 const MAX_PAPERS: usize = 1 << 20;
+/// The longest reason why a network is not made.
+const MAX_WHY: usize = 4096;
 
 /// What a container needs of its engine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -120,6 +124,23 @@ pub struct EngineNetwork {
     pub driver: String,
     /// What it has addresses of.
     pub subnets: Vec<String>,
+    /// How it is made; or why Ferry does not make it.
+    #[serde(default = "unknown")]
+    pub definition: Result<NetworkDefinition, String>,
+}
+
+fn unknown() -> Result<NetworkDefinition, String> {
+    Err("the other host does not say how it is made".into())
+}
+
+/// What becomes on the destination of what a container needs of its engine.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineCourse {
+    /// The image that it was made of.
+    pub image: ImageCourse,
+    /// Networks that will be made, by their names.
+    #[serde(default)]
+    pub networks: Vec<String>,
 }
 
 /// Another container in a network of the container's.
@@ -169,6 +190,9 @@ pub struct Made {
     pub name: String,
     /// Volumes that are to be made.
     pub volumes: Vec<String>,
+    /// Networks that are to be.
+    #[serde(default)]
+    pub networks: Vec<MadeNetwork>,
     /// The image that is to be, or its name.
     #[serde(default)]
     pub image: Option<MadeImage>,
@@ -212,6 +236,13 @@ impl Made {
     pub(super) fn has_noted(&self, line: &str) -> bool {
         let noted = fs::read_to_string(&self.noted).unwrap_or_default();
         noted.lines().any(|one| one == line)
+    }
+
+    /// Returns the word that has been noted behind others.
+    pub(super) fn noted_behind(&self, words: &str) -> Option<String> {
+        let noted = fs::read_to_string(&self.noted).ok()?;
+        let mut lines = noted.lines().filter_map(|line| line.strip_prefix(words));
+        lines.find_map(|rest| rest.strip_prefix(' ')).map(str::to_owned)
     }
 
     /// Notes something, in a line of its own.
@@ -260,6 +291,7 @@ impl Made {
             container: container.to_owned(),
             name: wanted.name.clone(),
             volumes: Vec::new(),
+            networks: Vec::new(),
             image: None,
             noted: PathBuf::new(),
             upper: PathBuf::new(),
@@ -310,6 +342,14 @@ impl EngineWants {
         }
 
         self.image.validate()?;
+        for network in &self.networks {
+            match &network.definition {
+                Ok(definition) => definition.validate()?,
+                Err(why) if why.len() > MAX_WHY => bail!("a reason of {} bytes", why.len()),
+                Err(_) => {}
+            }
+        }
+
         let odd = |port: &&PublishedPort| {
             !port.address.is_empty() && port.address.parse::<IpAddr>().is_err()
         };
@@ -377,6 +417,7 @@ mod tests {
             container: "0123456789abcdef".into(),
             name: "web".into(),
             volumes: Vec::new(),
+            networks: Vec::new(),
             image: None,
             noted: dir.path().join("noted"),
             upper: PathBuf::new(),

@@ -10,6 +10,7 @@
 mod found;
 mod images;
 mod judge;
+mod networks;
 mod there;
 
 use std::fs::{self, File};
@@ -23,8 +24,8 @@ use super::calls::{self, EngineVerb};
 use super::command::{LIMIT, Running, ask, run};
 use super::common::{ports, short, text};
 use super::handover::Handover;
-use super::image::{self, ImageCourse, ImageStore};
-use super::papers::{EngineImage, EngineStore, EngineWants, Made, Papers};
+use super::image::{self, ImageStore};
+use super::papers::{EngineCourse, EngineImage, EngineStore, EngineWants, Made, Papers};
 use super::{Engine, archive};
 use crate::problem::Problem;
 
@@ -163,11 +164,12 @@ impl Handover for Podman {
         &images::PodmanImages
     }
 
-    fn problems(&self, id: &str, wanted: &EngineWants, image: &mut ImageCourse) -> Vec<Problem> {
-        there::problems(id, wanted, image)
+    fn problems(&self, id: &str, wanted: &EngineWants, course: &mut EngineCourse) -> Vec<Problem> {
+        there::problems(id, wanted, course)
     }
 
     fn make(&self, wanted: &EngineWants, made: &Made) -> Result<()> {
+        super::networks::make(&networks::PodmanNetworks, wanted, made)?;
         for name in &made.volumes {
             let volume = wanted.volumes.iter().find(|volume| volume.name == *name);
             let labels: Vec<String> = volume
@@ -247,6 +249,10 @@ impl Handover for Podman {
                     stays.push(format!("the volume {name}: {}", said.why()));
                 }
             }
+        }
+        if stays.is_empty() {
+            // Until then the container is in it.
+            stays = super::networks::discard(&networks::PodmanNetworks, made)?;
         }
         if let Err(e) = image::discard(self.images(), made) {
             stays.push(format!("the image: {e:#}"));

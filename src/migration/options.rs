@@ -35,6 +35,8 @@ pub struct MigrateOptions {
     pub rootfs: How,
     /// `--image never`: an engine's image must be there.
     pub no_image: bool,
+    /// `--network-create never`: an engine's networks must be there.
+    pub no_networks: bool,
     /// `--volume`: a mount's place in the container, and how.
     pub volumes: Vec<(PathBuf, How)>,
     /// Where the away-marks are; without it nobody looks for one.

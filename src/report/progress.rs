@@ -114,6 +114,25 @@ impl CopiedImage {
     }
 }
 
+/// A network that the engine on the other host makes for the container.
+#[derive(Clone, Debug, Serialize)]
+pub struct NewNetwork {
+    /// Its name.
+    pub name: String,
+    /// Its kind.
+    pub driver: String,
+    /// What it has addresses of.
+    pub subnets: Vec<String>,
+}
+
+impl NewNetwork {
+    /// What will be done.
+    pub fn words(&self) -> String {
+        let NewNetwork { name, driver, subnets } = self;
+        format!("the network {name} will be made: {driver} {}", subnets.join(" "))
+    }
+}
+
 /// The whole story.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
@@ -152,6 +171,9 @@ pub struct Report {
     /// The image that its engine made it of, where that was copied.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image: Option<CopiedImage>,
+    /// Networks that were made for it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub networks: Vec<NewNetwork>,
     /// Files, round by round, where they were copied.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<FilesRound>,

@@ -11,7 +11,7 @@ use crate::common::probe::Probe;
 use crate::common::process::until;
 use crate::common::suite::{self, in_lab_of};
 use crate::common::{Outcome, ensure};
-use crate::{images, neighbours, published, second};
+use crate::{images, neighbours, networks, published, second};
 
 const LIMIT: Duration = Duration::from_secs(180);
 const HOSTS: &[&str] = &["a", "b", "client", "--engines"];
@@ -29,6 +29,8 @@ pub fn trials() -> Vec<Trial> {
         in_lab_of(HOSTS, "docker::in_the_default_network", LIMIT, in_the_default_network),
         in_lab_of(HOSTS, "docker::no_second_copy", second::LIMIT, no_second_copy),
         in_lab_of(HOSTS, "docker::without_its_image", 2 * LIMIT, without_its_image),
+        in_lab_of(HOSTS, "docker::without_its_network", 2 * LIMIT, without_its_network),
+        in_lab_of(HOSTS, "docker::network_taken_back", 3 * LIMIT, network_taken_back),
         in_lab_of(HOSTS, "docker::refused", LIMIT, refused),
         in_lab_of(HOSTS, "docker::after_failures", 2 * LIMIT, after_failures),
         in_lab_of(HOSTS, "docker::without_ferry", LIMIT, without_ferry),
@@ -404,6 +406,43 @@ fn without_its_image(lab: &Lab) -> Outcome {
     obeys_there(lab)
 }
 
+/// The network is not there: it is made as it is here, and the container has its address in it.
+fn without_its_network(lab: &Lab) -> Outcome {
+    set_up(lab)?;
+    networks::is_lacking(lab, "docker")?;
+    start(lab, "--network appnet --ip 10.89.7.20 --publish 8080:7000")?;
+    let a = lab.host("a");
+    let before = inspect(&a, "web")?;
+    networks::is_told(lab, "docker")?;
+    stayed(lab, &before)?;
+
+    let mut clients = published::connect(lab)?;
+    let lines = logs(&a)?;
+    networks::is_made(lab, "docker")?;
+    clients.go_on(lab, pid)?;
+    clients.end(lab, "a", &["--when-idle=1s", "web"], pid)?;
+    owned_there(lab, &before, &lines)?;
+    obeys_there(lab)
+}
+
+/// The network is not there, and after each failure is not there either.
+fn network_taken_back(lab: &Lab) -> Outcome {
+    set_up(lab)?;
+    let a = lab.host("a");
+    let address = lab.address(ADDRESS);
+    start(lab, &format!("--network lan --ip {address}"))?;
+    let mut probe = Probe::to(lab, &format!("{address}:7000"), CONNECTIONS)?;
+    let (before, lines) = (inspect(&a, "web")?, logs(&a)?);
+    wrapper(lab)?;
+    networks::is_taken_back(lab, "docker", "/srv/shared/bin/faulty")?;
+    probe.is_content()?;
+    stayed(lab, &before)?;
+
+    a.ferry(&["migrate", "web", "b"])?.exits(0)?;
+    probe.is_content()?;
+    owned_there(lab, &before, &lines)
+}
+
 /// What cannot go is told by name, and nothing is touched.
 fn refused(lab: &Lab) -> Outcome {
     set_up(lab)?;
@@ -439,9 +478,9 @@ fn refused(lab: &Lab) -> Outcome {
         ("docker volume create data", "has a volume data already", "docker volume rm data"),
         ("docker create --name web app:1 x", "has a container web already", "docker rm web"),
         (
-            "docker network rm appnet",
-            "has no network appnet",
-            "docker network create --subnet 10.89.7.0/24 appnet",
+            "docker network rm appnet; docker network create --subnet 10.89.9.0/24 appnet",
+            "appnet on b is another one",
+            "docker network rm appnet; docker network create --subnet 10.89.7.0/24 appnet",
         ),
     ] {
         b.sh(there)?;

@@ -11,7 +11,7 @@ use crate::common::probe::Probe;
 use crate::common::process::until;
 use crate::common::suite::{self, in_lab_of};
 use crate::common::{Outcome, ensure};
-use crate::{images, neighbours, published, second};
+use crate::{images, neighbours, networks, published, second};
 
 const LIMIT: Duration = Duration::from_secs(180);
 const HOSTS: &[&str] = &["a", "b", "client", "--engines"];
@@ -28,6 +28,8 @@ pub fn trials() -> Vec<Trial> {
         in_lab_of(HOSTS, "podman::among_neighbours", LIMIT, among_neighbours),
         in_lab_of(HOSTS, "podman::no_second_copy", second::LIMIT, no_second_copy),
         in_lab_of(HOSTS, "podman::without_its_image", 2 * LIMIT, without_its_image),
+        in_lab_of(HOSTS, "podman::without_its_network", 2 * LIMIT, without_its_network),
+        in_lab_of(HOSTS, "podman::network_taken_back", 3 * LIMIT, network_taken_back),
         in_lab_of(HOSTS, "podman::refused", 2 * LIMIT, refused),
         in_lab_of(HOSTS, "podman::after_failures", 3 * LIMIT, after_failures),
         in_lab_of(HOSTS, "podman::without_ferry", LIMIT, without_ferry),
@@ -328,6 +330,43 @@ fn without_its_image(lab: &Lab) -> Outcome {
     obeys_there(lab)
 }
 
+/// The network is not there: it is made as it is here, and the container has its address in it.
+fn without_its_network(lab: &Lab) -> Outcome {
+    set_up(lab)?;
+    networks::is_lacking(lab, "podman")?;
+    start(lab, "--network appnet --ip 10.89.7.20 --publish 8080:7000")?;
+    let a = lab.host("a");
+    let before = inspect(&a, "web")?;
+    networks::is_told(lab, "podman")?;
+    stayed(lab, &before)?;
+
+    let mut clients = published::connect(lab)?;
+    let lines = logs(&a)?;
+    networks::is_made(lab, "podman")?;
+    clients.go_on(lab, pid)?;
+    clients.end(lab, "a", &["--when-idle=1s", "web"], pid)?;
+    owned_there(lab, &before, &lines)?;
+    obeys_there(lab)
+}
+
+/// The network is not there, and after each failure is not there either.
+fn network_taken_back(lab: &Lab) -> Outcome {
+    set_up(lab)?;
+    let a = lab.host("a");
+    let address = lab.address(ADDRESS);
+    start(lab, &format!("--network lan --ip {address}"))?;
+    let mut probe = Probe::to(lab, &format!("{address}:7000"), CONNECTIONS)?;
+    let (before, lines) = (inspect(&a, "web")?, logs(&a)?);
+    wrapper(lab)?;
+    networks::is_taken_back(lab, "podman", "/srv/shared/bin/faulty")?;
+    probe.is_content()?;
+    stayed(lab, &before)?;
+
+    a.ferry(&["migrate", "web", "b"])?.exits(0)?;
+    probe.is_content()?;
+    owned_there(lab, &before, &lines)
+}
+
 /// What cannot go is told by name, and nothing is touched.
 fn refused(lab: &Lab) -> Outcome {
     set_up(lab)?;
@@ -361,9 +400,9 @@ fn refused(lab: &Lab) -> Outcome {
         ("podman volume create data", "has a volume data already", "podman volume rm data"),
         ("podman create --name web app:1 x", "has a container web already", "podman rm web"),
         (
-            "podman network rm appnet",
-            "has no network appnet",
-            "podman network create --subnet 10.89.7.0/24 appnet",
+            "podman network rm appnet; podman network create --driver macvlan --subnet 10.89.7.0/24 appnet",
+            "appnet on b is another one",
+            "podman network rm appnet; podman network create --subnet 10.89.7.0/24 appnet",
         ),
         (
             "sed -i s/^runtime/#runtime/ /etc/containers/containers.conf",

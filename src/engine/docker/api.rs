@@ -52,6 +52,22 @@ pub(super) fn ask_for(
     }
 }
 
+/// Returns what docker answers to a request, or why it does not do it. Whoever makes that difference knows that
+/// nothing was done.
+///
+/// # Errors
+/// When it says nothing in time.
+pub(super) fn answer(method: &str, path: &str, body: &Value) -> Result<Result<Value>> {
+    let what = || format!("docker, asked for {method} {path}");
+    let at = full(path)?;
+    let answer = socket::request(Path::new(SOCKET), method, &at, Some(body), LIMIT);
+    let answer = answer.with_context(what)?;
+    Ok(match answer.status {
+        200..=299 => Ok(serde_json::from_slice(&answer.body).unwrap_or_default()),
+        _ => Err(refusal(&answer)),
+    })
+}
+
 /// What docker answers in bytes, as they come.
 ///
 /// # Errors

@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::OWN;
 use super::api::{GET, ask};
+use super::networks::network;
 use crate::engine::Engine;
 use crate::engine::common::{self, is_set, text};
 use crate::engine::papers::{EngineNetwork, EngineStore, NeighbourContainer, Volume};
@@ -190,16 +191,6 @@ pub(super) fn networks(found: &Value, problems: &mut Vec<Problem>) -> Vec<Engine
 pub(super) fn given(found: &Value) -> Vec<IpAddr> {
     let own = &found["NetworkSettings"]["Networks"][DEFAULT];
     text(&own["IPAddress"]).parse().into_iter().collect()
-}
-
-pub(super) fn network(name: &str) -> Result<Option<EngineNetwork>> {
-    let Some(found) = ask(GET, &format!("/networks/{name}"), None)? else { return Ok(None) };
-    let subnets = found["IPAM"]["Config"].as_array().into_iter().flatten();
-    Ok(Some(EngineNetwork {
-        name: name.to_owned(),
-        driver: text(&found["Driver"]).to_owned(),
-        subnets: subnets.map(|subnet| text(&subnet["Subnet"]).to_owned()).collect(),
-    }))
 }
 
 /// Other containers in bridge networks, but for the default one: nobody has a name there, and each host gives the

@@ -3,17 +3,18 @@
 use anyhow::Result;
 
 use super::api::{GET, ask};
-use super::found::{DEFAULT, neighbours, network};
+use super::found::neighbours;
 use super::images::DockerImages;
+use super::networks::DockerNetworks;
 use super::{SET_UP, info, is_ferry, store, store_problem};
 use crate::engine::Engine;
 use crate::engine::common;
-use crate::engine::image::{self, ImageCourse};
-use crate::engine::papers::EngineWants;
+use crate::engine::papers::{EngineCourse, EngineWants};
+use crate::engine::{image, networks};
 use crate::problem::Problem;
 use crate::sys::host;
 
-pub(super) fn problems(wanted: &EngineWants, image: &mut ImageCourse) -> Vec<Problem> {
+pub(super) fn problems(wanted: &EngineWants, course: &mut EngineCourse) -> Vec<Problem> {
     let here = host::name();
     let info = match info() {
         Ok(info) => info,
@@ -56,36 +57,22 @@ pub(super) fn problems(wanted: &EngineWants, image: &mut ImageCourse) -> Vec<Pro
 
     let mut answers = vec![taken("container", &wanted.name, &here)];
     answers.extend(wanted.volumes.iter().map(|volume| taken("volume", &volume.name, &here)));
-    answers.extend(wanted.networks.iter().map(|wanted| {
-        let mut found = network(&wanted.name)?;
-        if let Some(found) = found.as_mut().filter(|found| found.name == DEFAULT) {
-            // No address is asked for.
-            found.subnets.clone_from(&wanted.subnets);
-        }
-        Ok(common::network(Engine::Docker, wanted, found, &here))
+    let mut answers: Vec<Result<Vec<Problem>>> =
+        answers.into_iter().map(|one| Ok(one?.into_iter().collect())).collect();
+    answers.push(networks::look(&DockerNetworks, wanted).map(|(made, found)| {
+        course.networks = made;
+        found
     }));
-
+    answers.push(image::look(&DockerImages, wanted).map(|(of_image, found)| {
+        course.image = of_image;
+        found
+    }));
+    answers
+        .push(neighbours("", &wanted.networks).map(|found| common::doubles(wanted, &found, &here)));
     for answer in answers {
         problems.extend(answer.unwrap_or_else(|e| {
-            Some(Problem::new(format!("docker does not work on {here}"), format!("{e:#}")))
+            vec![Problem::new(format!("docker does not work on {here}"), format!("{e:#}"))]
         }));
-    }
-
-    match image::look(&DockerImages, wanted) {
-        Ok((course, found)) => {
-            *image = course;
-            problems.extend(found);
-        }
-        Err(e) => {
-            problems.push(Problem::new(format!("docker does not work on {here}"), format!("{e:#}")))
-        }
-    }
-
-    match neighbours("", &wanted.networks) {
-        Ok(found) => problems.extend(common::doubles(wanted, &found, &here)),
-        Err(e) => {
-            problems.push(Problem::new(format!("docker does not work on {here}"), format!("{e:#}")))
-        }
     }
 
     problems.extend(wanted.ports.iter().filter_map(|port| common::port_free(port, &here)));

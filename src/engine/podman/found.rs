@@ -192,12 +192,7 @@ type NeighbourContainers = Vec<(String, NeighbourContainer)>;
 /// A network, and, if it is a bridge, who is in it.
 pub(super) fn network(name: &str) -> Result<Option<(EngineNetwork, NeighbourContainers)>> {
     let Some(found) = ask(PODMAN, &["network", "inspect", name])? else { return Ok(None) };
-    let subnets = found["subnets"].as_array().into_iter().flatten();
-    let network = EngineNetwork {
-        name: name.to_owned(),
-        driver: text(&found["driver"]).to_owned(),
-        subnets: subnets.map(|subnet| text(&subnet["subnet"]).to_owned()).collect(),
-    };
+    let network = super::networks::described(&found);
     // In the default one nobody has a name, and each host gives the same addresses.
     let has_some = network.driver == "bridge" && name != DEFAULT;
     let neighbours = if has_some { neighbours(name, &found) } else { Vec::new() };

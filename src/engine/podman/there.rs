@@ -4,16 +4,17 @@ use anyhow::{Result, anyhow};
 
 use super::found::network;
 use super::images::PodmanImages;
+use super::networks::PodmanNetworks;
 use super::{PODMAN, SET_UP, info, is_ferry, store};
 use crate::engine::Engine;
 use crate::engine::command::{LIMIT, run};
 use crate::engine::common::{self, text};
-use crate::engine::image::{self, ImageCourse};
-use crate::engine::papers::{EngineNetwork, EngineWants};
+use crate::engine::papers::{EngineCourse, EngineNetwork, EngineWants};
+use crate::engine::{image, networks};
 use crate::problem::Problem;
 use crate::sys::host;
 
-pub(super) fn problems(id: &str, wanted: &EngineWants, image: &mut ImageCourse) -> Vec<Problem> {
+pub(super) fn problems(id: &str, wanted: &EngineWants, course: &mut EngineCourse) -> Vec<Problem> {
     let here = host::name();
     let info = match info() {
         Ok(info) => info,
@@ -71,19 +72,24 @@ pub(super) fn problems(id: &str, wanted: &EngineWants, image: &mut ImageCourse) 
     // Each is a program that takes its tenth of a second.
     let answers: Vec<Result<Vec<Problem>>> = std::thread::scope(|scope| {
         let here = here.as_str();
+        let EngineCourse { image: of_image, networks: made } = course;
         let mut asked = vec![
             scope.spawn(|| taken("container", &wanted.name, here)),
             scope.spawn(|| taken("container", id, here)),
             scope.spawn(|| {
                 let (course, problems) = image::look(&PodmanImages, wanted)?;
-                *image = course;
+                *of_image = course;
+                Ok(problems)
+            }),
+            scope.spawn(|| {
+                let (names, problems) = networks::look(&PodmanNetworks, wanted)?;
+                *made = names;
                 Ok(problems)
             }),
         ];
 
         asked.extend(wanted.volumes.iter().map(|v| scope.spawn(|| taken("volume", &v.name, here))));
-        asked
-            .extend(wanted.networks.iter().map(|n| scope.spawn(|| network_there(wanted, n, here))));
+        asked.extend(wanted.networks.iter().map(|n| scope.spawn(|| doubles(wanted, n, here))));
         let died = |_| Err(anyhow!("a question to it died"));
         asked.into_iter().map(|one| one.join().unwrap_or_else(died)).collect()
     });
@@ -105,12 +111,11 @@ fn taken(kind: &str, name: &str, here: &str) -> Result<Vec<Problem>> {
     Ok(there.then(|| common::taken(Engine::Podman, kind, name, here)).into_iter().collect())
 }
 
-fn network_there(wanted: &EngineWants, one: &EngineNetwork, here: &str) -> Result<Vec<Problem>> {
-    let (found, others) = network(&one.name)?.unzip();
+/// Others in a network that are not to be told apart from those which stay.
+fn doubles(wanted: &EngineWants, one: &EngineNetwork, here: &str) -> Result<Vec<Problem>> {
+    let (_, others) = network(&one.name)?.unzip();
     let others: Vec<_> = others.unwrap_or_default().into_iter().map(|other| other.1).collect();
-    let mut problems = common::doubles(wanted, &others, here);
-    problems.extend(common::network(Engine::Podman, one, found, here));
-    Ok(problems)
+    Ok(common::doubles(wanted, &others, here))
 }
 
 /// The first two numbers of a version.

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! Image…   what the engine lacks of the image   (it takes it in)
-//! Papers   what the engine there knows of it        (volumes are made, files come)
+//! Papers   what the engine there knows of it        (networks and volumes are made, files come)
 //! Engage   ours makes it: storage, network, monitor
 //! Engaged  its runtime is called: the bundle, the network, the log are there; runc is started below
 //!          that call, and held
@@ -31,8 +31,8 @@ use crate::engine::command::Running;
 use crate::engine::handover::{self, Handover};
 use crate::engine::image::intake::ImageIntake;
 use crate::engine::image::{self, ImageCourse};
-use crate::engine::json_log;
-use crate::engine::papers::{EngineWants, Made, Papers};
+use crate::engine::papers::{EngineCourse, EngineWants, Made, Papers};
+use crate::engine::{json_log, networks};
 use crate::files::{mounting, tree};
 use crate::migration::journal::Record;
 use crate::migration::protocol::Plan;
@@ -57,14 +57,15 @@ pub(super) fn upper(plan: &Plan, wanted: &EngineWants) -> PathBuf {
 }
 
 /// Returns what there will be to undo.
-pub(super) fn made(plan: &Plan, wanted: &EngineWants, course: ImageCourse) -> Made {
+pub(super) fn made(plan: &Plan, wanted: &EngineWants, course: &EngineCourse) -> Made {
     let upper = upper(plan, wanted);
     Made {
         engine: wanted.engine,
         container: plan.container.to_string(),
         name: wanted.name.clone(),
         volumes: wanted.volumes.iter().map(|volume| volume.name.clone()).collect(),
-        image: image::made(&wanted.image, course),
+        networks: networks::made(wanted, &course.networks),
+        image: image::made(&wanted.image, course.image),
         log: upper.with_extension("log"),
         noted: upper.with_extension("volumes"),
         upper,
@@ -186,13 +187,13 @@ impl EnginePart {
 }
 
 impl IncomingMigration {
-    /// Volumes, by the engine, before anything is put there.
-    pub(super) fn make_volumes(&mut self) -> Result<()> {
+    /// Networks and volumes, by the engine, before anything is put there.
+    pub(super) fn have_made(&mut self) -> Result<()> {
         let Some(engine) = &mut self.engine else { return Ok(()) };
         let (Some(wanted), Some(made)) = (&self.plan.engine, &self.journal.record.engine) else {
             return Ok(());
         };
-        self.doing = "making volumes";
+        self.doing = "having the engine make networks and volumes";
         engine.upper.clone_from(&made.upper);
         engine.handover.make(wanted, made)?;
         match engine.course {

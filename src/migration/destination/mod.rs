@@ -60,7 +60,7 @@ use super::transfer::image_files::ImageFiles;
 use super::transfer::receiver::{self, Backlog, Current, Stage};
 use crate::connections::{Installation, Installed};
 use crate::engine::calls;
-use crate::engine::image::ImageCourse;
+use crate::engine::papers::EngineCourse;
 use crate::files::apply::{Applied, Applying};
 use crate::files::place::{CopyTarget, Placing};
 use crate::files::tmpfs::MountedTmpfs;
@@ -325,7 +325,7 @@ fn migration(
     let mut found = destination_checks::look(&plan, &runtime, state_dir);
     // Now, as the source takes its probes away when it has our answer.
     let streams = Streams::find(&plan, &mut found.problems);
-    let (copies, course, image) = (found.copies, found.course, found.image);
+    let (copies, course, engine) = (found.copies, found.course, found.engine);
     let (fatal, warnings): (Vec<_>, Vec<_>) = found.problems.into_iter().partition(|p| p.fatal);
     if !fatal.is_empty() {
         return peer.send(&Message::Refuse { problems: fatal });
@@ -340,7 +340,13 @@ fn migration(
     }
 
     let shared = streams.shared();
-    let accept = Message::Accept { warnings, shared, copies: copies.clone(), course, image };
+    let accept = Message::Accept {
+        warnings,
+        shared,
+        copies: copies.clone(),
+        course,
+        engine: engine.clone(),
+    };
     peer.send(&accept)?;
     let mut incoming = Incoming::default();
     if !copies.is_empty() || plan.engine.is_some() {
@@ -369,7 +375,7 @@ fn migration(
     let begin = || {
         let shared = SharedFiles::new(destination_checks::shared_bytes(&plan))?;
         let lent = shared.descriptors()?;
-        let (way, backlog) = ((course, image), backlog.clone());
+        let (way, backlog) = ((course, &engine), backlog.clone());
         let mut guest =
             IncomingMigration::new(plan, streams, incoming, way, runtime, state_dir, backlog)?;
         guest.lent = lent;
@@ -438,7 +444,7 @@ impl IncomingMigration {
         plan: Plan,
         streams: Streams,
         incoming: Incoming,
-        (course, image): (AddressDecision, ImageCourse),
+        (course, of_engine): (AddressDecision, &EngineCourse),
         runtime: Runtime,
         state_dir: &Path,
         backlog: Backlog,
@@ -463,7 +469,7 @@ impl IncomingMigration {
             // An engine says later where it has made it.
             network_path: journal::workdir::network_place(&plan).filter(|_| plan.engine.is_none()),
             network_identity: None,
-            engine: plan.engine.as_ref().map(|wanted| engine::made(&plan, wanted, image)),
+            engine: plan.engine.as_ref().map(|wanted| engine::made(&plan, wanted, of_engine)),
             network_ours: plan.network.is_some() && plan.placement != Placement::Keep,
             leave_mark: false,
             placing: placing(&plan, &incoming)?,
@@ -478,8 +484,11 @@ impl IncomingMigration {
 
         let journal = Journal::create(state_dir, record)?;
         let images = ImageFiles::new(work.images());
-        let engine =
-            plan.engine.as_ref().map(|wanted| EnginePart::new(wanted, image)).transpose()?;
+        let engine = plan
+            .engine
+            .as_ref()
+            .map(|wanted| EnginePart::new(wanted, of_engine.image))
+            .transpose()?;
 
         Ok(IncomingMigration {
             plan,

@@ -80,7 +80,7 @@ impl IncomingMigration {
         }
 
         fault::point("destination.network")?;
-        self.make_volumes()?;
+        self.have_made()?;
 
         // Before they are handed to whoever takes files in.
         let copies = !self.incoming.is_empty();

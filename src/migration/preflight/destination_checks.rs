@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::{host, layers};
 use crate::engine::handover;
-use crate::engine::image::ImageCourse;
+use crate::engine::papers::EngineCourse;
 use crate::files::overlay::Overlay;
 use crate::files::probe;
 use crate::files::walk::Size;
@@ -41,8 +41,8 @@ pub struct Findings {
     pub copies: Vec<usize>,
     /// What becomes of the address.
     pub course: AddressDecision,
-    /// What becomes of an engine's image.
-    pub image: ImageCourse,
+    /// What becomes of an engine's image and networks.
+    pub engine: EngineCourse,
 }
 
 /// Looks at this host.
@@ -54,7 +54,7 @@ pub fn look(plan: &Plan, runtime: &Runtime, state_dir: &Path) -> Findings {
         return found;
     }
     let host = (runtime, state_dir);
-    let courses = (&mut found.course, &mut found.image);
+    let courses = (&mut found.course, &mut found.engine);
     found.problems = problems(plan, host, &mut found.copies, courses);
     found
 }
@@ -63,7 +63,7 @@ fn problems(
     plan: &Plan,
     (runtime, state_dir): (&Runtime, &Path),
     copies: &mut Vec<usize>,
-    (course, image): (&mut AddressDecision, &mut ImageCourse),
+    (course, of_engine): (&mut AddressDecision, &mut EngineCourse),
 ) -> Vec<Problem> {
     let networked =
         plan.floating.is_some() || plan.network.is_some() && plan.placement != Placement::None;
@@ -99,7 +99,7 @@ fn problems(
 
     if let Some(wanted) = &plan.engine {
         match handover::of(wanted.engine) {
-            Some(engine) => found.extend(engine.problems(&plan.container, wanted, image)),
+            Some(engine) => found.extend(engine.problems(&plan.container, wanted, of_engine)),
             None => found.push(Problem::new(
                 format!("{} is not known as an engine here", wanted.engine),
                 "Ferry on the source knows it",

@@ -14,10 +14,9 @@ use super::source_network::{self, OwnNetwork};
 use super::standard::{self, Standard};
 use crate::criu::hidden;
 use crate::engine::handover::Handover;
-use crate::engine::image::ImageCourse;
 use crate::engine::lookup::FoundName;
 use crate::engine::owner::{Facts, owner};
-use crate::engine::papers::EngineWants;
+use crate::engine::papers::{EngineCourse, EngineWants};
 use crate::files::probe;
 use crate::files::tmpfs::{self, Tmpfs};
 use crate::files::walk::Size;
@@ -65,8 +64,8 @@ pub struct SourceContainer {
     pub copies: Vec<usize>,
     /// What they hold.
     pub sizes: Vec<(usize, Size)>,
-    /// What becomes of its engine's image, once the destination has said so.
-    pub image: ImageCourse,
+    /// What becomes of its engine's image and networks, once the destination has said so.
+    pub engine: EngineCourse,
     /// What becomes of the address, once the destination has said so.
     pub forward: Option<crate::migration::journal::forward_role::ForwardRecord>,
     /// What will not be over there as it is here.
@@ -204,6 +203,9 @@ fn wanted(
     match engine.wanted(&wishes.container, &bundle.config) {
         Ok(mut wanted) if problems.is_empty() => {
             wanted.image.never |= wishes.no_image;
+            for network in wanted.networks.iter_mut().filter(|_| wishes.no_networks) {
+                network.definition = Err("none is made: --network-create never".into());
+            }
             return Ok(wanted);
         }
         Ok(_) => {}
@@ -357,7 +359,7 @@ fn look(
         layered: files.layered,
         load: None,
         copies: Vec::new(),
-        image: ImageCourse::There,
+        engine: EngineCourse::default(),
         sizes: Vec::new(),
         forward: None,
         warnings: found.warnings,

@@ -21,7 +21,7 @@ use crate::sys::netns::NetNs;
 pub type OwnNetwork = Option<(NetNs, PathBuf, NetworkImage)>;
 
 /// A container's network, as it was found.
-pub(super) struct FoundNetwork {
+pub(super) struct NetworkToCarry {
     /// Where it has one of its own.
     pub(super) own: OwnNetwork,
     /// What the runtime has given it, where that is nothing but a loopback device.
@@ -44,7 +44,7 @@ pub(super) fn look(
     cgroup: &Cgroup,
     wishes: &MigrateOptions,
     engine: Option<&mut EngineWants>,
-) -> Result<FoundNetwork> {
+) -> Result<NetworkToCarry> {
     let floating = floating_address::look(bundle, init, cgroup, wishes)?;
     let (own, loopback) = match floating {
         Some(_) => (None, None),
@@ -75,7 +75,7 @@ pub(super) fn look(
 
     let from = away.map(|away| (away.id, away.home));
     let forward = ForwardRequest { wish: wishes.forward, from, translated };
-    Ok(FoundNetwork { own, loopback, floating, forward, warnings })
+    Ok(NetworkToCarry { own, loopback, floating, forward, warnings })
 }
 
 /// The container's network, where it has one of its own that Ferry can carry; or what the runtime

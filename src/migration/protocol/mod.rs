@@ -62,8 +62,7 @@ use serde::{Deserialize, Serialize};
 use self::forwarding::{AddressDecision, ForwardMessage};
 pub use self::plan::{How, MAX_PARENTS, MAX_PROBES, Place, Plan, Probe, Stream};
 use crate::connections::ComingConnection;
-use crate::engine::image::ImageCourse;
-use crate::engine::papers::Papers;
+use crate::engine::papers::{EngineCourse, Papers};
 use crate::files::layers::Layer;
 use crate::files::sockets::Renamed;
 use crate::files::walk::Size;
@@ -103,9 +102,9 @@ pub enum Message {
         copies: Vec<usize>,
         /// What becomes of the address.
         course: AddressDecision,
-        /// What becomes of the image that an engine's container was made of.
+        /// What becomes of the image that an engine's container was made of, and of its networks.
         #[serde(default)]
-        image: ImageCourse,
+        engine: EngineCourse,
     },
     /// To the destination: the layers of the overlay that is to be copied, in the plan's order. The
     /// source owns the container.

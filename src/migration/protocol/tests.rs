@@ -7,6 +7,22 @@ use serde_json::Value;
 use super::*;
 use crate::fuzz::Target;
 
+/// One that is to be made.
+fn engine_network() -> Value {
+    serde_json::json!({
+        "name": "lan", "driver": "macvlan", "subnets": ["10.0.0.0/24"],
+        "definition": { "Ok": {
+            "ranges": [{
+                "subnet": "10.0.0.0/24", "gateway": "10.0.0.1",
+                "given": { "between": ["10.0.0.7", "10.0.0.9"] }, "reserved": {},
+            }],
+            "ipv6": false, "internal": false, "interface": "eth0", "options": { "mtu": "1400" },
+            "labels": { "a": "b" }, "servers": ["10.0.0.2"],
+            "routes": [{ "to": "10.1.0.0/16", "gateway": "10.0.0.1", "metric": 7 }],
+        } },
+    })
+}
+
 /// One with some of everything.
 fn plan() -> Value {
     let network = crate::network::image::tests::sample();
@@ -41,7 +57,7 @@ fn plan() -> Value {
             "image": { "id": "26f222b68e17a3d9ab22a8e5dc1d3f6b11f40ff5e6c1f25b235220e7963095f7",
                 "name": "localhost/app:1" },
             "volumes": [{ "name": "data", "place": "/data", "labels": { "a": "b" } }],
-            "networks": [{ "name": "lan", "driver": "macvlan", "subnets": ["10.0.0.0/24"] }],
+            "networks": [engine_network()],
             "ports": [port],
             "own": ["/etc/hosts"], "log": 5,
         },

@@ -27,7 +27,7 @@ use crate::migration::transfer::memory_sender;
 use crate::oci::runtime::Runtime;
 use crate::problem::{Advice, Problem, Problems};
 use crate::report::exit::Failed;
-use crate::report::progress::{CopiedImage, Layers, Reporter};
+use crate::report::progress::{CopiedImage, Layers, NewNetwork, Reporter};
 use crate::sys::host;
 use crate::tasks::locks::{self, FoundLock};
 use crate::transport::connect::{Closer, Cutter, Destination};
@@ -152,6 +152,7 @@ fn agree(
     if let Some(note) = &subject.forward {
         forward::steps::check(&subject.plan, note, &options.destination)?;
     }
+    announce_networks(subject, reporter);
     announce_image(subject, reporter)?;
     if let Some(note) = &subject.forward {
         reporter.phase("forward", note.words(&subject.plan));
@@ -181,8 +182,8 @@ fn send_plan(
 ) -> Result<PlanAnswer> {
     peer.send(&Message::Plan(Box::new(subject.plan.clone())))?;
     let answer = loop {
-        if let Message::Accept { warnings, shared, copies, course, image } = answer(inputs)? {
-            subject.image = image;
+        if let Message::Accept { warnings, shared, copies, course, engine } = answer(inputs)? {
+            subject.engine = engine;
             subject.forward = ForwardRecord::of_source(&subject.plan, course);
             subject.copies = copies;
             break PlanAnswer { warnings, shared };
@@ -314,10 +315,25 @@ fn announce_files(
     Ok(())
 }
 
+/// Tells the user which networks the engine there will make.
+fn announce_networks(subject: &SourceContainer, reporter: &mut Reporter) {
+    let networks = subject.plan.engine.iter().flat_map(|wanted| &wanted.networks);
+    for network in networks.filter(|network| subject.engine.networks.contains(&network.name)) {
+        let new = NewNetwork {
+            name: network.name.clone(),
+            driver: network.driver.clone(),
+            subnets: network.subnets.clone(),
+        };
+        reporter.phase("network", &new.words());
+        reporter.report.networks.push(new);
+    }
+}
+
 /// Tells the user what becomes of an engine's image; an error is why it cannot be copied, as far as that shows
 /// here.
 fn announce_image(subject: &SourceContainer, reporter: &mut Reporter) -> Result<()> {
-    let (Some(wanted), ImageCourse::Copied { there }) = (&subject.plan.engine, subject.image)
+    let (Some(wanted), ImageCourse::Copied { there }) =
+        (&subject.plan.engine, subject.engine.image)
     else {
         return Ok(());
     };

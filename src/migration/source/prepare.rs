@@ -124,7 +124,7 @@ impl SourceMigration {
     /// Where the destination's engine lacks the image: until it has it.
     fn copy_image(&mut self, reporter: &mut Reporter) -> Result<()> {
         let (Some(wanted), ImageCourse::Copied { there }) =
-            (&self.subject.plan.engine, self.subject.image)
+            (&self.subject.plan.engine, self.subject.engine.image)
         else {
             return Ok(());
         };
