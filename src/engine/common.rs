@@ -15,6 +15,14 @@ pub(super) fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
 }
 
+/// Texts by their names, as labels and options are said; none at all may be `null`.
+///
+/// # Errors
+/// When it is something else.
+pub(super) fn by_name(value: &Value) -> Result<BTreeMap<String, String>> {
+    Ok(serde_json::from_value::<Option<_>>(value.clone())?.unwrap_or_default())
+}
+
 /// An ID as engines show it.
 pub(super) fn short(id: &str) -> &str {
     match id.get(..12) {

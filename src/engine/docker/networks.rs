@@ -1,13 +1,12 @@
 //! docker's networks, over its API's socket.
 
-use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 use serde_json::{Map, Value, json};
 
 use super::api::{self, DELETE, GET, POST, ask};
-use crate::engine::common::{is_set, text};
+use crate::engine::common::{by_name, is_set, text};
 use crate::engine::networks::definition::{AddressRange, GivenPart, NetworkDefinition};
 use crate::engine::networks::{FoundNetwork, NetworkAnswer, NetworkStore};
 use crate::engine::papers::EngineNetwork;
@@ -58,7 +57,7 @@ fn definition(found: &Value) -> Result<NetworkDefinition> {
 
     let ranges = found["IPAM"]["Config"].as_array().into_iter().flatten();
     let ranges: Result<Vec<AddressRange>> = ranges.map(range).collect();
-    let mut options = map(&found["Options"])?;
+    let mut options = by_name(&found["Options"])?;
     let link = if text(&found["Driver"]) == "macvlan" { PARENT } else { BRIDGE };
     Ok(NetworkDefinition {
         ranges: ranges?,
@@ -67,13 +66,9 @@ fn definition(found: &Value) -> Result<NetworkDefinition> {
         attachable: found["Attachable"] == true,
         interface: options.remove(link).unwrap_or_default(),
         options,
-        labels: map(&found["Labels"])?,
+        labels: by_name(&found["Labels"])?,
         ..NetworkDefinition::default()
     })
-}
-
-fn map(value: &Value) -> Result<BTreeMap<String, String>> {
-    Ok(serde_json::from_value::<Option<_>>(value.clone())?.unwrap_or_default())
 }
 
 fn range(said: &Value) -> Result<AddressRange> {

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::PODMAN;
 use crate::engine::command::{self, LIMIT, ask, run};
-use crate::engine::common::{is_set, text};
+use crate::engine::common::{by_name, is_set, text};
 use crate::engine::networks::definition::{
     AddressRange, GivenPart, NetworkDefinition, NetworkRoute,
 };
@@ -61,14 +61,10 @@ fn definition(found: &Value) -> Result<NetworkDefinition> {
         servers: servers.map(|one| Ok(text(one).parse()?)).collect::<Result<_>>()?,
         routes: routes.map(route).collect::<Result<_>>()?,
         interface: if own(link) { String::new() } else { link.to_owned() },
-        options: map(&found["options"])?,
-        labels: map(&found["labels"])?,
+        options: by_name(&found["options"])?,
+        labels: by_name(&found["labels"])?,
         ..NetworkDefinition::default()
     })
-}
-
-fn map(value: &Value) -> Result<BTreeMap<String, String>> {
-    Ok(serde_json::from_value::<Option<_>>(value.clone())?.unwrap_or_default())
 }
 
 fn range(said: &Value) -> Result<AddressRange> {
